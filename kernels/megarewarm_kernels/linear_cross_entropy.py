@@ -1,0 +1,215 @@
+"""Head and cross entropy in one operation that never holds all logits.
+
+The gradients are computed in the forward pass, chunk of tokens by chunk of tokens, in the buffer that held the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+MIB = 2**20
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    valid_rows: int | None = None,
+    ignore_index: int = -100,
+    memory_budget: int = 64 * MIB,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, and the number of tokens in the sum.
+
+    Args:
+        hidden: (t, h), any strides, any floating dtype.
+        weight: (v, h), the head.
+        targets: (t,) int64, each below ``valid_rows`` or equal to ``ignore_index``, which leaves the token out.
+        valid_rows: rows of ``weight`` that are in the softmax; the rest is padding and gets no gradient. None: all.
+        ignore_index: the target that means "no target".
+        memory_budget: bytes that the logits and their gradient may take, at least one token's worth.
+
+    Returns:
+        The loss, a scalar in fp32 (fp64 for fp64 inputs), and the count, an int64 scalar. Both stay on the device.
+
+    With z = W x, the gradient of one token's loss is ``(softmax(z) - onehot(target)) W`` for x and its outer product
+    with x for W. Softmax and the target's ``p - 1`` are computed in fp32 and W's gradient is summed over chunks in
+    fp32, whatever the inputs. Under autocast both matrices are multiplied in autocast's dtype. Backward only scales
+    the stored gradients; a second backward computes them again. Raises ValueError on wrong shapes.
+    """
+    rows = weight.shape[0] if valid_rows is None else valid_rows
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"need hidden (t, h) and weight (v, h), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
+    if not 0 < rows <= weight.shape[0]:
+        raise ValueError(f"valid_rows {rows} does not lie in 1..{weight.shape[0]}")
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    tracked = torch.is_grad_enabled()
+    loss = _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        targets,
+        rows,
+        ignore_index,
+        _chunk(hidden.shape[0], rows, dtype, memory_budget),
+        dtype,
+        tracked and hidden.requires_grad,
+        tracked and weight.requires_grad,
+    )
+    return loss, (targets != ignore_index).sum()
+
+
+def reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, valid_rows: int | None = None, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """The definition of ``linear_cross_entropy``: all logits at once, in the inputs' dtype, the loss in fp32 or more."""
+    logits = F.linear(hidden, weight[:valid_rows])
+    logits = logits.to(_statistics(logits.dtype))
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return loss, (targets != ignore_index).sum()
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
+    """Tokens per chunk: as few chunks as the budget allows, of equal size, in whole multiples of 16 where it matters."""
+    per_token = rows * (_statistics(dtype).itemsize + (dtype.itemsize if dtype != _statistics(dtype) else 0))
+    most = max(1, memory_budget // per_token)
+    even = math.ceil(tokens / max(1, math.ceil(tokens / most)))
+    return max(1, min(most, -(-even // 16) * 16))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients from one pass; backward multiplies them by the upstream gradient, in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        rows: int,
+        ignore_index: int,
+        chunk: int,
+        dtype: torch.dtype,
+        need_hidden: bool,
+        need_weight: bool,
+    ) -> Tensor:
+        ctx.arguments = (rows, ignore_index, chunk, dtype, need_hidden, need_weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, *ctx.grads = torch.ops.megarewarm.linear_cross_entropy(hidden, weight, targets, *ctx.arguments)
+        ctx.save_for_backward(hidden, weight, targets)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        # The gradients are given away, so that .grad takes them without a copy; a second backward needs new ones.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                _, *grads = torch.ops.megarewarm.linear_cross_entropy(hidden, weight, targets, *ctx.arguments)
+        *_, need_hidden, need_weight = ctx.arguments
+        grad_hidden = grads[0].mul_(upstream).to(hidden.dtype) if need_hidden else None
+        grad_weight = grads[1].mul_(upstream).to(weight.dtype) if need_weight else None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: int,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (), gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed."""
+    tokens, width = hidden.shape
+    exact = _statistics(dtype)
+    head = weight[:rows].to(dtype)
+    loss = hidden.new_zeros((), dtype=exact)
+    grad_hidden = hidden.new_empty((tokens, width) if need_hidden else (0,), dtype=dtype)
+    grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=exact)
+    if need_weight:
+        (grad_weight[rows:] if tokens else grad_weight).zero_()
+    buffer = hidden.new_empty((min(chunk, tokens), rows), dtype=dtype)
+    buffer_exact = buffer if exact == dtype else torch.empty_like(buffer, dtype=exact)
+
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        ignored = (targets[part] == ignore_index)[:, None]
+        target = targets[part, None].masked_fill(ignored, 0)
+        # A zero row of x removes an ignored token from W's gradient, so no pass over its logits is needed.
+        x = hidden[part].to(dtype).masked_fill(ignored, 0)
+        logits, p = buffer[: len(x)], buffer_exact[: len(x)]
+
+        torch.mm(x, head.t(), out=logits)
+        z_target = logits.gather(1, target).to(exact)
+        z_max = logits.amax(1, keepdim=True).to(exact)
+        torch.softmax(logits, 1, dtype=exact, out=p)
+        # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
+        log_sum = z_max - p.amax(1, keepdim=True).log_()
+        loss += (log_sum - z_target).masked_fill_(ignored, 0).sum()
+
+        if not (need_hidden or need_weight):
+            continue
+        p.scatter_(1, target, torch.expm1(z_target - log_sum))
+        dz = p if p is logits else logits.copy_(p)
+        if need_hidden:
+            torch.mm(dz, head, out=grad_hidden[part]).masked_fill_(ignored, 0)
+        if need_weight:
+            _accumulate(grad_weight[:rows], dz, x, first=start == 0)
+    return loss, grad_hidden, grad_weight
+
+
+def _accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
+    """``total += dz.T @ x`` (``=`` for the first chunk). Lower precision products are rounded once per chunk."""
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), x, beta=0 if first else 1)
+    elif first:
+        total.copy_(dz.t() @ x)
+    else:
+        total.add_(dz.t() @ x)
+
+
+def _shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: int,
+    ignore_index: int,
+    chunk: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = _statistics(dtype)
+    return (
+        hidden.new_empty((), dtype=exact),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=exact),
+    )
+
+
+# An operator of its own, so that torch.compile passes it through whole. The derivative stays outside, in the Function.
+_LIBRARY = torch.library.Library("megarewarm", "FRAGMENT")
+_LIBRARY.define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int rows, int ignore_index, int chunk, "
+    "ScalarType dtype, bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("linear_cross_entropy", _compute, "CompositeExplicitAutograd")
+torch.library.register_fake("megarewarm::linear_cross_entropy", _shapes, lib=_LIBRARY)

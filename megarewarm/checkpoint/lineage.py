@@ -1,0 +1,66 @@
+"""A checkpoint's history: the stages of training that led to it, each with its data, tokens and schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class DataSeen(BaseModel):
+    """What one stage read of one source. ``fingerprint`` identifies the tokens, wherever the file lies."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    path: str
+    fingerprint: str
+    samples: int
+    tokens: int
+
+
+class Stage(BaseModel):
+    """One run's part in a checkpoint: from its start (or from scratch) to the step at which it was saved.
+
+    ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    intent: str
+    started_from: str | None = None
+    steps: int = 0
+    tokens: int = 0
+    schedule: dict[str, Any] | None = None
+    max_lr: float | None = None
+    last_lr: float | None = None
+    data: list[DataSeen] = []
+    losses: dict[str, float] = {}
+
+
+class Lineage(BaseModel):
+    """All stages, oldest first. The last one is the run that wrote the checkpoint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stages: list[Stage] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on over all recorded stages; foreign checkpoints count as 0, their past is not recorded."""
+        return sum(stage.tokens for stage in self.stages)
+
+    def extended(self, stage: Stage) -> Lineage:
+        """This history with one more stage at its end."""
+        return Lineage(stages=[*self.stages, stage])
+
+    def lines(self) -> list[str]:
+        """One readable line a stage."""
+        result = []
+        for stage in self.stages:
+            data = ", ".join(f"{seen.name} {seen.tokens:,}" for seen in stage.data)
+            rate = f", lr up to {stage.max_lr:.3g}, last {stage.last_lr:.3g}" if stage.max_lr is not None else ""
+            tokens = f"{stage.tokens:,} tokens ({data})" if stage.data else "tokens not recorded"
+            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}")
+        return result

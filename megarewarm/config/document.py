@@ -1,0 +1,140 @@
+"""The schema as documentation: ``docs/config.md`` for people, a JSON Schema for editors. Both follow from schema.py."""
+
+from __future__ import annotations
+
+import json
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megarewarm.config.budget import Budget
+from megarewarm.config.experiment import ExperimentConfig
+from megarewarm.config.schema import RunConfig
+
+_INTRODUCTION = """\
+# Configuration
+
+Generated from `megarewarm/config/schema.py` by `python tools/document_config.py`; do not edit.
+
+A run is a YAML file with the sections below. `extends: other.yml` (or a list) lays a file over others, paths relative to
+itself; several files on the command line merge from left to right; `section.key=value` words override single keys
+(`data.train.0.weight=2` reaches into a list). Mappings merge key by key, lists and values replace. An unknown key is an
+error. A file with the key `experiment` holds several runs (last section).
+
+A *length of training* is written as steps (`500` or `500 steps`), tokens (`2.5B tokens`) or a share of the run (`1%`).
+
+Editors that know the YAML language server check and complete these files with
+`# yaml-language-server: $schema=../docs/config.schema.json` in their first line.
+"""
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        names = [_type_name(arg) for arg in get_args(annotation) if arg is not type(None)]
+        return " or ".join(names) + (", or null" if type(None) in get_args(annotation) else "")
+    if origin is list:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    if origin is tuple:
+        return f"{len(get_args(annotation))} numbers"
+    if origin is dict:
+        return f"mapping of names to {_type_name(get_args(annotation)[1])}"
+    if annotation is Budget:
+        return "length of training"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, BaseModel) and not isinstance(value, Budget):
+        return "its defaults"
+    if isinstance(value, Budget):
+        return f"`{value}`"
+    text = json.dumps(list(value) if isinstance(value, tuple) else value)
+    return f"`{text}`"
+
+
+def _models_below(model: type[BaseModel], found: list[type[BaseModel]]) -> list[type[BaseModel]]:
+    """All sections reachable from ``model``, in order of first mention."""
+    if model in found or model is Budget:
+        return found
+    found.append(model)
+
+    def visit(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            _models_below(annotation, found)
+        for arg in get_args(annotation):
+            visit(arg)
+
+    for field in model.model_fields.values():
+        visit(field.annotation)
+    return found
+
+
+def _section(model: type[BaseModel]) -> str:
+    lines = [
+        f"## {model.__name__}",
+        "",
+        (model.__doc__ or "").strip(),
+        "",
+        "| key | value | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, field in model.model_fields.items():
+        meaning = (field.description or _first_line(field.annotation)).replace("|", "\\|")
+        lines.append(f"| `{field.alias or name}` | {_type_name(field.annotation)} | {_default(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(annotation: Any) -> str:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return (candidate.__doc__ or "").strip().splitlines()[0]
+    raise ValueError(f"a key of type {annotation} has no description")
+
+
+def markdown() -> str:
+    """The text of docs/config.md. Raises ``ValueError`` for a key without a description."""
+    sections: list[type[BaseModel]] = []
+    _models_below(RunConfig, sections)
+    _models_below(ExperimentConfig, sections)
+    return (_INTRODUCTION + "\n" + "\n".join(_section(model) for model in sections)).replace("``", "`")
+
+
+def json_schema() -> str:
+    """The JSON Schema of a config file: a run, a part of one, or an experiment, with ``extends``."""
+    run = RunConfig.model_json_schema(by_alias=True)
+    experiment = ExperimentConfig.model_json_schema(by_alias=True)
+    definitions = {**run.pop("$defs"), **experiment.pop("$defs"), "Run": run}
+    # a file or an arm may hold a part of a run, so nothing is required of one alone; items of lists stand whole
+    for name, schema in definitions.items():
+        if name not in ("Source", "ValidationSet", "WandbConfig"):
+            schema.pop("required", None)
+    extends = {
+        "description": "Files (relative to this one) that this file is laid over.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    run["properties"]["extends"] = experiment["properties"]["extends"] = extends
+    experiment["properties"]["base"] = {"$ref": "#/$defs/Run"}
+    experiment["properties"]["runs"]["items"] = {"$ref": "#/$defs/Run"}
+    experiment["required"] = ["experiment"]
+    whole = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "megarewarm configuration",
+        "if": {"required": ["experiment"]},
+        "then": experiment,
+        "else": {"$ref": "#/$defs/Run"},
+        "$defs": definitions,
+    }
+    return json.dumps(whole, indent=1) + "\n"

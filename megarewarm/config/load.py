@@ -1,0 +1,158 @@
+"""From files and ``section.key=value`` words to a validated configuration, every error on one line with its place."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml
+from megarewarm.errors import UserError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``: mappings merge key by key, everything else (lists too) replaces what was there."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    """A file merged over the files its ``extends`` names (paths are relative to the file itself)."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
+    mapping, origins = read_yaml(path)
+    parents = mapping.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{origins[('extends',)]}: 'extends' takes a file name or a list of them")
+    merged: dict[str, Any] = {}
+    merged_origins: Origins = {}
+    for parent in parents:
+        parent_path = path.parent / parent
+        if not parent_path.is_file():
+            raise UserError(f"{origins[('extends',)]}: 'extends' names {parent_path}, which does not exist")
+        parent_mapping, parent_origins = _read_with_parents(parent_path, (*seen, resolved))
+        merged = merge(merged, parent_mapping)
+        merged_origins |= parent_origins
+    return merge(merged, mapping), merged_origins | origins
+
+
+def read_configs(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+    """Config files and ``section.key=value`` words, merged from left to right; the words apply last.
+
+    Returns the merged mapping, not yet validated, and where each key came from. Raises ``UserError``.
+    """
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    mapping: dict[str, Any] = {}
+    origins: Origins = {}
+    for file in files:
+        file_mapping, file_origins = _read_with_parents(Path(file), ())
+        mapping = merge(mapping, file_mapping)
+        origins |= file_origins
+    for word in words:
+        if word not in files:
+            apply_override(mapping, origins, word)
+    return mapping, origins
+
+
+def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None:
+    """Set one ``section.key=value`` in ``mapping``; numbers in the key index into lists."""
+    key, _, text = word.partition("=")
+    path = key.strip().split(".")
+    if not all(path):
+        raise UserError(f"command line: '{word}' is not of the form section.key=value")
+    where = f"command line ({word})"
+    value = parse_scalar(text, where)
+    place: Any = mapping
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise UserError(f"command line: '{word}': {'.'.join(path[:i])} is a list of {len(place)}; use its index")
+            if last:
+                place[int(part)] = value
+            else:
+                place = place[int(part)]
+        elif isinstance(place, dict):
+            if last:
+                place[part] = value
+            else:
+                if place.get(part) is None:
+                    place[part] = {}
+                place = place[part]
+        else:
+            raise UserError(f"command line: '{word}': {'.'.join(path[:i])} is a single value and has no keys below it")
+    origins[tuple(path)] = where
+
+
+def _section_at(model: Any, path: Sequence[str | int]) -> list[str]:
+    """Names of the keys that the schema knows at ``path`` (the parent of an unknown key)."""
+    current: Any = model
+    for part in path:
+        while get_origin(current) in (Union, types.UnionType):
+            current = next((arg for arg in get_args(current) if arg is not type(None)), None)
+        if get_origin(current) is list:
+            current = get_args(current)[0]
+            continue
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+        by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
+        field = by_alias.get(str(part))
+        if field is None:
+            return []
+        current = field.annotation
+    while get_origin(current) in (Union, types.UnionType):
+        current = next((arg for arg in get_args(current) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+    if get_origin(current) is list:
+        current = get_args(current)[0]
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return [field.alias or name for name, field in current.model_fields.items()]
+    return []
+
+
+def _place(path: tuple[str, ...], origins: Origins) -> str:
+    """Where ``path`` or the closest key above it was written."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in origins:
+            return origins[path[:length]]
+    return "config"
+
+
+def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> Model:
+    """``mapping`` as a ``model``. Raises ``UserError``: one line per problem, each with file, line, key and remedy."""
+    try:
+        return model.model_validate(mapping)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            path = tuple(str(part) for part in item["loc"])
+            key = ".".join(path)
+            place = _place(path, origins)
+            if item["type"] == "extra_forbidden":
+                known = _section_at(model, item["loc"][:-1])
+                section = ".".join(path[:-1])
+                hint = nearest(path[-1], known) or f"; known here: {', '.join(known)}"
+                lines.append(f"{place}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
+            elif item["type"] == "missing":
+                lines.append(f"{place}: '{key}' is missing and has no default")
+            else:
+                message = item["msg"].removeprefix("Value error, ")
+                value = item.get("input")
+                shown = f" (given: {value!r})" if isinstance(value, str | int | float | bool) else ""
+                lines.append(f"{place}: {key + ': ' if key else ''}{message}{shown}")
+        raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved configuration as YAML that loads to the same configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)

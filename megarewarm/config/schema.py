@@ -1,0 +1,407 @@
+"""The schema of a run. Every key, its meaning and its default stands here and nowhere else.
+
+``docs/config.md`` and ``docs/config.schema.json`` are generated from this file (``python tools/document_config.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megarewarm.config.budget import Budget
+
+Positive = Annotated[int, Field(gt=0)]
+LearningRate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, values are frozen after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Shape of the GPT-NeoX model. With ``start.from`` naming a checkpoint, it must agree with the checkpoint."""
+
+    num_layers: Positive = Field(description="Transformer layers.")
+    hidden_size: Positive = Field(description="Width h of the residual stream.")
+    num_heads: Positive = Field(description="Attention heads n; must divide hidden_size.")
+    ffn_size: Positive | None = Field(None, description="Width of the MLP; null means 4 x hidden_size.")
+    vocab_size: Positive = Field(description="Rows of the embedding and of the head; every token id must be below it.")
+    max_positions: Positive = Field(2048, description="Longest sequence the model is meant for.")
+    rotary_fraction: float = Field(0.25, ge=0, le=1, description="Share of each head's channels that are rotated.")
+    rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
+    activation: Literal["gelu_tanh", "gelu_erf"] = Field(
+        "gelu_tanh",
+        description="gelu_tanh is what GPT-NeoX trained Pythia with (bias_gelu_fusion); gelu_erf is what Hugging Face's "
+        "Pythia configs say.",
+    )
+    residual: Literal["parallel", "sequential"] = Field(
+        "parallel", description="parallel: x + attention(norm1(x)) + mlp(norm2(x)), as Pythia; sequential: as GPT-2."
+    )
+    tie_embeddings: bool = Field(False, description="Use the embedding matrix as the head too.")
+    attention_bias: bool = Field(True, description="Biases on the QKV and attention output projections.")
+    layernorm_eps: float = Field(1e-5, gt=0, description="Epsilon of every LayerNorm.")
+    init: Literal["small", "normal"] = Field(
+        "small", description="Input-side weights: small = N(0, sqrt(2/(5h))) (Pythia), normal = N(0, init_std)."
+    )
+    output_init: Literal["wang", "scaled_normal", "normal"] = Field(
+        "wang",
+        description="Weights that write to the residual stream: wang = N(0, 2/(L sqrt(h))) (Pythia), "
+        "scaled_normal = N(0, init_std/sqrt(2L)), normal = N(0, init_std).",
+    )
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initialisations.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: change one of them"
+            )
+        if self.rotary_dims % 2:
+            raise ValueError(
+                f"rotary_fraction {self.rotary_fraction} of a head of {self.head_dim} channels rotates "
+                f"{self.rotary_dims} of them; the number must be even"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def mlp_size(self) -> int:
+        return self.ffn_size or 4 * self.hidden_size
+
+
+Intent = Literal["scratch", "resume", "rewarm", "branch"]
+
+
+class StartConfig(Section):
+    """What this run starts from, and what of the checkpoint it keeps. ``intent`` presets the lines below it."""
+
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="A megarewarm run or checkpoint folder, or a Hugging Face GPT-NeoX folder or hub name "
+        "(name@revision). Null: from scratch.",
+    )
+    intent: Intent | None = Field(
+        None,
+        description="scratch | resume (bit-exact continuation) | rewarm (new schedule, usually new data) | branch (leave a "
+        "constant phase to anneal; data and moments kept). Null: scratch without 'from', rewarm with it.",
+    )
+    weights: Literal["load", "initialise"] | None = Field(None, description="Model weights.")
+    moments: Literal["keep", "reset", "keep_second"] | None = Field(
+        None, description="Adam's exp_avg and exp_avg_sq; keep_second keeps only exp_avg_sq."
+    )
+    optimizer_step: Literal["keep", "reset"] | None = Field(
+        None, description="Adam's step count, which sets the bias correction."
+    )
+    schedule: Literal["restart", "continue"] | None = Field(
+        None, description="restart: lr(0) of this file's schedule; continue: the checkpoint's schedule position."
+    )
+    iteration: Literal["restart", "continue"] | None = Field(
+        None, description="The loop's step counter (names of checkpoints, x axis of the logs)."
+    )
+    data: Literal["restart", "continue"] | None = Field(
+        None, description="Position in the training data, counted in samples of this run's data."
+    )
+    rng: Literal["reseed", "keep"] | None = Field(None, description="State of the random number generators.")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> StartConfig:
+        if self.from_ is None and self.intent not in (None, "scratch"):
+            raise ValueError(f"intent '{self.intent}' needs 'from': the checkpoint to start from")
+        if self.from_ is not None and self.intent == "scratch":
+            raise ValueError("intent 'scratch' contradicts 'from': remove one of them")
+        return self
+
+
+class Source(Section):
+    """One token file (or, with ``part``, one split of it)."""
+
+    path: str = Field(description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids.")
+    name: str | None = Field(None, description="Name in logs and lineage; null: the file's name.")
+    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
+    split: str | None = Field(
+        None, description="'train,valid,test' shares by documents, such as '969,30,1'; null: the whole file."
+    )
+    part: Literal["train", "valid", "test"] = Field("train", description="Which part of 'split' to read.")
+    dtype: Literal["uint16", "uint32", "int32"] | None = Field(
+        None, description="Type of the ids in a bare .bin; null: uint16 for vocabularies up to 65536, else uint32."
+    )
+    max_epochs: float | None = Field(
+        1.0,
+        gt=0,
+        description="How often the source may be read through. Asking for more is an error; null: without limit.",
+    )
+
+
+class ValidationSet(Section):
+    """A named validation loss on the same tokens at every evaluation."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in logs, figures and tables.")
+    role: Literal["upstream", "downstream", "other"] = Field(
+        "other", description="upstream: what the model must not forget; downstream: what it must learn."
+    )
+    sources: list[Source] = Field(min_length=1, description="Where its tokens come from, blended by weight.")
+    tokens: Positive = Field(
+        description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
+    )
+
+
+class DataConfig(Section):
+    """Token files, their order and their blend."""
+
+    sequence_length: Positive = Field(description="Tokens s per sample; one more is read as the last target.")
+    order: Literal["permuted", "neox", "megatron"] = Field(
+        "permuted",
+        description="permuted: a keyed permutation of contiguous windows, no index to build; neox, megatron: the exact "
+        "sample orders of those trainers.",
+    )
+    seed: int = Field(1234, ge=0, description="Seed of the order.")
+    train: list[Source] = Field(min_length=1, description="Training sources.")
+    validation: list[ValidationSet] = Field([], description="Named validation sets.")
+    tokenizer: str | None = Field(
+        None, description="tokenizer.json of the data; copied beside exported weights. Not needed for training."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        names = [v.name for v in self.validation]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two validation sets are named '{name}': give each its own name")
+        return self
+
+
+class ReplayConfig(Section):
+    """A share of every batch taken from old data, compute-equivalent (arXiv 2403.08763, section 4.2)."""
+
+    fraction: float = Field(gt=0, lt=1, description="Share of the samples that are replayed; new data get the rest.")
+    sources: list[Source] = Field(min_length=1, description="The old data, blended by weight among themselves.")
+
+
+Curve = Literal[
+    "constant",
+    "linear",
+    "linear_clipped",
+    "cosine",
+    "cosine_clipped",
+    "exponential",
+    "inverse_sqrt",
+    "wsd",
+    "infinite_cosine",
+    "infinite_inverse_sqrt",
+]
+
+_CURVE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    # curve: (keys it must have, keys it may have); max_lr and warmup belong to all of them
+    "constant": (set(), set()),
+    "linear": ({"min_lr"}, {"length"}),
+    "linear_clipped": ({"min_lr"}, {"length"}),
+    "cosine": ({"min_lr"}, {"length"}),
+    "cosine_clipped": ({"min_lr"}, {"length"}),
+    "exponential": ({"min_lr"}, {"length"}),
+    "inverse_sqrt": ({"min_lr"}, set()),
+    "wsd": ({"min_lr", "decay"}, {"length", "decay_shape"}),
+    "infinite_cosine": ({"min_lr", "constant_lr", "cooldown", "constant"}, {"length"}),
+    "infinite_inverse_sqrt": ({"min_lr", "constant_lr", "cooldown", "constant"}, {"length", "timescale"}),
+}
+
+
+class ScheduleConfig(Section):
+    """The learning-rate curve, a pure function of the step. Keys a curve has no use for are refused."""
+
+    curve: Curve = Field(description="Shape after the warmup; docs/schedules.md draws each one.")
+    max_lr: LearningRate = Field(description="Peak, reached at the end of the warmup.")
+    min_lr: LearningRate | None = Field(None, description="Floor, reached at the end of 'length'.")
+    warmup: Budget = Field(
+        Budget(amount=1, unit="percent"), description="Linear re-warming from 0; 0 for none.", validate_default=False
+    )
+    length: Budget | None = Field(
+        None, description="From step 0 to the end of the decay; null: the training budget. Later steps stay at the floor."
+    )
+    decay: Budget | None = Field(None, description="wsd: length of the final decay.")
+    decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = Field(
+        None, description="wsd: shape of the final decay; null: minus_sqrt."
+    )
+    constant_lr: LearningRate | None = Field(None, description="infinite_*: height of the constant phase.")
+    cooldown: Budget | None = Field(None, description="infinite_*: own length of the cooldown from max_lr to constant_lr.")
+    constant: Budget | None = Field(
+        None, description="infinite_*: own length of the constant phase (not its end); the rest of 'length' anneals."
+    )
+    timescale: float | None = Field(None, gt=0, description="infinite_inverse_sqrt: steepness; null: 10.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        required, optional = _CURVE_KEYS[self.curve]
+        special = set(ScheduleConfig.model_fields) - {"curve", "max_lr", "warmup"}
+        given = {key for key in special if getattr(self, key) is not None}
+        if missing := required - given:
+            raise ValueError(f"curve '{self.curve}' needs {_names(missing)}")
+        if extra := given - required - optional:
+            raise ValueError(
+                f"curve '{self.curve}' has no use for {_names(extra)}: remove it, or set it to null where it is inherited"
+            )
+        if self.min_lr is not None and self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above max_lr {self.max_lr:g}")
+        if self.constant_lr is not None and not (self.min_lr or 0) <= self.constant_lr <= self.max_lr:
+            raise ValueError(f"constant_lr {self.constant_lr:g} does not lie between min_lr and max_lr")
+        if self.curve.startswith("infinite") and not self.min_lr:
+            raise ValueError(f"curve '{self.curve}' anneals exponentially, so min_lr must be above 0")
+        return self
+
+
+def _names(keys: set[str]) -> str:
+    return ", ".join(f"'{key}'" for key in sorted(keys))
+
+
+class OptimizerConfig(Section):
+    """AdamW. Norms and biases are not decayed; embeddings and the head are (as GPT-NeoX)."""
+
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long and in what portions."""
+
+    budget: Budget = Field(description="Length of the run, in steps or tokens.")
+    global_batch: Positive = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch: Positive = Field(description="Sequences per forward pass on one rank.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: autocast over fp32 master weights. auto: bf16 on GPUs that have it, fp32 elsewhere."
+    )
+    seed: int = Field(1234, ge=0, description="Seed of initial weights and of every other random choice but the data order.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.budget.unit == "percent":
+            raise ValueError(f"budget '{self.budget}' is a share of itself: give steps or tokens")
+        return self
+
+
+class EvaluationConfig(Section):
+    """When the validation sets are evaluated. Always also after the last step."""
+
+    every: Budget = Field(Budget(amount=1, unit="percent"), description="Interval.", validate_default=False)
+    every_in_warmup: Budget | None = Field(None, description="Interval during the warmup; null: the same.")
+    at_start: bool = Field(True, description="Evaluate the start checkpoint before the first step.")
+    micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
+
+
+class CheckpointConfig(Section):
+    """When the run's own checkpoints are written, and how many stay."""
+
+    every: Budget | None = Field(
+        Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
+    )
+    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
+
+
+class ExportConfig(Section):
+    """What is written after the last step, beside the run's own checkpoints."""
+
+    huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads.")
+
+
+class WandbConfig(Section):
+    """Weights & Biases, when asked for (the wandb package must be installed)."""
+
+    project: str = Field(description="Project name.")
+    entity: str | None = Field(None, description="Team or user.")
+
+
+class LoggingConfig(Section):
+    """What is written during training. RUN/metrics.jsonl always is."""
+
+    every: Positive = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
+    tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
+    wandb: WandbConfig | None = Field(None, description="Send the metrics to Weights & Biases as well.")
+
+
+class KernelsConfig(Section):
+    """Knobs of the fused operations."""
+
+    loss_memory: Positive = Field(
+        64 * 2**20,
+        description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes.",
+    )
+
+
+class ParallelConfig(Section):
+    """How the ranks work together. The launcher sets their number."""
+
+    data: Positive | None = Field(
+        None, description="Data-parallel ranks; null: all the launcher started. Another number is an error."
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="How long a rank waits for the others before the job ends.")
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the run; the run folder is called after it.")
+    folder: str | None = Field(None, description="Run folder; null: runs/NAME.")
+    model: ModelConfig | None = Field(None, description="Shape of the model; null: the start checkpoint's.")
+    start: StartConfig = StartConfig()
+    data: DataConfig
+    replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
+    schedule: ScheduleConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    logging: LoggingConfig = LoggingConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.model is None and self.start.from_ is None:
+            raise ValueError("a run from scratch needs 'model': the shape to train; or give 'start.from': a checkpoint")
+        if self.model is not None and self.data.sequence_length > self.model.max_positions:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is above model.max_positions {self.model.max_positions}"
+            )
+        if self.total_steps < 1:
+            raise ValueError(
+                f"training.budget '{self.training.budget}' is less than one step of {self.tokens_per_step:,} tokens"
+            )
+        return self
+
+    @property
+    def run_folder(self) -> str:
+        return self.folder or f"runs/{self.name}"
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; a token budget is rounded to the nearest whole step."""
+        return round(self.training.budget.in_steps(self.tokens_per_step))
+
+    def steps(self, budget: Budget) -> float:
+        """``budget`` in optimizer steps of this run, unrounded."""
+        return budget.in_steps(self.tokens_per_step, self.total_steps)

@@ -1,0 +1,163 @@
+"""The .idx of a token file, as GPT-NeoX and Megatron-LM write it: opening, checks, reading of ranges.
+
+Little-endian: ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 N, u64 D, i32 sizes (N,) in tokens, i64 pointers
+(N,) in bytes, i64 document index (D,), and i8 modes (N,) in multimodal files only. Nothing is aligned.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"MMIDIDX\x00\x00"
+OLD_MAGIC = b"TNTIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+
+# Codes 6 and 7 are float32 and float64 in GPT-NeoX, the other way round in Megatron-LM: neither holds token ids.
+CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+FLOAT_CODES = (6, 7)
+
+CHECK_WHOLE = 2**22  # documents up to which every pointer is checked at opening
+SAMPLED_BLOCKS = 64
+
+
+class FileBytes:
+    """A file that is open for reading at any place, from any thread, until the object is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+
+    def read(self, offset: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
+        """``count`` items of ``dtype`` from byte ``offset`` on, (count,), read-only."""
+        kind = np.dtype(dtype)
+        wanted = int(count) * kind.itemsize
+        data = os.pread(self._fd, wanted, int(offset))
+        while len(data) < wanted:  # Linux returns at most 2 GiB at once
+            more = os.pread(self._fd, wanted - len(data), int(offset) + len(data))
+            if not more:
+                raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
+            data += more
+        return np.frombuffer(data, kind)
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened .idx of ``count`` sequences, of which ranges are read on demand."""
+
+    path: Path
+    dtype: np.dtype
+    count: int
+    bytes: FileBytes
+
+    def sizes(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Tokens of the sequences [first, last)."""
+        return self.bytes.read(HEADER.size + 4 * first, last - first, "<i4").astype(np.int64)
+
+    def pointers(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """First bytes in the .bin of the sequences [first, last)."""
+        return self.bytes.read(HEADER.size + 4 * self.count + 8 * first, last - first, "<i8")
+
+
+def open_index(path: Path) -> Index:
+    """Open and check an .idx. Raises ``UserError`` for another format and for an inconsistent or damaged file.
+
+    A document index that is ``[0]``, as GPT-NeoX's merging tool leaves it, is tolerated with a warning.
+    """
+    size = path.stat().st_size
+    file = FileBytes(path)
+    head = file.read(0, min(size, HEADER.size), "u1").tobytes()
+    if head.startswith(OLD_MAGIC):
+        raise UserError(
+            f"{path} is a TNTIDX index ('lazy' or 'cached' data of old GPT-NeoX and Megatron), which is not read: "
+            f"preprocess the text again, or convert it with GPT-NeoX's data_impl 'mmap'"
+        )
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise UserError(
+            f"{path} is not a token index: it starts with {head[:9]!r}, expected {MAGIC!r} and a header of 34 bytes"
+        )
+    _, version, code, count, documents = HEADER.unpack(head)
+    if version != 1:
+        raise UserError(f"{path} is of index version {version}, only version 1 is known")
+    if code in FLOAT_CODES:
+        raise UserError(f"{path} says the data are floating-point numbers (dtype code {code}), expected token ids")
+    if code not in CODES:
+        raise UserError(f"{path} has dtype code {code}, expected one of {sorted(CODES)}: the file is damaged")
+    expected = HEADER.size + 12 * count + 8 * documents
+    if size not in (expected, expected + count):
+        raise UserError(
+            f"{path} has {size} bytes, expected {expected} (or {expected + count} with modes) for {count} "
+            f"sequences and {documents} document entries: it is "
+            f"{'truncated' if size < expected else 'too long'}, make or copy it again"
+        )
+    if size != expected:
+        _check_modes(file, expected, count)
+    _check_document_index(file, HEADER.size + 12 * count, documents, count)
+    index = Index(path, np.dtype(CODES[code]).newbyteorder("<"), count, file)
+    _check_pointers(index)
+    return index
+
+
+def _check_modes(file: FileBytes, offset: int, count: int) -> None:
+    for first, last in ranges(count, 2**20):
+        modes = file.read(offset + first, last - first, "i1")
+        if modes.any():
+            bad = int(np.argmax(modes != 0))
+            raise UserError(
+                f"{file.path}: sequence {first + bad} is of mode {modes[bad]}, expected 0 (text): multimodal data are not read"
+            )
+
+
+def _check_document_index(file: FileBytes, offset: int, documents: int, count: int) -> None:
+    ends = [int(file.read(offset + 8 * i, 1, "<i8")[0]) for i in ([0, documents - 1] if documents else [])]
+    if documents == 1 and count and ends[0] == 0:
+        log.warning("%s has no document index (a merged file): every sequence is taken as a document", file.path)
+    elif ends != [0, count]:
+        found = "..".join(map(str, ends)) or "nothing"
+        raise UserError(f"{file.path}: its document index covers {found}, expected 0..{count}: make the file again")
+
+
+def _check_pointers(index: Index) -> None:
+    """Flat reading is right only where each document starts at the byte at which the one before it ends."""
+    whole = index.count <= CHECK_WHOLE
+    block = 2**18 if whole else 2**12
+    for first, last in blocks(index.count, block, -(-index.count // block) if whole else SAMPLED_BLOCKS):
+        before = max(first - 1, 0)
+        sizes, pointers = index.sizes(before, last), index.pointers(before, last)
+        if (sizes < 0).any():
+            bad = int(np.argmax(sizes < 0))
+            raise UserError(f"{index.path}: sequence {before + bad} has {sizes[bad]} tokens: make the file again")
+        if first == 0 and pointers[0] != 0:
+            raise UserError(f"{index.path}: the first sequence starts at byte {pointers[0]}, expected 0: make it again")
+        expected = pointers[:-1] + sizes[:-1] * index.dtype.itemsize
+        if (expected != pointers[1:]).any():
+            bad = int(np.argmax(expected != pointers[1:]))
+            raise UserError(
+                f"{index.path}: sequence {before + bad + 1} starts at byte {pointers[bad + 1]}, expected "
+                f"{expected[bad]}, where the one before it ends: only files without gaps are read, write the documents "
+                f"into a new file"
+            )
+
+
+def blocks(total: int, block: int, count: int) -> list[tuple[int, int]]:
+    """``count`` evenly spaced ranges of ``block`` in range(total), first and last included; all of it if that fits."""
+    if total <= block * count:
+        return ranges(total, block)
+    starts = [(total - block) * i // (count - 1) for i in range(count)]
+    return [(start, start + block) for start in starts]
+
+
+def ranges(total: int, block: int) -> list[tuple[int, int]]:
+    return [(first, min(first + block, total)) for first in range(0, total, block)]

@@ -1,0 +1,194 @@
+"""Samples of s + 1 tokens out of one token file, in one of three orders.
+
+``PermutedSamples`` needs no index and no memory; ``NeoxSamples`` and ``MegatronSamples`` give the exact samples of
+GPT-NeoX and Megatron-LM. Sample i is always (s + 1,) ids: the inputs and, one further on, the targets.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.data.permutation import Permutation, derive_key
+from megarewarm.data.token_file import TokenView
+from megarewarm.errors import UserError
+
+Description = dict[str, str | int | float | None]
+
+
+class Samples(ABC):
+    """An order of samples. ``samples_per_epoch`` is floor((t - 1) / s) of the view's t tokens.
+
+    ``num_samples`` is how many there are, None for without end. ``UserError`` for a view of less than s + 1 tokens.
+    """
+
+    order: str
+    num_samples: int | None
+
+    def __init__(self, tokens: TokenView, sequence_length: int) -> None:
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.samples_per_epoch = (tokens.num_tokens - 1) // sequence_length
+        if self.samples_per_epoch < 1:
+            raise UserError(
+                f"{tokens.file.path} gives {tokens.num_tokens} tokens ({tokens.num_documents} documents), one sample "
+                f"takes {sequence_length + 1}: shorten data.sequence_length, change 'split' or remove the source"
+            )
+
+    def sample(self, index: int) -> npt.NDArray[np.int64]:
+        """Sample ``index``, (s + 1,) int64."""
+        out = np.empty((1, self.sequence_length + 1), np.int64)
+        self.fill(np.array([index], np.int64), out)
+        return out[0]
+
+    def fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+        """Write the samples ``indices``, (k,), into the rows of ``out``, (k, s + 1); ``IndexError`` past the last."""
+        if indices.size and (
+            int(indices.min()) < 0 or (self.num_samples is not None and int(indices.max()) >= self.num_samples)
+        ):
+            raise IndexError(f"{self.tokens.file.path} has {self.num_samples} samples, asked for {indices.max()}")
+        self._fill(indices, out)
+
+    @abstractmethod
+    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None: ...
+
+    def describe(self) -> Description:
+        """Order, samples and epochs (None: without end), for logs and lineage."""
+        epochs = None if self.num_samples is None else self.num_samples / self.samples_per_epoch
+        return {
+            "order": self.order,
+            "samples_per_epoch": self.samples_per_epoch,
+            "samples": self.num_samples,
+            "epochs": epochs,
+        }
+
+
+class PermutedSamples(Samples):
+    """Epoch e holds the M windows of s + 1 tokens that start every s tokens, permuted by a key from (seed, e).
+
+    Sample i is window permutation_e(i mod M) with e = floor(i / M). ``max_epochs``, which may be fractional, limits the
+    number of samples to floor(max_epochs * M); None is without end.
+    """
+
+    order = "permuted"
+
+    def __init__(self, tokens: TokenView, sequence_length: int, seed: int, max_epochs: float | None = 1.0) -> None:
+        super().__init__(tokens, sequence_length)
+        self._seed = seed
+        self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
+
+    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+        length = self.sequence_length + 1
+        epochs, places = np.divmod(indices, self.samples_per_epoch)
+        for epoch in np.unique(epochs):
+            (rows,) = np.nonzero(epochs == epoch)
+            permutation = Permutation(self.samples_per_epoch, derive_key(self._seed, int(epoch)))
+            windows = permutation(places[rows])
+            for row, window in zip(rows.tolist(), windows.tolist(), strict=True):
+                out[row] = self.tokens.read(window * self.sequence_length, length)
+
+
+class _ShuffledSamples(Samples):
+    """What GPT-NeoX and Megatron-LM have in common: shuffled documents, cut into samples, which are shuffled again.
+
+    Both write down the document and offset of every sample. These are simply where flat token k s of the shuffled
+    documents lies, so they are searched for in the running sum of the document sizes when a sample is read. Memory: 12
+    to 16 bytes per document and epoch, 4 (8 from 2**32 - 2 samples on) per sample.
+    """
+
+    def __init__(self, tokens: TokenView, sequence_length: int, seed: int, num_samples: int) -> None:
+        super().__init__(tokens, sequence_length)
+        if num_samples < 1:
+            raise ValueError(f"{num_samples} samples of {tokens.file.path} requested, expected at least 1")
+        self.num_epochs = -(-(num_samples * sequence_length + 1) // tokens.num_tokens)
+        self.num_samples: int = self._samples_in(self.num_epochs)
+        random = np.random.RandomState(seed)
+        # The documents are shuffled within these ranges of epochs, the samples within the ranges of samples they make.
+        self.epoch_ranges = self._epoch_ranges(num_samples)
+        self._documents = self._shuffled_documents(random)
+        self._ends = np.cumsum(tokens.sizes()[self._documents - tokens.first_document])
+        bounds = [0] + [self._samples_in(last) for _, last in self.epoch_ranges]
+        kind = np.uint32 if self.num_samples < 2**32 - 2 else np.int64
+        self._shuffle = np.arange(self.num_samples, dtype=kind)
+        for i in range(len(self.epoch_ranges)):
+            random.shuffle(self._shuffle[bounds[i] : bounds[i + 1]])
+
+    def _samples_in(self, epochs: int) -> int:
+        return (epochs * self.tokens.num_tokens - 1) // self.sequence_length
+
+    @abstractmethod
+    def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
+        """Ranges of epochs, which together are range(num_epochs), that are shuffled each for itself."""
+
+    def _shuffled_documents(self, random: np.random.RandomState) -> np.ndarray:
+        view = self.tokens
+        kind = np.int32 if view.last_document < 2**31 else np.int64
+        ids = np.arange(view.first_document, view.last_document, dtype=kind)
+        parts = []
+        for first, last in self.epoch_ranges:
+            part = np.tile(ids, last - first)
+            random.shuffle(part)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @property
+    def document_order(self) -> np.ndarray:
+        """Document ids (of the whole file) in the order they are read, all epochs; GPT-NeoX's ``doc_idx``."""
+        return self._documents
+
+    @property
+    def shuffle(self) -> np.ndarray:
+        """The place in the row of cut samples of each sample, (num_samples,); GPT-NeoX's ``shuffle_idx``."""
+        return self._shuffle
+
+    def starts(self, places: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Rows of GPT-NeoX's ``sample_idx``, (..., 2): index into ``document_order`` and offset of flat token k s."""
+        flat = np.asarray(places, np.int64) * self.sequence_length
+        rows = np.searchsorted(self._ends, flat, side="right")
+        before = np.where(rows > 0, self._ends[rows - 1], 0)
+        return np.stack([rows, flat - before], axis=-1)
+
+    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+        starts = self.starts(self._shuffle[indices])
+        file, length = self.tokens.file, self.sequence_length + 1
+        for target, (row, offset) in zip(out, starts.tolist(), strict=True):
+            filled = 0
+            while filled < length:
+                size = int(self._ends[row]) - (int(self._ends[row - 1]) if row else 0)
+                take = min(size - offset, length - filled)
+                start = file.document_start(int(self._documents[row])) + offset
+                target[filled : filled + take] = file.read(start, take)
+                filled += take
+                row, offset = row + 1, 0
+
+    def describe(self) -> Description:
+        return {**super().describe(), "epochs": self.num_epochs}
+
+
+class NeoxSamples(_ShuffledSamples):
+    """GPT-NeoX's order: documents of all epochs shuffled together, then samples of all epochs shuffled together.
+
+    ``num_samples`` is the request, which decides the number of epochs: the smallest E with floor((E t - 1) / s) of at
+    least that many samples. All of these then exist. A run that needs 1.2 epochs thus reads some text twice and some
+    never.
+    """
+
+    order = "neox"
+
+    def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
+        return [(0, self.num_epochs)]
+
+
+class MegatronSamples(_ShuffledSamples):
+    """Megatron-LM's order: as GPT-NeoX's, but a last epoch of which less than 80% is needed is shuffled for itself."""
+
+    order = "megatron"
+
+    def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
+        last = self.num_epochs - 1
+        if last and num_samples - self._samples_in(last) < int(0.80 * self.samples_per_epoch):
+            return [(0, last), (last, self.num_epochs)]
+        return [(0, self.num_epochs)]

@@ -1,0 +1,268 @@
+"""Tokenizers behind one small interface: loading and training of Hugging Face tokenizer.json and sentencepiece .model.
+
+The libraries ``tokenizers`` and ``sentencepiece`` are imported where they are first needed: training on ready token
+files needs neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.errors import UserError, nearest
+
+END_OF_DOCUMENT = "<|endoftext|>"
+PADDING = "<|padding|>"
+
+_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+# Parts of a tokenizer.json that have no influence on the ids of a text (special tokens are never added to it).
+_WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decoder")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back. ``vocab_size`` is the largest id + 1."""
+
+    vocab_size: int
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """Ids of each text, (t,) each, on all cores.
+
+        Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX.
+        """
+
+    @abstractmethod
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of ids (t,). Special tokens are written out, but sentencepiece's control symbols vanish."""
+
+    @property
+    @abstractmethod
+    def eod_id(self) -> int:
+        """Id of the token that ends a document. Raises ``UserError`` where the tokenizer has none that is known."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides which ids a text gets."""
+
+
+def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, a sentencepiece .model, or a folder that holds a tokenizer.json or .model.
+
+    ``eod_token`` is the token that ends documents; without it the usual names are tried (``<|endoftext|>`` first), for
+    sentencepiece the model's own end symbol. Raises ``UserError`` for anything that isn't a tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: name the tokenizer's file")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give a tokenizer.json or a sentencepiece .model file")
+    if path.suffix == ".json":
+        return _HuggingFace(path, eod_token)
+    if path.suffix == ".model":
+        return _SentencePiece(path, eod_token)
+    raise UserError(f"{path} is of no known kind: expected a tokenizer.json or a sentencepiece .model file")
+
+
+class _HuggingFace(Tokenizer):
+    def __init__(self, path: Path, eod_token: str | None) -> None:
+        super().__init__(path)
+        library = _library("tokenizers")
+        try:
+            self._tokenizer = library.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for a file it can't read
+            raise UserError(f"{path} is not a tokenizer.json that 'tokenizers' can read: {error}") from error
+        # Both may be stored in the file and would cut or stretch every document.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self._eod_token = eod_token
+        if eod_token is not None and eod_token not in self._vocabulary:
+            raise UserError(f"{path} has no token '{eod_token}'{nearest(eod_token, self._vocabulary)}")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
+
+    @property
+    def eod_id(self) -> int:
+        for token in (self._eod_token,) if self._eod_token else _KNOWN_ENDS:
+            if token in self._vocabulary:
+                return self._vocabulary[token]
+        raise UserError(f"{self.path} has none of the tokens {', '.join(_KNOWN_ENDS)}: say which token ends a document")
+
+    def fingerprint(self) -> str:
+        content = json.loads(self.path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}
+        merges = kept.get("model", {}).get("merges")
+        if merges and isinstance(merges[0], str):  # older versions of the library write pairs as "a b"
+            kept["model"]["merges"] = [pair.split(" ") for pair in merges]
+        return _sha256(json.dumps(_without_defaults(kept), sort_keys=True).encode())
+
+
+class _SentencePiece(Tokenizer):
+    def __init__(self, path: Path, eod_token: str | None) -> None:
+        super().__init__(path)
+        library = _library("sentencepiece")
+        self._bytes = path.read_bytes()
+        try:
+            self._model = library.SentencePieceProcessor(model_proto=self._bytes)
+        except RuntimeError as error:
+            raise UserError(f"{path} is not a sentencepiece model: {error}") from error
+        self.vocab_size = self._model.get_piece_size()
+        self._eod_id = self._model.eos_id() if eod_token is None else self._model.piece_to_id(eod_token)
+        if eod_token is not None and self._model.id_to_piece(self._eod_id) != eod_token:
+            raise UserError(f"{path} has no piece '{eod_token}'")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts), out_type=int)]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        return self._model.decode(np.asarray(ids).tolist())
+
+    @property
+    def eod_id(self) -> int:
+        if self._eod_id < 0:
+            raise UserError(f"{self.path} has no end-of-sentence piece: say which piece ends a document")
+        return self._eod_id
+
+    def fingerprint(self) -> str:
+        return _sha256(self._bytes)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Train a byte-level BPE (Sennrich et al. 2016; on bytes: Radford et al. 2019) and write it as a tokenizer.json.
+
+    Like the tokenizer of GPT-NeoX-20B, with ``<|endoftext|>`` = 0 and ``<|padding|>`` = 1, but without its NFC
+    normalisation, so that decoding gives back every text exactly. Equal texts give an equal file. ``vocab_size`` counts
+    special tokens and the 256 bytes. Raises ``UserError`` where the texts don't hold that many tokens.
+    """
+    library = _library("tokenizers")
+    if vocab_size < 258:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need 258")
+    byte_level = library.pre_tokenizers.ByteLevel
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    tokenizer.post_processor = library.processors.ByteLevel(trim_offsets=True)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT, PADDING],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    _check_size(tokenizer.get_vocab_size(), vocab_size)
+    write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    return load_tokenizer(path)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
+    """Train a sentencepiece BPE model (Kudo and Richardson 2018) that decodes every text exactly, and write it.
+
+    Unknown characters fall back to bytes and no normalisation is done. ``<|endoftext|>`` = 0, ``<|padding|>`` = 1,
+    ``<unk>`` = 2. Raises ``UserError`` for a ``vocab_size`` that the texts don't allow.
+    """
+    library = _library("sentencepiece")
+    model = _Buffer()
+    try:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=0.9995,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**30,  # longer lines would be left out
+            eos_id=0,
+            eos_piece=END_OF_DOCUMENT,
+            pad_id=1,
+            pad_piece=PADDING,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"sentencepiece can't train a vocabulary of {vocab_size} on this text: {error}") from error
+    _check_size(library.SentencePieceProcessor(model_proto=model.content).get_piece_size(), vocab_size)
+    write_atomically(path, model.content)
+    return load_tokenizer(path)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file: under its name there is the old content or the new, never a part of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class _Buffer:
+    """What sentencepiece expects of a ``model_writer``."""
+
+    content = b""
+
+    def write(self, data: bytes) -> None:
+        self.content += data
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Line by line: sentencepiece slows down on long texts. It refuses null characters, which then are byte tokens."""
+    for text in texts:
+        yield from text.replace("\0", "\n").split("\n")
+
+
+def _check_size(reached: int, wanted: int) -> None:
+    if reached != wanted:
+        raise UserError(f"the text gives {reached} tokens, not {wanted}: use more text or a smaller vocab_size")
+
+
+def _without_defaults(value: Any) -> Any:
+    """``value`` without the keys that are null, false or empty: newer versions of the library write more of them."""
+    if isinstance(value, dict):
+        kept = {key: _without_defaults(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if not (item is None or item is False or item in ("", [], {}))}
+    if isinstance(value, list):
+        return [_without_defaults(item) for item in value]
+    return value
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"the package '{name}' is needed for this tokenizer: pip install {name} ({error})") from error

@@ -1,0 +1,96 @@
+"""From the command line to a finished run: arguments, configuration, ranks, and the hand-over to the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from megarewarm import __version__
+from megarewarm.config.experiment import is_experiment, load_experiment
+from megarewarm.config.load import read_configs, validate
+from megarewarm.config.schema import RunConfig
+from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.parallel.launchers import Launch, read_launcher
+
+EXIT_DIVERGED = 3
+
+_EPILOG = """\
+Configs are merged from left to right; words of the form section.key=value override single keys.
+Start it with any of:
+  bash launch.sh configs/quickstart.yml
+  python launch.sh configs/410m_rewarm.yml training.micro_batch=4
+  deepspeed launch.sh configs/410m_rewarm.yml
+  torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
+The same command after an interruption continues where the run stood.
+Exit codes: 0 done, 2 bad input, 3 diverged, 128 + signal when stopped by one (a checkpoint was saved)."""
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. ``--local_rank`` is what the DeepSpeed launcher adds; it is read by the launcher's reader."""
+    parser = argparse.ArgumentParser(
+        prog="launch.sh",
+        description="megarewarm: continual pre-training of GPT-NeoX models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
+    parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
+    return parser.parse_intermixed_args(list(argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line and return the process's exit code. Every rank calls it; the main rank speaks."""
+    arguments = parse_arguments(argv)
+    launch: Launch | None = None
+    try:
+        launch = read_launcher(os.environ, arguments.local_rank)
+        mapping, origins = read_configs(arguments.configs)
+        console = Console(quiet=launch.rank != 0, soft_wrap=not sys.stdout.isatty())
+        if is_experiment(mapping):
+            experiment, runs = load_experiment(mapping, origins)
+            if arguments.dry_run:
+                from megarewarm.training.dry_run import show_experiment
+
+                return show_experiment(experiment, runs, console)
+            return _train(runs, launch, console, experiment=experiment)
+        run = validate(RunConfig, mapping, origins)
+        if arguments.dry_run:
+            from megarewarm.training.dry_run import show_run
+
+            return show_run(run, console, world_size=launch.world_size)
+        return _train([run], launch, console, experiment=None)
+    except UserError as error:
+        # one voice per node: the others would only repeat it
+        if launch is None or launch.local_rank == 0:
+            prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
+            print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+
+
+def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experiment) -> int:  # type: ignore[no-untyped-def]
+    # imported here so that --help and a mistyped key answer at once, without loading torch
+    from megarewarm.parallel.mesh import connect
+    from megarewarm.training.trainer import TrainingDiverged, train
+
+    ranks = connect(launch, runs[0].training.device, runs[0].parallel.timeout_minutes)
+    try:
+        if experiment is not None:
+            from megarewarm.training.experiment import run_experiment
+
+            stopped_by = run_experiment(experiment, runs, ranks, console)
+        else:
+            stopped_by = train(runs[0], ranks, console).stopped_by
+    except TrainingDiverged as error:
+        if ranks.is_main:
+            print(str(error), file=sys.stderr, flush=True)
+        return EXIT_DIVERGED
+    finally:
+        ranks.close()
+    return 0 if stopped_by is None else 128 + stopped_by

@@ -1,0 +1,1 @@
+"""GPT-NeoX on one device: the module, its initial weights, its sizes."""

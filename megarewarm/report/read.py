@@ -1,0 +1,264 @@
+"""Reads a run folder: ``metrics.jsonl``, one JSON object a line, and ``config.yaml``.
+
+The file only grows. A run that went back to a checkpoint tells some steps twice; only the last telling counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from megarewarm.errors import UserError
+
+UPSTREAM, DOWNSTREAM = "upstream", "downstream"
+_RESTARTS = ("resume", "start")
+_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run."""
+
+    step: int
+    tokens: float
+    name: str
+    role: str
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """``losses`` in nats per token against ``tokens`` trained in this run, both (points,) float64."""
+
+    tokens: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run folder tells, superseded lines left out.
+
+    ``train`` holds the train events' columns, (steps,) float64 each, NaN where a line has no such number. ``start`` is
+    the first start event, empty where there is none; ``events`` are the other events, in order.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    start: dict[str, Any]
+    train: dict[str, NDArray[np.float64]]
+    evaluations: list[Evaluation]
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return str(self.start.get("name") or self.config.get("name") or self.folder.name)
+
+    @property
+    def origin(self) -> str | None:
+        """The checkpoint that the run started from; ``None`` from scratch."""
+        configured = self.config.get("start")
+        origin = self.start.get("from") or (configured.get("from") if isinstance(configured, dict) else None)
+        return str(origin) if origin else None
+
+    @property
+    def first_step(self) -> int:
+        """The step before the first training step: 0, or more where the step counter was carried on."""
+        steps = self.train["step"]
+        if len(steps):
+            return int(steps[0]) - 1
+        return min((evaluation.step for evaluation in self.evaluations), default=0)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this run."""
+        return int(self.train["step"][-1]) - self.first_step if len(self.train["step"]) else 0
+
+    @property
+    def tokens_before(self) -> float:
+        """Value of the token counter at the start of this run: 0, or more where the counter was carried on."""
+        for evaluation in self.evaluations:
+            if evaluation.step == self.first_step:
+                return evaluation.tokens
+        steps, tokens = self.train["step"], self.train["tokens"]
+        if len(steps) == 0:
+            return 0.0
+        per_step = (tokens[-1] - tokens[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else tokens[0]
+        return max(0.0, float(tokens[0] - per_step))
+
+    @property
+    def tokens(self) -> float:
+        """Tokens trained in this run."""
+        return float(self.train["tokens"][-1]) - self.tokens_before if len(self.train["tokens"]) else 0.0
+
+    @property
+    def peak_lr(self) -> float | None:
+        """Highest learning rate that was used."""
+        rates = self.train["lr"][np.isfinite(self.train["lr"])]
+        return float(rates.max()) if len(rates) else None
+
+    def sets(self, role: str) -> list[str]:
+        """Names of the validation sets of ``role``, in order of appearance."""
+        return list(dict.fromkeys(e.name for e in self.evaluations if e.role == role))
+
+    def curve(self, role: str, name: str | None = None) -> Curve:
+        """Loss against tokens: of the set ``name``, or the mean of all sets of ``role`` where all were evaluated."""
+        names = [name] if name is not None else self.sets(role)
+        by_step: dict[int, dict[str, Evaluation]] = {}
+        for evaluation in self.evaluations:
+            if evaluation.role == role and evaluation.name in names:
+                by_step.setdefault(evaluation.step, {})[evaluation.name] = evaluation
+        rows = [list(found.values()) for _, found in sorted(by_step.items()) if len(found) == len(names)]
+        tokens = np.array([row[0].tokens for row in rows], dtype=np.float64) - self.tokens_before
+        return Curve(tokens, np.array([sum(e.loss for e in row) / len(row) for row in rows], dtype=np.float64))
+
+    def start_loss(self, role: str) -> float | None:
+        """Loss of the start checkpoint: the evaluation before the first step. ``None`` where there was none."""
+        losses = [e.loss for e in self.evaluations if e.role == role and e.step == self.first_step]
+        return sum(losses) / len(losses) if losses and len(losses) == len(self.sets(role)) else None
+
+
+def read_run(folder: Path | str) -> Run:
+    """The run in ``folder``. Raises UserError where it has no readable metrics."""
+    folder = Path(folder)
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder}: no metrics.jsonl: give the folder of a run that has trained at least one step")
+    record = _Record()
+    for number, event in _events(path):
+        try:
+            record.add(event)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {number}: a '{event.get('event')}' line with a missing or wrong {error}") from None
+    if not record.train and not record.evaluations:
+        raise UserError(f"{path}: no train and no eval line: the run ended before its first step")
+    return Run(folder, _config(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
+
+
+def read_runs(folders: Sequence[Path | str]) -> list[Run]:
+    """``read_run`` of each folder, in order. Raises UserError for none, or for one given twice."""
+    if not folders:
+        raise UserError("no run to report: give at least one run folder")
+    seen: set[Path] = set()
+    for folder in folders:
+        if (resolved := Path(folder).resolve()) in seen:
+            raise UserError(f"{folder}: given twice: remove one")
+        seen.add(resolved)
+    return [read_run(folder) for folder in folders]
+
+
+class _Record:
+    """The lines that count so far, in the order of the file."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, dict[str, Any]] = {}
+        self.evaluations: dict[tuple[int, str], Evaluation] = {}
+        self.start: dict[str, Any] = {}
+        self.events: list[dict[str, Any]] = []
+        self._last = -math.inf
+
+    def add(self, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "train":
+                step = int(event["step"])
+                if step <= self._last:
+                    # A step that comes again without a resume event: the run was begun anew at it.
+                    self._supersede(step - 1)
+                self._last = step
+                self.train[step] = event
+            case "eval":
+                evaluation = Evaluation(
+                    int(event["step"]),
+                    float(event["tokens"]),
+                    str(event["name"]),
+                    str(event.get("role", "other")),
+                    _number(event["loss"]),
+                )
+                key = (evaluation.step, evaluation.name)
+                self.evaluations.pop(key, None)  # so that the new one takes the later place
+                self.evaluations[key] = evaluation
+            case "start":
+                self.start = self.start or event
+            case "resume":
+                step = int(event["step"])
+                self._supersede(step)
+                if step < 0:  # begun anew: nothing of before counts, the start event included
+                    self.start, self.events = {}, []
+                else:
+                    self.events.append(event)
+            case _:
+                self.events.append(event)
+
+    def columns(self) -> dict[str, NDArray[np.float64]]:
+        """The train lines' numbers by name, (steps,) float64, NaN where a line lacks one."""
+        lines = self.train.values()
+        return {name: np.array([_number(line.get(name)) for line in lines], dtype=np.float64) for name in _COLUMNS}
+
+    def _supersede(self, step: int) -> None:
+        """Forget what was told of the steps after ``step``. That there was a resume is never forgotten."""
+        self.train = {key: line for key, line in self.train.items() if key <= step}
+        self.evaluations = {key: line for key, line in self.evaluations.items() if key[0] <= step}
+        self.events = [e for e in self.events if e["event"] == "resume" or e.get("step", step) <= step]
+        self._last = max(self.train, default=-math.inf)
+
+
+def _number(value: Any) -> float:
+    """NaN for what is no number: a loss that overflowed may have been written as null."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a metrics file.
+
+    A crash may tear the last line that a process wrote: at the end of the file, or in front of the next process's first
+    line, with or without a line break between the two. Raises UserError for any other line that is not JSON.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    torn: int | None = None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        event = _parse(line)
+        if event is None and (cut := line.rfind('{"event"')) > 0:
+            event = _parse(line[cut:])
+            torn = number
+        elif event is None and number < len(lines):
+            torn = number
+            continue
+        if event is None:
+            continue
+        if torn is not None:
+            if event["event"] not in _RESTARTS:
+                raise UserError(f"{path}, line {torn}: not a JSON object: the file was damaged or edited")
+            torn = None
+        yield number, event
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The run's resolved configuration; empty where the folder has none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    return config if isinstance(config, dict) else {}

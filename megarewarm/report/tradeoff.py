@@ -1,0 +1,63 @@
+"""The figure of forgetting against adaptation: one point per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from megarewarm.report import style
+from megarewarm.report.lines import lines_of
+from megarewarm.report.measures import Row
+from megarewarm.report.place import place_labels
+from megarewarm.report.read import Run
+from megarewarm.report.words import rate_text, signed_text
+
+
+def draw_tradeoff(runs: Sequence[Run], table: Sequence[Row]) -> Figure | None:
+    """Adaptation against forgetting, one point per run; ``None`` with fewer than two points."""
+    points = [
+        (line, row.forgetting, row.adaptation)
+        for line, row in zip(lines_of(runs), table, strict=True)
+        if row.forgetting is not None and row.adaptation is not None
+    ]
+    if len(points) < 2:
+        return None
+    with style.style():
+        figure = style.new_figure(8.2, 5.4)
+        axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))
+        xs, ys = np.array([x for _, x, _ in points]), np.array([y for _, _, y in points])
+        for side, values in ((axes.set_xlim, xs), (axes.set_ylim, ys)):
+            low, high = min(0.0, values.min()), max(0.0, values.max())
+            pad = 0.14 * max(high - low, 0.02)
+            side(low - pad, high + pad)
+        zero = [side(0, color=style.QUIET, linewidth=0.8) for side in (axes.axhline, axes.axvline)]
+        for line, x, y in points:
+            axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
+        axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
+        axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
+        axes.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
+        style.quiet_axes(axes)
+        axes.set_title("What each run learned, and what it forgot")
+        corner = axes.text(0.012, 0.985, "↖ better", transform=axes.transAxes, color=style.QUIET, va="top")
+        texts = [f"{line.label}  {rate_text(line.run.peak_lr)}" for line, _, _ in points]
+        place_labels(axes, xs, ys, texts, [style.for_text(line.colour) for line, _, _ in points], taken=[corner, *zero])
+        return figure
+
+
+def describe_tradeoff(table: Sequence[Row]) -> str:
+    """Alternative text of ``draw_tradeoff``."""
+    points = [
+        f"{row.label}: forgetting {signed_text(row.forgetting)}, adaptation {signed_text(row.adaptation)}"
+        for row in table
+        if row.forgetting is not None and row.adaptation is not None
+    ]
+    return "Scatter chart of adaptation against forgetting. " + "; ".join(points) + "."
+
+
+def _signed_tick(value: float, _: int) -> str:
+    text = f"{abs(value):.2g}"
+    return "0" if abs(value) < 1e-9 else f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"

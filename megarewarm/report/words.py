@@ -1,0 +1,282 @@
+"""The runs of a report in plain sentences, each of which the data carry, and the numbers' spelling."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megarewarm.report.measures import Row, differences, labels, rows
+from megarewarm.report.read import Run
+
+# Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
+SAME = 0.005
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+_COMPARISONS = 2  # as many sentences on one setting as a reader takes in
+
+_LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
+
+
+def tokens_text(tokens: float) -> str:
+    """2500000000 -> '2.5B'."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size * 0.9995:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
+def rate_text(rate: float | None) -> str:
+    """0.0003 -> '3e-4'."""
+    if rate is None:
+        return DASH
+    if rate == 0:
+        return "0"
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def loss_text(loss: float | None) -> str:
+    """Three decimals; a dash for none."""
+    return DASH if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+
+
+def signed_text(difference: float | None) -> str:
+    """Three decimals with a sign; a dash for none."""
+    if difference is None:
+        return DASH
+    if not math.isfinite(difference):
+        return "diverged"
+    text = f"{abs(difference):.3f}"
+    return text if float(text) == 0 else f"{'+' if difference > 0 else MINUS}{text}"
+
+
+def summarise(runs: Sequence[Run]) -> list[str]:
+    """What the runs show, as sentences of plain text. Raises nothing: what the data lack is not spoken of."""
+    table = rows(runs)
+    return [
+        *_overview(table),
+        *_extremes(table),
+        *_single_causes(runs, table),
+        *_early_rise(table),
+        *_scratch(table),
+        *_incidents(runs, table),
+    ]
+
+
+def _overview(table: Sequence[Row]) -> list[str]:
+    continued = [row for row in table if row.kind == "continued"]
+    if not continued:
+        return [
+            f"{row.label} trained {tokens_text(row.tokens)} tokens in {row.steps:,} steps from scratch"
+            + (f" and ended at an upstream loss of {loss_text(row.upstream.after)}." if row.upstream.after else ".")
+            for row in table
+        ]
+    each = " each" if len(continued) > 1 else ""
+    shortest, longest = (pick(continued, key=lambda row: row.tokens) for pick in (min, max))
+    if longest.tokens - shortest.tokens <= 0.01 * longest.tokens:
+        span = f"for {longest.steps:,} steps ({tokens_text(longest.tokens)} tokens){each}"
+    else:
+        span = f"for {tokens_text(shortest.tokens)} ({shortest.label}) to {tokens_text(longest.tokens)} tokens"
+        span += ", so that their ends compare only in part"
+    origins = {row.origin for row in continued}
+    origin = f"from {origins.pop()}" if len(origins) == 1 else f"from {len(origins)} checkpoints"
+    text = f"{_count(len(continued), 'run')} continued training {origin}, {span}."
+    if scratch := [row for row in table if row.kind == "scratch"]:
+        verb = "was" if len(scratch) == 1 else "were"
+        text += f" {_names(scratch)} {verb} trained from scratch for comparison."
+    return [text]
+
+
+def _extremes(table: Sequence[Row]) -> list[str]:
+    """Who forgot and who learned most, in one breath with the highest peak where that is the same run."""
+    forgot, learned = _first(table, "forgetting"), _first(table, "adaptation")
+    if sum(row.forgetting is not None or row.adaptation is not None for row in table) < 2:
+        return [text for row in table if (text := _own(row))]
+    claims = []
+    if forgot and (forgot.forgetting or 0.0) > SAME:
+        claims.append((forgot, f"forgot most ({signed_text(forgot.forgetting)} upstream)"))
+    if learned and (learned.adaptation or 0.0) > SAME:
+        claims.append((learned, f"learned most ({_downstream(learned)} downstream)"))
+    loudest = _first([row for row in table if row.kind == "continued"], "peak_lr", gap=0.0)
+    together = [claim for row, claim in claims if row is loudest]
+    sentences = []
+    if loudest and together:
+        peak = f"The highest peak LR, {rate_text(loudest.peak_lr)} in {loudest.label}"
+        sentences.append(f"{peak}, {' and '.join(together)}.")
+    sentences += [f"{row.label} {claim}." for row, claim in claims if row is not loudest]
+    if least := _first(table, "forgetting", lowest=True):
+        text = f"{least.label} forgot least ({signed_text(least.forgetting)} upstream"
+        sentences.append(text + (f", {_downstream(least)} downstream)." if least.adaptation is not None else ")."))
+    return sentences
+
+
+def _own(row: Row) -> str:
+    """A lone run's numbers."""
+    parts = []
+    for role, change in (("upstream", row.upstream), ("downstream", row.downstream)):
+        if change.difference is not None:
+            ends = f"{loss_text(change.before)} to {loss_text(change.after)}"
+            parts.append(f"its {role} loss went from {ends} ({signed_text(change.difference)})")
+    return f"{row.label}: {' and '.join(parts)}." if parts else ""
+
+
+def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
+    """For every setting: the runs that differ in nothing else, compared. Settings that move together are one."""
+    different = differences(runs)
+    by_setting: dict[str, list[str]] = {}
+    for key in different:
+        by_setting.setdefault(_setting(key), []).append(key)
+    sentences = []
+    for setting in by_setting:
+        groups: dict[str, list[int]] = {}
+        for index, row in enumerate(table):
+            rest = [repr(values[index]) for key, values in different.items() if _setting(key) != setting]
+            if row.kind == "continued" and runs[index].config:
+                groups.setdefault(repr(rest), []).append(index)
+        keys = by_setting[setting]
+        compared = [group for group in groups.values() if len({repr([different[key][i] for key in keys]) for i in group}) > 1]
+        for group in compared[:_COMPARISONS]:
+            if text := _compare(setting, keys, group, different, table):
+                sentences.append(text)
+    return sentences
+
+
+def _compare(
+    setting: str, keys: Sequence[str], group: Sequence[int], different: dict[str, list[Any]], table: Sequence[Row]
+) -> str:
+    key = "schedule.max_lr" if setting == "peak LR" else keys[0] if len(keys) == 1 else None
+    values: dict[int, Any] = {index: different[key][index] for index in group} if key in different else {}
+    if key == "schedule.max_lr":
+        values = {index: table[index].peak_lr for index in group}
+    numeric = bool(values) and all(isinstance(value, int | float) for value in values.values())
+    group = sorted(group, key=lambda index: values[index]) if numeric else list(group)
+
+    def shown(index: int) -> str:
+        if index not in values:
+            return table[index].label
+        value = rate_text(values[index]) if setting == "peak LR" else _value_text(values[index])
+        return f"{table[index].label} ({value})"
+
+    results = []
+    for name, numbers in (
+        ("forgetting", [table[index].forgetting for index in group]),
+        ("downstream loss", [table[index].downstream.after for index in group]),
+    ):
+        exact = [number for number in numbers if number is not None and math.isfinite(number)]
+        if len(exact) < len(group):
+            continue
+        text = " → ".join((signed_text if name == "forgetting" else loss_text)(number) for number in exact)
+        if max(exact) - min(exact) < SAME:
+            text += f" (equal within {SAME:g})"
+        elif numeric and len(exact) > 2:
+            steps = [b - a for a, b in itertools.pairwise(exact)]
+            rises, falls = all(step > 0 for step in steps), all(step < 0 for step in steps)
+            text += " (rising throughout)" if rises else " (falling throughout)" if falls else " (no steady trend)"
+        results.append(f"{name} {text}")
+    if not results:
+        return ""
+    return f"Runs that differ in {setting} alone, {' → '.join(shown(index) for index in group)}: {'; '.join(results)}."
+
+
+def _setting(key: str) -> str:
+    """The name under which keys that are changed together are one choice."""
+    if key in _LEARNING_RATES:
+        return "peak LR"
+    if key.startswith("data.train"):
+        return "training data"
+    first, _, rest = key.partition(".")
+    if first in ("replay", "start", "model", "optimizer"):
+        return first
+    return rest if first == "schedule" else key
+
+
+def _early_rise(table: Sequence[Row]) -> list[str]:
+    sentences = []
+    for role in ("upstream", "downstream"):
+        risen = []
+        for row in table:
+            change = row.upstream if role == "upstream" else row.downstream
+            if change.peak_rise is None or change.difference is None:
+                continue
+            if change.peak_rise - change.difference > max(SAME, change.peak_rise / 20) and change.peak_rise > SAME:
+                risen.append((change.peak_rise, row, change))
+        if not risen:
+            continue
+        rise, row, change = max(risen, key=lambda entry: entry[0])
+        peak = f"{signed_text(rise)} after {tokens_text(change.peak_tokens or 0)} tokens"
+        end = f"{signed_text(change.difference)} at the end"
+        runs = _some([row for _, row, _ in risen])
+        sentences.append(
+            f"The {role} loss first rose and then came down in {runs}; highest in {row.label}: {peak}, {end}."
+            if len(table) > 1
+            else f"The {role} loss first rose and then came down: {peak}, {end}."
+        )
+    return sentences
+
+
+def _scratch(table: Sequence[Row]) -> list[str]:
+    sentences = []
+    continued = [row for row in table if row.kind == "continued" and row.downstream.after is not None]
+    for row in table:
+        after = row.downstream.after
+        others = [other for other in continued if other.tokens <= row.tokens * 1.001]
+        if row.kind != "scratch" or after is None or not others:
+            continue
+        better = sum((other.downstream.after or 0.0) < after for other in others)
+        ended = f"{better} of the {len(others)}" if 0 < better < len(others) else "none" if not better else "all"
+        sentences.append(
+            f"{row.label}, trained from scratch, reached a downstream loss of {loss_text(after)}; of the runs that "
+            f"started from a checkpoint and saw no more tokens, {ended} ended lower."
+        )
+    return sentences
+
+
+def _incidents(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
+    sentences = [f"{row.label} diverged: its last loss is not finite." for row in table if row.diverged]
+    for run, label in zip(runs, labels(runs), strict=True):
+        resumes = sum(event["event"] == "resume" for event in run.events)
+        alarms = [event for event in run.events if event["event"] == "alarm"]
+        total = run.start.get("total_steps")
+        if isinstance(total, int) and 0 < (last := run.first_step + run.steps) < total:
+            sentences.append(f"{label} is not complete: {last:,} of {total:,} steps.")
+        if resumes:
+            sentences.append(f"{label} was resumed {_count(resumes, 'time')}; repeated steps are counted once.")
+        for event in alarms[:3]:
+            what = event.get("message") or event.get("reason") or event.get("kind") or "alarm"
+            sentences.append(f"{label}, step {event.get('step', '?')}: {what}.".replace("..", "."))
+        if len(alarms) > 3:
+            sentences.append(f"{label} raised {len(alarms) - 3} more alarms.")
+    return sentences
+
+
+def _first(table: Sequence[Row], measure: str, lowest: bool = False, gap: float = SAME) -> Row | None:
+    """The row that stands out at the upper (or lower) end by more than ``gap``; ``None`` where there is none."""
+    ranked = [row for row in table if getattr(row, measure) is not None]
+    ranked.sort(key=lambda row: getattr(row, measure), reverse=not lowest)
+    if len(ranked) < 2 or abs(getattr(ranked[0], measure) - getattr(ranked[1], measure)) <= gap:
+        return None
+    return ranked[0]
+
+
+def _downstream(row: Row) -> str:
+    return signed_text(None if row.adaptation is None else -row.adaptation)
+
+
+def _value_text(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _some(table: Sequence[Row]) -> str:
+    return _names(table) if len(table) <= 4 else f"{len(table)} runs"
+
+
+def _names(table: Sequence[Row]) -> str:
+    names = [row.label for row in table]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

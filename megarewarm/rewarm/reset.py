@@ -1,0 +1,162 @@
+"""The reset table: every counter of a loaded checkpoint has its own line, is shown with its value before and after, and
+is checked once the run stands.
+
+The lines follow from an intent (``resume``, ``rewarm``, ``branch``, ``scratch``) and each can be overridden. The table is
+applied after everything is loaded, so nothing a loader restores can survive it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from megarewarm.checkpoint.source import CheckpointSource
+from megarewarm.checkpoint.state import TrainingState
+from megarewarm.config.schema import Intent, StartConfig
+from megarewarm.errors import UserError
+from megarewarm.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class ResetPolicy:
+    """One choice a line. The names are the keys of ``start`` in the config."""
+
+    intent: Intent
+    weights: Literal["load", "initialise"]
+    moments: Literal["keep", "reset", "keep_second"]
+    optimizer_step: Literal["keep", "reset"]
+    schedule: Literal["restart", "continue"]
+    iteration: Literal["restart", "continue"]
+    data: Literal["restart", "continue"]
+    rng: Literal["reseed", "keep"]
+
+    def lines(self) -> dict[str, str]:
+        """Line -> choice, without the intent."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "intent"}
+
+
+PRESETS: dict[Intent, ResetPolicy] = {
+    "scratch": ResetPolicy("scratch", "initialise", "reset", "reset", "restart", "restart", "restart", "reseed"),
+    "resume": ResetPolicy("resume", "load", "keep", "keep", "continue", "continue", "continue", "keep"),
+    "rewarm": ResetPolicy("rewarm", "load", "reset", "reset", "restart", "restart", "restart", "reseed"),
+    "branch": ResetPolicy("branch", "load", "keep", "keep", "restart", "restart", "continue", "keep"),
+}
+
+_NEEDS_TRAINING_STATE = {
+    "moments": ("keep", "keep_second"),
+    "optimizer_step": ("keep",),
+    "schedule": ("continue",),
+    "iteration": ("continue",),
+    "data": ("continue",),
+    "rng": ("keep",),
+}
+_OPPOSITE = {"keep": "reset", "keep_second": "reset", "continue": "restart"}
+
+
+def resolve(start: StartConfig, source: CheckpointSource | None) -> ResetPolicy:
+    """The policy that ``start`` asks for, refused here if the checkpoint can't honour it.
+
+    ``source`` is the opened checkpoint, or None from scratch. Raises ``UserError`` naming the line and the remedy.
+    """
+    intent: Intent = start.intent or ("rewarm" if source is not None else "scratch")
+    chosen: dict[str, Any] = PRESETS[intent].lines()
+    given = {line: value for line in chosen if (value := getattr(start, line)) is not None}
+    chosen |= given
+    if "optimizer_step" not in given and "moments" in given:
+        # moments and the count that corrects their bias belong together unless the user parts them
+        chosen["optimizer_step"] = "reset" if chosen["moments"] == "reset" else "keep"
+    policy = ResetPolicy(intent=intent, **chosen)
+    _refuse_contradictions(policy, source)
+    return policy
+
+
+def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None) -> None:
+    if source is None:
+        if policy.weights == "load":
+            raise UserError("start.weights: 'load' needs 'start.from': the checkpoint to load")
+        for line, needing in _NEEDS_TRAINING_STATE.items():
+            if (value := policy.lines()[line]) in needing:
+                remedy = "reseed" if line == "rng" else _OPPOSITE[value]
+                raise UserError(f"start.{line}: nothing to {value} in a run from scratch; set it to '{remedy}'")
+        return
+    if source.training is None:
+        for line, needing in _NEEDS_TRAINING_STATE.items():
+            if (value := policy.lines()[line]) in needing:
+                remedy = "reseed" if line == "rng" else _OPPOSITE[value]
+                raise UserError(
+                    f"start.{line}: '{value}' can't be honoured, {source.name} ({source.format}) holds weights only; set it to "
+                    f"'{remedy}' (intent 'rewarm' does so)"
+                )
+    if policy.moments == "reset" and policy.optimizer_step == "keep":
+        raise UserError(
+            "start.optimizer_step: 'keep' with moments 'reset' would leave the new moments without bias correction; set both "
+            "to 'keep' or both to 'reset'"
+        )
+    if policy.weights == "initialise" and policy.moments != "reset":
+        raise UserError("start.moments: moments of other weights are meaningless for new ones; set it to 'reset'")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: completed steps of the loop, schedule position, consumed samples, Adam's count."""
+
+    step: int
+    schedule: int
+    samples: int
+    optimizer_step: int
+
+
+def start_position(policy: ResetPolicy, training: TrainingState | None) -> Position:
+    """The counters the policy leaves of a checkpoint's ``training`` state."""
+    if training is None:
+        return Position(0, 0, 0, 0)
+    return Position(
+        step=training.step if policy.iteration == "continue" else 0,
+        schedule=training.schedule_position if policy.schedule == "continue" else 0,
+        samples=training.samples if policy.data == "continue" else 0,
+        optimizer_step=training.optimizer_step if policy.optimizer_step == "keep" else 0,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the printed table."""
+
+    line: str
+    choice: str
+    checkpoint_had: str
+    run_has: str
+
+
+def table(
+    policy: ResetPolicy,
+    source: CheckpointSource | None,
+    schedule: Schedule,
+    position: Position,
+    parameters: int,
+    seed: int,
+) -> list[Row]:
+    """The reset table with the values of both sides, in the order of the config's keys."""
+    old = source.training if source is not None else None
+    nothing = "-" if source is None else "not stored"
+    had = {
+        "weights": f"{source.name} ({source.format})" if source else "-",
+        "moments": f"exp_avg, exp_avg_sq after {old.optimizer_step:,} steps" if old else nothing,
+        "optimizer_step": f"{old.optimizer_step:,}" if old else nothing,
+        "schedule": f"{old.schedule['curve']} at {old.schedule_position:,}, last lr {old.last_lr:.4g}" if old else nothing,
+        "iteration": f"{old.step:,}" if old else nothing,
+        "data": f"sample {old.samples:,} of {old.data_fingerprint[:8]}" if old else nothing,
+        "rng": "state" if old else nothing,
+    }
+    moments = {"keep": "both kept", "reset": "zero", "keep_second": "exp_avg zero, exp_avg_sq kept"}
+    has = {
+        "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
+        "moments": moments[policy.moments],
+        "optimizer_step": f"{position.optimizer_step:,}",
+        "schedule": f"{schedule.curve} at {position.schedule:,}, first lr {schedule.lr(position.schedule):.4g}, "
+        f"peak {schedule.max_lr:.4g}",
+        "iteration": f"{position.step:,}",
+        "data": f"sample {position.samples:,}",
+        "rng": f"seed {seed}" if policy.rng == "reseed" else "kept",
+    }
+    return [Row(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]

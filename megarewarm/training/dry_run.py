@@ -1,0 +1,182 @@
+"""``--dry-run``: the resolved configuration, sizes, costs, the reset table and the LR curve. Nothing is trained or written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.state import Tensors, TrainingState
+from megarewarm.config.experiment import ExperimentConfig
+from megarewarm.config.load import dump
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
+from megarewarm.model.size import count_parameters, estimate_memory, training_flops_per_token
+from megarewarm.report.terminal import draw_curve
+from megarewarm.rewarm.replay import with_replay
+from megarewarm.rewarm.reset import table
+from megarewarm.training.plan import Plan, make_plan
+from megarewarm.training.summary import print_reset_table
+
+
+@dataclass
+class _NotOpened:
+    """Stands for a start checkpoint that is not on this machine; enough to show the plan, not to train."""
+
+    name: str
+    model_config: ModelConfig
+    format: str = "not opened"
+    notes: list[str] = field(default_factory=list)
+    training: TrainingState | None = None
+    lineage: Lineage = field(default_factory=Lineage)
+
+    def load_weights(self, model: NeoX) -> None:
+        raise UserError(f"{self.name} was not opened")
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        raise UserError(f"{self.name} was not opened")
+
+
+def _plan(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
+    """The plan, and what is missing on this machine to carry it out.
+
+    A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says.
+    """
+    start = config.start.from_
+    if start is not None:
+        for plan in earlier:
+            if Path(start) == Path(plan.config.run_folder) and not Path(start).is_dir():
+                written = _NotOpened(start, plan.model, "not yet written", training=_state_at_the_end(plan))
+                return make_plan(config, source=written), []
+    try:
+        return make_plan(config), []
+    except UserError as error:
+        if config.model is None or start is None:
+            raise
+        return make_plan(config, source=_NotOpened(start, config.model)), [str(error)]
+
+
+def _state_at_the_end(plan: Plan) -> TrainingState:
+    total = plan.config.total_steps
+    return TrainingState(
+        run=plan.config.name,
+        intent=plan.policy.intent,
+        step=total,
+        tokens=total * plan.config.tokens_per_step,
+        optimizer_step=plan.position.optimizer_step + total - plan.position.step,
+        schedule_position=plan.schedule_position(total),
+        schedule=plan.schedule.spec(),
+        last_lr=plan.lr(total),
+        samples=plan.samples(total),
+        data_fingerprint="",
+        model=plan.model,
+        lineage=Lineage(),
+        start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
+    )
+
+
+def _missing_files(config: RunConfig) -> list[str]:
+    sources = with_replay(config.data.train, config.replay) + [s for v in config.data.validation for s in v.sources]
+    missing = []
+    for source in sources:
+        path = Path(source.path)
+        candidates = (path, path.with_name(path.name + ".bin"))
+        if not any(candidate.is_file() for candidate in candidates):
+            missing.append(f"{source.path}: no such token file (.bin) here")
+    return list(dict.fromkeys(missing))
+
+
+def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
+    """Print everything about one run. Returns exit code 0; raises ``UserError`` for a config that could not run."""
+    plan, missing = _plan(config)
+    console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
+    console.print()
+    _print_costs(plan, console, world_size)
+    console.print()
+    rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
+    print_reset_table(rows, console, lambda line: None)
+    if plan.resumed:
+        console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
+    console.print()
+    console.print(_curve(plan, width=min(100, console.width)), highlight=False, markup=False)
+    for problem in [*missing, *_missing_files(config)]:
+        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+    return 0
+
+
+def show_experiment(experiment: ExperimentConfig, runs: list[RunConfig], console: Console) -> int:
+    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0."""
+    overview = Table(
+        title=f"experiment {experiment.experiment} in {experiment.experiment_folder}", title_justify="left", box=None
+    )
+    for heading in ("run", "starts from", "curve", "peak lr", "steps", "tokens", "PFLOP"):
+        overview.add_column(heading, justify="right" if heading in ("steps", "tokens", "PFLOP", "peak lr") else "left")
+    tokens, petaflops = 0, 0.0
+    plans: list[Plan] = []
+    for run in runs:
+        plans.append(_plan(run, plans)[0])
+    for plan in plans:
+        run = plan.config
+        run_tokens = run.total_steps * run.tokens_per_step
+        run_flops = run_tokens * training_flops_per_token(plan.model, run.data.sequence_length) / 1e15
+        tokens, petaflops = tokens + run_tokens, petaflops + run_flops
+        overview.add_row(
+            run.name,
+            Path(run.start.from_).name if run.start.from_ else "scratch",
+            run.schedule.curve,
+            f"{run.schedule.max_lr:.3g}",
+            f"{run.total_steps:,}",
+            f"{run_tokens:,}",
+            f"{run_flops:.3g}",
+        )
+    overview.add_row("all", "", "", "", "", f"{tokens:,}", f"{petaflops:.3g}", style="bold")
+    console.print(overview)
+    for plan in plans:
+        console.print()
+        console.print(f"{plan.config.name}", style="bold")
+        console.print(_curve(plan, width=min(80, console.width), height=6), highlight=False, markup=False)
+    return 0
+
+
+def _curve(plan: Plan, *, width: int, height: int = 12) -> str:
+    first, total = plan.origin.step, plan.config.total_steps
+    count = max(2, min(total - first, 4 * width))
+    steps = [first + 1 + round(i * (total - first - 1) / (count - 1)) for i in range(count)]
+    return draw_curve(
+        [float(step) for step in steps],
+        [plan.lr(step) for step in steps],
+        width=width,
+        height=height,
+        x_label="step",
+        y_label="learning rate",
+    )
+
+
+def _print_costs(plan: Plan, console: Console, world_size: int) -> None:
+    config = plan.config
+    length = config.data.sequence_length
+    tokens = config.total_steps * config.tokens_per_step
+    per_token = training_flops_per_token(plan.model, length)
+    memory = estimate_memory(plan.model, config.training.micro_batch, length, config.kernels.loss_memory)
+    costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    costs.add_row("parameters", f"{count_parameters(plan.model):,}")
+    costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
+    costs.add_row("tokens", f"{tokens:,}")
+    costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
+    costs.add_row("memory per rank", f"{_bytes(sum(memory.values()))} ({parts}), {world_size} rank{'s' * (world_size > 1)}")
+    console.print(costs, highlight=False)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

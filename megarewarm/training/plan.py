@@ -1,0 +1,144 @@
+"""The plan of a run: what it starts from, what it keeps, its schedule and its length, settled before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.checkpoint.state import TrainingState
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.errors import UserError
+from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
+from megarewarm.schedules.schedule import Schedule, build_schedule
+from megarewarm.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``config`` has its model settled. ``source`` is what will be loaded, ``policy`` what of it is kept.
+
+    ``origin`` is where the run began, ``position`` where it stands; they differ in a resumed run. ``resumed`` says that
+    the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
+    """
+
+    config: RunConfig
+    source: CheckpointSource | None
+    policy: ResetPolicy
+    schedule: Schedule
+    origin: Position
+    position: Position
+    resumed: bool
+
+    @property
+    def model(self) -> ModelConfig:
+        assert self.config.model is not None
+        return self.config.model
+
+    def schedule_position(self, step: int) -> int:
+        """Position in the schedule once ``step`` steps of the run are completed."""
+        return self.origin.schedule + step - self.origin.step
+
+    def samples(self, step: int) -> int:
+        """Samples consumed once ``step`` steps of the run are completed."""
+        return self.origin.samples + (step - self.origin.step) * self.config.training.global_batch
+
+    def lr(self, step: int) -> float:
+        """The learning rate used in ``step``, counted from 1."""
+        return self.schedule.lr(self.schedule_position(step - 1))
+
+
+def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfig:
+    """``config`` with a model: its own, checked against the checkpoint's shape, or the checkpoint's."""
+    if source is None:
+        return config
+    stored = source.model_config
+    if config.model is None:
+        settled = config.model_copy(update={"model": stored})
+        if config.data.sequence_length > stored.max_positions:
+            raise UserError(
+                f"data.sequence_length {config.data.sequence_length} is above the {stored.max_positions} positions of "
+                f"{source.name}"
+            )
+        return settled
+    for key in ("num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "tie_embeddings", "attention_bias"):
+        ours, theirs = getattr(config.model, key), getattr(stored, key)
+        if ours != theirs:
+            name = "ffn_size" if key == "mlp_size" else key
+            raise UserError(
+                f"model.{name}: {ours} in the config, {theirs} in the checkpoint {source.name}; make them agree, or leave "
+                f"'model' out to take the checkpoint's"
+            )
+    return config
+
+
+def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
+    """Model keys that leave the shapes alone but change the function, where the config overrides the checkpoint."""
+    if source is None or config.model is None:
+        return []
+    keys = ("activation", "residual", "rotary_fraction", "rotary_base", "layernorm_eps")
+    return [
+        f"model.{key}: the checkpoint {source.name} says {getattr(source.model_config, key)}, this run uses "
+        f"{getattr(config.model, key)}"
+        for key in keys
+        if getattr(config.model, key) != getattr(source.model_config, key)
+    ]
+
+
+def make_plan(config: RunConfig, *, source: CheckpointSource | None = None) -> Plan:
+    """The plan of ``config``: the run's own newest checkpoint if there is one, else what ``start`` names.
+
+    ``source`` replaces opening ``start.from`` (for a dry run without it). Raises ``UserError`` for everything about the
+    start that can't be honoured.
+    """
+    own = RunFolder(Path(config.run_folder)).newest_checkpoint()
+    if own is not None:
+        return _resumed(config, OwnCheckpoint(own))
+    if source is None and config.start.from_ is not None:
+        source = open_checkpoint(config.start.from_)
+    policy = resolve(config.start, source)
+    config = settle_model(config, source)
+    training = source.training if source is not None else None
+    origin = start_position(policy, training)
+    schedule = _schedule(config, policy, origin)
+    if policy.intent == "resume" and training is not None and policy.schedule == "continue":
+        _require_same_curve(schedule, training)
+    if origin.step >= config.total_steps:
+        raise UserError(
+            f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
+            f"the budget or set start.iteration to 'restart'"
+        )
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False)
+
+
+def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
+    training = own.training
+    assert training is not None
+    config = settle_model(config, own)
+    step, schedule_position, samples = training.start_position
+    origin = Position(step, schedule_position, samples, 0)
+    return Plan(
+        config=config,
+        source=own,
+        policy=PRESETS["resume"],
+        schedule=Schedule.from_spec(training.schedule),
+        origin=origin,
+        position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
+        resumed=True,
+    )
+
+
+def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Schedule:
+    # a schedule that starts anew has only the remaining steps; one that continues counts from its old beginning
+    total = max(1, config.total_steps - (origin.step if policy.schedule == "restart" else 0))
+    return build_schedule(config.schedule, lambda budget: budget.in_steps(config.tokens_per_step, total), total)
+
+
+def _require_same_curve(schedule: Schedule, training: TrainingState) -> None:
+    ours, theirs = schedule.spec(), training.schedule
+    for key in sorted(set(ours) | set(theirs)):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"start.intent: 'resume' continues the checkpoint's schedule, but {key} was {theirs.get(key)} there and is "
+                f"{ours.get(key)} here; use intent 'rewarm' or 'branch' for a new schedule, or make them equal"
+            )

@@ -1,0 +1,92 @@
+"""The folder of a run: its resolved configuration, its metrics, its checkpoints. One process group at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from megarewarm.checkpoint import state
+from megarewarm.config.load import dump
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.yaml_text import read_yaml
+from megarewarm.errors import UserError
+
+# What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
+_IDENTITY = ("name", "model", "start", "data", "replay", "schedule", "training", "optimizer")
+_FREE = {("training", "micro_batch"), ("training", "device"), ("training", "precision"), ("data", "tokenizer")}
+
+
+class RunFolder:
+    """Paths of a run, and the lock that keeps a second process out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "huggingface"
+        self._lock: IO[str] | None = None
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of this run, or None before the first."""
+        found = state.checkpoints_in(self.checkpoints)
+        return found[-1][1] if found else None
+
+    def check(self, config: RunConfig) -> None:
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
+        if not self.config_file.is_file():
+            if self.metrics_file.exists() or self.checkpoints.exists():
+                raise UserError(f"{self.path}: holds a run without config.yaml; set 'name' or 'folder' to another place")
+            return
+        old, _ = read_yaml(self.config_file)
+        new = config.model_dump(mode="json", by_alias=True)
+        difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
+        if difference is not None:
+            key, before, now = difference
+            raise UserError(
+                f"{self.path}: holds a run in which {key} was {before!r}; now it is {now!r}. Give this run another 'name', or "
+                f"continue the old one in a new run with start.from={self.path}"
+            )
+
+    def open(self, config: RunConfig, *, main: bool) -> None:
+        """Make the folder, take its lock and write the resolved configuration. Only the main rank does anything."""
+        if not main:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is training in this folder; wait for it or set 'name'") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written ({error}); set 'folder' to another place") from error
+        partial = self.config_file.with_suffix(".partial")
+        partial.write_text(dump(config), encoding="utf-8")
+        os.replace(partial, self.config_file)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first difference between two nested configurations, or None."""
+    if path in _FREE:
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if found := first_difference(old.get(key), new.get(key), (*path, str(key))):
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (left, right) in enumerate(zip(old, new, strict=True)):
+            if found := first_difference(left, right, (*path, str(i))):
+                return found
+        return None
+    return None if old == new else (".".join(path), old, new)

@@ -1,0 +1,294 @@
+"""From a plan to everything that trains: model, data, optimizer, each loaded or reset as the plan says, then checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megarewarm.checkpoint import state
+from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
+from megarewarm.checkpoint.source import weight_tensors
+from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
+from megarewarm.data.validation import ValidationWindows
+from megarewarm.errors import UserError
+from megarewarm.model.initialize import initialize
+from megarewarm.model.neox import NeoX
+from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
+from megarewarm.parallel.data import GradientBuffer, all_reduce_sums
+from megarewarm.parallel.mesh import Ranks
+from megarewarm.rewarm.replay import with_replay
+from megarewarm.rewarm.reset import Row, table
+from megarewarm.training.optimizer import AdamW
+from megarewarm.training.plan import Plan, differing_choices
+
+RNG = "rng.cpu"
+
+Batch = tuple[int, npt.NDArray[np.int64]]
+"""Number of the global batch's first sample, and this rank's rows of it, (B/W, s + 1)."""
+
+
+@dataclass
+class Run:
+    """A run in progress. ``step``, ``last_lr``, ``max_lr`` and ``losses`` move with it, the rest stays."""
+
+    plan: Plan
+    ranks: Ranks
+    model: NeoX
+    optimizer: AdamW
+    gradients: GradientBuffer
+    data: TrainingBatches
+    batches: Prefetch[Batch]
+    validation: list[ValidationWindows]
+    autocast: torch.autocast
+    precision: str
+    table_rows: list[Row]
+    notes: list[str]
+    history: Lineage
+    step: int
+    last_lr: float = 0.0
+    max_lr: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
+    start_losses: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def tensors(self) -> state.Tensors:
+        """Everything of the run that is a tensor, by its name in a checkpoint."""
+        return weight_tensors(self.model) | self.optimizer.tensors() | {RNG: torch.get_rng_state()}
+
+    def stage(self) -> Stage:
+        """This run's line in the lineage, as it stands now."""
+        plan = self.plan
+        first = plan.samples(plan.origin.step)
+        count = plan.samples(self.step) - first
+        return Stage(
+            run=plan.config.name,
+            intent=plan.policy.intent if not plan.resumed else self._own_state().intent,
+            started_from=plan.config.start.from_,
+            steps=self.step - plan.origin.step,
+            tokens=count * plan.config.data.sequence_length,
+            schedule=plan.schedule.spec(),
+            max_lr=self.max_lr,
+            last_lr=self.last_lr,
+            data=self._data_seen(first, count),
+            losses=self.losses,
+        )
+
+    def _data_seen(self, first: int, count: int) -> list[DataSeen]:
+        tokens = self.data.tokens_per_source(first, count)
+        length = self.plan.config.data.sequence_length
+        return [
+            DataSeen(
+                name=name,
+                path=str(source["path"]),
+                fingerprint=str(source["fingerprint"]),
+                samples=tokens[name] // length,
+                tokens=tokens[name],
+            )
+            for name, source in zip(self.data.names, self.data.describe(), strict=True)
+        ]
+
+    def _own_state(self) -> state.TrainingState:
+        assert self.plan.source is not None and self.plan.source.training is not None
+        return self.plan.source.training
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint of the run as it stands. All ranks call it."""
+        plan = self.plan
+        stage = self.stage()
+        training = state.TrainingState(
+            run=plan.config.name,
+            intent=stage.intent,
+            step=self.step,
+            tokens=stage.tokens,
+            optimizer_step=self.optimizer.completed_steps,
+            schedule_position=plan.schedule_position(self.step),
+            schedule=plan.schedule.spec(),
+            last_lr=self.last_lr,
+            samples=plan.samples(self.step),
+            data_fingerprint=self.data.fingerprint(),
+            model=plan.model,
+            lineage=self.history.extended(stage),
+            start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
+            start_losses=self.start_losses,
+        )
+        return state.save(folder, training, self.tensors(), keep_last=plan.config.checkpoint.keep_last)
+
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """``{"mfu": share}`` where the device's peak is known (causal-attention FLOPs of forward and backward), else {}."""
+        device = self.ranks.device
+        if device.type != "cuda":
+            return {}
+        peak = peak_tflops(torch.cuda.get_device_name(device))
+        if peak is None:
+            return {}
+        config = self.plan.config
+        flops = training_flops_per_token(self.plan.model, config.data.sequence_length) * tokens_per_second
+        return {"mfu": round(flops / (peak * 1e12 * self.ranks.world_size), 4)}
+
+    def description(self) -> dict[str, Any]:
+        """The values of the ``start`` event in metrics.jsonl."""
+        config = self.plan.config
+        return {
+            "name": config.name,
+            "folder": config.run_folder,
+            "from": config.start.from_,
+            "intent": self.plan.policy.intent,
+            "step": self.plan.position.step,
+            "total_steps": config.total_steps,
+            "tokens_per_step": config.tokens_per_step,
+            "parameters": count_parameters(self.plan.model),
+            "schedule": self.plan.schedule.spec(),
+            "reset": [vars(row) for row in self.table_rows],
+            "precision": self.precision,
+            "ranks": self.ranks.world_size,
+            "device": str(self.ranks.device),
+        }
+
+
+def build(plan: Plan, ranks: Ranks) -> Run:
+    """Build the run. Files are opened and checked before a model is made. Raises ``UserError``; writes nothing."""
+    config = plan.config
+    _check_batch(plan, ranks)
+    _check_agreement(plan, ranks)
+    data = build_training_batches(
+        config.data,
+        with_replay(config.data.train, config.replay),
+        total_samples=plan.samples(config.total_steps),
+        vocab_size=plan.model.vocab_size,
+    )
+    _check_data_position(plan, data)
+    validation = [ValidationWindows(item, config.data, plan.model.vocab_size) for item in config.data.validation]
+
+    torch.manual_seed(config.training.seed + ranks.rank)
+    model = NeoX(plan.model, loss_memory=config.kernels.loss_memory)
+    if plan.policy.weights == "load":
+        assert plan.source is not None
+        plan.source.load_weights(model)
+    else:
+        initialize(model, config.training.seed)
+    model.to(ranks.device)
+    optimizer = AdamW(model, config.optimizer)
+    _apply(plan, optimizer)
+
+    precision = _precision(plan, ranks)
+    schedule_rows = table(
+        plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed
+    )
+    history = plan.source.lineage if plan.source is not None else Lineage()
+    run = Run(
+        plan=plan,
+        ranks=ranks,
+        model=model,
+        optimizer=optimizer,
+        gradients=GradientBuffer(list(model.parameters())),
+        data=data,
+        batches=Prefetch(_batches(plan, data, ranks)),
+        validation=validation,
+        autocast=torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
+        precision=precision,
+        table_rows=schedule_rows,
+        notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source)],
+        history=history if not plan.resumed else Lineage(stages=history.stages[:-1]),
+        step=plan.position.step,
+    )
+    if plan.resumed:
+        assert plan.source is not None and plan.source.training is not None
+        old = plan.source.training.lineage.stages[-1]
+        run.losses, run.start_losses = dict(old.losses), dict(plan.source.training.start_losses)
+        run.last_lr, run.max_lr = old.last_lr or 0.0, old.max_lr or 0.0
+    _assert_applied(run)
+    return run
+
+
+def _batches(plan: Plan, data: TrainingBatches, ranks: Ranks) -> Iterator[Batch]:
+    size = plan.config.training.global_batch
+    for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
+        yield first, data.share(first, size, ranks.rank, ranks.world_size)
+
+
+def _check_batch(plan: Plan, ranks: Ranks) -> None:
+    config = plan.config
+    if config.parallel.data is not None and config.parallel.data != ranks.world_size:
+        raise UserError(
+            f"parallel.data: {config.parallel.data} ranks are asked for, the launcher started {ranks.world_size}; start "
+            f"as many, or remove the key"
+        )
+    if config.training.global_batch % ranks.world_size:
+        raise UserError(
+            f"training.global_batch: {config.training.global_batch} sequences can't be shared evenly by {ranks.world_size} "
+            f"ranks; choose a multiple of {ranks.world_size}"
+        )
+
+
+def _check_agreement(plan: Plan, ranks: Ranks) -> None:
+    total = all_reduce_sums([float(plan.position.step)])[0]
+    if total != ranks.world_size * plan.position.step:
+        raise UserError(
+            f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} stands at step "
+            f"{plan.position.step}); the run folder must lie on a file system that all hosts share"
+        )
+
+
+def _check_data_position(plan: Plan, data: TrainingBatches) -> None:
+    if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
+        return
+    stored = plan.source.training.data_fingerprint
+    if stored != data.fingerprint():
+        what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
+        remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
+        raise UserError(
+            f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
+            f"{what} (fingerprint {stored[:8]}, now {data.fingerprint()[:8]}); {remedy}"
+        )
+
+
+def _precision(plan: Plan, ranks: Ranks) -> str:
+    wanted = plan.config.training.precision
+    able = ranks.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not able:
+        raise UserError("training.precision: this GPU has no bf16; set it to fp32")
+    if wanted == "auto":
+        return "bf16" if ranks.device.type == "cuda" and able else "fp32"
+    return wanted
+
+
+def _apply(plan: Plan, optimizer: AdamW) -> None:
+    """The reset table, last: what is kept is loaded, what is not is zero."""
+    wanted = {"keep": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg_sq",), "reset": ()}[plan.policy.moments]
+    kept = {name: t for name, t in optimizer.tensors().items() if name.split(".")[1] in wanted}
+    tensors = dict(kept)
+    rng = torch.get_rng_state()
+    if plan.policy.rng == "keep":
+        tensors[RNG] = rng
+    if tensors:
+        assert plan.source is not None
+        plan.source.load_tensors(tensors)
+    if plan.policy.rng == "keep":
+        torch.set_rng_state(rng)
+    optimizer.set_completed_steps(plan.position.optimizer_step)
+    optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
+
+
+def _assert_applied(run: Run) -> None:
+    """The run stands where the table says, seen from the objects that will be used, not from the plan."""
+    plan = run.plan
+    first_lr = plan.schedule.lr(plan.position.schedule)
+    moments = run.optimizer.tensors()
+    zero = {"reset": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg",), "keep": ()}[plan.policy.moments]
+    checks = {
+        "every parameter group has the schedule's first learning rate": all(lr == first_lr for lr in run.optimizer.lrs),
+        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
+        "reset moments are zero": not any(bool(t.any()) for name, t in moments.items() if name.split(".")[1] in zero),
+        "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters()),
+        "position in the data": plan.position.samples == plan.samples(plan.position.step),
+    }
+    for what, holds in checks.items():
+        if not holds:
+            raise AssertionError(f"the reset table was not applied: {what} is wrong; please report this")

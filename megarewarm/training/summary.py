@@ -1,0 +1,43 @@
+"""What a run says of itself in the terminal before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from megarewarm.model.size import count_parameters
+from megarewarm.rewarm.reset import Row
+from megarewarm.training.setup import Run
+
+
+def print_start(run: Run, console: Console) -> None:
+    """One line on what starts or resumes, then the notes that a user must know."""
+    plan, config = run.plan, run.plan.config
+    shape = f"{count_parameters(plan.model):,} parameters"
+    length = f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens"
+    where = f"{run.ranks.world_size} x {run.ranks.device.type}, {run.precision}"
+    if plan.resumed:
+        what = (
+            f"resumes at step {plan.position.step:,} (its own checkpoint; 'start' was applied before and is not applied again)"
+        )
+    elif config.start.from_:
+        what = f"{plan.policy.intent} from {config.start.from_}"
+    else:
+        what = "from scratch"
+    console.print(f"[bold]{config.name}[/]: {what}; {shape}, {length}, {where}", highlight=False)
+    for note in run.notes:
+        console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
+
+
+def print_reset_table(rows: list[Row], console: Console, log: Callable[[str], None]) -> None:
+    """The reset table: what the checkpoint had, what this run has."""
+    table = Table(title="reset table", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("line", "choice", "checkpoint had", "this run has"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        style = "dim" if row.choice in ("keep", "continue", "load") else None
+        table.add_row(row.line, row.choice, row.checkpoint_had, row.run_has, style=style)
+        log(f"reset table: {row.line}: {row.choice}: {row.checkpoint_had} -> {row.run_has}")
+    console.print(table)

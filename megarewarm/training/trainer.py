@@ -1,0 +1,185 @@
+"""The training loop. Read this first: plan, build, then batch, step, log, evaluate, save until the budget is spent."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from megarewarm.checkpoint import huggingface
+from megarewarm.config.schema import RunConfig
+from megarewarm.parallel.data import agree_any, all_reduce_sums
+from megarewarm.parallel.mesh import Ranks
+from megarewarm.training.evaluate import evaluate, evaluation_steps
+from megarewarm.training.metrics import Metrics, check_loggers
+from megarewarm.training.plan import make_plan
+from megarewarm.training.progress import RunProgress, duration
+from megarewarm.training.run_folder import RunFolder
+from megarewarm.training.setup import Run, build
+from megarewarm.training.signals import StopRequest
+from megarewarm.training.summary import print_reset_table, print_start
+
+
+class TrainingDiverged(Exception):
+    """The loss or the gradient is not a finite number any more; nothing of that step was saved."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its folder, completed steps, newest validation losses, and the signal that stopped it, if any."""
+
+    folder: Path
+    step: int
+    losses: dict[str, float]
+    stopped_by: int | None = None
+
+
+def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
+    """Train ``config`` to its end, from its own newest checkpoint if it has one. All ranks call it.
+
+    Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` for a non-finite step.
+    """
+    check_loggers(config.logging)
+    folder = RunFolder(Path(config.run_folder))
+    folder.check(config)
+    plan = make_plan(config)
+    if plan.resumed and plan.position.step >= plan.config.total_steps:
+        assert plan.source is not None and plan.source.training is not None
+        console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
+        return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
+    run = build(plan, ranks)
+    folder.open(config, main=ranks.is_main)
+    metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
+    try:
+        _announce(run, metrics, console)
+        with StopRequest(console) as stop:
+            outcome = _loop(run, folder, metrics, console, stop)
+        if outcome.stopped_by is None and config.export.huggingface and ranks.is_main:
+            huggingface.export(run.model, plan.model, folder.export, tokenizer=config.data.tokenizer)
+            console.print(f"{config.name}: exported to {folder.export}", highlight=False)
+        return outcome
+    finally:
+        run.batches.close()
+        metrics.close()
+        folder.close()
+
+
+def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
+    plan, config = run.plan, run.plan.config
+    total, first = config.total_steps, plan.position.step
+    evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
+    save_every = round(config.steps(config.checkpoint.every)) if config.checkpoint.every is not None else 0
+    if not plan.resumed and first in evaluate_after:
+        _evaluate_all(run, first, metrics, console, "at the start")
+        run.start_losses = dict(run.losses)
+    with RunProgress(console, config.name, first, total, config.logging.every) as progress:
+        for step in range(first + 1, total + 1):
+            began = time.perf_counter()
+            lr = plan.lr(step)
+            loss, norm = training_step(run, lr)
+            seconds = time.perf_counter() - began
+            rate = config.tokens_per_step / seconds
+            run.step, run.last_lr, run.max_lr = step, lr, max(run.max_lr, lr)
+            metrics.event(
+                "train",
+                step=step,
+                tokens=step * config.tokens_per_step,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens_per_second=round(rate, 1),
+                **run.utilisation(rate),
+            )
+            metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
+            if (line := progress.step(step, loss, lr, rate)) is not None:
+                metrics.text(line)
+            if step in evaluate_after:
+                _evaluate_all(run, step, metrics, console, None)
+            stopping = agree_any(stop.received is not None)
+            if stopping or step == total or (save_every and step % save_every == 0):
+                saved = run.save(folder.checkpoints)
+                metrics.event("save", step=step, path=str(saved))
+            if stopping:
+                signal_number = stop.received if stop.received is not None else 15
+                metrics.event("stop", step=step, reason=f"signal {signal_number}")
+                console.print(
+                    f"{config.name}: stopped after step {step} of {total}, saved; the same command continues from here",
+                    style="yellow",
+                )
+                return Outcome(folder.path, step, run.losses, signal_number)
+    metrics.event("stop", step=total, reason="complete")
+    shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
+    elapsed = duration(time.monotonic() - run.started)
+    console.print(f"[bold]{config.name}[/]: complete in {elapsed}{': ' + shown if shown else ''}", highlight=False)
+    return Outcome(folder.path, total, run.losses)
+
+
+def training_step(run: Run, lr: float) -> tuple[float, float]:
+    """One optimizer step on the next global batch. Returns the mean loss per token and the gradient norm before clipping.
+
+    The loss of every micro-batch is a sum divided by the tokens of the whole global batch, so gradients add up to
+    those of one large batch, whatever the micro-batches and ranks. Raises ``TrainingDiverged``.
+    """
+    config, ranks = run.plan.config, run.ranks
+    first_sample, rows = next(run.batches)
+    assert first_sample == run.plan.samples(run.step), "the loader and the step counter have parted; please report this"
+    run.gradients.zero()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for micro in torch.from_numpy(rows).split(config.training.micro_batch):
+        tokens = micro.to(ranks.device, non_blocking=True)
+        with run.autocast:
+            micro_loss, _ = run.model.loss(tokens[:, :-1], tokens[:, 1:])
+        (micro_loss / config.tokens_per_step).backward()
+        loss_sum += micro_loss.detach()
+    run.gradients.all_reduce_sum()
+    norm = float(run.gradients.norm())
+    loss = all_reduce_sums([float(loss_sum)])[0] / config.tokens_per_step
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise TrainingDiverged(
+            f"step {run.step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient "
+            f"norm {norm}); the last checkpoint is untouched. A lower schedule.max_lr or a longer warmup usually helps"
+        )
+    limit = config.optimizer.clip_norm
+    if limit is not None and norm > limit:
+        run.gradients.scale_(limit / (norm + 1e-6))
+    run.optimizer.step(lr)
+    return loss, norm
+
+
+def _evaluate_all(run: Run, step: int, metrics: Metrics, console: Console, when: str | None) -> None:
+    config = run.plan.config
+    micro_batch = config.evaluation.micro_batch or config.training.micro_batch
+    shown = []
+    for windows in run.validation:
+        loss, tokens = evaluate(run.model, windows, micro_batch, run.ranks, run.autocast)
+        name = windows.name
+        run.losses[name] = loss
+        metrics.event(
+            "eval", step=step, tokens=step * config.tokens_per_step, name=name, role=windows.role, loss=loss, over=tokens
+        )
+        metrics.scalars(step, {f"validation/{name}": loss})
+        start = run.start_losses.get(name)
+        shown.append(f"{name} {loss:.4f}" + (f" ({loss - start:+.4f})" if start is not None else ""))
+    if shown:
+        line = f"{config.name}: {when or f'step {step}'}: {', '.join(shown)}"
+        metrics.text(line)
+        if when is not None:
+            console.print(line, highlight=False)
+
+
+def _announce(run: Run, metrics: Metrics, console: Console) -> None:
+    plan = run.plan
+    if plan.resumed:
+        metrics.event("resume", step=plan.position.step)
+    else:
+        if metrics.has_past:
+            # killed before its first checkpoint: what was logged then is superseded as a whole
+            metrics.event("resume", step=-1)
+        metrics.event("start", **run.description())
+    print_start(run, console)
+    if not plan.resumed:
+        print_reset_table(run.table_rows, console, metrics.text)

@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of recorded GPT-NeoX runs (weights, token files, losses), where the machine has one."""
+    folder = Path(os.environ.get("MEGAREWARM_TEST_DATA", "")) / "neox_golden"
+    if "MEGAREWARM_TEST_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("set MEGAREWARM_TEST_DATA to the folder that holds neox_golden/")
+    return folder

@@ -1,0 +1,95 @@
+"""The floors of the house: imports go down only, and no file is a house of its own."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = {
+    "megarewarm.errors": 0,
+    "megarewarm.config": 0,
+    "megarewarm.report": 0,
+    "megarewarm_kernels": 0,
+    "megarewarm.model": 1,
+    "megarewarm.data": 1,
+    "megarewarm.schedules": 1,
+    "megarewarm.parallel": 2,
+    "megarewarm.checkpoint": 3,
+    "megarewarm.rewarm": 4,
+    "megarewarm.training": 5,
+    "tools": 5,
+    "megarewarm.main": 6,
+}
+SOURCES = sorted(
+    path
+    for folder in ("megarewarm", "kernels", "tools")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+
+
+def room(module: str) -> str | None:
+    """The room a module belongs to; None for what is not ours."""
+    parts = module.split(".")
+    for length in (2, 1):
+        if ".".join(parts[:length]) in FLOORS:
+            return ".".join(parts[:length])
+    return None
+
+
+def module_of(path: Path) -> str:
+    relative = path.relative_to(ROOT / "kernels" if path.is_relative_to(ROOT / "kernels") else ROOT)
+    return ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            base = node.module or ""
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_the_floors(path: Path) -> None:
+    here = room(module_of(path))
+    if module_of(path) == "megarewarm":
+        return
+    assert here is not None, f"{path} stands in no room: add it to the house or to FLOORS"
+    for line, name in imports(path):
+        there = room(name)
+        if there is None or there == here or name == "megarewarm.__version__":
+            continue
+        allowed = FLOORS[there] < FLOORS[here] or there == "megarewarm.errors"
+        assert allowed, f"{path}:{line}: {here} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+
+
+def test_kernels_stand_alone_and_report_knows_no_training() -> None:
+    for path in SOURCES:
+        rooms = {room(name) for _, name in imports(path)} - {None}
+        if room(module_of(path)) == "megarewarm_kernels":
+            assert rooms <= {"megarewarm_kernels"}, path
+        if room(module_of(path)) == "megarewarm.report":
+            assert rooms <= {"megarewarm.report", "megarewarm.errors"}, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_file_is_one_idea(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450, f"{path}: over 450 lines is usually two ideas"
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), f"{path}: say in one to three sentences what the file does"
+
+
+def test_no_marks_of_unfinished_work() -> None:
+    marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
+    for path in SOURCES:
+        found = [line for line in path.read_text().splitlines() if marks.search(line)]
+        assert not found, f"{path}: {found}"

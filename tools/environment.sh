@@ -1,0 +1,50 @@
+#!/bin/sh
+# Print a Python that can run megarewarm, making .venv beside launch.sh if there is none.
+#   environment.sh               the active environment, .venv or python3, else a new .venv
+#   environment.sh --find        the same, but never installs; fails where there is none
+#   environment.sh test          always .venv, with what the tests need (deepspeed too)
+set -eu
+root=$(cd -- "$(dirname -- "$0")/.." && pwd)
+wanted=${1:-}
+venv="$root/.venv"
+stamp=$(cat "$root/setup.py" "$root/constraints.txt" "$0" | cksum | tr ' ' '-')
+
+can_run() {
+  "$1" -c '
+import sys, importlib.util as util
+needed = "torch numpy pydantic yaml rich safetensors tokenizers orjson zstandard tensorboard matplotlib".split()
+sys.exit(sys.version_info < (3, 11) or any(util.find_spec(name) is None for name in needed))' 2>/dev/null
+}
+
+if [ "$wanted" != test ]; then
+  for python in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" python3 python; do
+    if command -v "$python" >/dev/null 2>&1 && can_run "$python"; then command -v "$python"; exit 0; fi
+  done
+fi
+if [ -f "$venv/installed-$wanted-$stamp" ] || { [ "$wanted" != test ] && [ -f "$venv/installed-test-$stamp" ]; }; then
+  echo "$venv/bin/python"
+  exit 0
+fi
+if [ "$wanted" = --find ]; then
+  if [ -x "$venv/bin/python" ] && can_run "$venv/bin/python"; then echo "$venv/bin/python"; exit 0; fi
+  exit 1
+fi
+
+base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3) || {
+  echo "launch.sh: no python3 found; install Python 3.11 or newer" >&2; exit 2; }
+"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "launch.sh: $base is $("$base" --version), expected Python 3.11 or newer; install it" >&2; exit 2; }
+echo "launch.sh: installing megarewarm into $venv (once, a few minutes; torch is the large part)" >&2
+"$base" -m venv "$venv" >&2 || {
+  echo "launch.sh: $base can't make a virtual environment; install its venv module (Debian: python3-venv)" >&2; exit 2; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@" >&2; }
+pip install --constraint "$root/constraints.txt" torch numpy setuptools wheel
+if [ "$wanted" = test ]; then
+  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[test]"
+  DS_BUILD_OPS=0 pip install --no-build-isolation --constraint "$root/constraints.txt" deepspeed
+else
+  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root"
+fi
+# last, so that an interrupted installation is taken up again
+touch "$venv/installed-$wanted-$stamp"
+echo "$venv/bin/python"

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Train a tokenizer: python tools/train_tokenizer.py FILE [FILE ...] --vocab-size 32768 --output tokenizer.json"""
+
+from __future__ import annotations
+
+import find_megarewarm  # noqa: F401  # isort: skip
+import argparse
+import sys
+from pathlib import Path
+
+from rich.progress import Progress
+
+from megarewarm.data.preprocess import Documents, first_bytes
+from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
+from megarewarm.errors import EXIT_BAD_INPUT, UserError
+
+TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl or .txt, also with .gz or .zst added")
+    parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
+    parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")
+    parser.add_argument("--text-key", default="text", help="key of the text in .jsonl; default: %(default)s")
+    parser.add_argument("--sample-mb", type=float, default=100.0, help="megabytes to learn from; default: %(default)g")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    arguments = parser.parse_args()
+    if arguments.output.suffix not in TRAINERS:
+        parser.error(f"--output {arguments.output}: expected a name that ends in {' or '.join(TRAINERS)}")
+    if arguments.output.exists() and not arguments.overwrite:
+        parser.error(f"--output {arguments.output} exists: choose another name or add --overwrite")
+    try:
+        documents = Documents(arguments.files, arguments.text_key)
+        with Progress() as bar:
+            limit = int(arguments.sample_mb * 1e6)
+            task = bar.add_task("reading", total=min(limit, documents.total_bytes))
+            texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
+            tokenizer = TRAINERS[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
+    if documents.broken:
+        print(f"left out: {documents.broken:,} broken records", *documents.examples, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
