@@ -30,10 +30,15 @@ if [ "$wanted" = --find ]; then
   exit 1
 fi
 
-base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3) || {
-  echo "launch.sh: no python3 found; install Python 3.11 or newer" >&2; exit 2; }
-"$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "launch.sh: $base is $("$base" --version), expected Python 3.11 or newer; install it" >&2; exit 2; }
+# a name on the PATH may be a shim that starts nothing, so each candidate is asked
+base=
+for python in python3 python3.13 python3.12 python3.11; do
+  if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then base=$python; break; fi
+done
+if [ -z "$base" ]; then
+  echo "launch.sh: no Python 3.11 or newer found (python3 is $(python3 --version 2>/dev/null || echo missing)); install it" >&2
+  exit 2
+fi
 echo "launch.sh: installing megarewarm into $venv (once, a few minutes; torch is the large part)" >&2
 "$base" -m venv "$venv" >&2 || {
   echo "launch.sh: $base can't make a virtual environment; install its venv module (Debian: python3-venv)" >&2; exit 2; }
