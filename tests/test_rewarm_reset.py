@@ -88,6 +88,7 @@ def test_every_line_can_be_overridden() -> None:
         ("iteration", "continue", "restart"),
         ("data", "continue", "restart"),
         ("rng", "keep", "reseed"),
+        ("loss_scale", "keep", "reset"),
     ],
 )
 def test_weights_only_checkpoints_honour_no_more_than_weights(line: str, value: str, remedy: str) -> None:

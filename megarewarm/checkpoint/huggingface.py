@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -180,52 +180,64 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 def load_weights(folder: str | Path, model: NeoX) -> None:
     """Fill every parameter of ``model`` from the weights in ``folder``, cast to the parameter's dtype.
 
-    Reads safetensors, or else .bin files, single or sharded, one tensor at a time. Rows of a padded vocabulary become
-    zero. All names, shapes and dtypes are checked before the first parameter is touched: raises one UserError with
-    what is missing, unexpected or of another shape.
+    Rows of a padded vocabulary become zero. Otherwise as ``fill_weights``.
     """
     parameters = dict(model.named_parameters())
     vocabulary = model.config.vocab_size
-    tied = model.embed_out is None
+    shapes = {
+        name: (vocabulary, *parameter.shape[1:]) if _is_padded(name) else tuple(parameter.shape)
+        for name, parameter in parameters.items()
+    }
+
+    def fill(name: str, tensor: Tensor) -> None:
+        parameters[name][: len(tensor)].copy_(tensor)
+        parameters[name][len(tensor) :].zero_()
+
+    with torch.no_grad():
+        fill_weights(folder, shapes, fill)
+
+
+def fill_weights(folder: str | Path, shapes: Mapping[str, tuple[int, ...]], fill: Callable[[str, Tensor], None]) -> None:
+    """Call ``fill(name, tensor)`` for every parameter of ``shapes`` with what ``folder`` holds under its name.
+
+    Reads safetensors, or else .bin files, single or sharded, one tensor at a time. All names and shapes are checked before
+    the first call: raises one UserError with what is missing, unexpected or of another shape. ``shapes`` without a head
+    (tied embeddings) refuses a stored head that is not the embedding.
+    """
+    tied = _HEAD not in shapes
     problems: list[str] = []
-    missing = set(parameters)
+    missing = set(shapes)
     files = _weight_files(Path(folder))
     for file in files:
         with _open(file) as tensors:
             for stored, name in _names(tensors):
                 if name == _HEAD and tied:
                     continue
-                if name not in parameters:
+                if name not in shapes:
                     problems.append(f"unexpected tensor {stored} in {file.name}")
                     continue
                 missing.discard(name)
                 shape, dtype = tensors.describe(stored)
                 if dtype not in _DTYPES.values():
                     problems.append(f"{stored} in {file.name} has dtype {dtype}, expected {', '.join(_DTYPES.values())}")
-                if shape != (expected := _stored_shape(name, parameters[name], vocabulary)):
-                    problems.append(f"{stored} in {file.name} has shape {shape}, expected {expected}")
+                if shape != shapes[name]:
+                    problems.append(f"{stored} in {file.name} has shape {shape}, expected {shapes[name]}")
     problems += [f"missing tensor {name}" for name in sorted(missing)]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{folder}: weights do not fit the model: {'; '.join(problems[:5])}{more}")
 
-    head: Tensor | None = None
-    with torch.no_grad():
-        for file in files:
-            with _open(file) as tensors:
-                for stored, name in _names(tensors):
-                    if name == _HEAD and tied:
-                        head = tensors.read(stored)
-                        continue
-                    tensor = tensors.read(stored)
-                    parameters[name][: len(tensor)].copy_(tensor)
-                    parameters[name][len(tensor) :].zero_()
-    if head is not None and not torch.equal(head.to(model.head), model.head[:vocabulary]):
+    ends: dict[str, Tensor] = {}
+    for file in files:
+        with _open(file) as tensors:
+            for stored, name in _names(tensors):
+                tensor = tensors.read(stored)
+                if tied and name in (_HEAD, "embed_in.weight"):
+                    ends[name] = tensor
+                if name != _HEAD or not tied:
+                    fill(name, tensor)
+    if len(ends) == 2 and not torch.equal(*(end.float() for end in ends.values())):
         raise UserError(f"{folder}: tie_word_embeddings is true, yet the head is not the embedding: set it to false")
-
-
-def _stored_shape(name: str, parameter: Tensor, vocabulary: int) -> tuple[int, ...]:
-    return (vocabulary, *parameter.shape[1:]) if _is_padded(name) else tuple(parameter.shape)
 
 
 def _is_padded(name: str) -> bool:

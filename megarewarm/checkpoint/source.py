@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+import torch
 
 from megarewarm.checkpoint import huggingface, state
 from megarewarm.checkpoint.lineage import Lineage, Stage
@@ -13,6 +13,7 @@ from megarewarm.checkpoint.state import Tensors, TrainingState
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
+from megarewarm.parallel.engine import ParallelModel
 
 
 class CheckpointSource(Protocol):
@@ -25,8 +26,8 @@ class CheckpointSource(Protocol):
     training: TrainingState | None
     lineage: Lineage
 
-    def load_weights(self, model: NeoX) -> None:
-        """Fill the model's parameters."""
+    def load_weights(self, model: ParallelModel) -> None:
+        """Fill this rank's part of the parameters. All ranks call it."""
 
     def load_tensors(self, tensors: Tensors) -> None:
         """Fill named training tensors (moments, RNG state) in place."""
@@ -45,11 +46,19 @@ class OwnCheckpoint:
         self.lineage = self.training.lineage
         self.notes: list[str] = []
 
-    def load_weights(self, model: NeoX) -> None:
+    def load_weights(self, model: ParallelModel) -> None:
         self.load_tensors(weight_tensors(model))
 
     def load_tensors(self, tensors: Tensors) -> None:
         state.load(self.folder, tensors)
+
+    def whole_model(self) -> NeoX:
+        """The model on one device (the CPU), whatever layout wrote it. For one rank to call."""
+        with torch.device("meta"):
+            model = NeoX(self.model_config)
+        model.to_empty(device="cpu")
+        state.load(self.folder, {f"model.{name}": p.data for name, p in model.named_parameters()}, alone=True)
+        return model
 
 
 class HuggingFaceCheckpoint:
@@ -64,16 +73,16 @@ class HuggingFaceCheckpoint:
         self.model_config, self.notes = huggingface.read_model_config(folder)
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
 
-    def load_weights(self, model: NeoX) -> None:
-        huggingface.load_weights(self.folder, model)
+    def load_weights(self, model: ParallelModel) -> None:
+        huggingface.fill_weights(self.folder, model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: a Hugging Face folder holds weights only; set start.moments to 'reset'")
 
 
-def weight_tensors(model: nn.Module) -> Tensors:
-    """The model's parameters under the names they have in a checkpoint."""
-    return {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+def weight_tensors(model: ParallelModel) -> Tensors:
+    """The parameters on this rank under the names they have in a checkpoint."""
+    return {f"model.{name}": tensor for name, tensor in model.weights().items()}
 
 
 def open_checkpoint(name: str) -> CheckpointSource:

@@ -58,6 +58,7 @@ class TrainingState(BaseModel):
     lineage: Lineage
     start_position: tuple[int, int, int]
     start_losses: dict[str, float] = {}
+    loss_scale: dict[str, float] | None = None
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
@@ -164,9 +165,12 @@ def _remove_old(folder: Path, keep_last: int) -> None:
         shutil.rmtree(doomed)
 
 
-def load(checkpoint: Path, tensors: Tensors) -> None:
-    """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen."""
-    several = dist.is_initialized() and dist.get_world_size() > 1
+def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
+    """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
+
+    All ranks call it, unless ``alone``.
+    """
+    several = not alone and dist.is_initialized() and dist.get_world_size() > 1
     stored = stored_shapes(checkpoint)
     for name, tensor in tensors.items():
         if name not in stored:

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from megarewarm.config.load import merge, validate
-from megarewarm.config.schema import Positive, RunConfig, Section
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.section import Positive, Section
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
 

@@ -1,24 +1,27 @@
-"""The schema of a run. Every key, its meaning and its default stands here and nowhere else.
+"""The schema of a run: what is trained, on what, from where, along which curve; the rest is in ``execution``.
 
-``docs/config.md`` and ``docs/config.schema.json`` are generated from this file (``python tools/document_config.py``).
+Every key, its meaning and its default stands here and nowhere else: ``docs/config.md`` and ``docs/config.schema.json`` are
+generated from it (``python tools/document_config.py``).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from megarewarm.config.budget import Budget
-
-Positive = Annotated[int, Field(gt=0)]
-LearningRate = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, values are frozen after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from megarewarm.config.execution import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ExportConfig,
+    KernelsConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from megarewarm.config.section import LearningRate, Positive, Section
 
 
 class ModelConfig(Section):
@@ -113,6 +116,9 @@ class StartConfig(Section):
         None, description="Position in the training data, counted in samples of this run's data."
     )
     rng: Literal["reseed", "keep"] | None = Field(None, description="State of the random number generators.")
+    loss_scale: Literal["keep", "reset"] | None = Field(
+        None, description="The dynamic loss scale of fp16; without meaning in other precisions."
+    )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -263,97 +269,6 @@ class ScheduleConfig(Section):
 
 def _names(keys: set[str]) -> str:
     return ", ".join(f"'{key}'" for key in sorted(keys))
-
-
-class OptimizerConfig(Section):
-    """AdamW. Norms and biases are not decayed; embeddings and the head are (as GPT-NeoX)."""
-
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.")
-    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
-    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
-        return self
-
-
-class TrainingConfig(Section):
-    """How long and in what portions."""
-
-    budget: Budget = Field(description="Length of the run, in steps or tokens.")
-    global_batch: Positive = Field(description="Sequences per optimizer step, over all ranks.")
-    micro_batch: Positive = Field(description="Sequences per forward pass on one rank.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: autocast over fp32 master weights. auto: bf16 on GPUs that have it, fp32 elsewhere."
-    )
-    seed: int = Field(1234, ge=0, description="Seed of initial weights and of every other random choice but the data order.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
-
-    @model_validator(mode="after")
-    def _check(self) -> TrainingConfig:
-        if self.budget.unit == "percent":
-            raise ValueError(f"budget '{self.budget}' is a share of itself: give steps or tokens")
-        return self
-
-
-class EvaluationConfig(Section):
-    """When the validation sets are evaluated. Always also after the last step."""
-
-    every: Budget = Field(Budget(amount=1, unit="percent"), description="Interval.", validate_default=False)
-    every_in_warmup: Budget | None = Field(None, description="Interval during the warmup; null: the same.")
-    at_start: bool = Field(True, description="Evaluate the start checkpoint before the first step.")
-    micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
-
-
-class CheckpointConfig(Section):
-    """When the run's own checkpoints are written, and how many stay."""
-
-    every: Budget | None = Field(
-        Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
-    )
-    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
-
-
-class ExportConfig(Section):
-    """What is written after the last step, beside the run's own checkpoints."""
-
-    huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads.")
-
-
-class WandbConfig(Section):
-    """Weights & Biases, when asked for (the wandb package must be installed)."""
-
-    project: str = Field(description="Project name.")
-    entity: str | None = Field(None, description="Team or user.")
-
-
-class LoggingConfig(Section):
-    """What is written during training. RUN/metrics.jsonl always is."""
-
-    every: Positive = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
-    tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
-    wandb: WandbConfig | None = Field(None, description="Send the metrics to Weights & Biases as well.")
-
-
-class KernelsConfig(Section):
-    """Knobs of the fused operations."""
-
-    loss_memory: Positive = Field(
-        64 * 2**20,
-        description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes.",
-    )
-
-
-class ParallelConfig(Section):
-    """How the ranks work together. The launcher sets their number."""
-
-    data: Positive | None = Field(
-        None, description="Data-parallel ranks; null: all the launcher started. Another number is an error."
-    )
-    timeout_minutes: float = Field(30.0, gt=0, description="How long a rank waits for the others before the job ends.")
 
 
 class RunConfig(Section):

@@ -29,6 +29,7 @@ class ResetPolicy:
     iteration: Literal["restart", "continue"]
     data: Literal["restart", "continue"]
     rng: Literal["reseed", "keep"]
+    loss_scale: Literal["keep", "reset"]
 
     def lines(self) -> dict[str, str]:
         """Line -> choice, without the intent."""
@@ -36,10 +37,10 @@ class ResetPolicy:
 
 
 PRESETS: dict[Intent, ResetPolicy] = {
-    "scratch": ResetPolicy("scratch", "initialise", "reset", "reset", "restart", "restart", "restart", "reseed"),
-    "resume": ResetPolicy("resume", "load", "keep", "keep", "continue", "continue", "continue", "keep"),
-    "rewarm": ResetPolicy("rewarm", "load", "reset", "reset", "restart", "restart", "restart", "reseed"),
-    "branch": ResetPolicy("branch", "load", "keep", "keep", "restart", "restart", "continue", "keep"),
+    "scratch": ResetPolicy("scratch", "initialise", "reset", "reset", "restart", "restart", "restart", "reseed", "reset"),
+    "resume": ResetPolicy("resume", "load", "keep", "keep", "continue", "continue", "continue", "keep", "keep"),
+    "rewarm": ResetPolicy("rewarm", "load", "reset", "reset", "restart", "restart", "restart", "reseed", "reset"),
+    "branch": ResetPolicy("branch", "load", "keep", "keep", "restart", "restart", "continue", "keep", "keep"),
 }
 
 _NEEDS_TRAINING_STATE = {
@@ -49,6 +50,7 @@ _NEEDS_TRAINING_STATE = {
     "iteration": ("continue",),
     "data": ("continue",),
     "rng": ("keep",),
+    "loss_scale": ("keep",),
 }
 _OPPOSITE = {"keep": "reset", "keep_second": "reset", "continue": "restart"}
 
@@ -135,6 +137,7 @@ def table(
     position: Position,
     parameters: int,
     seed: int,
+    loss_scale: float | None = None,
 ) -> list[Row]:
     """The reset table with the values of both sides, in the order of the config's keys."""
     old = source.training if source is not None else None
@@ -147,6 +150,7 @@ def table(
         "iteration": f"{old.step:,}" if old else nothing,
         "data": f"sample {old.samples:,} of {old.data_fingerprint[:8]}" if old else nothing,
         "rng": "state" if old else nothing,
+        "loss_scale": (f"{old.loss_scale['scale']:g}" if old.loss_scale else "none") if old else nothing,
     }
     moments = {"keep": "both kept", "reset": "zero", "keep_second": "exp_avg zero, exp_avg_sq kept"}
     has = {
@@ -158,5 +162,6 @@ def table(
         "iteration": f"{position.step:,}",
         "data": f"sample {position.samples:,}",
         "rng": f"seed {seed}" if policy.rng == "reseed" else "kept",
+        "loss_scale": "none" if loss_scale is None else f"{loss_scale:g}",
     }
     return [Row(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]

@@ -16,8 +16,8 @@ from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX
 from megarewarm.model.size import count_parameters, estimate_memory, training_flops_per_token
+from megarewarm.parallel.engine import ParallelModel
 from megarewarm.report.terminal import draw_curve
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import table
@@ -36,7 +36,7 @@ class _NotOpened:
     training: TrainingState | None = None
     lineage: Lineage = field(default_factory=Lineage)
 
-    def load_weights(self, model: NeoX) -> None:
+    def load_weights(self, model: ParallelModel) -> None:
         raise UserError(f"{self.name} was not opened")
 
     def load_tensors(self, tensors: Tensors) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import torch
-
 from megarewarm.config.budget import Budget
-from megarewarm.config.schema import EvaluationConfig, RunConfig
+from megarewarm.config.execution import EvaluationConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.data.validation import ValidationWindows
-from megarewarm.model.neox import NeoX
-from megarewarm.parallel.data import all_reduce_sums
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.mesh import Mesh
 
 
 def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterator[int]:
@@ -36,19 +35,10 @@ def _interval(config: RunConfig, budget: Budget) -> int:
     return max(1, round(config.steps(budget)))
 
 
-@torch.no_grad()
-def evaluate(
-    model: NeoX, windows: ValidationWindows, micro_batch: int, ranks: Ranks, autocast: torch.autocast
-) -> tuple[float, int]:
+def evaluate(model: ParallelModel, windows: ValidationWindows, micro_batch: int, mesh: Mesh) -> tuple[float, int]:
     """Mean loss in nats per token over all windows of a set, and the number of tokens it is the mean of."""
-    model.eval()
-    total, count = 0.0, 0.0
-    for rows in windows.micro_batches(ranks.rank, ranks.world_size, micro_batch):
-        tokens = torch.from_numpy(rows).to(ranks.device)
-        with autocast:
-            loss, targets = model.loss(tokens[:, :-1], tokens[:, 1:])
-        total += float(loss)
-        count += float(targets)
-    total, count = all_reduce_sums([total, count])
-    model.train()
+    ranks = mesh.layout.data
+    rows = windows.micro_batches(mesh.data_rank, ranks, micro_batch)
+    most = max(len(windows.share(rank, ranks)) for rank in range(ranks))
+    total, count = all_reduce_sums(model.evaluate(rows, calls=math.ceil(most / micro_batch)))
     return total / count if count else math.nan, int(count)

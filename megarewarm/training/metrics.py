@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from megarewarm.config.schema import LoggingConfig
+from megarewarm.config.execution import LoggingConfig
 from megarewarm.errors import UserError
 
 

@@ -5,31 +5,33 @@ The update is PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight de
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from megarewarm.config.schema import OptimizerConfig
+from megarewarm.config.execution import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter: to matrices, embeddings and head among them, not to norms and biases."""
+    return not (name.endswith(".bias") or "layernorm" in name or "layer_norm" in name)
 
 
 class AdamW:
     """AdamW over a model's parameters in two groups: decayed, and not decayed (norms and biases, as GPT-NeoX).
 
-    Embeddings and the head are decayed. Moments are fp32 tensors of the parameters' shapes, on their device.
+    Moments are fp32 tensors of the parameters' shapes, on their device.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        undecayed = {
-            parameter
-            for module in model.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if name == "bias" or isinstance(module, nn.LayerNorm)
-        }
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+        """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them."""
+        self.names = {parameter: name for name, parameter in parameters.items()}
         groups = [
-            {"params": [p for p in self.names if p not in undecayed], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.names if p in undecayed], "weight_decay": 0.0},
+            {"params": [p for name, p in parameters.items() if decays(name)], "weight_decay": config.weight_decay},
+            {"params": [p for name, p in parameters.items() if not decays(name)], "weight_decay": 0.0},
         ]
         self.torch = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
@@ -55,12 +57,10 @@ class AdamW:
         """The learning rate in each group."""
         return [group["lr"] for group in self.torch.param_groups]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The moments as ``optimizer.exp_avg.NAME`` and ``optimizer.exp_avg_sq.NAME``; writing to them changes the state."""
+    def moments(self) -> dict[tuple[str, str], Tensor]:
+        """The moments by (moment, parameter's name); writing to them changes the state."""
         return {
-            f"optimizer.{moment}.{name}": self.torch.state[parameter][moment]
-            for parameter, name in self.names.items()
-            for moment in MOMENTS
+            (moment, name): self.torch.state[parameter][moment] for parameter, name in self.names.items() for moment in MOMENTS
         }
 
     @property

@@ -15,7 +15,13 @@ from megarewarm.errors import UserError
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "schedule", "training", "optimizer")
-_FREE = {("training", "micro_batch"), ("training", "device"), ("training", "precision"), ("data", "tokenizer")}
+_FREE = {
+    ("training", "micro_batch"),
+    ("training", "device"),
+    ("training", "precision"),
+    ("training", "recompute"),
+    ("data", "tokenizer"),
+}
 
 
 class RunFolder:

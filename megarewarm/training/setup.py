@@ -18,11 +18,11 @@ from megarewarm.checkpoint.source import weight_tensors
 from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
-from megarewarm.model.initialize import initialize
-from megarewarm.model.neox import NeoX
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
-from megarewarm.parallel.data import GradientBuffer, all_reduce_sums
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.loss_scaler import LossScaler
+from megarewarm.parallel.mesh import Layout, Mesh, Ranks, choose_layout
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Row, table
 from megarewarm.training.optimizer import AdamW
@@ -31,7 +31,7 @@ from megarewarm.training.plan import Plan, differing_choices
 RNG = "rng.cpu"
 
 Batch = tuple[int, npt.NDArray[np.int64]]
-"""Number of the global batch's first sample, and this rank's rows of it, (B/W, s + 1)."""
+"""Number of the global batch's first sample, and this rank's rows of it, (B / data-parallel ranks, s + 1)."""
 
 
 @dataclass
@@ -40,14 +40,14 @@ class Run:
 
     plan: Plan
     ranks: Ranks
-    model: NeoX
+    mesh: Mesh
+    model: ParallelModel
     optimizer: AdamW
-    gradients: GradientBuffer
     data: TrainingBatches
     batches: Prefetch[Batch]
     validation: list[ValidationWindows]
-    autocast: torch.autocast
     precision: str
+    scaler: LossScaler | None
     table_rows: list[Row]
     notes: list[str]
     history: Lineage
@@ -60,7 +60,7 @@ class Run:
 
     def tensors(self) -> state.Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
-        return weight_tensors(self.model) | self.optimizer.tensors() | {RNG: torch.get_rng_state()}
+        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
 
     def stage(self) -> Stage:
         """This run's line in the lineage, as it stands now."""
@@ -117,6 +117,7 @@ class Run:
             lineage=self.history.extended(stage),
             start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
             start_losses=self.start_losses,
+            loss_scale=self.scaler.state() if self.scaler is not None else None,
         )
         return state.save(folder, training, self.tensors(), keep_last=plan.config.checkpoint.keep_last)
 
@@ -148,6 +149,7 @@ class Run:
             "reset": [vars(row) for row in self.table_rows],
             "precision": self.precision,
             "ranks": self.ranks.world_size,
+            "layout": str(self.mesh.layout),
             "device": str(self.ranks.device),
         }
 
@@ -155,7 +157,8 @@ class Run:
 def build(plan: Plan, ranks: Ranks) -> Run:
     """Build the run. Files are opened and checked before a model is made. Raises ``UserError``; writes nothing."""
     config = plan.config
-    _check_batch(plan, ranks)
+    layout = choose_layout(config.parallel, ranks.world_size)
+    _check_batch(plan, layout)
     _check_agreement(plan, ranks)
     data = build_training_batches(
         config.data,
@@ -167,33 +170,51 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     validation = [ValidationWindows(item, config.data, plan.model.vocab_size) for item in config.data.validation]
 
     torch.manual_seed(config.training.seed + ranks.rank)
-    model = NeoX(plan.model, loss_memory=config.kernels.loss_memory)
+    precision = _precision(plan, ranks)
+    mesh = Mesh(ranks, layout)
+    model = ParallelModel(
+        plan.model,
+        mesh,
+        parallel=config.parallel,
+        training=config.training,
+        kernels=config.kernels,
+        sequence_length=config.data.sequence_length,
+        precision=precision,
+    )
     if plan.policy.weights == "load":
         assert plan.source is not None
         plan.source.load_weights(model)
     else:
-        initialize(model, config.training.seed)
-    model.to(ranks.device)
-    optimizer = AdamW(model, config.optimizer)
-    _apply(plan, optimizer)
+        model.initialize(config.training.seed)
+    optimizer = AdamW(model.parameters, config.optimizer)
+    _apply(plan, model, optimizer)
 
-    precision = _precision(plan, ranks)
-    schedule_rows = table(
-        plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed
-    )
+    scaler = LossScaler() if precision == "fp16" else None
+    stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
+    if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
+        scaler.restore(stored)
+
     history = plan.source.lineage if plan.source is not None else Lineage()
     run = Run(
         plan=plan,
         ranks=ranks,
+        mesh=mesh,
         model=model,
         optimizer=optimizer,
-        gradients=GradientBuffer(list(model.parameters())),
         data=data,
-        batches=Prefetch(_batches(plan, data, ranks)),
+        batches=Prefetch(_batches(plan, data, mesh)),
         validation=validation,
-        autocast=torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
         precision=precision,
-        table_rows=schedule_rows,
+        scaler=scaler,
+        table_rows=table(
+            plan.policy,
+            plan.source,
+            plan.schedule,
+            plan.position,
+            count_parameters(plan.model),
+            config.training.seed,
+            scaler.scale if scaler is not None else None,
+        ),
         notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source)],
         history=history if not plan.resumed else Lineage(stages=history.stages[:-1]),
         step=plan.position.step,
@@ -207,23 +228,23 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     return run
 
 
-def _batches(plan: Plan, data: TrainingBatches, ranks: Ranks) -> Iterator[Batch]:
+def moment_tensors(model: ParallelModel, optimizer: AdamW) -> state.Tensors:
+    """Adam's moments under the names they have in a checkpoint; writing to them changes the optimizer's state."""
+    return {f"optimizer.{moment}.{name}": model.whole(name, tensor) for (moment, name), tensor in optimizer.moments().items()}
+
+
+def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
     size = plan.config.training.global_batch
     for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
-        yield first, data.share(first, size, ranks.rank, ranks.world_size)
+        yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
 
 
-def _check_batch(plan: Plan, ranks: Ranks) -> None:
-    config = plan.config
-    if config.parallel.data is not None and config.parallel.data != ranks.world_size:
+def _check_batch(plan: Plan, layout: Layout) -> None:
+    size = plan.config.training.global_batch
+    if size % layout.data:
         raise UserError(
-            f"parallel.data: {config.parallel.data} ranks are asked for, the launcher started {ranks.world_size}; start "
-            f"as many, or remove the key"
-        )
-    if config.training.global_batch % ranks.world_size:
-        raise UserError(
-            f"training.global_batch: {config.training.global_batch} sequences can't be shared evenly by {ranks.world_size} "
-            f"ranks; choose a multiple of {ranks.world_size}"
+            f"training.global_batch: {size} sequences can't be shared evenly by {layout.data} data-parallel ranks; choose a "
+            f"multiple of {layout.data}"
         )
 
 
@@ -253,16 +274,16 @@ def _precision(plan: Plan, ranks: Ranks) -> str:
     wanted = plan.config.training.precision
     able = ranks.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and not able:
-        raise UserError("training.precision: this GPU has no bf16; set it to fp32")
+        raise UserError("training.precision: this GPU has no bf16; set it to fp16 or fp32")
     if wanted == "auto":
         return "bf16" if ranks.device.type == "cuda" and able else "fp32"
     return wanted
 
 
-def _apply(plan: Plan, optimizer: AdamW) -> None:
+def _apply(plan: Plan, model: ParallelModel, optimizer: AdamW) -> None:
     """The reset table, last: what is kept is loaded, what is not is zero."""
     wanted = {"keep": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg_sq",), "reset": ()}[plan.policy.moments]
-    kept = {name: t for name, t in optimizer.tensors().items() if name.split(".")[1] in wanted}
+    kept = {name: t for name, t in moment_tensors(model, optimizer).items() if name.split(".")[1] in wanted}
     tensors = dict(kept)
     rng = torch.get_rng_state()
     if plan.policy.rng == "keep":
@@ -280,13 +301,13 @@ def _assert_applied(run: Run) -> None:
     """The run stands where the table says, seen from the objects that will be used, not from the plan."""
     plan = run.plan
     first_lr = plan.schedule.lr(plan.position.schedule)
-    moments = run.optimizer.tensors()
+    moments = run.optimizer.moments()
     zero = {"reset": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg",), "keep": ()}[plan.policy.moments]
     checks = {
         "every parameter group has the schedule's first learning rate": all(lr == first_lr for lr in run.optimizer.lrs),
         "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
-        "reset moments are zero": not any(bool(t.any()) for name, t in moments.items() if name.split(".")[1] in zero),
-        "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters()),
+        "reset moments are zero": not any(bool(t.any()) for (moment, _), t in moments.items() if moment in zero),
+        "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),
     }
     for what, holds in checks.items():

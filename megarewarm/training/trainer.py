@@ -7,12 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from megarewarm.checkpoint import huggingface
+from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
-from megarewarm.parallel.data import agree_any, all_reduce_sums
+from megarewarm.parallel.agreement import agree_any, all_reduce_sums
 from megarewarm.parallel.mesh import Ranks
 from megarewarm.training.evaluate import evaluate, evaluation_steps
 from megarewarm.training.metrics import Metrics, check_loggers
@@ -59,7 +59,10 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         with StopRequest(console) as stop:
             outcome = _loop(run, folder, metrics, console, stop)
         if outcome.stopped_by is None and config.export.huggingface and ranks.is_main:
-            huggingface.export(run.model, plan.model, folder.export, tokenizer=config.data.tokenizer)
+            newest = folder.newest_checkpoint()
+            assert newest is not None
+            model = OwnCheckpoint(newest).whole_model()
+            huggingface.export(model, plan.model, folder.export, tokenizer=config.data.tokenizer)
             console.print(f"{config.name}: exported to {folder.export}", highlight=False)
         return outcome
     finally:
@@ -122,30 +125,32 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     """One optimizer step on the next global batch. Returns the mean loss per token and the gradient norm before clipping.
 
     The loss of every micro-batch is a sum divided by the tokens of the whole global batch, so gradients add up to
-    those of one large batch, whatever the micro-batches and ranks. Raises ``TrainingDiverged``.
+    those of one large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing
+    but the loss scale. Raises ``TrainingDiverged``.
     """
-    config, ranks = run.plan.config, run.ranks
+    config = run.plan.config
     first_sample, rows = next(run.batches)
     assert first_sample == run.plan.samples(run.step), "the loader and the step counter have parted; please report this"
-    run.gradients.zero()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for micro in torch.from_numpy(rows).split(config.training.micro_batch):
-        tokens = micro.to(ranks.device, non_blocking=True)
-        with run.autocast:
-            micro_loss, _ = run.model.loss(tokens[:, :-1], tokens[:, 1:])
-        (micro_loss / config.tokens_per_step).backward()
-        loss_sum += micro_loss.detach()
-    run.gradients.all_reduce_sum()
-    norm = float(run.gradients.norm())
-    loss = all_reduce_sums([float(loss_sum)])[0] / config.tokens_per_step
+    gradients, scaler = run.model.gradients, run.scaler
+    scale = scaler.scale if scaler is not None else 1.0
+    gradients.zero()
+    loss_sum = run.model.forward_backward(rows, loss_scale=scale)
+    gradients.reduce()
+    norm = gradients.norm() / scale
+    loss = all_reduce_sums([loss_sum])[0] / config.tokens_per_step
+    if scaler is not None:
+        scaler.update(math.isfinite(norm))
+        if math.isfinite(loss) and not math.isfinite(norm):
+            return loss, norm
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise TrainingDiverged(
             f"step {run.step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient "
             f"norm {norm}); the last checkpoint is untouched. A lower schedule.max_lr or a longer warmup usually helps"
         )
     limit = config.optimizer.clip_norm
-    if limit is not None and norm > limit:
-        run.gradients.scale_(limit / (norm + 1e-6))
+    factor = limit / (norm + 1e-6) if limit is not None and norm > limit else 1.0
+    if factor != 1.0 or scale != 1.0:
+        gradients.scale_(factor / scale)
     run.optimizer.step(lr)
     return loss, norm
 
@@ -155,7 +160,7 @@ def _evaluate_all(run: Run, step: int, metrics: Metrics, console: Console, when:
     micro_batch = config.evaluation.micro_batch or config.training.micro_batch
     shown = []
     for windows in run.validation:
-        loss, tokens = evaluate(run.model, windows, micro_batch, run.ranks, run.autocast)
+        loss, tokens = evaluate(run.model, windows, micro_batch, run.mesh)
         name = windows.name
         run.losses[name] = loss
         metrics.event(

@@ -1,0 +1,142 @@
+"""The sections of a run that say how it is carried out: optimizer, batches, evaluation, checkpoints, logs, ranks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megarewarm.config.budget import Budget
+from megarewarm.config.section import Positive, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW. Norms and biases are not decayed; embeddings and the head are (as GPT-NeoX)."""
+
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long and in what portions."""
+
+    budget: Budget = Field(description="Length of the run, in steps or tokens.")
+    global_batch: Positive = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch: Positive = Field(description="Sequences per forward pass on one rank.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="bf16, fp16: autocast over fp32 master weights, fp16 with dynamic loss scaling. auto: bf16 on GPUs that "
+        "have it, fp32 elsewhere.",
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What a layer computes again in the backward pass instead of keeping it. selective: the GELU; full: "
+        "everything but its input.",
+    )
+    seed: int = Field(1234, ge=0, description="Seed of initial weights and of every other random choice but the data order.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.budget.unit == "percent":
+            raise ValueError(f"budget '{self.budget}' is a share of itself: give steps or tokens")
+        return self
+
+
+class EvaluationConfig(Section):
+    """When the validation sets are evaluated. Always also after the last step."""
+
+    every: Budget = Field(Budget(amount=1, unit="percent"), description="Interval.", validate_default=False)
+    every_in_warmup: Budget | None = Field(None, description="Interval during the warmup; null: the same.")
+    at_start: bool = Field(True, description="Evaluate the start checkpoint before the first step.")
+    micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
+
+
+class CheckpointConfig(Section):
+    """When the run's own checkpoints are written, and how many stay."""
+
+    every: Budget | None = Field(
+        Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
+    )
+    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
+
+
+class ExportConfig(Section):
+    """What is written after the last step, beside the run's own checkpoints."""
+
+    huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads.")
+
+
+class WandbConfig(Section):
+    """Weights & Biases, when asked for (the wandb package must be installed)."""
+
+    project: str = Field(description="Project name.")
+    entity: str | None = Field(None, description="Team or user.")
+
+
+class LoggingConfig(Section):
+    """What is written during training. RUN/metrics.jsonl always is."""
+
+    every: Positive = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
+    tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
+    wandb: WandbConfig | None = Field(None, description="Send the metrics to Weights & Biases as well.")
+
+
+class KernelsConfig(Section):
+    """Knobs of the fused operations."""
+
+    loss_memory: Positive = Field(
+        64 * 2**20,
+        description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes.",
+    )
+    compile: bool = Field(False, description="Compile each layer with torch.compile.")
+
+
+class ParallelConfig(Section):
+    """How the ranks work together. The launcher sets their number; what tensor and pipeline leave is data parallel."""
+
+    tensor: Positive = Field(1, description="Ranks that share each layer: heads, MLP columns and vocabulary rows.")
+    sequence: bool = Field(
+        False, description="Sequence parallelism: tensor ranks share the positions between the layers. Saves activations."
+    )
+    pipeline: Positive = Field(1, description="Ranks that hold different layers.")
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = Field(
+        "1f1b",
+        description="Order of the pipeline's work. interleaved: several stages per rank, a smaller bubble for more messages; "
+        "zero_bubble: ZBV (arXiv 2401.10241), two stages per rank and split backward passes.",
+    )
+    stages_per_rank: Positive | None = Field(None, description="interleaved: stages on each pipeline rank; null: 2.")
+    data: Positive | None = Field(
+        None, description="Data-parallel ranks; null: all that are left. Another number than that is an error."
+    )
+    sharding: Literal["none", "zero2", "zero3"] = Field(
+        "none",
+        description="What data-parallel ranks share. none: each holds the whole model; zero2: gradients and optimizer are "
+        "sharded, parameters from their first use until the end of the backward pass gathered; zero3: parameters too.",
+    )
+    shard_ranks: Positive | None = Field(
+        None, description="Ranks that share one copy (hybrid sharding); null: all data-parallel ranks."
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="How long a rank waits for the others before the job ends.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor ranks to share the sequence; set tensor above 1 or sequence to false")
+        if self.pipeline == 1 and (self.schedule != "1f1b" or self.stages_per_rank is not None):
+            raise ValueError("schedule and stages_per_rank say how pipeline ranks work; set pipeline above 1 or remove them")
+        if self.shard_ranks is not None and self.sharding == "none":
+            raise ValueError("shard_ranks needs sharding 'zero2' or 'zero3'")
+        if self.sharding == "zero3" and self.pipeline > 1:
+            raise ValueError(
+                "sharding 'zero3' would gather the parameters for every micro-batch of a pipeline; set it to 'zero2'"
+            )
+        return self

@@ -1,0 +1,23 @@
+"""Numbers and decisions that all ranks must share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def all_reduce_sums(values: Sequence[float]) -> list[float]:
+    """The sums of ``values`` over all ranks, added in float64."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def agree_any(flag: bool) -> bool:
+    """Whether ``flag`` is set on any rank; all ranks get the same answer."""
+    return all_reduce_sums([float(flag)])[0] > 0

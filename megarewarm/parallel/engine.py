@@ -1,0 +1,329 @@
+"""The model as the trainer sees it: one global step in, loss and gradients out, whatever the layout of the ranks.
+
+Nothing outside this room knows of groups, stages or shards. With one rank nothing is wrapped: the model is a NeoX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from megarewarm_kernels import linear_cross_entropy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement as DTensorPlacement
+
+from megarewarm.config.execution import KernelsConfig, ParallelConfig, TrainingConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.initialize import initial_value
+from megarewarm.model.neox import NeoX
+from megarewarm.parallel import pipeline, tensor
+from megarewarm.parallel.gradients import FlatGradients, Gradients, ShardedGradients
+from megarewarm.parallel.loss import sharded_linear_cross_entropy
+from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.placement import place
+from megarewarm.parallel.recompute import recompute
+
+IGNORE = -100
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ParallelModel:
+    """A NeoX laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
+
+    ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
+    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        kernels: KernelsConfig,
+        sequence_length: int,
+        precision: str,
+    ) -> None:
+        self.config, self.mesh = config, mesh
+        self._loss_memory = kernels.loss_memory
+        self._micro_batch = training.micro_batch
+        self._tokens_per_step = training.global_batch * sequence_length
+        self._dtype = DTYPES[precision]
+        layout = mesh.layout
+        with torch.device("meta"):
+            model = NeoX(config, loss_memory=kernels.loss_memory)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+        sequence = layout.tensor > 1 and parallel.sequence
+        self._tensor: tensor.TensorRanks | None = None
+        if mesh.tensor is not None:
+            tensor.check(config, sequence_length, layout.tensor, sequence)
+            self._tensor = tensor.TensorRanks(mesh.tensor, sequence)
+            tensor.shard(model, self._tensor)
+        self.placements = {
+            name: place(name, shape, config, mesh.tensor_rank, layout.tensor, sequence) for name, shape in self.shapes.items()
+        }
+
+        numbers, count = [0], 1
+        self._modules: list[nn.Module] = [model]
+        if layout.pipeline > 1:
+            per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
+            count = layout.pipeline * per_rank
+            cut = pipeline.balance(config.num_layers, count, *pipeline.stage_costs(config, sequence_length))
+            numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
+            self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
+        self._has_last = count - 1 in numbers
+        for module in self._modules:
+            module.to_empty(device=mesh.device)
+            for layer in _layers(module):
+                recompute(layer, training.recompute)
+                if kernels.compile:
+                    layer.compile()
+        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last:
+            self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
+        copies, reduce_copies = self._tie(parallel.schedule)
+
+        self._sharded = parallel.sharding != "none" and layout.data > 1
+        if self._sharded:
+            self._shard(parallel, precision)
+        else:
+            self.parameters = self._named()
+            self.gradients: Gradients = FlatGradients(self.parameters, self.placements, mesh, copies, reduce_copies)
+        self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
+        if self._sharded:
+            self.gradients = ShardedGradients(self._named(), self.parameters, self.placements, mesh, copies, reduce_copies)
+        # fully_shard takes the mean over data-parallel ranks, the trainer wants the sum
+        self._factor = layout.data if self._sharded else 1
+        self._loss_scale = 1.0
+
+        self._pipeline: pipeline.Pipeline | None = None
+        if mesh.pipeline is not None and mesh.way_back is not None:
+            share = training.global_batch // layout.data
+            self._pipeline = pipeline.Pipeline(
+                self._modules,
+                numbers,
+                count,
+                order=parallel.schedule,
+                group=mesh.pipeline,
+                way_back=mesh.way_back,
+                device=mesh.device,
+                micro_batches=-(-share // training.micro_batch),
+                micro_batch=training.micro_batch,
+                sequence_length=sequence_length,
+                local_length=sequence_length // layout.tensor if sequence else sequence_length,
+                hidden_size=config.hidden_size,
+                dtype=self._dtype if self._sharded else torch.float32,
+                loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
+            )
+
+    # ---- parameters ------------------------------------------------------------------------------------------------
+
+    def initialize(self, seed: int) -> None:
+        """Draw the initial weights: those of the model on one device, whatever the layout."""
+        for name in self.parameters:
+            self.fill(name, initial_value(name, self.placements[name].shape, self.config, seed))
+
+    def fill(self, name: str, whole: Tensor) -> None:
+        """Copy this rank's part of parameter ``name``, given whole, if it holds one."""
+        if name not in self.parameters:
+            return
+        placement, local = self.placements[name], self.parameters[name]
+        if not self._sharded:
+            placement.fill(local, whole)
+            return
+        part = torch.empty(placement.local_shape, dtype=local.dtype)
+        placement.fill(part, whole)
+        chunks = part.chunk(self.mesh.layout.shard)
+        if self.mesh.shard_rank < len(chunks):
+            local.data.copy_(chunks[self.mesh.shard_rank])
+
+    def whole(self, name: str, local: Tensor) -> Tensor:
+        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a DTensor, or ``local`` where it is all."""
+        placement, mesh = self.placements[name], self.mesh
+        part = local.detach()
+        axes: list[str] = []
+        kinds: list[DTensorPlacement] = []
+        if mesh.layout.tensor > 1 and (self._sharded or placement.dim is not None):
+            axes.append("tensor")
+            kinds.append(Replicate() if placement.dim is None else Shard(placement.dim))
+        if self._sharded:
+            axes.append("shard")
+            kinds.append(Shard(0))
+        elif placement.dim is not None:
+            part = placement.unpadded(part)
+        if not axes:
+            return part
+        stride = torch.empty(placement.shape, device="meta").stride()
+        return DTensor.from_local(
+            part, mesh.submesh(*axes), kinds, run_check=False, shape=torch.Size(placement.shape), stride=stride
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters on this rank by name, each as ``whole`` shows it."""
+        return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for module in self._modules for name, parameter in module.named_parameters()}
+
+    def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
+        """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
+        layout = self.mesh.layout
+        name = "embed_in.weight"
+        if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
+            return frozenset(), None
+        per_stage = layout.data * layout.tensor
+        mine: dist.ProcessGroup | None = None
+        for i in range(per_stage):
+            ends = [i, (layout.pipeline - 1) * per_stage + i]
+            group = dist.new_group(ends)
+            if self.mesh.ranks.rank in ends:
+                mine = group
+        if mine is None:
+            return frozenset(), None
+        group = mine
+
+        def reduce() -> None:
+            grad = self.parameters[name].grad
+            assert grad is not None
+            dist.all_reduce(grad, group=group)
+
+        return frozenset([name]) if self._has_last else frozenset(), reduce
+
+    def _shard(self, parallel: ParallelConfig, precision: str) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=None if precision == "fp32" else self._dtype, reduce_dtype=torch.float32)
+        axes = ("replicate", "shard") if self.mesh.layout.replicate > 1 else ("shard",)
+        again = parallel.sharding == "zero3" and self.mesh.layout.pipeline == 1
+        for module in self._modules:
+            for layer in _layers(module):
+                fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
+            fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
+        self.parameters = {
+            name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
+            for name, parameter in self._named().items()
+        }
+
+    # ---- computing -------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0) -> float:
+        """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced.
+
+        They are those of the mean loss per token of the global batch, times ``loss_scale``. Returns the loss summed over
+        this rank's tokens; 0 on a rank whose loss another rank returns, so that the sum over all ranks is the batch's.
+        """
+        self._loss_scale = loss_scale
+        tokens = torch.from_numpy(rows)
+        if self._pipeline is not None:
+            inputs, targets = self._padded(tokens)
+            with self._autocast:
+                losses = self._pipeline.train(inputs, targets)
+            return self._mine(sum(float(loss) for loss in losses) / self._scale())
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        parts = tokens.split(self._micro_batch)
+        for i, part in enumerate(parts):
+            part = part.to(self.mesh.device, non_blocking=True)
+            if self._sharded:
+                module = self._modules[0]
+                assert isinstance(module, FSDPModule)
+                module.set_requires_gradient_sync(i == len(parts) - 1)
+                module.set_is_last_backward(i == len(parts) - 1)
+            with self._autocast:
+                loss, _ = self._cross_entropy(self._modules[0](part[:, :-1]), part[:, 1:])
+            (loss * self._scale()).backward()
+            total += loss.detach()
+        return self._mine(float(total))
+
+    @torch.no_grad()
+    def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], calls: int) -> tuple[float, float]:
+        """(loss summed, tokens) over ``rows``, micro-batches (b, s + 1) of this rank's windows; as ``forward_backward``.
+
+        ``calls``: the largest number of micro-batches that any rank has: ranks that share parameters call together.
+        """
+        for module in self._modules:
+            module.eval()
+        total, count = 0.0, 0.0
+        if self._pipeline is not None:
+            for part in _regrouped(rows, self._pipeline.sequences):
+                inputs, targets = self._padded(part)
+                with self._autocast:
+                    losses = self._pipeline.evaluate(inputs, targets)
+                total += sum(float(loss) for loss in losses) / self._scale()
+                count += part.shape[0] * (part.shape[1] - 1)
+        else:
+            remaining = iter(rows)
+            nothing = np.zeros((1, 2), dtype=np.int64)
+            for _ in range(calls):
+                batch = next(remaining, None)
+                if batch is None and not self._sharded:
+                    break
+                part = torch.from_numpy(nothing if batch is None else batch).to(self.mesh.device)
+                with self._autocast:
+                    loss, seen = self._cross_entropy(self._modules[0](part[:, :-1]), part[:, 1:])
+                if batch is not None:
+                    total += float(loss)
+                    count += float(seen)
+        for module in self._modules:
+            module.train()
+        return self._mine(total), self._mine(count)
+
+    def _scale(self) -> float:
+        return self._loss_scale * self._factor / self._tokens_per_step
+
+    def _mine(self, value: float) -> float:
+        """``value`` on the one rank of a replica that speaks for its loss."""
+        return value if self._has_last and self.mesh.tensor_rank == 0 else 0.0
+
+    def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, s) of what the pipeline takes at once; sequences that fill it up have no targets."""
+        assert self._pipeline is not None
+        missing = self._pipeline.sequences - tokens.shape[0]
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if missing:
+            inputs = torch.cat([inputs, inputs.new_zeros((missing, inputs.shape[1]))])
+            targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE)])
+        return inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""
+        head = self._modules[-1].head
+        assert isinstance(head, Tensor)
+        if self._tensor is None:
+            return linear_cross_entropy(
+                hidden.flatten(0, 1),
+                head,
+                targets.flatten(),
+                valid_rows=self.config.vocab_size,
+                memory_budget=self._loss_memory,
+            )
+        return sharded_linear_cross_entropy(
+            self._tensor.enter(hidden).flatten(0, 1),
+            head,
+            targets.flatten(),
+            group=self._tensor.group,
+            vocab_size=self.config.vocab_size,
+            memory_budget=self._loss_memory,
+        )
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    layers = module.layers
+    return list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)  # type: ignore[arg-type]
+
+
+def _regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
+    """The same rows in groups of ``size``; the last may be smaller."""
+    held: list[npt.NDArray[np.int64]] = []
+    for batch in rows:
+        held.append(batch)
+        while sum(len(part) for part in held) >= size:
+            whole = np.concatenate(held)
+            yield torch.from_numpy(whole[:size])
+            held = [whole[size:]]
+    if sum(len(part) for part in held):
+        yield torch.from_numpy(np.concatenate(held))

@@ -1,0 +1,155 @@
+"""Gradients of the parameters on this rank: added up over the ranks that share them, measured once each, scaled.
+
+Two storages with one face. ``FlatGradients``: every data-parallel rank holds all of them in one tensor. ``ShardedGradients``:
+fully_shard has left each rank its shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.placement import Placement
+
+
+class Gradients(Protocol):
+    """What the trainer does with gradients."""
+
+    def zero(self) -> None:
+        """Forget them."""
+
+    def reduce(self) -> None:
+        """Replace every parameter's gradient by its sum over the ranks that have a part of it."""
+
+    def norm(self) -> float:
+        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks."""
+
+    def scale_(self, factor: float) -> None:
+        """Multiply them by ``factor``."""
+
+
+class FlatGradients:
+    """One flat fp32 tensor whose slices are the parameters' ``.grad``: few collectives, one scaling.
+
+    Parameters must be fp32, on one device, and keep their ``.grad`` (never set it to None). ``copies``: parameters that
+    another pipeline rank counts. ``reduce_copies``: adds up the gradients of tied embeddings.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        placements: Mapping[str, Placement],
+        mesh: Mesh,
+        copies: frozenset[str] = frozenset(),
+        reduce_copies: Callable[[], None] | None = None,
+    ) -> None:
+        self._mesh = mesh
+        self._reduce_copies = reduce_copies
+        order = sorted(parameters, key=lambda name: _kind(placements[name], name in copies))
+        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=next(iter(parameters.values())).device)
+        ends = {}
+        offset = 0
+        for name in order:
+            parameter = parameters[name]
+            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+            ends[_kind(placements[name], name in copies)] = offset
+        # the order of _kind: divided, whole, partial, copies
+        bounds = [0]
+        for kind in range(4):
+            bounds.append(ends.get(kind, bounds[-1]))
+        self._divided = self.flat[: bounds[1]]
+        self._whole = self.flat[bounds[1] : bounds[3]]
+        self._partial = self.flat[bounds[2] : bounds[3]]
+
+    def zero(self) -> None:
+        self.flat.zero_()
+
+    def reduce(self) -> None:
+        if self._mesh.tensor is not None and self._partial.numel():
+            dist.all_reduce(self._partial, group=self._mesh.tensor)
+        if self._reduce_copies is not None:
+            self._reduce_copies()
+        if self._mesh.data is not None:
+            dist.all_reduce(self.flat, group=self._mesh.data)
+
+    def norm(self) -> float:
+        if self._mesh.layout.model == 1:
+            return float(torch.linalg.vector_norm(self.flat))
+        squares = _square(self._divided)
+        if self._mesh.tensor_rank == 0:
+            squares = squares + _square(self._whole)
+        dist.all_reduce(squares)
+        return math.sqrt(float(squares) / self._mesh.layout.data)
+
+    def scale_(self, factor: float) -> None:
+        self.flat.mul_(factor)
+
+
+class ShardedGradients:
+    """Gradients that fully_shard has reduced already. ``local``: this rank's shards as plain parameters, which share the
+    sharded parameters' memory and whose ``.grad`` the optimizer reads."""
+
+    def __init__(
+        self,
+        sharded: Mapping[str, nn.Parameter],
+        local: Mapping[str, nn.Parameter],
+        placements: Mapping[str, Placement],
+        mesh: Mesh,
+        copies: frozenset[str] = frozenset(),
+        reduce_copies: Callable[[], None] | None = None,
+    ) -> None:
+        self._sharded, self._local, self._placements = sharded, local, placements
+        self._mesh, self._copies, self._reduce_copies = mesh, copies, reduce_copies
+
+    def zero(self) -> None:
+        for parameter in (*self._sharded.values(), *self._local.values()):
+            parameter.grad = None
+
+    def reduce(self) -> None:
+        for name, parameter in self._sharded.items():
+            grad = parameter.grad
+            assert grad is not None, name
+            self._local[name].grad = grad.to_local()  # type: ignore[attr-defined]
+        partial = [self._grad(name) for name in self._local if self._placements[name].partial]
+        if self._mesh.tensor is not None and partial:
+            flat = torch.cat([grad.flatten() for grad in partial])
+            dist.all_reduce(flat, group=self._mesh.tensor)
+            for grad, total in zip(partial, flat.split([grad.numel() for grad in partial]), strict=True):
+                grad.copy_(total.view_as(grad))
+        if self._reduce_copies is not None:
+            self._reduce_copies()
+
+    def norm(self) -> float:
+        squares = torch.zeros((), dtype=torch.float64, device=next(iter(self._local.values())).device)
+        for name in self._local:
+            kind = _kind(self._placements[name], name in self._copies)
+            if kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0):
+                squares += _square(self._grad(name))
+        dist.all_reduce(squares)
+        return math.sqrt(float(squares) / self._mesh.layout.replicate)
+
+    def scale_(self, factor: float) -> None:
+        torch._foreach_mul_([self._grad(name) for name in self._local], factor)
+
+    def _grad(self, name: str) -> Tensor:
+        grad = self._local[name].grad
+        assert grad is not None, name
+        return grad
+
+
+def _kind(placement: Placement, copy: bool) -> int:
+    """0: divided over the tensor ranks, 1: whole on each, 2: whole with partial gradients, 3: counted elsewhere."""
+    if copy:
+        return 3
+    return 0 if placement.dim is not None else 2 if placement.partial else 1
+
+
+def _square(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values).double().square()

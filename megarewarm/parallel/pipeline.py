@@ -1,0 +1,224 @@
+"""Pipeline parallelism: a NeoX cut into stages of equal cost, and torch.distributed.pipelining's schedules to run them.
+
+The only file that knows that library. What it does not do itself is done here: stages with a given shape (so that neither
+evaluation nor a change of mode costs a probing micro-batch), contiguous gradients, tied embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX, rotary_tables
+
+Order = Literal["1f1b", "interleaved", "zero_bubble"]
+
+
+def stage_costs(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing."""
+    h = config.hidden_size
+    return 2.0 * (4 * h * h + 2 * h * config.mlp_size) + 2.0 * h * sequence_length, 2.0 * config.vocab_size * h
+
+
+def balance(layers: int, stages: int, layer_cost: float, head_cost: float) -> list[range]:
+    """The layers of each stage such that the dearest stage is as cheap as can be; the head is part of the last.
+
+    Raises ``UserError`` for more stages than layers.
+    """
+    if stages > layers:
+        raise UserError(
+            f"parallel.pipeline: {stages} stages for {layers} layers; choose at most {layers} (ranks x stages per rank)"
+        )
+    counts = [1] * stages
+    costs = [layer_cost] * (stages - 1) + [layer_cost + head_cost]
+    for _ in range(layers - stages):
+        # of equally cheap stages the last one: the first also holds the most micro-batches' activations
+        cheapest = max(range(stages), key=lambda stage: (-costs[stage], stage))
+        counts[cheapest] += 1
+        costs[cheapest] += layer_cost
+    bounds = [sum(counts[:stage]) for stage in range(stages + 1)]
+    return [range(first, last) for first, last in pairwise(bounds)]
+
+
+def stages_per_rank(order: Order, asked: int | None) -> int:
+    """Stages on one rank: one for 1F1B, two for zero_bubble, ``asked`` (2 by default) for interleaved."""
+    natural = {"1f1b": 1, "interleaved": 2, "zero_bubble": 2}[order]
+    if asked is None:
+        return natural
+    if (order == "interleaved") != (asked > 1) and not (order == "zero_bubble" and asked == 2):
+        needs = "at least 2" if order == "interleaved" else str(natural)
+        raise UserError(f"parallel.stages_per_rank: {asked} with schedule '{order}', which needs {needs}")
+    return asked
+
+
+def my_stages(order: Order, rank: int, ranks: int, per_rank: int) -> list[int]:
+    """Numbers of the stages on pipeline rank ``rank``: strided, or for zero_bubble there and back (a V)."""
+    if order == "zero_bubble":
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + i * ranks for i in range(per_rank)]
+
+
+class Stage(nn.Module):
+    """Some layers of a NeoX under the names they have in the whole; the embedding before or the last norm after them.
+
+    Tied embeddings: the last stage holds a copy of the embedding as its head.
+    """
+
+    def __init__(self, model: NeoX, layers: range, *, first: bool, last: bool) -> None:
+        super().__init__()
+        self.config = model.config
+        self.first, self.last = first, last
+        if first or (last and model.embed_out is None):
+            self.embed_in = model.embed_in
+        self.layers = nn.ModuleDict({str(i): model.layers[i] for i in layers})
+        if last:
+            self.final_layer_norm = model.final_layer_norm
+            if model.embed_out is not None:
+                self.embed_out = model.embed_out
+
+    @property
+    def head(self) -> Tensor:
+        """(v, h), this rank's rows of the head; only in the last stage."""
+        return self.embed_out.weight if hasattr(self, "embed_out") else self.embed_in.weight
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage."""
+        x = self.embed_in(x) if self.first else _ContiguousGradient.apply(x)
+        rotary = rotary_tables(length, self.config.rotary_dims, self.config.rotary_base, x.device)
+        for layer in self.layers.values():
+            x = layer(x, rotary)
+        return self.final_layer_norm(x) if self.last else x
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """What a stage sends back must be contiguous; a layer's gradient of its input need not be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+class Pipeline:
+    """The stages on this rank, and the schedule that runs them with those of the other ranks.
+
+    ``loss``: (hidden states (b, s, h), targets (b, s)) to a scalar, called in the last stage. A call handles exactly
+    ``micro_batches`` x ``micro_batch`` sequences.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        numbers: Sequence[int],
+        count: int,
+        *,
+        order: Order,
+        group: dist.ProcessGroup,
+        way_back: dist.ProcessGroup,
+        device: torch.device,
+        micro_batches: int,
+        micro_batch: int,
+        sequence_length: int,
+        local_length: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        self.sequences = micro_batches * micro_batch
+        self._stages = dict(zip(numbers, stages, strict=True))
+        self._last = count - 1
+        self._groups = (group, way_back)
+        self._rank_of = [_rank_of(order, number, group.size()) for number in range(count)]
+        self._length, self._micro_batch, self._loss = sequence_length, micro_batch, loss
+        self._hidden = (micro_batch, local_length, hidden_size), dtype
+        tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
+        hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
+        made = [
+            PipelineStage(
+                stage,
+                number,
+                count,
+                device,
+                input_args=(tokens if number == 0 else hidden.clone().requires_grad_(),),
+                output_args=(hidden.clone().requires_grad_(),),
+                group=group,
+            )
+            for stage, number in zip(stages, numbers, strict=True)
+        ]
+        options: dict[str, Any] = {"loss_fn": loss, "scale_grads": False}
+        if order == "1f1b":
+            self._schedule: Any = Schedule1F1B(made[0], micro_batches, **options)
+        else:
+            kind = ScheduleInterleaved1F1B if order == "interleaved" else ScheduleZBVZeroBubble
+            self._schedule = kind(made, micro_batches, **options)  # type: ignore[arg-type]
+
+    def train(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Forward and backward; the losses of the micro-batches where the last stage is, else nothing."""
+        losses: list[Tensor] = []
+        self._schedule.step(
+            *([inputs] if 0 in self._stages else []),
+            length=self._length,
+            **({"target": targets, "losses": losses} if self._last in self._stages else {}),
+            return_outputs=False,
+        )
+        return [loss.detach() for loss in losses]
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Forward only; the losses as in ``train``.
+
+        Not by the schedule, which for zero_bubble can't do it: each stage takes all micro-batches in turn and passes each
+        one on at once. What goes to an earlier rank has a group of its own, so that no message waits behind one whose
+        receiver waits for it.
+        """
+        shape, dtype = self._hidden
+        here: list[Tensor] = []
+        losses: list[Tensor] = []
+        sent = []
+        for number, stage in sorted(self._stages.items()):
+            outputs: list[Tensor] = []
+            for i, (tokens, wanted) in enumerate(
+                zip(inputs.split(self._micro_batch), targets.split(self._micro_batch), strict=True)
+            ):
+                if number == 0:
+                    x = tokens
+                elif number - 1 in self._stages:
+                    x = here[i]
+                else:
+                    x = torch.empty(shape, dtype=dtype, device=inputs.device)
+                    source = self._rank_of[number - 1]
+                    dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
+                x = stage(x, length=self._length)
+                if number == self._last:
+                    losses.append(self._loss(x, wanted))
+                elif number + 1 in self._stages:
+                    outputs.append(x)
+                else:
+                    target, x = self._rank_of[number + 1], x.contiguous()
+                    sent.append((dist.isend(x, group=self._way(self._rank_of[number], target), group_dst=target), x))
+            here = outputs
+        for work, _ in sent:
+            if work is not None:
+                work.wait()
+        return losses
+
+    def _way(self, source: int, target: int) -> dist.ProcessGroup:
+        return self._groups[target < source]
+
+
+def _rank_of(order: Order, number: int, ranks: int) -> int:
+    if order == "zero_bubble" and number >= ranks:
+        return 2 * ranks - 1 - number
+    return number % ranks
