@@ -162,12 +162,13 @@ def _compute(
         z_max = logits.amax(1, keepdim=True).to(exact)
         torch.softmax(logits, 1, dtype=exact, out=p)
         # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
-        log_sum = z_max - p.amax(1, keepdim=True).log_()
-        loss += (log_sum - z_target).masked_fill_(ignored, 0).sum()
+        # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
+        log_p = (z_target - z_max) + p.amax(1, keepdim=True).log_()
+        loss -= log_p.masked_fill(ignored, 0).sum()
 
         if not (need_hidden or need_weight):
             continue
-        p.scatter_(1, target, torch.expm1(z_target - log_sum))
+        p.scatter_(1, target, torch.expm1(log_p))
         dz = p if p is logits else logits.copy_(p)
         if need_hidden:
             torch.mm(dz, head, out=grad_hidden[part]).masked_fill_(ignored, 0)

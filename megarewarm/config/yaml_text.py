@@ -78,7 +78,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
         raise UserError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as text: {error}") from error
-    return parse_yaml(text, str(path))
+    mapping, origins = parse_yaml(text, str(path))
+    if not mapping:
+        raise UserError(f"{path}: the file is empty; expected the sections of a run (docs/config.md)")
+    return mapping, origins
 
 
 def parse_scalar(text: str, where: str) -> Any:

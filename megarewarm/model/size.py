@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megarewarm.config.schema import ModelConfig
 
 # Dense bf16 tensor rates without sparsity, in TFLOP/s, from the vendors' data sheets; the first name contained wins.
@@ -51,23 +53,37 @@ def peak_tflops(gpu_name: str) -> float | None:
     return next((peak for name, peak in _PEAKS.items() if name in gpu_name), None)
 
 
-def estimate_memory(model: ModelConfig, micro_batch: int, sequence_length: int, loss_memory: int) -> dict[str, float]:
-    """Bytes that one data-parallel rank holds at the end of a forward pass, by what they are for; fp32 throughout.
+def activation_bytes(
+    model: ModelConfig,
+    tokens: int,
+    *,
+    recompute: Literal["none", "selective", "full"] = "none",
+    tensor: int = 1,
+    sequence: bool = False,
+    stream_bytes: int = 4,
+    work_bytes: int = 4,
+    layers: int | None = None,
+    last: bool = True,
+) -> float:
+    """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
-    Activations a layer keeps for backward, in units of t x h values (t = micro_batch x s): input of both norms 1 and
-    their outputs 2, QKV 3 (rotated in a copy: q and k again 2, v laid out again 1), attention output 1; the MLP's two
-    inner tensors of width ffn; the fp32 statistics of norms and attention are left out. Embedding output, final norm and
-    the gradient of the hidden states add 3; the loss holds one chunk of logits (``loss_memory`` at most).
+    A layer keeps, in values per token: its input h (twice with the sequential residual, whose second norm has an input of
+    its own), both norms' outputs 2h, queries, keys and values 3h, the attention's output h, and the MLP's f before and f
+    after the GELU, which ``selective`` recomputes. ``full`` keeps the input alone. Then come the last norm's input and
+    output, 2h. ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide
+    the inputs, and what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics
+    of norms and attention, 4 + n values, are left out. A value of the residual stream takes
+    ``stream_bytes``, any other ``work_bytes``.
     """
-    parameters = count_parameters(model)
-    tokens = micro_batch * sequence_length
-    h, ffn = model.hidden_size, model.mlp_size
-    per_layer = tokens * (10 * h + 2 * ffn)
-    logits = min(loss_memory, 4 * tokens * model.vocab_size)
-    return {
-        "weights": 4.0 * parameters,
-        "gradients": 4.0 * parameters,
-        "optimizer": 8.0 * parameters,
-        "activations": 4.0 * (model.num_layers * per_layer + 3 * tokens * h),
-        "loss": float(logits),
-    }
+    h, f = model.hidden_size, model.mlp_size
+    inputs = 1 if model.residual == "parallel" else 2
+    divided_stream = tensor if sequence else 1
+    stream = inputs * h / divided_stream
+    if recompute == "full":
+        per_layer = stream_bytes * h / divided_stream
+    else:
+        normed = inputs * h if sequence else 2 * h
+        inner = (4 * h + (f if recompute == "selective" else 2 * f)) / tensor
+        per_layer = stream_bytes * stream + work_bytes * (normed + inner)
+    after = stream_bytes * 2 * h / divided_stream if last else 0.0
+    return tokens * ((model.num_layers if layers is None else layers) * per_layer + after)

@@ -105,13 +105,13 @@ def _compute(
             here = (local >= 0) & (local < valid) & ~ignored
             local = local.masked_fill(~here, 0)
             logits = torch.mm(x, head.t()).to(exact) if valid else x.new_empty((len(x), 0), dtype=exact)
-            log_sum, z_target = _over_all_ranks(logits, local, here, group)
-            loss += (log_sum - z_target).masked_fill_(ignored, 0).sum()
+            log_sum, log_p = _over_all_ranks(logits, local, here, group)
+            loss -= log_p.masked_fill(ignored, 0).sum()
             if not wanted or not valid:
                 continue
             p = logits.sub_(log_sum[:, None]).exp_()
             p_target = p.gather(1, local[:, None])
-            exactly = torch.expm1(z_target - log_sum)[:, None]  # p - 1 without cancellation
+            exactly = torch.expm1(log_p)[:, None]  # p - 1 without cancellation
             p.scatter_(1, local[:, None], torch.where(here[:, None], exactly, p_target))
             dz = p.to(dtype)
             grad_hidden[part] = torch.mm(dz, head).masked_fill_(ignored[:, None], 0)
@@ -120,7 +120,7 @@ def _compute(
 
 
 def _over_all_ranks(logits: Tensor, local: Tensor, here: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """(log of the sum of exponentials, target's logit) of each token over the whole vocabulary, each (t,)."""
+    """(log of the sum of exponentials, log of the target's p) of each token over the whole vocabulary, each (t,)."""
     mine = logits.new_zeros((3, logits.shape[0]))
     if logits.shape[1]:
         torch.amax(logits, 1, out=mine[0])
@@ -132,4 +132,5 @@ def _over_all_ranks(logits: Tensor, local: Tensor, here: Tensor, group: Group) -
     dist.all_gather_into_tensor(everyone, mine, group=group)
     largest, sums, targets = everyone.view(-1, *mine.shape).unbind(1)
     top = largest.amax(0)
-    return top + (sums * torch.exp(largest - top)).sum(0).log_(), targets.sum(0)
+    rest = (sums * torch.exp(largest - top)).sum(0).log_()
+    return top + rest, (targets.sum(0) - top) - rest

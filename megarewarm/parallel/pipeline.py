@@ -67,6 +67,13 @@ def my_stages(order: Order, rank: int, ranks: int, per_rank: int) -> list[int]:
     return [rank + i * ranks for i in range(per_rank)]
 
 
+def rank_of(order: Order, number: int, ranks: int) -> int:
+    """The pipeline rank that holds stage ``number``; the inverse of ``my_stages``."""
+    if order == "zero_bubble" and number >= ranks:
+        return 2 * ranks - 1 - number
+    return number % ranks
+
+
 class Stage(nn.Module):
     """Some layers of a NeoX under the names they have in the whole; the embedding before or the last norm after them.
 
@@ -140,7 +147,7 @@ class Pipeline:
         self._stages = dict(zip(numbers, stages, strict=True))
         self._last = count - 1
         self._groups = (group, way_back)
-        self._rank_of = [_rank_of(order, number, group.size()) for number in range(count)]
+        self._rank_of = [rank_of(order, number, group.size()) for number in range(count)]
         self._length, self._micro_batch, self._loss = sequence_length, micro_batch, loss
         self._hidden = (micro_batch, local_length, hidden_size), dtype
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
@@ -216,9 +223,3 @@ class Pipeline:
 
     def _way(self, source: int, target: int) -> dist.ProcessGroup:
         return self._groups[target < source]
-
-
-def _rank_of(order: Order, number: int, ranks: int) -> int:
-    if order == "zero_bubble" and number >= ranks:
-        return 2 * ranks - 1 - number
-    return number % ranks

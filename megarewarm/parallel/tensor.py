@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
@@ -100,6 +101,23 @@ class RowLinear(nn.Linear):
         return F.linear(x, self.weight)
 
 
+class AffineLinear(nn.Linear):
+    """A linear layer that begins with a norm's scale and shift. It keeps what comes in, which both of a layer's norms
+    share, and computes the scaled tensor again for the backward pass; the product itself is not repeated."""
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, norm: nn.LayerNorm) -> None:
+        """Make ``linear`` one of these."""
+        linear.__class__ = cls
+        linear.norm_of = (norm,)  # type: ignore[assignment]  # in a tuple: the norm is not a part of this module
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.norm_of  # type: ignore[misc]
+        assert isinstance(norm, nn.LayerNorm)
+        scaled = lambda x: F.linear(torch.addcmul(norm.bias, x, norm.weight), self.weight, self.bias)  # noqa: E731
+        return checkpoint(scaled, x, use_reentrant=False)
+
+
 class ShardedLayer(nn.Module):
     """A layer of which this rank computes some heads and some columns of the MLP."""
 
@@ -113,6 +131,9 @@ class ShardedLayer(nn.Module):
         self.mlp = layer.mlp
         self.attention.dense.__class__ = RowLinear
         self.mlp.dense_4h_to_h.__class__ = RowLinear
+        if ranks.sequence:
+            AffineLinear.adopt(self.attention.query_key_value, self.input_layernorm)
+            AffineLinear.adopt(self.mlp.dense_h_to_4h, self.post_attention_layernorm)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         if self.parallel:
@@ -133,7 +154,7 @@ class ShardedLayer(nn.Module):
         return self.ranks.enter(x)
 
     def _normed(self, whole: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return torch.addcmul(norm.bias, whole, norm.weight) if self.ranks.sequence else norm(whole)
+        return whole if self.ranks.sequence else norm(whole)
 
     @staticmethod
     def _add_biases(x: Tensor, *biases: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
-from megarewarm.model.size import count_parameters, estimate_memory, training_flops_per_token
+from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.mesh import choose_layout
+from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.report.terminal import draw_curve
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import table
@@ -97,6 +100,9 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
     plan, missing = _plan(config)
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
+    if world_size == 1:  # not under a launcher: as many ranks as the file needs
+        parallel = config.parallel
+        world_size = parallel.pipeline * parallel.tensor * (parallel.data or 1)
     _print_costs(plan, console, world_size)
     console.print()
     rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
@@ -163,15 +169,48 @@ def _print_costs(plan: Plan, console: Console, world_size: int) -> None:
     length = config.data.sequence_length
     tokens = config.total_steps * config.tokens_per_step
     per_token = training_flops_per_token(plan.model, length)
-    memory = estimate_memory(plan.model, config.training.micro_batch, length, config.kernels.loss_memory)
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())
-    costs.add_row("memory per rank", f"{_bytes(sum(memory.values()))} ({parts}), {world_size} rank{'s' * (world_size > 1)}")
     console.print(costs, highlight=False)
+    _print_ranks(plan, console, world_size)
+
+
+def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
+    """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it."""
+    config = plan.config
+    layout = choose_layout(config.parallel, world_size)
+    work = Work(
+        plan.model,
+        config.data.sequence_length,
+        config.training.micro_batch,
+        math.ceil(config.training.global_batch / layout.data / config.training.micro_batch),
+        config.training.recompute,
+        # what 'auto' will be on the cluster is not known here; fp32 is the larger
+        2 if config.training.precision in ("bf16", "fp16") else 4,
+        config.kernels.loss_memory,
+    )
+    ranks = Table(
+        title=f"per rank: {world_size} rank{'s' * (world_size > 1)}, {layout}; {work.micro_batches} micro-batches",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for heading in ("stage", "layers", "weights", "grads", "Adam", "activ.", "loss", "memory", "sent"):
+        ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    for rank, part in enumerate(parts(work, config.parallel, layout)):
+        memory, traffic = memory_of(part, rank, work, config.parallel, layout), traffic_of(part, work, config.parallel, layout)
+        ranks.add_row(
+            ", ".join(map(str, part.numbers)),
+            "+".join(map(str, part.layers)),
+            *(_bytes(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "loss", "total")),
+            _bytes(traffic.total),
+        )
+    console.print()
+    console.print(ranks, highlight=False)
 
 
 def _bytes(size: float) -> str:

@@ -1,0 +1,191 @@
+"""One training step on the CPU against transformers' GPTNeoXForCausalLM: tokens/s and peak memory, as ratios of one run.
+
+Same sizes (Pythia 70M by default), same weights, same batch, fp32, eager, no compilation: forward, backward, clipping and AdamW.
+Each side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
+else the machine does meets both. The losses of both sides are compared.
+
+    python benchmarks/cpu_training_step.py [--steps 5] [--blocks 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+MIB = 2**20
+
+
+def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
+    """The trainer's own step: the engine with one rank, its gradient buffer, clipping and optimizer."""
+    import torch
+
+    from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+    from megarewarm.parallel.engine import ParallelModel
+    from megarewarm.parallel.mesh import Layout, Mesh, Ranks
+    from megarewarm.training.optimizer import AdamW
+
+    model = ParallelModel(
+        model_config(arguments),
+        Mesh(Ranks(0, 1, torch.device("cpu")), Layout()),
+        parallel=ParallelConfig(),
+        training=TrainingConfig(budget="1 steps", global_batch=arguments.batch, micro_batch=arguments.batch),
+        kernels=KernelsConfig(),
+        sequence_length=arguments.sequence,
+        precision="fp32",
+    )
+    model.initialize(1)
+    optimizer = AdamW(model.parameters, OptimizerConfig())
+
+    def step(rows: Any) -> float:
+        model.gradients.zero()
+        loss = model.forward_backward(rows) / (arguments.batch * arguments.sequence)
+        model.gradients.reduce()
+        norm = model.gradients.norm()
+        if norm > 1:
+            model.gradients.scale_(1 / (norm + 1e-6))
+        optimizer.step(1e-4)
+        return loss
+
+    return step
+
+
+def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
+    """transformers' model and loss, torch's clipping and AdamW, as its users write it."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    from megarewarm.model.initialize import initial_value
+
+    config = model_config(arguments)
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            num_hidden_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.mlp_size,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=arguments.sequence,
+            hidden_act="gelu_pytorch_tanh",
+            use_parallel_residual=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+            attn_implementation="sdpa",
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            name = name.removeprefix("gpt_neox.").replace("lm_head.", "embed_out.")
+            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def step(rows: Any) -> float:
+        tokens = torch.from_numpy(rows)
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def model_config(arguments: argparse.Namespace) -> Any:
+    """Pythia 70M, or what the arguments say."""
+    from megarewarm.config.schema import ModelConfig
+
+    return ModelConfig(
+        num_layers=arguments.layers,
+        hidden_size=arguments.hidden,
+        num_heads=arguments.heads,
+        vocab_size=arguments.vocabulary,
+        max_positions=arguments.sequence,
+    )
+
+
+def serve(side: str, arguments: argparse.Namespace, pipe: Connection) -> None:
+    """A process: builds its side, then runs a block of steps whenever asked."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    step = {"megarewarm": ours, "transformers": theirs}[side](arguments)
+    random = np.random.default_rng(0)
+    # both sides predict s tokens: transformers shifts inside, so its rows are those of ours as well
+    batches = random.integers(arguments.vocabulary, size=(2, arguments.batch, arguments.sequence + 1), dtype=np.int64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    pipe.send(before)
+    done = 0
+    while (steps := pipe.recv()) is not None:
+        times, losses = [], []
+        for _ in range(steps):
+            began = time.perf_counter()
+            losses.append(step(batches[done % 2]))
+            times.append(time.perf_counter() - began)
+            done += 1
+        pipe.send((times, losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in [("layers", 6), ("hidden", 512), ("heads", 8), ("vocabulary", 50304), ("sequence", 512)]:
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a block; default: %(default)s")
+    parser.add_argument("--blocks", type=int, default=3, help="blocks of each side; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    context = mp.get_context("spawn")
+    sides = {}
+    for side in ("transformers", "megarewarm"):
+        mine, other = context.Pipe()
+        process = context.Process(target=serve, args=(side, arguments, other), daemon=True)
+        process.start()
+        sides[side] = {"pipe": mine, "process": process, "built": mine.recv(), "times": [], "losses": [], "peak": 0.0}
+    for block in range(arguments.blocks + 1):
+        for state in sides.values():
+            state["pipe"].send(2 if block == 0 else arguments.steps)
+            times, losses, state["peak"] = state["pipe"].recv()
+            state["losses"] += losses
+            if block:
+                state["times"] += times
+    for state in sides.values():
+        state["pipe"].send(None)
+        state["process"].join()
+
+    tokens = arguments.batch * arguments.sequence
+    rates = {side: tokens / statistics.median(state["times"]) for side, state in sides.items()}
+    apart = max(abs(a - b) / a for a, b in zip(sides["transformers"]["losses"], sides["megarewarm"]["losses"], strict=True))
+    print(
+        f"{arguments.layers} layers, hidden {arguments.hidden}, vocabulary {arguments.vocabulary:,}, {arguments.batch} x ",
+        end="",
+    )
+    print(f"{arguments.sequence} tokens, fp32, {arguments.threads} threads; losses differ by at most {apart:.1e} (relative)")
+    print(f"{'':14}{'tokens/s':>10}{'peak MiB':>10}{'before the first step':>24}")
+    for side, state in sides.items():
+        print(f"{side:14}{rates[side]:10.0f}{state['peak']:10.0f}{state['built']:24.0f}")
+    speed = rates["megarewarm"] / rates["transformers"]
+    memory = sides["megarewarm"]["peak"] / sides["transformers"]["peak"]
+    print(f"{'ratio':14}{speed:10.2f}{memory:10.2f}")
+    if arguments.json:
+        result = {"speed": speed, "memory": memory, "tokens_per_second": rates, "loss_difference": apart}
+        result["peak_mib"] = {side: state["peak"] for side, state in sides.items()}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

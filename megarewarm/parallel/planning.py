@@ -1,0 +1,198 @@
+"""What a layout will need, by arithmetic: memory and traffic of each rank, and the time of a step on a known GPU.
+
+Memory is that at the peak, the end of the forward passes in flight. Traffic is what a rank sends with ring collectives,
+which is the least that any algorithm without reduction in the network can do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megarewarm.config.execution import ParallelConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.size import activation_bytes
+from megarewarm.parallel.mesh import Layout
+from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stage_costs, stages_per_rank
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained in which portions. ``micro_batches``: a rank's per step; ``value_bytes``: of a value computed with."""
+
+    model: ModelConfig
+    sequence_length: int
+    micro_batch: int
+    micro_batches: int
+    recompute: Literal["none", "selective", "full"] = "none"
+    value_bytes: int = 4
+    loss_memory: int = 64 * 2**20
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one pipeline rank holds: its stages by number, of ``count``, and how many layers each has.
+
+    ``sends``: micro-batches' worth of activations or gradients that go from here to other ranks per micro-batch.
+    """
+
+    numbers: tuple[int, ...]
+    layers: tuple[int, ...]
+    count: int
+    sends: int
+
+    @property
+    def first(self) -> bool:
+        """Whether it holds the embedding."""
+        return 0 in self.numbers
+
+    @property
+    def last(self) -> bool:
+        """Whether it holds the last norm and the head."""
+        return self.count - 1 in self.numbers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank sends in a step, by the kind of parallelism."""
+
+    tensor: float
+    pipeline: float
+    data: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.tensor + self.pipeline + self.data
+
+
+def parts(work: Work, parallel: ParallelConfig, layout: Layout) -> list[Part]:
+    """What each pipeline rank holds. Raises ``UserError`` for more stages than layers."""
+    model = work.model
+    if layout.pipeline == 1:
+        return [Part((0,), (model.num_layers,), 1, 0)]
+    per_rank = stages_per_rank(parallel.schedule, parallel.stages_per_rank)
+    count = layout.pipeline * per_rank
+    cut = balance(model.num_layers, count, *stage_costs(model, work.sequence_length))
+    found = []
+    for rank in range(layout.pipeline):
+        numbers = my_stages(parallel.schedule, rank, layout.pipeline, per_rank)
+        neighbours = [n for number in numbers for n in (number - 1, number + 1) if 0 <= n < count]
+        sends = sum(rank_of(parallel.schedule, n, layout.pipeline) != rank for n in neighbours)
+        found.append(Part(tuple(numbers), tuple(len(cut[n]) for n in numbers), count, sends))
+    return found
+
+
+def parameters_of(part: Part, model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """(parameters on a rank, those of them that every tensor rank holds whole)."""
+    h, f = model.hidden_size, model.mlp_size
+    attention_bias = 3 * h if model.attention_bias else 0
+    divided = (4 * h * h + 2 * h * f + attention_bias + f) // tensor
+    whole = 4 * h + h + (h if model.attention_bias else 0)
+    layers = sum(part.layers)
+    rows = -(-model.vocab_size // tensor) * h
+    matrices = int(part.first) + int(part.last and not (model.tie_embeddings and part.first))
+    after = 2 * h if part.last else 0
+    return layers * (divided + whole) + matrices * rows + after, layers * whole + after
+
+
+def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layout: Layout) -> Memory:
+    """Memory of pipeline rank ``rank``, which holds ``part``."""
+    model, tensor = work.model, layout.tensor
+    count, _ = parameters_of(part, model, tensor)
+    sharded = parallel.sharding != "none" and layout.shard > 1
+    shard = layout.shard if sharded else 1
+    weights = 4.0 * count / shard
+    if parallel.sharding == "zero2" and sharded:
+        weights += work.value_bytes * count
+    elif sharded:
+        one_layer = (count - _outer(part, model, tensor)) / sum(part.layers)
+        weights += work.value_bytes * (_outer(part, model, tensor) + 2 * one_layer)
+    elif work.value_bytes < 4:
+        weights += work.value_bytes * count  # autocast keeps the rounded weights of a step
+    stages = len(part.layers)
+    if layout.pipeline == 1:
+        in_flight = 1.0
+    elif parallel.schedule == "1f1b":
+        in_flight = min(work.micro_batches, layout.pipeline - rank)
+    elif parallel.schedule == "interleaved":
+        warmup = (stages - 1) * layout.pipeline + 2 * (layout.pipeline - rank - 1) + 1
+        in_flight = min(stages * work.micro_batches, warmup) / stages
+    else:
+        in_flight = min(work.micro_batches, layout.pipeline)
+    activations = activation_bytes(
+        model,
+        work.tokens,
+        recompute=work.recompute,
+        tensor=tensor,
+        sequence=parallel.sequence,
+        work_bytes=work.value_bytes,
+        layers=sum(part.layers),
+        last=part.last,
+    )
+    activations *= in_flight
+    if work.recompute == "full":
+        # one layer is recomputed at a time and keeps everything meanwhile
+        activations += activation_bytes(
+            model, work.tokens, tensor=tensor, sequence=parallel.sequence, work_bytes=work.value_bytes, layers=1, last=False
+        )
+    logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
+    return Memory(weights, 4.0 * count / shard, 8.0 * count / shard, activations, logits)
+
+
+def _outer(part: Part, model: ModelConfig, tensor: int) -> int:
+    """Parameters outside the layers: embedding, head and last norm."""
+    rows = -(-model.vocab_size // tensor) * model.hidden_size
+    return rows * (int(part.first) + int(part.last and not (model.tie_embeddings and part.first))) + (
+        2 * model.hidden_size if part.last else 0
+    )
+
+
+def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout) -> Traffic:
+    """What a rank that holds ``part`` sends in one step."""
+    model, t, m = work.model, layout.tensor, work.micro_batches
+    stream = float(work.tokens * model.hidden_size * work.value_bytes)
+    count, whole = parameters_of(part, model, t)
+    tensor = 0.0
+    if t > 1:
+        # a sum over ranks, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
+        sums = 2 * sum(part.layers) * (1 if model.residual == "parallel" else 2) + int(part.first) + int(part.last)
+        tensor = m * sums * _all_reduce(stream, t)
+        tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
+        norms = sum(part.layers) * 4 * model.hidden_size
+        tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms), t)
+    pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
+    sharded = parallel.sharding != "none" and layout.shard > 1
+    if not sharded:
+        data = _all_reduce(4.0 * count, layout.data)
+    else:
+        gathers = 1 if parallel.sharding == "zero2" else 2 * m
+        share = (layout.shard - 1) / layout.shard
+        data = share * count * (gathers * work.value_bytes + 4.0) + _all_reduce(4.0 * count / layout.shard, layout.replicate)
+    return Traffic(tensor, pipeline, data)
+
+
+def _all_reduce(size: float, ranks: int) -> float:
+    """Bytes each rank sends to sum ``size`` bytes over ``ranks``: a reduce-scatter and an all-gather."""
+    return 2 * size * (ranks - 1) / ranks

@@ -1,0 +1,170 @@
+"""Bad input: one clear line that names the place and the remedy, exit code 2, and not a byte on the disk touched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import config, mapping, quiet, write_tokens
+
+from megarewarm.config.load import merge
+from megarewarm.main import main
+from megarewarm.training.trainer import train
+
+Change = Callable[[Path], Any]
+"""Damages the folder and returns changes of the configuration, a text to write in its place, or None."""
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def truncated(place: Path) -> None:
+    path = place / "new.bin"
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def wrong_magic(place: Path) -> None:
+    path = place / "new.idx"
+    path.write_bytes(b"WHATISIT!" + path.read_bytes()[9:])
+
+
+def large_ids(place: Path) -> dict[str, Any]:
+    write_tokens(place / "large", 3, vocabulary=200)
+    return {"data": {"train": [{"path": str(place / "large"), "max_epochs": 9}]}}
+
+
+def odd_bytes(place: Path) -> dict[str, Any]:
+    (place / "odd.bin").write_bytes(bytes(1001))
+    return {"data": {"train": [{"path": str(place / "odd.bin")}]}}
+
+
+def other_run(place: Path) -> dict[str, Any]:
+    from test_training_resume import ALONE
+
+    train(config(place, training={"budget": 2}), ALONE, quiet())
+    return {"training": {"budget": 2}, "schedule": {"max_lr": 5e-3}}
+
+
+def another_shape(place: Path) -> dict[str, Any]:
+    from test_training_resume import ALONE
+
+    train(config(place, folder=str(place / "up"), training={"budget": 2}), ALONE, quiet())
+    return {"start": {"from": str(place / "up")}, "model": {"hidden_size": 64}}
+
+
+def unwritable(place: Path) -> dict[str, Any]:
+    (place / "file").write_text("in the way")
+    return {"folder": str(place / "file" / "run")}
+
+
+def no_checkpoint(place: Path) -> dict[str, Any]:
+    (place / "empty").mkdir()
+    return {"start": {"from": str(place / "empty")}}
+
+
+CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
+    "missing token file": ({"data": {"train": [{"path": "nowhere/data"}]}}, r"nowhere/data.*"),
+    "truncated bin": (truncated, r"new\.bin"),
+    "wrong magic": (wrong_magic, r"new\.idx"),
+    "ids beyond the vocabulary": (large_ids, r"large.*(vocab|64)"),
+    "half a token": (odd_bytes, r"odd\.bin.*1001"),
+    "wrong dtype": ({"data": {"train": [{"path": "PLACE/new", "dtype": "uint32"}]}}, r"new.*uint"),
+    "more than there is": ({"training": {"budget": 100_000}}, r"new.*max_epochs"),
+    "unknown key": ({"schedule": {"max_lrr": 1}}, r"run\.yml:\d+: unknown key 'max_lrr' in schedule.*max_lr"),
+    "unknown section": ({"trainin": {}}, r"run\.yml:\d+: unknown key 'trainin'.*training"),
+    "heads do not divide": ({"model": {"num_heads": 5}}, r"run\.yml:\d+: .*num_heads 5"),
+    "min above max": ({"schedule": {"min_lr": 1.0}}, r"min_lr 1 is above max_lr"),
+    "warmup longer than the run": ({"schedule": {"warmup": "21 steps"}}, r"warmup"),
+    "a word for a number": ({"training": {"micro_batch": "four"}}, r"run\.yml:\d+: training\.micro_batch: .*'four'"),
+    "sequence too long": ({"data": {"sequence_length": 99}}, r"sequence_length 99 is above model\.max_positions 16"),
+    "no such checkpoint": ({"start": {"from": "PLACE/absent"}}, r"absent: no such folder"),
+    "a folder without a checkpoint": (no_checkpoint, r"empty is neither a run or checkpoint folder"),
+    "another shape": (another_shape, r"model\.hidden_size: 64 in the config, 32 in the checkpoint"),
+    "another run's folder": (other_run, r"holds a run in which schedule\.max_lr was 0\.01; now it is 0\.005"),
+    "unwritable folder": (unwritable, r"file"),
+    "moments from scratch": ({"start": {"moments": "keep"}}, r"start\.moments: nothing to keep in a run from scratch"),
+    "validation set without data": (
+        {"data": {"validation": [{"name": "x", "tokens": 5, "sources": [{"path": "PLACE/new"}]}]}},
+        r"'x' comes to no whole window of 16 tokens",
+    ),
+    "ranks that are not there": ({"parallel": {"tensor": 2}}, r"parallel: pipeline 1 x tensor 2 = 2 ranks.*started 1"),
+    "sequence without tensor": ({"parallel": {"sequence": True}}, r"sequence: true needs tensor ranks"),
+    "invalid YAML": ("training: [unclosed\n", r"run\.yml:\d+"),
+    "not a mapping": ("- a\n- b\n", r"run\.yml.*"),
+    "an empty file": ("", r"run\.yml.*"),
+    "a key twice": ("name: a\nname: b\n", r"run\.yml:2: .*name"),
+    "tabs": ("training:\n\tbudget: 3\n", r"run\.yml:2"),
+    "unknown parent": ("extends: nothing.yml\n", r"run\.yml:1: 'extends' names .*nothing\.yml"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_exit_code_2_nothing_touched(tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+    change, message = CASES[case]
+    settings = mapping(tmp_path)
+    made = change(tmp_path) if callable(change) else change
+    if isinstance(made, dict):
+        settings = merge(settings, yaml.safe_load(yaml.safe_dump(made).replace("PLACE", str(tmp_path))))
+    (tmp_path / "run.yml").write_text(made if isinstance(made, str) else yaml.safe_dump(settings))
+    capfd.readouterr()
+    before = snapshot(tmp_path)
+    assert main([str(tmp_path / "run.yml")]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    import re
+
+    assert re.search(message, err), err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.yml"], r"absent\.yml"),
+        (["RUN", "training.budget"], r"training\.budget"),
+        (["RUN", "training.bugdet=3"], r"unknown key 'bugdet' in training.*budget"),
+        (["RUN", "data.train.7.weight=3"], r"data\.train\.7"),
+        (["RUN", "=3"], r"=3"),
+    ],
+)
+def test_words_of_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    import re
+
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path)))
+    before = snapshot(tmp_path)
+    assert main([word.replace("RUN", str(tmp_path / "run.yml")) for word in words]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err), err
+    assert snapshot(tmp_path) == before
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:
+    text = yaml.safe_dump(mapping(tmp_path, training={"budget": 1})) + "optimizer: {eps: 1e-08, weight_decay: 1e-1}\n"
+    (tmp_path / "run.yml").write_text(text)
+    assert main([str(tmp_path / "run.yml"), "schedule.max_lr=3e-4", "schedule.min_lr=0"]) == 0
+    resolved = yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())
+    assert resolved["optimizer"]["eps"] == 1e-8 and resolved["schedule"]["max_lr"] == 3e-4
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path)))
+    assert main([str(tmp_path / "run.yml")]) == 0
+    newest = tmp_path / "tiny" / "checkpoints" / "step_20"
+    shutil.rmtree(newest)
+    half = tmp_path / "tiny" / "checkpoints" / "step_15"
+    for file in half.glob("*.distcp"):
+        os.truncate(file, 100)
+    before = snapshot(tmp_path)
+    capfd.readouterr()
+    assert main([str(tmp_path / "run.yml")]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "step_15" in err and "remove the folder to use an older checkpoint" in err
+    assert snapshot(tmp_path) == before
+    shutil.rmtree(half)
+    assert main([str(tmp_path / "run.yml")]) == 0

@@ -1,0 +1,140 @@
+"""Real launchers on this machine, two gloo ranks where there are several, as a user types it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from test_training_resume import wait_for_step
+from tiny import events, mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.launch
+
+
+def command(launcher: str) -> list[str]:
+    """The words before the config, launchers from beside this Python."""
+    words = {
+        "python": [sys.executable, "launch.sh"],
+        "bash": ["bash", "launch.sh"],
+        "sh": ["sh", "launch.sh"],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "launch.sh"],
+        "deepspeed": [str(BIN / "deepspeed"), "launch.sh"],
+        "deepspeed2": [str(BIN / "deepspeed"), "--num_gpus", "2", "launch.sh"],
+    }[launcher]
+    if Path(words[0]).is_absolute() and not Path(words[0]).exists():
+        pytest.skip(f"{words[0]} is not installed")
+    return words
+
+
+def run(launcher: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MASTER_"))}
+    environ |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        [*command(launcher), *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def write_config(place: Path, name: str, **changes: object) -> str:
+    path = place / f"{name}.yml"
+    path.write_text(yaml.safe_dump(mapping(place, name=name, folder=str(place / name), **changes)))
+    return str(path)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in events(folder, "train")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("launch")
+    result = run("python", write_config(folder, "alone", training={"budget": 6}))
+    assert result.returncode == 0, result.stderr
+    yield folder
+
+
+@pytest.mark.parametrize("launcher", ["bash", "sh", "deepspeed", "deepspeed2", "torchrun"])
+def test_every_launcher_trains_the_same_run(place: Path, launcher: str) -> None:
+    result = run(launcher, write_config(place, launcher, training={"budget": 6}))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (start,) = events(place / launcher, "start")
+    assert start["ranks"] == (2 if launcher in ("deepspeed2", "torchrun") else 1)
+    assert losses(place / launcher) == pytest.approx(losses(place / "alone"), rel=1e-5)
+    assert result.stdout.count("complete in") == 1, "one rank speaks"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed2", "torchrun"])
+def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -> None:
+    path = write_config(place, f"bad_{launcher}", training={"global_batch": 9})
+    result = run(launcher, path)
+    assert result.returncode != 0
+    assert (result.stdout + result.stderr).count("training.global_batch: 9 sequences can't be shared evenly") == 1
+    assert not (place / f"bad_{launcher}" / "metrics.jsonl").exists()
+
+
+def test_a_busy_port_is_no_obstacle_on_one_node(place: Path) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", 29500))
+            listener.listen()
+        except OSError:
+            pass  # busy already, by somebody else: just as well
+        result = run("deepspeed2", write_config(place, "busy", training={"budget": 3}))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(losses(place / "busy")) == 3
+
+
+def test_configs_merge_from_left_to_right_and_overrides_follow(place: Path) -> None:
+    more = place / "more.yml"
+    more.write_text("training: {budget: 5, seed: 9}\n")
+    result = run("python", write_config(place, "merged"), str(more), "training.budget=2", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "budget: 2" in result.stdout and "seed: 9" in result.stdout
+    assert not (place / "merged").exists()
+
+
+def test_two_ranks_stopped_by_a_signal_save_and_go_on(place: Path) -> None:
+    changes = {"training": {"budget": 60}, "evaluation": {"every": 30}, "checkpoint": {"every": 30}}
+    path = write_config(place, "stopped", **changes)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command("torchrun"), path], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(place / "stopped" / "metrics.jsonl", 10)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    stops = events(place / "stopped", "stop")
+    assert process.returncode != 0 and len(stops) == 1, output
+    assert (place / "stopped" / "checkpoints" / f"step_{stops[0]['step']}").is_dir()
+    result = run("torchrun", path)
+    assert result.returncode == 0 and "resumes at step" in result.stdout, result.stdout + result.stderr
+    rates = {line["step"]: line["lr"] for line in events(place / "stopped", "train")}
+    assert len(rates) == 60 and max(rates, key=lambda step: rates[step]) < 10, "re-warmed once"
+
+
+def test_a_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(place: Path) -> None:
+    changes = {"training": {"budget": 60}, "evaluation": {"every": 30}, "checkpoint": {"every": 10}}
+    path = write_config(place, "killed", **changes)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command("torchrun"), path], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(place / "killed" / "metrics.jsonl", 15)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=90)
+    assert process.returncode != 0 and time.monotonic() - began < 60, "no hang"
+    result = run("torchrun", path)
+    assert result.returncode == 0 and "resumes at step" in result.stdout, result.stdout + result.stderr
+    assert len({line["step"] for line in events(place / "killed", "train")}) == 60
