@@ -1,7 +1,7 @@
 """One training step on the CPU against transformers' GPTNeoXForCausalLM: tokens/s and peak memory, as ratios of one run.
 
-Same sizes (Pythia 70M by default), same weights, same batch, fp32, eager, no compilation: forward, backward, clipping and AdamW.
-Each side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
+Same sizes (Pythia 70M by default), same weights, same batch, fp32, eager: forward, backward, clipping and AdamW. Each
+side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
 else the machine does meets both. The losses of both sides are compared.
 
     python benchmarks/cpu_training_step.py [--steps 5] [--blocks 3] [--json FILE]

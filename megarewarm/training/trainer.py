@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megarewarm.parallel.agreement import agree_any, all_reduce_sums
 from megarewarm.parallel.mesh import Ranks
 from megarewarm.training.evaluate import evaluate, evaluation_steps
 from megarewarm.training.metrics import Metrics, check_loggers
-from megarewarm.training.plan import make_plan
+from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.setup import Run, build
@@ -50,25 +51,33 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     if plan.resumed and plan.position.step >= plan.config.total_steps:
         assert plan.source is not None and plan.source.training is not None
         console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
+        if not folder.export.exists():
+            _export(plan, folder, ranks, console)
         return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
     run = build(plan, ranks)
-    folder.open(config, main=ranks.is_main)
-    metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
-    try:
+    with ExitStack() as opened:
+        opened.callback(run.batches.close)
+        folder.open(config, main=ranks.is_main)
+        opened.callback(folder.close)
+        metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
+        opened.callback(metrics.close)
         _announce(run, metrics, console)
         with StopRequest(console) as stop:
             outcome = _loop(run, folder, metrics, console, stop)
-        if outcome.stopped_by is None and config.export.huggingface and ranks.is_main:
-            newest = folder.newest_checkpoint()
-            assert newest is not None
-            model = OwnCheckpoint(newest).whole_model()
-            huggingface.export(model, plan.model, folder.export, tokenizer=config.data.tokenizer)
-            console.print(f"{config.name}: exported to {folder.export}", highlight=False)
-        return outcome
-    finally:
-        run.batches.close()
-        metrics.close()
-        folder.close()
+        if outcome.stopped_by is None:
+            _export(plan, folder, ranks, console)
+    return outcome
+
+
+def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> None:
+    """Write what ``export`` asks for, from the newest checkpoint."""
+    if not (plan.config.export.huggingface and ranks.is_main):
+        return
+    newest = folder.newest_checkpoint()
+    assert newest is not None
+    model = OwnCheckpoint(newest).whole_model()
+    huggingface.export(model, plan.model, folder.export, tokenizer=plan.config.data.tokenizer)
+    console.print(f"{plan.config.name}: exported to {folder.export}", highlight=False)
 
 
 def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
