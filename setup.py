@@ -41,6 +41,7 @@ setup(
         "test": [
             "hypothesis>=6.100",
             "jsonschema>=4.21",
+            "mpich; sys_platform == 'linux'",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-xdist>=3.5",

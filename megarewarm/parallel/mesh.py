@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import tempfile
@@ -29,6 +30,30 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    launcher: str = "none"
+    store: dist.Store | None = None
+
+    def report(self, step: int) -> None:
+        """Leave word that this rank has computed its part of ``step``, so that the others can tell who has not."""
+        if self.store is not None:
+            self.store.set(f"step/{self.rank}", str(step))
+
+    def missing(self) -> str:
+        """Which ranks are behind all others, in words, for when a collective has failed."""
+        if self.store is None:
+            return "another rank"
+        try:
+            steps = {}
+            for rank in range(self.world_size):
+                key = f"step/{rank}"
+                steps[rank] = int(self.store.get(key)) if self.store.check([key]) else -1
+        except RuntimeError:
+            return "rank 0, which holds the store"
+        behind = [rank for rank, step in steps.items() if step == min(steps.values())]
+        if len(behind) == self.world_size:
+            return "one of the other ranks"
+        shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
+        return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +180,8 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
         return Ranks(0, 1, chosen)
     timeout = timedelta(minutes=timeout_minutes)
     try:
-        store = _store(launch, timeout)
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store(launch, timeout))
+        _wait_for_all(store, launch, timeout)
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=store,
@@ -168,9 +194,27 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
         raise UserError(
             f"the {launch.world_size} ranks did not meet (rank {launch.rank} of launcher {launch.launcher}, on host "
             f"{socket.gethostname()}, master {launch.master_addr}:{launch.master_port}): {first}; check that every rank was "
-            f"started and that the port is free and reachable"
+            f"started and that the master's port is free and reachable"
         ) from error
-    return Ranks(launch.rank, launch.world_size, chosen)
+    return Ranks(launch.rank, launch.world_size, chosen, launch.launcher, store)
+
+
+def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta) -> None:
+    """Return once every rank has come. Raises ``TimeoutError`` naming those that have not."""
+    store.set(f"here/{launch.rank}", socket.gethostname())
+    if launch.rank != 0:
+        store.wait(["all"], timeout)
+        return
+    missing = list(range(launch.world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        if time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise TimeoutError(
+                f"no word from rank{'s' * (len(missing) > 1)} {shown} in {timeout.total_seconds() / 60:g} minutes"
+            )
+        time.sleep(0.05)
+    store.set("all", "here")
 
 
 def _device(launch: Launch, device: str) -> torch.device:
@@ -234,3 +278,13 @@ def _wait_for_port(meeting_point: Path, launch: Launch, timeout: timedelta) -> i
             return int(meeting_point.read_text())
         time.sleep(0.05)
     raise TimeoutError(f"the main rank did not say its port in {meeting_point}")
+
+
+_LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether ``error`` came out of a collective because another rank is gone or hangs."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))

@@ -8,11 +8,12 @@ from types import FrameType, TracebackType
 
 from rich.console import Console
 
-_WATCHED = (signal.SIGINT, signal.SIGTERM)
+# USR1 is what Slurm is asked to send ahead of a time limit (sbatch --signal=USR1@120)
+_WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Context in which SIGINT and SIGTERM ask for a stop; ``received`` is the signal's number, or None."""
+    """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None."""
 
     def __init__(self, console: Console) -> None:
         self.received: int | None = None

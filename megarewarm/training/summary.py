@@ -18,6 +18,8 @@ def print_start(run: Run, console: Console) -> None:
     shape = f"{count_parameters(plan.model):,} parameters"
     length = f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens"
     where = f"{run.ranks.world_size} x {run.ranks.device.type}, {run.precision}"
+    if run.ranks.world_size > 1:
+        where += f", {run.mesh.layout} (by {run.ranks.launcher})"
     if plan.resumed:
         what = (
             f"resumes at step {plan.position.step:,} (its own checkpoint; 'start' was applied before and is not applied again)"

@@ -144,6 +144,7 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     scale = scaler.scale if scaler is not None else 1.0
     gradients.zero()
     loss_sum = run.model.forward_backward(rows, loss_scale=scale)
+    run.ranks.report(run.step + 1)
     gradients.reduce()
     norm = gradients.norm() / scale
     loss = all_reduce_sums([loss_sum])[0] / config.tokens_per_step
