@@ -97,7 +97,7 @@ def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experimen
         if ranks.world_size == 1 or not is_loss(error):
             raise
         print(
-            f"rank {ranks.rank} waits no longer for {ranks.missing()}: {str(error).strip().splitlines()[0]}; the last "
+            f"rank {ranks.rank} waits no longer for {ranks.give_up()}: {str(error).strip().splitlines()[0]}; the last "
             f"checkpoint is whole, the same command continues from it",
             file=sys.stderr,
             flush=True,

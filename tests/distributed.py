@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -48,16 +49,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ]
     for process in processes:
         process.start()
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < world_size:
+        # read while they run: a large answer blocks its rank until somebody takes it
+        if answers.empty():
+            gone = all(not process.is_alive() for process in processes) and answers.empty()
+            if gone or time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+                what = f"died: exit codes {[p.exitcode for p in processes]}" if gone else f"did not finish in {timeout} s"
+                raise AssertionError(f"ranks of {function.__name__} {what}")
+            time.sleep(0.02)
+            continue
+        rank, result, error = answers.get()
+        if error is not None:
+            for process in processes:
+                process.kill()
+            raise AssertionError(f"rank {rank}:\n{error}")
+        results[rank] = result
     for process in processes:
         process.join(timeout)
-        if process.is_alive():
-            for other in processes:
-                other.kill()
-            raise AssertionError(f"a rank of {function.__name__} did not finish in {timeout} s")
-    results: dict[int, Any] = {}
-    for _ in processes:
-        assert not answers.empty(), f"a rank died without an answer: exit codes {[p.exitcode for p in processes]}"
-        rank, result, error = answers.get()
-        assert error is None, f"rank {rank}:\n{error}"
-        results[rank] = result
     return [results[rank] for rank in range(world_size)]

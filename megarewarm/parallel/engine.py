@@ -91,6 +91,7 @@ class ParallelModel:
         copies, reduce_copies = self._tie(parallel.schedule)
 
         self._sharded = parallel.sharding != "none" and layout.data > 1
+        self._keeps_gathered = parallel.sharding == "zero2"
         if self._sharded:
             self._shard(parallel, precision)
         else:
@@ -231,8 +232,11 @@ class ParallelModel:
             if self._sharded:
                 module = self._modules[0]
                 assert isinstance(module, FSDPModule)
-                module.set_requires_gradient_sync(i == len(parts) - 1)
-                module.set_is_last_backward(i == len(parts) - 1)
+                last = i == len(parts) - 1
+                module.set_requires_gradient_sync(last)
+                module.set_is_last_backward(last)
+                if self._keeps_gathered:
+                    module.set_reshard_after_backward(last)
             with self._autocast:
                 loss, _ = self._cross_entropy(self._modules[0](part[:, :-1]), part[:, 1:])
             (loss * self._scale()).backward()

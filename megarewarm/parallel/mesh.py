@@ -38,22 +38,34 @@ class Ranks:
         if self.store is not None:
             self.store.set(f"step/{self.rank}", str(step))
 
-    def missing(self) -> str:
-        """Which ranks are behind all others, in words, for when a collective has failed."""
+    def give_up(self, patience: float = 10.0) -> str:
+        """Leave word that a collective has failed here, and say in words which ranks it waited for.
+
+        Ranks that are alive fail within seconds of each other and leave the same word: those that are silent after
+        ``patience`` seconds are gone or hang. Where all have spoken, the ones furthest behind are named.
+        """
         if self.store is None:
             return "another rank"
         try:
-            steps = {}
-            for rank in range(self.world_size):
-                key = f"step/{rank}"
-                steps[rank] = int(self.store.get(key)) if self.store.check([key]) else -1
+            self.store.set(f"gave_up/{self.rank}", "")
+            deadline = time.monotonic() + patience
+            silent = [rank for rank in range(self.world_size) if rank != self.rank]
+            while len(silent) > 1 and time.monotonic() < deadline:
+                time.sleep(0.2)
+                silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
+            silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
+            steps = {rank: self._last_step(rank) for rank in silent or range(self.world_size)}
         except RuntimeError:
             return "rank 0, which holds the store"
-        behind = [rank for rank, step in steps.items() if step == min(steps.values())]
+        behind = silent or [rank for rank, step in steps.items() if step == min(steps.values())]
         if len(behind) == self.world_size:
             return "one of the other ranks"
         shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
         return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
+
+    def _last_step(self, rank: int) -> int:
+        assert self.store is not None
+        return int(self.store.get(f"step/{rank}")) if self.store.check([f"step/{rank}"]) else -1
 
     @property
     def is_main(self) -> bool:

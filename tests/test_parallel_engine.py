@@ -1,0 +1,393 @@
+"""What surrounds the layouts: changing them in mid-run, precisions, recomputation, traps of the libraries underneath."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from tiny import config, events, quiet
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megarewarm.config.execution import ParallelConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+from megarewarm.parallel import engine as engine_module
+from megarewarm.parallel.loss_scaler import LossScaler
+from megarewarm.parallel.mesh import Layout, Mesh, Ranks, choose_layout
+from megarewarm.parallel.pipeline import balance, my_stages, rank_of
+from megarewarm.parallel.placement import place
+from megarewarm.training.plan import make_plan
+from megarewarm.training.setup import Run, build
+from megarewarm.training.trainer import train, training_step
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+MODEL = {"num_layers": 4, "num_heads": 4}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def losses(folder: Path) -> list[float]:
+    found = {line["step"]: line["loss"] for line in events(folder, "train")}
+    return [found[step] for step in sorted(found)]
+
+
+# ---- a change of layout in mid-run ------------------------------------------------------------------------------------
+
+
+def _halves(ranks: Ranks, place_: str, parallel: dict[str, Any]) -> None:
+    """As a user's second command on other ranks: the run's own checkpoint is the start."""
+    train(_changing(Path(place_), 20, parallel), ranks, quiet())
+
+
+def _changing(place_: Path, budget: int, parallel: dict[str, Any], name: str = "changing") -> Any:
+    # the length of the schedule is fixed, so that a shorter budget stops in the middle of the same curve
+    return config(
+        place_,
+        name=name,
+        folder=str(place_ / name),
+        model=MODEL | {"vocab_size": 66},
+        training={"budget": 20, "micro_batch": 2},
+        checkpoint={"every": 4, "keep_last": 9},
+        parallel=parallel,
+    )
+
+
+def _keep_until(folder: Path, step: int) -> None:
+    """What the disk holds after a kill that came after ``step``."""
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+
+
+def test_a_run_continues_its_curve_in_any_other_layout(tmp_path: Path) -> None:
+    train(_changing(tmp_path, 20, {}, "whole"), ALONE, quiet())
+    train(_changing(tmp_path, 20, {}), ALONE, quiet())
+    journey: list[tuple[int, int, dict[str, Any]]] = [
+        (16, 4, {"tensor": 2, "pipeline": 2}),
+        (12, 2, {"sharding": "zero3"}),
+        (8, 2, {"pipeline": 2, "schedule": "zero_bubble"}),
+        (4, 4, {"tensor": 2, "sequence": True, "sharding": "zero2"}),
+    ]
+    for left, world_size, parallel in journey:
+        _keep_until(tmp_path / "changing", left)
+        run_ranks(_halves, world_size, str(tmp_path), parallel)
+        assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5), parallel
+    assert [line["step"] for line in events(tmp_path / "changing", "resume")] == [16, 12, 8, 4]
+    _keep_until(tmp_path / "changing", 8)  # back to one process, from what four ranks wrote
+    train(_changing(tmp_path, 20, {}), ALONE, quiet())
+    assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+# ---- precision and recomputation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_stays_near_fp32(tmp_path: Path, precision: str) -> None:
+    exact = train(config(tmp_path, folder=str(tmp_path / "fp32")), ALONE, quiet())
+    low = train(config(tmp_path, folder=str(tmp_path / precision), training={"precision": precision}), ALONE, quiet())
+    assert losses(low.folder) == pytest.approx(losses(exact.folder), rel=0.02) and losses(low.folder) != losses(exact.folder)
+    assert low.losses == pytest.approx(exact.losses, rel=0.02)
+
+
+def _low(ranks: Ranks, place_: str, precision: str) -> list[float]:
+    for name, parallel in (("pipeline", {"pipeline": 2}), ("tensor", {"tensor": 2}), ("zero2", {"sharding": "zero2"})):
+        settings = config(
+            Path(place_),
+            folder=f"{place_}/{precision}_{name}",
+            model=MODEL,
+            training={"precision": precision},
+            parallel=parallel,
+        )
+        train(settings, ranks, quiet())
+    return []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_in_layouts(tmp_path: Path, precision: str) -> None:
+    exact = train(config(tmp_path, folder=str(tmp_path / "fp32"), model=MODEL), ALONE, quiet())
+    run_ranks(_low, 2, str(tmp_path), precision)
+    for name in ("pipeline", "tensor", "zero2"):
+        found = losses(tmp_path / f"{precision}_{name}")
+        assert found == pytest.approx(losses(exact.folder), rel=0.03), name
+
+
+def test_an_overflow_leaves_the_step_out_and_halves_the_scale(tmp_path: Path) -> None:
+    run = build(make_plan(config(tmp_path, training={"precision": "fp16"})), ALONE)
+    assert run.scaler is not None
+    run.scaler.scale = 2.0**40  # no fp16 gradient survives this
+    before = {name: parameter.detach().clone() for name, parameter in run.model.parameters.items()}
+    _, norm = training_step(run, 1e-3)
+    run.batches.close()
+    assert not math.isfinite(norm) and run.scaler.scale == 2.0**39 and run.optimizer.completed_steps == 0
+    assert all(torch.equal(before[name], parameter) for name, parameter in run.model.parameters.items())
+
+
+def test_the_loss_scale_survives_a_restart_and_can_be_reset(tmp_path: Path) -> None:
+    first = config(tmp_path, training={"precision": "fp16", "budget": 10}, checkpoint={"every": 5})
+    train(first, ALONE, quiet())
+    _keep_until(tmp_path / "tiny", 5)
+    resumed = build(make_plan(first), ALONE)
+    resumed.batches.close()
+    assert resumed.scaler is not None and (resumed.scaler.scale, resumed.scaler.finite_steps) == (2.0**16, 5)
+    for choice, steps in (("keep", 5), ("reset", 0)):
+        start = {"from": str(tmp_path / "tiny"), "intent": "rewarm", "loss_scale": choice}
+        other = build(make_plan(config(tmp_path, folder=choice, start=start, training={"precision": "fp16"})), ALONE)
+        other.batches.close()
+        assert other.scaler is not None and other.scaler.finite_steps == steps
+        (row,) = (row for row in other.table_rows if row.line == "loss_scale")
+        assert (row.choice, row.checkpoint_had) == (choice, "65536")
+
+
+def test_the_scaler_grows_and_gives_up() -> None:
+    scaler = LossScaler(scale=4.0, window=3)
+    for finite in (True, True, False, True, True, True):
+        scaler.update(finite)
+    assert scaler.scale == 4.0
+    with pytest.raises(UserError, match="not finite in fp16 even at a loss scale"):
+        for _ in range(20):
+            scaler.update(False)
+
+
+@pytest.mark.parametrize("changes", [{"training": {"recompute": "selective"}}, {"training": {"recompute": "full"}}], ids=str)
+def test_recomputation_changes_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain = train(config(tmp_path, folder=str(tmp_path / "plain")), ALONE, quiet())
+    again = train(config(tmp_path, folder=str(tmp_path / "again"), **changes), ALONE, quiet())
+    assert losses(again.folder) == losses(plain.folder)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:
+    plain = train(config(tmp_path, folder=str(tmp_path / "plain")), ALONE, quiet())
+    compiled = train(config(tmp_path, folder=str(tmp_path / "compiled"), kernels={"compile": True}), ALONE, quiet())
+    assert losses(compiled.folder) == pytest.approx(losses(plain.folder), rel=1e-5)
+
+
+# ---- traps ------------------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that ran, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _run(place_: str, ranks: Ranks, **changes: Any) -> Run:
+    return build(make_plan(config(Path(place_), folder=f"{place_}/trap", model=MODEL, **changes)), ranks)
+
+
+def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
+    counts = []
+    for name, parallel in (("data", {}), ("zero2", {"sharding": "zero2"})):
+        found = []
+        for micro_batch in (4, 1):
+            run = _run(place_, ranks, parallel=parallel, training={"micro_batch": micro_batch})
+            training_step(run, 1e-3)
+            run.step += 1
+            with Collectives() as seen:
+                training_step(run, 1e-3)
+            run.batches.close()
+            found.append(len(seen.names))
+        counts.append((name, *found))
+    return counts
+
+
+def test_gradient_accumulation_communicates_once(tmp_path: Path) -> None:
+    config(tmp_path)
+    for name, once, four_times in run_ranks(_accumulation, 2, str(tmp_path))[0]:
+        assert once == four_times > 0, name
+
+
+def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
+    """Micro-batches that go through the model in one evaluation between two steps, and in the step after it."""
+    run = _run(place_, ranks, parallel={"pipeline": 2}, training={"micro_batch": 2})
+    calls = []
+    for module in run.model._modules:
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
+    training_step(run, 1e-3)
+    run.step += 1
+    calls.clear()
+    rows = list(run.validation[0].micro_batches(0, 1, 2))
+    run.model.evaluate(rows, len(rows))
+    evaluated, expected = len(calls), len(rows)
+    calls.clear()
+    training_step(run, 1e-3)
+    run.batches.close()
+    assert len(calls) == 4, "8 sequences in micro-batches of 2, and none to probe shapes"
+    return evaluated, expected
+
+
+def test_evaluation_in_a_pipeline_costs_no_extra_micro_batch(tmp_path: Path) -> None:
+    config(tmp_path)
+    for evaluated, expected in run_ranks(_forwards, 2, str(tmp_path)):
+        assert evaluated == expected
+
+
+def _initial(ranks: Ranks, place_: str) -> dict[str, Any]:
+    found = {}
+    for name, parallel in (("tensor", {"tensor": 2}), ("pipeline", {"pipeline": 2}), ("zero3", {"sharding": "zero3"})):
+        run = _run(place_, ranks, parallel=parallel)
+        run.batches.close()
+        for parameter, whole in run.model.weights().items():
+            full = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
+            found[f"{name} {parameter}"] = full.numpy().copy()
+    return found
+
+
+def test_initial_weights_are_those_of_one_device(tmp_path: Path) -> None:
+    alone = _run(str(tmp_path), ALONE)
+    alone.batches.close()
+    for found in run_ranks(_initial, 2, str(tmp_path)):
+        for name, weight in found.items():
+            assert torch.equal(torch.from_numpy(weight), alone.model.parameters[name.split()[1]]), name
+
+
+def _loss_payload(ranks: Ranks, place_: str) -> int:
+    """The largest tensor that the sharded loss sends: three numbers a token, never logits."""
+    run = _run(place_, ranks, parallel={"tensor": 2})
+    run.batches.close()
+    largest = 0
+    original = dist.all_gather_into_tensor
+
+    def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, output.numel())
+        return original(output, *args, **kwargs)
+
+    dist.all_gather_into_tensor = counting
+    try:
+        run.model.forward_backward(run.data.rows(0, 4))
+    finally:
+        dist.all_gather_into_tensor = original
+    return largest
+
+
+def test_the_loss_gathers_no_logits(tmp_path: Path) -> None:
+    config(tmp_path)
+    assert run_ranks(_loss_payload, 2, str(tmp_path)) == [2 * 3 * 4 * 16] * 2
+
+
+def test_help_needs_neither_torch_nor_deepspeed() -> None:
+    probe = "import sys, megarewarm.main; print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, env=path)
+    assert result.stdout.strip() == "[]"
+
+
+# ---- arithmetic of layouts ---------------------------------------------------------------------------------------------
+
+
+def test_stages_are_balanced_with_the_head_counted() -> None:
+    assert balance(8, 4, 1.0, 0.0) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    for layers in range(4, 20):
+        for head in (0.0, 0.7, 3.0):
+            cut = balance(layers, 4, 1.0, head)
+            assert [i for stage in cut for i in stage] == list(range(layers)) and all(len(stage) for stage in cut)
+            costs = [len(stage) + (head if stage is cut[-1] else 0) for stage in cut]
+            best = min(
+                max([*(a, b, c), layers - a - b - c + head])
+                for a in range(1, layers)
+                for b in range(1, layers - a)
+                for c in range(1, layers - a - b)
+                if layers - a - b - c >= 1
+            )
+            assert max(costs) == pytest.approx(best)
+    with pytest.raises(UserError, match=r"parallel\.pipeline: 5 stages for 4 layers"):
+        balance(4, 5, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("order", "per_rank"), [("1f1b", 1), ("interleaved", 3), ("zero_bubble", 2)])
+def test_every_stage_has_one_rank(order: Any, per_rank: int) -> None:
+    held = [my_stages(order, rank, 4, per_rank) for rank in range(4)]
+    assert sorted(n for numbers in held for n in numbers) == list(range(4 * per_rank))
+    assert all(rank_of(order, n, 4) == rank for rank, numbers in enumerate(held) for n in numbers)
+
+
+def test_parts_of_a_parameter_make_the_whole() -> None:
+    shape = ModelConfig(num_layers=1, hidden_size=24, num_heads=6, vocab_size=17, rotary_fraction=0.5)
+    whole = torch.arange(17 * 24, dtype=torch.float32).view(17, 24)
+    for ranks in (1, 2, 3):
+        placed = [place("embed_in.weight", (17, 24), shape, rank, ranks, False) for rank in range(ranks)]
+        parts = [torch.full(p.local_shape, -1.0) for p in placed]
+        for p, part in zip(placed, parts, strict=True):
+            p.fill(part, whole)
+        assert torch.equal(torch.cat([p.unpadded(part) for p, part in zip(placed, parts, strict=True)]), whole)
+        assert float(sum(part.sum() for part in parts)) == float(whole.sum()), "padding is zero"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "message"),
+    [
+        ({"tensor": 2}, 3, r"parallel: pipeline 1 x tensor 2 = 2 ranks hold one model, the launcher started 3"),
+        ({"tensor": 2, "data": 4}, 4, r"parallel\.data: 4 is asked for, the launcher started 4 ranks, which leaves 2; start 8"),
+        ({"sharding": "zero2", "shard_ranks": 3}, 4, r"parallel\.shard_ranks: 3 does not divide the 4 data-parallel ranks"),
+    ],
+)
+def test_layouts_that_do_not_fit_name_the_number(parallel: dict[str, Any], world_size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_layout(ParallelConfig(**parallel), world_size)
+
+
+def _refused(ranks: Ranks, place_: str) -> list[str]:
+    messages = []
+    for changes in (
+        {"parallel": {"tensor": 2}, "model": {"num_heads": 1}},
+        {"parallel": {"tensor": 2}, "model": {"num_heads": 2, "ffn_size": 33}},
+        {"parallel": {"tensor": 2, "sequence": True}, "data": {"sequence_length": 15}},
+        {"parallel": {"pipeline": 2, "schedule": "zero_bubble"}, "model": {"num_layers": 3}},
+        {"parallel": {"pipeline": 2, "schedule": "1f1b", "stages_per_rank": 2}},
+    ):
+        try:
+            build(make_plan(config(Path(place_), folder=f"{place_}/no", **changes)), ranks)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_models_that_cannot_be_divided_name_the_number(tmp_path: Path) -> None:
+    config(tmp_path)
+    messages = run_ranks(_refused, 2, str(tmp_path))[0]
+    assert [message.split(";")[0] for message in messages] == [
+        "parallel.tensor: 2 ranks can't share model.num_heads 1 evenly",
+        "parallel.tensor: 2 ranks can't share model.ffn_size 33 evenly",
+        "parallel.sequence: 2 tensor ranks can't share data.sequence_length 15 evenly",
+        "parallel.pipeline: 4 stages for 3 layers",
+        "parallel.stages_per_rank: 2 with schedule '1f1b', which needs 1",
+    ]
+
+
+def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
+    run = _run(str(tmp_path), ALONE)
+    run.batches.close()
+    (module,) = run.model._modules
+    assert type(module) is engine_module.NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
+    assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
+
+
+def test_ranks_that_fell_silent_are_named() -> None:
+    """A rank that froze after it had reported its step is behind nobody: the others know it by its silence."""
+    store = dist.HashStore()
+    ranks = [Ranks(rank, 4, torch.device("cpu"), store=store) for rank in range(4)]
+    for one in ranks:
+        one.report(7)
+    ranks[1].give_up(patience=0)
+    ranks[3].give_up(patience=0)
+    assert ranks[0].give_up(patience=0) == "rank 2 (last heard of in step 7)"
+    assert ranks[2].give_up(patience=0) == "one of the other ranks", "all have spoken and none is behind"
+    ranks[0].report(8)
+    ranks[1].report(8)
+    assert ranks[0].give_up(patience=0) == "ranks 2, 3 (last heard of in step 7)"
+    assert Ranks(0, 1, torch.device("cpu")).give_up() == "another rank"

@@ -1,0 +1,223 @@
+"""The arithmetic of memory and traffic against tensors and collectives that really are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_ranks
+from tiny import config
+from torch import Tensor
+
+from megarewarm.config.execution import ParallelConfig
+from megarewarm.parallel.cluster import GPUS, rank_layouts
+from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
+from megarewarm.training.plan import make_plan
+from megarewarm.training.setup import Run, build
+from megarewarm.training.trainer import training_step
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 128},
+    "wide": {"num_layers": 4, "hidden_size": 192, "num_heads": 4, "vocab_size": 512},
+    "deep": {"num_layers": 12, "hidden_size": 96, "num_heads": 4, "vocab_size": 64},
+}
+
+
+def _build(place: str, size: str, ranks: Ranks, parallel: dict[str, Any], micro_batch: int = 4, recompute: str = "none") -> Run:
+    return build(
+        make_plan(
+            config(
+                Path(place),
+                folder=f"{place}/run",
+                model=SIZES[size],
+                training={"micro_batch": micro_batch, "recompute": recompute},
+                parallel=parallel,
+            )
+        ),
+        ranks,
+    )
+
+
+def _work(run: Run) -> Work:
+    training = run.plan.config.training
+    share = training.global_batch // run.mesh.layout.data
+    length = run.plan.config.data.sequence_length
+    return Work(run.plan.model, length, training.micro_batch, -(-share // training.micro_batch), training.recompute)
+
+
+def _measured_memory(run: Run) -> dict[str, float]:
+    """Bytes of the tensors at the end of the forward pass of one micro-batch, each storage once."""
+    held: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in run.model.parameters.values()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    rows = torch.from_numpy(run.data.rows(0, run.plan.config.training.micro_batch))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = run.model._modules[0](rows[:, :-1])
+    held[hidden.untyped_storage().data_ptr()] = hidden.nbytes
+    moments = run.optimizer.moments().values()
+    return {
+        "weights": sum(p.nbytes for p in run.model.parameters.values()),
+        "gradients": sum(p.grad.nbytes for p in run.model.parameters.values() if p.grad is not None),
+        "optimizer": sum(moment.nbytes for moment in moments),
+        "activations": sum(held.values()),
+    }
+
+
+def _compare(ranks: Ranks, place: str, size: str, parallel: dict[str, Any], recompute: str) -> list[tuple[str, float, float]]:
+    run = _build(place, size, ranks, parallel, recompute=recompute)
+    run.batches.close()
+    measured = _measured_memory(run)
+    asked, layout = run.plan.config.parallel, run.mesh.layout
+    (part,) = parts(_work(run), asked, layout)
+    planned = memory_of(part, 0, _work(run), asked, layout)
+    activations = planned.activations
+    if recompute == "full":  # the plan adds the layer that is being recomputed in the backward pass
+        from megarewarm.model.size import activation_bytes
+
+        activations -= activation_bytes(run.plan.model, _work(run).tokens, layers=1, last=False)
+    return [
+        ("weights", planned.weights, measured["weights"]),
+        ("gradients", planned.gradients, measured["gradients"]),
+        ("optimizer", planned.optimizer, measured["optimizer"]),
+        ("activations", activations, measured["activations"]),
+    ]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("size", SIZES)
+def test_planned_memory_is_there(tmp_path: Path, size: str, recompute: str) -> None:
+    for what, planned, measured in _compare(ALONE, str(tmp_path), size, {}, recompute):
+        assert planned == pytest.approx(measured, rel=0.1), what
+
+
+@pytest.mark.parametrize("parallel", [{"tensor": 2}, {"tensor": 2, "sequence": True}], ids=str)
+def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    config(tmp_path)
+    for found in run_ranks(_compare, 2, str(tmp_path), "wide", parallel, "none"):
+        for what, planned, measured in found:
+            assert planned == pytest.approx(measured, rel=0.1), what
+
+
+class Wire:
+    """Counts the bytes that this rank would send with ring algorithms, by wrapping torch.distributed's functions."""
+
+    def __init__(self) -> None:
+        self.bytes = 0.0
+        self._saved: dict[str, Any] = {}
+
+    def __enter__(self) -> Wire:
+        def size_of(group: Any) -> int:
+            return dist.get_world_size(group)
+
+        def all_reduce(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            n = size_of(group)
+            self.bytes += 2 * tensor.nbytes * (n - 1) / n
+            return self._saved["all_reduce"](tensor, *args, group=group, **kwargs)
+
+        def gather(output: Tensor, tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            self.bytes += tensor.nbytes * (size_of(group) - 1)
+            return self._saved["all_gather_into_tensor"](output, tensor, *args, group=group, **kwargs)
+
+        def scatter(output: Tensor, tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+            self.bytes += output.nbytes * (size_of(group) - 1)
+            return self._saved["reduce_scatter_tensor"](output, tensor, *args, group=group, **kwargs)
+
+        def point_to_point(operation: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += tensor.nbytes if operation is dist.isend else 0
+            return self._saved["P2POp"](operation, tensor, *args, **kwargs)
+
+        replacements = {
+            "all_reduce": all_reduce,
+            "all_gather_into_tensor": gather,
+            "reduce_scatter_tensor": scatter,
+            "P2POp": point_to_point,
+        }
+        for name, replacement in replacements.items():
+            self._saved[name] = getattr(dist, name)
+            setattr(dist, name, replacement)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, original in self._saved.items():
+            setattr(dist, name, original)
+
+
+def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    found = []
+    for parallel in layouts:
+        run = _build(place, "wide", ranks, parallel, micro_batch=2)
+        training_step(run, 1e-3)
+        run.step += 1
+        with Wire() as wire:
+            training_step(run, 1e-3)
+        run.batches.close()
+        asked, layout = run.plan.config.parallel, run.mesh.layout
+        part = parts(_work(run), asked, layout)[run.mesh.pipeline_rank]
+        found.append((str(parallel), traffic_of(part, _work(run), asked, layout).total, wire.bytes))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layouts"),
+    [
+        (
+            2,
+            [
+                {},
+                {"tensor": 2},
+                {"tensor": 2, "sequence": True},
+                {"pipeline": 2},
+                {"pipeline": 2, "schedule": "interleaved"},
+                {"pipeline": 2, "schedule": "zero_bubble"},
+            ],
+        ),
+        (4, [{}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}, {"tensor": 2, "sequence": True, "pipeline": 2}]),
+    ],
+)
+def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, layouts: list[dict[str, Any]]) -> None:
+    """Planned is the analytical minimum; what is sent beside it are a few numbers a step."""
+    config(tmp_path)
+    for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), layouts)):
+        for layout, planned, sent in found:
+            assert sent == pytest.approx(planned, rel=0.05), f"rank {rank}, {layout}"
+
+
+def test_fully_sharded_traffic_by_its_own_count(tmp_path: Path) -> None:
+    """fully_shard calls the process group itself; its volume is one gathering and one scattering of all parameters."""
+    from megarewarm.parallel.mesh import Layout
+
+    work = Work(config(tmp_path, model=SIZES["wide"]).model, 16, 2, 4)  # type: ignore[arg-type]
+    parameters = 4 * memory_of(parts(work, ParallelConfig(), Layout())[0], 0, work, ParallelConfig(), Layout()).weights / 4
+    for sharding, gatherings in (("zero2", 1), ("zero3", 8)):
+        parallel = ParallelConfig(sharding=sharding)  # type: ignore[arg-type]
+        layout = Layout(shard=4)
+        sent = traffic_of(parts(work, parallel, layout)[0], work, parallel, layout).data
+        assert sent == pytest.approx(3 / 4 * parameters * (gatherings + 1))
+
+
+def test_layouts_are_ranked_by_time_and_fit(tmp_path: Path) -> None:
+    settings = config(
+        tmp_path,
+        model={"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "vocab_size": 50432, "max_positions": 2048},
+        data={"sequence_length": 2048},
+        training={"global_batch": 512, "micro_batch": 1},
+    )
+    assert settings.model is not None
+    plans = rank_layouts(settings, settings.model, 64, GPUS["a100-40gb"])
+    seconds = [round(plan.seconds, 4) for plan in plans]
+    assert seconds == sorted(seconds)
+    assert all(plan.memory < 40 * 2**30 and 0 < plan.mfu < 0.65 and 0 <= plan.bubble < 1 for plan in plans)
+    assert all(plan.layout.data * plan.layout.model == 64 for plan in plans)
+    more = rank_layouts(settings, settings.model, 64, GPUS["h100-80gb"])
+    assert more[0].seconds < plans[0].seconds and len(more) > len(plans)
