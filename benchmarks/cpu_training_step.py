@@ -34,7 +34,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
 
     from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
     from megarewarm.parallel.engine import ParallelModel
-    from megarewarm.parallel.mesh import Layout, Mesh, Ranks
+    from megarewarm.parallel.mesh import Layout, Mesh
+    from megarewarm.parallel.ranks import Ranks
     from megarewarm.training.optimizer import AdamW
 
     model = ParallelModel(

@@ -78,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experiment) -> int:  # type: ignore[no-untyped-def]
     # imported here so that --help and a mistyped key answer at once, without loading torch
-    from megarewarm.parallel.mesh import connect, is_loss
+    from megarewarm.parallel.connect import connect
+    from megarewarm.parallel.ranks import is_loss
     from megarewarm.training.trainer import TrainingDiverged, train
 
     ranks = connect(launch, runs[0].training.device, runs[0].parallel.timeout_minutes)

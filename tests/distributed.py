@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -13,21 +13,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 
 
-def free_port() -> int:
-    """A port that nothing listens on just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def _work(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, answers: Any) -> None:
+def _work(rank: int, world_size: int, meeting_point: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size)
+        dist.barrier()  # or a rank that is done at once would close connections that others are still making
         answers.put((rank, function(Ranks(rank, world_size, torch.device("cpu")), *args), None))
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))
@@ -43,9 +37,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     context = mp.get_context("spawn")
     answers = context.SimpleQueue()
-    port = free_port()
+    meeting_point = f"{tempfile.mkdtemp()}/store"
     processes = [
-        context.Process(target=_work, args=(rank, world_size, port, function, args, answers)) for rank in range(world_size)
+        context.Process(target=_work, args=(rank, world_size, meeting_point, function, args, answers))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()

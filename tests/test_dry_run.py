@@ -83,6 +83,6 @@ def test_what_could_not_run_is_refused(anywhere: Path, capsys: pytest.CaptureFix
 
 
 def _alone():  # type: ignore[no-untyped-def]
-    from megarewarm.parallel.mesh import connect
+    from megarewarm.parallel.connect import connect
 
     return connect(Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"), "cpu", 1)

@@ -11,7 +11,7 @@ from tiny import events, quiet
 
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 
 

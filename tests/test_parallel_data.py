@@ -14,8 +14,9 @@ from megarewarm.checkpoint import state
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import agree_any, all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients
-from megarewarm.parallel.mesh import Layout, Mesh, Ranks
+from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.placement import Placement
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -19,11 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.parallel import connect as connect_module
 from megarewarm.parallel import engine as engine_module
+from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.loss_scaler import LossScaler
-from megarewarm.parallel.mesh import Layout, Mesh, Ranks, choose_layout
+from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.pipeline import balance, my_stages, rank_of
 from megarewarm.parallel.placement import place
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
 from megarewarm.training.setup import Run, build
 from megarewarm.training.trainer import train, training_step
@@ -391,3 +394,19 @@ def test_ranks_that_fell_silent_are_named() -> None:
     ranks[1].report(8)
     assert ranks[0].give_up(patience=0) == "ranks 2, 3 (last heard of in step 7)"
     assert Ranks(0, 1, torch.device("cpu")).give_up() == "another rank"
+
+
+def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
+    monkeypatch.delenv("SLURM_GPU_BIND", raising=False)
+    launch = Launch(5, 8, 1, 4, "node1", 29500, "slurm")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert connect_module._device(launch, "auto") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"rank 5 needs GPU 1 of host .* which has 1"):
+        connect_module._device(launch, "cuda")
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert connect_module._device(launch, "cuda") == torch.device("cuda", 0)
+    assert connect_module._device(launch, "cpu") == torch.device("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from distributed import run_ranks
 from tiny import config, events, quiet
 
 from megarewarm.checkpoint.source import OwnCheckpoint
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -60,6 +61,14 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "hybrid": ({"sharding": "zero2", "shard_ranks": 2}, {}),
         "tensor_zero3": ({"tensor": 2, "sharding": "zero3"}, {"model": {"vocab_size": 68}}),
         "pipeline_zero2": ({"pipeline": 2, "sharding": "zero2"}, {"training": {"micro_batch": 2}}),
+        "interleaved": (
+            {"pipeline": 4, "schedule": "interleaved"},
+            {"model": {"num_layers": 9}, "training": {"micro_batch": 1}},
+        ),
+        "zero_bubble": (
+            {"pipeline": 4, "schedule": "zero_bubble"},
+            {"model": {"num_layers": 9}, "training": {"micro_batch": 1}},
+        ),
     },
     8: {
         "tensor_pipeline_data": ({"tensor": 2, "pipeline": 2}, {"training": {"micro_batch": 2}}),
@@ -71,6 +80,9 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "data": ({}, {"training": {"micro_batch": 1}}),
     },
 }
+
+# tried in every run of the tests; the others are slow
+EVERY_TIME = {2: list(LAYOUTS[2]), 4: ["pipeline_tensor_sequence_tied", "tensor_zero3", "hybrid"], 8: ["all_sequence"]}
 
 
 def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -129,11 +141,21 @@ def assert_same_run(run: Path, alone: Path) -> None:
         assert difference < (5e-5 if weight.dim() == 2 else 3e-4), f"{name}: {difference:.1e}"
 
 
+def _compare(world_size: int, names: Collection[str], place: Path) -> None:
+    base = place / str(world_size)
+    base.mkdir(exist_ok=True)
+    config(base)
+    run_ranks(_train_all, world_size, str(base), {name: LAYOUTS[world_size][name] for name in names}, timeout=600)
+    for name in names:
+        assert_same_run(base / name, _alone(base, LAYOUTS[world_size][name][1]))
+
+
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_layouts_compute_the_run_of_one_process(world_size: int, place: Path) -> None:
-    base = place / str(world_size)
-    base.mkdir()
-    config(base)
-    run_ranks(_train_all, world_size, str(base), LAYOUTS[world_size], timeout=300)
-    for name, (_, changes) in LAYOUTS[world_size].items():
-        assert_same_run(base / name, _alone(base, changes))
+    _compare(world_size, EVERY_TIME[world_size], place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [4, 8])
+def test_all_other_layouts_do_as_well(world_size: int, place: Path) -> None:
+    _compare(world_size, LAYOUTS[world_size].keys() - set(EVERY_TIME[world_size]), place)

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from distributed import run_ranks
 from tiny import config
 from torch import Tensor
+from wire import Wire
 
-from megarewarm.config.execution import ParallelConfig
 from megarewarm.parallel.cluster import GPUS, rank_layouts
-from megarewarm.parallel.mesh import Ranks
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
 from megarewarm.training.setup import Run, build
 from megarewarm.training.trainer import training_step
@@ -109,50 +108,6 @@ def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[
             assert planned == pytest.approx(measured, rel=0.1), what
 
 
-class Wire:
-    """Counts the bytes that this rank would send with ring algorithms, by wrapping torch.distributed's functions."""
-
-    def __init__(self) -> None:
-        self.bytes = 0.0
-        self._saved: dict[str, Any] = {}
-
-    def __enter__(self) -> Wire:
-        def size_of(group: Any) -> int:
-            return dist.get_world_size(group)
-
-        def all_reduce(tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-            n = size_of(group)
-            self.bytes += 2 * tensor.nbytes * (n - 1) / n
-            return self._saved["all_reduce"](tensor, *args, group=group, **kwargs)
-
-        def gather(output: Tensor, tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-            self.bytes += tensor.nbytes * (size_of(group) - 1)
-            return self._saved["all_gather_into_tensor"](output, tensor, *args, group=group, **kwargs)
-
-        def scatter(output: Tensor, tensor: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
-            self.bytes += output.nbytes * (size_of(group) - 1)
-            return self._saved["reduce_scatter_tensor"](output, tensor, *args, group=group, **kwargs)
-
-        def point_to_point(operation: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.bytes += tensor.nbytes if operation is dist.isend else 0
-            return self._saved["P2POp"](operation, tensor, *args, **kwargs)
-
-        replacements = {
-            "all_reduce": all_reduce,
-            "all_gather_into_tensor": gather,
-            "reduce_scatter_tensor": scatter,
-            "P2POp": point_to_point,
-        }
-        for name, replacement in replacements.items():
-            self._saved[name] = getattr(dist, name)
-            setattr(dist, name, replacement)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for name, original in self._saved.items():
-            setattr(dist, name, original)
-
-
 def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     found = []
     for parallel in layouts:
@@ -180,9 +135,21 @@ def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple
                 {"pipeline": 2},
                 {"pipeline": 2, "schedule": "interleaved"},
                 {"pipeline": 2, "schedule": "zero_bubble"},
+                {"sharding": "zero2"},
+                {"sharding": "zero3"},
             ],
         ),
-        (4, [{}, {"tensor": 2}, {"tensor": 2, "pipeline": 2}, {"tensor": 2, "sequence": True, "pipeline": 2}]),
+        (
+            4,
+            [
+                {},
+                {"tensor": 2},
+                {"sharding": "zero3", "shard_ranks": 2},
+                {"sharding": "zero2", "tensor": 2},
+                {"tensor": 2, "pipeline": 2},
+                {"tensor": 2, "sequence": True, "pipeline": 2},
+            ],
+        ),
     ],
 )
 def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, layouts: list[dict[str, Any]]) -> None:
@@ -191,19 +158,6 @@ def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, layo
     for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), layouts)):
         for layout, planned, sent in found:
             assert sent == pytest.approx(planned, rel=0.05), f"rank {rank}, {layout}"
-
-
-def test_fully_sharded_traffic_by_its_own_count(tmp_path: Path) -> None:
-    """fully_shard calls the process group itself; its volume is one gathering and one scattering of all parameters."""
-    from megarewarm.parallel.mesh import Layout
-
-    work = Work(config(tmp_path, model=SIZES["wide"]).model, 16, 2, 4)  # type: ignore[arg-type]
-    parameters = 4 * memory_of(parts(work, ParallelConfig(), Layout())[0], 0, work, ParallelConfig(), Layout()).weights / 4
-    for sharding, gatherings in (("zero2", 1), ("zero3", 8)):
-        parallel = ParallelConfig(sharding=sharding)  # type: ignore[arg-type]
-        layout = Layout(shard=4)
-        sent = traffic_of(parts(work, parallel, layout)[0], work, parallel, layout).data
-        assert sent == pytest.approx(3 / 4 * parameters * (gatherings + 1))
 
 
 def test_layouts_are_ranked_by_time_and_fit(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tiny import config, events, mapping, quiet
 from megarewarm.checkpoint import state
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.errors import UserError
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.trainer import TrainingDiverged, train
 

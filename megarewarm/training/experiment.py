@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from megarewarm.config.experiment import ExperimentConfig, PrepareConfig
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.corpora import prepare_corpora
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table

@@ -22,7 +22,8 @@ from megarewarm.model.size import count_parameters, peak_tflops, training_flops_
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
-from megarewarm.parallel.mesh import Layout, Mesh, Ranks, choose_layout
+from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Row, table
 from megarewarm.training.optimizer import AdamW

@@ -14,7 +14,7 @@ from megarewarm.checkpoint import huggingface
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import agree_any, all_reduce_sums
-from megarewarm.parallel.mesh import Ranks
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.evaluate import evaluate, evaluation_steps
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan

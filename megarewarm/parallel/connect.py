@@ -1,0 +1,159 @@
+"""Connecting the ranks: one process group, the device of each rank, and the words for when they don't meet."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+import struct
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megarewarm.errors import UserError
+from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.ranks import Ranks
+
+
+def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
+    """The ranks of ``launch`` on ``device`` (auto, cpu or cuda): NCCL on GPUs, gloo on CPUs, nothing for one rank.
+
+    Raises ``UserError`` when there is no such device, and when the ranks don't meet in time.
+    """
+    chosen = _device(launch, device)
+    if launch.world_size == 1:
+        return Ranks(0, 1, chosen)
+    timeout = timedelta(minutes=timeout_minutes)
+    if launch.local_world_size != launch.world_size and chosen.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # gloo would take the interface of the host's name, which on many hosts is the loopback
+        name = interface_towards(launch.master_addr)
+        if name is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store(launch, timeout))
+        _wait_for_all(store, launch, timeout, "here")
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+        )
+        # a rank that ends at once, on bad input, would close connections that others are still making
+        _wait_for_all(store, launch, timeout, "connected")
+    except (RuntimeError, dist.DistError, TimeoutError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the {launch.world_size} ranks did not meet (rank {launch.rank} of launcher {launch.launcher}, on host "
+            f"{socket.gethostname()}, master {launch.master_addr}:{launch.master_port}): {first}; check that every rank was "
+            f"started and that the master's port is free and reachable"
+        ) from error
+    return Ranks(launch.rank, launch.world_size, chosen, launch.launcher, store)
+
+
+def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str) -> None:
+    """Return once every rank is so far. Raises ``TimeoutError`` naming those that are not."""
+    store.set(f"{what}/{launch.rank}", socket.gethostname())
+    if launch.rank != 0:
+        store.wait([f"all_{what}"], timeout)
+        return
+    missing = list(range(launch.world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
+        if time.monotonic() > deadline:
+            shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            raise TimeoutError(
+                f"no word from rank{'s' * (len(missing) > 1)} {shown} in {timeout.total_seconds() / 60:g} minutes"
+            )
+        time.sleep(0.05)
+    store.set(f"all_{what}", "yes")
+
+
+def _device(launch: Launch, device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # Slurm's --gpus-per-task and --gpu-bind show each task its own GPU only, as number 0
+    own = launch.launcher == "slurm" and count == 1 and {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"} & os.environ.keys()
+    number = 0 if own else launch.local_rank
+    if number >= count:
+        raise UserError(
+            f"training.device: rank {launch.rank} needs GPU {number} of host {socket.gethostname()}, which has "
+            f"{count}; start fewer ranks there or set it to cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def _store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The key-value store through which the ranks find each other.
+
+    On one node the main rank lets the system choose a free port and tells the others through a private file, so two jobs
+    on a machine can't collide on the launcher's default port. torchrun's agent holds a store of its own already.
+    """
+    main = launch.rank == 0
+    if launch.launcher == "torchrun" or launch.local_world_size != launch.world_size:
+        serves = main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        return dist.TCPStore(
+            launch.master_addr, launch.master_port, launch.world_size, serves, timeout=timeout, wait_for_workers=False
+        )
+    meeting_point = _meeting_point(launch)
+    if main:
+        store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, timeout=timeout, wait_for_workers=False)
+        partial = meeting_point.with_suffix(".partial")
+        partial.write_text(str(store.port))
+        partial.rename(meeting_point)
+        return store
+    port = _wait_for_port(meeting_point, launch, timeout)
+    return dist.TCPStore("127.0.0.1", port, launch.world_size, False, timeout=timeout, wait_for_workers=False)
+
+
+def _meeting_point(launch: Launch) -> Path:
+    """A file that all ranks of this job on this host agree on and no other job uses: named after their common parent."""
+    parent = os.getppid()
+    try:
+        # field 22 of /proc/PID/stat is the start time, which tells a reused process number from the old one
+        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        born = "0"
+    folder = Path(tempfile.gettempdir()) / f"megarewarm-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(f"{folder}: belongs to somebody else; remove it or set TMPDIR to another folder")
+    return folder / f"port-{parent}-{born}-{launch.master_port}-{launch.world_size}"
+
+
+def _wait_for_port(meeting_point: Path, launch: Launch, timeout: timedelta) -> int:
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if meeting_point.is_file():
+            return int(meeting_point.read_text())
+        time.sleep(0.05)
+    raise TimeoutError(f"the main rank did not say its port in {meeting_point}")
+
+
+def interface_towards(host: str) -> str | None:
+    """Name of the network interface by which this host reaches ``host``, or None where that can't be told."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # a datagram socket sends nothing by connecting
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                try:
+                    # SIOCGIFADDR: struct ifreq with the name in, the IPv4 address out at byte 20
+                    answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
+                except OSError:
+                    continue  # an interface without an address
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    except OSError:
+        pass
+    return None

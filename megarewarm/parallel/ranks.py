@@ -1,0 +1,80 @@
+"""This process among the others, and how a rank that is lost or hangs is known."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    launcher: str = "none"
+    store: dist.Store | None = None
+
+    def report(self, step: int) -> None:
+        """Leave word that this rank has computed its part of ``step``, so that the others can tell who has not."""
+        if self.store is not None:
+            self.store.set(f"step/{self.rank}", str(step))
+
+    def give_up(self, patience: float = 10.0) -> str:
+        """Leave word that a collective has failed here, and say in words which ranks it waited for.
+
+        Ranks that are alive fail within seconds of each other and leave the same word: those that are silent after
+        ``patience`` seconds are gone or hang. Where all have spoken, the ones furthest behind are named.
+        """
+        if self.store is None:
+            return "another rank"
+        try:
+            self.store.set(f"gave_up/{self.rank}", "")
+            deadline = time.monotonic() + patience
+            silent = [rank for rank in range(self.world_size) if rank != self.rank]
+            while len(silent) > 1 and time.monotonic() < deadline:
+                time.sleep(0.2)
+                silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
+            silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
+            steps = {rank: self._last_step(rank) for rank in silent or range(self.world_size)}
+        except RuntimeError:
+            return "rank 0, which holds the store"
+        behind = silent or [rank for rank, step in steps.items() if step == min(steps.values())]
+        if len(behind) == self.world_size:
+            return "one of the other ranks"
+        shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
+        return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
+
+    def _last_step(self, rank: int) -> int:
+        assert self.store is not None
+        return int(self.store.get(f"step/{rank}")) if self.store.check([f"step/{rank}"]) else -1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+_LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether ``error`` came out of a collective because another rank is gone or hangs."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
