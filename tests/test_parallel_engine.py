@@ -15,6 +15,7 @@ import torch.distributed as dist
 from distributed import run_ranks
 from tiny import config, events, quiet
 from torch.utils._python_dispatch import TorchDispatchMode
+from wire import Wire
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig
@@ -258,29 +259,19 @@ def test_initial_weights_are_those_of_one_device(tmp_path: Path) -> None:
             assert torch.equal(torch.from_numpy(weight), alone.model.parameters[name.split()[1]]), name
 
 
-def _loss_payload(ranks: Ranks, place_: str) -> int:
-    """The largest tensor that the sharded loss sends: three numbers a token, never logits."""
+def _gathered(ranks: Ranks, place_: str) -> tuple[int, float]:
+    """How often the sharded loss gathers, and how many bytes at most. Layers without sequence parallelism only add up."""
     run = _run(place_, ranks, parallel={"tensor": 2})
     run.batches.close()
-    largest = 0
-    original = dist.all_gather_into_tensor
-
-    def counting(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal largest
-        largest = max(largest, output.numel())
-        return original(output, *args, **kwargs)
-
-    dist.all_gather_into_tensor = counting
-    try:
+    with Wire() as wire:
         run.model.forward_backward(run.data.rows(0, 4))
-    finally:
-        dist.all_gather_into_tensor = original
-    return largest
+    return wire.calls["_allgather_base_"], wire.most["_allgather_base_"]
 
 
 def test_the_loss_gathers_no_logits(tmp_path: Path) -> None:
+    """Three fp32 numbers for each of 4 x 16 tokens."""
     config(tmp_path)
-    assert run_ranks(_loss_payload, 2, str(tmp_path)) == [2 * 3 * 4 * 16] * 2
+    assert run_ranks(_gathered, 2, str(tmp_path)) == [(1, 3 * 4 * 16 * 4)] * 2
 
 
 def test_help_needs_neither_torch_nor_deepspeed() -> None:

@@ -60,14 +60,18 @@ def _measured_memory(run: Run) -> dict[str, float]:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    rows = torch.from_numpy(run.data.rows(0, run.plan.config.training.micro_batch))
+    batch = run.data.rows(0, run.plan.config.training.micro_batch)
+    run.model.forward_backward(batch)
+    gradients = sum(p.grad.nbytes for p in run.model.parameters.values() if p.grad is not None)
+    run.model.gradients.zero()
+    rows = torch.from_numpy(batch)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = run.model._modules[0](rows[:, :-1])
     held[hidden.untyped_storage().data_ptr()] = hidden.nbytes
     moments = run.optimizer.moments().values()
     return {
         "weights": sum(p.nbytes for p in run.model.parameters.values()),
-        "gradients": sum(p.grad.nbytes for p in run.model.parameters.values() if p.grad is not None),
+        "gradients": gradients,
         "optimizer": sum(moment.nbytes for moment in moments),
         "activations": sum(held.values()),
     }

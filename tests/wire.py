@@ -16,12 +16,13 @@ def _bytes(tensors: Any) -> int:
 
 
 class Wire(TorchDispatchMode):
-    """Counts what a rank sends with ring collectives: ``bytes`` in all, and ``calls`` of each operator."""
+    """Counts what a rank sends with ring collectives: ``bytes`` in all; of each operator ``calls`` and bytes at ``most``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0.0
         self.calls: dict[str, int] = {}
+        self.most: dict[str, float] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -40,5 +41,7 @@ class Wire(TorchDispatchMode):
         }
         if name not in sent:
             raise NotImplementedError(f"a collective that is not counted yet: c10d.{name}")
-        self.bytes += sent[name]()
+        size = sent[name]()
+        self.bytes += size
+        self.most[name] = max(self.most.get(name, 0.0), size)
         self.calls[name] = self.calls.get(name, 0) + 1

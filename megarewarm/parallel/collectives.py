@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup
+# torch 2.13 renamed them and warns of the old names
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
@@ -91,7 +94,7 @@ def _all_gather(x: Tensor, group: Group) -> Tensor:
     ranks = group.size()
     batch, part, *rest = x.shape
     gathered = x.new_empty((ranks * batch, part, *rest))
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather_single(gathered, x.contiguous(), group=group)
     return gathered.view(ranks, batch, part, *rest).transpose(0, 1).reshape(batch, ranks * part, *rest)
 
 
@@ -102,5 +105,5 @@ def _reduce_scatter(x: Tensor, group: Group) -> Tensor:
     parts = x.reshape(batch, ranks, length // ranks, *rest).transpose(0, 1)
     parts = parts.reshape(ranks * batch, length // ranks, *rest).contiguous()
     mine = x.new_empty((batch, length // ranks, *rest))
-    dist.reduce_scatter_tensor(mine, parts, group=group)
+    reduce_scatter_single(mine, parts, group=group)
     return mine

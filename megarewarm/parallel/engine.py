@@ -22,7 +22,7 @@ from megarewarm.config.schema import ModelConfig
 from megarewarm.model.initialize import initial_value
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel import pipeline, tensor
-from megarewarm.parallel.gradients import FlatGradients, Gradients, ShardedGradients
+from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.loss import sharded_linear_cross_entropy
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import place
@@ -96,7 +96,11 @@ class ParallelModel:
             self._shard(parallel, precision)
         else:
             self.parameters = self._named()
-            self.gradients: Gradients = FlatGradients(self.parameters, self.placements, mesh, copies, reduce_copies)
+            self.gradients: Gradients = (
+                OwnGradients(self.parameters)
+                if mesh.ranks.world_size == 1
+                else FlatGradients(self.parameters, self.placements, mesh, copies, reduce_copies)
+            )
         self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
         if self._sharded:
             self.gradients = ShardedGradients(self._named(), self.parameters, self.placements, mesh, copies, reduce_copies)

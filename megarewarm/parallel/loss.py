@@ -10,11 +10,10 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm.parallel.collectives import Group
+from megarewarm.parallel.collectives import Group, all_gather_single
 
 
 def sharded_linear_cross_entropy(
@@ -129,7 +128,7 @@ def _over_all_ranks(logits: Tensor, local: Tensor, here: Tensor, group: Group) -
     else:
         mine[0] = -torch.inf
     everyone = logits.new_empty((group.size() * 3, logits.shape[0]))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    all_gather_single(everyone, mine, group=group)
     largest, sums, targets = everyone.view(-1, *mine.shape).unbind(1)
     top = largest.amax(0)
     rest = (sums * torch.exp(largest - top)).sum(0).log_()

@@ -124,7 +124,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     sharded = parallel.sharding != "none" and layout.shard > 1
     shard = layout.shard if sharded else 1
     weights = 4.0 * count / shard
-    if parallel.sharding == "zero2" and sharded:
+    if sharded and _keeps_gathered(parallel, layout):
         weights += work.value_bytes * count
     elif sharded:
         one_layer = (count - _outer(part, model, tensor)) / sum(part.layers)
@@ -161,6 +161,11 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     return Memory(weights, 4.0 * count / shard, 8.0 * count / shard, activations, logits)
 
 
+def _keeps_gathered(parallel: ParallelConfig, layout: Layout) -> bool:
+    """Whether sharded weights are gathered once a step: zero2, and every pipeline, whose micro-batches overlap."""
+    return parallel.sharding == "zero2" or layout.pipeline > 1
+
+
 def _outer(part: Part, model: ModelConfig, tensor: int) -> int:
     """Parameters outside the layers: embedding, head and last norm."""
     rows = -(-model.vocab_size // tensor) * model.hidden_size
@@ -174,6 +179,7 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
     model, t, m = work.model, layout.tensor, work.micro_batches
     stream = float(work.tokens * model.hidden_size * work.value_bytes)
     count, whole = parameters_of(part, model, t)
+    sharded = parallel.sharding != "none" and layout.shard > 1
     tensor = 0.0
     if t > 1:
         # a sum over ranks, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
@@ -181,15 +187,16 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
         tensor = m * sums * _all_reduce(stream, t)
         tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
         norms = sum(part.layers) * 4 * model.hidden_size
-        tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms), t)
+        tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
-    sharded = parallel.sharding != "none" and layout.shard > 1
     if not sharded:
         data = _all_reduce(4.0 * count, layout.data)
     else:
-        gathers = 1 if parallel.sharding == "zero2" else 2 * m
+        gathered = float(count)
+        if not _keeps_gathered(parallel, layout):  # what lies outside the layers is kept from the forward to the backward pass
+            gathered = m * (2.0 * count - _outer(part, model, t))
         share = (layout.shard - 1) / layout.shard
-        data = share * count * (gathers * work.value_bytes + 4.0) + _all_reduce(4.0 * count / layout.shard, layout.replicate)
+        data = share * (gathered * work.value_bytes + 4.0 * count) + _all_reduce(4.0 * count / layout.shard, layout.replicate)
     return Traffic(tensor, pipeline, data)
 
 
