@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_model_neox import SHAPE, VARIANTS, some_tokens, their_parameters, transformers_model
 from transformers import GPTNeoXForCausalLM
 
-from megarewarm.checkpoint.huggingface import export, load_weights, read_model_config, resolve
+from megarewarm.checkpoint.hub import resolve
+from megarewarm.checkpoint.huggingface import load_weights, read_model_config
+from megarewarm.checkpoint.huggingface_export import ModelWeights, export
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.initialize import initialize
@@ -76,7 +78,7 @@ def test_what_we_export_transformers_loads(tmp_path: Path, changes: dict[str, An
     config = ModelConfig(**(SHAPE | changes))
     model = NeoX(config, padded_vocab_size=64)
     initialize(model, 3)
-    export(model, config, tmp_path / "out")
+    export(ModelWeights(model), config, tmp_path / "out")
     tokens = some_tokens(config)
     peer, report = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -91,7 +93,7 @@ def test_a_large_export_goes_to_several_files(tmp_path: Path) -> None:
     config = ModelConfig(**SHAPE)
     model = NeoX(config)
     initialize(model, 3)
-    export(model, config, tmp_path / "out", shard_bytes=100_000)
+    export(ModelWeights(model), config, tmp_path / "out", shard_bytes=100_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     assert all((tmp_path / "out" / name).stat().st_size < 120_000 for name in index["weight_map"].values())
@@ -186,15 +188,15 @@ def test_exports_replace_exports_only(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not an export of megarewarm"):
-        export(model, config, tmp_path / "precious")
+        export(ModelWeights(model), config, tmp_path / "precious")
     assert snapshot(tmp_path) == {"precious/thesis.txt": b"years of work"}
-    export(model, config, tmp_path / "out")
+    export(ModelWeights(model), config, tmp_path / "out")
     first = snapshot(tmp_path / "out")
     initialize(model, 4)
-    export(model, config, tmp_path / "out")
+    export(ModelWeights(model), config, tmp_path / "out")
     assert snapshot(tmp_path / "out") != first
     with pytest.raises(UserError, match="no such tokenizer"):
-        export(model, config, tmp_path / "other", tokenizer=tmp_path / "no.json")
+        export(ModelWeights(model), config, tmp_path / "other", tokenizer=tmp_path / "no.json")
     assert not (tmp_path / "other").exists()
 
 

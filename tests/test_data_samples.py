@@ -199,9 +199,14 @@ def test_sources_shorter_than_one_sample(tmp_path):
     view = numbered_tokens(tmp_path, [4]).view()
     for make in (
         lambda s: PermutedSamples(view, s, 0),
-        lambda s: NeoxSamples(view, s, 0, 1),
         lambda s: MegatronSamples(view, s, 0, 1),
     ):
         assert make(3).samples_per_epoch == 1
         with pytest.raises(UserError, match=r"x\.bin gives 4 tokens.*takes 5: shorten data\.sequence_length"):
             make(4)
+
+
+def test_gpt_neox_makes_a_sample_of_several_epochs_of_a_short_source(tmp_path):
+    samples = NeoxSamples(numbered_tokens(tmp_path, [4]).view(), 6, 0, 1)
+    assert samples.num_epochs == 2 and samples.samples_per_epoch == 0
+    assert samples.sample(0).tolist() == [0, 1, 2, 3, 0, 1, 2]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.checkpoint.state import TrainingState
 from megarewarm.config.schema import ModelConfig, ReplayConfig, Source, StartConfig
 from megarewarm.errors import UserError
@@ -46,6 +47,10 @@ class Checkpoint:
     model_config: ModelConfig = MODEL
     notes: list[str] = field(default_factory=list)
     lineage: Lineage = field(default_factory=Lineage)
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        return frozenset() if self.training is None else ALL_LINES
 
     def load_weights(self, model: Any) -> None:
         raise AssertionError("the table is settled before anything is loaded")

@@ -6,18 +6,27 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from megarewarm.checkpoint import huggingface, state
+from megarewarm.checkpoint import hub, huggingface, neox_folder, state
 from megarewarm.checkpoint.lineage import Lineage, Stage
+from megarewarm.checkpoint.megatron import MegatronFolder
+from megarewarm.checkpoint.megatron import find as find_megatron
+from megarewarm.checkpoint.neox_state import read_training, with_masters
 from megarewarm.checkpoint.state import Tensors, TrainingState
+from megarewarm.checkpoint.weights import Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel
 
+ALL_LINES = frozenset({"moments", "optimizer_step", "schedule", "iteration", "data", "rng", "loss_scale"})
+
 
 class CheckpointSource(Protocol):
-    """``training`` is None where the format holds weights only; then there is nothing but weights to keep."""
+    """``keeps``: the lines of the reset table, beside the weights, that the checkpoint can give. ``training``: the counters;
+    None where the format holds weights only."""
 
     name: str
     format: str
@@ -25,6 +34,7 @@ class CheckpointSource(Protocol):
     notes: list[str]
     training: TrainingState | None
     lineage: Lineage
+    keeps: frozenset[str]
 
     def load_weights(self, model: ParallelModel) -> None:
         """Fill this rank's part of the parameters. All ranks call it."""
@@ -37,6 +47,7 @@ class OwnCheckpoint:
     """A checkpoint of ours: weights, moments and every counter."""
 
     format = "megarewarm"
+    keeps = ALL_LINES
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,18 +77,76 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
     training: TrainingState | None = None
+    keeps: frozenset[str] = frozenset()
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.folder = folder
         self.name = name
         self.model_config, self.notes = huggingface.read_model_config(folder)
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
+        self._folder = folder
 
     def load_weights(self, model: ParallelModel) -> None:
-        huggingface.fill_weights(self.folder, model.shapes, model.fill)
+        fill(huggingface.HuggingFaceWeights(self._folder), model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: a Hugging Face folder holds weights only; set start.moments to 'reset'")
+
+
+class NeoXCheckpoint:
+    """A ``global_stepN`` folder of GPT-NeoX: weights, and where its optimizer's files are there, moments and fp32 masters."""
+
+    format = "gpt-neox"
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        weights = neox_folder.NeoXFolder(folder)
+        self.model_config, self.notes = weights.model_config, weights.notes
+        self.training, self._optimizer, notes = read_training(weights)
+        self.notes += notes
+        self.keeps = ALL_LINES - {"rng"} if self.training is not None else frozenset()
+        self._weights: Weights = weights if self._optimizer is None else with_masters(weights, self._optimizer)
+        stage = Stage(run=name, intent="foreign checkpoint (gpt-neox)")
+        self.lineage = Lineage(stages=[stage]) if self.training is None else self.training.lineage
+
+    def load_weights(self, model: ParallelModel) -> None:
+        fill(self._weights, model.shapes, model.fill)
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        assert self._optimizer is not None
+        for key, tensor in tensors.items():
+            kind, moment, name = key.split(".", 2)
+            assert kind == "optimizer" and moment in ("exp_avg", "exp_avg_sq"), key
+            _copy_part(tensor, self._optimizer.read(moment, name))  # type: ignore[arg-type]
+
+
+class MegatronCheckpoint:
+    """An ``iter_N`` folder of Megatron-LM in its 'torch' format: weights only."""
+
+    format = "megatron-lm"
+    training: TrainingState | None = None
+    keeps: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self._weights = MegatronFolder(folder)
+        self.model_config, self.notes = self._weights.model_config, self._weights.notes
+        self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (megatron-lm)")])
+
+    def load_weights(self, model: ParallelModel) -> None:
+        fill(self._weights, model.shapes, model.fill)
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        raise UserError(f"{self.name}: only weights are read from Megatron-LM's files; set start.moments to 'reset'")
+
+
+def _copy_part(target: Tensor, whole: Tensor) -> None:
+    """Copy ``whole`` into ``target``, which is a part of it if it is a DTensor."""
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    # every rank has read the whole: nothing has to be sent
+    part = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.to_local().copy_(part.to_local())
 
 
 def weight_tensors(model: ParallelModel) -> Tensors:
@@ -86,9 +155,10 @@ def weight_tensors(model: ParallelModel) -> Tensors:
 
 
 def open_checkpoint(name: str) -> CheckpointSource:
-    """The checkpoint ``name`` means: a run or checkpoint folder of ours, a Hugging Face folder, or a hub name.
+    """The checkpoint ``name`` means: a run or checkpoint folder of ours, one of GPT-NeoX or Megatron-LM, a Hugging Face folder,
+    or a hub name.
 
-    Reads headers only. Raises ``UserError`` for a folder that is neither, and for a hub name that can't be had.
+    Reads headers only. Raises ``UserError`` for a folder that is none of them, and for a hub name that can't be had.
     """
     path = Path(name)
     if path.is_dir():
@@ -97,10 +167,15 @@ def open_checkpoint(name: str) -> CheckpointSource:
             return OwnCheckpoint(own)
         if (path / "config.json").is_file():
             return HuggingFaceCheckpoint(name, path)
+        if (neox := neox_folder.find(path)) is not None:
+            return NeoXCheckpoint(name, neox)
+        if (megatron := find_megatron(path)) is not None:
+            return MegatronCheckpoint(name, megatron)
         raise UserError(
-            f"start.from: {name} is neither a run or checkpoint folder of megarewarm (no finished step_N in it) nor a "
-            f"Hugging Face folder (no config.json)"
+            f"start.from: {name} is neither a run or checkpoint folder of megarewarm (no finished step_N in it), nor a "
+            f"Hugging Face folder (no config.json), nor one of GPT-NeoX (no 'latest', no layer_* or mp_rank_* files) or "
+            f"Megatron-LM (no iter_N with mp_rank_*)"
         )
     if path.exists():
         raise UserError(f"start.from: {name} is a file; name the folder of the checkpoint")
-    return HuggingFaceCheckpoint(name, huggingface.resolve(name))
+    return HuggingFaceCheckpoint(name, hub.resolve(name))

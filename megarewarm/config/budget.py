@@ -19,6 +19,13 @@ _PATTERN = re.compile(
 _HELP = "write steps as an integer (500), or '500 steps', '2.5B tokens', or a share of the run as '1%'"
 
 
+def _exactly(amount: float) -> str:
+    """The shortest text that reads back as the same number: a length of 1323.66 steps must survive being written."""
+    if amount == int(amount):
+        return str(int(amount))
+    return f"{amount:g}" if float(f"{amount:g}") == amount else repr(amount)
+
+
 class Budget(BaseModel):
     """``500`` (steps), ``"500 steps"``, ``"2.5B tokens"`` or ``"1%"`` (of the run's training budget)."""
 
@@ -70,9 +77,9 @@ class Budget(BaseModel):
 
     def __str__(self) -> str:
         if self.unit == "percent":
-            return f"{self.amount:g}%"
+            return f"{_exactly(self.amount)}%"
         if self.unit == "steps":
-            return f"{self.amount:g} steps" if self.amount != int(self.amount) else f"{int(self.amount)} steps"
+            return f"{_exactly(self.amount)} steps"
         for multiple, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
             if self.amount >= size and math.isclose(float(f"{self.amount / size:.6g}") * size, self.amount, rel_tol=0):
                 return f"{self.amount / size:.6g}{multiple} tokens"

@@ -57,7 +57,21 @@ class EvaluationConfig(Section):
     every: Budget = Field(Budget(amount=1, unit="percent"), description="Interval.", validate_default=False)
     every_in_warmup: Budget | None = Field(None, description="Interval during the warmup; null: the same.")
     at_start: bool = Field(True, description="Evaluate the start checkpoint before the first step.")
+    windows: Literal["fixed", "moving"] = Field(
+        "fixed",
+        description="fixed: the same tokens at every evaluation, so that losses compare; moving: each evaluation takes the "
+        "next 'tokens' of the set in data.order, at multiples of 'every' and once more at the end, as GPT-NeoX does.",
+    )
     micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationConfig:
+        if self.windows == "moving" and (self.at_start or self.every_in_warmup is not None):
+            raise ValueError(
+                "windows 'moving' finds an evaluation's tokens from the step and 'every': set at_start to false and leave "
+                "every_in_warmup out"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -162,6 +162,9 @@ class ValidationSet(Section):
     tokens: Positive = Field(
         description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
     )
+    when: Literal["always", "end"] = Field(
+        "always", description="always: at every evaluation; end: only after the last step, as a test set."
+    )
 
 
 class DataConfig(Section):
@@ -174,6 +177,11 @@ class DataConfig(Section):
         "sample orders of those trainers.",
     )
     seed: int = Field(1234, ge=0, description="Seed of the order.")
+    blend_of_one: bool = Field(
+        False,
+        description="Orders neox and megatron: ask a single source for half a percent more samples than needed, as these "
+        "trainers do of every source of a blend (train_data_paths with one path). This can add an epoch, and so another order.",
+    )
     train: list[Source] = Field(min_length=1, description="Training sources.")
     validation: list[ValidationSet] = Field([], description="Named validation sets.")
     tokenizer: str | None = Field(
@@ -211,12 +219,12 @@ Curve = Literal[
 
 _CURVE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     # curve: (keys it must have, keys it may have); max_lr and warmup belong to all of them
-    "constant": (set(), set()),
+    "constant": (set(), {"unclamped"}),
     "linear": ({"min_lr"}, {"length"}),
-    "linear_clipped": ({"min_lr"}, {"length"}),
-    "cosine": ({"min_lr"}, {"length"}),
+    "linear_clipped": ({"min_lr"}, {"length", "unclamped"}),
+    "cosine": ({"min_lr"}, {"length", "unclamped"}),
     "cosine_clipped": ({"min_lr"}, {"length"}),
-    "exponential": ({"min_lr"}, {"length"}),
+    "exponential": ({"min_lr"}, {"length", "unclamped"}),
     "inverse_sqrt": ({"min_lr"}, set()),
     "wsd": ({"min_lr", "decay"}, {"length", "decay_shape"}),
     "infinite_cosine": ({"min_lr", "constant_lr", "cooldown", "constant"}, {"length"}),
@@ -246,6 +254,12 @@ class ScheduleConfig(Section):
         None, description="infinite_*: own length of the constant phase (not its end); the rest of 'length' anneals."
     )
     timescale: float | None = Field(None, gt=0, description="infinite_inverse_sqrt: steepness; null: 10.")
+    unclamped: bool | None = Field(
+        None,
+        description="cosine, linear_clipped, exponential, constant: true is GPT-NeoX's formula without any limit: past "
+        "'length' it goes on (a cosine climbs again), a warmup of less than one step starts above max_lr. "
+        "Null: held at both ends.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

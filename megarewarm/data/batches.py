@@ -139,6 +139,12 @@ def build_training_batches(
     Raises ``UserError`` for files that can't be read or hold ids outside of the vocabulary, for sources too short for
     one sample, and where the run would read a source more often than its ``max_epochs``.
     """
+    rows, fingerprint = lay_out(data, sources, total_samples=total_samples, vocab_size=vocab_size)
+    return TrainingBatches(rows, total_samples, fingerprint)
+
+
+def lay_out(data: DataConfig, sources: Sequence[Source], *, total_samples: int, vocab_size: int) -> tuple[BlendedRows, str]:
+    """The rows of ``total_samples`` samples in ``data.order``, and the fingerprint of that order."""
     names = source_names(sources)
     views = [open_view(source, data, vocab_size) for source in sources]
     weights = [source.weight for source in sources]
@@ -156,8 +162,12 @@ def build_training_batches(
         locate = _table(order, index)
     for name, source, part, need in zip(names, sources, samples, counts.tolist(), strict=True):
         _check_epochs(name, source, part, need)
-    fingerprint = fingerprint_of(data, data.seed, samples, shares)
-    return TrainingBatches(BlendedRows(names, samples, locate, vocab_size), total_samples, fingerprint)
+        if source.max_epochs is None and part.num_samples is not None and need > part.num_samples:
+            raise UserError(
+                f"source '{name}' gives {part.num_samples} samples and the blend asks it for {need}: order '{data.order}' "
+                f"allows half a percent more than its weight's share, too little for so few samples; change its weight a little"
+            )
+    return BlendedRows(names, samples, locate, vocab_size), fingerprint_of(data, data.seed, samples, shares)
 
 
 def source_names(sources: Sequence[Source]) -> list[str]:
@@ -210,11 +220,13 @@ def _open_samples(data: DataConfig, sources: Sequence[Source], views: Sequence[T
         ]
     # Both trainers ask each source of a blend for half a percent more than its share; this decides the epochs.
     total_weight = sum(source.weight for source in sources)
+    if math.isclose(total_weight, 1.0, rel_tol=1e-12):
+        total_weight = 1.0  # shares already: to divide them once more could change their last bit, and by it the epochs
     kind = NeoxSamples if data.order == "neox" else MegatronSamples
     samples: list[Samples] = []
     for view, source in zip(views, sources, strict=True):
         share = source.weight / total_weight
-        if len(sources) == 1:
+        if len(sources) == 1 and not data.blend_of_one:
             wanted = total_samples
         elif data.order == "neox":
             wanted = math.ceil(total_samples * share * 1.005)
@@ -232,6 +244,8 @@ def _check_epochs(name: str, source: Source, samples: Samples, need: int) -> Non
     if source.max_epochs is None:
         return
     have = math.floor(source.max_epochs * samples.samples_per_epoch)
+    if need > have == 0 == samples.samples_per_epoch:
+        raise UserError(f"source '{name}' is shorter than one sample: set its max_epochs to null, or remove it")
     if need > have:
         s = samples.sequence_length
         epochs = math.ceil(need / samples.samples_per_epoch * 100) / 100

@@ -22,17 +22,20 @@ Description = dict[str, str | int | float | None]
 class Samples(ABC):
     """An order of samples. ``samples_per_epoch`` is floor((t - 1) / s) of the view's t tokens.
 
-    ``num_samples`` is how many there are, None for without end. ``UserError`` for a view of less than s + 1 tokens.
+    ``num_samples`` is how many there are, None for without end. ``UserError`` for a view of less than s + 1 tokens, where
+    the order can't make a sample out of several epochs.
     """
 
     order: str
     num_samples: int | None
+    least_tokens: int | None = None
+    """Tokens that a view must have; None: those of one sample."""
 
     def __init__(self, tokens: TokenView, sequence_length: int) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.samples_per_epoch = (tokens.num_tokens - 1) // sequence_length
-        if self.samples_per_epoch < 1:
+        if tokens.num_tokens < (sequence_length + 1 if self.least_tokens is None else self.least_tokens):
             raise UserError(
                 f"{tokens.file.path} gives {tokens.num_tokens} tokens ({tokens.num_documents} documents), one sample "
                 f"takes {sequence_length + 1}: shorten data.sequence_length, change 'split' or remove the source"
@@ -57,7 +60,8 @@ class Samples(ABC):
 
     def describe(self) -> Description:
         """Order, samples and epochs (None: without end), for logs and lineage."""
-        epochs = None if self.num_samples is None else self.num_samples / self.samples_per_epoch
+        whole = self.num_samples is not None and self.samples_per_epoch > 0
+        epochs = (self.num_samples or 0) / self.samples_per_epoch if whole else None
         return {
             "order": self.order,
             "samples_per_epoch": self.samples_per_epoch,
@@ -173,10 +177,11 @@ class NeoxSamples(_ShuffledSamples):
 
     ``num_samples`` is the request, which decides the number of epochs: the smallest E with floor((E t - 1) / s) of at
     least that many samples. All of these then exist. A run that needs 1.2 epochs thus reads some text twice and some
-    never.
+    never. Samples cross from one epoch into the next, so a view shorter than one sample (a small test split) will do.
     """
 
     order = "neox"
+    least_tokens = 1
 
     def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
         return [(0, self.num_epochs)]

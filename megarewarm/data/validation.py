@@ -32,6 +32,7 @@ class ValidationWindows:
     def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int) -> None:
         self.name = config.name
         self.role = config.role
+        self.when = config.when
         self.sequence_length = data.sequence_length
         views = [open_view(source, data, vocab_size) for source in config.sources]
         samples = [
@@ -50,6 +51,10 @@ class ValidationWindows:
         if self.num_windows < wanted:
             log.info("validation set '%s' has %d tokens, its sources hold no more", self.name, self.num_tokens)
         self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
+
+    def slice(self, number: int) -> ValidationWindows:
+        """What evaluation ``number`` reads: always the same."""
+        return self
 
     @property
     def num_tokens(self) -> int:

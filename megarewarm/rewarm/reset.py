@@ -81,14 +81,15 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
                 remedy = "reseed" if line == "rng" else _OPPOSITE[value]
                 raise UserError(f"start.{line}: nothing to {value} in a run from scratch; set it to '{remedy}'")
         return
-    if source.training is None:
-        for line, needing in _NEEDS_TRAINING_STATE.items():
-            if (value := policy.lines()[line]) in needing:
-                remedy = "reseed" if line == "rng" else _OPPOSITE[value]
-                raise UserError(
-                    f"start.{line}: '{value}' can't be honoured, {source.name} ({source.format}) holds weights only; set it to "
-                    f"'{remedy}' (intent 'rewarm' does so)"
-                )
+    for line, needing in _NEEDS_TRAINING_STATE.items():
+        if (value := policy.lines()[line]) in needing and line not in source.keeps:
+            remedy = "reseed" if line == "rng" else _OPPOSITE[value]
+            holds = "holds weights only" if source.training is None else "holds none that could be used here"
+            hint = " (intent 'rewarm' does so)" if source.training is None else ""
+            raise UserError(
+                f"start.{line}: '{value}' can't be honoured, {source.name} ({source.format}) {holds}; set it to "
+                f"'{remedy}'{hint}"
+            )
     if policy.moments == "reset" and policy.optimizer_step == "keep":
         raise UserError(
             "start.optimizer_step: 'keep' with moments 'reset' would leave the new moments without bias correction; set both "
@@ -148,8 +149,8 @@ def table(
         "optimizer_step": f"{old.optimizer_step:,}" if old else nothing,
         "schedule": f"{old.schedule['curve']} at {old.schedule_position:,}, last lr {old.last_lr:.4g}" if old else nothing,
         "iteration": f"{old.step:,}" if old else nothing,
-        "data": f"sample {old.samples:,} of {old.data_fingerprint[:8]}" if old else nothing,
-        "rng": "state" if old else nothing,
+        "data": f"sample {old.samples:,} of {old.data_fingerprint[:8] or 'files unknown'}" if old else nothing,
+        "rng": "state" if source is not None and "rng" in source.keeps else nothing,
         "loss_scale": (f"{old.loss_scale['scale']:g}" if old.loss_scale else "none") if old else nothing,
     }
     moments = {"keep": "both kept", "reset": "zero", "keep_second": "exp_avg zero, exp_avg_sq kept"}

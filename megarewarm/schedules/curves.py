@@ -27,13 +27,14 @@ def progress(n: ArrayLike, start: float, length: float) -> Values:
     return np.clip(elapsed / length, 0.0, 1.0)
 
 
-def warmup(n: ArrayLike, max_lr: float, length: float) -> Values:
-    """max_lr * max(1, n) / length for n <= length, never above ``max_lr``. ``length`` must be above 0.
+def warmup(n: ArrayLike, max_lr: float, length: float, clamped: bool = True) -> Values:
+    """max_lr * max(1, n) / length for n <= length. ``length`` must be above 0.
 
     GPT-NeoX's rule (pull request 1379): the first two steps share one value, so that no step is spent at a rate of 0.
-    A warmup shorter than one step would start above its own peak; it starts at the peak.
+    A warmup shorter than one step would start above its own peak; where ``clamped``, it starts at the peak.
     """
-    return max_lr * np.minimum(np.maximum(1.0, np.asarray(n, dtype=np.float64)) / length, 1.0)
+    rates = max_lr * np.maximum(1.0, np.asarray(n, dtype=np.float64)) / length
+    return np.minimum(rates, max_lr) if clamped else rates
 
 
 def linear(u: ArrayLike, max_lr: float, min_lr: float) -> Values:

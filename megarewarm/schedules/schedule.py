@@ -15,6 +15,9 @@ from megarewarm.errors import UserError
 from megarewarm.schedules import curves
 from megarewarm.schedules.curves import Values
 
+UNCLAMPED = ("constant", "cosine", "linear_clipped", "exponential")
+"""Curves that GPT-NeoX has, and that may run on past their length as they do there."""
+
 # Lengths given as percentages add up to the whole only within rounding: less than this share of it is nothing.
 _ROUNDING = 1e-9
 
@@ -24,7 +27,7 @@ class Schedule:
     """The learning rate as a pure function of the position n, the number of optimizer steps completed.
 
     All lengths are in steps and need not be whole. Keys that the curve has no use for are ``None``. Past ``length`` the
-    rate stays at its last value, which is ``min_lr`` for every curve that reaches it.
+    rate stays at its last value, which is ``min_lr`` for every curve that reaches it; an ``unclamped`` one goes on.
     """
 
     curve: str
@@ -38,6 +41,7 @@ class Schedule:
     cooldown: float | None = None
     constant: float | None = None
     timescale: float | None = None
+    unclamped: bool | None = None
 
     def __post_init__(self) -> None:
         """Raise UserError for an unknown curve, a missing key, or phases that don't fit into the length."""
@@ -53,10 +57,10 @@ class Schedule:
         n = np.asarray(n, dtype=np.float64)
         if np.any(n < 0):
             raise ValueError("a schedule has no position before its first step")
-        rates = self._after_warmup(np.minimum(n, self.length))
+        rates = self._neox(n) if self.unclamped else self._after_warmup(np.minimum(n, self.length))
         if self.warmup_steps > 0:
-            rising = (n <= self.warmup_steps) & (n < self.length)
-            rates = np.where(rising, curves.warmup(n, self.max_lr, self.warmup_steps), rates)
+            rising = (n <= self.warmup_steps) & (bool(self.unclamped) | (n < self.length))
+            rates = np.where(rising, curves.warmup(n, self.max_lr, self.warmup_steps, not self.unclamped), rates)
         return rates
 
     def phases(self) -> list[tuple[str, float, float]]:
@@ -122,6 +126,18 @@ class Schedule:
                 return curves.DECAYS[curve](curves.progress(n, w, end - w), high, self._get("min_lr"))
         raise UserError(f"schedule.curve '{self.curve}' is unknown")
 
+    def _neox(self, n: Values) -> Values:
+        """GPT-NeoX's formulas after the warmup, at any position: u runs on past 1, only ``min_lr`` is a limit.
+
+        A warmup as long as the whole leaves nothing to decay over, and GPT-NeoX divides by zero; we stay at the peak.
+        """
+        if self.curve == "constant":
+            return np.full_like(n, self.max_lr)
+        span = self.length - self.warmup_steps
+        u = (n - self.warmup_steps) / span if span != 0 else np.zeros_like(n)
+        low = self._get("min_lr")
+        return np.maximum(low, curves.DECAYS[self.curve](u, self.max_lr, low))
+
     def _infinite(self, n: Values) -> Values:
         """Cooldown, constant and anneal of arXiv 2403.08763, section 7."""
         constant, anneal = self._infinite_joints()
@@ -173,6 +189,7 @@ def build_schedule(config: ScheduleConfig, to_steps: Callable[[Budget], float], 
         cooldown=steps(config.cooldown),
         constant=steps(config.constant),
         timescale=(config.timescale or 10.0) if config.curve == "infinite_inverse_sqrt" else None,
+        unclamped=config.unclamped or None,
     )
 
 
@@ -182,6 +199,10 @@ def _check_lengths(schedule: Schedule) -> None:
     whole = f"schedule.length (null: training.budget), {length:g} steps"
     if not length > 0:
         raise UserError(f"schedule.length is {length:g} steps: it must be above 0")
+    if schedule.unclamped:
+        if schedule.curve not in UNCLAMPED:
+            raise UserError(f"schedule.unclamped: curve '{schedule.curve}' has no formula past its length: remove it")
+        return
     parts = {"warmup": schedule.warmup_steps}
     for key in ("cooldown", "constant", "decay"):
         if (steps := getattr(schedule, key)) is not None:

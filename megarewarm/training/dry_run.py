@@ -38,6 +38,7 @@ class _NotOpened:
     notes: list[str] = field(default_factory=list)
     training: TrainingState | None = None
     lineage: Lineage = field(default_factory=Lineage)
+    keeps: frozenset[str] = frozenset()
 
     def load_weights(self, model: ParallelModel) -> None:
         raise UserError(f"{self.name} was not opened")

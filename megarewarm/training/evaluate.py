@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.execution import EvaluationConfig
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.batches import open_view
+from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
@@ -18,6 +24,7 @@ def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterat
     """The steps after which the validation sets are evaluated, ascending, the last step always among them.
 
     ``first`` is the run's first step minus one; during the warmup (until step ``warmup_end``) ``every_in_warmup`` holds.
+    Moving windows are evaluated at multiples of ``every``, whatever the first step, for that is what numbers their slices.
     """
     settings: EvaluationConfig = config.evaluation
     total = config.total_steps
@@ -25,9 +32,10 @@ def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterat
         yield first
     every = _interval(config, settings.every)
     in_warmup = _interval(config, settings.every_in_warmup) if settings.every_in_warmup is not None else every
+    zero = 0 if settings.windows == "moving" else first
     for step in range(first + 1, total + 1):
         interval = in_warmup if step <= warmup_end else every
-        if (step - first) % interval == 0 or step == total:
+        if (step - zero) % interval == 0 or step == total:
             yield step
 
 
@@ -35,7 +43,50 @@ def _interval(config: RunConfig, budget: Budget) -> int:
     return max(1, round(config.steps(budget)))
 
 
-def evaluate(model: ParallelModel, windows: ValidationWindows, micro_batch: int, mesh: Mesh) -> tuple[float, int]:
+def turns(config: RunConfig, step: int) -> list[tuple[int, bool]]:
+    """The evaluations after ``step``: the number of each, and whether it is the run's last.
+
+    Fixed windows have one, whose number means nothing. Moving windows have one at every multiple of ``every`` and then
+    one more at the end, on the next slice; so GPT-NeoX evaluates twice where the last step is such a multiple.
+    """
+    if config.evaluation.windows == "fixed":
+        return [(0, step == config.total_steps)]
+    every = _interval(config, config.evaluation.every)
+    regular = [(step // every - 1, False)] if step % every == 0 else []
+    return regular + ([(config.total_steps // every, True)] if step == config.total_steps else [])
+
+
+def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
+    """The validation sets of a run, and notes on those that are left out. Raises ``UserError``.
+
+    A moving set whose split gives it no documents is left out, as GPT-NeoX does: its default split of 969, 30, 1 leaves
+    small files without a test set.
+    """
+    data = config.data
+    if config.evaluation.windows == "fixed":
+        return [ValidationWindows(item, data, vocab_size) for item in data.validation], []
+    evaluations = config.total_steps // _interval(config, config.evaluation.every) + 1
+    sets: list[ValidationWindows | MovingWindows] = []
+    notes = []
+    for item in data.validation:
+        empty = [source for source in item.sources if open_view(source, data, vocab_size).num_documents == 0]
+        if empty:
+            where = f"split '{empty[0].split}' gives its part of {empty[0].path} no documents"
+            notes.append(f"validation set '{item.name}' is left out: {where}")
+        else:
+            sets.append(MovingWindows(item, data, vocab_size, evaluations))
+    return sets, notes
+
+
+class Windows(Protocol):
+    """The windows of one evaluation of one set."""
+
+    def share(self, rank: int, world: int) -> range: ...
+
+    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]: ...
+
+
+def evaluate(model: ParallelModel, windows: Windows, micro_batch: int, mesh: Mesh) -> tuple[float, int]:
     """Mean loss in nats per token over all windows of a set, and the number of tokens it is the mean of."""
     ranks = mesh.layout.data
     rows = windows.micro_batches(mesh.data_rank, ranks, micro_batch)

@@ -102,7 +102,7 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None) -> P
     origin = start_position(policy, training)
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":
-        _require_same_curve(schedule, training)
+        _require_same_curve(schedule, training, foreign=not isinstance(source, OwnCheckpoint))
     if origin.step >= config.total_steps:
         raise UserError(
             f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
@@ -134,9 +134,11 @@ def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Sched
     return build_schedule(config.schedule, lambda budget: budget.in_steps(config.tokens_per_step, total), total)
 
 
-def _require_same_curve(schedule: Schedule, training: TrainingState) -> None:
+def _require_same_curve(schedule: Schedule, training: TrainingState, *, foreign: bool) -> None:
     ours, theirs = schedule.spec(), training.schedule
-    for key in sorted(set(ours) | set(theirs)):
+    # other programs have other names and record less: what they do record has to agree
+    keys = {"max_lr", "min_lr"} & set(ours) & set(theirs) if foreign else set(ours) | set(theirs)
+    for key in sorted(keys):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"start.intent: 'resume' continues the checkpoint's schedule, but {key} was {theirs.get(key)} there and is "

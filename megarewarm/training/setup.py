@@ -16,6 +16,7 @@ from megarewarm.checkpoint import state
 from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.source import weight_tensors
 from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
+from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
@@ -26,6 +27,7 @@ from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Row, table
+from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices
 
@@ -46,7 +48,7 @@ class Run:
     optimizer: AdamW
     data: TrainingBatches
     batches: Prefetch[Batch]
-    validation: list[ValidationWindows]
+    validation: list[ValidationWindows | MovingWindows]
     precision: str
     scaler: LossScaler | None
     table_rows: list[Row]
@@ -168,7 +170,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         vocab_size=plan.model.vocab_size,
     )
     _check_data_position(plan, data)
-    validation = [ValidationWindows(item, config.data, plan.model.vocab_size) for item in config.data.validation]
+    validation, left_out = open_validation(config, plan.model.vocab_size)
 
     torch.manual_seed(config.training.seed + ranks.rank)
     precision = _precision(plan, ranks)
@@ -216,7 +218,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             config.training.seed,
             scaler.scale if scaler is not None else None,
         ),
-        notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source)],
+        notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source), *left_out],
         history=history if not plan.resumed else Lineage(stages=history.stages[:-1]),
         step=plan.position.step,
     )
@@ -262,7 +264,7 @@ def _check_data_position(plan: Plan, data: TrainingBatches) -> None:
     if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
         return
     stored = plan.source.training.data_fingerprint
-    if stored != data.fingerprint():
+    if stored and stored != data.fingerprint():  # other programs' checkpoints don't say what they read
         what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
         remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
         raise UserError(

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megarewarm.checkpoint import huggingface
+from megarewarm.checkpoint.huggingface_export import ModelWeights, export
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import agree_any, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training.evaluate import evaluate, evaluation_steps
+from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
@@ -75,8 +75,9 @@ def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> No
         return
     newest = folder.newest_checkpoint()
     assert newest is not None
-    model = OwnCheckpoint(newest).whole_model()
-    huggingface.export(model, plan.model, folder.export, tokenizer=plan.config.data.tokenizer)
+    checkpoint = OwnCheckpoint(newest)
+    weights = ModelWeights(checkpoint.whole_model())
+    export(weights, plan.model, folder.export, tokenizer=plan.config.data.tokenizer, lineage=checkpoint.lineage)
     console.print(f"{plan.config.name}: exported to {folder.export}", highlight=False)
 
 
@@ -86,7 +87,7 @@ def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop:
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
     save_every = round(config.steps(config.checkpoint.every)) if config.checkpoint.every is not None else 0
     if not plan.resumed and first in evaluate_after:
-        _evaluate_all(run, first, metrics, console, "at the start")
+        _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
         run.start_losses = dict(run.losses)
     with RunProgress(console, config.name, first, total, config.logging.every) as progress:
         for step in range(first + 1, total + 1):
@@ -109,8 +110,8 @@ def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop:
             metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
             if (line := progress.step(step, loss, lr, rate)) is not None:
                 metrics.text(line)
-            if step in evaluate_after:
-                _evaluate_all(run, step, metrics, console, None)
+            for number, last in turns(config, step) if step in evaluate_after else ():
+                _evaluate_all(run, step, metrics, console, None, number=number, last=last)
             stopping = agree_any(stop.received is not None)
             if stopping or step == total or (save_every and step % save_every == 0):
                 saved = run.save(folder.checkpoints)
@@ -165,12 +166,17 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     return loss, norm
 
 
-def _evaluate_all(run: Run, step: int, metrics: Metrics, console: Console, when: str | None) -> None:
+def _evaluate_all(
+    run: Run, step: int, metrics: Metrics, console: Console, when: str | None, *, number: int, last: bool
+) -> None:
     config = run.plan.config
     micro_batch = config.evaluation.micro_batch or config.training.micro_batch
     shown = []
     for windows in run.validation:
-        loss, tokens = evaluate(run.model, windows, micro_batch, run.mesh)
+        if windows.when == "end" and not last:
+            continue
+        turn = number if windows.when == "always" else 0
+        loss, tokens = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
         name = windows.name
         run.losses[name] = loss
         metrics.event(

@@ -1,0 +1,58 @@
+"""Names of the Hugging Face hub: ``organisation/name@revision``, from the local cache or by download."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megarewarm.checkpoint.huggingface import WEIGHT_FILES, first_line, weight_files
+from megarewarm.errors import UserError
+
+_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+
+
+def resolve(name_or_folder: str) -> Path:
+    """The folder of a checkpoint: the folder itself, or the local copy of the hub's ``organisation/name@revision``.
+
+    The local Hugging Face cache comes first, so that a run starts without a network and from the same files again;
+    what it lacks is downloaded. Raises UserError where neither works.
+    """
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    match = _HUB_NAME.fullmatch(name_or_folder)
+    if not match:
+        raise UserError(f"{name_or_folder}: no such folder, and not a hub name (organisation/name@revision)")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{name_or_folder}: no such folder; for a model of that name on the Hugging Face hub, pip install huggingface_hub"
+        ) from None
+    repository, revision = match["repository"], match["revision"]
+    problem: Exception | None = None
+    # Hub folders often hold the same weights twice: .bin files only where there is nothing else.
+    for local, weights in ((True, "*"), (False, "*.safetensors"), (False, "*.bin")):
+        try:
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=["*.json", weights], local_files_only=local)
+            )
+        except Exception as error:  # the hub's own errors, and those of whatever carries its requests
+            problem = error
+            continue
+        if _is_complete(folder):
+            return folder
+        problem = None
+    if problem is None:
+        raise UserError(f"{name_or_folder}: the repository holds none of {', '.join(WEIGHT_FILES)}")
+    raise UserError(
+        f"{name_or_folder}: neither a folder, nor in the Hugging Face cache, nor to be downloaded "
+        f"({first_line(problem)}): give a folder, or run 'hf download {repository}' where there is a network and copy it"
+    ) from problem
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether configuration and weights are there, every shard of them."""
+    try:
+        return (folder / "config.json").is_file() and all(file.is_file() for file in weight_files(folder))
+    except UserError:
+        return False

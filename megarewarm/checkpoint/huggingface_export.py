@@ -1,0 +1,164 @@
+"""Writing folders that ``GPTNeoXForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load, versions 4 and 5."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarewarm import __version__
+from megarewarm.checkpoint.huggingface import PREFIX, SHAPE, read_json
+from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.model_card import model_card
+from megarewarm.checkpoint.replace import new_folder
+from megarewarm.checkpoint.safetensors_stream import write_streaming
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, Weights, check, expected_shapes
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
+
+SHARD_BYTES = 5 * 10**9
+
+
+class ModelWeights:
+    """The parameters of a model in memory; rows of a padded vocabulary are cut off."""
+
+    where = "the model"
+
+    def __init__(self, model: NeoX) -> None:
+        vocabulary = model.config.vocab_size
+        self._tensors = {
+            name: parameter.detach()[:vocabulary] if name in (EMBEDDING, HEAD) else parameter.detach()
+            for name, parameter in model.named_parameters()
+        }
+
+    def describe(self) -> Mapping[str, Description]:
+        return {name: Description(tuple(t.shape), t.dtype, name) for name, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].cpu()
+
+
+def export(
+    weights: Weights,
+    config: ModelConfig,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    lineage: Lineage | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``folder``: weights, configuration, generation configuration, tokenizer, and a model card from ``lineage``.
+
+    Weights are read and written one at a time, in ``dtype`` or else the one they have; more than ``shard_bytes`` go to
+    several files. The folder appears whole or not at all, and replaces an earlier export. Raises ``UserError`` where it would
+    replace anything else, where the tokenizer is missing, and where weights do not fit ``config``.
+    """
+    folder = Path(folder)
+    if tokenizer is not None and not Path(tokenizer).is_file():
+        raise UserError(f"{tokenizer}: no such tokenizer file, so it cannot be copied into the export")
+    shapes = expected_shapes(config)
+    check(weights, shapes)
+    dtype = dtype or _common_dtype(weights)
+    with new_folder(folder, _is_export) as new:
+        end_of_text = 0 if tokenizer is None else _end_of_text(Path(tokenizer))
+        _write_json(new / "config.json", _to_huggingface(config, dtype, end_of_text))
+        generation = {"_from_model_config": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        _write_json(new / "generation_config.json", generation)
+        _write_weights(weights, shapes, dtype, new, shard_bytes)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, new / "tokenizer.json")
+            _write_json(new / "tokenizer_config.json", _tokenizer_config(Path(tokenizer), config))
+        if lineage is not None:
+            name = lineage.stages[-1].run if lineage.stages else folder.name
+            (new / "README.md").write_text(model_card(name, config, lineage), encoding="utf-8")
+
+
+def _common_dtype(weights: Weights) -> torch.dtype:
+    dtypes = {item.dtype for item in weights.describe().values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def _is_export(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and str(read_json(config).get("exported_by", "")).startswith("megarewarm")
+
+
+def _to_huggingface(config: ModelConfig, dtype: torch.dtype, end_of_text: int) -> dict[str, Any]:
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "exported_by": f"megarewarm {__version__}",
+        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        "intermediate_size": config.mlp_size,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "gelu" if config.activation == "gelu_erf" else "gelu_pytorch_tanh",
+        "use_parallel_residual": config.residual == "parallel",
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "layer_norm_eps": config.layernorm_eps,
+        "initializer_range": config.init_std,
+        # transformers 4 reads the first two, transformers 5 the third.
+        "rotary_pct": config.rotary_fraction,
+        "rotary_emb_base": config.rotary_base,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rotary_base,
+            "partial_rotary_factor": config.rotary_fraction,
+        },
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
+    added = [token.get("content") for token in read_json(tokenizer).get("added_tokens") or []]
+    special = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token") if "<|endoftext|>" in added}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions, **special}
+
+
+def _end_of_text(tokenizer: Path) -> int:
+    """Id of ``<|endoftext|>``, which ends and begins documents; 0, as in Pythia, where the tokenizer has none."""
+    added = read_json(tokenizer).get("added_tokens") or []
+    return next((token["id"] for token in added if token.get("content") == "<|endoftext|>"), 0)
+
+
+def _write_weights(
+    weights: Weights, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, folder: Path, shard_bytes: int
+) -> None:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = total = 0
+    ours = {}
+    for name, shape in shapes.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if size + nbytes > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        theirs = name if name == HEAD else PREFIX + name
+        ours[theirs] = name
+        shards[-1][theirs] = shape
+        size += nbytes
+        total += nbytes
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    for file, shard in zip(names, shards, strict=True):
+        write_streaming(folder / file, shard, dtype, lambda name: weights.read(ours[name]))
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,230 @@
+"""Weights of Megatron-LM's 'torch' format: ``iter_N/mp_rank_TT[_PPP]/model_optim_rng.pt``, of the models that GPT-NeoX knows.
+
+That is rotary positions, LayerNorm, GELU, as many key as query heads; Megatron has no parallel residual. Both generations of
+its names are read, with the layers of every pipeline rank and any tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarewarm.checkpoint.pickles import Record, read_pickle
+from megarewarm.checkpoint.tensor_parts import kind_of, merge, whole_shape
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+
+_RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
+_LATEST = "latest_checkpointed_iteration.txt"
+_IGNORED = re.compile(r"(_extra_state|rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq)$")
+_LAYER = re.compile(r"(?:decoder\.|encoder\.|transformer\.)?layers\.(\d+)\.(.+)")
+_IN_LAYER = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.linear_qkv.layer_norm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "post_attention_layernorm",
+    "mlp.linear_fc1.layer_norm": "post_attention_layernorm",
+    "self_attention.query_key_value": "attention.query_key_value",
+    "attention.query_key_value": "attention.query_key_value",
+    "self_attention.linear_qkv": "attention.query_key_value",
+    "self_attention.dense": "attention.dense",
+    "attention.dense": "attention.dense",
+    "self_attention.linear_proj": "attention.dense",
+    "mlp.dense_h_to_4h": "mlp.dense_h_to_4h",
+    "mlp.linear_fc1": "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h": "mlp.dense_4h_to_h",
+    "mlp.linear_fc2": "mlp.dense_4h_to_h",
+}
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": EMBEDDING,
+    "word_embeddings.weight": EMBEDDING,
+    "output_layer.weight": HEAD,
+    "final_layernorm.weight": "final_layer_norm.weight",
+    "final_layernorm.bias": "final_layer_norm.bias",
+}
+
+
+def find(path: Path) -> Path | None:
+    """The ``iter_N`` folder that ``path`` means: itself, or what its ``latest_checkpointed_iteration.txt`` names."""
+    if path.is_dir() and any(_RANK_FOLDER.fullmatch(entry.name) and entry.is_dir() for entry in path.iterdir()):
+        return path
+    latest = path / _LATEST
+    if latest.is_file():
+        text = latest.read_text().strip()
+        named = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+        if not named.is_dir():
+            raise UserError(f"{latest}: names {named.name}, which is not beside it; copy it, or name another")
+        if find(named) is None:
+            raise UserError(
+                f"{named}: no mp_rank_* folders; only Megatron-LM's 'torch' format is read: save with --ckpt-format torch, or "
+                f"convert it with Megatron's own tools"
+            )
+        return named
+    return None
+
+
+class MegatronFolder:
+    """An ``iter_N`` folder. Raises ``UserError`` naming what is missing or what the model has that GPT-NeoX has not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self.notes: list[str] = []
+        files: dict[tuple[int, int], Path] = {}
+        for entry in folder.iterdir():
+            if (match := _RANK_FOLDER.fullmatch(entry.name)) and entry.is_dir():
+                file = next((entry / n for n in ("model_optim_rng.pt", "model_rng.pt") if (entry / n).is_file()), None)
+                if file is None:
+                    raise UserError(f"{entry}: no model_optim_rng.pt in it; copy it as well")
+                files[int(match[2] or 0), int(match[1])] = file
+        self._pipeline = 1 + max(stage for stage, _ in files)
+        self._tensor = 1 + max(rank for _, rank in files)
+        for stage in range(self._pipeline):
+            for rank in range(self._tensor):
+                if (stage, rank) not in files:
+                    raise UserError(f"{folder}: no folder of tensor rank {rank}, pipeline rank {stage}; copy it as well")
+        first = read_pickle(files[0, 0])
+        args = first.get("args")
+        self._args: Mapping[str, Any] = args.values if isinstance(args, Record) else vars(args) if args is not None else {}
+        self._version = float(first.get("checkpoint_version", 0))
+        # our name -> [(file, path of keys in it) of each tensor rank]
+        self._parts: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        offset = 0
+        for stage in range(self._pipeline):
+            layers = 0
+            for rank in range(self._tensor):
+                layers = self._index(files[stage, rank], rank, offset)
+            offset += layers
+        self._layers = offset
+        self.model_config = self._read_config()
+
+    def _index(self, file: Path, rank: int, offset: int) -> int:
+        """Take the tensors of a rank's file; its layers count from ``offset``. Returns how many layers it has."""
+        loaded = read_pickle(file)
+        if "model0" in loaded:
+            raise UserError(f"{file}: written with a virtual pipeline; save it without --num-layers-per-virtual-pipeline-stage")
+        if not isinstance(loaded.get("model"), Mapping):
+            raise UserError(f"{file}: no 'model' in it")
+        layers = 0
+        for keys, tensor in _tensors(loaded["model"], ("model",)):
+            name, layer = _our_name(keys, file)
+            if name is None:
+                continue
+            if layer is not None:
+                layers = max(layers, layer + 1)
+                name = f"layers.{offset + layer}.{name}"
+            parts = self._parts.setdefault(name, [])
+            if len(parts) == rank:
+                parts.append((file, keys))
+            elif name != EMBEDDING:  # the last stage holds a copy of tied embeddings
+                raise UserError(f"{file}: {'.'.join(keys)} is in it, but not in the file of every tensor rank before {rank}")
+            shape, _ = self._headers.setdefault(name, (tuple(tensor.shape), tensor.dtype))
+            if shape != tuple(tensor.shape):
+                raise UserError(f"{file}: {'.'.join(keys)} has shape {tuple(tensor.shape)}, the other ranks' is {shape}")
+        return layers
+
+    def _read_config(self) -> ModelConfig:
+        args = self._args
+        refused = {
+            "position_embedding_type": ("rope", "rotary"),
+            "normalization": ("LayerNorm",),
+            "swiglu": (False,),
+            "squared_relu": (False,),
+            "apply_layernorm_1p": (False,),
+            "rotary_interleaved": (False,),
+            "num_experts": (None,),
+            "multi_latent_attention": (False,),
+        }
+        for key, allowed in refused.items():
+            if key in args and args[key] not in allowed:
+                raise UserError(f"{self.where}: {key} is {args[key]!r}, which GPT-NeoX does not have (it has {allowed[0]!r})")
+        if args.get("group_query_attention") and args.get("num_query_groups") != args.get("num_attention_heads"):
+            raise UserError(f"{self.where}: group_query_attention, which GPT-NeoX does not have")
+        if not args.get("use_rotary_position_embeddings", args.get("position_embedding_type") in ("rope", "rotary", None)):
+            raise UserError(f"{self.where}: learned positions, only rotary ones can be loaded")
+        if args.get("num_attention_heads") is None:
+            raise UserError(f"{self.where}: 'args' in its files has no num_attention_heads; save it with Megatron-LM >= 2")
+        if self._layers == 0:
+            raise UserError(f"{self.where}: no transformer layers in it")
+        if not args:
+            self.notes.append("no 'args' in its files: rotary positions and LayerNorm are assumed")
+        h = self._headers["layers.0.input_layernorm.weight"][0][0]
+        rows = self._shape(EMBEDDING)[0]
+        self.notes.append("sequential residual and exact (erf) GELU, as in Megatron-LM; give 'model' to say otherwise")
+        return ModelConfig(
+            num_layers=self._layers,
+            hidden_size=h,
+            num_heads=args["num_attention_heads"],
+            ffn_size=self._shape("layers.0.mlp.dense_h_to_4h.weight")[0],
+            vocab_size=rows,
+            max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 2048,
+            rotary_fraction=float(args.get("rotary_percent", 1.0)),
+            rotary_base=float(args.get("rotary_base", 10000)),
+            activation="gelu_erf",
+            residual="sequential",
+            tie_embeddings=HEAD not in self._parts,
+            attention_bias="layers.0.attention.query_key_value.bias" in self._parts,
+            layernorm_eps=float(args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5))),
+        )
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return whole_shape(self._headers[name][0], len(self._parts[name]), kind_of(name, biases_added=False))
+
+    def describe(self) -> Mapping[str, Description]:
+        return {
+            name: Description(self._shape(name), dtype, f"{'.'.join(self._parts[name][0][1])} in {self._parts[name][0][0]}")
+            for name, (_, dtype) in self._headers.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        parts = []
+        for file, keys in self._parts[name]:
+            value = read_pickle(file)
+            for key in keys:
+                value = value[key]
+            parts.append(self._heads_in_order(value) if "query_key_value" in name else value)
+        return merge(parts, kind_of(name, biases_added=False))
+
+    def _heads_in_order(self, part: Tensor) -> Tensor:
+        """QKV rows as [head][q, k, v][channel], which older versions stored in other orders."""
+        if self._version >= 2:
+            return part
+        heads = self.model_config.num_heads // self._tensor
+        rest = part.shape[1:]
+        if self._version == 0:  # [q, k, v][head][channel]
+            return part.view(3, heads, -1, *rest).transpose(0, 1).reshape(part.shape)
+        return part.view(heads, -1, 3, *rest).transpose(1, 2).reshape(part.shape)  # [head][channel][q, k, v]
+
+
+def _tensors(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[tuple[str, ...], Tensor]]:
+    found = []
+    for key, item in value.items():
+        if isinstance(item, Tensor):
+            found.append(((*keys, key), item))
+        elif isinstance(item, Mapping):
+            found += _tensors(item, (*keys, key))
+    return found
+
+
+def _our_name(keys: tuple[str, ...], file: Path) -> tuple[str | None, int | None]:
+    """(our name, None) outside the layers, (name within the layer, its number in the file) inside, (None, None) for buffers."""
+    dotted = ".".join(keys)
+    if _IGNORED.search(dotted):
+        return None, None
+    plain = re.sub(r"^model\.(module\.)*(language_model\.)?", "", dotted)
+    if match := _LAYER.fullmatch(plain):
+        module, parameter = match[2].rsplit(".", 1)
+        if parameter.startswith("layer_norm_"):
+            module, parameter = f"{module}.layer_norm", parameter.removeprefix("layer_norm_")
+        if module in _IN_LAYER and parameter in ("weight", "bias"):
+            return f"{_IN_LAYER[module]}.{parameter}", int(match[1])
+    outside = re.sub(r"^(decoder|encoder|transformer)\.", "", plain)
+    if outside in _OUTSIDE:
+        return _OUTSIDE[outside], None
+    raise UserError(f"{file}: '{dotted}' is no part of a GPT-NeoX model; only GPT models with LayerNorm and GELU can be read")

@@ -1,0 +1,136 @@
+"""Writing GPT-NeoX checkpoint folders: layer files for any tensor-parallel size, as its pipeline modules read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megarewarm.checkpoint.replace import new_folder
+from megarewarm.checkpoint.tensor_parts import kind_of, require_divisible, split
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+
+MARK = "megarewarm.json"
+
+
+def export_neox(
+    weights: Weights,
+    config: ModelConfig,
+    folder: Path,
+    *,
+    step: int = 0,
+    tensor_ranks: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``folder/global_stepN`` and ``folder/latest``: weights only, to be loaded with ``finetune: true``.
+
+    One parameter is held at a time. The MLP has today's names (linear1, linear2). Beside the layers there are
+    ``mp_rank_YY_model_states.pt`` with the counters that GPT-NeoX asks for, and ``configs/model.yml`` with the model's keys.
+    Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, and where ``folder`` holds anything else.
+    """
+    shapes = expected_shapes(config)
+    check(weights, shapes)
+    if config.num_heads % tensor_ranks:
+        raise UserError(f"--tp {tensor_ranks}: the {config.num_heads} heads can't be shared evenly; choose a divisor of them")
+    for name, shape in shapes.items():
+        require_divisible(name, shape, tensor_ranks, _kind(name, config))
+    stored = weights.describe()
+    with new_folder(folder, lambda there: (there / MARK).is_file()) as new:
+        target = new / f"global_step{step}"
+        target.mkdir()
+        for layer, names in _files(config):
+            parts = {theirs: (name, dtype or stored[name].dtype, _kind(name, config)) for theirs, name in names.items()}
+            for rank in range(tensor_ranks):
+                path = target / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+                torch.save(_rank_part(weights, parts, rank, tensor_ranks), path)
+        for rank in range(tensor_ranks):
+            torch.save(_counters(config, step, tensor_ranks), target / f"mp_rank_{rank:02d}_model_states.pt")
+        (target / "configs").mkdir()
+        (target / "configs" / "model.yml").write_text(json.dumps(neox_keys(config, tensor_ranks), indent=1) + "\n")
+        (new / "latest").write_text(target.name)
+        (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n")
+
+
+def _rank_part(weights: Weights, parts: Mapping[str, tuple[str, torch.dtype, Any]], rank: int, ranks: int) -> dict[str, Tensor]:
+    # clones: a part that is a view would be saved with the whole it is a view of
+    return {
+        theirs: split(weights.read(name).to(dtype), ranks, kind, name)[rank].clone()
+        for theirs, (name, dtype, kind) in parts.items()
+    }
+
+
+def _kind(name: str, config: ModelConfig) -> Any:
+    return kind_of(name, biases_added=config.residual == "parallel")
+
+
+def _files(config: ModelConfig) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of the layer file, its names -> ours)."""
+    names = list(expected_shapes(config))
+    yield 0, {"word_embeddings.weight": EMBEDDING}
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield (
+            layer + 2,
+            {
+                name.removeprefix(prefix).replace("dense_h_to_4h", "linear1").replace("dense_4h_to_h", "linear2"): name
+                for name in names
+                if name.startswith(prefix)
+            },
+        )
+    yield config.num_layers + 3, {f"norm.{key}": f"final_layer_norm.{key}" for key in ("weight", "bias")}
+    if HEAD in names:
+        yield config.num_layers + 4, {"final_linear.weight": HEAD}
+
+
+def _counters(config: ModelConfig, step: int, tensor_ranks: int) -> dict[str, Any]:
+    return {
+        "module": None,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "iteration": step,
+        "global_steps": step,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        "dp_world_size": 1,
+        "mp_world_size": tensor_ranks,
+        "args": {
+            "num_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_heads,
+            "max_position_embeddings": config.max_positions,
+            "padded_vocab_size": config.vocab_size,
+            "model_parallel_size": tensor_ranks,
+        },
+    }
+
+
+def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
+    """The model in GPT-NeoX's keys, as its YAML wants them."""
+    return {
+        "pipe_parallel_size": 1,
+        "model_parallel_size": tensor_ranks,
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_size,
+        "seq_length": config.max_positions,
+        "max_position_embeddings": config.max_positions,
+        "norm": "layernorm",
+        "layernorm_epsilon": config.layernorm_eps,
+        "pos_emb": "rotary",
+        "rotary_pct": config.rotary_fraction,
+        "rotary_emb_base": config.rotary_base,
+        "no_weight_tying": not config.tie_embeddings,
+        "gpt_j_residual": config.residual == "parallel",
+        "output_layer_parallelism": "column",
+        "use_bias_in_attn_linear": config.attention_bias,
+        "activation": "gelu",
+        "bias_gelu_fusion": config.activation == "gelu_tanh",
+        "make_vocab_size_divisible_by": 1,
+    }

@@ -1,0 +1,254 @@
+"""Checkpoint folders of GPT-NeoX: which files there are, whose weights they hold, and the model's shape.
+
+``SAVE/latest`` names ``global_stepN``. In it, weights lie in ``layer_XX-model_YY-model_states.pt`` (pipe_parallel_size of 1 and
+more: embedding 00, layers from 02 on, norm L + 3, head L + 4) or inside ``mp_rank_YY_model_states.pt`` (size 0).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from megarewarm.checkpoint.pickles import Record, read_pickle
+from megarewarm.checkpoint.tensor_parts import kind_of, merge, whole_shape
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_STEP = re.compile(r"global_step(\d+)")
+_IGNORED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|_extra_state)$")
+_MLP = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_h."}
+
+
+def find(path: Path) -> Path | None:
+    """The ``global_stepN`` folder that ``path`` means: itself, or what ``latest`` in it names; None where it is none."""
+    if _is_checkpoint(path):
+        return path
+    latest = path / "latest"
+    if latest.is_file():
+        named = path / latest.read_text(encoding="utf-8").strip()
+        if not _is_checkpoint(named):
+            raise UserError(f"{latest}: names {named.name}, which is no checkpoint folder beside it; copy it, or name another")
+        return named
+    return None
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and any(_LAYER_FILE.fullmatch(f.name) or _RANK_FILE.fullmatch(f.name) for f in path.iterdir())
+
+
+def our_name(name: str, layers: int) -> str | None:
+    """Our name of parameter ``N.rest`` (N counts the modules of GPT-NeoX's sequence); None for a buffer."""
+    if _IGNORED.search(name):
+        return None
+    number, _, rest = name.removeprefix("sequential.").partition(".")
+    if name.startswith("tied_modules.embed."):
+        number, rest = "0", name.removeprefix("tied_modules.embed.")
+    position = int(number)
+    for theirs, ours in _MLP.items():
+        if rest.startswith(theirs):
+            rest = ours + rest.removeprefix(theirs)
+    if rest == "word_embeddings.weight":
+        return EMBEDDING
+    if rest == "final_linear.weight":
+        return HEAD
+    if rest.startswith("norm."):
+        return "final_layer_norm." + rest.removeprefix("norm.")
+    if 2 <= position < layers + 2:
+        return f"layers.{position - 2}.{rest}"
+    raise UserError(f"'{name}' is not a parameter of a GPT-NeoX model with {layers} layers")
+
+
+class NeoXFolder:
+    """A ``global_stepN`` folder. Raises ``UserError`` naming what is missing or doesn't fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where = str(folder)
+        names = [file.name for file in folder.iterdir()]
+        self._layer_files: dict[tuple[int, int], Path] = {}
+        for name in names:
+            if match := _LAYER_FILE.fullmatch(name):
+                self._layer_files[int(match[1]), int(match[2])] = folder / name
+        self.rank_files = {int(match[1]): folder / name for name in names if (match := _RANK_FILE.fullmatch(name))}
+        self._settings = _settings(folder)
+        self.state: Mapping[str, Any] = read_pickle(self.rank_files[min(self.rank_files)]) if self.rank_files else {}
+        self.tensor_ranks = self._count_tensor_ranks()
+        # (our name) -> [(file, key in it) of each tensor rank]
+        self._parts: dict[str, list[tuple[Path, str]]] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], Any]] = {}
+        self._rotary_dims: int | None = None
+        self._index()
+        self.model_config, self.notes = self._read_config()
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _count_tensor_ranks(self) -> int:
+        if self._layer_files:
+            ranks = {rank for _, rank in self._layer_files}
+            for layer in sorted({layer for layer, _ in self._layer_files}):
+                for rank in range(max(ranks) + 1):
+                    if (layer, rank) not in self._layer_files:
+                        name = f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+                        raise UserError(f"{self.folder / name}: missing, other ranks of the layer are there; copy it as well")
+            return max(ranks) + 1
+        for rank in range(max(self.rank_files) + 1):
+            if rank not in self.rank_files:
+                raise UserError(f"{self.folder / f'mp_rank_{rank:02d}_model_states.pt'}: missing, a later rank's is there")
+        return len(self.rank_files)
+
+    def _modules(self, rank: int) -> list[tuple[Path, str, Mapping[str, Any]]]:
+        """(file, prefix that makes names 'N.rest', tensors) of all files of a tensor rank."""
+        if self._layer_files:
+            files = sorted(item for item in self._layer_files.items() if item[0][1] == rank)
+            return [(path, f"{layer}.", read_pickle(path)) for (layer, _), path in files]
+        path = self.rank_files[rank]
+        module = read_pickle(path).get("module")
+        if not isinstance(module, Mapping):
+            raise UserError(f"{path}: holds no weights ('module' is {type(module).__name__}) and there are no layer files")
+        return [(path, "", module)]
+
+    def _index(self) -> None:
+        found = [
+            (rank, path, prefix, key, tensor)
+            for rank in range(self.tensor_ranks)
+            for path, prefix, tensors in self._modules(rank)
+            for key, tensor in tensors.items()
+            if isinstance(tensor, Tensor)
+        ]
+        positions = [
+            int((prefix + key).removeprefix("sequential.").split(".")[0])
+            for _, _, prefix, key, _ in found
+            if key.endswith("input_layernorm.weight")
+        ]
+        if not positions:
+            raise UserError(f"{self.folder}: no transformer layer with an input_layernorm in it; is it a GPT-NeoX model?")
+        self.layers = max(positions) - 1
+        if sorted(set(positions)) != list(range(2, self.layers + 2)):
+            missing = sorted(set(range(2, self.layers + 2)) - set(positions))
+            raise UserError(f"{self.folder}: the file of layer {missing[0]:02d} is missing; copy it as well")
+        for rank, path, prefix, key, tensor in found:
+            if key.endswith("rotary_emb.inv_freq"):
+                self._rotary_dims = 2 * tensor.numel()
+            name = our_name(prefix + key, self.layers)
+            if name is None:
+                continue
+            parts = self._parts.setdefault(name, [])
+            if len(parts) != rank:
+                raise UserError(f"{path}: {key} is in it, but not in the files of every rank before {rank}")
+            parts.append((path, key))
+            shape, dtype = self._headers.setdefault(name, (tuple(tensor.shape), tensor.dtype))
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, rank 0's has {shape}")
+
+    # ---- the shape -------------------------------------------------------------------------------------------------
+
+    def _read_config(self) -> tuple[ModelConfig, list[str]]:
+        settings, args = self._settings, _mapping(self.state.get("args"))
+        notes = []
+        heads = settings.get("num_attention_heads", args.get("num_attention_heads"))
+        h = self._headers["layers.0.input_layernorm.weight"][0][0]
+        if heads is None:
+            raise UserError(
+                f"{self.folder}: nothing in it says how many heads there are (no configs/*.yml, no 'args' in mp_rank_00): copy "
+                f"the run's YAML into {self.folder / 'configs'}"
+            )
+        if "rotary_pct" in settings:
+            fraction = float(settings["rotary_pct"])
+        elif self._rotary_dims is not None:
+            fraction = self._rotary_dims / (h // heads)
+        else:
+            fraction = 1.0 if settings else 0.25
+            notes.append(f"rotary_pct is not recorded there: {fraction:g} is assumed")
+        if not settings:
+            notes.append(
+                "no configs/*.yml in the checkpoint: parallel residual and tanh GELU are assumed, as in Pythia; give 'model' "
+                "to say otherwise"
+            )
+        if settings.get("pos_emb", "rotary") != "rotary":
+            raise UserError(f"{self.folder}: pos_emb is {settings['pos_emb']!r}, only 'rotary' models can be loaded")
+        if settings.get("norm", "layernorm") != "layernorm":
+            raise UserError(f"{self.folder}: norm is {settings['norm']!r}, only 'layernorm' models can be loaded")
+        if settings.get("activation", "gelu") != "gelu":
+            raise UserError(f"{self.folder}: activation is {settings['activation']!r}, only 'gelu' models can be loaded")
+        self.parallel_residual = bool(settings.get("gpt_j_residual", not settings))
+        tanh = bool(settings.get("bias_gelu_fusion", not settings))
+        kind = kind_of("embed_in.weight", biases_added=False)
+        rows = whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, kind)[0]
+        up = whole_shape(self._headers["layers.0.mlp.dense_h_to_4h.weight"][0], self.tensor_ranks, kind)[0]
+        notes.append(f"{'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion" if settings else "tanh GELU")
+        config = ModelConfig(
+            num_layers=self.layers,
+            hidden_size=h,
+            num_heads=heads,
+            ffn_size=up,
+            vocab_size=rows,
+            max_positions=settings.get("max_position_embeddings", args.get("max_position_embeddings", 2048)),
+            rotary_fraction=fraction,
+            rotary_base=settings.get("rotary_emb_base", 10000.0),
+            activation="gelu_tanh" if tanh else "gelu_erf",
+            residual="parallel" if self.parallel_residual else "sequential",
+            tie_embeddings=HEAD not in self._parts,
+            attention_bias="layers.0.attention.query_key_value.bias" in self._parts,
+            layernorm_eps=settings.get("layernorm_epsilon", 1e-5),
+        )
+        return config, notes
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def names(self, tensor_rank: int) -> list[str]:
+        """Our names of the parameters in the order in which GPT-NeoX registers them."""
+        return [name for name, parts in self._parts.items() if tensor_rank < len(parts)]
+
+    def part_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor rank's part of parameter ``name``."""
+        return self._headers[name][0]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A key of the run's own YAML, where the checkpoint holds it."""
+        return self._settings.get(key, default)
+
+    def describe(self) -> Mapping[str, Description]:
+        found = {}
+        for name, (shape, dtype) in self._headers.items():
+            file, key = self._parts[name][0]
+            kind = kind_of(name, biases_added=self.parallel_residual)
+            found[name] = Description(whole_shape(shape, len(self._parts[name]), kind), dtype, f"{key} in {file.name}")
+        return found
+
+    def read(self, name: str) -> Tensor:
+        parts = []
+        for path, key in self._parts[name]:
+            loaded = read_pickle(path)
+            parts.append((loaded if self._layer_files else loaded["module"])[key])
+        return merge(parts, kind_of(name, biases_added=self.parallel_residual))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores."""
+    merged: dict[str, Any] = {}
+    for path in sorted((folder / "configs").glob("*.y*ml")):
+        try:
+            read = yaml.safe_load(path.read_text(encoding="utf-8").expandtabs())  # tabs: JSON has them, YAML refuses them
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+        if isinstance(read, Mapping):
+            merged |= {str(key).replace("-", "_"): value for key, value in read.items()}
+    return merged
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value.values if isinstance(value, Record) else value if isinstance(value, Mapping) else {}
+
+
+def step_of(folder: Path) -> int | None:
+    """The N of ``global_stepN``."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None

@@ -1,0 +1,119 @@
+"""Reading ``.pt`` files of other programs without running anything in them.
+
+PyTorch's restricted unpickler builds tensors and plain containers only. What training frameworks pickle beside their tensors
+(loss scalers, argument namespaces, random states) is read as records that hold the values and do nothing; any other name in
+the file is refused, so a file can't choose what runs.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from megarewarm.errors import UserError
+
+# What GPT-NeoX, DeepSpeed and Megatron-LM pickle: by module, or by module and name. Nothing of theirs is imported.
+_RECORDS = (
+    "deepspeed.",
+    "megatron.",
+    "argparse.Namespace",
+    "numpy.",
+    "_codecs.encode",
+    "types.SimpleNamespace",
+    "pathlib.",
+    "__builtin__.getattr",
+    "builtins.getattr",
+    "enum.",
+    "signal.Signals",
+    "torch.torch_version.TorchVersion",
+)
+
+
+class Record:
+    """Something of another program, as its values: ``values`` where it was an object, ``arguments`` where it was a call."""
+
+    name = "?"
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.values: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            state = {**(state[0] or {}), **state[1]}
+        self.values = dict(state) if isinstance(state, dict) else {"state": state}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value ``key`` that the object had, as of a mapping."""
+        return self.values.get(key, default)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __repr__(self) -> str:
+        return f"<{self.name} read as a record>"
+
+
+def _record(name: str) -> type[Record]:
+    # a new class for every name: the unpickler makes objects of it, by a call or without one
+    def make(cls: type[Record], *arguments: Any) -> Record:
+        made = object.__new__(cls)
+        made.arguments, made.values = arguments, {}
+        return made
+
+    return type("Record", (Record,), {"name": name, "__new__": make})
+
+
+def read_pickle(path: Path) -> Any:
+    """What ``torch.load`` gives, on the CPU and mapped into memory where the format allows it; foreign objects as ``Record``.
+
+    Raises ``UserError`` for a file that is missing or damaged, and for one that names anything which is not on the list.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        names = set(_globals(path)) if zipped else set()
+        records = [(_record(name), name) for name in sorted(names) if name.startswith(_RECORDS)]
+        with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, yet others of its checkpoint are there; copy it as well") from error
+    except UnpicklingError as error:
+        strange = sorted(name for name in names if not name.startswith((*_RECORDS, "torch.", "collections.")))
+        what = ", ".join(f"'{name}'" for name in strange[:3]) if strange else _first_line(error)
+        raise UserError(
+            f"{path}: holds {what}, which no checkpoint of GPT-NeoX, DeepSpeed or Megatron-LM needs; nothing in it was run. "
+            f"Get the file from a source you trust"
+        ) from error
+    except (OSError, RuntimeError, EOFError, AttributeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable PyTorch file ({_first_line(error)}); copy it again") from error
+
+
+def _globals(path: Path) -> Iterator[str]:
+    """Every 'module.name' that the pickle in a zipped PyTorch file refers to; reads opcodes, executes none."""
+    with zipfile.ZipFile(path) as archive:
+        member = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+        if member is None:
+            return
+        data = archive.read(member)
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        if opcode.name == "GLOBAL":
+            yield str(argument).replace(" ", ".", 1)
+        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+            yield f"{strings[-2]}.{strings[-1]}"
+        elif isinstance(argument, str):
+            strings.append(argument)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,96 @@
+"""What every checkpoint format has in common once it is open: a model's parameters under our names, whole, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+
+HEAD, EMBEDDING = "embed_out.weight", "embed_in.weight"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A tensor before it is read. ``place`` names the file (and the tensor in it) for error messages."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    place: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Weights(Protocol):
+    """Parameters of a GPT-NeoX model in some format. Names and shapes are those of ``model.neox.NeoX``."""
+
+    where: str
+
+    def describe(self) -> Mapping[str, Description]:
+        """All parameters there are, from headers alone."""
+
+    def read(self, name: str) -> Tensor:
+        """One of them, on the CPU, in the dtype it is stored in."""
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model, in the model's order."""
+    from megarewarm.model.neox import NeoX
+
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in NeoX(config).named_parameters()}
+
+
+def check(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise one ``UserError`` with what is missing, unexpected or of another shape or dtype than ``shapes`` says.
+
+    A head beside ``shapes`` without one (tied embeddings) is let through: ``fill`` compares it with the embedding.
+    """
+    found = weights.describe()
+    problems = []
+    for name, item in found.items():
+        if name == HEAD and HEAD not in shapes:
+            continue
+        if name not in shapes:
+            problems.append(f"unexpected tensor {item.place}")
+        elif item.dtype not in FLOATS:
+            known = ", ".join(_dtype_name(dtype) for dtype in FLOATS)
+            problems.append(f"{item.place} has dtype {_dtype_name(item.dtype)}, expected {known}")
+        elif item.shape != shapes[name]:
+            problems.append(f"{item.place} has shape {item.shape}, expected {shapes[name]}")
+    problems += [f"missing tensor {name}" for name in sorted(set(shapes) - set(found))]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{weights.where}: weights do not fit the model: {'; '.join(problems[:5])}{more}")
+
+
+def fill(weights: Weights, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, Tensor], None]) -> None:
+    """Call ``take(name, tensor)`` for every parameter of ``shapes``, one tensor at a time, after all were checked.
+
+    Raises ``UserError`` as ``check``, and for tied embeddings whose stored head is not the embedding.
+    """
+    check(weights, shapes)
+    tied = HEAD not in shapes and HEAD in weights.describe()
+    if tied and not torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float()):
+        raise UserError(f"{weights.where}: tie_word_embeddings is true, yet the head is not the embedding: set it to false")
+    for name in shapes:
+        take(name, weights.read(name))
+
+
+def in_order(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """``names`` in the order of the model's parameters; unknown ones last."""
+    order = {name: i for i, name in enumerate(expected_shapes(config))}
+    return sorted(names, key=lambda name: (order.get(name, len(order)), name))
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
