@@ -12,6 +12,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.checkpoint.state import Tensors, TrainingState
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
@@ -56,7 +57,7 @@ def _plan(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[s
     if start is not None:
         for plan in earlier:
             if Path(start) == Path(plan.config.run_folder) and not Path(start).is_dir():
-                written = _NotOpened(start, plan.model, "not yet written", training=_state_at_the_end(plan))
+                written = _NotOpened(start, plan.model, "not yet written", training=_state_at_the_end(plan), keeps=ALL_LINES)
                 return make_plan(config, source=written), []
     try:
         return make_plan(config), []
