@@ -157,14 +157,16 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, capfd
     assert main([str(tmp_path / "run.yml")]) == 0
     newest = tmp_path / "tiny" / "checkpoints" / "step_20"
     shutil.rmtree(newest)
-    half = tmp_path / "tiny" / "checkpoints" / "step_15"
-    for file in half.glob("*.distcp"):
-        os.truncate(file, 100)
+    checkpoints = [tmp_path / "tiny" / "checkpoints" / f"step_{step}" for step in (5, 10, 15)]
+    for checkpoint in checkpoints:
+        for file in checkpoint.glob("*.distcp"):
+            os.truncate(file, 100)
     before = snapshot(tmp_path)
     capfd.readouterr()
     assert main([str(tmp_path / "run.yml")]) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "step_15" in err and "remove the folder to use an older checkpoint" in err
+    assert err.count("\n") == 1 and "step_15/__0_0.distcp is damaged" in err and "remove the folder to begin anew" in err
     assert snapshot(tmp_path) == before
-    shutil.rmtree(half)
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint)
     assert main([str(tmp_path / "run.yml")]) == 0

@@ -12,7 +12,7 @@ from tiny import config, events, quiet
 
 from megarewarm.checkpoint import state
 from megarewarm.errors import UserError
-from megarewarm.parallel.agreement import agree_any, all_reduce_sums
+from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients
 from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.placement import Placement
@@ -37,7 +37,7 @@ def _sums(ranks: Ranks) -> tuple[list[float], list[bool], list[float], float]:
     assert linear.bias.grad is not None
     return (
         all_reduce_sums([ranks.rank + 0.1, 1e17 if ranks.rank == 0 else -1e17 if ranks.rank == 1 else 1.0]),
-        [agree_any(ranks.rank == 1), agree_any(False)],
+        [count > 0 for count in all_reduce_sums([ranks.rank == 1, False])],
         linear.bias.grad.tolist(),
         norm,
     )

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from tiny import config, events, mapping, quiet
 
-from megarewarm.checkpoint import state
+from megarewarm.checkpoint import state, store
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
@@ -29,11 +29,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    shapes = state.stored_shapes(checkpoint)
-    tensors = {
-        name: torch.empty(shape, dtype=torch.uint8 if name.startswith("rng") else torch.float32)
-        for name, shape in shapes.items()
-    }
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in store.stored_tensors(checkpoint).items()}
     dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
     return tensors
 
@@ -192,11 +188,22 @@ def test_changed_data_is_noticed_on_resume(tmp_path: Path) -> None:
         train(config(tmp_path, training={"budget": 6}), ALONE, quiet())
 
 
-def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path) -> None:
-    train(config(tmp_path, training={"budget": 6}), ALONE, quiet())
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued(tmp_path: Path) -> None:
+    six = config(tmp_path, training={"budget": 6})
+    whole = train(config(tmp_path, training={"budget": 6}, folder=str(tmp_path / "whole")), ALONE, quiet())
+    train(six, ALONE, quiet())
     (tmp_path / "tiny/checkpoints/step_6/state.json").write_text("{")
-    with pytest.raises(UserError, match=r"step_6/state\.json: not a readable checkpoint"):
-        train(config(tmp_path, training={"budget": 6}), ALONE, quiet())
+    console = quiet()
+    again = train(six, ALONE, console)
+    assert "step_6/state.json is damaged" in (said := " ".join(console.file.getvalue().split()))
+    assert "the checkpoint of step 5 is used" in said
+    assert again.step == 6 and again.losses == whole.losses
+    one, two = (tensors_of(folder / "checkpoints/step_6") for folder in (whole.folder, again.folder))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for step in (5, 6):
+        (tmp_path / f"tiny/checkpoints/step_{step}/.metadata").unlink()
+    with pytest.raises(UserError, match=r"step_6/.metadata is missing, and no older checkpoint .* remove the folder"):
+        train(six, ALONE, quiet())
 
 
 def test_divergence_stops_with_the_checkpoint_untouched(tmp_path: Path) -> None:

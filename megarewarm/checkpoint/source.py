@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from megarewarm.checkpoint import hub, huggingface, neox_folder, state
+from megarewarm.checkpoint import hub, huggingface, neox_folder, store
+from megarewarm.checkpoint.folder import locate
+from megarewarm.checkpoint.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.megatron import MegatronFolder
 from megarewarm.checkpoint.megatron import find as find_megatron
 from megarewarm.checkpoint.neox_state import read_training, with_masters
-from megarewarm.checkpoint.state import Tensors, TrainingState
+from megarewarm.checkpoint.state import TrainingState, read_state
+from megarewarm.checkpoint.store import Tensors
 from megarewarm.checkpoint.weights import Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
@@ -44,31 +47,48 @@ class CheckpointSource(Protocol):
 
 
 class OwnCheckpoint:
-    """A checkpoint of ours: weights, moments and every counter."""
+    """A checkpoint of ours: weights, moments and every counter; or less, if it was converted from a format that has less.
+
+    Its checksums are verified before the first tensor is loaded, unless ``verified`` says that they have been.
+    """
 
     format = "megarewarm"
-    keeps = ALL_LINES
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verified: bool = False) -> None:
         self.folder = folder
         self.name = str(folder)
-        self.training: TrainingState | None = state.read_state(folder)
-        self.model_config = self.training.model
-        self.lineage = self.training.lineage
+        self.state = read_state(folder)
+        self.keeps = ALL_LINES if self.state.keeps is None else self.state.keeps
+        self.training: TrainingState | None = self.state if self.keeps else None
+        self.model_config = self.state.model
+        self.lineage = self.state.lineage
         self.notes: list[str] = []
+        self._verified = verified
+
+    def verify(self, *, alone: bool = False) -> None:
+        """Raise ``UserError`` naming a file that is not as it was written. All ranks call it, unless ``alone``."""
+        if self._verified:
+            return
+        if self.state.format < 2 and not (self.folder / SUMS_FILE).exists():
+            self.notes.append(f"{self.name} was written before checkpoints had checksums: it can't be verified")
+        elif (damage := find_damage(self.folder, alone=alone)) is not None:
+            raise UserError(f"{damage}; use another checkpoint, or copy this one again")
+        self._verified = True
 
     def load_weights(self, model: ParallelModel) -> None:
         self.load_tensors(weight_tensors(model))
 
     def load_tensors(self, tensors: Tensors) -> None:
-        state.load(self.folder, tensors)
+        self.verify()
+        store.load(self.folder, tensors)
 
     def whole_model(self) -> NeoX:
         """The model on one device (the CPU), whatever layout wrote it. For one rank to call."""
         with torch.device("meta"):
             model = NeoX(self.model_config)
         model.to_empty(device="cpu")
-        state.load(self.folder, {f"model.{name}": p.data for name, p in model.named_parameters()}, alone=True)
+        self.verify(alone=True)
+        store.load(self.folder, {f"model.{name}": p.data for name, p in model.named_parameters()}, alone=True)
         return model
 
 
@@ -162,9 +182,11 @@ def open_checkpoint(name: str) -> CheckpointSource:
     """
     path = Path(name)
     if path.is_dir():
-        own = state.locate(path)
+        own, notes = locate(path)
         if own is not None:
-            return OwnCheckpoint(own)
+            found = OwnCheckpoint(own, verified=own != path)
+            found.notes += notes
+            return found
         if (path / "config.json").is_file():
             return HuggingFaceCheckpoint(name, path)
         if (neox := neox_folder.find(path)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -81,6 +81,20 @@ class CheckpointConfig(Section):
         Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
     )
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
+    keep_every: Budget | None = Field(None, description="Checkpoints at multiples of this stay for good.")
+    keep_best: str | None = Field(
+        None, description="Name of a validation set: the checkpoint with the lowest loss on it stays as well."
+    )
+    extra_steps: list[Annotated[int, Field(ge=0)]] | Literal["log_spaced"] = Field(
+        [],
+        description="Steps that are saved besides, and stay for good; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
+        "Pythia's.",
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Copy the state and write the copy while training goes on; takes as much host memory as the state itself. "
+        "false: training waits until the checkpoint stands.",
+    )
 
 
 class ExportConfig(Section):

@@ -16,8 +16,3 @@ def all_reduce_sums(values: Sequence[float]) -> list[float]:
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
-
-
-def agree_any(flag: bool) -> bool:
-    """Whether ``flag`` is set on any rank; all ranks get the same answer."""
-    return all_reduce_sums([float(flag)])[0] > 0

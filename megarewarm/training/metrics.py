@@ -34,7 +34,7 @@ class Metrics:
         self.has_past = False
         if not writes:
             return
-        path = folder / "metrics.jsonl"
+        self._path = path = folder / "metrics.jsonl"
         self.has_past = path.exists() and path.stat().st_size > 0
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
         _end_torn_line(path, self._file)
@@ -51,11 +51,21 @@ class Metrics:
             )
 
     def event(self, event: str, **values: Any) -> None:
-        """Append one line ``{"event": event, "time": ..., **values}``. Non-finite numbers become null."""
+        """Append one line ``{"event": event, "time": ..., **values}``. Non-finite numbers become null.
+
+        Raises ``UserError`` where the disk refuses; no part of the line is left then.
+        """
         if not self._writes:
             return
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        self._file.write(orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n")
+        line = orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n"
+        start, written = self._file.seek(0, 2), 0
+        try:
+            while written < len(line):  # a disk that is nearly full takes a part of it
+                written += self._file.write(line[written:])
+        except OSError as error:
+            self._file.truncate(start)
+            raise _refused(self._path, error) from error
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to TensorBoard and Weights & Biases."""
@@ -68,7 +78,10 @@ class Metrics:
     def text(self, line: str) -> None:
         """A line of log.txt, with the time of day."""
         if self._writes:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            try:
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            except OSError as error:
+                raise _refused(self._path.with_name("log.txt"), error) from error
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -80,6 +93,13 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: can't be written ({error.strerror or error}); make room and run the same command again: it continues "
+        f"from the newest checkpoint"
+    )
 
 
 def _end_torn_line(path: Path, file: Any) -> None:

@@ -91,9 +91,11 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None) -> P
     ``source`` replaces opening ``start.from`` (for a dry run without it). Raises ``UserError`` for everything about the
     start that can't be honoured.
     """
-    own = RunFolder(Path(config.run_folder)).newest_checkpoint()
-    if own is not None:
-        return _resumed(config, OwnCheckpoint(own))
+    newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint()
+    if newest is not None:
+        own = OwnCheckpoint(newest, verified=True)
+        own.notes += passed_over
+        return _resumed(config, own)
     if source is None and config.start.from_ is not None:
         source = open_checkpoint(config.start.from_)
     policy = resolve(config.start, source)

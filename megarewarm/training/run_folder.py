@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from megarewarm.checkpoint import state
+from megarewarm.checkpoint.folder import newest_whole
 from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
@@ -35,10 +35,12 @@ class RunFolder:
         self.export = path / "huggingface"
         self._lock: IO[str] | None = None
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint of this run, or None before the first."""
-        found = state.checkpoints_in(self.checkpoints)
-        return found[-1][1] if found else None
+    def newest_checkpoint(self, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
+
+        All ranks call it, unless ``alone``. Raises ``UserError`` where there are checkpoints and all are damaged.
+        """
+        return newest_whole(self.checkpoints, alone=alone)
 
     def check(self, config: RunConfig) -> None:
         """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs."""

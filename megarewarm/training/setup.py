@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megarewarm.checkpoint import state
 from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.source import weight_tensors
+from megarewarm.checkpoint.state import TrainingState
+from megarewarm.checkpoint.store import Tensors
 from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows
@@ -39,7 +39,10 @@ Batch = tuple[int, npt.NDArray[np.int64]]
 
 @dataclass
 class Run:
-    """A run in progress. ``step``, ``last_lr``, ``max_lr`` and ``losses`` move with it, the rest stays."""
+    """A run in progress. ``step``, ``last_lr``, ``max_lr`` and the losses move with it, the rest stays.
+
+    ``losses`` are the newest validation losses, ``measured`` those of this very step.
+    """
 
     plan: Plan
     ranks: Ranks
@@ -58,10 +61,11 @@ class Run:
     last_lr: float = 0.0
     max_lr: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     start_losses: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
-    def tensors(self) -> state.Tensors:
+    def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
         return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
 
@@ -97,15 +101,15 @@ class Run:
             for name, source in zip(self.data.names, self.data.describe(), strict=True)
         ]
 
-    def _own_state(self) -> state.TrainingState:
+    def _own_state(self) -> TrainingState:
         assert self.plan.source is not None and self.plan.source.training is not None
         return self.plan.source.training
 
-    def save(self, folder: Path) -> Path:
-        """Write a checkpoint of the run as it stands. All ranks call it."""
+    def state(self) -> TrainingState:
+        """Everything of the run that is a counter, as it stands now."""
         plan = self.plan
         stage = self.stage()
-        training = state.TrainingState(
+        return TrainingState(
             run=plan.config.name,
             intent=stage.intent,
             step=self.step,
@@ -120,9 +124,9 @@ class Run:
             lineage=self.history.extended(stage),
             start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
             start_losses=self.start_losses,
+            measured=self.measured,
             loss_scale=self.scaler.state() if self.scaler is not None else None,
         )
-        return state.save(folder, training, self.tensors(), keep_last=plan.config.checkpoint.keep_last)
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
         """``{"mfu": share}`` where the device's peak is known (causal-attention FLOPs of forward and backward), else {}."""
@@ -231,7 +235,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     return run
 
 
-def moment_tensors(model: ParallelModel, optimizer: AdamW) -> state.Tensors:
+def moment_tensors(model: ParallelModel, optimizer: AdamW) -> Tensors:
     """Adam's moments under the names they have in a checkpoint; writing to them changes the optimizer's state."""
     return {f"optimizer.{moment}.{name}": model.whole(name, tensor) for (moment, name), tensor in optimizer.moments().items()}
 

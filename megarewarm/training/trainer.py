@@ -11,15 +11,17 @@ from pathlib import Path
 from rich.console import Console
 
 from megarewarm.checkpoint.huggingface_export import ModelWeights, export
+from megarewarm.checkpoint.saver import Saver
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
-from megarewarm.parallel.agreement import agree_any, all_reduce_sums
+from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
 from megarewarm.training.run_folder import RunFolder
+from megarewarm.training.saving import check_saving, extra_steps, is_saved, retention
 from megarewarm.training.setup import Run, build
 from megarewarm.training.signals import StopRequest
 from megarewarm.training.summary import print_reset_table, print_start
@@ -54,6 +56,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         if not folder.export.exists():
             _export(plan, folder, ranks, console)
         return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
+    check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     run = build(plan, ranks)
     with ExitStack() as opened:
         opened.callback(run.batches.close)
@@ -62,8 +65,12 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
         opened.callback(metrics.close)
         _announce(run, metrics, console)
+        saver = opened.enter_context(
+            Saver(folder.checkpoints, retention(plan.config), asynchronous=plan.config.checkpoint.asynchronous)
+        )
+        saver.reserve(run.tensors())
         with StopRequest(console) as stop:
-            outcome = _loop(run, folder, metrics, console, stop)
+            outcome = _loop(run, folder, saver, metrics, console, stop)
         if outcome.stopped_by is None:
             _export(plan, folder, ranks, console)
     return outcome
@@ -73,22 +80,23 @@ def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> No
     """Write what ``export`` asks for, from the newest checkpoint."""
     if not (plan.config.export.huggingface and ranks.is_main):
         return
-    newest = folder.newest_checkpoint()
+    newest, _ = folder.newest_checkpoint(alone=True)
     assert newest is not None
-    checkpoint = OwnCheckpoint(newest)
+    checkpoint = OwnCheckpoint(newest, verified=True)
     weights = ModelWeights(checkpoint.whole_model())
     export(weights, plan.model, folder.export, tokenizer=plan.config.data.tokenizer, lineage=checkpoint.lineage)
     console.print(f"{plan.config.name}: exported to {folder.export}", highlight=False)
 
 
-def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
+def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
     plan, config = run.plan, run.plan.config
     total, first = config.total_steps, plan.position.step
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
-    save_every = round(config.steps(config.checkpoint.every)) if config.checkpoint.every is not None else 0
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
         run.start_losses = dict(run.losses)
+    if not plan.resumed and first in extra_steps(config):
+        saver.save(run.state(), run.tensors())
     with RunProgress(console, config.name, first, total, config.logging.every) as progress:
         for step in range(first + 1, total + 1):
             began = time.perf_counter()
@@ -96,7 +104,7 @@ def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop:
             loss, norm = training_step(run, lr)
             seconds = time.perf_counter() - began
             rate = config.tokens_per_step / seconds
-            run.step, run.last_lr, run.max_lr = step, lr, max(run.max_lr, lr)
+            run.step, run.last_lr, run.max_lr, run.measured = step, lr, max(run.max_lr, lr), {}
             metrics.event(
                 "train",
                 step=step,
@@ -112,10 +120,14 @@ def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop:
                 metrics.text(line)
             for number, last in turns(config, step) if step in evaluate_after else ():
                 _evaluate_all(run, step, metrics, console, None, number=number, last=last)
-            stopping = agree_any(stop.received is not None)
-            if stopping or step == total or (save_every and step % save_every == 0):
-                saved = run.save(folder.checkpoints)
-                metrics.event("save", step=step, path=str(saved))
+            stopping, failed = (count > 0 for count in all_reduce_sums([stop.received is not None, saver.failed]))
+            if failed:
+                saver.wait()
+            if stopping or is_saved(config, step):
+                saver.save(run.state(), run.tensors())
+            if stopping or step == total:
+                saver.wait()
+            _log_saved(saver, metrics)
             if stopping:
                 signal_number = stop.received if stop.received is not None else 15
                 metrics.event("stop", step=step, reason=f"signal {signal_number}")
@@ -129,6 +141,13 @@ def _loop(run: Run, folder: RunFolder, metrics: Metrics, console: Console, stop:
     elapsed = duration(time.monotonic() - run.started)
     console.print(f"[bold]{config.name}[/]: complete in {elapsed}{': ' + shown if shown else ''}", highlight=False)
     return Outcome(folder.path, total, run.losses)
+
+
+def _log_saved(saver: Saver, metrics: Metrics) -> None:
+    for saved in saver.finished():
+        metrics.event(
+            "save", step=saved.step, path=str(saved.path), stall=round(saved.stall, 3), seconds=round(saved.seconds, 3)
+        )
 
 
 def training_step(run: Run, lr: float) -> tuple[float, float]:
@@ -178,7 +197,7 @@ def _evaluate_all(
         turn = number if windows.when == "always" else 0
         loss, tokens = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
         name = windows.name
-        run.losses[name] = loss
+        run.losses[name] = run.measured[name] = loss
         metrics.event(
             "eval", step=step, tokens=step * config.tokens_per_step, name=name, role=windows.role, loss=loss, over=tokens
         )

@@ -104,6 +104,9 @@ def test_a_time_limit_is_only_an_interruption(cluster: Cluster, tmp_path: Path) 
 def test_a_job_whose_rank_is_killed_is_tried_again(cluster: Cluster, tmp_path: Path, alone: dict[int, float]) -> None:
     job = cluster.submit("--ntasks-per-node=2", TRAIN, write_config(tmp_path, "run"), cwd=tmp_path)
     wait_for_step(tmp_path / "run" / "metrics.jsonl", 21)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run/checkpoints/step_20").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.02)  # it is written while training goes on
     cluster.command("scancel", "--signal=KILL", f"{job}.0")
     wait_for_restart(cluster, job, tmp_path)
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", output_of(tmp_path, job)

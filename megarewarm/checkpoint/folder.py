@@ -1,0 +1,91 @@
+"""The folder of a run's checkpoints: which there are, which is the newest whole one, and which go when another is written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from megarewarm.checkpoint.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.retention import Retention
+from megarewarm.checkpoint.state import STATE_FILE, read_state
+from megarewarm.checkpoint.store import PARTIAL
+from megarewarm.checkpoint.together import gather
+from megarewarm.errors import UserError
+
+_STEP = re.compile(r"step_(\d+)$")
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints in ``RUN/checkpoints``, oldest first. Their files are not looked at."""
+    if not folder.is_dir():
+        return []
+    matches = [(match, entry) for entry in folder.iterdir() if (match := _STEP.match(entry.name)) and entry.is_dir()]
+    return sorted((int(match[1]), entry) for match, entry in matches)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint of ours, whole or not."""
+    return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
+
+
+def newest_whole(folder: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in ``folder`` of which every byte is as it was written, and a note on each that was passed over.
+
+    None where there are no checkpoints. All ranks call it, unless ``alone``. Raises ``UserError`` where there are some and all
+    are damaged, and where the ranks see different ones.
+    """
+    found = checkpoints_in(folder)
+    steps = [step for step, _ in found]
+    seen = [steps] if alone else gather(steps)
+    if any(other != steps for other in seen):
+        raise UserError(
+            f"{folder}: the ranks see different checkpoints (steps {steps} here); the run folder must lie on a file system "
+            f"that all hosts share"
+        )
+    damages: list[str] = []
+    for step, checkpoint in reversed(found):
+        damage = find_damage(checkpoint, alone=alone)
+        if damage is None:
+            return checkpoint, [f"{why}: the checkpoint of step {step} is used" for why in damages]
+        damages.append(damage)
+    if damages:
+        raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to begin anew")
+    return None, []
+
+
+def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+    """The checkpoint of ours that ``path`` means: itself, or the newest whole one of a run folder, with notes as above."""
+    if is_checkpoint(path):
+        return path, []
+    for folder in (path, path / "checkpoints"):
+        if checkpoints_in(folder):
+            return newest_whole(folder, alone=alone)
+    return None, []
+
+
+def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
+    """Remove what need not stay of a run that has come to ``step``. One process calls it. Raises ``OSError``.
+
+    Checkpoints of later steps are damaged ones that the run went back from: they go as well.
+    """
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover)
+    found = dict(checkpoints_in(folder))
+    losses = {s: _loss(path, retention.best_on) for s, path in found.items() if s <= step}
+    staying = retention.staying(losses)
+    for other, checkpoint in found.items():
+        if other not in staying:
+            # renamed first, so that a kill during the removal leaves nothing that looks like a checkpoint
+            doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _loss(checkpoint: Path, name: str | None) -> float | None:
+    if name is None:
+        return None
+    try:
+        return read_state(checkpoint).measured.get(name)
+    except UserError:
+        return None

@@ -1,0 +1,86 @@
+"""Checksums of a checkpoint's files, in the form that ``sha256sum -c SHA256SUMS`` checks as well."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from megarewarm.checkpoint.together import gather, position
+
+SUMS_FILE = "SHA256SUMS"
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises ``OSError``."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_sums(checkpoint: Path, digests: Mapping[str, str]) -> None:
+    """Write the checksums of a checkpoint: relative file name -> digest."""
+    lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
+    (checkpoint / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(checkpoint: Path) -> dict[str, str]:
+    """File name -> digest. Raises ``ValueError`` saying what is wrong with the list itself."""
+    path = checkpoint / SUMS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read ({error})") from error
+    sums = {}
+    for line in lines:
+        value, gap, name = line[:64], line[64:66], line[66:]
+        if gap != "  " or not name or "/" in name or not all(c in "0123456789abcdef" for c in value):
+            raise ValueError(f"{path} is damaged: {line[:80]!r} is no checksum")
+        sums[name] = value
+    return sums
+
+
+def find_damage(checkpoint: Path, *, alone: bool = False) -> str | None:
+    """What is wrong with a checkpoint's files, or None where every byte is as it was written.
+
+    All ranks call it, unless ``alone``: each reads its share of the files, all get the same answer.
+    """
+    try:
+        sums = read_sums(checkpoint)
+        unlisted = sorted(f.name for f in checkpoint.iterdir() if f.is_file() and f.name not in sums and f.name != SUMS_FILE)
+    except (ValueError, OSError) as error:
+        sums, unlisted, mine = {}, [], str(error)
+    else:
+        mine = ""
+    if unlisted:
+        mine = f"{checkpoint / unlisted[0]} is not listed in {SUMS_FILE}, which is cut off or of another checkpoint"
+    rank, ranks = (0, 1) if alone else position()
+    for name in _share(checkpoint, sums, rank, ranks) if not mine else []:
+        if problem := _problem(checkpoint / name, sums[name]):
+            mine = problem
+            break
+    found = [mine] if alone else gather(mine)
+    return next((problem for problem in found if problem), None)
+
+
+def _share(checkpoint: Path, sums: Mapping[str, str], rank: int, ranks: int) -> list[str]:
+    """The files that ``rank`` reads: the largest first, each to the rank that has the least to read so far."""
+    sizes = {name: (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else 0 for name in sums}
+    loads, mine = [0] * ranks, []
+    for name in sorted(sums, key=lambda name: (-sizes[name], name)):
+        taker = loads.index(min(loads))
+        loads[taker] += sizes[name] + 1
+        if taker == rank:
+            mine.append(name)
+    return mine
+
+
+def _problem(file: Path, expected: str) -> str | None:
+    try:
+        found = digest(file)
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file} can't be read ({error.strerror or error})"
+    return None if found == expected else f"{file} is damaged (its SHA-256 is not the one in {SUMS_FILE})"

@@ -1,0 +1,165 @@
+"""Saving during training: the tensors are copied, training goes on, and a thread writes the copies to the disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megarewarm.checkpoint.folder import remove_superseded
+from megarewarm.checkpoint.retention import Retention
+from megarewarm.checkpoint.state import TrainingState
+from megarewarm.checkpoint.store import Tensors, write
+from megarewarm.checkpoint.together import position, together
+from megarewarm.errors import UserError
+from megarewarm.parallel.ranks import is_loss
+
+_PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that stands. ``stall``: seconds that training waited for it; ``seconds``: from then until it stood."""
+
+    step: int
+    path: Path
+    stall: float
+    seconds: float
+
+
+class Saver:
+    """Writes a run's checkpoints into ``folder``. All ranks make one, at the same moment, and call the same methods.
+
+    ``asynchronous``: the copies are kept in host memory (once as much as the tensors take) and used again for each save;
+    otherwise ``save`` returns when the checkpoint stands.
+    """
+
+    def __init__(self, folder: Path, retention: Retention, *, asynchronous: bool) -> None:
+        self._folder, self._retention = folder, retention
+        # a group of its own: its messages may cross those of training, and its tensors are on the CPU
+        several = position()[1] > 1
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        self._staging = _Staging() if asynchronous else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _on_device, (_device(),)) if asynchronous else None
+        self._reserved: Future[None] | None = None
+        self._pending: Future[Saved] | None = None
+        self._finished: list[Saved] = []
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the buffers for ``tensors`` while training begins, so that the first save need not: fresh memory is slow."""
+        if self._staging is not None and self._thread is not None:
+            self._reserved = self._thread.submit(self._staging.reserve, tensors)
+
+    def save(self, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+        """Save; a save that is still being written is waited for first. Raises ``UserError`` where the disk refused."""
+        began = time.perf_counter()
+        self.wait()
+        if self._reserved is not None:
+            self._reserved.result()
+            self._reserved = None
+        if self._staging is None or self._thread is None:
+            self._finished.append(self._write(state, tensors, began, began))
+            return
+        staged = self._staging.copy(tensors)
+        self._pending = self._thread.submit(self._write, state, staged, began, time.perf_counter())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background has ended in an error, which ``wait`` raises on all ranks."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def finished(self) -> list[Saved]:
+        """The checkpoints that came to stand since this was last called."""
+        if self._pending is not None and self._pending.done() and not self.failed:
+            self.wait()
+        found, self._finished = self._finished, []
+        return found
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises ``UserError`` where the disk refused."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finished.append(pending.result())
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Wait for what is being written, whatever comes of it; not if another rank is lost, for whom it would wait as well."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=error is None or not is_loss(error))
+
+    def _write(self, state: TrainingState, tensors: Mapping[str, Tensor], began: float, released: float) -> Saved:
+        path = self._folder / f"step_{state.step}"
+        main = position(self._group)[0] == 0
+
+        def clean(step: int) -> None:
+            if main:
+                remove_superseded(self._folder, step, self._retention)
+
+        try:
+            # before as well: a run that is killed after each of its saves would never come to the other
+            together(lambda: clean(state.step - 1), self._group)
+            write(path, state, tensors, self._group)
+            together(lambda: clean(state.step), self._group)
+        except OSError as error:
+            raise UserError(
+                f"{path}: the checkpoint could not be written ({error}); make room or correct the permissions and run the same "
+                f"command again"
+            ) from error
+        ended = time.perf_counter()
+        return Saved(state.step, path, (ended if self._staging is None else released) - began, ended - began)
+
+
+class _Staging:
+    """Copies in host memory (pinned where there is a GPU), made once and filled anew for every save."""
+
+    def __init__(self) -> None:
+        self._held: Tensors = {}
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name not in self._held:
+                self._held[name] = _in_host_memory(tensor)
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        self.reserve(tensors)
+        for name, tensor in tensors.items():
+            _local(self._held[name]).copy_(_local(tensor), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self._held[name] for name in tensors}
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    part = _local(tensor)
+    # written to, not only asked for: the system gives memory when it is first touched
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda).fill_(0)
+    if not isinstance(tensor, DTensor):
+        return copy
+    # as torch's own staging does: the copy says which part it is, and lies elsewhere than its mesh
+    staged = tensor.detach()
+    staged._local_tensor = copy  # type: ignore[attr-defined]
+    return staged
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
+
+
+def _on_device(device: int | None) -> None:
+    # a thread begins on GPU 0, where every rank of a node would take some memory
+    if device is not None:
+        torch.cuda.set_device(device)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,164 @@
+"""The tensors of our own checkpoints, by torch.distributed.checkpoint: stored by name: any layout loads what any other wrote.
+
+A checkpoint is a folder that appears by a rename once it is whole: tensors, ``state.json``, checksums, all on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from megarewarm.checkpoint.integrity import digest, write_sums
+from megarewarm.checkpoint.state import TrainingState, write_state
+from megarewarm.checkpoint.tensor_index import TensorIndexReader
+from megarewarm.checkpoint.together import position, together
+from megarewarm.errors import UserError
+
+Tensors = dict[str, Tensor]
+PARTIAL = ".partial"
+
+
+@contextmanager
+def _quietly_alone() -> Iterator[None]:
+    """Without torch's warning that a single process has no process group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def write(
+    final: Path,
+    state: TrainingState,
+    tensors: Mapping[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    *,
+    planner: SavePlanner | None = None,
+    file_per_tensor: bool = False,
+) -> None:
+    """Write the checkpoint ``final``. All ranks of ``group`` call it, with tensors equal on all of them, or DTensors.
+
+    What stood there is replaced, after the new one is whole. ``planner`` and ``file_per_tensor``: see ``stream``.
+    Raises ``OSError`` on every rank where the disk refuses on any; what was written of it is removed again.
+    """
+    rank, ranks = position(group)
+    partial = final.with_name(final.name + PARTIAL)
+
+    def prepare() -> None:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir()
+
+    def finish(digests: Mapping[str, str]) -> None:
+        write_state(partial, state)
+        rest = [file for file in partial.iterdir() if file.name not in digests]
+        write_sums(partial, {**digests, **{file.name: digest(file) for file in rest}})
+        _sync_tree(partial)
+        if final.exists():
+            replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
+            _remove(replaced)
+            final.rename(replaced)
+        partial.rename(final)
+        _sync_folder(final.parent)
+        _remove(final.with_name(f"{final.name}-replaced{PARTIAL}"))
+
+    try:
+        together(prepare if rank == 0 else _nothing, group)
+        writer = FileSystemWriter(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
+        try:
+            with _quietly_alone():
+                dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=ranks == 1)
+        except dcp.CheckpointException as error:
+            raise OSError(_of_the_disk(error)) from error
+        # each rank sums up what it wrote itself: its files may not be visible to others yet
+        own = f"__{rank}_"
+        shares = together(lambda: {f.name: digest(f) for f in partial.iterdir() if f.name.startswith(own)}, group)
+        digests = {name: value for share in shares for name, value in share.items()}
+        together((lambda: finish(digests)) if rank == 0 else _nothing, group)
+    except OSError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _nothing() -> None:
+    pass
+
+
+def _of_the_disk(error: dcp.CheckpointException) -> str:
+    """The ``OSError`` among the ranks' failures in words; anything else is a defect and raised as it is."""
+    for rank, (failure, _) in error.failures.items():
+        # torch's words for a write that fails in the middle of a tensor say nothing of the disk; the cause does
+        for cause in (failure, failure.__context__):
+            if isinstance(cause, OSError):
+                return f"{cause}, on rank {rank}"
+    raise error
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
+    """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
+
+    All ranks call it, unless ``alone``.
+    """
+    several = not alone and position()[1] > 1
+    stored = stored_tensors(checkpoint)
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise UserError(f"{checkpoint}: tensor '{name}' is missing; the checkpoint is of another model or damaged")
+        if tuple(tensor.shape) != stored[name][0]:
+            raise UserError(
+                f"{checkpoint}: tensor '{name}' has shape {stored[name][0]}, this run's model needs {tuple(tensor.shape)}; "
+                f"make 'model' agree with the checkpoint, or leave 'model' out"
+            )
+    try:
+        with _quietly_alone():
+            dcp.load(dict(tensors), storage_reader=TensorIndexReader(checkpoint), no_dist=not several)
+    except (OSError, EOFError, RuntimeError, dcp.CheckpointException) as error:
+        first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"{checkpoint}: can't be read ({first}); name another checkpoint") from error
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> shape and dtype of every tensor in a checkpoint. Raises ``UserError``."""
+    try:
+        metadata = TensorIndexReader(checkpoint).read_metadata()
+    except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint}: the tensor index is missing or damaged ({error}); name another checkpoint") from error
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            found[name] = (tuple(entry.size), entry.properties.dtype)
+    return found

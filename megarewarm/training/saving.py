@@ -1,0 +1,64 @@
+"""When a run saves, and which of its checkpoints stay, in steps: what ``checkpoint`` in the configuration means."""
+
+from __future__ import annotations
+
+from megarewarm.checkpoint.retention import LOG_SPACED, Retention
+from megarewarm.config.schema import RunConfig
+from megarewarm.errors import UserError
+from megarewarm.training.evaluate import evaluation_steps
+
+
+def save_interval(config: RunConfig) -> int | None:
+    """Steps between saves; None where only the end is saved."""
+    every = config.checkpoint.every
+    return None if every is None else max(1, round(config.steps(every)))
+
+
+def extra_steps(config: RunConfig) -> frozenset[int]:
+    """The single steps that are saved besides."""
+    extra = config.checkpoint.extra_steps
+    return frozenset(LOG_SPACED if extra == "log_spaced" else extra)
+
+
+def is_saved(config: RunConfig, step: int) -> bool:
+    """Whether a checkpoint is written after ``step``."""
+    every = save_interval(config)
+    regular = every is not None and step > 0 and step % every == 0
+    return regular or step == config.total_steps or step in extra_steps(config)
+
+
+def retention(config: RunConfig) -> Retention:
+    """Which of the run's checkpoints stay."""
+    settings = config.checkpoint
+    keep_every = None if settings.keep_every is None else max(1, round(config.steps(settings.keep_every)))
+    return Retention(settings.keep_last, keep_every, extra_steps(config), settings.keep_best)
+
+
+def check_saving(config: RunConfig, first: int, warmup_end: float) -> None:
+    """Raise ``UserError`` for checkpoints that are asked for and would never be written.
+
+    ``first`` is the run's first step minus one, ``warmup_end`` the last step of the warmup.
+    """
+    settings = config.checkpoint
+    every = save_interval(config)
+    if settings.keep_every is not None:
+        keep_every = retention(config).keep_every
+        assert keep_every is not None
+        if every is None or keep_every % every:
+            raise UserError(
+                f"checkpoint.keep_every: {keep_every} steps is no multiple of checkpoint.every "
+                f"({'only the end' if every is None else f'{every} steps'}), so nothing is saved there; make it one"
+            )
+    if settings.keep_best is None:
+        return
+    names = [entry.name for entry in config.data.validation]
+    if settings.keep_best not in names:
+        raise UserError(
+            f"checkpoint.keep_best: there is no validation set {settings.keep_best!r} (there are: {', '.join(names) or 'none'})"
+        )
+    total = config.total_steps
+    if not any(is_saved(config, step) for step in evaluation_steps(config, first, warmup_end) if step < total):
+        raise UserError(
+            "checkpoint.keep_best: no step before the last is both evaluated and saved; make checkpoint.every a multiple of "
+            "evaluation.every"
+        )
