@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarewarm.checkpoint.pickles import read_pickle
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
@@ -66,23 +65,19 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, list[str]]:
     head_dim = raw.get("head_dim")
     if head_dim is not None and head_dim * raw["num_attention_heads"] != raw["hidden_size"]:
         raise UserError(f"{path}: head_dim {head_dim} is not hidden_size / num_attention_heads")
-    try:
-        config = ModelConfig(
-            **{ours: raw[theirs] for ours, theirs in SHAPE.items()},
-            max_positions=raw.get("max_position_embeddings", 2048),
-            rotary_fraction=_first(rope.get("partial_rotary_factor"), raw.get("rotary_pct"), 0.25),
-            rotary_base=_first(rope.get("rope_theta"), raw.get("rotary_emb_base"), 10000.0),
-            activation=_ACTIVATIONS[activation],
-            residual="parallel" if raw.get("use_parallel_residual", True) else "sequential",
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", True),
-            layernorm_eps=raw.get("layer_norm_eps", 1e-5),
-            init_std=raw.get("initializer_range", 0.02),
-        )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: {where + ': ' if where else ''}{problem['msg']}") from error
+    config = make_model_config(
+        str(path),
+        **{ours: raw[theirs] for ours, theirs in SHAPE.items()},
+        max_positions=raw.get("max_position_embeddings", 2048),
+        rotary_fraction=_first(rope.get("partial_rotary_factor"), raw.get("rotary_pct"), 0.25),
+        rotary_base=_first(rope.get("rope_theta"), raw.get("rotary_emb_base"), 10000.0),
+        activation=_ACTIVATIONS[activation],
+        residual="parallel" if raw.get("use_parallel_residual", True) else "sequential",
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        attention_bias=raw.get("attention_bias", True),
+        layernorm_eps=raw.get("layer_norm_eps", 1e-5),
+        init_std=raw.get("initializer_range", 0.02),
+    )
     return config, _notes(raw, activation)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megarewarm.checkpoint.pickles import Record, read_pickle
 from megarewarm.checkpoint.tensor_parts import kind_of, merge, whole_shape
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, make_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 
@@ -157,7 +157,8 @@ class MegatronFolder:
         h = self._headers["layers.0.input_layernorm.weight"][0][0]
         rows = self._shape(EMBEDDING)[0]
         self.notes.append("sequential residual and exact (erf) GELU, as in Megatron-LM; give 'model' to say otherwise")
-        return ModelConfig(
+        return make_model_config(
+            self.where,
             num_layers=self._layers,
             hidden_size=h,
             num_heads=args["num_attention_heads"],

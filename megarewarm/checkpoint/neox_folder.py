@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megarewarm.checkpoint.pickles import Record, read_pickle
 from megarewarm.checkpoint.tensor_parts import kind_of, merge, whole_shape
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, check, expected_shapes, make_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 
@@ -87,6 +87,7 @@ class NeoXFolder:
         self._rotary_dims: int | None = None
         self._index()
         self.model_config, self.notes = self._read_config()
+        check(self, expected_shapes(self.model_config))
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +185,8 @@ class NeoXFolder:
         rows = whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, kind)[0]
         up = whole_shape(self._headers["layers.0.mlp.dense_h_to_4h.weight"][0], self.tensor_ranks, kind)[0]
         notes.append(f"{'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion" if settings else "tanh GELU")
-        config = ModelConfig(
+        config = make_model_config(
+            str(self.folder),
             num_layers=self.layers,
             hidden_size=h,
             num_heads=heads,

@@ -187,7 +187,7 @@ class NeoXOptimizer:
                 pieces.append(segment[begin:end])
             position += segment.numel()
         flat = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return flat.view(where.shape).float()
+        return flat.detach().view(where.shape).float()  # masters were saved as parameters
 
 
 def _segments_of(state: Mapping[str, Any], group: int, what: What) -> Iterator[Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megarewarm.config.schema import ModelConfig
@@ -40,6 +41,16 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One of them, on the CPU, in the dtype it is stored in."""
+
+
+def make_model_config(where: str, **values: Any) -> ModelConfig:
+    """The shape that ``values`` of the file or folder ``where`` say. Raises ``UserError`` for one that can't be."""
+    try:
+        return ModelConfig(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{where}: {key + ': ' if key else ''}{problem['msg']}") from error
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
