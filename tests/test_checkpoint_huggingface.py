@@ -156,7 +156,7 @@ def broken(folder: Path, how: str) -> None:
         ("extra", r"unexpected tensor gpt_neox\.layers\.9\.mlp\.dense_h_to_4h\.weight in model\.safetensors"),
         ("shape", r"final_layer_norm\.bias in model\.safetensors has shape \(63,\), expected \(64,\)"),
         ("dtype", r"final_layer_norm\.bias .*has dtype"),
-        ("truncated", r"model\.safetensors: not a readable weight file"),
+        ("truncated", r"model\.safetensors: not a readable safetensors file"),
         ("none", "no weights found"),
         ("json", r"config\.json"),
         ("type", "model_type is 'llama'"),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megarewarm.checkpoint.pickles import read_pickle
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config
+from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config, unreadable
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
@@ -160,7 +160,7 @@ def _headers(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file, yet the index beside it names it") from error
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable weight file ({first_line(error)})") from error
+        raise unreadable(file, "safetensors file", first_line(error)) from error
 
 
 def load_weights(folder: str | Path, model: NeoX) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megarewarm.checkpoint.weights import unreadable
 from megarewarm.errors import UserError
 
 # What GPT-NeoX, DeepSpeed and Megatron-LM pickle: by module, or by module and name. Nothing of theirs is imported.
@@ -34,6 +36,8 @@ _RECORDS = (
     "signal.Signals",
     "torch.torch_version.TorchVersion",
 )
+# how torch names what it refuses
+_NAMED_IN_ERROR = re.compile(r"(?:GLOBAL|class|function|global) ['`]?([A-Za-z_][\w.]*\.\w+)")
 
 
 class Record:
@@ -89,13 +93,16 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path}: no such file, yet others of its checkpoint are there; copy it as well") from error
     except UnpicklingError as error:
         strange = sorted(name for name in names if not name.startswith((*_RECORDS, "torch.", "collections.")))
-        what = ", ".join(f"'{name}'" for name in strange[:3]) if strange else _first_line(error)
+        strange = strange or _NAMED_IN_ERROR.findall(str(error))
+        if not strange:
+            raise unreadable(path, "PyTorch file", _first_line(error)) from error
+        what = ", ".join(f"'{name}'" for name in strange[:3])
         raise UserError(
             f"{path}: holds {what}, which no checkpoint of GPT-NeoX, DeepSpeed or Megatron-LM needs; nothing in it was run. "
             f"Get the file from a source you trust"
         ) from error
     except (OSError, RuntimeError, EOFError, AttributeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable PyTorch file ({_first_line(error)}); copy it again") from error
+        raise unreadable(path, "PyTorch file", _first_line(error)) from error
 
 
 def _globals(path: Path) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +42,20 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One of them, on the CPU, in the dtype it is stored in."""
+
+
+def unreadable(path: Path, kind: str, reason: str) -> UserError:
+    """The error for a file that is no ``kind``: damaged, or what git leaves in a clone without its large files."""
+    try:
+        with open(path, "rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        pointer = False
+    if pointer:
+        return UserError(
+            f"{path}: a pointer of Git LFS, not the file itself: run 'git lfs pull' in the clone it is from, and copy it"
+        )
+    return UserError(f"{path}: not a readable {kind} ({reason}); copy it again")
 
 
 def make_model_config(where: str, **values: Any) -> ModelConfig:
