@@ -34,7 +34,7 @@ def test_weights_are_read_as_they_were(tmp_path: Path, shape: Shape) -> None:
     for name in (tmp_path, folder):
         source = open_checkpoint(str(name))
         assert source.format == "megatron-lm" and source.keeps == frozenset()
-    weights = source._weights  # type: ignore[attr-defined]
+    weights = source.weights
     config = source.model_config
     check(weights, expected_shapes(config))
     assert set(weights.describe()) == set(model)

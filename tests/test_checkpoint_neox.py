@@ -101,7 +101,7 @@ def assert_read(folder: Path, shape: Shape, weights: dict, masters: dict, moment
     assert source.training is not None and source._optimizer is not None
     for name, tensor in weights.items():
         assert torch.equal(stored.read(our_name(name)), tensor), name
-        assert torch.equal(source._weights.read(our_name(name)), masters[name].float()), name
+        assert torch.equal(source.weights.read(our_name(name)), masters[name].float()), name
         for what, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
             assert torch.equal(source._optimizer.read(what, our_name(name)), values[name]), (what, name)
     state = source.training

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.replace import new_folder
-from megarewarm.checkpoint.tensor_parts import kind_of, require_divisible, split
+from megarewarm.checkpoint.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
+from megarewarm.checkpoint.torch_stream import write_streaming
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
@@ -45,10 +46,10 @@ def export_neox(
         target = new / f"global_step{step}"
         target.mkdir()
         for layer, names in _files(config):
-            parts = {theirs: (name, dtype or stored[name].dtype, _kind(name, config)) for theirs, name in names.items()}
+            dtypes = {theirs: dtype or stored[name].dtype for theirs, name in names.items()}
             for rank in range(tensor_ranks):
                 path = target / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
-                torch.save(_rank_part(weights, parts, rank, tensor_ranks), path)
+                _write_layer(path, weights, names, dtypes, config, rank, tensor_ranks)
         for rank in range(tensor_ranks):
             torch.save(_counters(config, step, tensor_ranks), target / f"mp_rank_{rank:02d}_model_states.pt")
         (target / "configs").mkdir()
@@ -57,15 +58,29 @@ def export_neox(
         (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n")
 
 
-def _rank_part(weights: Weights, parts: Mapping[str, tuple[str, torch.dtype, Any]], rank: int, ranks: int) -> dict[str, Tensor]:
-    # clones: a part that is a view would be saved with the whole it is a view of
-    return {
-        theirs: split(weights.read(name).to(dtype), ranks, kind, name)[rank].clone()
-        for theirs, (name, dtype, kind) in parts.items()
+def _write_layer(
+    path: Path,
+    weights: Weights,
+    names: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype],
+    config: ModelConfig,
+    rank: int,
+    ranks: int,
+) -> None:
+    """Write rank ``rank``'s part of a layer. ``names``: GPT-NeoX's names within the layer -> ours."""
+
+    def part(theirs: str) -> Tensor:
+        name = names[theirs]
+        return split(weights.read(name).to(dtypes[theirs]), ranks, _kind(name, config), name)[rank]
+
+    stored = weights.describe()
+    shapes = {
+        theirs: (part_shape(stored[name].shape, ranks, _kind(name, config)), dtypes[theirs]) for theirs, name in names.items()
     }
+    write_streaming(path, shapes, part)
 
 
-def _kind(name: str, config: ModelConfig) -> Any:
+def _kind(name: str, config: ModelConfig) -> Kind:
     return kind_of(name, biases_added=config.residual == "parallel")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +20,7 @@ from megarewarm.checkpoint.megatron import find as find_megatron
 from megarewarm.checkpoint.neox_state import read_training, with_masters
 from megarewarm.checkpoint.state import TrainingState, read_state
 from megarewarm.checkpoint.store import Tensors
-from megarewarm.checkpoint.weights import Weights, fill
+from megarewarm.checkpoint.weights import Description, Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
@@ -46,6 +48,19 @@ class CheckpointSource(Protocol):
         """Fill named training tensors (moments, RNG state) in place."""
 
 
+class OpenedCheckpoint(CheckpointSource, Protocol):
+    """``stored``: the parameters as they lie in the files, whole; ``weights``: in full precision, which are other files where
+    there are fp32 masters beside fp16 weights."""
+
+    @property
+    def stored(self) -> Weights:
+        """As stored."""
+
+    @property
+    def weights(self) -> Weights:
+        """In full precision."""
+
+
 class OwnCheckpoint:
     """A checkpoint of ours: weights, moments and every counter; or less, if it was converted from a format that has less.
 
@@ -63,6 +78,8 @@ class OwnCheckpoint:
         self.model_config = self.state.model
         self.lineage = self.state.lineage
         self.notes: list[str] = []
+        self.stored: Weights = _OwnWeights(folder)
+        self.weights: Weights = self.stored
         self._verified = verified
 
     def verify(self, *, alone: bool = False) -> None:
@@ -92,6 +109,28 @@ class OwnCheckpoint:
         return model
 
 
+class _OwnWeights:
+    """The weights in a folder of ours. For one process: other ranks know nothing of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._folder = folder
+
+    def describe(self) -> Mapping[str, Description]:
+        stored = store.stored_tensors(self._folder)
+        return {
+            name.removeprefix("model."): Description(shape, dtype, f"{name} in {self._folder.name}")
+            for name, (shape, dtype) in stored.items()
+            if name.startswith("model.")
+        }
+
+    def read(self, name: str) -> Tensor:
+        shape, dtype = store.stored_tensors(self._folder)[f"model.{name}"]
+        tensor = torch.empty(shape, dtype=dtype)
+        store.load(self._folder, {f"model.{name}": tensor}, alone=True)
+        return tensor
+
+
 class HuggingFaceCheckpoint:
     """A folder or hub name that transformers loads: weights only."""
 
@@ -104,9 +143,20 @@ class HuggingFaceCheckpoint:
         self.model_config, self.notes = huggingface.read_model_config(folder)
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
         self._folder = folder
+        self.tokenizer = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None
+
+    @cached_property
+    def stored(self) -> Weights:
+        """The weights, once their headers are needed."""
+        return huggingface.HuggingFaceWeights(self._folder)
+
+    @property
+    def weights(self) -> Weights:
+        """The same: there are no others."""
+        return self.stored
 
     def load_weights(self, model: ParallelModel) -> None:
-        fill(huggingface.HuggingFaceWeights(self._folder), model.shapes, model.fill)
+        fill(self.weights, model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: a Hugging Face folder holds weights only; set start.moments to 'reset'")
@@ -119,17 +169,17 @@ class NeoXCheckpoint:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        weights = neox_folder.NeoXFolder(folder)
-        self.model_config, self.notes = weights.model_config, weights.notes
-        self.training, self._optimizer, notes = read_training(weights)
+        self.stored = neox_folder.NeoXFolder(folder)
+        self.model_config, self.notes = self.stored.model_config, self.stored.notes
+        self.training, self._optimizer, notes = read_training(self.stored)
         self.notes += notes
         self.keeps = ALL_LINES - {"rng"} if self.training is not None else frozenset()
-        self._weights: Weights = weights if self._optimizer is None else with_masters(weights, self._optimizer)
+        self.weights: Weights = self.stored if self._optimizer is None else with_masters(self.stored, self._optimizer)
         stage = Stage(run=name, intent="foreign checkpoint (gpt-neox)")
         self.lineage = Lineage(stages=[stage]) if self.training is None else self.training.lineage
 
     def load_weights(self, model: ParallelModel) -> None:
-        fill(self._weights, model.shapes, model.fill)
+        fill(self.weights, model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
         assert self._optimizer is not None
@@ -148,12 +198,13 @@ class MegatronCheckpoint:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        self._weights = MegatronFolder(folder)
-        self.model_config, self.notes = self._weights.model_config, self._weights.notes
+        self.stored = MegatronFolder(folder)
+        self.weights: Weights = self.stored
+        self.model_config, self.notes = self.stored.model_config, self.stored.notes
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (megatron-lm)")])
 
     def load_weights(self, model: ParallelModel) -> None:
-        fill(self._weights, model.shapes, model.fill)
+        fill(self.weights, model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: only weights are read from Megatron-LM's files; set start.moments to 'reset'")
@@ -174,7 +225,7 @@ def weight_tensors(model: ParallelModel) -> Tensors:
     return {f"model.{name}": tensor for name, tensor in model.weights().items()}
 
 
-def open_checkpoint(name: str) -> CheckpointSource:
+def open_checkpoint(name: str) -> OpenedCheckpoint:
     """The checkpoint ``name`` means: a run or checkpoint folder of ours, one of GPT-NeoX or Megatron-LM, a Hugging Face folder,
     or a hub name.
 
@@ -194,10 +245,10 @@ def open_checkpoint(name: str) -> CheckpointSource:
         if (megatron := find_megatron(path)) is not None:
             return MegatronCheckpoint(name, megatron)
         raise UserError(
-            f"start.from: {name} is neither a run or checkpoint folder of megarewarm (no finished step_N in it), nor a "
+            f"{name} is neither a run or checkpoint folder of megarewarm (no finished step_N in it), nor a "
             f"Hugging Face folder (no config.json), nor one of GPT-NeoX (no 'latest', no layer_* or mp_rank_* files) or "
             f"Megatron-LM (no iter_N with mp_rank_*)"
         )
     if path.exists():
-        raise UserError(f"start.from: {name} is a file; name the folder of the checkpoint")
+        raise UserError(f"{name} is a file; name the folder of the checkpoint")
     return HuggingFaceCheckpoint(name, hub.resolve(name))

@@ -52,6 +52,14 @@ def whole_shape(part: Sequence[int], ranks: int, kind: Kind) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def part_shape(whole: Sequence[int], ranks: int, kind: Kind) -> tuple[int, ...]:
+    """Shape of each of ``ranks`` parts of a whole."""
+    shape = list(whole)
+    if kind in ("rows", "columns"):
+        shape[0 if kind == "rows" else 1] //= ranks
+    return tuple(shape)
+
+
 def require_divisible(name: str, shape: Sequence[int], ranks: int, kind: Kind) -> None:
     """Raise ``UserError`` where ``ranks`` tensor ranks can't share parameter ``name`` evenly."""
     if kind not in ("rows", "columns"):

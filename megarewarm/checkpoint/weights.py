@@ -27,9 +27,14 @@ class Description:
     place: str
 
     @property
+    def numel(self) -> int:
+        """Its number of values."""
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
         """Its size."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 class Weights(Protocol):

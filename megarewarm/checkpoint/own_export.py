@@ -1,0 +1,100 @@
+"""Writing checkpoints of our own from any other, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megarewarm.checkpoint import store
+from megarewarm.checkpoint.folder import is_checkpoint
+from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.source import OpenedCheckpoint
+from megarewarm.checkpoint.state import TrainingState
+from megarewarm.checkpoint.weights import Weights, check, expected_shapes
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+
+_RNG = "rng.cpu"
+
+
+class _Streaming(DefaultSavePlanner):
+    """Plans from tensors without memory and reads each at the moment at which it is written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._read(write_item.index.fqn)
+
+
+def export_own(
+    source: OpenedCheckpoint, weights: Weights, config: ModelConfig, folder: Path, advance: Callable[[int], None]
+) -> list[str]:
+    """Write ``weights`` as a checkpoint of ours, with the moments and counters of ``source`` where it has them.
+
+    ``folder`` is the checkpoint itself, to be named in ``start.from``. Returns notes. Raises ``UserError`` where something else
+    stands there and where the disk refuses.
+    """
+    training = source.training
+    shapes = expected_shapes(config)
+
+    def read(key: str) -> Tensor:
+        if key.startswith("model."):
+            return weights.read(key.removeprefix("model.")).float()
+        shape = (torch.get_rng_state().shape, torch.uint8) if key == _RNG else (shapes[key.split(".", 2)[2]], torch.float32)
+        tensor = torch.empty(shape[0], dtype=shape[1])
+        source.load_tensors({key: tensor})
+        advance(tensor.nbytes)
+        return tensor
+
+    check(weights, shapes)
+    names = {f"model.{name}": shape for name, shape in shapes.items()}
+    if training is not None:
+        for moment in ("exp_avg", "exp_avg_sq"):
+            names |= {f"optimizer.{moment}.{name}": shape for name, shape in shapes.items()}
+    described: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
+    if "rng" in source.keeps:
+        described[_RNG] = torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")
+    state = training.model_copy(update={"keeps": source.keeps}) if training is not None else None
+    write_streaming(folder, state or weights_only_state(source.name, config, source.lineage), described, read)
+    return ["weights only: start.intent 'rewarm' can load it"] if training is None else []
+
+
+def weights_only_state(name: str, config: ModelConfig, lineage: Lineage) -> TrainingState:
+    """The counters of a checkpoint that has none."""
+    return TrainingState(
+        run=name,
+        intent="converted",
+        step=0,
+        tokens=0,
+        optimizer_step=0,
+        schedule_position=0,
+        schedule={},
+        last_lr=0.0,
+        samples=0,
+        data_fingerprint="",
+        model=config,
+        lineage=lineage,
+        start_position=(0, 0, 0),
+        keeps=frozenset(),
+    )
+
+
+def write_streaming(folder: Path, state: TrainingState, described: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write a checkpoint whose tensors are read when their turn comes. ``described``: the same on the meta device.
+
+    Raises ``UserError`` as ``export_own``.
+    """
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_checkpoint(folder))):
+        raise UserError(f"{folder}: exists and is no checkpoint of megarewarm: choose another folder or remove it")
+    try:
+        store.write(folder, state, described, planner=_Streaming(read), file_per_tensor=True)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error}); make room or correct the permissions") from error

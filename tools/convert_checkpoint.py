@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint: python tools/convert_checkpoint.py SRC DST --to hf|neox|megarewarm
+
+SRC is a run or checkpoint folder of megarewarm, a Hugging Face folder or hub name (organisation/name@revision), a folder of
+GPT-NeoX (global_stepN, or the one with 'latest') or of Megatron-LM (iter_N, 'torch' format). One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import find_megarewarm  # noqa: F401  # isort: skip
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from megarewarm.checkpoint.convert import DTYPES, Wish, bytes_to_read, convert
+from megarewarm.checkpoint.progress import reading
+from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.errors import EXIT_BAD_INPUT, UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
+    parser.add_argument("--to", required=True, choices=("hf", "neox", "megarewarm"), help="the form to write")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: as stored; fp32 takes the optimizer's masters where there are any"
+    )
+    parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside SRC")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        source = open_checkpoint(arguments.source)
+        tokenizer = arguments.tokenizer or getattr(source, "tokenizer", None)
+        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+        wish = Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, tokenizer)
+        for note in source.notes:
+            console.print(f"{source.name}: {note}", highlight=False)
+        began = time.perf_counter()
+        total = bytes_to_read(source, wish)
+        with reading(console, f"{source.format} to {arguments.to}", total) as advance:
+            notes = convert(source, arguments.destination, wish, advance)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    for note in notes:
+        console.print(f"{arguments.destination}: {note}", highlight=False)
+    seconds = time.perf_counter() - began
+    console.print(
+        f"{arguments.destination}: {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)", highlight=False
+    )
+
+
+if __name__ == "__main__":
+    main()

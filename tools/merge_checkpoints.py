@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Average the weights of checkpoints, one parameter at a time.
+
+    python tools/merge_checkpoints.py OUT --last 5 runs/mine                      mean of a run's five newest checkpoints
+    python tools/merge_checkpoints.py OUT --mean A B C                            mean of any checkpoints
+    python tools/merge_checkpoints.py OUT --ema 0.8 A B C                         moving average, oldest first
+    python tools/merge_checkpoints.py OUT --interpolate START END --alpha 0.25 0.5 0.75
+
+Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: look at it with tools/inspect_checkpoint.py, train on
+from it (start.intent rewarm), or write it for transformers (--to hf).
+"""
+
+from __future__ import annotations
+
+import find_megarewarm  # noqa: F401  # isort: skip
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from megarewarm.checkpoint.convert import DTYPES, Wish
+from megarewarm.checkpoint.merge import Merge, bytes_to_read, last_of, merge
+from megarewarm.checkpoint.merging import ema_shares, interpolation_shares, mean_shares
+from megarewarm.checkpoint.progress import reading
+from megarewarm.errors import EXIT_BAD_INPUT, UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("destination", metavar="OUT", type=Path)
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--mean", nargs="+", metavar="CHECKPOINT")
+    how.add_argument("--last", nargs=2, metavar=("K", "RUN"))
+    how.add_argument("--ema", nargs="+", metavar="DECAY CHECKPOINT")
+    how.add_argument("--interpolate", nargs=2, metavar=("START", "END"))
+    parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
+    parser.add_argument("--to", choices=("megarewarm", "hf", "neox"), default="megarewarm", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside the first")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        wish = Wish(arguments.to, DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer)
+        for merged, destination in _merges(arguments):
+            with reading(console, destination.name, bytes_to_read(merged)) as advance:
+                notes = merge(merged, destination, wish, advance)
+            console.print(f"{destination}: {merged.description}", highlight=False)
+            for note in notes:
+                console.print(f"{destination}: {note}", highlight=False)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _merges(arguments: argparse.Namespace) -> list[tuple[Merge, Path]]:
+    out: Path = arguments.destination
+    if arguments.interpolate:
+        several = len(arguments.alpha) > 1
+        return [
+            (
+                Merge(arguments.interpolate, interpolation_shares(a), f"interpolation at {a:g}"),
+                Path(f"{out}_{a:g}") if several else out,
+            )
+            for a in arguments.alpha
+        ]
+    if arguments.ema:
+        decay, names = arguments.ema[0], arguments.ema[1:]
+        try:
+            shares = ema_shares(len(names), float(decay))
+        except ValueError:
+            raise UserError(f"--ema {decay}: the decay comes first, a number in [0, 1), then the checkpoints") from None
+        return [(Merge(names, shares, f"moving average with decay {decay}"), out)]
+    names = last_of(*arguments.last) if arguments.last else arguments.mean
+    return [(Merge(names, mean_shares(len(names)), f"mean of {len(names)}"), out)]
+
+
+if __name__ == "__main__":
+    main()
