@@ -1,7 +1,7 @@
 """Peak memory and speed of converting a large checkpoint, against copying the same bytes with ``cp``.
 
-Random fp16 weights of the shape of Pythia 6.9B (13.7 GB; the disk has to hold three such folders) go from Hugging Face's form to
-GPT-NeoX's and back, each in a fresh process. Linux only.
+Random fp16 weights of the shape of Pythia 6.9B (13.7 GB; the disk holds three such folders) go from Hugging Face to
+GPT-NeoX and back, each in a fresh process. Linux only.
 
     python benchmarks/convert_checkpoint.py [--hidden 4096 --layers 32 --vocabulary 50432] [--tp 4] [--folder DIR]
 """

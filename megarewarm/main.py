@@ -6,12 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
 from megarewarm import __version__
 from megarewarm.config.experiment import is_experiment, load_experiment
 from megarewarm.config.load import read_configs, validate
+from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.parallel.launchers import Launch, read_launcher
@@ -26,6 +28,7 @@ Start it with any of:
   python launch.sh configs/410m_rewarm.yml training.micro_batch=4
   deepspeed launch.sh configs/410m_rewarm.yml
   torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
+  deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
 The same command after an interruption continues where the run stood.
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 128 + signal when stopped by one (a checkpoint was
 saved)."""
@@ -53,8 +56,15 @@ def main(argv: Sequence[str]) -> int:
     launch: Launch | None = None
     try:
         launch = read_launcher(os.environ, arguments.local_rank)
-        mapping, origins = read_configs(arguments.configs)
         console = Console(quiet=launch.rank != 0, soft_wrap=not sys.stdout.isatty())
+        if files := neox_files(arguments.configs):
+            from megarewarm.training.neox_start import load_neox, show_account
+
+            overrides = [word for word in arguments.configs if Path(word) not in files]
+            run, account = load_neox(files, overrides, launch.world_size)
+            show_account(account, console)
+            return _run(run, launch, console, dry=arguments.dry_run)
+        mapping, origins = read_configs(arguments.configs)
         if is_experiment(mapping):
             experiment, runs = load_experiment(mapping, origins)
             if arguments.dry_run:
@@ -62,18 +72,21 @@ def main(argv: Sequence[str]) -> int:
 
                 return show_experiment(experiment, runs, console)
             return _train(runs, launch, console, experiment=experiment)
-        run = validate(RunConfig, mapping, origins)
-        if arguments.dry_run:
-            from megarewarm.training.dry_run import show_run
-
-            return show_run(run, console, world_size=launch.world_size)
-        return _train([run], launch, console, experiment=None)
+        return _run(validate(RunConfig, mapping, origins), launch, console, dry=arguments.dry_run)
     except UserError as error:
         # one voice per node: the others would only repeat it
         if launch is None or launch.local_rank == 0:
             prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
             print(f"{prefix}{error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
+
+
+def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
+    if dry:
+        from megarewarm.training.dry_run import show_run
+
+        return show_run(run, console, world_size=launch.world_size)
+    return _train([run], launch, console, experiment=None)
 
 
 def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experiment) -> int:  # type: ignore[no-untyped-def]

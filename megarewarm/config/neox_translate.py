@@ -1,0 +1,401 @@
+"""A GPT-NeoX configuration in our words. Rules and defaults are GPT-NeoX's; the sections of ours are built one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megarewarm.config.neox_read import NeoxFile
+from megarewarm.errors import UserError
+
+_CURVES = {"linear": "linear_clipped", "cosine": "cosine", "exponential": "exponential", "constant": "constant"}
+_INIT = {"normal": "normal", "small_init": "small"}
+_OUTPUT_INIT = {"normal": "normal", "wang_init": "wang", "scaled_normal": "scaled_normal"}
+_PRECISIONS = {"fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "fp32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """``mapping``: a run in our words, but for ``start`` and the vocabulary of a model that is loaded, for which the checkpoint
+    has to be opened. ``load``: its name. ``vocabulary``: the rows that the file's tokenizer asks for. ``notes``: what a reader
+    of the file may not expect."""
+
+    mapping: dict[str, Any]
+    load: str | None
+    finetune: bool
+    keeps_rng: bool
+    overrides_schedule: bool
+    vocabulary: Callable[[], int]
+    notes: list[str] = field(default_factory=list)
+
+    def vocabulary_or_none(self) -> int | None:
+        """The padded vocabulary that the file asks for, None where it can't be known from it."""
+        try:
+            return self.vocabulary()
+        except UserError:
+            return None
+
+
+def translate(file: NeoxFile, world_size: int) -> Translation:
+    """``file`` for ``world_size`` ranks. Raises ``UserError`` naming file, line and key."""
+    return _Translator(file, world_size).translate()
+
+
+class _Translator:
+    def __init__(self, file: NeoxFile, world_size: int) -> None:
+        self._file, self._world = file, world_size
+        self._notes: list[str] = []
+
+    def translate(self) -> Translation:
+        tensor, pipeline = self._get("model_parallel_size", 1), max(1, self._get("pipe_parallel_size", 0))
+        if self._world % (tensor * pipeline):
+            raise self._error(
+                "model_parallel_size",
+                f"{tensor} x {pipeline} pipeline stages don't divide the {self._world} ranks; start a multiple of "
+                f"{tensor * pipeline}",
+            )
+        self._data_ranks = self._world // (tensor * pipeline)
+        self._iterations = self._require("train_iters")
+        self._batch, micro = self._batches()
+        self._load = self._get("load", None)
+        save = self._get("save", None)
+        name = self._name(save)
+        if save is None:
+            self._notes.append(f"'save' is not given: the run folder is runs/{name}")
+        mapping = {
+            "name": name,
+            "folder": save,
+            "model": self._model(tensor),
+            "data": self._data(),
+            "schedule": self._schedule(),
+            "training": {
+                "budget": self._iterations,
+                "global_batch": self._batch,
+                "micro_batch": micro,
+                "precision": self._precision(),
+                "recompute": "full" if self._get("checkpoint_activations", False) else "none",
+                "seed": self._get("seed", 1234),
+            },
+            "optimizer": self._optimizer(),
+            "evaluation": {"every": self._get("eval_interval", 1000), "windows": "moving", "at_start": False},
+            "checkpoint": self._checkpoint(),
+            "logging": self._logging(),
+            "parallel": self._parallel(tensor, pipeline),
+        }
+        return Translation(
+            mapping=mapping,
+            load=self._load,
+            finetune=bool(self._get("finetune", False)),
+            keeps_rng=not self._get("no_load_rng", False),
+            overrides_schedule=bool(self._get("override_lr_scheduler", False)),
+            vocabulary=lambda: self.padded_vocabulary(tensor),
+            notes=self._notes,
+        )
+
+    # ---- small things ----------------------------------------------------------------------------------------------
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self._file.values.get(key)
+        return default if value is None else value
+
+    def _require(self, key: str) -> Any:
+        if self._file.values.get(key) is None:
+            raise UserError(f"{self._file.name}: '{key}' is missing and has no default")
+        return self._file.values[key]
+
+    def _error(self, key: str, what: str) -> UserError:
+        return UserError(f"{self._file.place(key)}: {what}")
+
+    def _choice(self, key: str, default: str, choices: dict[str, str]) -> str:
+        value = self._get(key, default)
+        if value not in choices:
+            raise self._error(key, f"{value!r} can't be honoured, only {', '.join(map(repr, choices))}")
+        return choices[value]
+
+    def _name(self, save: str | None) -> str:
+        text = Path(save).name if save else Path(self._file.name).stem
+        return "".join(c if c.isalnum() or c in "_.-" else "_" for c in text) or "run"
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> tuple[int, int]:
+        """(global batch, micro-batch). Any two of the three give the third by whole division; then the product is checked."""
+        total, micro, steps = (
+            self._get(key, None)
+            for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        )
+        ranks = self._data_ranks
+        if total is None and micro is None:
+            raise UserError(f"{self._file.name}: 'train_micro_batch_size_per_gpu' is missing (or give train_batch_size)")
+        if micro is None:
+            micro = total // ranks // (steps or 1)
+        if steps is None:
+            steps = 1 if total is None else total // micro // ranks if micro else 0
+        if total is None:
+            total = micro * steps * ranks
+        if min(total, micro, steps) < 1 or micro * steps * ranks != total:
+            key = "train_batch_size" if "train_batch_size" in self._file.values else "train_micro_batch_size_per_gpu"
+            raise self._error(
+                key, f"{total} is not micro-batch {micro} x {steps} accumulation steps x {ranks} data-parallel ranks"
+            )
+        return total, micro
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    def _model(self, tensor: int) -> dict[str, Any]:
+        hidden = self._require("hidden_size")
+        self._check_attention()
+        ffn = self._get("intermediate_size", None)
+        if ffn is None and self._get("expansion_factor", None) is not None:
+            ffn = int(self._get("expansion_factor", 4) * hidden)
+        tanh = self._get("bias_gelu_fusion", False)
+        self._notes.append(
+            f"bias_gelu_fusion {str(tanh).lower()}: {'tanh' if tanh else 'exact (erf)'} GELU, whatever the checkpoint says"
+        )
+        model = {
+            "num_layers": self._require("num_layers"),
+            "hidden_size": hidden,
+            "num_heads": self._require("num_attention_heads"),
+            "ffn_size": ffn,
+            "max_positions": self._get("max_position_embeddings", None) or self._require("seq_length"),
+            "rotary_fraction": self._get("rotary_pct", 1.0),
+            "rotary_base": self._get("rotary_emb_base", 10000),
+            "activation": "gelu_tanh" if tanh else "gelu_erf",
+            "residual": "parallel" if self._get("gpt_j_residual", False) else "sequential",
+            "tie_embeddings": not self._get("no_weight_tying", False),
+            "attention_bias": self._get("use_bias_in_attn_linear", True),
+            "layernorm_eps": self._get("layernorm_epsilon", 1e-5),
+            "init": self._choice("init_method", "normal", _INIT),
+            "output_init": self._choice("output_layer_init_method", "scaled_normal", _OUTPUT_INIT),
+            "init_std": self._get("init_method_std", 0.02),
+        }
+        if self._load is None:
+            model["vocab_size"] = self.padded_vocabulary(tensor)
+        return model
+
+    def _check_attention(self) -> None:
+        layers = self._require("num_layers")
+        given = self._get("attention_config", None)
+        if given is None:
+            return
+        kinds: list[str] = []
+        shape = 'a list of [[kinds], count], such as [[["flash"], 24]]; count may be "all"'
+        for item in given:
+            if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
+                raise self._error("attention_config", f"{item!r} is not of the form [[kinds], count]: expected {shape}")
+            pattern, count = item
+            if count == "all":
+                count = layers // len(pattern)
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise self._error("attention_config", f'count {count!r} is neither a number nor "all": expected {shape}')
+            kinds += pattern * count
+        if len(kinds) != layers:
+            raise self._error("attention_config", f"describes {len(kinds)} layers, num_layers is {layers}")
+        if other := [kind for kind in kinds if kind not in ("global", "flash")]:
+            raise self._error(
+                "attention_config", f"{other[0]!r} can't be honoured: only 'global' and 'flash' attention is known"
+            )
+
+    def padded_vocabulary(self, tensor: int) -> int:
+        """GPT-NeoX's rule: the tokenizer's size, up to a multiple of make_vocab_size_divisible_by x tensor-parallel ranks."""
+        if (given := self._get("padded_vocab_size", None)) is not None:
+            return int(given)
+        size = self._tokenizer_size()
+        multiple = self._get("make_vocab_size_divisible_by", 128) * tensor
+        return math.ceil(size / multiple) * multiple
+
+    def _tokenizer_size(self) -> int:
+        kind, name = self._get("tokenizer_type", "GPT2BPETokenizer"), self._get("vocab_file", None)
+        if kind == "CharLevelTokenizer":
+            return 512
+        if name is None:
+            raise UserError(
+                f"{self._file.name}: 'vocab_file' is missing: the vocabulary's size can't be known (or give padded_vocab_size)"
+            )
+        if not Path(name).is_file():
+            raise self._error("vocab_file", f"{name}: no such file, so the vocabulary's size can't be known")
+        if kind == "HFTokenizer":
+            from tokenizers import Tokenizer
+
+            try:
+                return int(Tokenizer.from_file(name).get_vocab_size())
+            except Exception as error:  # the library's own class is Exception
+                raise self._error("vocab_file", f"{name}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
+        if kind == "SPMTokenizer":
+            from sentencepiece import SentencePieceProcessor
+
+            return int(SentencePieceProcessor(model_file=name).get_piece_size())
+        if kind in ("GPT2BPETokenizer", "HFGPT2Tokenizer"):
+            import json
+
+            return len(json.loads(Path(name).read_text(encoding="utf-8")))
+        raise self._error("tokenizer_type", f"{kind!r} is not known here; give padded_vocab_size")
+
+    # ---- the data --------------------------------------------------------------------------------------------------
+
+    def _data(self) -> dict[str, Any]:
+        length = self._require("seq_length")
+        tokens = self._get("eval_iters", 100) * self._batch * length
+        weighted = self._get("train_data_paths", None)
+        if weighted and self._get("data_path", None):
+            raise self._error("data_path", "given beside train_data_paths; remove one of the two")
+        sources = {part: self._sources(part) for part in ("train", "valid", "test")}
+        if not sources["train"]:
+            raise UserError(f"{self._file.name}: 'data_path' is missing (or give train_data_paths)")
+        sets = [
+            {"name": part, "role": "downstream", "tokens": tokens, "when": when, "sources": sources[part]}
+            for part, when in (("valid", "always"), ("test", "end"))
+            if sources[part] and tokens
+        ]
+        vocab_file = self._get("vocab_file", None)
+        usable = vocab_file is not None and self._get("tokenizer_type", "") == "HFTokenizer" and Path(vocab_file).is_file()
+        return {
+            "sequence_length": length,
+            "order": "neox",
+            "seed": self._get("seed", 1234),
+            "blend_of_one": bool(weighted),
+            "train": sources["train"],
+            "validation": sets,
+            "tokenizer": vocab_file if usable else None,
+        }
+
+    def _sources(self, part: str) -> list[dict[str, Any]]:
+        if (path := self._get("data_path", None)) is not None:
+            split = self._get("split", "969, 30, 1").replace("/", ",")
+            return [{"path": path, "split": split, "part": part, "max_epochs": None}]
+        paths, weights = self._get(f"{part}_data_paths", None), self._get(f"{part}_data_weights", None)
+        if not paths:
+            return []
+        weights = [1.0] * len(paths) if weights is None else weights
+        if len(weights) != len(paths):
+            raise self._error(f"{part}_data_weights", f"{len(weights)} weights for {len(paths)} paths; give one for each")
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+                raise self._error(f"{part}_data_weights", f"{weight!r} is no weight; expected numbers above 0")
+        # two files of the same name are told apart by their place in the list
+        names = [Path(path).name for path in paths]
+        return [
+            {"path": path, "weight": float(weight), "max_epochs": None}
+            | ({"name": f"{name}_{i}"} if names.count(name) > 1 else {})
+            for i, (path, name, weight) in enumerate(zip(paths, names, weights, strict=True))
+        ]
+
+    # ---- schedule and optimizer ------------------------------------------------------------------------------------
+
+    def _schedule(self) -> dict[str, Any]:
+        style = self._choice("lr_decay_style", "linear", _CURVES)
+        end = self._get("lr_decay_iters", None)
+        if end is None:
+            fraction = self._get("lr_decay_fraction", None)
+            end = self._iterations if fraction is None else math.floor(self._iterations * fraction)
+        if end < 1:
+            raise self._error("lr_decay_iters", f"the decay would be {end} iterations long; at least 1 is needed")
+        peak = self._optimizer_block().get("params", {}).get("lr", self._get("lr", None))
+        if peak is None:
+            raise UserError(f"{self._file.name}: the learning rate is missing: give optimizer.params.lr")
+        schedule: dict[str, Any] = {
+            "curve": style,
+            "max_lr": float(peak),
+            "warmup": f"{float(self._get('warmup', 0.01) * end)!r} steps",
+            "unclamped": True,
+        }
+        floor = float(self._get("min_lr", 0.0))
+        if style != "constant":
+            return schedule | {"min_lr": floor, "length": f"{end} steps"}
+        if floor > float(peak):
+            raise self._error("min_lr", f"{floor:g} is above the learning rate {float(peak):g}")
+        if floor:
+            self._notes.append("min_lr has no effect on a constant rate")
+        return schedule
+
+    def _optimizer_block(self) -> dict[str, Any]:
+        block = self._get("optimizer", {})
+        kind = str(block.get("type", "Adam"))
+        if kind.lower() not in ("adam", "adamw"):
+            raise self._error("optimizer", f"type {kind!r} can't be honoured, only 'Adam' (with decoupled weight decay)")
+        if strange := sorted(set(block) - {"type", "params"}):
+            raise self._error("optimizer", f"'{strange[0]}' is not known in it; expected type and params")
+        params = block.get("params", {})
+        for name in params:
+            if name == "weight_decay":
+                raise self._error("optimizer", "weight_decay belongs outside: GPT-NeoX reads the top-level key of that name")
+            if name not in ("lr", "betas", "eps"):
+                raise self._error("optimizer", f"params.{name} is not known; expected lr, betas, eps")
+        return dict(block)
+
+    def _optimizer(self) -> dict[str, Any]:
+        params = self._optimizer_block().get("params", {})
+        clip = self._get("gradient_clipping", self._get("clip_grad", 1.0))
+        return {
+            "betas": params.get("betas", [0.9, 0.999]),
+            "eps": params.get("eps", 1e-8),
+            "weight_decay": self._get("weight_decay", 0.1),
+            "clip_norm": clip or None,
+        }
+
+    def _precision(self) -> str:
+        blocks = {name: self._get(name, {}) for name in ("fp16", "bf16")}
+        enabled = [name for name, block in blocks.items() if block.get("enabled", False)]
+        if len(enabled) > 1:
+            raise self._error("bf16", "fp16 and bf16 are both enabled; choose one")
+        if blocks["fp16"].get("loss_scale", 0) and "fp16" in enabled:
+            raise self._error("fp16", "a fixed loss_scale can't be honoured; set it to 0, which is dynamic")
+        given = self._get("precision", None)
+        if given is not None:
+            wanted = self._choice("precision", given, _PRECISIONS)
+            if enabled and wanted != enabled[0]:
+                raise self._error("precision", f"{given!r}, yet {enabled[0]} is enabled; make them agree")
+            return wanted
+        return enabled[0] if enabled else "fp32"
+
+    # ---- the rest --------------------------------------------------------------------------------------------------
+
+    def _checkpoint(self) -> dict[str, Any]:
+        factor = self._get("checkpoint_factor", None)
+        extra = [int(step) for step in self._get("extra_save_iters", [])]
+        scale = self._get("checkpoint_scale", "linear")
+        if scale not in ("linear", "log"):
+            raise self._error("checkpoint_scale", f"{scale!r} is neither 'linear' nor 'log'")
+        every = None
+        if scale == "linear":
+            every = int(factor) if factor is not None else None
+        elif factor is None or factor <= 1:
+            raise self._error("checkpoint_scale", "'log' needs a checkpoint_factor above 1")
+        else:
+            step = 1.0
+            while step < self._iterations:
+                extra.append(int(step))
+                step *= factor
+        keep_last = self._get("keep_last_n_checkpoints", None)
+        if keep_last is not None and extra:
+            self._notes.append("the checkpoints of extra_save_iters stay, beside the newest keep_last_n_checkpoints")
+        return {
+            "every": every,
+            "keep_last": keep_last or 1,
+            "keep_every": every if keep_last is None else None,  # GPT-NeoX removes none unless it is told to
+            "extra_steps": sorted({step for step in extra if step <= self._iterations}),
+        }
+
+    def _logging(self) -> dict[str, Any]:
+        logging: dict[str, Any] = {
+            "every": self._get("log_interval", 100),
+            "tensorboard": self._get("tensorboard_dir", None) is not None,
+        }
+        if self._get("use_wandb", False):
+            logging["wandb"] = {"project": self._get("wandb_project", "neox"), "entity": self._get("wandb_team", None)}
+        return logging
+
+    def _parallel(self, tensor: int, pipeline: int) -> dict[str, Any]:
+        stage = self._get("zero_optimization", {}).get("stage", 0)
+        if stage not in (0, 1, 2, 3):
+            raise self._error("zero_optimization", f"stage {stage!r} is none of 0, 1, 2, 3")
+        sharding = ("none", "zero2", "zero2", "zero3")[stage] if self._data_ranks > 1 else "none"
+        return {
+            "tensor": tensor,
+            "sequence": self._get("sequence_parallel", False),
+            "pipeline": pipeline,
+            "sharding": sharding,
+        }

@@ -1,0 +1,105 @@
+"""From GPT-NeoX files to a run of ours: what 'load' means once the checkpoint is open, and the account of every key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megarewarm.config.load import apply_override, validate
+from megarewarm.config.neox_keys import HONOURED
+from megarewarm.config.neox_read import NeoxFile, read_neox
+from megarewarm.config.neox_translate import Translation, translate
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.yaml_text import Origins
+from megarewarm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of a GPT-NeoX configuration: key -> meaning here, key -> why it has no effect, and remarks."""
+
+    honoured: dict[str, str]
+    not_applicable: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int) -> tuple[RunConfig, Account]:
+    """The run that GPT-NeoX ``files`` ask for on ``world_size`` ranks, and the account of every key.
+
+    ``overrides``: words ``section.key=value`` in our terms, applied last. Raises ``UserError``.
+    """
+    file = read_neox(files)
+    translation = translate(file, world_size)
+    start, model, notes = _start(file, translation)
+    mapping: dict[str, Any] = translation.mapping | {"start": start, "model": translation.mapping["model"] | model}
+    origins: Origins = {(): file.name}
+    for word in overrides:
+        apply_override(mapping, origins, word)
+    honoured = {key: HONOURED[key][1] for key in file.values if key in HONOURED}
+    return validate(RunConfig, mapping, origins), Account(honoured, file.not_applicable, [*translation.notes, *notes])
+
+
+def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """(the section 'start', what is to be added to 'model', notes)."""
+    load = translation.load
+    if load is None:
+        return {}, {}, []
+    save = translation.mapping["folder"]
+    if save is not None and Path(load).resolve() == Path(save).resolve() and _begins_here(Path(load)):
+        # the usual way of GPT-NeoX to say: go on where you were, if you were anywhere
+        note = f"load and save are both {load}: the run begins there from scratch, and goes on from its own newest checkpoint"
+        return {}, {"vocab_size": translation.vocabulary()}, [note]
+    from megarewarm.checkpoint.source import open_checkpoint
+
+    try:
+        source = open_checkpoint(load)
+    except UserError as error:
+        raise UserError(f"{file.place('load')}: {error}") from error
+    notes = []
+    rows, expected = source.model_config.vocab_size, translation.vocabulary_or_none()
+    if expected is not None and expected != rows:
+        notes.append(f"the checkpoint has {rows:,} vocabulary rows, the file asks for {expected:,}: the checkpoint's are used")
+    model = {"vocab_size": rows}
+    if translation.finetune:
+        notes.append("finetune: weights only; optimizer, schedule, data and iteration begin anew")
+        return {"from": load, "intent": "rewarm"}, model, notes
+    if source.training is None:
+        raise UserError(
+            f"{file.place('load')}: {load} ({source.format}) holds weights only, so training can't go on from it; set "
+            f"'finetune: true' to begin anew from its weights"
+        )
+    keeps_rng = translation.keeps_rng and "rng" in source.keeps
+    if translation.keeps_rng and not keeps_rng:
+        notes.append("the random state of that format is not used: without dropout nothing here depends on it")
+    start: dict[str, Any] = {"from": load, "intent": "resume", "rng": "keep" if keeps_rng else "reseed"}
+    if translation.overrides_schedule:
+        lines = dict.fromkeys(("moments", "optimizer_step", "loss_scale"), "keep")
+        start |= lines | dict.fromkeys(("schedule", "iteration", "data"), "continue") | {"intent": "rewarm"}
+        notes.append("override_lr_scheduler: this file's curve, at the checkpoint's position; it does not warm up again")
+    return start, model, notes
+
+
+def _begins_here(folder: Path) -> bool:
+    """Whether ``folder`` is to be this run's own: not there yet, empty, or a run of ours."""
+    return not folder.exists() or not any(folder.iterdir()) or (folder / "config.yaml").is_file()
+
+
+def show_account(account: Account, console: Console) -> None:
+    """Every key of the files: how many are honoured, and one line for each that has no effect, with the reason."""
+    console.print(f"GPT-NeoX configuration: {len(account.honoured)} keys are honoured (docs/neox_config.md)", highlight=False)
+    if account.not_applicable:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        table.add_column(overflow="fold", ratio=1)
+        table.add_column(overflow="fold", ratio=1)
+        for reason in dict.fromkeys(account.not_applicable.values()):
+            keys = [key for key, why in account.not_applicable.items() if why == reason]
+            table.add_row(", ".join(keys), reason)
+        console.print(f"{len(account.not_applicable)} keys are not applicable:", highlight=False)
+        console.print(table)
+    for note in account.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
