@@ -8,27 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.config.neox_keys import HONOURED, NOT_APPLICABLE, ONLY, is_known, refusal_of_family
+from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError, nearest
 
-# Words of our own top level; 'optimizer' and 'checkpoint' are in both dialects, and these in ours alone.
-_OURS = {
-    *(
-        "name",
-        "folder",
-        "model",
-        "start",
-        "data",
-        "replay",
-        "schedule",
-        "training",
-        "evaluation",
-        "export",
-        "logging",
-        "kernels",
-    ),
-    *("parallel", "extends", "runs"),
-}
+# Words of our own top level that GPT-NeoX has not; 'optimizer' and 'checkpoint' are in both.
+_OURS = {*RunConfig.model_fields, "extends", "experiment", "base", "runs"} - {"optimizer", "checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +38,7 @@ def normalised(key: str) -> str:
 def is_neox(mapping: dict[str, Any], file: str) -> bool:
     """Whether a file's top level is in GPT-NeoX's dialect. Raises ``UserError`` for keys of both in one file."""
     ours = [key for key in mapping if key in _OURS]
-    theirs = [key for key in mapping if key not in _OURS and normalised(key) != "optimizer" and is_known(normalised(key))]
-    theirs = [key for key in theirs if key != "checkpoint"]
+    theirs = [k for k in mapping if k not in {*_OURS, "optimizer", "checkpoint"} and is_known(normalised(k))]
     if ours and theirs:
         raise UserError(
             f"{file}: '{ours[0]}' is a key of megarewarm and '{theirs[0]}' one of GPT-NeoX; keep to one of the two in a file"
