@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         launch = read_launcher(os.environ, arguments.local_rank)
         console = Console(quiet=launch.rank != 0, soft_wrap=not sys.stdout.isatty())
         if files := neox_files(arguments.configs):
-            from megarewarm.training.neox_start import load_neox, show_account
+            from megarewarm.rewarm.neox_start import load_neox, show_account
 
             overrides = [word for word in arguments.configs if Path(word) not in files]
             run, account = load_neox(files, overrides, launch.world_size)

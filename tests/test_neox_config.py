@@ -30,8 +30,8 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.rewarm.neox_start import load_neox, show_account
 from megarewarm.schedules.schedule import build_schedule
-from megarewarm.training.neox_start import load_neox, show_account
 from megarewarm.training.plan import make_plan
 from megarewarm.training.trainer import train
 
@@ -434,12 +434,8 @@ def test_recorded_runs_from_scratch_run(place: Path) -> None:
 
 
 def test_one_weighted_path_and_a_replay_blend_run(place: Path) -> None:
-    assert (
-        main(
-            [_changed(place, "one", data_path=None, train_data_paths=["B_text_document"], valid_data_paths=["A_text_document"])]
-        )
-        == 0
-    )
+    paths = {"train_data_paths": ["B_text_document"], "valid_data_paths": ["A_text_document"]}
+    assert main([_changed(place, "one", data_path=None, **paths)]) == 0
     assert {line["name"] for line in events(place / "one", "eval")} == {"valid"}
     replay = {"train_data_paths": ["A_text_document", "B_text_document"], "train_data_weights": [0.25, 0.75]}
     assert main([_changed(place, "replay", data_path=None, test_data_paths=["B_text_document"], **replay)]) == 0

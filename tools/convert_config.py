@@ -13,7 +13,7 @@ from rich.console import Console
 from megarewarm.config.load import dump
 from megarewarm.config.neox_read import neox_files
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
-from megarewarm.training.neox_start import load_neox, show_account
+from megarewarm.rewarm.neox_start import load_neox, show_account
 
 
 def main() -> None:

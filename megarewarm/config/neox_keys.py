@@ -197,7 +197,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bnb_optimizer": (_NO, "only AdamW is known here"),
     "precompute_model_name": ((None,), _ANOTHER_LOSS),
     "lora": ((None,), _ANOTHER_MODEL),
-    "return_logits": (_NO, _TEXT),
     "gmlp_attn_dim": ((None, 64), _ANOTHER_MODEL),
     "rpe_num_buckets": ((None, 32), _ANOTHER_MODEL),
     "rpe_max_distance": ((None, 128), _ANOTHER_MODEL),
