@@ -17,30 +17,11 @@ from pathlib import Path
 import torch
 
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own_export import weights_only_state
 from megarewarm.checkpoint.retention import Retention
 from megarewarm.checkpoint.saver import Saver
-from megarewarm.checkpoint.state import TrainingState
 from megarewarm.checkpoint.weights import expected_shapes
 from megarewarm.config.schema import ModelConfig
-
-
-def make_state(config: ModelConfig, step: int) -> TrainingState:
-    """Counters of a run at ``step``."""
-    return TrainingState(
-        run="stall",
-        intent="scratch",
-        step=step,
-        tokens=0,
-        optimizer_step=step,
-        schedule_position=step,
-        schedule={},
-        last_lr=0.0,
-        samples=0,
-        data_fingerprint="",
-        model=config,
-        lineage=Lineage(),
-        start_position=(0, 0, 0),
-    )
 
 
 def make_tensors(config: ModelConfig, device: str) -> dict[str, torch.Tensor]:
@@ -68,6 +49,7 @@ def main() -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = make_tensors(config, device)
+    state = weights_only_state("stall", config, Lineage())
     size = sum(tensor.nbytes for tensor in tensors.values())
     stalls: dict[bool, list[float]] = {False: [], True: []}
     written: dict[bool, list[float]] = {False: [], True: []}
@@ -79,7 +61,7 @@ def main() -> None:
             for turn in range(arguments.turns + 1):
                 for how, saver in savers.items():
                     began = time.perf_counter()
-                    saver.save(make_state(config, turn), tensors)
+                    saver.save(state.model_copy(update={"step": turn}), tensors)
                     stall = time.perf_counter() - began
                     saver.wait()
                     (saved,) = saver.finished()

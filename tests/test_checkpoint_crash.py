@@ -23,6 +23,7 @@ from megarewarm.checkpoint import store
 from megarewarm.checkpoint.folder import checkpoints_in, newest_whole
 from megarewarm.checkpoint.integrity import find_damage
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own_export import weights_only_state
 from megarewarm.checkpoint.retention import Retention
 from megarewarm.checkpoint.saver import Saver
 from megarewarm.checkpoint.state import TrainingState, read_state
@@ -36,21 +37,7 @@ MODEL = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=16, max
 
 
 def state_of(step: int) -> TrainingState:
-    return TrainingState(
-        run="crash",
-        intent="scratch",
-        step=step,
-        tokens=step,
-        optimizer_step=step,
-        schedule_position=step,
-        schedule={},
-        last_lr=0.0,
-        samples=step,
-        data_fingerprint="",
-        model=MODEL,
-        lineage=Lineage(),
-        start_position=(0, 0, 0),
-    )
+    return weights_only_state("crash", MODEL, Lineage()).model_copy(update={"step": step})
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:

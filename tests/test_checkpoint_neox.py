@@ -35,14 +35,6 @@ from megarewarm.training.setup import build
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
-def golden() -> Path:
-    data = os.environ.get("MEGAREWARM_TEST_DATA")
-    if not data:
-        pytest.skip("MEGAREWARM_TEST_DATA is not set: no files of GPT-NeoX")
-    return Path(data) / "neox_golden"
-
-
 @pytest.fixture
 def golden_layers(golden: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "ck7" / "global_step10"

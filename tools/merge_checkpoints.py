@@ -20,8 +20,15 @@ from pathlib import Path
 from rich.console import Console
 
 from megarewarm.checkpoint.convert import DTYPES, Wish
-from megarewarm.checkpoint.merge import Merge, bytes_to_read, last_of, merge
-from megarewarm.checkpoint.merging import ema_shares, interpolation_shares, mean_shares
+from megarewarm.checkpoint.merge import (
+    Merge,
+    bytes_to_read,
+    ema_shares,
+    interpolation_shares,
+    last_of,
+    mean_shares,
+    merge,
+)
 from megarewarm.checkpoint.progress import reading
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
