@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
+from megarewarm.checkpoint.export.own import weights_only_state
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.own_export import weights_only_state
-from megarewarm.checkpoint.retention import Retention
-from megarewarm.checkpoint.saver import Saver
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.weights import expected_shapes
 from megarewarm.config.schema import ModelConfig
 

@@ -19,14 +19,14 @@ import pytest
 import torch
 from tiny import config, events, quiet
 
-from megarewarm.checkpoint import store
-from megarewarm.checkpoint.folder import checkpoints_in, newest_whole
-from megarewarm.checkpoint.integrity import find_damage
+from megarewarm.checkpoint.export.own import weights_only_state
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.own_export import weights_only_state
-from megarewarm.checkpoint.retention import Retention
-from megarewarm.checkpoint.saver import Saver
-from megarewarm.checkpoint.state import TrainingState, read_state
+from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own.folder import checkpoints_in, newest_whole
+from megarewarm.checkpoint.own.integrity import find_damage
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.checkpoint.own.saver import Saver
+from megarewarm.checkpoint.own.state import TrainingState, read_state
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks

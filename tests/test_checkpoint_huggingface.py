@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_model_neox import SHAPE, VARIANTS, some_tokens, their_parameters, transformers_model
 from transformers import GPTNeoXForCausalLM
 
-from megarewarm.checkpoint.hub import resolve
-from megarewarm.checkpoint.huggingface import load_weights, read_model_config
-from megarewarm.checkpoint.huggingface_export import ModelWeights, export
+from megarewarm.checkpoint.export.huggingface import ModelWeights, export
+from megarewarm.checkpoint.foreign.hub import resolve
+from megarewarm.checkpoint.foreign.huggingface import load_weights, read_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.initialize import initialize

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import config, quiet
 
-from megarewarm.checkpoint import store
-from megarewarm.checkpoint.folder import newest_whole
-from megarewarm.checkpoint.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own.folder import newest_whole
+from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks

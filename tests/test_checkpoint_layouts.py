@@ -10,11 +10,11 @@ import torch.distributed.checkpoint as dcp
 from distributed import run_ranks
 from tiny import config, quiet
 
-from megarewarm.checkpoint import store
-from megarewarm.checkpoint.integrity import find_damage
-from megarewarm.checkpoint.retention import Retention
-from megarewarm.checkpoint.saver import Saver
-from megarewarm.checkpoint.state import read_state
+from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own.integrity import find_damage
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.checkpoint.own.saver import Saver
+from megarewarm.checkpoint.own.state import read_state
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
 from megarewarm.training.setup import build

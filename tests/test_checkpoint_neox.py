@@ -21,9 +21,9 @@ from neox_writer import Shape, our_name, whole_model
 from safetensors.torch import load_file
 from tiny import config, write_tokens
 
-from megarewarm.checkpoint.huggingface import load_weights
-from megarewarm.checkpoint.neox_export import export_neox
-from megarewarm.checkpoint.neox_folder import NeoXFolder
+from megarewarm.checkpoint.export.neox import export_neox
+from megarewarm.checkpoint.foreign.huggingface import load_weights
+from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder
 from megarewarm.checkpoint.source import NeoXCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.errors import UserError
@@ -293,8 +293,8 @@ def test_what_we_write_is_what_the_other_writer_writes(tmp_path: Path) -> None:
 
 
 def test_hugging_face_to_neox_and_back_is_bit_exact(golden: Path, tmp_path: Path) -> None:
-    from megarewarm.checkpoint.huggingface import HuggingFaceWeights, read_model_config
-    from megarewarm.checkpoint.huggingface_export import export
+    from megarewarm.checkpoint.export.huggingface import export
+    from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights, read_model_config
     from megarewarm.model.neox import NeoX
 
     shape, _ = read_model_config(golden / "hf_r1")

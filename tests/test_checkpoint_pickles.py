@@ -17,7 +17,7 @@ import pytest
 import torch
 from neox_writer import foreign_classes
 
-from megarewarm.checkpoint.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.errors import UserError
 
 

@@ -10,7 +10,7 @@ import torch
 from distributed import run_ranks
 from tiny import config, events, quiet
 
-from megarewarm.checkpoint import state
+from megarewarm.checkpoint.own import state
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients

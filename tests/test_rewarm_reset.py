@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import ALL_LINES
-from megarewarm.checkpoint.state import TrainingState
 from megarewarm.config.schema import ModelConfig, ReplayConfig, Source, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import with_replay

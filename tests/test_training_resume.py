@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from tiny import config, events, mapping, quiet
 
-from megarewarm.checkpoint import state, store
+from megarewarm.checkpoint.own import state, store
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside SRC")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         source = open_checkpoint(arguments.source)
         tokenizer = arguments.tokenizer or getattr(source, "tokenizer", None)

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         source = open_checkpoint(arguments.checkpoint)
         if arguments.verify:

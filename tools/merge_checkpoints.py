@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside the first")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         wish = Wish(arguments.to, DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer)
         for merged, destination in _merges(arguments):

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.huggingface_export import export
+from megarewarm.checkpoint.export.huggingface import export
+from megarewarm.checkpoint.export.neox import export_neox
+from megarewarm.checkpoint.export.own import export_own
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.neox_export import export_neox
-from megarewarm.checkpoint.own_export import export_own
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.vocabulary import resize
 from megarewarm.checkpoint.weights import Description, Weights

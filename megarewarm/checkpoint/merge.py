@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.convert import Wish, write_weights
-from megarewarm.checkpoint.folder import checkpoints_in
+from megarewarm.checkpoint.export.own import weights_only_state, write_streaming
 from megarewarm.checkpoint.lineage import Stage
-from megarewarm.checkpoint.own_export import weights_only_state, write_streaming
+from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig

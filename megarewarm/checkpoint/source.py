@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from megarewarm.checkpoint import hub, huggingface, neox_folder, store
-from megarewarm.checkpoint.folder import locate
-from megarewarm.checkpoint.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.foreign import hub, huggingface, neox_folder
+from megarewarm.checkpoint.foreign.megatron import MegatronFolder
+from megarewarm.checkpoint.foreign.megatron import find as find_megatron
+from megarewarm.checkpoint.foreign.neox_state import read_training, with_masters
 from megarewarm.checkpoint.lineage import Lineage, Stage
-from megarewarm.checkpoint.megatron import MegatronFolder
-from megarewarm.checkpoint.megatron import find as find_megatron
-from megarewarm.checkpoint.neox_state import read_training, with_masters
-from megarewarm.checkpoint.state import TrainingState, read_state
-from megarewarm.checkpoint.store import Tensors
+from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own.folder import locate
+from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.own.state import TrainingState, read_state
+from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.weights import Description, Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

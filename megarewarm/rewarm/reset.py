@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource
-from megarewarm.checkpoint.state import TrainingState
 from megarewarm.config.schema import Intent, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.schedules.schedule import Schedule

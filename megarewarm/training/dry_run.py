@@ -12,9 +12,9 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import ALL_LINES
-from megarewarm.checkpoint.state import TrainingState
-from megarewarm.checkpoint.store import Tensors
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
 from megarewarm.config.schema import ModelConfig, RunConfig

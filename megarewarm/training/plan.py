@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
-from megarewarm.checkpoint.state import TrainingState
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position

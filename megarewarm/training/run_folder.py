@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from megarewarm.checkpoint.folder import newest_whole
+from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml

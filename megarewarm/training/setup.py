@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import weight_tensors
-from megarewarm.checkpoint.state import TrainingState
-from megarewarm.checkpoint.store import Tensors
 from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megarewarm.checkpoint.huggingface_export import ModelWeights, export
-from megarewarm.checkpoint.saver import Saver
+from megarewarm.checkpoint.export.huggingface import ModelWeights, export
+from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import all_reduce_sums

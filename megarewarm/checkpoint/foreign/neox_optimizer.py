@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.neox_folder import NeoXFolder, our_name
-from megarewarm.checkpoint.pickles import Record, read_pickle
-from megarewarm.checkpoint.tensor_parts import kind_of, merge
+from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, our_name
+from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge
 from megarewarm.errors import UserError
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

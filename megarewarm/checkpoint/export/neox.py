@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.replace import new_folder
-from megarewarm.checkpoint.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
-from megarewarm.checkpoint.torch_stream import write_streaming
+from megarewarm.checkpoint.export.replace import new_folder
+from megarewarm.checkpoint.export.torch_stream import write_streaming
+from megarewarm.checkpoint.foreign.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, step_of
+from megarewarm.checkpoint.foreign.neox_optimizer import NeoXOptimizer
+from megarewarm.checkpoint.foreign.pickles import Record
 from megarewarm.checkpoint.lineage import Lineage, Stage
-from megarewarm.checkpoint.neox_folder import NeoXFolder, step_of
-from megarewarm.checkpoint.neox_optimizer import NeoXOptimizer
-from megarewarm.checkpoint.pickles import Record
-from megarewarm.checkpoint.state import TrainingState
+from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.errors import UserError
 

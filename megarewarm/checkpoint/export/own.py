@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from megarewarm.checkpoint import store
-from megarewarm.checkpoint.folder import is_checkpoint
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own.folder import is_checkpoint
+from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import OpenedCheckpoint
-from megarewarm.checkpoint.state import TrainingState
 from megarewarm.checkpoint.weights import Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

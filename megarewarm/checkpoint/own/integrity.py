@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from megarewarm.checkpoint.together import gather, position
+from megarewarm.checkpoint.own.together import gather, position
 
 SUMS_FILE = "SHA256SUMS"
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megarewarm.checkpoint.folder import remove_superseded
-from megarewarm.checkpoint.retention import Retention
-from megarewarm.checkpoint.state import TrainingState
-from megarewarm.checkpoint.store import Tensors, write
-from megarewarm.checkpoint.together import position, together
+from megarewarm.checkpoint.own.folder import remove_superseded
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.store import Tensors, write
+from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import is_loss
 

@@ -6,11 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-from megarewarm.checkpoint.integrity import SUMS_FILE, find_damage
-from megarewarm.checkpoint.retention import Retention
-from megarewarm.checkpoint.state import STATE_FILE, read_state
-from megarewarm.checkpoint.store import PARTIAL
-from megarewarm.checkpoint.together import gather
+from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.checkpoint.own.state import STATE_FILE, read_state
+from megarewarm.checkpoint.own.store import PARTIAL
+from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
 
 _STEP = re.compile(r"step_(\d+)$")

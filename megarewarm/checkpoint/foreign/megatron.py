@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.pickles import Record, read_pickle
-from megarewarm.checkpoint.tensor_parts import kind_of, merge, whole_shape
+from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, make_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megarewarm.checkpoint.pickles import read_pickle
+from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config, unreadable
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

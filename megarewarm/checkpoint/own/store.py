@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from megarewarm.checkpoint.integrity import digest, write_sums
-from megarewarm.checkpoint.state import TrainingState, write_state
-from megarewarm.checkpoint.tensor_index import TensorIndexReader
-from megarewarm.checkpoint.together import position, together
+from megarewarm.checkpoint.own.integrity import digest, write_sums
+from megarewarm.checkpoint.own.state import TrainingState, write_state
+from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
+from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
 
 Tensors = dict[str, Tensor]

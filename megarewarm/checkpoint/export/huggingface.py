@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from megarewarm import __version__
-from megarewarm.checkpoint.huggingface import PREFIX, SHAPE, read_json
+from megarewarm.checkpoint.export.model_card import model_card
+from megarewarm.checkpoint.export.replace import new_folder
+from megarewarm.checkpoint.export.safetensors_stream import write_streaming
+from megarewarm.checkpoint.foreign.huggingface import PREFIX, SHAPE, read_json
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.model_card import model_card
-from megarewarm.checkpoint.replace import new_folder
-from megarewarm.checkpoint.safetensors_stream import write_streaming
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError

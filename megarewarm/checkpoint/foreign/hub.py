@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megarewarm.checkpoint.huggingface import WEIGHT_FILES, first_line, weight_files
+from megarewarm.checkpoint.foreign.huggingface import WEIGHT_FILES, first_line, weight_files
 from megarewarm.errors import UserError
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
