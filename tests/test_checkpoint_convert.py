@@ -309,5 +309,13 @@ def test_inspection_names_damage(run: Path, tmp_path: Path) -> None:
         file.write(b"\x00\xff")
     error = tool("inspect_checkpoint", tmp_path / "copy", "--verify", expect=2)
     assert "__0_0.distcp is damaged" in error and error.count("\n") == 1
+    for arguments in (
+        ["inspect_checkpoint", tmp_path / "copy", "--norms"],
+        ["inspect_checkpoint", run, "--diff", tmp_path / "copy"],
+    ):
+        assert "__0_0.distcp is damaged" in tool(*arguments, expect=2)
+    assert "is damaged" in tool("convert_checkpoint", tmp_path / "copy", tmp_path / "out", "--to", "hf", expect=2)
+    assert "is damaged" in tool("merge_checkpoints", tmp_path / "out", "--mean", run, tmp_path / "copy", expect=2)
+    assert not (tmp_path / "out").exists()
     tool("convert_checkpoint", run, tmp_path / "hf", "--to", "hf")
     assert "have no checksums" in tool("inspect_checkpoint", tmp_path / "hf", "--verify", expect=2)

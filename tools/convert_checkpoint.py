@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from megarewarm.checkpoint.convert import DTYPES, Wish, bytes_to_read, convert
 from megarewarm.checkpoint.progress import reading
@@ -52,7 +53,7 @@ def main() -> None:
         console.print(f"{arguments.destination}: {note}", highlight=False)
     seconds = time.perf_counter() - began
     console.print(
-        f"{arguments.destination}: {total / 1e9:.2f} GB in {seconds:.1f} s ({total / 1e9 / seconds:.2f} GB/s)", highlight=False
+        f"{arguments.destination}: {decimal(total)} in {seconds:.1f} s ({decimal(int(total / seconds))}/s)", highlight=False
     )
 
 

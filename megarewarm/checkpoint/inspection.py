@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from rich.filesize import decimal
 from rich.table import Table
 from rich.tree import Tree
 from torch import Tensor
@@ -82,16 +83,17 @@ def size_of(weights: Weights) -> int:
 
 def state_table(source: OpenedCheckpoint) -> Table:
     """Format, shape, and every counter."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), title=source.name, title_justify="left")
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     config = source.model_config
     dtypes = sorted({str(item.dtype).removeprefix("torch.") for item in source.stored.describe().values()})
     rows = {
+        "checkpoint": source.name,
         "format": source.format,
         "model": f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads, vocabulary "
         f"{config.vocab_size:,}, {config.max_positions:,} positions",
         "": f"{config.activation}, {config.residual} residual, rotary {config.rotary_fraction:g} of a head"
         + (", tied embeddings" if config.tie_embeddings else ""),
-        "parameters": f"{count_parameters(config):,}, {', '.join(dtypes)}, {size_of(source.stored) / 1e9:.2f} GB",
+        "parameters": f"{count_parameters(config):,}, {', '.join(dtypes)}, {decimal(size_of(source.stored))}",
         "holds": "weights" + "".join(f", {line.replace('_', ' ')}" for line in sorted(source.keeps)),
     }
     if (state := source.training) is not None:
@@ -152,7 +154,7 @@ def norms_table(found: list[Norms]) -> Table:
         ("rms", "right"),
         ("largest", "right"),
     ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("not finite", justify="right")
     for each in found:
         dtype = str(each.dtype).removeprefix("torch.")
@@ -169,7 +171,7 @@ def differences_table(found: list[Difference], most: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
     table.caption = f"{same} of {len(found)} parameters are the same bit for bit"
     for heading in ("parameter", "shape", "values changed", "|b - a| / |a|"):
-        table.add_column(heading, justify="left" if heading in ("parameter", "shape") else "right")
+        table.add_column(heading, justify="left" if heading in ("parameter", "shape") else "right", overflow="fold")
     for each in sorted(found, key=lambda each: -each.relative)[:most]:
         if each.changed:
             shape = " x ".join(map(str, each.shape))

@@ -79,7 +79,7 @@ class OwnCheckpoint:
         self.model_config = self.state.model
         self.lineage = self.state.lineage
         self.notes: list[str] = []
-        self.stored: Weights = _OwnWeights(folder)
+        self.stored: Weights = _OwnWeights(self)
         self.weights: Weights = self.stored
         self._verified = verified
 
@@ -113,9 +113,9 @@ class OwnCheckpoint:
 class _OwnWeights:
     """The weights in a folder of ours. For one process: other ranks know nothing of it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.where = str(folder)
-        self._folder = folder
+    def __init__(self, checkpoint: OwnCheckpoint) -> None:
+        self.where = checkpoint.name
+        self._checkpoint, self._folder = checkpoint, checkpoint.folder
 
     def describe(self) -> Mapping[str, Description]:
         stored = store.stored_tensors(self._folder)
@@ -126,6 +126,7 @@ class _OwnWeights:
         }
 
     def read(self, name: str) -> Tensor:
+        self._checkpoint.verify(alone=True)
         shape, dtype = store.stored_tensors(self._folder)[f"model.{name}"]
         tensor = torch.empty(shape, dtype=dtype)
         store.load(self._folder, {f"model.{name}": tensor}, alone=True)

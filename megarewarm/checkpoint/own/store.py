@@ -81,13 +81,13 @@ def write(
             with _quietly_alone():
                 dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=ranks == 1)
         except dcp.CheckpointException as error:
-            raise OSError(_of_the_disk(error)) from error
+            raise _cause(error) from error
         # each rank sums up what it wrote itself: its files may not be visible to others yet
         own = f"__{rank}_"
         shares = together(lambda: {f.name: digest(f) for f in partial.iterdir() if f.name.startswith(own)}, group)
         digests = {name: value for share in shares for name, value in share.items()}
         together((lambda: finish(digests)) if rank == 0 else _nothing, group)
-    except OSError:
+    except (OSError, UserError):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -97,14 +97,16 @@ def _nothing() -> None:
     pass
 
 
-def _of_the_disk(error: dcp.CheckpointException) -> str:
-    """The ``OSError`` among the ranks' failures in words; anything else is a defect and raised as it is."""
+def _cause(error: dcp.CheckpointException) -> Exception:
+    """What a rank failed of: the disk, or a tensor that could not be read; anything else is a defect and stays as it is."""
     for rank, (failure, _) in error.failures.items():
+        if isinstance(failure, UserError):
+            return failure
         # torch's words for a write that fails in the middle of a tensor say nothing of the disk; the cause does
         for cause in (failure, failure.__context__):
             if isinstance(cause, OSError):
-                return f"{cause}, on rank {rank}"
-    raise error
+                return OSError(f"{cause}, on rank {rank}")
+    return error
 
 
 def _remove(folder: Path) -> None:
