@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_ranks
 from tiny import config, events, quiet
 
 from megarewarm.checkpoint.export.own import weights_only_state
@@ -257,3 +258,21 @@ def test_a_run_stops_when_the_disk_is_full_and_goes_on_when_it_is_not(tmp_path: 
         outcome = train(run, ALONE, quiet())
         assert outcome.losses == whole.losses
         assert [line["step"] for line in events(outcome.folder, "save")][-1] == 20
+
+
+def _run_into_a_full_disk(ranks: Ranks, place: str, disk: str, asynchronous: bool) -> str:
+    changes = {"keep_last": 1, "asynchronous": asynchronous}
+    try:
+        train(config(Path(place), folder=f"{disk}/run", checkpoint=changes, parallel={"tensor": 2}), ranks, quiet())
+    except UserError as error:
+        return str(error)
+    return "nothing was said"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_all_ranks_stop_together_when_the_disk_is_full(tmp_path: Path, asynchronous: bool) -> None:
+    config(tmp_path)  # writes the token files before several ranks look for them
+    with small_disk(tmp_path / "disk", 700 * 1024) as disk:
+        said = run_ranks(_run_into_a_full_disk, 2, str(tmp_path), str(disk), asynchronous)
+        assert all("the checkpoint could not be written" in each and "No space left" in each for each in said), said
+        assert not list(disk.glob(f"run/checkpoints/*{store.PARTIAL}"))

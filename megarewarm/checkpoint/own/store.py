@@ -97,7 +97,7 @@ def _nothing() -> None:
     pass
 
 
-def _cause(error: dcp.CheckpointException) -> Exception:
+def _cause(error: dcp.CheckpointException) -> BaseException:
     """What a rank failed of: the disk, or a tensor that could not be read; anything else is a defect and stays as it is."""
     for rank, (failure, _) in error.failures.items():
         if isinstance(failure, UserError):
