@@ -447,6 +447,8 @@ def test_converted_files_are_the_same_run(golden: Path, place: Path) -> None:
     tool("convert_config", "r2_rewarm_B.yml", "--output", "ours.yml")
     assert main(["ours.yml"]) == 0
     assert_followed(golden, place / "ck2")
+    tool("convert_checkpoint", "ck2", "exported", "--to", "hf")  # with the tokenizer that the file names
+    assert (place / "exported/tokenizer.json").read_bytes() == (place / "tiny_tokenizer.json").read_bytes()
     assert "exists" in tool("convert_config", "r2_rewarm_B.yml", "--output", "ours.yml", expect=2)
     assert "no key of GPT-NeoX" in tool("convert_config", "ours.yml", expect=2)
 

@@ -32,12 +32,14 @@ def main() -> None:
         "--dtype", choices=DTYPES, help="default: as stored; fp32 takes the optimizer's masters where there are any"
     )
     parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside SRC")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one that SRC comes with"
+    )
     arguments = parser.parse_args()
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         source = open_checkpoint(arguments.source)
-        tokenizer = arguments.tokenizer or getattr(source, "tokenizer", None)
+        tokenizer = arguments.tokenizer or source.tokenizer
         dtype = DTYPES[arguments.dtype] if arguments.dtype else None
         wish = Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, tokenizer)
         for note in source.notes:

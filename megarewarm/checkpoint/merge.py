@@ -143,5 +143,5 @@ def merge(merged: Merge, destination: Path, wish: Wish, advance: Callable[[int],
 
         write_streaming(destination, state, described, read)
         return []
-    tokenizer = wish.tokenizer or getattr(first, "tokenizer", None)
+    tokenizer = wish.tokenizer or first.tokenizer
     return write_weights(combination, first.model_config, destination, replace(wish, tokenizer=tokenizer), state.lineage)

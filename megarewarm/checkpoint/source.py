@@ -23,6 +23,7 @@ from megarewarm.checkpoint.own.state import TrainingState, read_state
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.weights import Description, Weights, fill
 from megarewarm.config.schema import ModelConfig
+from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel
@@ -51,7 +52,11 @@ class CheckpointSource(Protocol):
 
 class OpenedCheckpoint(CheckpointSource, Protocol):
     """``stored``: the parameters as they lie in the files, whole; ``weights``: in full precision, which are other files where
-    there are fp32 masters beside fp16 weights."""
+    there are fp32 masters beside fp16 weights. ``tokenizer``: the tokenizer.json that comes with them."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """None where there is none."""
 
     @property
     def stored(self) -> Weights:
@@ -82,6 +87,13 @@ class OwnCheckpoint:
         self.stored: Weights = _OwnWeights(self)
         self.weights: Weights = self.stored
         self._verified = verified
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer that the run's configuration names, if it is still there."""
+        config = self.folder.parent.parent / "config.yaml"
+        named = read_yaml(config)[0].get("data", {}).get("tokenizer") if config.is_file() else None
+        return Path(named) if named is not None and Path(named).is_file() else None
 
     def verify(self, *, alone: bool = False) -> None:
         """Raise ``UserError`` naming a file that is not as it was written. All ranks call it, unless ``alone``."""
@@ -145,7 +157,7 @@ class HuggingFaceCheckpoint:
         self.model_config, self.notes = huggingface.read_model_config(folder)
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
         self._folder = folder
-        self.tokenizer = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None
+        self.tokenizer: Path | None = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None
 
     @cached_property
     def stored(self) -> Weights:
@@ -168,6 +180,7 @@ class NeoXCheckpoint:
     """A ``global_stepN`` folder of GPT-NeoX: weights, and where its optimizer's files are there, moments and fp32 masters."""
 
     format = "gpt-neox"
+    tokenizer: Path | None = None
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -195,6 +208,7 @@ class MegatronCheckpoint:
     """An ``iter_N`` folder of Megatron-LM in its 'torch' format: weights only."""
 
     format = "megatron-lm"
+    tokenizer: Path | None = None
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
 
