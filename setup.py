@@ -25,6 +25,7 @@ setup(
         "rich>=13.7",
         "safetensors>=0.4.3",
         "tokenizers>=0.19",
+        "tiktoken>=0.9",
         "sentencepiece>=0.2",
         "orjson>=3.9",
         "zstandard>=0.22",

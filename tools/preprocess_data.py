@@ -46,6 +46,8 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     print(f"{arguments.output}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
+    for note in tokenizer.notes:
+        print(note)
     if documents.empty:
         print(f"left out: {documents.empty:,} empty documents")
     if documents.broken:

@@ -1,0 +1,134 @@
+"""The fast path of byte-level BPE gives the ids of 'tokenizers', or steps aside and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megarewarm.data.fast_bpe import FastBPE, NotCovered, first_difference
+from megarewarm.data.tokenizers import load_tokenizer, train_bpe
+
+SENTENCES = [
+    "def f(x):\n    return x  # the value, it's 42\n\n\n\treturn\r\n" * 3,
+    "Zoë naïvely re-warms 10 learning-rates; don't!" * 3,
+]
+RUNS = 24
+
+
+def neox_like(path: Path, runs: int = RUNS) -> Path:
+    """A small tokenizer with the structure of GPT-NeoX's: NFC, runs of spaces as added tokens, special tokens."""
+    train_bpe(SENTENCES, 300, path)
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "NFC"}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    size = len(content["model"]["vocab"])
+    content["added_tokens"] += [
+        {"id": size + i, "content": " " * length} | flags for i, length in enumerate(range(runs, 1, -1))
+    ]
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[FastBPE, tokenizers.Tokenizer]:
+    path = neox_like(tmp_path_factory.mktemp("neox") / "tokenizer.json")
+    return FastBPE(path), tokenizers.Tokenizer.from_file(str(path))
+
+
+def ids_of(library: tokenizers.Tokenizer, text: str) -> np.ndarray:
+    return np.array(library.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+FRAGMENTS = [
+    *(" ", "  ", "   ", "\n", "\t", "\r\n", "\u00a0", "\u2003", "\x85", "\u200b", "\ufeff", "\0"),
+    *("a", "return", "Zoë", "1", "42", "²", "!", "...", "'ll", "'s", "'", "’s", "_", "日本", "ß", "İ", "🦙", "👩‍👩‍👧"),
+    *("e\u0301", "\u0301", "a\u0323\u0307", "\u07fd", "<|endoftext|>", "<|padding|>", "<|endof", ">\u0338"),
+]
+PIECES = st.sampled_from(FRAGMENTS) | st.integers(2, 60).map(lambda n: " " * n) | st.characters(exclude_categories=["Cs"])
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(PIECES, max_size=20).map("".join))
+def test_any_text_gets_the_ids_of_the_library(pair: tuple[FastBPE, tokenizers.Tokenizer], text: str) -> None:
+    fast, library = pair
+    assert np.array_equal(fast.encode(text), ids_of(library, text))
+
+
+def test_every_character_in_company(pair: tuple[FastBPE, tokenizers.Tokenizer]) -> None:
+    """All code points of Unicode beside letters, digits, spaces and themselves: the two divide words alike."""
+    fast, library = pair
+    points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    for start in range(0, len(points), 20_000):
+        text = "".join(f"a{c}1 {c}!" for c in points[start : start + 20_000])
+        assert np.array_equal(fast.encode(text), ids_of(library, text)), hex(start)
+
+
+@pytest.fixture(scope="module")
+def published() -> list[Path]:
+    folder = os.environ.get("MEGAREWARM_TEST_DATA")
+    if not folder:
+        pytest.skip("set MEGAREWARM_TEST_DATA to the folder that holds 20B_tokenizer.json")
+    return [Path(folder) / name for name in ("20B_tokenizer.json", "gpt2_tokenizer.json")]
+
+
+def test_published_tokenizers_on_real_text(published: list[Path]) -> None:
+    """The sources of Python's library, as they are and shuffled together with other fragments."""
+    sources = [path.read_text() for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]]
+    chance = random.Random(3)
+    mixed = ["".join(chance.choice([*FRAGMENTS, " " * chance.randint(2, 60)]) for _ in range(12)) for _ in range(3000)]
+    for path in published:
+        library = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = load_tokenizer(path)
+        for text, ids in zip([*sources, *mixed], tokenizer.encode_batch([*sources, *mixed]), strict=True):
+            assert np.array_equal(ids, ids_of(library, text)), text[:60]
+        assert tokenizer.notes == [], "the fast path was taken"
+        assert first_difference(FastBPE(path), lambda text, of=library: ids_of(of, text), library.get_vocab()) is None
+
+
+def _change(path: Path, act: Callable[[dict[str, Any]], None]) -> Path:
+    content = json.loads(neox_like(path).read_text())
+    act(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenizer Whitespace"),
+        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "no added space"),
+        (lambda c: c["model"].update(ignore_merges=True), "ignore_merges True"),
+        (lambda c: c["added_tokens"][-1].update(lstrip=True), "with conditions"),
+        (lambda c: c["added_tokens"].pop(5), "runs of 2, 3, 4"),
+    ],
+)
+def test_other_tokenizers_are_left_to_the_library(tmp_path: Path, act: Callable[[dict[str, Any]], None], reason: str) -> None:
+    path = _change(tmp_path / "tokenizer.json", act)
+    with pytest.raises(NotCovered, match=reason):
+        FastBPE(path)
+    tokenizer = load_tokenizer(path)
+    library = tokenizers.Tokenizer.from_file(str(path))
+    for text, ids in zip(SENTENCES, tokenizer.encode_batch(SENTENCES), strict=True):
+        assert np.array_equal(ids, ids_of(library, text))
+    assert len(tokenizer.notes) == 1 and reason in tokenizer.notes[0]
+
+
+def test_a_fast_path_with_other_ids_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = neox_like(tmp_path / "tokenizer.json")
+    wrong = FastBPE.encode
+    monkeypatch.setattr(FastBPE, "encode", lambda self, text: wrong(self, text)[::-1])
+    tokenizer = load_tokenizer(path)
+    library = tokenizers.Tokenizer.from_file(str(path))
+    assert np.array_equal(tokenizer.encode_batch(SENTENCES)[0], ids_of(library, SENTENCES[0]))
+    assert "gives other ids for" in tokenizer.notes[0]
