@@ -10,7 +10,7 @@ import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,12 @@ class TokenFile:
         if self._index is None or document == self.num_documents:
             return document * self.total_tokens if self._index is None else self.total_tokens
         return int(self._index.pointers(document, document + 1)[0]) // self.dtype.itemsize
+
+    def document_starts(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Flat positions of the first tokens of the documents [first, last), as the index says them."""
+        if not 0 <= first <= last <= self.num_documents:
+            raise IndexError(f"{self.path} has {self.num_documents} documents, asked for the starts of {first} to {last}")
+        return self._index.pointers(first, last) // self.dtype.itemsize if self._index else np.zeros(last - first, np.int64)
 
     def document(self, document: int) -> np.ndarray:
         """Ids of one document, (size,) in the file's dtype. Raises ``IndexError`` outside of the file."""
@@ -272,6 +278,15 @@ class TokenFileWriter:
         self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(tokens.size)
         self.num_tokens += tokens.size
+
+    def add_documents(self, ids: npt.NDArray[Any], sizes: npt.NDArray[np.int64]) -> None:
+        """Append documents one after another: their ids, (sum of sizes,), checked as ``add_document`` does, and their sizes."""
+        if int(sizes.sum()) != ids.size:
+            raise ValueError(f"{ids.size} ids for documents of {int(sizes.sum())} tokens")
+        before = self.num_documents
+        self.add_document(ids)
+        del self._sizes[before:]
+        self._sizes.extend(sizes.tolist())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:

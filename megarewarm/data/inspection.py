@@ -1,0 +1,91 @@
+"""What is in a token file, for people: the lengths of its documents, its invariants, and what differs between two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megarewarm.data.token_file import TokenFile, open_tokens
+from megarewarm.errors import UserError
+
+_BLOCK = 2**22  # tokens in memory at a time
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Documents by length: ``bins`` of (shortest, longest, documents), of doubling width; ``empty`` documents apart."""
+
+    empty: int
+    median: float
+    longest: int
+    bins: list[tuple[int, int, int]]
+
+
+def lengths(file: TokenFile) -> Lengths:
+    """The distribution of a file's document lengths, in tokens. Memory: 8 bytes per document."""
+    sizes = file.sizes
+    filled = sizes[sizes > 0]
+    if not filled.size:
+        return Lengths(int(sizes.size), 0.0, 0, [])
+    powers = np.floor(np.log2(filled)).astype(np.int64)
+    counts = np.bincount(powers)
+    bins = [(2**i, 2 ** (i + 1) - 1, int(count)) for i, count in enumerate(counts)]
+    while bins and not bins[0][2]:
+        bins.pop(0)
+    return Lengths(int(sizes.size - filled.size), float(np.median(filled)), int(filled.max()), bins)
+
+
+def verify(file: TokenFile, vocab_size: int | None) -> list[str]:
+    """Read the whole file and say what was found to hold. Raises ``UserError`` naming the first place where it does not.
+
+    Opening has checked the header, the sizes of both files, the document index and the pointers (of large files a sample);
+    here every pointer, every size and, with ``vocab_size``, every id is looked at.
+    """
+    said = [f"{file.path}: {file.total_tokens:,} tokens fill the file exactly"]
+    if file.index_path is not None:
+        total = 0
+        for first in range(0, file.num_documents, 2**20):
+            last = min(first + 2**20, file.num_documents)
+            sizes = file.document_sizes(first, last)
+            ends = total + np.cumsum(sizes)
+            wrong = np.flatnonzero((sizes < 0) | (file.document_starts(first, last) != ends - sizes))
+            if wrong.size:
+                bad = first + int(wrong[0])
+                raise UserError(f"{file.index_path}: document {bad} does not begin where the one before it ends: make it again")
+            total = int(ends[-1]) if ends.size else total
+        if total != file.total_tokens:
+            raise UserError(f"{file.index_path}: its documents have {total} tokens, the .bin has {file.total_tokens}")
+        said.append(f"{file.index_path}: {file.num_documents:,} documents follow one another without gaps")
+    largest = -1
+    for start in range(0, file.total_tokens, _BLOCK):
+        block = file.read(start, min(_BLOCK, file.total_tokens - start))
+        if vocab_size is not None and (bad := np.flatnonzero((block < 0) | (block >= vocab_size))).size:
+            raise UserError(
+                f"{file.path}: token {start + int(bad[0])} is {block[bad[0]]}, the vocabulary has {vocab_size} ids: it was "
+                f"made with another tokenizer"
+            )
+        largest = max(largest, int(block.max()))
+    said.append(f"{file.path}: the largest id is {largest:,}" + (f" of {vocab_size:,}" if vocab_size else ""))
+    return said
+
+
+def first_difference(one: str, other: str) -> str | None:
+    """What first differs between two token files, in words; None where they hold the same documents of the same ids."""
+    a, b = open_tokens(one), open_tokens(other)
+    if a.num_documents != b.num_documents:
+        return f"{a.num_documents:,} documents in {one}, {b.num_documents:,} in {other}"
+    for first in range(0, a.num_documents, 2**20):
+        last = min(first + 2**20, a.num_documents)
+        different = np.flatnonzero(a.document_sizes(first, last) != b.document_sizes(first, last))
+        if different.size:
+            number = first + int(different[0])
+            sizes = [int(file.document_sizes(number, number + 1)[0]) for file in (a, b)]
+            return f"document {number:,} has {sizes[0]:,} tokens in {one}, {sizes[1]:,} in {other}"
+    for start in range(0, a.total_tokens, _BLOCK):
+        count = min(_BLOCK, a.total_tokens - start)
+        mine, theirs = a.read(start, count).astype(np.int64), b.read(start, count).astype(np.int64)
+        if (bad := np.flatnonzero(mine != theirs)).size:
+            place = start + int(bad[0])
+            return f"token {place:,} is {mine[bad[0]]} in {one}, {theirs[bad[0]]} in {other}"
+    return None

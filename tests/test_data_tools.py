@@ -1,0 +1,94 @@
+"""Token files merged and looked into."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_checkpoint_convert import tool
+
+from megarewarm.data import merge
+from megarewarm.data.inspection import first_difference, lengths, verify
+from megarewarm.data.merge import merge_token_files
+from megarewarm.data.token_file import TokenFileWriter, open_tokens
+from megarewarm.errors import UserError
+
+
+def write(prefix: Path, documents: list[list[int]], dtype: type = np.uint16) -> str:
+    with TokenFileWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add_document(np.array(document, np.int64))
+    return str(prefix)
+
+
+DOCUMENTS = st.lists(st.lists(st.integers(0, 60_000), max_size=9), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(files=st.lists(st.tuples(DOCUMENTS, st.booleans()), min_size=1, max_size=4), block=st.sampled_from([1, 7, 2**22]))
+def test_merged_files_are_those_written_at_once(tmp_path_factory, files, block) -> None:  # type: ignore[no-untyped-def]
+    place = tmp_path_factory.mktemp("merged")
+    names = [write(place / str(i), docs, np.int32 if wide else np.uint16) for i, (docs, wide) in enumerate(files)]
+    before, merge._BLOCK = merge._BLOCK, block
+    try:
+        counts = merge_token_files(names, place / "merged")
+    finally:
+        merge._BLOCK = before
+    everything = [document for docs, _ in files for document in docs]
+    write(place / "once", everything, np.int32 if any(wide for _, wide in files) else np.uint16)
+    assert counts == (len(everything), sum(map(len, everything)))
+    for suffix in ("bin", "idx"):
+        assert (place / f"merged.{suffix}").read_bytes() == (place / f"once.{suffix}").read_bytes()
+    assert first_difference(str(place / "merged"), str(place / "once")) is None
+
+
+def test_a_merge_that_cannot_be_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", [[1, 2]]), write(tmp_path / "two", [[3]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "is one of the files to be merged" in tool("merge_data", one, two, "--output", one, "--overwrite", expect=2)
+    assert "exists" in tool("merge_data", one, "--output", two, expect=2)
+    assert "nowhere" in tool("merge_data", one, tmp_path / "nowhere", "--output", tmp_path / "out", expect=2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert "2 documents, 3 tokens" in tool("merge_data", one, two, "--output", tmp_path / "out")
+
+
+def test_lengths_are_counted_in_doubling_bins(tmp_path: Path) -> None:
+    found = lengths(open_tokens(write(tmp_path / "a", [[], [1], [1, 2], [1, 2, 3], [1] * 9, []])))
+    assert found.bins == [(1, 1, 1), (2, 3, 2), (4, 7, 0), (8, 15, 1)]
+    assert (found.empty, found.median, found.longest) == (2, 2.5, 9)
+
+
+def test_differences_are_named(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    assert first_difference(a, write(tmp_path / "b", [[1, 2], [3, 4, 5]], np.int32)) is None
+    assert "2 documents" in str(first_difference(a, write(tmp_path / "c", [[1, 2]])))
+    assert "document 1 has 3 tokens" in str(first_difference(a, write(tmp_path / "d", [[1, 2], [3, 4]])))
+    assert "token 3 is 4 in" in str(first_difference(a, write(tmp_path / "e", [[1, 2], [3, 9, 5]])))
+
+
+def test_verification_finds_what_opening_does_not_look_for(tmp_path: Path) -> None:
+    file = open_tokens(write(tmp_path / "a", [[1, 2], [3, 400]]))
+    assert len(verify(file, 401)) == 3
+    with pytest.raises(UserError, match="token 3 is 400, the vocabulary has 400 ids"):
+        verify(file, 400)
+
+
+def test_the_screen_shows_header_lengths_documents_and_checks(golden: Path, tmp_path: Path) -> None:
+    prefix, tokenizer = golden / "A_text_document", golden / "tiny_tokenizer.json"
+    file = open_tokens(prefix)
+    shown = tool("inspect_data", prefix, "--verify", "--compare", prefix, "--tokenizer", tokenizer)
+    assert f"{file.num_documents:,} documents, {file.total_tokens:,} tokens" in shown
+    assert "follow one another without gaps" in shown and "the same documents of the same ids" in shown and "█" in shown
+    text = tool("inspect_data", prefix, "--document", 0, "--tokenizer", tokenizer)
+    first = json.loads((golden / "A.jsonl").read_text().splitlines()[0])["text"]
+    assert first[:60].split()[0] in text
+    assert "there are" in tool("inspect_data", prefix, "--document", 10**9, expect=2)
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"cut.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
+    os.truncate(tmp_path / "cut.bin", 100)
+    assert "truncated" in tool("inspect_data", tmp_path / "cut", expect=2)

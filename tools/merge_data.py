@@ -1,0 +1,41 @@
+#!/usr/bin/env python3
+"""Token files as one: python tools/merge_data.py PREFIX [PREFIX ...] --output PREFIX"""
+
+from __future__ import annotations
+
+import find_megarewarm  # noqa: F401  # isort: skip
+import argparse
+import sys
+from pathlib import Path
+
+from rich.progress import Progress
+
+from megarewarm.data.merge import merge_token_files
+from megarewarm.data.token_file import open_tokens
+from megarewarm.errors import EXIT_BAD_INPUT, UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the documents of several .bin/.idx pairs into one, in the order given.")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="name of a .bin/.idx pair without suffix")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the new pair's name, without suffix")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
+    arguments = parser.parse_args()
+    try:
+        total = sum(open_tokens(prefix).total_tokens for prefix in arguments.prefixes)
+        with Progress(transient=True) as bar:
+            task = bar.add_task("merging", total=total)
+            documents, tokens = merge_token_files(
+                arguments.prefixes,
+                arguments.output,
+                overwrite=arguments.overwrite,
+                progress=lambda count: bar.advance(task, count),
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    print(f"{arguments.output}: {documents:,} documents, {tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    main()
