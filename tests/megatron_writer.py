@@ -83,10 +83,11 @@ def write(place: Path, shape: Shape, model: dict[str, Tensor]) -> Path:
             tensors: dict[str, Any] = {}
             for name, whole in model.items():
                 part = _part(name, whole, rank, shape)
-                if name == "embed_in.weight" and stage in (0, shape.pipeline - 1) and (stage == 0 or shape.tied):
-                    key = "embedding.word_embeddings.weight" if stage == 0 else "output_layer.weight"
+                if name == "embed_in.weight":
                     if stage == 0:
-                        tensors[key] = part
+                        tensors["embedding.word_embeddings.weight"] = part
+                    elif shape.tied and stage == shape.pipeline - 1:
+                        tensors["output_layer.weight"] = part
                 elif name == "embed_out.weight" and stage == shape.pipeline - 1:
                     tensors["output_layer.weight"] = part
                 elif name.startswith("final_layer_norm") and stage == shape.pipeline - 1:
@@ -103,6 +104,8 @@ def write(place: Path, shape: Shape, model: dict[str, Tensor]) -> Path:
                 "position_embedding_type": "rope",
                 "rotary_percent": 0.5,
                 "normalization": "LayerNorm",
+                "use_rotary_position_embeddings": False,
+                "untie_embeddings_and_output_weights": not shape.tied,
                 **shape.args,
             }
             content = {

@@ -44,6 +44,13 @@ def test_weights_are_read_as_they_were(tmp_path: Path, shape: Shape) -> None:
     assert (config.residual, config.activation, config.tie_embeddings) == ("sequential", "gelu_erf", shape.tied)
 
 
+@pytest.mark.parametrize("flag", ["bias_gelu_fusion", "openai_gelu"])
+def test_the_approximation_of_gelu_is_recognised(tmp_path: Path, flag: str) -> None:
+    write(tmp_path, Shape(args={flag: True}), whole_model(3))
+    source = open_checkpoint(str(tmp_path))
+    assert source.model_config.activation == "gelu_tanh" and any("tanh GELU" in note for note in source.notes)
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -333,6 +333,8 @@ def _breakage() -> dict[str, tuple[object, str]]:
 
     return {
         "a layer is missing": (remove("layer_02-*"), r"the file of layer 02 is missing; copy it"),
+        "the last layer is missing": (remove("layer_03-*"), r"it had 2 layers, its files hold 1; copy all layer_"),
+        "the head is missing": (remove("layer_06-*"), r"layer_06-model_00-model_states\.pt: the head .* is missing; copy"),
         "a rank of a layer is missing": (remove("layer_02-model_01*"), r"layer_02-model_01-model_states\.pt: missing.*copy it"),
         "the last layer's norm is missing": (remove("layer_05-*"), r"missing tensor final_layer_norm\.bias"),
         "a data rank's optimizer is missing": (remove("zero_pp_rank_0_mp_rank_01*"), r"zero_pp_rank_0_mp_rank_01_.*missing"),
@@ -373,6 +375,13 @@ def test_what_is_wrong_is_named_in_one_line(small_vocabulary: Path, name: str, c
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and re.search(says, err), err
     assert not (small_vocabulary / "tiny").exists()
+
+
+def test_the_settings_of_published_checkpoints_lie_beside_the_files(tmp_path: Path) -> None:
+    folder, *_ = written(tmp_path / "neox", Shape())
+    wanted = NeoXFolder(folder).model_config
+    (folder / "configs" / "model.yml").rename(folder / "70M.yml")
+    assert NeoXFolder(folder).model_config == wanted
 
 
 def test_an_export_that_cannot_be_writes_nothing(tmp_path: Path) -> None:

@@ -51,8 +51,10 @@ def verify(file: TokenFile, vocab_size: int | None) -> list[str]:
             ends = total + np.cumsum(sizes)
             wrong = np.flatnonzero((sizes < 0) | (file.document_starts(first, last) != ends - sizes))
             if wrong.size:
-                bad = first + int(wrong[0])
-                raise UserError(f"{file.index_path}: document {bad} does not begin where the one before it ends: make it again")
+                place = first + int(wrong[0])
+                raise UserError(
+                    f"{file.index_path}: document {place} does not begin where the one before it ends: make it again"
+                )
             total = int(ends[-1]) if ends.size else total
         if total != file.total_tokens:
             raise UserError(f"{file.index_path}: its documents have {total} tokens, the .bin has {file.total_tokens}")

@@ -147,5 +147,10 @@ def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
         "use_bias_in_attn_linear": config.attention_bias,
         "activation": "gelu",
         "bias_gelu_fusion": config.activation == "gelu_tanh",
-        "make_vocab_size_divisible_by": 1,
+        "make_vocab_size_divisible_by": _padding(config.vocab_size, tensor_ranks),
     }
+
+
+def _padding(rows: int, tensor_ranks: int) -> int:
+    """The largest usual multiple to which GPT-NeoX may pad the tokenizer's vocabulary so that it comes to ``rows`` again."""
+    return next(multiple for multiple in (128, 64, 32, 16, 8, 4, 2, 1) if rows % (multiple * tensor_ranks) == 0)

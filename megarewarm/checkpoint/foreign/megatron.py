@@ -44,6 +44,8 @@ _IN_LAYER = {
 _OUTSIDE = {
     "embedding.word_embeddings.weight": EMBEDDING,
     "word_embeddings.weight": EMBEDDING,
+    "word_embeddings_for_head.weight": EMBEDDING,
+    "word_embeddings_for_head.word_embeddings.weight": EMBEDDING,
     "output_layer.weight": HEAD,
     "final_layernorm.weight": "final_layer_norm.weight",
     "final_layernorm.bias": "final_layer_norm.bias",
@@ -146,7 +148,8 @@ class MegatronFolder:
                 raise UserError(f"{self.where}: {key} is {args[key]!r}, which GPT-NeoX does not have (it has {allowed[0]!r})")
         if args.get("group_query_attention") and args.get("num_query_groups") != args.get("num_attention_heads"):
             raise UserError(f"{self.where}: group_query_attention, which GPT-NeoX does not have")
-        if not args.get("use_rotary_position_embeddings", args.get("position_embedding_type") in ("rope", "rotary", None)):
+        # today's models say it by the type, older ones by the flag, which stays false beside the type
+        if args.get("position_embedding_type") is None and args.get("use_rotary_position_embeddings") is False:
             raise UserError(f"{self.where}: learned positions, only rotary ones can be loaded")
         if args.get("num_attention_heads") is None:
             raise UserError(f"{self.where}: 'args' in its files has no num_attention_heads; save it with Megatron-LM >= 2")
@@ -156,7 +159,14 @@ class MegatronFolder:
             self.notes.append("no 'args' in its files: rotary positions and LayerNorm are assumed")
         h = self._headers["layers.0.input_layernorm.weight"][0][0]
         rows = self._shape(EMBEDDING)[0]
-        self.notes.append("sequential residual and exact (erf) GELU, as in Megatron-LM; give 'model' to say otherwise")
+        tanh = bool(args.get("bias_gelu_fusion") or args.get("openai_gelu"))  # the fused kernel computes the approximation
+        self.notes.append(
+            f"sequential residual, as in Megatron-LM, and {'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion and "
+            f"openai_gelu; give 'model' to say otherwise"
+        )
+        if args.get("untie_embeddings_and_output_weights") is False and HEAD in self._parts:
+            # the last pipeline stage holds a copy of tied embeddings
+            del self._parts[HEAD], self._headers[HEAD]
         return make_model_config(
             self.where,
             num_layers=self._layers,
@@ -167,7 +177,7 @@ class MegatronFolder:
             max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 2048,
             rotary_fraction=float(args.get("rotary_percent", 1.0)),
             rotary_base=float(args.get("rotary_base", 10000)),
-            activation="gelu_erf",
+            activation="gelu_tanh" if tanh else "gelu_erf",
             residual="sequential",
             tie_embeddings=HEAD not in self._parts,
             attention_bias="layers.0.attention.query_key_value.bias" in self._parts,

@@ -161,6 +161,7 @@ class NeoXFolder:
                 f"{self.folder}: nothing in it says how many heads there are (no configs/*.yml, no 'args' in mp_rank_00): copy "
                 f"the run's YAML into {self.folder / 'configs'}"
             )
+        self._agree()
         if "rotary_pct" in settings:
             fraction = float(settings["rotary_pct"])
         elif self._rotary_dims is not None:
@@ -203,6 +204,16 @@ class NeoXFolder:
         )
         return config, notes
 
+    def _agree(self) -> None:
+        """What is recorded has to be what the files hold: those that were not copied show here."""
+        args = _mapping(self.state.get("args"))
+        layers = self._settings.get("num_layers", args.get("num_layers"))
+        if layers is not None and int(layers) != self.layers:
+            raise UserError(f"{self.folder}: it had {layers} layers, its files hold {self.layers}; copy all layer_* files")
+        if self._settings.get("no_weight_tying") and HEAD not in self._parts:
+            name = f"layer_{self.layers + 4:02d}-model_00-model_states.pt"
+            raise UserError(f"{self.folder / name}: the head (final_linear.weight) is missing; copy the file as well")
+
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def names(self, tensor_rank: int) -> list[str]:
@@ -236,7 +247,8 @@ class NeoXFolder:
 def _settings(folder: Path) -> dict[str, Any]:
     """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores."""
     merged: dict[str, Any] = {}
-    for path in sorted((folder / "configs").glob("*.y*ml")):
+    beside = sorted(folder.glob("*.y*ml"))  # where published checkpoints have them
+    for path in sorted((folder / "configs").glob("*.y*ml")) or beside:
         try:
             read = yaml.safe_load(path.read_text(encoding="utf-8").expandtabs())  # tabs: JSON has them, YAML refuses them
         except (OSError, ValueError, yaml.YAMLError) as error:

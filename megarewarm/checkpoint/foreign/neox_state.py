@@ -40,7 +40,8 @@ def with_masters(folder: NeoXFolder, optimizer: NeoXOptimizer) -> Weights:
 def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimizer | None, list[str]]:
     """The counters and the optimizer of ``folder``, and notes; nothing of both where there is no optimizer state to read."""
     has_files = any(file.name.endswith("optim_states.pt") for file in folder.folder.iterdir())
-    if not has_files and not isinstance(folder.state.get("optimizer"), Mapping):
+    stored = folder.state.get("optimizer")
+    if not has_files and not (isinstance(stored, Mapping) and stored):
         return None, None, ["weights only: there are no optimizer files in it"]
     optimizer = NeoXOptimizer(folder)
     saved = folder.state
