@@ -19,7 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megarewarm.checkpoint.own.integrity import digest, write_sums
 from megarewarm.checkpoint.own.state import TrainingState, write_state
@@ -37,6 +39,20 @@ def _quietly_alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, which says what the disk said: its own words for a write that fails amid a tensor don't."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # here, for an exception that is sent to other ranks leaves its cause behind
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise (cause or error) from error
 
 
 def write(
@@ -76,7 +92,7 @@ def write(
 
     try:
         together(prepare if rank == 0 else _nothing, group)
-        writer = FileSystemWriter(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
+        writer = _Writer(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
         try:
             with _quietly_alone():
                 dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=ranks == 1)
@@ -102,10 +118,8 @@ def _cause(error: dcp.CheckpointException) -> BaseException:
     for rank, (failure, _) in error.failures.items():
         if isinstance(failure, UserError):
             return failure
-        # torch's words for a write that fails in the middle of a tensor say nothing of the disk; the cause does
-        for cause in (failure, failure.__context__):
-            if isinstance(cause, OSError):
-                return OSError(f"{cause}, on rank {rank}")
+        if isinstance(failure, OSError):
+            return OSError(f"{failure}, on rank {rank}")
     return error
 
 
