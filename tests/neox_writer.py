@@ -34,6 +34,7 @@ class Shape:
     per_communication: int = 10**9  # elements; Pythia's DeeperSpeed cut the flat tensor into intervals of at most so many
     dtype: torch.dtype = torch.float16
     parallel_residual: bool = True
+    tied: bool = False
 
 
 def whole_model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def write(
         "max-position-embeddings": 8,
         "pos-emb": "rotary",
         "rotary-pct": 0.25,
-        "no-weight-tying": True,
+        "no-weight-tying": not shape.tied,
         "gpt-j-residual": shape.parallel_residual,
         "bias-gelu-fusion": True,
         "train_batch_size": 4,
@@ -153,6 +154,9 @@ def write(
                 if 2 <= number < LAYERS + 2:
                     inside["attention.rotary_emb.inv_freq"] = torch.ones(1)
                 torch.save(_mlp(inside, shape), folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt")
+            if shape.tied:
+                again = {"word_embeddings.weight": parts["0.word_embeddings.weight"]}
+                torch.save(again, folder / f"layer_{LAYERS + 4:02d}-model_{rank:02d}-model_states.pt")
         for stage in range(stages):
             mine = [name for name in names if stage_of(name) == stage]
             model_rank = stage * shape.tensor + rank

@@ -377,6 +377,15 @@ def test_what_is_wrong_is_named_in_one_line(small_vocabulary: Path, name: str, c
     assert not (small_vocabulary / "tiny").exists()
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_tied_embeddings_lie_in_two_files(tmp_path: Path, tensor: int) -> None:
+    shape = Shape(tensor=tensor, dtype=torch.float32, era="none", tied=True)
+    weights = {name: whole for name, whole in whole_model(1).items() if "final_linear" not in name}
+    folder = NeoXFolder(theirs.write(tmp_path, shape, weights, weights, (weights, weights)))
+    assert folder.model_config.tie_embeddings and set(folder.describe()) == {our_name(name) for name in weights}
+    assert all(torch.equal(folder.read(our_name(name)), whole) for name, whole in weights.items())
+
+
 def test_the_settings_of_published_checkpoints_lie_beside_the_files(tmp_path: Path) -> None:
     folder, *_ = written(tmp_path / "neox", Shape())
     wanted = NeoXFolder(folder).model_config

@@ -142,6 +142,8 @@ class NeoXFolder:
             if name is None:
                 continue
             parts = self._parts.setdefault(name, [])
+            if name == EMBEDDING and len(parts) == rank + 1:
+                continue  # tied embeddings lie in the last layer's file as well
             if len(parts) != rank:
                 raise UserError(f"{path}: {key} is in it, but not in the files of every rank before {rank}")
             parts.append((path, key))
