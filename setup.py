@@ -37,13 +37,16 @@ setup(
         # builds without CUDA ops: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed
         "deepspeed": ["deepspeed>=0.16"],
         "flash-attn": ["flash-attn>=2.7"],
+        "data": ["pyarrow>=16", "ftfy>=6.1"],  # .parquet files and --ftfy of tools/preprocess_data.py
         "hub": ["huggingface_hub>=0.23"],
         "wandb": ["wandb>=0.17"],
         "test": [
+            "ftfy>=6.1",
             "hypothesis>=6.100",
             "jsonschema>=4.21",
             "mpich; sys_platform == 'linux'",
             "mypy>=1.10",
+            "pyarrow>=16",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",

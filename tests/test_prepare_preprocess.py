@@ -12,23 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarewarm.data.preprocess import Documents, first_bytes, prepare, split_source, strip_doctests
-from megarewarm.data.token_file import open_tokens
-from megarewarm.data.tokenizers import Tokenizer, train_bpe
+from megarewarm.data.preprocess.documents import Documents, first_bytes
+from megarewarm.data.preprocess.python_source import split_source, strip_doctests
+from megarewarm.data.preprocess.records import BAD_JSON, BAD_UTF8, EMPTY, NO_TEXT
 from megarewarm.errors import UserError
 
 TEXTS = ["héllo wörld", "a\u2028b\nsecond line\n", "   ", "x" * 5000, "日本語 text"]
-
-
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    words = " ".join(f"word{i} the quick brown fox" for i in range(300))
-    return train_bpe([words], 300, tmp_path_factory.mktemp("bpe") / "tokenizer.json")
 
 
 def compress_nothing(data: bytes) -> bytes:
@@ -77,9 +70,10 @@ def test_broken_records_are_counted_and_described(tmp_path: Path) -> None:
     path.write_bytes(good + b"".join(broken) + b'\n{"text": ""}\n' + good)
     documents = Documents([path])
     assert list(documents) == ["good", "good"]
-    assert (documents.broken, documents.empty) == (6, 2)
-    assert documents.examples[0].startswith(f"{path}:2: not valid JSON")
-    assert "known: other" in documents.examples[1] and len(documents.examples) == 5
+    skipped = documents.skipped
+    assert skipped.counts == {BAD_JSON: 1, NO_TEXT: 3, BAD_UTF8: 2, EMPTY: 2} and skipped.broken == 6
+    assert skipped.examples[0].startswith(f"{path}:2: not valid JSON")
+    assert "known: other" in skipped.examples[1] and len(skipped.examples) == 5
 
 
 def test_a_file_without_any_valid_record_is_refused(tmp_path: Path) -> None:
@@ -88,45 +82,9 @@ def test_a_file_without_any_valid_record_is_refused(tmp_path: Path) -> None:
         list(Documents([tmp_path / "a.jsonl"]))
     with pytest.raises(UserError, match="does not exist"):
         Documents([tmp_path / "missing.txt"])
+    (tmp_path / "a.csv").write_text("x")
     with pytest.raises(UserError, match="no known kind"):
         Documents([tmp_path / "a.csv"])
-
-
-def test_token_files_hold_what_the_tokenizers_library_says(tmp_path: Path, bpe: Tokenizer) -> None:
-    counts = prepare(TEXTS, bpe, tmp_path / "out")
-    independent = tokenizers.Tokenizer.from_file(str(bpe.path))
-    expected = [[*independent.encode(text).ids, independent.token_to_id("<|endoftext|>")] for text in TEXTS]
-    written = open_tokens(tmp_path / "out", vocab_size=bpe.vocab_size)
-    raw = np.fromfile(tmp_path / "out.bin", np.uint16)
-    assert raw.tolist() == [token for document in expected for token in document]
-    assert len(written.sizes) == len(TEXTS) == counts.documents and counts.tokens == raw.size
-    manifest = json.loads((tmp_path / "out.json").read_text())
-    assert manifest["tokens"] == raw.size and manifest["dtype"] == "uint16"
-    assert counts.bytes == sum(len(text.encode()) for text in TEXTS)
-
-
-def test_existing_files_stay_unless_overwriting_is_asked_for(tmp_path: Path, bpe: Tokenizer) -> None:
-    prepare(["first"], bpe, tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="exists"):
-        prepare(["second"], bpe, tmp_path / "out")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    prepare(["second", "third"], bpe, tmp_path / "out", overwrite=True)
-    assert len(open_tokens(tmp_path / "out", vocab_size=bpe.vocab_size).sizes) == 2
-
-
-def test_a_failure_in_the_middle_leaves_nothing_that_looks_complete(tmp_path: Path, bpe: Tokenizer) -> None:
-    def documents():  # type: ignore[no-untyped-def]
-        yield "x" * 2**21
-        yield "y" * 2**21
-        raise RuntimeError("disk pulled out")
-
-    with pytest.raises(RuntimeError, match="pulled"):
-        prepare(documents(), bpe, tmp_path / "out")
-    assert not [path.name for path in tmp_path.iterdir() if path.suffix in (".bin", ".idx", ".json")]
-    with pytest.raises(UserError, match="no document"):
-        prepare(["", ""], bpe, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
 
 
 def test_first_bytes_stops_at_the_document_that_reaches_the_limit() -> None:

@@ -165,7 +165,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         ("x.model", "not a sentencepiece model"),
         ("x.txt", "of no known kind"),
         ("absent.json", "does not exist"),
-        ("empty", "neither tokenizer.json nor tokenizer.model"),
+        ("empty", "holds no tokenizer.json, tokenizer.model or vocab.json"),
     ):
         with pytest.raises(UserError, match=message):
             load_tokenizer(tmp_path / name)

@@ -6,52 +6,133 @@ from __future__ import annotations
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import sys
+import time
 from pathlib import Path
 
-from rich.progress import Progress
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megarewarm.data.preprocess import Counts, Documents, prepare
-from megarewarm.data.tokenizers import load_tokenizer
+from megarewarm.data.preprocess import job
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl or .txt, also with .gz or .zst added")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.json, sentencepiece .model, or a folder with one")
+    parser = argparse.ArgumentParser(
+        description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json, which says what is in them. What is written "
+        "does not depend on the number of workers. A run that was cut off goes on with --resume."
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl or .txt (also with .gz or .zst added), .parquet, folders of them, quoted patterns, - for .jsonl on stdin",
+    )
+    parser.add_argument(
+        "--tokenizer", required=True, help="tokenizer.json, sentencepiece .model, GPT-2 vocab.json, or a folder"
+    )
+    parser.add_argument("--merges", help="GPT-2's merges.txt; default: the one beside vocab.json")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the files' name, without suffix")
-    parser.add_argument("--text-key", default="text", help="key of the text in .jsonl; default: %(default)s")
+    parser.add_argument("--text-key", default="text", help="key or column of the text, dots divide nested keys; default: text")
     parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, as <|endoftext|>")
-    parser.add_argument("--no-eod", action="store_true", help="put nothing between the documents")
+    eod = parser.add_mutually_exclusive_group()
+    eod.add_argument("--append-eod", action="store_true", help="end each document with that token; this is the default")
+    eod.add_argument("--no-eod", action="store_true", help="put nothing between the documents")
+    parser.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy, which is slow")
+    parser.add_argument("--format", choices=("pair", "raw"), default="pair", help="raw: PREFIX.bin alone, without an index")
+    parser.add_argument("--dtype", choices=("uint16", "int32", "uint32"), help="default: uint16 up to 65536 ids, else int32")
+    parser.add_argument(
+        "--split", metavar="A,B,C", help="as 0.98,0.01,0.01: PREFIX_train, _valid, _test, by each document's hash"
+    )
+    parser.add_argument("--shuffle", action="store_true", help="put the documents into a random order")
+    parser.add_argument("--seed", type=int, default=1234, help="of --shuffle; default: %(default)s")
+    parser.add_argument("--max-documents", type=_positive, metavar="N", help="the first N documents of the input only")
+    parser.add_argument("--strict", action="store_true", help="stop at the first broken record instead of leaving it out")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes on this machine; default: one per core")
+    parser.add_argument("--mpi", action="store_true", help="the ranks of this MPI job are the workers (one hands out the work)")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was cut off")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     arguments = parser.parse_args()
+    if arguments.mpi and arguments.workers:
+        parser.error("--workers: with --mpi the ranks are the workers")
     try:
-        tokenizer = load_tokenizer(arguments.tokenizer, eod_token=arguments.eod_token)
-        documents = Documents(arguments.files, arguments.text_key)
-        with Progress() as bar:
-            task = bar.add_task("tokenising", total=documents.total_bytes)
-
-            def show(counts: Counts) -> None:
-                bar.update(task, completed=documents.bytes_read, description=f"{counts.tokens:,} tokens")
-
-            counts = prepare(
-                documents,
-                tokenizer,
+        options = job.Options(
+            text_key=arguments.text_key,
+            eod_token=arguments.eod_token,
+            merges=arguments.merges,
+            append_eod=not arguments.no_eod,
+            ftfy=arguments.ftfy,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            split=job.parse_split(arguments.split) if arguments.split else None,
+            shuffle=arguments.seed if arguments.shuffle else None,
+            max_documents=arguments.max_documents,
+            strict=arguments.strict,
+        )
+        bar = _Bar(Console(stderr=True))
+        try:
+            written = job.preprocess(
+                arguments.inputs,
+                arguments.tokenizer,
                 arguments.output,
-                append_eod=not arguments.no_eod,
+                options,
+                worker_count=arguments.workers,
+                mpi=arguments.mpi,
+                resume=arguments.resume,
                 overwrite=arguments.overwrite,
-                progress=show,
+                tell=bar.show,
             )
+        finally:
+            bar.finish()
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    print(f"{arguments.output}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes")
-    for note in tokenizer.notes:
-        print(note)
-    if documents.empty:
-        print(f"left out: {documents.empty:,} empty documents")
-    if documents.broken:
-        print(f"left out: {documents.broken:,} broken records", *documents.examples, sep="\n  ")
+    except KeyboardInterrupt:
+        print(f"stopped; the same command with --resume goes on from {arguments.output}.parts", file=sys.stderr)
+        sys.exit(130)
+    for output in written:
+        counts = output.counts
+        print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")
+    for output in written[:1]:
+        print(*output.notes, sep="\n", end="\n" * bool(output.notes))
+        for reason, count in output.skipped.items():
+            print(f"left out: {count:,} records: {reason}")
+        print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
+
+
+class _Bar(Progress):
+    """What is being done, how far it is, its speed since it began, and when it will be done."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
+        super().__init__(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), console=console)
+        self._doing = ""
+        self._began = (0.0, 0)
+
+    def show(self, progress: job.Progress) -> None:
+        now = time.monotonic()
+        if not self._doing:
+            self.start()
+        if progress.doing != self._doing:
+            self._doing, self._began = progress.doing, (now, progress.done)
+            self._task = self.add_task(progress.doing, total=progress.total or None, speed="")
+        seconds = now - self._began[0]
+        speed = ""
+        if seconds > 0.5:
+            speed = f"{(progress.done - self._began[1]) / seconds / 1e6:,.1f} MB/s"
+            if progress.tokens:
+                speed += f", {progress.tokens:,} tokens, {progress.tokens / seconds / 1e6:,.2f} M/s"
+        self.update(self._task, completed=progress.done, speed=speed)
+
+    def finish(self) -> None:
+        if self._doing:  # without a task it would print an empty line
+            self.stop()
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 if __name__ == "__main__":

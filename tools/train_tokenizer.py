@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from megarewarm.data.preprocess import Documents, first_bytes
+from megarewarm.data.preprocess.documents import Documents, first_bytes
 from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
@@ -19,10 +19,14 @@ TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl or .txt, also with .gz or .zst added")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help=".jsonl or .txt (also .gz, .zst), .parquet, folders, patterns, -"
+    )
     parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
     parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")
-    parser.add_argument("--text-key", default="text", help="key of the text in .jsonl; default: %(default)s")
+    parser.add_argument(
+        "--text-key", default="text", help="key or column of the text, dots divide nested keys; default: %(default)s"
+    )
     parser.add_argument("--sample-mb", type=float, default=100.0, help="megabytes to learn from; default: %(default)g")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     arguments = parser.parse_args()
@@ -41,8 +45,8 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
-    if documents.broken:
-        print(f"left out: {documents.broken:,} broken records", *documents.examples, sep="\n  ")
+    if documents.skipped.broken:
+        print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from megarewarm.data.preprocess import Counts, Documents, first_bytes, prepare, split_source, strip_doctests
+from megarewarm.data.preprocess.documents import Documents, first_bytes
+from megarewarm.data.preprocess.job import preprocess
+from megarewarm.data.preprocess.python_source import split_source, strip_doctests
+from megarewarm.data.preprocess.records import EMPTY
+from megarewarm.data.preprocess.shard import Counts
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe, write_atomically
 from megarewarm.errors import UserError, nearest
 
@@ -323,9 +327,11 @@ def _write_texts(record: _Record, corpora: Mapping[str, Corpus], fraction: float
             else:
                 documents = Documents(source)
                 _fill(texts, (("", text) for text in documents), documents, f"reading {names[0]}", progress)
-                notes = [f"{documents.empty} documents are empty and are left out"] if documents.empty else []
-                if documents.broken:
-                    notes.append(f"{documents.broken} records are broken and are left out: {documents.examples[0]}")
+                skipped = documents.skipped
+                empty = skipped.counts[EMPTY]
+                notes = [f"{empty} documents are empty and are left out"] if empty else []
+                if skipped.broken:
+                    notes.append(f"{skipped.broken} records are broken and are left out: {skipped.examples[0]}")
                 facts = {"inputs": [str(path) for path in documents.paths]}
             for text in texts:
                 parts = text.publish()
@@ -381,15 +387,16 @@ def _tokenised(
     key = _key(text["sha256"], tokenizer.fingerprint())
     if not record.stands(step, key):
         record.forget(step)
-        counts = prepare(
-            Documents([_text_file(record.folder, name, part)]),
-            tokenizer,
+        (written,) = preprocess(
+            [_text_file(record.folder, name, part)],
+            tokenizer.path,
             record.folder / step,
+            threads_only=True,  # the caller may hold a GPU, and may not be importable as a module
             overwrite=True,
-            progress=lambda counts: progress(f"tokenising {step}", counts.bytes, text["bytes"]),
+            tell=lambda done: progress(f"{done.doing} {step}", done.done, done.total),
         )
         files = [record.folder / f"{step}.{suffix}" for suffix in ("bin", "idx", "json")]
-        record.finish(step, key, files, asdict(counts))
+        record.finish(step, key, files, asdict(written.counts))
     facts = record.steps[step]
     return Counts(facts["documents"], facts["tokens"], facts["bytes"])
 

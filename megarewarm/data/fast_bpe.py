@@ -8,10 +8,8 @@ added tokens without flags. Anything else, and any difference on the tokenizer's
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,10 +42,9 @@ class NotCovered(Exception):
 
 
 class FastBPE:
-    """The fast path of one tokenizer.json. Raises ``NotCovered``, also where tiktoken is not installed."""
+    """The fast path of a tokenizer.json's ``content``. Raises ``NotCovered``, also where tiktoken is not installed."""
 
-    def __init__(self, path: Path) -> None:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    def __init__(self, content: dict[str, Any]) -> None:
         _require_structure(content)
         ranks, ids = _ranks(content["model"])
         try:

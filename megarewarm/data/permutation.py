@@ -36,7 +36,7 @@ class Permutation:
         self.n = n
         root = math.isqrt(n - 1) + 1  # ceil(sqrt(n))
         self._side = np.uint64(root)
-        self._round_keys = _mix(np.array([(key + _GOLDEN * (i + 1)) & _MASK for i in range(ROUNDS)], np.uint64))
+        self._round_keys = mix(np.array([(key + _GOLDEN * (i + 1)) & _MASK for i in range(ROUNDS)], np.uint64))
 
     def __call__(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Images of the indices, int64 of the same shape. Raises ``IndexError`` for an index outside of range(n)."""
@@ -53,11 +53,11 @@ class Permutation:
         side = self._side
         left, right = values // side, values % side
         for key in self._round_keys:
-            left, right = right, (left + _mix(right ^ key) % side) % side
+            left, right = right, (left + mix(right ^ key) % side) % side
         return left * side + right
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The 64-bit finaliser of SplitMix64 (Steele, Lea and Flood 2014; constants: Stafford's variant 13)."""
     mixed = values ^ (values >> np.uint64(30))
     mixed = mixed * np.uint64(0xBF58476D1CE4E5B9)

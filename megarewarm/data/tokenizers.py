@@ -42,8 +42,8 @@ class Tokenizer(ABC):
         self.notes: list[str] = []  # what the user should know of how it works
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of each text, (t,) each, on all cores.
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
+        """Ids of each text, (t,) each, on ``threads`` cores (None: all; where 'tokenizers' encodes, RAYON_NUM_THREADS says).
 
         Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX.
         """
@@ -62,33 +62,37 @@ class Tokenizer(ABC):
         """sha256 (hex) of all that decides which ids a text gets."""
 
 
-def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, a sentencepiece .model, or a folder that holds a tokenizer.json or .model.
+def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, a sentencepiece .model, GPT-2's vocab.json and merges.txt, or a folder with one.
 
+    ``merges`` is the file of merges of a vocab.json; without it the merges.txt (gpt2-merges.txt beside gpt2-vocab.json).
     ``eod_token`` is the token that ends documents; without it the usual names are tried (``<|endoftext|>`` first), for
     sentencepiece the model's own end symbol. Raises ``UserError`` for anything that isn't a tokenizer.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()]
+        found = [path / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model: name the tokenizer's file")
+            raise UserError(f"{path} holds no tokenizer.json, tokenizer.model or vocab.json: name the tokenizer's file")
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a tokenizer.json or a sentencepiece .model file")
+    if merges is not None or path.name.endswith("vocab.json"):
+        return _HuggingFace(path, _from_merges(path, merges), eod_token)
     if path.suffix == ".json":
-        return _HuggingFace(path, eod_token)
+        return _HuggingFace(path, path.read_bytes(), eod_token)
     if path.suffix == ".model":
         return _SentencePiece(path, eod_token)
     raise UserError(f"{path} is of no known kind: expected a tokenizer.json or a sentencepiece .model file")
 
 
 class _HuggingFace(Tokenizer):
-    def __init__(self, path: Path, eod_token: str | None) -> None:
+    def __init__(self, path: Path, content: bytes, eod_token: str | None) -> None:
         super().__init__(path)
+        self._content = content
         library = _library("tokenizers")
         try:
-            self._tokenizer = library.Tokenizer.from_file(str(path))
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception for a file it can't read
             raise UserError(f"{path} is not a tokenizer.json that 'tokenizers' can read: {error}") from error
         # Both may be stored in the file and would cut or stretch every document.
@@ -100,11 +104,13 @@ class _HuggingFace(Tokenizer):
         if eod_token is not None and eod_token not in self._vocabulary:
             raise UserError(f"{path} has no token '{eod_token}'{nearest(eod_token, self._vocabulary)}")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
         if self._fast is None:
             return self._encode_slowly(texts)
-        with ThreadPoolExecutor(os.cpu_count()) as threads:  # the work is done outside of Python's lock
-            return list(threads.map(self._fast.encode, texts))
+        if threads == 1:
+            return [self._fast.encode(text) for text in texts]
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # the work is done outside of Python's lock
+            return list(pool.map(self._fast.encode, texts))
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -114,7 +120,7 @@ class _HuggingFace(Tokenizer):
     def _fast(self) -> FastBPE | None:
         """The fast path, compared on every 16th word of the vocabulary; None where it is not to be had, which is noted."""
         try:
-            fast = FastBPE(self.path)
+            fast = FastBPE(json.loads(self._content))
         except NotCovered as reason:
             self.notes.append(f"{self.path}: encoded by 'tokenizers' itself, the fast path does not cover it: {reason}")
             return None
@@ -135,7 +141,7 @@ class _HuggingFace(Tokenizer):
         raise UserError(f"{self.path} has none of the tokens {', '.join(_KNOWN_ENDS)}: say which token ends a document")
 
     def fingerprint(self) -> str:
-        content = json.loads(self.path.read_text(encoding="utf-8"))
+        content = json.loads(self._content)
         kept = {key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}
         merges = kept.get("model", {}).get("merges")
         if merges and isinstance(merges[0], str):  # older versions of the library write pairs as "a b"
@@ -157,8 +163,9 @@ class _SentencePiece(Tokenizer):
         if eod_token is not None and self._model.id_to_piece(self._eod_id) != eod_token:
             raise UserError(f"{path} has no piece '{eod_token}'")
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        return [np.array(ids, np.uint32) for ids in self._model.encode(list(texts), out_type=int)]
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
+        lists = self._model.encode(list(texts), out_type=int, num_threads=threads or -1)
+        return [np.array(ids, np.uint32) for ids in lists]
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self._model.decode(np.asarray(ids).tolist())
@@ -171,6 +178,24 @@ class _SentencePiece(Tokenizer):
 
     def fingerprint(self) -> str:
         return _sha256(self._bytes)
+
+
+def _from_merges(vocabulary: Path, merges: str | Path | None) -> bytes:
+    """The tokenizer.json that GPT-2's two files stand for: byte-level BPE, ``<|endoftext|>`` a special token."""
+    library = _library("tokenizers")
+    other = Path(merges) if merges is not None else vocabulary.with_name(vocabulary.name.replace("vocab.json", "merges.txt"))
+    if not other.is_file():
+        raise UserError(f"{other} does not exist: give the file of merges that belongs to {vocabulary}")
+    try:
+        tokenizer = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(other)))
+    except Exception as error:  # the library raises plain Exception for a file it can't read
+        raise UserError(f"{vocabulary} and {other} are not GPT-2's vocabulary and merges: {error}") from error
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    if tokenizer.token_to_id(END_OF_DOCUMENT) is not None:
+        tokenizer.add_special_tokens([END_OF_DOCUMENT])
+    content: str = tokenizer.to_str()
+    return content.encode()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
