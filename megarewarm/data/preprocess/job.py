@@ -142,6 +142,7 @@ class _Job:
         self.names = list(PARTS[: len(shares)]) if options.split else [""]
         self.recipe = Recipe(
             tokenizer=str(Path(tokenizer).resolve()),
+            fingerprint=self.tokenizer.fingerprint(),
             merges=options.merges,
             eod_token=options.eod_token,
             text_key=options.text_key,
@@ -188,6 +189,10 @@ class _Job:
                     done = self._tokenise(shards, hands, resume)
                     outputs = self._assemble(done, hands)
                     digests = self._digests(outputs, hands)
+            except UserError:
+                if not any(self.folder.glob("[0-9]*.json")):
+                    shutil.rmtree(self.folder)  # nothing that could be resumed
+                raise
             except OSError as error:
                 kept = f"{self.folder} keeps what is finished: run the same command with --resume when that is mended"
                 raise UserError(f"{error.filename or self.prefix}: {error.strerror or error}. {kept}") from error
@@ -198,7 +203,7 @@ class _Job:
     @contextmanager
     def _work_folder(self, resume: bool) -> Iterator[None]:
         """PREFIX.parts, locked, with the settings of this job in it; made anew unless ``resume``."""
-        settings = json.loads(json.dumps(asdict(self.recipe))) | {"fingerprint": self.tokenizer.fingerprint()}
+        settings = json.loads(json.dumps(asdict(self.recipe)))
         path = self.folder / "job.json"
         if self.folder.exists() and not resume and not self.overwrite:
             raise UserError(
@@ -226,9 +231,16 @@ class _Job:
     def _tokenise(self, shards: Sequence[Shard], hands: workers.Workers, resume: bool) -> list[Tokenised]:
         limit = self.options.max_documents
         kept = {shard.number: result for shard in shards if resume and (result := finished(self.folder, shard))}
-        rest = [shard for shard in shards if shard.number not in kept]
+        under_way: dict[int, Shard] = {}
+
+        def begun() -> Iterator[Shard]:
+            for shard in shards:
+                if shard.number not in kept:
+                    under_way[shard.number] = shard
+                    yield shard
+
         function = functools.partial(tokenise, recipe=self.recipe, folder=self.folder, threads=hands.threads)
-        fresh = workers.in_order(hands, function, rest, lambda: self._watch(shards, done, kept))
+        fresh = workers.in_order(hands, function, begun(), lambda: self._watch(shards, under_way, done, kept))
         done: list[Tokenised] = []
         documents = 0
         for shard in shards:
@@ -236,30 +248,33 @@ class _Job:
             if limit is not None and documents + result.documents > limit:
                 again = [replace(shard, limit=limit - documents)]
                 (result,) = workers.in_order(hands, function, again)
+            under_way.pop(shard.number, None)
             done.append(result)
             documents += result.documents
             if documents == limit:
                 break
         fresh.close()
-        self._watch(shards, done, kept)
+        self._watch(shards, {}, done, kept)
         _, examples = _left_out(done)
         if not documents:
             broken = f" {examples[0]}" if examples else ""
             raise UserError(f"{self.prefix}: there is no document to write.{broken or ' The input is empty'}")
         return done
 
-    def _watch(self, shards: Sequence[Shard], done: Sequence[Tokenised], kept: dict[int, Tokenised]) -> None:
+    def _watch(
+        self, shards: Sequence[Shard], under_way: dict[int, Shard], done: Sequence[Tokenised], kept: dict[int, Tokenised]
+    ) -> None:
         total = sum(shard.span.size for shard in shards)
         numbers = {result.number for result in done} | set(kept)
-        under_way = [progress_of(self.folder, shard.number) for shard in shards if shard.number not in numbers]
+        said = [progress_of(self.folder, number) for number in under_way]
         whole = [result for result in done if result.number not in kept]
         self.tell(
             Progress(
                 "tokenising",
-                sum(shards[number].span.size for number in numbers) + sum(each[0] for each in under_way),
+                sum(shards[number].span.size for number in numbers) + sum(each[0] for each in said),
                 total,
-                sum(result.documents for result in whole) + sum(each[1] for each in under_way),
-                sum(result.tokens for result in whole) + sum(each[2] for each in under_way),
+                sum(result.documents for result in whole) + sum(each[1] for each in said),
+                sum(result.tokens for result in whole) + sum(each[2] for each in said),
             )
         )
 

@@ -19,6 +19,7 @@ from megarewarm.data.tokenizers import END_OF_DOCUMENT
 from megarewarm.errors import UserError
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")
+_IN_FOLDERS = (".jsonl", ".txt", ".parquet")  # a .json in a folder is more often a manifest
 STDIN = Path("-")
 SPAN = 2**26  # bytes of a file in one piece of work
 
@@ -81,9 +82,9 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
         if path == STDIN:
             found.append(path)
         elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in KINDS)
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in _IN_FOLDERS)
             if not inside:
-                raise UserError(f"{path} holds no file that ends in {', '.join(KINDS)} (or .gz, .zst after that)")
+                raise UserError(f"{path} holds no file that ends in {', '.join(_IN_FOLDERS)} (or .gz, .zst after that)")
             found += inside
         elif path.is_file():
             found.append(path)

@@ -42,6 +42,7 @@ class Recipe:
     """What is done with a document, wherever that happens. ``split``: the parts' shares by name, which sum to 1."""
 
     tokenizer: str
+    fingerprint: str
     merges: str | None
     eod_token: str | None
     text_key: str
@@ -126,7 +127,7 @@ def progress_of(folder: Path, number: int) -> tuple[int, int, int]:
 
 def tokenise(shard: Shard, recipe: Recipe, folder: Path, threads: int) -> Tokenised:
     """Make the files of a shard. Raises ``UserError`` for an unreadable file, and with ``strict`` for a broken record."""
-    tokenizer = _tokenizer(recipe.tokenizer, recipe.eod_token, recipe.merges)
+    tokenizer = _tokenizer(recipe.tokenizer, recipe.eod_token, recipe.merges, recipe.fingerprint)
     end = np.array([tokenizer.eod_id] if recipe.append_eod else [], recipe.dtype)
     # only at the very beginning of the input do a hundred broken records mean that the key or the file is wrong
     skipped = Skipped(strict=recipe.strict, may_be_hopeless=shard.number == 0)
@@ -173,7 +174,8 @@ class _Word:
             self._next = time.monotonic() + _EVERY
 
     def done(self) -> None:
-        self._path.unlink(missing_ok=True)
+        """The last word, which stays: the shard may have to wait for those before it."""
+        self._path.write_bytes(PROGRESS.pack(*self._said))
 
 
 def _batches(shard: Shard, recipe: Recipe, skipped: Skipped, word: _Word) -> Iterator[list[tuple[int, str]]]:
@@ -197,8 +199,11 @@ def _batches(shard: Shard, recipe: Recipe, skipped: Skipped, word: _Word) -> Ite
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, eod_token: str | None, merges: str | None) -> Tokenizer:
-    return load_tokenizer(path, eod_token=eod_token, merges=merges)
+def _tokenizer(path: str, eod_token: str | None, merges: str | None, fingerprint: str) -> Tokenizer:
+    tokenizer = load_tokenizer(path, eod_token=eod_token, merges=merges)
+    if tokenizer.fingerprint() != fingerprint:
+        raise UserError(f"{path} has changed since the run began: run it again with --overwrite")
+    return tokenizer
 
 
 def _fixed(text: str, recipe: Recipe) -> str:
@@ -231,7 +236,7 @@ class _Writer:
         self._stack = ExitStack()
         self._files: dict[str, IO[bytes]] = {}
         for suffix in ("bin", "ends") if base is None else ("bin", "ends", "keys"):
-            self._files[suffix] = self._stack.enter_context(Path(f"{path}.{suffix}").open("wb"))
+            self._files[suffix] = self._stack.enter_context(open(f"{path}.{suffix}", "wb"))  # noqa: SIM115
         self._held: list[npt.NDArray[Any]] = []
         self._places: list[int] = []
         self._held_tokens = 0

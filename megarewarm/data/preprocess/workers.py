@@ -77,7 +77,8 @@ def mpi() -> Iterator[Workers | None]:
 def in_order(
     workers: Workers, function: Callable[[T], R], tasks: Iterable[T], watch: Callable[[], None] = lambda: None
 ) -> Generator[R, None, None]:
-    """Results in the order of the tasks, with two tasks per worker under way; ``watch`` is called twice a second.
+    """Results in the order of the tasks, with two tasks per worker under way; ``watch`` is
+    called twice a second.
 
     Raises what a task raised, and ``UserError`` where a worker was killed.
     """
@@ -89,10 +90,12 @@ def in_order(
         while waiting or not ended:
             while not ended and len(active) < 2 * workers.count:
                 try:
-                    waiting.append(workers.executor.submit(function, next(iterator)))
-                    active.add(waiting[-1])
+                    task = next(iterator)
                 except StopIteration:
                     ended = True
+                    break
+                waiting.append(workers.executor.submit(function, task))
+                active.add(waiting[-1])
             while waiting and waiting[0].done():
                 yield waiting.popleft().result()
             _, active = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
