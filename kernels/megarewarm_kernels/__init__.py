@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megarewarm_kernels.bias_gelu import bias_gelu
 from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
+from megarewarm_kernels.residual_norms import residual_norms
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["bias_gelu", "linear_cross_entropy", "residual_norms"]

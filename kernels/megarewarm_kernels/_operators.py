@@ -1,0 +1,63 @@
+"""How an operation is made known to PyTorch: its definition on every device, its Triton form on CUDA, its shapes for tracing.
+
+Derivatives stay outside, in autograd Functions: that is the cheapest way, and torch.compile, checkpointing and FLOP counters
+see one operator for each direction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+
+    HAS_TRITON = True
+except ImportError:
+    triton = None
+    HAS_TRITON = False
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors: for tests. Decided by the environment when kernels are imported."""
+
+_LIBRARY = torch.library.Library("megarewarm", "FRAGMENT")
+
+
+def define(
+    schema: str, *, definition: Callable[..., Any], shapes: Callable[..., Any], kernel: Callable[..., Any] | None = None
+) -> Any:
+    """Make the operator ``megarewarm::NAME`` of a schema and return it.
+
+    ``definition`` computes it on any device, ``kernel`` on CUDA (and on the CPU where Triton is interpreted), ``shapes``
+    gives empty results for tracing.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
+    if kernel is not None and HAS_TRITON:
+        _LIBRARY.impl(name, kernel, "CUDA")
+        if INTERPRETED:
+            _LIBRARY.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"megarewarm::{name}", shapes, lib=_LIBRARY)
+    return getattr(torch.ops.megarewarm, name).default
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a value of ``dtype`` is computed: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (..., n) as (rows, n) with neighbouring columns, copied only where its strides leave no choice."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+
+
+def programs(rows: int, device: torch.device) -> int:
+    """Programs among which rows are divided where each adds up what it has seen: four for each multiprocessor."""
+    if device.type != "cuda":
+        return max(1, min(rows, 3))
+    return max(1, min(rows, 4 * torch.cuda.get_device_properties(device).multi_processor_count))

@@ -1,0 +1,369 @@
+"""The residual addition and the two LayerNorms of the parallel residual in one pass.
+
+x' = x + a + m, y1 = norm(x') w1 + b1, y2 = norm(x') w2 + b2, with norm(x) = (x - mean) / sqrt(variance + eps) over the last
+dimension (Ba, Kiros and Hinton 2016, arXiv 1607.06450); the parallel residual is GPT-J's and GPT-NeoX's (arXiv 2204.06745,
+section 2.1): a is attention's output and m the MLP's, of the layer before.
+
+Bytes moved, bf16, n elements: forward 12 n (three read, three written), backward 10 n (x', dy1, dy2 and dx' read, dx written),
+with 16 bytes for each column and program of partial sums. Separate additions and norms move 16 a + 6 a (a = 2 n bytes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megarewarm_kernels._operators import HAS_TRITON, define, exact, programs, rows_of
+
+
+def residual_norms(
+    x: Tensor,
+    attended: Tensor | None,
+    mixed: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + attended + mixed, its first LayerNorm, its second LayerNorm).
+
+    Args:
+        x: (..., h), any floating dtype.
+        attended, mixed: like x, or None both for nothing to be added.
+        weight1, bias1, weight2, bias2: (h,), the two norms', any floating dtype.
+        eps: added to the variance.
+
+    Returns:
+        Three tensors like x. The sum is computed in fp32 and rounded once; the norms are computed from what was rounded, as
+        the next layer reads it. Statistics are fp32. Gradients come in the dtypes of the arguments; the weights' are summed in
+        fp32, in the same order at every run. Raises ValueError on wrong shapes.
+    """
+    for name, part in (("attended", attended), ("mixed", mixed)):
+        if (part is None) != (attended is None) or (part is not None and part.shape != x.shape):
+            found = "nothing" if part is None else tuple(part.shape)
+            raise ValueError(f"attended and mixed are like x {tuple(x.shape)} or both None, '{name}' is {found}")
+    for part in (weight1, bias1, weight2, bias2):
+        if part.shape != x.shape[-1:]:
+            raise ValueError(f"weights and biases of the norms are {tuple(x.shape[-1:])}, got {tuple(part.shape)}")
+    total, first, second = _ResidualNorms.apply(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
+    return total, first, second
+
+
+def reference(
+    x: Tensor,
+    attended: Tensor | None,
+    mixed: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of ``residual_norms`` in plain PyTorch."""
+    kind = exact(x.dtype)
+    total = x
+    if attended is not None and mixed is not None:
+        total = (x.to(kind) + attended + mixed).to(x.dtype)
+    wide = total.to(kind)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return total, (normed * weight1 + bias1).to(x.dtype), (normed * weight2 + bias2).to(x.dtype)
+
+
+class _ResidualNorms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        attended: Tensor | None,
+        mixed: Tensor | None,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total, first, second, mean, scale = _forward(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
+        total = x.view_as(x) if attended is None else total
+        ctx.added = attended is not None
+        ctx.save_for_backward(total, weight1, weight2, mean, scale)
+        return total, first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, residual: Tensor, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw1, db1, dw2, db2 = _backward(residual, grad1, grad2, *ctx.saved_tensors)
+        added = dx if ctx.added else None
+        return dx, added, added, dw1, db1, dw2, db2, None
+
+
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _define_forward(
+    x: Tensor,
+    attended: Tensor | None,
+    mixed: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+) -> Five:
+    total, first, second = reference(x, attended, mixed, weight1, bias1, weight2, bias2, eps=eps)
+    wide = total.to(exact(x.dtype))
+    mean = wide.mean(-1)
+    scale = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
+    added = x.new_empty(0) if attended is None else total.contiguous()
+    return added, first.contiguous(), second.contiguous(), mean.contiguous(), scale.contiguous()
+
+
+def _define_backward(
+    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, scale: Tensor
+) -> Five:
+    kind = exact(total.dtype)
+    normed = (total.to(kind) - mean[..., None]) * scale[..., None]
+    wide1, wide2 = grad1.to(kind), grad2.to(kind)
+    inner = wide1 * weight1 + wide2 * weight2
+    dx = (inner - normed * (normed * inner).mean(-1, keepdim=True) - inner.mean(-1, keepdim=True)) * scale[..., None]
+    dx = dx + residual
+    rows = tuple(range(total.dim() - 1))
+
+    def summed(value: Tensor, like: Tensor) -> Tensor:
+        return (value.sum(rows) if rows else value).to(like.dtype, copy=True)
+
+    weights = summed(wide1 * normed, weight1), summed(wide1, weight1), summed(wide2 * normed, weight2), summed(wide2, weight2)
+    return dx.to(total.dtype).contiguous(), *weights
+
+
+def _shape_forward(
+    x: Tensor,
+    attended: Tensor | None,
+    mixed: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+) -> Five:
+    statistic = x.new_empty(x.shape[:-1], dtype=exact(x.dtype))
+    added = x.new_empty(0 if attended is None else x.shape)
+    return added, x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _shape_backward(
+    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, scale: Tensor
+) -> Five:
+    one, two = weight1.new_empty(weight1.shape), weight2.new_empty(weight2.shape)
+    return total.new_empty(total.shape), one, torch.empty_like(one), two, torch.empty_like(two)
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def residual_norms_forward(  # type: ignore[no-untyped-def]
+        x_ptr,
+        attended_ptr,
+        mixed_ptr,
+        weight1_ptr,
+        bias1_ptr,
+        weight2_ptr,
+        bias2_ptr,
+        total_ptr,
+        first_ptr,
+        second_ptr,
+        mean_ptr,
+        scale_ptr,
+        x_stride,
+        attended_stride,
+        mixed_stride,
+        columns,
+        eps,
+        ADDED: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)  # rows x columns may pass 2^31
+        column = tl.arange(0, COLUMNS)
+        inside = column < columns
+        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        if ADDED:
+            x += tl.load(attended_ptr + row * attended_stride + column, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(mixed_ptr + row * mixed_stride + column, mask=inside, other=0.0).to(tl.float32)
+            rounded = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + row * columns + column, rounded, mask=inside)
+            x = rounded.to(tl.float32)
+        mean = tl.sum(x, axis=0) / columns
+        centred = tl.where(inside, x - mean, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / columns + eps)
+        normed = centred * scale
+        weight1 = tl.load(weight1_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        bias1 = tl.load(bias1_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        bias2 = tl.load(bias2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        first = (normed * weight1 + bias1).to(first_ptr.dtype.element_ty)
+        second = (normed * weight2 + bias2).to(second_ptr.dtype.element_ty)
+        tl.store(first_ptr + row * columns + column, first, mask=inside)
+        tl.store(second_ptr + row * columns + column, second, mask=inside)
+        tl.store(mean_ptr + row, mean)
+        tl.store(scale_ptr + row, scale)
+
+    @triton.jit
+    def residual_norms_backward(  # type: ignore[no-untyped-def]
+        residual_ptr,
+        grad1_ptr,
+        grad2_ptr,
+        total_ptr,
+        weight1_ptr,
+        weight2_ptr,
+        mean_ptr,
+        scale_ptr,
+        dx_ptr,
+        partial_ptr,
+        residual_stride,
+        grad1_stride,
+        grad2_stride,
+        total_stride,
+        rows,
+        columns,
+        each,
+        COLUMNS: tl.constexpr,
+    ):
+        part = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, COLUMNS)
+        inside = column < columns
+        weight1 = tl.load(weight1_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        dw1 = tl.zeros((COLUMNS,), tl.float32)
+        db1 = tl.zeros((COLUMNS,), tl.float32)
+        dw2 = tl.zeros((COLUMNS,), tl.float32)
+        db2 = tl.zeros((COLUMNS,), tl.float32)
+        for row in range(part * each, min(part * each + each, rows)):
+            x = tl.load(total_ptr + row * total_stride + column, mask=inside, other=0.0).to(tl.float32)
+            grad1 = tl.load(grad1_ptr + row * grad1_stride + column, mask=inside, other=0.0).to(tl.float32)
+            grad2 = tl.load(grad2_ptr + row * grad2_stride + column, mask=inside, other=0.0).to(tl.float32)
+            residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + row)
+            normed = tl.where(inside, (x - tl.load(mean_ptr + row)) * scale, 0.0)
+            inner = grad1 * weight1 + grad2 * weight2
+            along = tl.sum(inner * normed, axis=0) / columns
+            level = tl.sum(inner, axis=0) / columns
+            dx = (inner - normed * along - level) * scale + residual
+            tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dw1 += grad1 * normed
+            db1 += grad1
+            dw2 += grad2 * normed
+            db2 += grad2
+        # one row of partial sums for each program, added up afterwards: no atomics, so the same result at every run
+        base = partial_ptr + part * 4 * columns + column
+        tl.store(base, dw1, mask=inside)
+        tl.store(base + columns, db1, mask=inside)
+        tl.store(base + 2 * columns, dw2, mask=inside)
+        tl.store(base + 3 * columns, db2, mask=inside)
+
+    def warps(columns: int) -> int:
+        """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
+        return min(16, max(1, triton.next_power_of_2(columns) // 256))
+
+    def _kernel_forward(
+        x: Tensor,
+        attended: Tensor | None,
+        mixed: Tensor | None,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        eps: float,
+    ) -> Five:
+        if x.dtype == torch.float64 or x.shape[-1] > _MOST_COLUMNS:
+            return _define_forward(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
+        flat = rows_of(x)
+        rows, columns = flat.shape
+        parts = [flat if part is None else rows_of(part) for part in (attended, mixed)]
+        added = torch.empty((0,) if attended is None else flat.shape, dtype=x.dtype, device=x.device)
+        first, second = (torch.empty(flat.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        if flat.numel():
+            residual_norms_forward[(rows,)](
+                flat,
+                *parts,
+                *(part.contiguous() for part in (weight1, bias1, weight2, bias2)),
+                added,
+                first,
+                second,
+                mean,
+                scale,
+                flat.stride(0),
+                *(part.stride(0) for part in parts),
+                columns,
+                eps,
+                ADDED=attended is not None,
+                COLUMNS=triton.next_power_of_2(columns),
+                num_warps=warps(columns),
+            )
+        shaped = added if attended is None else added.view(x.shape)
+        return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), scale.view(x.shape[:-1])
+
+    def _kernel_backward(
+        residual: Tensor,
+        grad1: Tensor,
+        grad2: Tensor,
+        total: Tensor,
+        weight1: Tensor,
+        weight2: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+    ) -> Five:
+        if total.dtype == torch.float64 or total.shape[-1] > _MOST_COLUMNS_BACKWARD:
+            return _define_backward(residual, grad1, grad2, total, weight1, weight2, mean, scale)
+        parts = [rows_of(part) for part in (residual, grad1, grad2, total)]
+        rows, columns = parts[3].shape
+        dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
+        count = programs(rows, total.device)
+        partial = torch.zeros((count, 4, columns), dtype=torch.float32, device=total.device)
+        if dx.numel():
+            residual_norms_backward[(count,)](
+                *parts,
+                weight1.contiguous(),
+                weight2.contiguous(),
+                mean.contiguous(),
+                scale.contiguous(),
+                dx,
+                partial,
+                *(part.stride(0) for part in parts),
+                rows,
+                columns,
+                triton.cdiv(rows, count),
+                COLUMNS=triton.next_power_of_2(columns),
+                num_warps=warps(columns),
+            )
+        sums = zip(partial.sum(0), (weight1, weight1, weight2, weight2), strict=True)
+        # copies: views of one tensor would keep all four alive, and an operator may not return aliases
+        return dx.view(total.shape), *(part.to(like.dtype, copy=True) for part, like in sums)
+
+    # A row lies in the registers of one program; backward with the four sums it adds to. More would spill.
+    _MOST_COLUMNS, _MOST_COLUMNS_BACKWARD = 8192, 4096
+else:
+    _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
+
+_forward = define(
+    "residual_norms(Tensor x, Tensor? attended, Tensor? mixed, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    definition=_define_forward,
+    shapes=_shape_forward,
+    kernel=_kernel_forward,
+)
+_backward = define(
+    "residual_norms_backward(Tensor residual, Tensor grad1, Tensor grad2, Tensor total, Tensor weight1, Tensor weight2, "
+    "Tensor mean, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    definition=_define_backward,
+    shapes=_shape_backward,
+    kernel=_kernel_backward,
+)

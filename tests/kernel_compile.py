@@ -1,0 +1,145 @@
+"""Compiles the Triton kernels for real GPUs on a machine that has none, and reads registers, spills and instructions.
+
+    python tests/kernel_compile.py [--write docs/kernels.md]
+
+Run in a process of its own: Triton must not be interpreting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from megarewarm_kernels.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
+from megarewarm_kernels.residual_norms import _MOST_COLUMNS_BACKWARD, residual_norms_backward, residual_norms_forward, warps
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel as it is launched. ``values``: constexprs; pointers are to ``dtype`` but for those to fp32."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    values: dict[str, Any]
+    warps: int
+    in_fp32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of it. ``wide``: 128-bit loads and stores; ``spills``: to local memory."""
+
+    name: str
+    architecture: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    wide: int
+    tensor_core: int
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every configuration that is shipped."""
+    for form, tanh in (("exact", False), ("tanh", True)):
+        for dtype in ("bf16", "fp32"):
+            tile = {"TANH": tanh, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+            yield Configuration(f"bias_gelu {form} {dtype}", bias_gelu_forward, dtype, tile, 4)
+            backward = {**tile, "TILES": _TILES}
+            yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
+    statistics = ("mean_ptr", "scale_ptr")
+    for columns in (512, 1024, 2048, 4096, 8192):
+        for added in (True, False):
+            name = f"residual_norms {'added' if added else 'first'} bf16 {columns}"
+            values = {"ADDED": added, "COLUMNS": columns}
+            yield Configuration(name, residual_norms_forward, "bf16", values, warps(columns), statistics)
+        if columns <= _MOST_COLUMNS_BACKWARD:
+            name, kernel = f"residual_norms_backward bf16 {columns}", residual_norms_backward
+            yield Configuration(name, kernel, "bf16", {"COLUMNS": columns}, warps(columns), (*statistics, "partial_ptr"))
+
+
+def compiled(configuration: Configuration, architecture: int) -> Compiled:
+    """Compile for a GPU of compute capability ``architecture`` / 10, as for aligned pointers and sizes."""
+    names = configuration.kernel.arg_names
+    signature = {name: _type_of(name, configuration) for name in names}
+    constants = {(names.index(name),): value for name, value in configuration.values.items()}
+    aligned = [name for name in names if signature[name].startswith("*") or signature[name] == "i32"]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": configuration.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        assembly = _output("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    return Compiled(
+        name=configuration.name,
+        architecture=architecture,
+        registers=int(found[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+        stack=int(found[2]),
+        shared=result.metadata.shared,
+        wide=len(re.findall(r"\b(?:LDG|STG)[.\w]*\.128\b", assembly)),
+        tensor_core=len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", assembly)),
+    )
+
+
+def table(rows: list[Compiled]) -> str:
+    """As Markdown, one line for each kernel, architectures side by side."""
+    heads = ["kernel", "registers", "spills", "shared, bytes", "128-bit accesses", "tensor cores"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    by_name: dict[str, list[Compiled]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, []).append(row)
+    for name, group in by_name.items():
+        values = [[getattr(row, key) for row in group] for key in ("registers", "spills", "shared", "wide", "tensor_core")]
+        lines.append(f"| {name} | " + " | ".join(" / ".join(map(str, column)) for column in values) + " |")
+    return "\n".join(lines)
+
+
+def _type_of(name: str, configuration: Configuration) -> str:
+    if name in configuration.values:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return "*fp32" if name in configuration.in_fp32 else f"*{configuration.dtype}"
+    return "fp32" if name == "eps" else "i32"
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([os.fspath(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Compile everything; print JSON, or write the table into a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="PAGE")
+    arguments = parser.parse_args()
+    rows = [compiled(each, architecture) for each in configurations() for architecture in ARCHITECTURES]
+    if arguments.write is None:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    page = arguments.write.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    arguments.write.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
