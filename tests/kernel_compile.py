@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from megarewarm_kernels.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
 from megarewarm_kernels.residual_norms import _MOST_COLUMNS_BACKWARD, residual_norms_backward, residual_norms_forward, warps
 from triton.backends.compiler import GPUTarget
@@ -26,6 +27,7 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_FLOATS = ("keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root")
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -63,6 +65,11 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(f"bias_gelu {form} {dtype}", bias_gelu_forward, dtype, tile, 4)
             backward = {**tile, "TILES": _TILES}
             yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
+    state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
+    for dtype in ("bf16", "fp32"):
+        copy = {"COPY": True, "BLOCK": _BLOCK}
+        yield Configuration(f"adamw gradient and copy {dtype}", adamw_step, dtype, copy, 4, state)
+        yield Configuration(f"squared_norm {dtype}", squares, dtype, {"BLOCK": _BLOCK, "WALK": _WALK}, 4, state)
     statistics = ("mean_ptr", "scale_ptr")
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):
@@ -120,7 +127,7 @@ def _type_of(name: str, configuration: Configuration) -> str:
         return "constexpr"
     if name.endswith("_ptr"):
         return "*fp32" if name in configuration.in_fp32 else f"*{configuration.dtype}"
-    return "fp32" if name == "eps" else "i32"
+    return "fp32" if name in _FLOATS else "i32"
 
 
 def _output(tool: str, *arguments: str) -> str:

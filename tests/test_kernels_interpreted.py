@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from adamw_cases import assert_norm_is_right, assert_right
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
@@ -97,6 +98,19 @@ def test_offsets_beyond_two_to_the_31(name: str) -> None:
     with torch.no_grad():
         for one, other in zip(case.ours(*far), case.ours(*plain), strict=True):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1024, 1025, 3000])
+@pytest.mark.parametrize("copy", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs(size: int, dtype: torch.dtype, copy: torch.dtype | None) -> None:
+    assert_right(size, dtype, copy)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1024 * 16, 1024 * 16 + 1, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_squared_norm(size: int, dtype: torch.dtype) -> None:
+    assert_norm_is_right(size, dtype)
 
 
 def test_the_interpreter_still_needs_repair() -> None:

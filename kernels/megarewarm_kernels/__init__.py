@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from megarewarm_kernels.adamw import adamw_, squared_norm
 from megarewarm_kernels.bias_gelu import bias_gelu
 from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
 from megarewarm_kernels.residual_norms import residual_norms
 
-__all__ = ["bias_gelu", "linear_cross_entropy", "residual_norms"]
+__all__ = ["adamw_", "bias_gelu", "linear_cross_entropy", "residual_norms", "squared_norm"]

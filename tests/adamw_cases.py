@@ -1,0 +1,55 @@
+"""AdamW over flat tensors as the tests see it, beside torch.optim.AdamW in float64."""
+
+from __future__ import annotations
+
+import torch
+from megarewarm_kernels import adamw_, squared_norm
+from torch import Tensor
+
+SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+SCALE = 0.25
+
+
+def state_of(size: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Parameter, first and second moment as they are before step 1, and three gradients in ``dtype``."""
+    random = torch.Generator().manual_seed(seed)
+    start = torch.randn(size, generator=random)
+    gradients = [torch.randn(size, generator=random).mul_(10.0**-i).to(dtype) for i in range(3)]
+    return [start, torch.zeros(size), torch.zeros(size), *gradients]
+
+
+def by_torch(state: list[Tensor]) -> Tensor:
+    """The parameter after three steps of PyTorch's optimizer in float64."""
+    parameter = state[0].double().requires_grad_()
+    optimizer = torch.optim.AdamW([parameter], **SETTINGS)
+    for gradient in state[3:]:
+        parameter.grad = gradient.double() * SCALE
+        optimizer.step()
+    return parameter.detach()
+
+
+def by_us(state: list[Tensor], copy: Tensor | None) -> list[Tensor]:
+    """The parameter and the moments after three steps of ours."""
+    parameter, first, second = (part.clone() for part in state[:3])
+    for step, gradient in enumerate(state[3:], 1):
+        adamw_(parameter, gradient, first, second, step=step, scale=torch.tensor(SCALE), copy=copy, **SETTINGS)
+    return [parameter, first, second]
+
+
+def assert_right(size: int, dtype: torch.dtype, copy_dtype: torch.dtype | None) -> None:
+    """Ours against PyTorch's float64: within a few roundings of fp32; the copy is the parameter rounded."""
+    state = state_of(size, dtype)
+    copy = None if copy_dtype is None else torch.full((size,), float("nan"), dtype=copy_dtype)
+    parameter, _, second = by_us(state, copy)
+    torch.testing.assert_close(parameter.double(), by_torch(state), rtol=1e-6, atol=1e-6)
+    assert (second >= 0).all()
+    if copy is not None:
+        assert torch.equal(copy, parameter.to(copy_dtype))
+
+
+def assert_norm_is_right(size: int, dtype: torch.dtype) -> None:
+    """The squared norm against float64."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    found = squared_norm(x)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == ()
+    torch.testing.assert_close(found.double(), x.double().square().sum(), rtol=2e-6, atol=0)
