@@ -44,6 +44,7 @@ setup(
             "ftfy>=6.1",
             "hypothesis>=6.100",
             "jsonschema>=4.21",
+            "megatron-core>=0.16",
             "mpich; sys_platform == 'linux'",
             "mypy>=1.10",
             "pyarrow>=16",
