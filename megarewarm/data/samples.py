@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.permutation import Permutation, derive_key
+from megarewarm.data.shuffled_documents import ShuffledDocuments
 from megarewarm.data.token_file import TokenView
 from megarewarm.errors import UserError
+
+_BLOCK = 2**20  # documents in memory at a time beside the arrays that stay
 
 Description = dict[str, str | int | float | None]
 
@@ -99,8 +102,8 @@ class _ShuffledSamples(Samples):
     """What GPT-NeoX and Megatron-LM have in common: shuffled documents, cut into samples, which are shuffled again.
 
     Both write down the document and offset of every sample. These are simply where flat token k s of the shuffled
-    documents lies, so they are searched for in the running sum of the document sizes when a sample is read. Memory: 12
-    to 16 bytes per document and epoch, 4 (8 from 2**32 - 2 samples on) per sample.
+    documents lies, which is found when a sample is read (``ShuffledDocuments``). Memory: about 6 bytes per document and
+    epoch (10 from 2**31 documents on), 4 (8 from 2**32 - 2 samples on) per sample; 4 per document more while it is built.
     """
 
     def __init__(self, tokens: TokenView, sequence_length: int, seed: int, num_samples: int) -> None:
@@ -112,8 +115,8 @@ class _ShuffledSamples(Samples):
         random = np.random.RandomState(seed)
         # The documents are shuffled within these ranges of epochs, the samples within the ranges of samples they make.
         self.epoch_ranges = self._epoch_ranges(num_samples)
-        self._documents = self._shuffled_documents(random)
-        self._ends = np.cumsum(tokens.sizes()[self._documents - tokens.first_document])
+        order = self._shuffled_documents(random)
+        self._documents = ShuffledDocuments(order, _sizes(tokens), tokens.first_document)
         bounds = [0] + [self._samples_in(last) for _, last in self.epoch_ranges]
         kind = np.uint32 if self.num_samples < 2**32 - 2 else np.int64
         self._shuffle = np.arange(self.num_samples, dtype=kind)
@@ -129,19 +132,20 @@ class _ShuffledSamples(Samples):
 
     def _shuffled_documents(self, random: np.random.RandomState) -> np.ndarray:
         view = self.tokens
-        kind = np.int32 if view.last_document < 2**31 else np.int64
-        ids = np.arange(view.first_document, view.last_document, dtype=kind)
-        parts = []
+        count = view.num_documents
+        order = np.empty(self.num_epochs * count, np.int32 if view.last_document < 2**31 else np.int64)
+        for first in range(0, count, _BLOCK):
+            ids = np.arange(view.first_document + first, view.first_document + min(first + _BLOCK, count))
+            for epoch in range(self.num_epochs):
+                order[epoch * count + first : epoch * count + first + len(ids)] = ids
         for first, last in self.epoch_ranges:
-            part = np.tile(ids, last - first)
-            random.shuffle(part)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            random.shuffle(order[first * count : last * count])
+        return order
 
     @property
     def document_order(self) -> np.ndarray:
         """Document ids (of the whole file) in the order they are read, all epochs; GPT-NeoX's ``doc_idx``."""
-        return self._documents
+        return self._documents.order
 
     @property
     def shuffle(self) -> np.ndarray:
@@ -150,26 +154,31 @@ class _ShuffledSamples(Samples):
 
     def starts(self, places: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Rows of GPT-NeoX's ``sample_idx``, (..., 2): index into ``document_order`` and offset of flat token k s."""
-        flat = np.asarray(places, np.int64) * self.sequence_length
-        rows = np.searchsorted(self._ends, flat, side="right")
-        before = np.where(rows > 0, self._ends[rows - 1], 0)
-        return np.stack([rows, flat - before], axis=-1)
+        return np.stack(self._documents.locate(np.asarray(places, np.int64) * self.sequence_length), axis=-1)
 
     def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
         starts = self.starts(self._shuffle[indices])
-        file, length = self.tokens.file, self.sequence_length + 1
+        file, length, documents = self.tokens.file, self.sequence_length + 1, self._documents
         for target, (row, offset) in zip(out, starts.tolist(), strict=True):
             filled = 0
             while filled < length:
-                size = int(self._ends[row]) - (int(self._ends[row - 1]) if row else 0)
-                take = min(size - offset, length - filled)
-                start = file.document_start(int(self._documents[row])) + offset
-                target[filled : filled + take] = file.read(start, take)
+                take = min(documents.size(row) - offset, length - filled)
+                if take:
+                    start = file.document_start(int(documents.order[row])) + offset
+                    target[filled : filled + take] = file.read(start, take)
                 filled += take
                 row, offset = row + 1, 0
 
     def describe(self) -> Description:
         return {**super().describe(), "epochs": self.num_epochs}
+
+
+def _sizes(view: TokenView) -> npt.NDArray[np.int32]:
+    sizes = np.empty(view.num_documents, np.int32)
+    for first in range(0, view.num_documents, _BLOCK):
+        last = min(first + _BLOCK, view.num_documents)
+        sizes[first:last] = view.file.document_sizes(view.first_document + first, view.first_document + last)
+    return sizes
 
 
 class NeoxSamples(_ShuffledSamples):

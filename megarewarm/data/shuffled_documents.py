@@ -1,0 +1,61 @@
+"""Documents in a shuffled order as one row of tokens: which of them holds a given token, in little memory.
+
+GPT-NeoX and Megatron-LM write down document and offset of every sample. Here the place is found when a sample is read: for
+every 64th document the tokens before it are known (int64), and for each document its size in 16 bits; the few of 65535 tokens
+or more stand in a table of their own. With the order itself that is about 6 bytes for each document.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+_GROUP = 64  # documents between two known places
+_LONG = 2**16 - 1  # stands for a size that is in the table
+_BLOCK = 2**20  # documents in memory at a time while this is built
+
+
+class ShuffledDocuments:
+    """``order``: (n,) document ids, kept as they are; ``sizes``: int32, the size of document ``first`` + i at i."""
+
+    def __init__(self, order: npt.NDArray[np.signedinteger], sizes: npt.NDArray[np.int32], first: int) -> None:
+        self.order = order
+        self._sizes = np.empty(-(-len(order) // _GROUP) * _GROUP, np.uint16)
+        self._sizes[len(order) :] = 0
+        self._starts = np.empty(len(self._sizes) // _GROUP, np.int64)
+        long_rows, long_sizes, total = [], [], 0
+        for begin in range(0, len(order), _BLOCK):
+            block = sizes[order[begin : begin + _BLOCK] - first]
+            (long,) = np.nonzero(block >= _LONG)
+            long_rows.append(begin + long)
+            long_sizes.append(block[long])
+            self._sizes[begin : begin + len(block)] = np.minimum(block, _LONG)
+            groups = np.add.reduceat(block, np.arange(0, len(block), _GROUP), dtype=np.int64)
+            ends = total + np.cumsum(groups)
+            self._starts[begin // _GROUP : begin // _GROUP + len(groups)] = ends - groups
+            total = int(ends[-1])
+        self._long_rows = np.concatenate(long_rows) if long_rows else np.empty(0, np.int64)
+        self._long_sizes = np.concatenate(long_sizes) if long_sizes else np.empty(0, np.int32)
+        self.num_tokens = total
+
+    def locate(self, tokens: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(row in ``order``, offset in its document) of flat tokens, each of their shape; empty documents hold none."""
+        flat = np.asarray(tokens, np.int64)
+        group = np.searchsorted(self._starts, flat, side="right") - 1
+        inside = flat - self._starts[group]
+        ends = np.cumsum(self._sizes_at(group[..., None] * _GROUP + np.arange(_GROUP)), axis=-1)
+        place = (ends <= inside[..., None]).sum(axis=-1)
+        before = np.take_along_axis(ends, np.maximum(place - 1, 0)[..., None], axis=-1)[..., 0]
+        return group * _GROUP + place, inside - np.where(place > 0, before, 0)
+
+    def size(self, row: int) -> int:
+        """Tokens of the document at a row."""
+        size = int(self._sizes[row])
+        return size if size != _LONG else int(self._sizes_at(np.array([row]))[0])
+
+    def _sizes_at(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        sizes = self._sizes[rows].astype(np.int64)
+        long = sizes == _LONG
+        if long.any():
+            sizes[long] = self._long_sizes[np.searchsorted(self._long_rows, rows[long])]
+        return sizes
