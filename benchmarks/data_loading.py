@@ -1,6 +1,7 @@
 """Reading samples at random places, in one process, page cache warm: our orders against megatron-core's GPTDataset.
 
-One file of random ids, documents of about 2000 tokens, samples of 2048; both sides read samples in the order they have made, in turns.
+One file of random ids, documents of about 2000 tokens, samples of 2048; both sides read samples in the order they have made, in
+turns.
 
     python benchmarks/data_loading.py --folder DIR [--gigabytes 1] [--turns 3]
 """

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarewarm.config.schema import DataConfig
 from megarewarm.data import blend
 from megarewarm.data.blend import Blend, greedy_blend
 from megarewarm.errors import UserError
+from megarewarm.rewarm.replay import with_replay
 
 
 def rule(weights, size):
@@ -130,3 +132,32 @@ def test_correction_of_blocks_is_exercised(monkeypatch):
 def test_no_negative_positions():
     with pytest.raises(IndexError):
         Blend([1, 2]).locate([-1])
+
+
+def sources(*parts: dict[str, object]) -> DataConfig:
+    return DataConfig.model_validate(
+        {"sequence_length": 8, "train": [{"path": f"{i}", **part} for i, part in enumerate(parts)]}
+    )
+
+
+def test_shares_as_numbers_of_tokens() -> None:
+    data = sources({"tokens": "2B tokens"}, {"tokens": "500M tokens"})
+    assert [source.weight for source in with_replay(data.train, None)] == [0.8, 0.2]
+    again = DataConfig.model_validate(data.model_dump(mode="json"))
+    assert again == data, "a resolved config says the same"
+    final = with_replay(data.train, None)
+    assert DataConfig.model_validate(data.model_dump() | {"train": [source.model_dump() for source in final]}).train == final
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (({"tokens": "2B tokens"}, {"weight": 1.0}), "some sources give 'tokens' and some 'weight'"),
+        (({"tokens": "2B tokens", "weight": 3.0},), "'weight' and 'tokens' both say"),
+        (({"tokens": "10%"},), "expected a number of tokens above 0"),
+        (({"tokens": "0 tokens"},), "expected a number of tokens above 0"),
+    ],
+)
+def test_shares_that_say_nothing_clear_are_refused(parts: tuple[dict[str, object], ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        sources(*parts)

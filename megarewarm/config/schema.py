@@ -6,9 +6,9 @@ generated from it (``python tools/document_config.py``).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.execution import (
@@ -138,6 +138,11 @@ class Source(Section):
     path: str = Field(description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids.")
     name: str | None = Field(None, description="Name in logs and lineage; null: the file's name.")
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
+    tokens: Budget | None = Field(
+        None,
+        description="Instead of 'weight': the share as a number of tokens, such as '2B tokens', relative to the other "
+        "sources', which then all give one.",
+    )
     split: str | None = Field(
         None, description="'train,valid,test' shares by documents, such as '969,30,1'; null: the whole file."
     )
@@ -151,6 +156,30 @@ class Source(Section):
         description="How often the source may be read through. Asking for more is an error; null: without limit.",
     )
 
+    @model_validator(mode="after")
+    def _check_tokens(self) -> Source:
+        if self.tokens is not None:
+            if self.tokens.unit != "tokens" or not self.tokens.amount:
+                raise ValueError(f"'tokens' is '{self.tokens}': expected a number of tokens above 0, such as '2B tokens'")
+            if "weight" in self.model_fields_set and self.weight != self.tokens.amount:
+                raise ValueError("'weight' and 'tokens' both say the source's share: leave one out")
+            object.__setattr__(self, "weight", self.tokens.amount)
+        return self
+
+    def with_weight(self, weight: float) -> Source:
+        """The same source with another share."""
+        return self.model_copy(update={"weight": weight, "tokens": None})
+
+
+def _alike(sources: list[Source]) -> list[Source]:
+    if len({source.tokens is None for source in sources}) > 1:
+        raise ValueError("some sources give 'tokens' and some 'weight': give the same to all of them")
+    return sources
+
+
+Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(_alike)]
+"""Sources of one blend."""
+
 
 class ValidationSet(Section):
     """A named validation loss on the same tokens at every evaluation."""
@@ -159,7 +188,7 @@ class ValidationSet(Section):
     role: Literal["upstream", "downstream", "other"] = Field(
         "other", description="upstream: what the model must not forget; downstream: what it must learn."
     )
-    sources: list[Source] = Field(min_length=1, description="Where its tokens come from, blended by weight.")
+    sources: Sources = Field(description="Where its tokens come from, blended by weight.")
     tokens: Positive = Field(
         description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
     )
@@ -183,7 +212,7 @@ class DataConfig(Section):
         description="Orders neox and megatron: ask a single source for half a percent more samples than needed, as these "
         "trainers do of every source of a blend (train_data_paths with one path). This can add an epoch, and so another order.",
     )
-    train: list[Source] = Field(min_length=1, description="Training sources.")
+    train: Sources = Field(description="Training sources.")
     validation: list[ValidationSet] = Field([], description="Named validation sets.")
     tokenizer: str | None = Field(
         None, description="tokenizer.json of the data; copied beside exported weights. Not needed for training."
@@ -202,7 +231,7 @@ class ReplayConfig(Section):
     """A share of every batch taken from old data, compute-equivalent (arXiv 2403.08763, section 4.2)."""
 
     fraction: float = Field(gt=0, lt=1, description="Share of the samples that are replayed; new data get the rest.")
-    sources: list[Source] = Field(min_length=1, description="The old data, blended by weight among themselves.")
+    sources: Sources = Field(description="The old data, blended by weight among themselves.")
 
 
 Curve = Literal[

@@ -51,7 +51,7 @@ class MovingWindows:
                 f"'tokens' ({config.tokens})"
             )
         total = sum(source.weight for source in config.sources)
-        sources = [source.model_copy(update={"weight": source.weight / total}) for source in config.sources]
+        sources = [source.with_weight(source.weight / total) for source in config.sources]
         samples = self.windows_per_slice * self.evaluations
         self._rows, self._fingerprint = lay_out(data, sources, total_samples=samples, vocab_size=vocab_size)
 

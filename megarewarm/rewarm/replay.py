@@ -21,4 +21,4 @@ def with_replay(new: list[Source], replay: ReplayConfig | None) -> list[Source]:
 
 def _scaled(sources: list[Source], share: float) -> list[Source]:
     total = sum(source.weight for source in sources)
-    return [source.model_copy(update={"weight": source.weight / total * share}) for source in sources]
+    return [source.with_weight(source.weight / total * share) for source in sources]
