@@ -33,7 +33,7 @@ def test_every_place_is_that_of_the_running_sum(sizes: list[int], epochs: int, f
     shuffled = np.array(sizes, np.int64)[order - first]
     ends = np.cumsum(shuffled)
     assert documents.num_tokens == ends[-1]
-    assert [documents.size(row) for row in range(len(order))] == shuffled.tolist()
+    assert documents.sizes(np.arange(len(order))).tolist() == shuffled.tolist()
     edges = np.concatenate([ends - 1, ends, ends - shuffled, random.integers(0, ends[-1], 50)])
     tokens = edges[(edges >= 0) & (edges < ends[-1])]
     rows = np.searchsorted(ends, tokens, side="right")
@@ -41,3 +41,12 @@ def test_every_place_is_that_of_the_running_sum(sizes: list[int], epochs: int, f
     assert np.array_equal(found, rows)
     assert np.array_equal(offsets, tokens - (ends[rows] - shuffled[rows]))
     assert (offsets < shuffled[found]).all()
+    length = int(random.integers(1, min(ends[-1], 2**17) + 1))
+    firsts = tokens[tokens + length <= ends[-1]]
+    parts, begins, lengths = documents.pieces(firsts, length)
+    assert lengths.sum() == len(firsts) * length and (begins + lengths <= shuffled[parts]).all()
+    flat = (ends[parts] - shuffled[parts] + begins)[lengths > 0]
+    expected = np.concatenate(
+        [[first, *ends[(ends > first) & (ends < first + length) & (shuffled > 0)]] for first in firsts] or [[]]
+    )
+    assert np.array_equal(flat, expected)

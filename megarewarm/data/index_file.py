@@ -6,6 +6,7 @@ Little-endian: ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 N, u64 D, i3
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import struct
@@ -52,6 +53,15 @@ class FileBytes:
             data += more
         return np.frombuffer(data, kind)
 
+    def gather(self, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], dtype: np.dtype) -> np.ndarray:
+        """``counts`` items of ``dtype`` from each of the byte ``offsets``, one after another, (sum of counts,), read-only."""
+        sizes = (counts * dtype.itemsize).tolist()
+        data = b"".join(map(os.pread, itertools.repeat(self._fd), sizes, offsets.tolist()))
+        if len(data) != sum(sizes):  # something is missing, or was too long for one request
+            pieces = zip(offsets.tolist(), counts.tolist(), strict=True)
+            data = b"".join([self.read(offset, count, dtype).tobytes() for offset, count in pieces])
+        return np.frombuffer(data, dtype)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -69,6 +79,10 @@ class Index:
     def pointers(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """First bytes in the .bin of the sequences [first, last)."""
         return self.bytes.read(HEADER.size + 4 * self.count + 8 * first, last - first, "<i8")
+
+    def pointers_at(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """First bytes in the .bin of any sequences, (n,)."""
+        return self.bytes.gather(HEADER.size + 4 * self.count + 8 * sequences, np.ones_like(sequences), np.dtype("<i8"))
 
 
 def open_index(path: Path) -> Index:

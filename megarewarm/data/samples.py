@@ -94,8 +94,8 @@ class PermutedSamples(Samples):
             (rows,) = np.nonzero(epochs == epoch)
             permutation = Permutation(self.samples_per_epoch, derive_key(self._seed, int(epoch)))
             windows = permutation(places[rows])
-            for row, window in zip(rows.tolist(), windows.tolist(), strict=True):
-                out[row] = self.tokens.read(window * self.sequence_length, length)
+            starts = self.tokens.first_token + windows * self.sequence_length
+            out[rows] = self.tokens.file.read_pieces(starts, np.full(len(rows), length)).reshape(-1, length)
 
 
 class _ShuffledSamples(Samples):
@@ -157,17 +157,11 @@ class _ShuffledSamples(Samples):
         return np.stack(self._documents.locate(np.asarray(places, np.int64) * self.sequence_length), axis=-1)
 
     def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
-        starts = self.starts(self._shuffle[indices])
-        file, length, documents = self.tokens.file, self.sequence_length + 1, self._documents
-        for target, (row, offset) in zip(out, starts.tolist(), strict=True):
-            filled = 0
-            while filled < length:
-                take = min(documents.size(row) - offset, length - filled)
-                if take:
-                    start = file.document_start(int(documents.order[row])) + offset
-                    target[filled : filled + take] = file.read(start, take)
-                filled += take
-                row, offset = row + 1, 0
+        file, documents = self.tokens.file, self._documents
+        first = self._shuffle[indices].astype(np.int64) * self.sequence_length
+        rows, begins, lengths = documents.pieces(first, self.sequence_length + 1)
+        starts = file.starts_of(documents.order[rows].astype(np.int64)) + begins
+        out[:] = file.read_pieces(starts, lengths).reshape(out.shape)
 
     def describe(self) -> Description:
         return {**super().describe(), "epochs": self.num_epochs}

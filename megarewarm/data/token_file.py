@@ -99,6 +99,25 @@ class TokenFile:
             raise IndexError(f"{self.path} has {self.total_tokens} tokens, asked for {length} from {start}")
         return self._bytes.read(start * self.dtype.itemsize, length, self.dtype)
 
+    def read_pieces(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> np.ndarray:
+        """Flat tokens [start, start + length) of each pair, one after another, (sum of lengths,) in the file's dtype.
+
+        Read-only. Raises as ``read`` does.
+        """
+        if starts.size and (
+            int(starts.min()) < 0 or int(lengths.min()) < 0 or int((starts + lengths).max()) > self.total_tokens
+        ):
+            raise IndexError(f"{self.path} has {self.total_tokens} tokens, asked for some outside of them")
+        return self._bytes.gather(starts * self.dtype.itemsize, lengths, self.dtype)
+
+    def starts_of(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Flat positions of the first tokens of any documents, (n,). Raises ``IndexError`` outside of the file."""
+        if documents.size and (int(documents.min()) < 0 or int(documents.max()) >= self.num_documents):
+            raise IndexError(f"{self.path} has {self.num_documents} documents, asked for the start of {documents.max()}")
+        if self._index is None:
+            return np.zeros(len(documents), np.int64)
+        return self._index.pointers_at(documents) // self.dtype.itemsize
+
     def view(self, first_document: int = 0, last_document: int | None = None) -> TokenView:
         """The documents [first_document, last_document), by default all of them."""
         last = self.num_documents if last_document is None else last_document
