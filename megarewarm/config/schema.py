@@ -150,11 +150,23 @@ class Source(Section):
     dtype: Literal["uint16", "uint32", "int32"] | None = Field(
         None, description="Type of the ids in a bare .bin; null: uint16 for vocabularies up to 65536, else uint32."
     )
+    layout: Literal["documents", "rows"] = Field(
+        "documents",
+        description="rows: the file holds finished samples, rows of sequence_length + 1 ids, which are read in their order "
+        "whatever 'data.order' says, as Pythia's published data order (rows of 2049, 1024 at each step).",
+    )
+    first_row: int = Field(0, ge=0, description="layout rows: the row to begin with; Pythia's step N begins at row N x 1024.")
     max_epochs: float | None = Field(
         1.0,
         gt=0,
         description="How often the source may be read through. Asking for more is an error; null: without limit.",
     )
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Source:
+        if self.first_row and self.layout != "rows":
+            raise ValueError("'first_row' belongs to layout 'rows': set it, or remove 'first_row'")
+        return self
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Source:
@@ -195,6 +207,12 @@ class ValidationSet(Section):
     when: Literal["always", "end"] = Field(
         "always", description="always: at every evaluation; end: only after the last step, as a test set."
     )
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> ValidationSet:
+        if any(source.layout == "rows" for source in self.sources):
+            raise ValueError(f"validation set '{self.name}' reads windows of documents: layout 'rows' is for training sources")
+        return self
 
 
 class DataConfig(Section):

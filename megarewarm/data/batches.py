@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megarewarm.config.schema import DataConfig, Source
 from megarewarm.data.blend import Blend, greedy_blend
 from megarewarm.data.permutation import derive_key
+from megarewarm.data.row_samples import RowSamples
 from megarewarm.data.samples import Description, MegatronSamples, NeoxSamples, PermutedSamples, Samples
 from megarewarm.data.split import Rule, split_documents
 from megarewarm.data.token_file import TokenView, open_tokens
@@ -215,7 +216,9 @@ def _open_samples(data: DataConfig, sources: Sequence[Source], views: Sequence[T
     if data.order == "permuted":
         # The place in the list goes into the key, so that a file that is listed twice is read in two orders.
         return [
-            PermutedSamples(view, s, derive_key(seed, i), source.max_epochs)
+            RowSamples(view, s, source.first_row, source.max_epochs)
+            if source.layout == "rows"
+            else PermutedSamples(view, s, derive_key(seed, i), source.max_epochs)
             for i, (view, source) in enumerate(zip(views, sources, strict=True))
         ]
     # Both trainers ask each source of a blend for half a percent more than its share; this decides the epochs.
@@ -225,6 +228,9 @@ def _open_samples(data: DataConfig, sources: Sequence[Source], views: Sequence[T
     kind = NeoxSamples if data.order == "neox" else MegatronSamples
     samples: list[Samples] = []
     for view, source in zip(views, sources, strict=True):
+        if source.layout == "rows":
+            samples.append(RowSamples(view, s, source.first_row, source.max_epochs))
+            continue
         share = source.weight / total_weight
         if len(sources) == 1 and not data.blend_of_one:
             wanted = total_samples
