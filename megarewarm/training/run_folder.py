@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
@@ -50,7 +52,7 @@ class RunFolder:
             if self.metrics_file.exists() or self.checkpoints.exists():
                 raise UserError(f"{self.path}: holds a run without config.yaml; set 'name' or 'folder' to another place")
             return
-        old, _ = read_yaml(self.config_file)
+        old = _completed(read_yaml(self.config_file)[0])
         new = config.model_dump(mode="json", by_alias=True)
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:
@@ -81,6 +83,14 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote, with the defaults of the keys that it did not know."""
+    try:
+        return RunConfig.model_validate(old).model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        return old  # what differs is then said by name
 
 
 def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
