@@ -26,11 +26,12 @@ GLOBAL_BATCH = 1024
 
 _FIRST_BATCH = """
 import re, sys
-from megarewarm.config.schema import DataConfig
+from megarewarm.config.data import DataConfig
 from megarewarm.data.batches import build_training_batches
+from megarewarm.data.phases import Phase
 path, samples, length, batch = sys.argv[1], *map(int, sys.argv[2:])
 data = DataConfig(sequence_length=length, train=[{"path": path, "split": None}])
-batches = build_training_batches(data, data.train, total_samples=samples, vocab_size=50304)
+batches = build_training_batches(data, [Phase(0, data.train)], total_samples=samples, vocab_size=50304)
 rows = batches.rows(0, batch)
 batches.fingerprint()
 assert rows.shape == (batch, length + 1)

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import DataConfig
-from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
+from megarewarm.config.data import DataConfig
+from megarewarm.data.batches import TrainingBatches, build_training_batches
+from megarewarm.data.phases import Phase
+from megarewarm.data.prefetch import Prefetch
 from megarewarm.data.samples import MegatronSamples, NeoxSamples
 from megarewarm.data.token_file import TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
@@ -38,7 +40,7 @@ def paths(tmp_path_factory) -> list[str]:
 
 def build(sources: list[dict], total: int, vocab_size: int = VOCABULARY, **data: object) -> TrainingBatches:
     config = DataConfig(sequence_length=S, train=sources, **data)
-    return build_training_batches(config, config.train, total_samples=total, vocab_size=vocab_size)
+    return build_training_batches(config, [Phase(0, config.train)], total_samples=total, vocab_size=vocab_size)
 
 
 def three(paths: list[str], **extra: object) -> list[dict]:
@@ -85,7 +87,7 @@ def test_single_source_in_neox_order_asks_for_the_exact_number(golden):
         order="neox",
         train=[{"path": str(golden / "A_text_document"), "split": "900,50,50"}],
     )
-    batches = build_training_batches(config, config.train, total_samples=160, vocab_size=512)
+    batches = build_training_batches(config, [Phase(0, config.train)], total_samples=160, vocab_size=512)
     maps = {
         key: np.load(golden / "indexmaps" / f"A_text_document_train_indexmap_160ns_64sl_1234s_packedpi_ac_{key}_idx.npy")
         for key in ("doc", "sample", "shuffle")

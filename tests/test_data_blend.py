@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import DataConfig
+from megarewarm.config.data import DataConfig
 from megarewarm.data import blend
 from megarewarm.data.blend import Blend, greedy_blend
 from megarewarm.errors import UserError
@@ -142,10 +142,10 @@ def sources(*parts: dict[str, object]) -> DataConfig:
 
 def test_shares_as_numbers_of_tokens() -> None:
     data = sources({"tokens": "2B tokens"}, {"tokens": "500M tokens"})
-    assert [source.weight for source in with_replay(data.train, None)] == [0.8, 0.2]
+    assert [source.weight for source in with_replay(data.train, [], 0)] == [0.8, 0.2]
     again = DataConfig.model_validate(data.model_dump(mode="json"))
     assert again == data, "a resolved config says the same"
-    final = with_replay(data.train, None)
+    final = with_replay(data.train, [], 0)
     assert DataConfig.model_validate(data.model_dump() | {"train": [source.model_dump() for source in final]}).train == final
 
 

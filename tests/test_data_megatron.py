@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import DataConfig
+from megarewarm.config.data import DataConfig
 from megarewarm.data.batches import build_training_batches
 from megarewarm.data.merge import merge_token_files
+from megarewarm.data.phases import Phase
 from megarewarm.data.samples import MegatronSamples
 from megarewarm.data.split import PARTS, split_documents
 from megarewarm.data.token_file import TokenFileWriter, open_tokens
@@ -233,5 +234,7 @@ def test_blends_of_parts_of_files_are_theirs(tmp_path_factory, megatron, weights
         for path, weight in zip(paths, weights, strict=True)
     ]
     data = DataConfig(sequence_length=s, order="megatron", seed=seed, train=sources)
-    rows = build_training_batches(data, with_replay(data.train, None), total_samples=total, vocab_size=2**31).rows(0, total)
+    rows = build_training_batches(data, [Phase(0, with_replay(data.train, [], 0))], total_samples=total, vocab_size=2**31).rows(
+        0, total
+    )
     assert np.array_equal(rows, text(build()[0])[:total])

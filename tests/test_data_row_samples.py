@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import DataConfig
+from megarewarm.config.data import DataConfig
 from megarewarm.data.batches import TrainingBatches, build_training_batches
+from megarewarm.data.phases import Phase
 from megarewarm.data.token_file import TokenFileWriter
 from megarewarm.errors import UserError
 
@@ -26,7 +27,7 @@ def rows_in(path: Path, count: int, seed: int = 0) -> np.ndarray:
 
 def batches(*sources: dict[str, object], total: int, **more: object) -> TrainingBatches:
     data = DataConfig.model_validate({"sequence_length": S, "train": list(sources), **more})
-    return build_training_batches(data, data.train, total_samples=total, vocab_size=60_000)
+    return build_training_batches(data, [Phase(0, data.train)], total_samples=total, vocab_size=60_000)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,7 +84,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     source = {"path": f"{tmp_path}/a.bin", "layout": "rows"}
     with pytest.raises(UserError, match=r"45 tokens, no whole number of rows of 8: .* data\.sequence_length"):
         data = DataConfig.model_validate({"sequence_length": 7, "train": [source]})
-        build_training_batches(data, data.train, total_samples=1, vocab_size=60_000)
+        build_training_batches(data, [Phase(0, data.train)], total_samples=1, vocab_size=60_000)
     with pytest.raises(ValueError, match="'first_row' belongs to layout 'rows'"):
         batches({"path": "a", "first_row": 3}, total=1)
     with pytest.raises(ValueError, match="'eval' reads windows"):

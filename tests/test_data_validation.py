@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import DataConfig, ValidationSet
+from megarewarm.config.data import DataConfig, ValidationSet
 from megarewarm.data.token_file import TokenFileWriter
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError

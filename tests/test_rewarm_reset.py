@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import ALL_LINES
-from megarewarm.config.schema import ModelConfig, ReplayConfig, Source, StartConfig
+from megarewarm.config.data import Source
+from megarewarm.config.schema import ModelConfig, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Position, resolve, start_position, table
@@ -149,7 +150,8 @@ def test_every_combination_is_either_refused_or_says_what_it_does() -> None:
 def test_replay_takes_its_share_and_leaves_proportions(new: list[float], old: list[float], fraction: float) -> None:
     sources = with_replay(
         [Source(path=f"n{i}", weight=w) for i, w in enumerate(new)],
-        ReplayConfig(fraction=fraction, sources=[Source(path=f"o{i}", weight=w) for i, w in enumerate(old)]),
+        [Source(path=f"o{i}", weight=w) for i, w in enumerate(old)],
+        fraction,
     )
     weights = [source.weight for source in sources]
     assert sum(weights) == pytest.approx(1) and sum(weights[len(new) :]) == pytest.approx(fraction)

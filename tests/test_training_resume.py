@@ -117,7 +117,9 @@ def test_lineage_names_every_stage(tmp_path: Path) -> None:
     old = {"train": [{"name": "prose", "path": str(tmp_path / "old"), "max_epochs": 9}]}
     train(config(tmp_path, name="up", folder=str(tmp_path / "up"), data=old), ALONE, quiet())
     replay = {"fraction": 0.25, "sources": [{"path": str(tmp_path / "old")}]}
-    outcome = train(config(tmp_path, start={"from": str(tmp_path / "up")}, replay=replay), ALONE, quiet())
+    validation = [{"name": "new", "role": "downstream", "tokens": 256, "sources": [{"path": str(tmp_path / "new")}]}]
+    rewarm = config(tmp_path, start={"from": str(tmp_path / "up")}, replay=replay, data={"validation": validation})
+    outcome = train(rewarm, ALONE, quiet())
     up, tiny = state.read_state(outcome.folder / "checkpoints/step_20").lineage.stages
     assert (up.run, up.intent, up.tokens) == ("up", "scratch", 20 * 8 * 16)
     assert (tiny.run, tiny.intent, tiny.started_from) == ("tiny", "rewarm", str(tmp_path / "up"))

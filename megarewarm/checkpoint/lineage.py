@@ -6,9 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from megarewarm.data.sample_order import SamplesRead
+
 
 class DataSeen(BaseModel):
-    """What one stage read of one source. ``fingerprint`` identifies the tokens, wherever the file lies."""
+    """What one stage read of one source. ``fingerprint`` identifies the tokens, wherever the file lies; ``read`` says which
+    samples they were (checkpoints of earlier versions don't)."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -17,6 +20,7 @@ class DataSeen(BaseModel):
     fingerprint: str
     samples: int
     tokens: int
+    read: SamplesRead | None = None
 
 
 class Stage(BaseModel):

@@ -6,11 +6,12 @@ generated from it (``python tools/document_config.py``).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from megarewarm.config.budget import Budget
+from megarewarm.config.data import DataConfig, ReplayConfig
 from megarewarm.config.execution import (
     CheckpointConfig,
     EvaluationConfig,
@@ -132,126 +133,6 @@ class StartConfig(Section):
         return self
 
 
-class Source(Section):
-    """One token file (or, with ``part``, one split of it)."""
-
-    path: str = Field(description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids.")
-    name: str | None = Field(None, description="Name in logs and lineage; null: the file's name.")
-    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
-    tokens: Budget | None = Field(
-        None,
-        description="Instead of 'weight': the share as a number of tokens, such as '2B tokens', relative to the other "
-        "sources', which then all give one.",
-    )
-    split: str | None = Field(
-        None, description="'train,valid,test' shares by documents, such as '969,30,1'; null: the whole file."
-    )
-    part: Literal["train", "valid", "test"] = Field("train", description="Which part of 'split' to read.")
-    dtype: Literal["uint16", "uint32", "int32"] | None = Field(
-        None, description="Type of the ids in a bare .bin; null: uint16 for vocabularies up to 65536, else uint32."
-    )
-    layout: Literal["documents", "rows"] = Field(
-        "documents",
-        description="rows: the file holds finished samples, rows of sequence_length + 1 ids, which are read in their order "
-        "whatever 'data.order' says, as Pythia's published data order (rows of 2049, 1024 at each step).",
-    )
-    first_row: int = Field(0, ge=0, description="layout rows: the row to begin with; Pythia's step N begins at row N x 1024.")
-    max_epochs: float | None = Field(
-        1.0,
-        gt=0,
-        description="How often the source may be read through. Asking for more is an error; null: without limit.",
-    )
-
-    @model_validator(mode="after")
-    def _check_rows(self) -> Source:
-        if self.first_row and self.layout != "rows":
-            raise ValueError("'first_row' belongs to layout 'rows': set it, or remove 'first_row'")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tokens(self) -> Source:
-        if self.tokens is not None:
-            if self.tokens.unit != "tokens" or not self.tokens.amount:
-                raise ValueError(f"'tokens' is '{self.tokens}': expected a number of tokens above 0, such as '2B tokens'")
-            if "weight" in self.model_fields_set and self.weight != self.tokens.amount:
-                raise ValueError("'weight' and 'tokens' both say the source's share: leave one out")
-            object.__setattr__(self, "weight", self.tokens.amount)
-        return self
-
-    def with_weight(self, weight: float) -> Source:
-        """The same source with another share."""
-        return self.model_copy(update={"weight": weight, "tokens": None})
-
-
-def _alike(sources: list[Source]) -> list[Source]:
-    if len({source.tokens is None for source in sources}) > 1:
-        raise ValueError("some sources give 'tokens' and some 'weight': give the same to all of them")
-    return sources
-
-
-Sources = Annotated[list[Source], Field(min_length=1), AfterValidator(_alike)]
-"""Sources of one blend."""
-
-
-class ValidationSet(Section):
-    """A named validation loss on the same tokens at every evaluation."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in logs, figures and tables.")
-    role: Literal["upstream", "downstream", "other"] = Field(
-        "other", description="upstream: what the model must not forget; downstream: what it must learn."
-    )
-    sources: Sources = Field(description="Where its tokens come from, blended by weight.")
-    tokens: Positive = Field(
-        description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
-    )
-    when: Literal["always", "end"] = Field(
-        "always", description="always: at every evaluation; end: only after the last step, as a test set."
-    )
-
-    @model_validator(mode="after")
-    def _check_layout(self) -> ValidationSet:
-        if any(source.layout == "rows" for source in self.sources):
-            raise ValueError(f"validation set '{self.name}' reads windows of documents: layout 'rows' is for training sources")
-        return self
-
-
-class DataConfig(Section):
-    """Token files, their order and their blend."""
-
-    sequence_length: Positive = Field(description="Tokens s per sample; one more is read as the last target.")
-    order: Literal["permuted", "neox", "megatron"] = Field(
-        "permuted",
-        description="permuted: a keyed permutation of contiguous windows, no index to build; neox, megatron: the exact "
-        "sample orders of those trainers.",
-    )
-    seed: int = Field(1234, ge=0, description="Seed of the order.")
-    blend_of_one: bool = Field(
-        False,
-        description="Orders neox and megatron: ask a single source for half a percent more samples than needed, as these "
-        "trainers do of every source of a blend (train_data_paths with one path). This can add an epoch, and so another order.",
-    )
-    train: Sources = Field(description="Training sources.")
-    validation: list[ValidationSet] = Field([], description="Named validation sets.")
-    tokenizer: str | None = Field(
-        None, description="tokenizer.json of the data; copied beside exported weights. Not needed for training."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        names = [v.name for v in self.validation]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two validation sets are named '{name}': give each its own name")
-        return self
-
-
-class ReplayConfig(Section):
-    """A share of every batch taken from old data, compute-equivalent (arXiv 2403.08763, section 4.2)."""
-
-    fraction: float = Field(gt=0, lt=1, description="Share of the samples that are replayed; new data get the rest.")
-    sources: Sources = Field(description="The old data, blended by weight among themselves.")
-
-
 Curve = Literal[
     "constant",
     "linear",
@@ -360,6 +241,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is above model.max_positions {self.model.max_positions}"
             )
+        if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
+            raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
+        if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
+            raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.total_steps < 1:
             raise ValueError(
                 f"training.budget '{self.training.budget}' is less than one step of {self.tokens_per_step:,} tokens"

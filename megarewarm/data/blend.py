@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,16 @@ _WARMUP = 128  # steps before its block in which a lane finds into the true sequ
 _SERIAL = 2**14  # positions below which the plain loop is faster
 
 
+class AnyBlend(Protocol):
+    """Which source, and which of its samples, stands at a position. A source's samples come in their order, from 0 on."""
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """(source, index within source) of positions >= 0, each of the shape of ``positions``."""
+
+    def counts(self, positions: int) -> npt.NDArray[np.int64]:
+        """How many of the first ``positions`` samples each source gives, (sources,)."""
+
+
 def greedy_blend(weights: Sequence[float], size: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
     """The first ``size`` picks of the rule in float64, bit for bit those of GPT-NeoX and Megatron-LM.
 
@@ -35,6 +46,23 @@ def greedy_blend(weights: Sequence[float], size: int) -> tuple[npt.NDArray[np.in
     shares = np.array(weights, np.float64)
     source = _greedy(shares / shares.sum(), 1, size)
     return source, _index_within(source, len(shares))
+
+
+class GreedyTable:
+    """``greedy_blend`` of ``weights`` for ``size`` positions, as a table."""
+
+    def __init__(self, weights: Sequence[float], size: int) -> None:
+        self._source, self._index = greedy_blend(weights, size)
+        self._sources = len(weights)
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """(source, index within source) of positions below the size, each of the shape of ``positions``."""
+        where = np.asarray(positions, np.int64)
+        return self._source[where], self._index[where]
+
+    def counts(self, positions: int) -> npt.NDArray[np.int64]:
+        """How many of the first ``positions`` samples each source gives, (sources,)."""
+        return np.bincount(self._source[:positions], minlength=self._sources)
 
 
 class Blend:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.schema import DataConfig, ValidationSet
-from megarewarm.data.batches import lay_out
+from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.mixture import lay_out
+from megarewarm.data.phases import Phase
 from megarewarm.errors import UserError
 
 
@@ -53,7 +54,8 @@ class MovingWindows:
         total = sum(source.weight for source in config.sources)
         sources = [source.with_weight(source.weight / total) for source in config.sources]
         samples = self.windows_per_slice * self.evaluations
-        self._rows, self._fingerprint = lay_out(data, sources, total_samples=samples, vocab_size=vocab_size)
+        mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
+        self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
 
     def fingerprint(self) -> str:
         """32 hex digits of the order of the set's windows."""

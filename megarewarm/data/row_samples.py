@@ -11,6 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.sample_order import SampleOrder
 from megarewarm.data.samples import Samples
 from megarewarm.data.token_file import TokenView
 from megarewarm.errors import UserError
@@ -38,6 +39,9 @@ class RowSamples(Samples):
         self.samples_per_epoch = rows - first_row
         self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
         self._first_row = first_row
+
+    def sample_order(self) -> SampleOrder:
+        return self._sample_order("rows", first_row=self._first_row)
 
     def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
         rows = self._first_row + indices % self.samples_per_epoch

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.permutation import Permutation, derive_key
+from megarewarm.data.sample_order import SampleOrder, SamplesRead
 from megarewarm.data.shuffled_documents import ShuffledDocuments
 from megarewarm.data.token_file import TokenView
 from megarewarm.errors import UserError
@@ -61,6 +64,25 @@ class Samples(ABC):
     @abstractmethod
     def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None: ...
 
+    @abstractmethod
+    def sample_order(self) -> SampleOrder:
+        """What finds these samples again in the same file."""
+
+    def read_between(self, first: int, last: int) -> SamplesRead:
+        """A record of the samples [first, last) as having been read."""
+        return SamplesRead(order=self.sample_order(), ranges=((first, last),) if last > first else ())
+
+    def _sample_order(self, kind: Literal["permuted", "neox", "megatron", "rows"], **rest: Any) -> SampleOrder:
+        view = self.tokens
+        return SampleOrder(
+            kind=kind,
+            sequence_length=self.sequence_length,
+            dtype=view.file.dtype.name,
+            first_document=view.first_document,
+            last_document=view.last_document,
+            **rest,
+        )
+
     def describe(self) -> Description:
         """Order, samples and epochs (None: without end), for logs and lineage."""
         whole = self.num_samples is not None and self.samples_per_epoch > 0
@@ -87,6 +109,9 @@ class PermutedSamples(Samples):
         self._seed = seed
         self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
 
+    def sample_order(self) -> SampleOrder:
+        return self._sample_order("permuted", key=self._seed)
+
     def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
         length = self.sequence_length + 1
         epochs, places = np.divmod(indices, self.samples_per_epoch)
@@ -104,17 +129,32 @@ class _ShuffledSamples(Samples):
     Both write down the document and offset of every sample. These are simply where flat token k s of the shuffled
     documents lies, which is found when a sample is read (``ShuffledDocuments``). Memory: about 6 bytes per document and
     epoch (10 from 2**31 documents on), 4 (8 from 2**32 - 2 samples on) per sample; 4 per document more while it is built.
+
+    ``epoch_ranges`` replaces what follows from the request ``num_samples``: an order that was recorded.
     """
 
-    def __init__(self, tokens: TokenView, sequence_length: int, seed: int, num_samples: int) -> None:
+    order: Literal["neox", "megatron"]
+
+    def __init__(
+        self,
+        tokens: TokenView,
+        sequence_length: int,
+        seed: int,
+        num_samples: int,
+        *,
+        epoch_ranges: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__(tokens, sequence_length)
         if num_samples < 1:
             raise ValueError(f"{num_samples} samples of {tokens.file.path} requested, expected at least 1")
+        self._seed = seed
         self.num_epochs = -(-(num_samples * sequence_length + 1) // tokens.num_tokens)
+        if epoch_ranges is not None:
+            self.num_epochs = epoch_ranges[-1][1]
         self.num_samples: int = self._samples_in(self.num_epochs)
         random = np.random.RandomState(seed)
         # The documents are shuffled within these ranges of epochs, the samples within the ranges of samples they make.
-        self.epoch_ranges = self._epoch_ranges(num_samples)
+        self.epoch_ranges = self._epoch_ranges(num_samples) if epoch_ranges is None else list(epoch_ranges)
         order = self._shuffled_documents(random)
         self._documents = ShuffledDocuments(order, _sizes(tokens), tokens.first_document)
         bounds = [0] + [self._samples_in(last) for _, last in self.epoch_ranges]
@@ -122,6 +162,9 @@ class _ShuffledSamples(Samples):
         self._shuffle = np.arange(self.num_samples, dtype=kind)
         for i in range(len(self.epoch_ranges)):
             random.shuffle(self._shuffle[bounds[i] : bounds[i + 1]])
+
+    def sample_order(self) -> SampleOrder:
+        return self._sample_order(self.order, key=self._seed, epochs=tuple(self.epoch_ranges))
 
     def _samples_in(self, epochs: int) -> int:
         return (epochs * self.tokens.num_tokens - 1) // self.sequence_length
@@ -183,7 +226,7 @@ class NeoxSamples(_ShuffledSamples):
     never. Samples cross from one epoch into the next, so a view shorter than one sample (a small test split) will do.
     """
 
-    order = "neox"
+    order: Literal["neox", "megatron"] = "neox"
     least_tokens = 1
 
     def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
@@ -193,7 +236,7 @@ class NeoxSamples(_ShuffledSamples):
 class MegatronSamples(_ShuffledSamples):
     """Megatron-LM's order: as GPT-NeoX's, but a last epoch of which less than 80% is needed is shuffled for itself."""
 
-    order = "megatron"
+    order: Literal["neox", "megatron"] = "megatron"
 
     def _epoch_ranges(self, num_samples: int) -> list[tuple[int, int]]:
         last = self.num_epochs - 1

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.schema import DataConfig, ValidationSet
-from megarewarm.data.batches import BlendedRows, fingerprint_of, open_view, source_names
+from megarewarm.config.data import DataConfig, ValidationSet
 from megarewarm.data.blend import Blend
+from megarewarm.data.blended_rows import BlendedRows
+from megarewarm.data.mixture import fingerprint_of, open_view, source_names
 from megarewarm.data.permutation import derive_key
 from megarewarm.data.samples import PermutedSamples
 from megarewarm.errors import UserError
@@ -40,7 +41,7 @@ class ValidationWindows:
             for i, (view, source) in enumerate(zip(views, config.sources, strict=True))
         ]
         blend = Blend([source.weight for source in config.sources])
-        self._rows = BlendedRows(source_names(config.sources), samples, blend.locate, vocab_size)
+        self._rows = BlendedRows(source_names(config.sources), samples, blend, vocab_size)
         wanted = config.tokens // data.sequence_length
         self.num_windows = _most(blend, [part.num_samples or 0 for part in samples], wanted)
         if self.num_windows < 1:

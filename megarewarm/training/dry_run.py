@@ -18,14 +18,16 @@ from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
 from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.data.seen_samples import SeenSource
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.report.terminal import draw_curve
-from megarewarm.rewarm.replay import with_replay
+from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
+from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.summary import print_reset_table
 
@@ -88,7 +90,9 @@ def _state_at_the_end(plan: Plan) -> TrainingState:
 
 
 def _missing_files(config: RunConfig) -> list[str]:
-    sources = with_replay(config.data.train, config.replay) + [s for v in config.data.validation for s in v.sources]
+    old = config.replay.sources or [] if config.replay is not None else []
+    switched = [source for switch in config.data.switches for source in switch.train]
+    sources = [*config.data.train, *switched, *old, *(s for v in config.data.validation for s in v.sources)]
     missing = []
     for source in sources:
         path = Path(source.path)
@@ -107,6 +111,8 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
         parallel = config.parallel
         world_size = parallel.pipeline * parallel.tensor * (parallel.data or 1)
     _print_costs(plan, console, world_size)
+    console.print()
+    _print_data(plan, console)
     console.print()
     rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
     print_reset_table(rows, console, lambda line: None)
@@ -179,6 +185,36 @@ def _print_costs(plan: Plan, console: Console, world_size: int) -> None:
     costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
     console.print(costs, highlight=False)
     _print_ranks(plan, console, world_size)
+
+
+def _print_data(plan: Plan, console: Console) -> None:
+    """Which source gives how much, from which step on."""
+    config = plan.config
+    notes = []
+    try:
+        old = replayed(config.replay, plan.history)
+    except UserError as error:
+        if not isinstance(plan.source, _NotOpened):
+            raise
+        old, notes = [], [f"what of the lineage is replayed shows when {plan.source.name} is there ({error})"]
+    phases = training_phases(config, plan.schedule, plan.origin, old)
+    shown = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="bold")
+    for heading in ("from step", "source", "share", "tokens"):
+        shown.add_column(heading, justify="left" if heading == "source" else "right")
+    end = plan.samples(config.total_steps)
+    for i, phase in enumerate(phases):
+        first = max(phase.first, plan.origin.samples)
+        last = phases[i + 1].first if i + 1 < len(phases) else end
+        step = plan.origin.step + (first - plan.origin.samples) // config.training.global_batch
+        for j, source in enumerate(phase.sources if last > first else ()):
+            name = source.name or Path(source.path).name
+            if isinstance(source, SeenSource):
+                name += f" ({sum(b - a for a, b in source.seen) * source.order.sequence_length:,} tokens seen)"
+            tokens = source.weight * (last - first) * config.data.sequence_length
+            shown.add_row("" if j else f"{step + 1:,}", name, f"{100 * source.weight:.4g} %", f"{tokens:,.0f}")
+    console.print(shown, highlight=False)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False)
 
 
 def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from megarewarm.config.budget import Budget
 from megarewarm.config.execution import EvaluationConfig
 from megarewarm.config.schema import RunConfig
-from megarewarm.data.batches import open_view
+from megarewarm.data.mixture import open_view
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.parallel.agreement import all_reduce_sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
 from megarewarm.config.schema import ModelConfig, RunConfig
@@ -34,6 +35,14 @@ class Plan:
     def model(self) -> ModelConfig:
         assert self.config.model is not None
         return self.config.model
+
+    @property
+    def history(self) -> Lineage:
+        """The stages before this run: those of what it started from."""
+        if self.source is None:
+            return Lineage()
+        stages = self.source.lineage.stages
+        return Lineage(stages=stages[:-1] if self.resumed else stages)
 
     def schedule_position(self, step: int) -> int:
         """Position in the schedule once ``step`` steps of the run are completed."""

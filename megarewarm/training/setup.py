@@ -15,8 +15,9 @@ from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import weight_tensors
-from megarewarm.data.batches import Prefetch, TrainingBatches, build_training_batches
+from megarewarm.data.batches import TrainingBatches, build_training_batches
 from megarewarm.data.moving import MovingWindows
+from megarewarm.data.prefetch import Prefetch
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
@@ -25,8 +26,9 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.replay import with_replay
+from megarewarm.rewarm.replay import check_apart, replayed
 from megarewarm.rewarm.reset import Row, table
+from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices
@@ -97,8 +99,11 @@ class Run:
                 fingerprint=str(source["fingerprint"]),
                 samples=tokens[name] // length,
                 tokens=tokens[name],
+                read=read,
             )
-            for name, source in zip(self.data.names, self.data.describe(), strict=True)
+            for name, source, read in zip(
+                self.data.names, self.data.describe(), self.data.samples_read(first, count), strict=True
+            )
         ]
 
     def _own_state(self) -> TrainingState:
@@ -119,7 +124,7 @@ class Run:
             schedule=plan.schedule.spec(),
             last_lr=self.last_lr,
             samples=plan.samples(self.step),
-            data_fingerprint=self.data.fingerprint(),
+            data_fingerprint=self.data.fingerprint(before=plan.samples(self.step)),
             model=plan.model,
             lineage=self.history.extended(stage),
             start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
@@ -167,13 +172,16 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     layout = choose_layout(config.parallel, ranks.world_size)
     _check_batch(plan, layout)
     _check_agreement(plan, ranks)
+    history = plan.history
+    old = replayed(config.replay, history)
     data = build_training_batches(
         config.data,
-        with_replay(config.data.train, config.replay),
+        training_phases(config, plan.schedule, plan.origin, old),
         total_samples=plan.samples(config.total_steps),
         vocab_size=plan.model.vocab_size,
     )
     _check_data_position(plan, data)
+    check_apart(config.data, old, plan.model.vocab_size)
     validation, left_out = open_validation(config, plan.model.vocab_size)
 
     torch.manual_seed(config.training.seed + ranks.rank)
@@ -201,7 +209,6 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
         scaler.restore(stored)
 
-    history = plan.source.lineage if plan.source is not None else Lineage()
     run = Run(
         plan=plan,
         ranks=ranks,
@@ -223,14 +230,14 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             scaler.scale if scaler is not None else None,
         ),
         notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source), *left_out],
-        history=history if not plan.resumed else Lineage(stages=history.stages[:-1]),
+        history=history,
         step=plan.position.step,
     )
     if plan.resumed:
         assert plan.source is not None and plan.source.training is not None
-        old = plan.source.training.lineage.stages[-1]
-        run.losses, run.start_losses = dict(old.losses), dict(plan.source.training.start_losses)
-        run.last_lr, run.max_lr = old.last_lr or 0.0, old.max_lr or 0.0
+        stage = plan.source.training.lineage.stages[-1]
+        run.losses, run.start_losses = dict(stage.losses), dict(plan.source.training.start_losses)
+        run.last_lr, run.max_lr = stage.last_lr or 0.0, stage.max_lr or 0.0
     _assert_applied(run)
     return run
 
@@ -267,13 +274,13 @@ def _check_agreement(plan: Plan, ranks: Ranks) -> None:
 def _check_data_position(plan: Plan, data: TrainingBatches) -> None:
     if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
         return
-    stored = plan.source.training.data_fingerprint
-    if stored and stored != data.fingerprint():  # other programs' checkpoints don't say what they read
+    stored, ours = plan.source.training.data_fingerprint, data.fingerprint(before=plan.source.training.samples)
+    if stored and stored != ours:  # other programs' checkpoints don't say what they read
         what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
         remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
         raise UserError(
             f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
-            f"{what} (fingerprint {stored[:8]}, now {data.fingerprint()[:8]}); {remedy}"
+            f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
         )
 
 
