@@ -9,7 +9,7 @@ import pytest
 
 from megarewarm.config.document import json_schema, markdown
 from megarewarm.config.experiment import is_experiment, load_experiment
-from megarewarm.config.load import read_configs, validate
+from megarewarm.config.load import merge, read_configs, validate
 from megarewarm.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,11 +43,26 @@ def test_the_readme_names_only_files_that_exist() -> None:
     assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_the_readmes_example_is_a_valid_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_the_readmes_example_is_a_valid_run(tmp_path: Path) -> None:
+    example, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "mine.yml").write_text(example)
     run = validate(RunConfig, *read_configs([str(tmp_path / "mine.yml")]))
     assert run.replay is not None and run.replay.fraction == 0.05
     assert run.data.validation[0].tokens == 2_000_000
     assert run.total_steps * run.tokens_per_step >= 10_000_000_000
+
+
+def test_the_readmes_further_examples_change_that_run(tmp_path: Path) -> None:
+    """Each is merged onto the first, whose replay gives way to its own."""
+    first, *others = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert others
+    for i, other in enumerate(others):
+        (tmp_path / "mine.yml").write_text(first)
+        (tmp_path / f"{i}.yml").write_text(other)
+        mapping, origins = read_configs([str(tmp_path / "mine.yml")])
+        changes, _ = read_configs([str(tmp_path / f"{i}.yml")])
+        if "replay" in changes:
+            del mapping["replay"]
+        assert validate(RunConfig, merge(mapping, changes), origins) != validate(RunConfig, mapping, origins)

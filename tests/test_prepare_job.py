@@ -198,6 +198,9 @@ def test_stdin_nested_keys_raw_format_and_types(tmp_path: Path, bpe: Tokenizer, 
                 tmp_path / "out", "--no-eod", input=lines)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out.idx").exists()
+    strict = tool("-", "--tokenizer", bpe.path, "--text-key", "meta.body", "--strict", "--output", tmp_path / "strict",
+                  input=lines + "not json\n")  # fmt: skip
+    assert strict.returncode == 2 and "stdin:21: not valid JSON" in strict.stderr
     flat = [token for document in ids_of(bpe, texts, end=False) for token in document]
     assert np.fromfile(tmp_path / "out.bin", np.uint32).tolist() == flat
     preprocess([write_jsonl(tmp_path / "a.jsonl", texts)], bpe.path, tmp_path / "wide", Options(dtype="int32"))

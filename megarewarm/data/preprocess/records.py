@@ -136,6 +136,8 @@ def records(span: Span, text_key: str, read: Callable[[int], None] = lambda _: N
 
 def place_in_words(span: Span, record: Record) -> str:
     """``file:line`` of a record, or its row."""
+    if span.path == STDIN:
+        return f"stdin:{record.line}"
     if span.path.suffix == ".parquet":
         return f"{span.path}: row {record.place}"
     before = 0
