@@ -19,6 +19,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary (padded rows under tensor parallelism), five layers (uneven stages), four heads
 MODEL = {"num_layers": 5, "num_heads": 4, "vocab_size": 67}
 STEPS = 20
+DOCUMENTS = {"eod": 5, "reset_at_eod": True, "mask_eod_loss": True}
 
 # name -> (parallel settings, other changes)
 Layout = tuple[dict[str, Any], dict[str, Any]]
@@ -43,6 +44,14 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "zero2": ({"sharding": "zero2"}, {"training": {"micro_batch": 1}}),
         "zero3": ({"sharding": "zero3"}, {"training": {"micro_batch": 1}}),
         "zero3_tied": ({"sharding": "zero3"}, {"model": {"tie_embeddings": True}}),
+        "data_documents": ({}, {"data": DOCUMENTS}),
+        "tensor_sequence_documents": ({"tensor": 2, "sequence": True}, {"data": DOCUMENTS}),
+        "pipeline_documents": ({"pipeline": 2}, {"data": DOCUMENTS, "training": {"micro_batch": 3}}),
+        "zero_bubble_documents": (
+            {"pipeline": 2, "schedule": "zero_bubble"},
+            {"data": DOCUMENTS, "training": {"micro_batch": 2}},
+        ),
+        "zero3_documents": ({"sharding": "zero3"}, {"data": DOCUMENTS}),
     },
     4: {
         "data": ({}, {}),
@@ -91,6 +100,7 @@ def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[st
         name=name,
         folder=str(place / name),
         model=MODEL | changes.get("model", {}),
+        data=changes.get("data", {}),
         training={"budget": STEPS, "global_batch": 8, "micro_batch": 4} | changes.get("training", {}),
         evaluation={"every": 10},
         checkpoint={"every": None, "keep_last": 1},
@@ -112,8 +122,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _alone(place: Path, changes: dict[str, Any]) -> Path:
     """The folder of the single-process run with the same model and batch."""
-    name = f"alone_{'_'.join(f'{key}_{value}' for key, value in sorted(changes.get('model', {}).items()))}"
-    train(_settings(place, name, {}, {"model": changes.get("model", {})}), ALONE, quiet())
+    kept = {key: changes[key] for key in ("model", "data") if key in changes}
+    name = f"alone_{'_'.join(f'{key}_{value}' for part in kept.values() for key, value in sorted(part.items()))}"
+    train(_settings(place, name, {}, kept), ALONE, quiet())
     return place / name
 
 

@@ -135,11 +135,26 @@ class DataConfig(Section):
     switches: list[BlendSwitch] = Field([], description="Changes of the blend during the run, in their order.")
     validation: list[ValidationSet] = Field([], description="Named validation sets.")
     tokenizer: str | None = Field(
-        None, description="tokenizer.json of the data; copied beside exported weights. Not needed for training."
+        None,
+        description="tokenizer.json of the data; copied beside exported weights. Training needs it only to know the token that "
+        "ends a document, where 'reset_at_eod' or 'mask_eod_loss' want it and 'eod' doesn't say.",
+    )
+    eod: int | None = Field(None, ge=0, description="Id of the token that ends a document; null: the tokenizer's.")
+    reset_at_eod: bool = Field(
+        False,
+        description="Attention stays within documents, and positions begin anew in each (Megatron-LM's reset_attention_mask "
+        "with reset_position_ids), in training and evaluation. false, as Pythia was trained: a sequence is one text.",
+    )
+    mask_eod_loss: bool = Field(
+        False,
+        description="No loss where the input is the end of a document, as what comes next can't be known from it (GPT-NeoX's "
+        "eod_mask_loss); the mean is over the remaining tokens of the whole global batch.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if (self.reset_at_eod or self.mask_eod_loss) and self.eod is None and self.tokenizer is None:
+            raise ValueError("reset_at_eod and mask_eod_loss need the token that ends a document: give 'eod' or 'tokenizer'")
         names = [v.name for v in self.validation]
         for name in names:
             if names.count(name) > 1:

@@ -260,7 +260,20 @@ class _Translator:
             "train": sources["train"],
             "validation": sets,
             "tokenizer": vocab_file if usable else None,
+            "mask_eod_loss": self._masks_eod(usable),
         }
+
+    def _masks_eod(self, tokenizer: bool) -> bool:
+        masks = bool(self._get("eod_mask_loss", False))
+        if masks and not tokenizer:
+            raise self._error(
+                "eod_mask_loss", "the end of a document is known only of a tokenizer_type HFTokenizer whose vocab_file is there"
+            )
+        if masks:
+            self._notes.append(
+                "eod_mask_loss: the mean is over all remaining tokens of the global batch, not of each micro-batch"
+            )
+        return masks
 
     def _sources(self, part: str) -> list[dict[str, Any]]:
         if (path := self._get("data_path", None)) is not None:

@@ -5,7 +5,7 @@ Parameters are called as in Hugging Face's GPTNeoXForCausalLM, without its ``gpt
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megarewarm_kernels import linear_cross_entropy
@@ -43,12 +43,16 @@ class NeoX(nn.Module):
         """(v, h), the matrix that turns hidden states into logits."""
         return self.embed_in.weight if self.embed_out is None else self.embed_out.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(b, s) int64 token ids to the (b, s, h) hidden states after the final norm."""
+    def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+        """(b, s) int64 token ids to the (b, s, h) hidden states after the final norm.
+
+        ``starts`` (b, s) int64: the first position of the document that each position lies in. Attention and positions then
+        stay within documents; None: a sequence is one.
+        """
         x = self.embed_in(tokens)
-        rotary = rotary_tables(tokens.shape[1], self.config.rotary_dims, self.config.rotary_base, tokens.device)
+        positions = positions_of(tokens.shape[1], self.config, tokens.device, starts)
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, positions)
         return self.final_layer_norm(x)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -81,8 +85,8 @@ class Layer(nn.Module):
         self.attention = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), rotary)
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        attended = self.attention(self.input_layernorm(x), positions)
         if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x))
         x = x + attended
@@ -98,11 +102,12 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
         """(b, s, h) to (b, s, h). The number of heads follows from the width of the projection."""
-        qkv = rotate(self.query_key_value(x.flatten(0, 1)), rotary, self.head_dim)
+        qkv = rotate(self.query_key_value(x.flatten(0, 1)), positions, self.head_dim)
         query, key, value = qkv.view(*x.shape[:2], -1, 3, self.head_dim).transpose(1, 2).unbind(3)  # (b, n, s, d) each
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mask = positions.mask
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
         return self.dense(context.transpose(1, 2).flatten(2))
 
 
@@ -119,26 +124,39 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate=self.approximate))
 
 
-Rotary = tuple[Tensor, Tensor]
+class Positions(NamedTuple):
+    """``cos``, ``sin``: (s, r / 2) or, where documents begin anew, (b, s, r / 2), fp32. ``mask``: (b, 1, s, s), true where a
+    position attends to another; None for what causality alone says."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
 
 
-def rotary_tables(length: int, dims: int, base: float, device: torch.device) -> Rotary:
-    """Cosines and sines of position x frequency, each (s, dims / 2) in fp32 (arXiv 2104.09864).
+def positions_of(length: int, config: ModelConfig, device: torch.device, starts: Tensor | None = None) -> Positions:
+    """Cosines and sines of position x frequency (arXiv 2104.09864), and the mask of documents that begin at ``starts`` (b, s).
 
     Computed at every forward, some thousand numbers: a buffer would be lost on the meta device and cast by ``.to``.
     """
+    dims, base = config.rotary_dims, config.rotary_base
     frequencies = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims)
-    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    place = torch.arange(length, device=device)
+    if starts is None:
+        angles = place.float()[:, None] * frequencies
+        return Positions(angles.cos(), angles.sin(), None)
+    angles = (place - starts).float()[..., None] * frequencies
+    mask = (place <= place[:, None]) & (place >= starts[..., None])
+    return Positions(angles.cos(), angles.sin(), mask[:, None])
 
 
-def rotate(qkv: Tensor, rotary: Rotary, head_dim: int) -> Tensor:
-    """Turn queries and keys by their positions, in place: channels (i, i + dims / 2) of a head are a point in a plane.
+def rotate(qkv: Tensor, positions: Positions, head_dim: int) -> Tensor:
+    """Turn queries and keys by their positions, in place: channels (i, i + r / 2) of a head are a point in a plane.
 
     ``qkv`` is (t, n x 3 x d), t = b x s, and must be nobody else's: a projection's output, which its derivative does
     not need. Computed in fp32 where qkv is of lower precision.
     """
-    return qkv if rotary[0].shape[1] == 0 else _Rotate.apply(qkv, *rotary, head_dim)
+    cos, sin, _ = positions
+    return qkv if cos.shape[-1] == 0 else _Rotate.apply(qkv, cos, sin, head_dim)
 
 
 class _Rotate(torch.autograd.Function):
@@ -158,10 +176,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    (length, half), heads = cos.shape, qkv.shape[1] // (3 * head_dim)
+    (length, half), heads = cos.shape[-2:], qkv.shape[1] // (3 * head_dim)
     query_key = qkv.view(-1, length, heads, 3, head_dim)[..., :2, :]
     first, second = query_key[..., :half], query_key[..., half : 2 * half]
-    cos, sin = cos[:, None, None], sin[:, None, None]
+    cos, sin = cos[..., None, None, :], sin[..., None, None, :]
     turned = first * cos - second * sin
     second.copy_(second * cos + first * sin)
     first.copy_(turned)

@@ -19,16 +19,16 @@ from torch.distributed.tensor.placement_types import Placement as DTensorPlaceme
 
 from megarewarm.config.execution import KernelsConfig, ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
+from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.initialize import initial_value
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel import pipeline, tensor
+from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.loss import sharded_linear_cross_entropy
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import place
 from megarewarm.parallel.recompute import recompute
-
-IGNORE = -100
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,11 +50,13 @@ class ParallelModel:
         kernels: KernelsConfig,
         sequence_length: int,
         precision: str,
+        documents: DocumentRules | None = None,
     ) -> None:
         self.config, self.mesh = config, mesh
+        self._documents = documents
         self._loss_memory = kernels.loss_memory
         self._micro_batch = training.micro_batch
-        self._tokens_per_step = training.global_batch * sequence_length
+        self._targets_per_step = training.global_batch * sequence_length
         self._dtype = DTYPES[precision]
         layout = mesh.layout
         with torch.device("meta"):
@@ -202,7 +204,9 @@ class ParallelModel:
         return frozenset([name]) if self._has_last else frozenset(), reduce
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
-        policy = MixedPrecisionPolicy(param_dtype=None if precision == "fp32" else self._dtype, reduce_dtype=torch.float32)
+        low = None if precision == "fp32" else self._dtype
+        # inputs are in the right type already, and the cosines of the positions must stay in fp32
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         axes = ("replicate", "shard") if self.mesh.layout.replicate > 1 else ("shard",)
         again = parallel.sharding == "zero3" and self.mesh.layout.pipeline == 1
         for module in self._modules:
@@ -216,19 +220,21 @@ class ParallelModel:
 
     # ---- computing -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0) -> float:
+    def forward_backward(self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0) -> tuple[float, float]:
         """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced.
 
-        They are those of the mean loss per token of the global batch, times ``loss_scale``. Returns the loss summed over
-        this rank's tokens; 0 on a rank whose loss another rank returns, so that the sum over all ranks is the batch's.
+        They are those of the mean loss per target of the global batch, times ``loss_scale``. Returns the loss summed over
+        this rank's targets, and their number; zeros on a rank whose loss another rank returns, so that the sums over all ranks
+        are the batch's. All ranks call it.
         """
         self._loss_scale = loss_scale
         tokens = torch.from_numpy(rows)
+        count = self._count_targets(tokens)
         if self._pipeline is not None:
-            inputs, targets = self._padded(tokens)
+            inputs, targets, starts = self._padded(tokens)
             with self._autocast:
-                losses = self._pipeline.train(inputs, targets)
-            return self._mine(sum(float(loss) for loss in losses) / self._scale())
+                losses = self._pipeline.train(inputs, targets, starts)
+            return self._mine(sum(float(loss) for loss in losses) / self._scale()), count
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         parts = tokens.split(self._micro_batch)
         for i, part in enumerate(parts):
@@ -242,10 +248,28 @@ class ParallelModel:
                 if self._keeps_gathered:
                     module.set_reshard_after_backward(last)
             with self._autocast:
-                loss, _ = self._cross_entropy(self._modules[0](part[:, :-1]), part[:, 1:])
+                loss, _ = self._loss(part)
             (loss * self._scale()).backward()
             total += loss.detach()
-        return self._mine(float(total))
+        return self._mine(float(total)), count
+
+    def _count_targets(self, tokens: Tensor) -> float:
+        """The targets of this rank's rows, as ``_mine``. Where not every token is one, the batch's number is agreed on."""
+        count = self._mine(float(tokens[:, 1:].numel()))
+        if self._documents is None or not self._documents.mask_loss:
+            return count
+        targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
+        count = self._mine(float((targets != IGNORE).sum()))
+        self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
+        return count
+
+    def _loss(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss summed, number of targets) of rows (b, s + 1) on the device, without a pipeline."""
+        inputs, targets = part[:, :-1], part[:, 1:]
+        rules = self._documents
+        if rules is None:
+            return self._cross_entropy(self._modules[0](inputs), targets)
+        return self._cross_entropy(self._modules[0](inputs, rules.starts(inputs)), rules.targets(inputs, targets))
 
     @torch.no_grad()
     def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], calls: int) -> tuple[float, float]:
@@ -258,11 +282,11 @@ class ParallelModel:
         total, count = 0.0, 0.0
         if self._pipeline is not None:
             for part in _regrouped(rows, self._pipeline.sequences):
-                inputs, targets = self._padded(part)
+                inputs, targets, starts = self._padded(part)
                 with self._autocast:
-                    losses = self._pipeline.evaluate(inputs, targets)
+                    losses = self._pipeline.evaluate(inputs, targets, starts)
                 total += sum(float(loss) for loss in losses) / self._scale()
-                count += part.shape[0] * (part.shape[1] - 1)
+                count += float((targets != IGNORE).sum())
         else:
             remaining = iter(rows)
             nothing = np.zeros((1, 2), dtype=np.int64)
@@ -272,7 +296,7 @@ class ParallelModel:
                     break
                 part = torch.from_numpy(nothing if batch is None else batch).to(self.mesh.device)
                 with self._autocast:
-                    loss, seen = self._cross_entropy(self._modules[0](part[:, :-1]), part[:, 1:])
+                    loss, seen = self._loss(part)
                 if batch is not None:
                     total += float(loss)
                     count += float(seen)
@@ -281,21 +305,25 @@ class ParallelModel:
         return self._mine(total), self._mine(count)
 
     def _scale(self) -> float:
-        return self._loss_scale * self._factor / self._tokens_per_step
+        return self._loss_scale * self._factor / self._targets_per_step
 
     def _mine(self, value: float) -> float:
         """``value`` on the one rank of a replica that speaks for its loss."""
         return value if self._has_last and self.mesh.tensor_rank == 0 else 0.0
 
-    def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, s) of what the pipeline takes at once; sequences that fill it up have no targets."""
+    def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Inputs, targets and documents' starts (B, s) of what the pipeline takes at once; sequences that fill it up have no
+        targets."""
         assert self._pipeline is not None
         missing = self._pipeline.sequences - tokens.shape[0]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if self._documents is not None:
+            targets = self._documents.targets(inputs, targets)
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros((missing, inputs.shape[1]))])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE)])
-        return inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
+        inputs, targets = inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
+        return inputs, targets, None if self._documents is None else self._documents.starts(inputs)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""

@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterle
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX, rotary_tables
+from megarewarm.model.neox import NeoX, positions_of
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
@@ -97,12 +97,15 @@ class Stage(nn.Module):
         """(v, h), this rank's rows of the head; only in the last stage."""
         return self.embed_out.weight if hasattr(self, "embed_out") else self.embed_in.weight
 
-    def forward(self, x: Tensor, length: int) -> Tensor:
-        """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage."""
+    def forward(self, x: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
+        """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage.
+
+        ``starts``: as in NeoX.
+        """
         x = self.embed_in(x) if self.first else _ContiguousGradient.apply(x)
-        rotary = rotary_tables(length, self.config.rotary_dims, self.config.rotary_base, x.device)
+        positions = positions_of(length, self.config, x.device, starts)
         for layer in self.layers.values():
-            x = layer(x, rotary)
+            x = layer(x, positions)
         return self.final_layer_norm(x) if self.last else x
 
 
@@ -171,19 +174,20 @@ class Pipeline:
             kind = ScheduleInterleaved1F1B if order == "interleaved" else ScheduleZBVZeroBubble
             self._schedule = kind(made, micro_batches, **options)  # type: ignore[arg-type]
 
-    def train(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    def train(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> list[Tensor]:
         """Forward and backward; the losses of the micro-batches where the last stage is, else nothing."""
         losses: list[Tensor] = []
         self._schedule.step(
             *([inputs] if 0 in self._stages else []),
             length=self._length,
+            **({} if starts is None else {"starts": starts}),
             **({"target": targets, "losses": losses} if self._last in self._stages else {}),
             return_outputs=False,
         )
         return [loss.detach() for loss in losses]
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> list[Tensor]:
         """Forward only; the losses as in ``train``.
 
         Not by the schedule, which for zero_bubble can't do it: each stage takes all micro-batches in turn and passes each
@@ -191,6 +195,7 @@ class Pipeline:
         receiver waits for it.
         """
         shape, dtype = self._hidden
+        parts = [None] * (len(inputs) // self._micro_batch) if starts is None else starts.split(self._micro_batch)
         here: list[Tensor] = []
         losses: list[Tensor] = []
         sent = []
@@ -207,7 +212,7 @@ class Pipeline:
                     x = torch.empty(shape, dtype=dtype, device=inputs.device)
                     source = self._rank_of[number - 1]
                     dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
-                x = stage(x, length=self._length)
+                x = stage(x, length=self._length, starts=parts[i])
                 if number == self._last:
                     losses.append(self._loss(x, wanted))
                 elif number + 1 in self._stages:

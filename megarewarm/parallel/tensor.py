@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import Layer, NeoX, Rotary
+from megarewarm.model.neox import Layer, NeoX, Positions
 from megarewarm.parallel.collectives import (
     Group,
     copy_to_group,
@@ -135,13 +135,13 @@ class ShardedLayer(nn.Module):
             AffineLinear.adopt(self.attention.query_key_value, self.input_layernorm)
             AffineLinear.adopt(self.mlp.dense_h_to_4h, self.post_attention_layernorm)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
         if self.parallel:
             whole = self._enter(x)
-            attended = self.attention(self._normed(whole, self.input_layernorm), rotary)
+            attended = self.attention(self._normed(whole, self.input_layernorm), positions)
             partial = attended + self.mlp(self._normed(whole, self.post_attention_layernorm))
             return x + self._add_biases(self.ranks.leave(partial), self.attention.dense.bias, self.mlp.dense_4h_to_h.bias)
-        attended = self.attention(self._normed(self._enter(x), self.input_layernorm), rotary)
+        attended = self.attention(self._normed(self._enter(x), self.input_layernorm), positions)
         x = x + self._add_biases(self.ranks.leave(attended), self.attention.dense.bias)
         out = self.mlp(self._normed(self._enter(x), self.post_attention_layernorm))
         return x + self._add_biases(self.ranks.leave(out), self.mlp.dense_4h_to_h.bias)

@@ -18,8 +18,10 @@ from megarewarm.checkpoint.source import weight_tensors
 from megarewarm.data.batches import TrainingBatches, build_training_batches
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.prefetch import Prefetch
+from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
+from megarewarm.model.documents import DocumentRules
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
@@ -195,6 +197,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         kernels=config.kernels,
         sequence_length=config.data.sequence_length,
         precision=precision,
+        documents=_documents(plan),
     )
     if plan.policy.weights == "load":
         assert plan.source is not None
@@ -251,6 +254,23 @@ def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
     size = plan.config.training.global_batch
     for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
         yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
+
+
+def _documents(plan: Plan) -> DocumentRules | None:
+    """What ends a document, if that means anything to this run."""
+    data = plan.config.data
+    if not (data.reset_at_eod or data.mask_eod_loss):
+        return None
+    eod = data.eod
+    if eod is None:
+        assert data.tokenizer is not None
+        eod = load_tokenizer(data.tokenizer).eod_id
+    if eod >= plan.model.vocab_size:
+        raise UserError(
+            f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "
+            f"documents of the data"
+        )
+    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)
 
 
 def _check_batch(plan: Plan, layout: Layout) -> None:

@@ -151,9 +151,9 @@ def _log_saved(saver: Saver, metrics: Metrics) -> None:
 
 
 def training_step(run: Run, lr: float) -> tuple[float, float]:
-    """One optimizer step on the next global batch. Returns the mean loss per token and the gradient norm before clipping.
+    """One optimizer step on the next global batch. Returns the mean loss per target and the gradient norm before clipping.
 
-    The loss of every micro-batch is a sum divided by the tokens of the whole global batch, so gradients add up to
+    The loss of every micro-batch is a sum divided by the targets of the whole global batch, so gradients add up to
     those of one large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing
     but the loss scale. Raises ``TrainingDiverged``.
     """
@@ -163,11 +163,12 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     gradients, scaler = run.model.gradients, run.scaler
     scale = scaler.scale if scaler is not None else 1.0
     gradients.zero()
-    loss_sum = run.model.forward_backward(rows, loss_scale=scale)
+    loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale)
     run.ranks.report(run.step + 1)
     gradients.reduce()
     norm = gradients.norm() / scale
-    loss = all_reduce_sums([loss_sum])[0] / config.tokens_per_step
+    loss_sum, targets = all_reduce_sums([loss_sum, targets])
+    loss = loss_sum / targets if targets else math.nan
     if scaler is not None:
         scaler.update(math.isfinite(norm))
         if math.isfinite(loss) and not math.isfinite(norm):
