@@ -13,7 +13,10 @@ from megarewarm.config.section import LearningRate, Positive, Section
 class Source(Section):
     """One token file (or, with ``part``, one split of it)."""
 
-    path: str = Field(description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids.")
+    path: str = Field(
+        description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids. A .bin that is in shards "
+        "(NAME-00000-of-00020.bin, ...) is named as if it were whole: NAME or NAME.bin."
+    )
     name: str | None = Field(None, description="Name in logs and lineage; null: the file's name.")
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
     tokens: Budget | None = Field(

@@ -6,17 +6,15 @@ Little-endian: ``MMIDIDX\\0\\0``, u64 version 1, u8 dtype code, u64 N, u64 D, i3
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 import struct
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.file_bytes import FileBytes
 from megarewarm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,36 +29,6 @@ FLOAT_CODES = (6, 7)
 
 CHECK_WHOLE = 2**22  # documents up to which every pointer is checked at opening
 SAMPLED_BLOCKS = 64
-
-
-class FileBytes:
-    """A file that is open for reading at any place, from any thread, until the object is gone."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._fd)
-
-    def read(self, offset: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
-        """``count`` items of ``dtype`` from byte ``offset`` on, (count,), read-only."""
-        kind = np.dtype(dtype)
-        wanted = int(count) * kind.itemsize
-        data = os.pread(self._fd, wanted, int(offset))
-        while len(data) < wanted:  # Linux returns at most 2 GiB at once
-            more = os.pread(self._fd, wanted - len(data), int(offset) + len(data))
-            if not more:
-                raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
-            data += more
-        return np.frombuffer(data, kind)
-
-    def gather(self, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], dtype: np.dtype) -> np.ndarray:
-        """``counts`` items of ``dtype`` from each of the byte ``offsets``, one after another, (sum of counts,), read-only."""
-        sizes = (counts * dtype.itemsize).tolist()
-        data = b"".join(map(os.pread, itertools.repeat(self._fd), sizes, offsets.tolist()))
-        if len(data) != sum(sizes):  # something is missing, or was too long for one request
-            pieces = zip(offsets.tolist(), counts.tolist(), strict=True)
-            data = b"".join([self.read(offset, count, dtype).tobytes() for offset, count in pieces])
-        return np.frombuffer(data, dtype)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ GPT-NeoX and Megatron-LM. Sample i is always (s + 1,) ids: the inputs and, one f
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.array_cache import Arrays, cached
 from megarewarm.data.permutation import Permutation, derive_key
 from megarewarm.data.sample_order import SampleOrder, SamplesRead
 from megarewarm.data.shuffled_documents import ShuffledDocuments
@@ -21,6 +23,7 @@ from megarewarm.data.token_file import TokenView
 from megarewarm.errors import UserError
 
 _BLOCK = 2**20  # documents in memory at a time beside the arrays that stay
+_CACHED = 2**21  # documents and samples from which on an order is kept on the disk: some tenths of a second to make
 
 Description = dict[str, str | int | float | None]
 
@@ -152,16 +155,30 @@ class _ShuffledSamples(Samples):
         if epoch_ranges is not None:
             self.num_epochs = epoch_ranges[-1][1]
         self.num_samples: int = self._samples_in(self.num_epochs)
-        random = np.random.RandomState(seed)
         # The documents are shuffled within these ranges of epochs, the samples within the ranges of samples they make.
         self.epoch_ranges = self._epoch_ranges(num_samples) if epoch_ranges is None else list(epoch_ranges)
+        large = tokens.num_documents * self.num_epochs + self.num_samples >= _CACHED
+        arrays = cached(self._cache_key(), self._make) if large else self._make()
+        self._documents = ShuffledDocuments(arrays)
+        self._shuffle = arrays["shuffle"]
+
+    def _make(self) -> Arrays:
+        random = np.random.RandomState(self._seed)
         order = self._shuffled_documents(random)
-        self._documents = ShuffledDocuments(order, _sizes(tokens), tokens.first_document)
+        arrays = ShuffledDocuments.arrays_of(order, _sizes(self.tokens), self.tokens.first_document)
         bounds = [0] + [self._samples_in(last) for _, last in self.epoch_ranges]
         kind = np.uint32 if self.num_samples < 2**32 - 2 else np.int64
-        self._shuffle = np.arange(self.num_samples, dtype=kind)
+        shuffle = np.arange(self.num_samples, dtype=kind)
         for i in range(len(self.epoch_ranges)):
-            random.shuffle(self._shuffle[bounds[i] : bounds[i + 1]])
+            random.shuffle(shuffle[bounds[i] : bounds[i + 1]])
+        return arrays | {"shuffle": shuffle}
+
+    def _cache_key(self) -> dict[str, Any]:
+        """All that the arrays depend on. The sizes are hashed whole; a fingerprint of a large file is of samples of it."""
+        digest, view = hashlib.blake2b(digest_size=16), self.tokens
+        for first in range(view.first_document, view.last_document, _BLOCK):
+            digest.update(view.file.document_sizes(first, min(first + _BLOCK, view.last_document)).tobytes())
+        return {"version": 1, "sizes": digest.hexdigest(), **self.sample_order().model_dump(mode="json")}
 
     def sample_order(self) -> SampleOrder:
         return self._sample_order(self.order, key=self._seed, epochs=tuple(self.epoch_ranges))

@@ -7,6 +7,8 @@ or more stand in a table of their own. With the order itself that is 6.25 bytes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,27 +18,37 @@ _BLOCK = 2**20  # documents in memory at a time while this is built
 
 
 class ShuffledDocuments:
-    """``order``: (n,) document ids, kept as they are; ``sizes``: int32, the size of document ``first`` + i at i."""
+    """The documents of ``arrays``: those that ``arrays_of`` makes, under their names."""
 
-    def __init__(self, order: npt.NDArray[np.signedinteger], sizes: npt.NDArray[np.int32], first: int) -> None:
-        self.order = order
-        self._sizes = np.empty(-(-len(order) // _GROUP) * _GROUP, np.uint16)
-        self._sizes[len(order) :] = 0
-        self._starts = np.empty(len(self._sizes) // _GROUP, np.int64)
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.order = arrays["order"]
+        self._sizes, self._starts = arrays["sizes"], arrays["starts"]
+        self._long_rows, self._long_sizes = arrays["long_rows"], arrays["long_sizes"]
+
+    @staticmethod
+    def arrays_of(order: npt.NDArray[np.signedinteger], sizes: npt.NDArray[np.int32], first: int) -> dict[str, np.ndarray]:
+        """``order``: (n,) document ids, kept as they are; ``sizes``: int32, the size of document ``first`` + i at i."""
+        small = np.empty(-(-len(order) // _GROUP) * _GROUP, np.uint16)
+        small[len(order) :] = 0
+        starts = np.empty(len(small) // _GROUP, np.int64)
         long_rows, long_sizes, total = [], [], 0
         for begin in range(0, len(order), _BLOCK):
             block = sizes[order[begin : begin + _BLOCK] - first]
             (long,) = np.nonzero(block >= _LONG)
             long_rows.append(begin + long)
             long_sizes.append(block[long])
-            self._sizes[begin : begin + len(block)] = np.minimum(block, _LONG)
+            small[begin : begin + len(block)] = np.minimum(block, _LONG)
             groups = np.add.reduceat(block, np.arange(0, len(block), _GROUP), dtype=np.int64)
             ends = total + np.cumsum(groups)
-            self._starts[begin // _GROUP : begin // _GROUP + len(groups)] = ends - groups
+            starts[begin // _GROUP : begin // _GROUP + len(groups)] = ends - groups
             total = int(ends[-1])
-        self._long_rows = np.concatenate(long_rows) if long_rows else np.empty(0, np.int64)
-        self._long_sizes = np.concatenate(long_sizes) if long_sizes else np.empty(0, np.int32)
-        self.num_tokens = total
+        return {
+            "order": order,
+            "sizes": small,
+            "starts": starts,
+            "long_rows": np.concatenate(long_rows) if long_rows else np.empty(0, np.int64),
+            "long_sizes": np.concatenate(long_sizes) if long_sizes else np.empty(0, np.int32),
+        }
 
     def locate(self, tokens: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(row in ``order``, offset in its document) of flat tokens, each of their shape; empty documents hold none."""

@@ -15,12 +15,12 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.file_bytes import AnyBytes, open_bin
 from megarewarm.data.index_file import (
     CODES,
     HEADER,
     MAGIC,
     SAMPLED_BLOCKS,
-    FileBytes,
     Index,
     blocks,
     open_index,
@@ -44,14 +44,14 @@ class TokenFile:
     Attributes: ``path`` (the .bin), ``index_path`` (the .idx, or None), ``dtype``, ``total_tokens``, ``num_documents``.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, total_tokens: int, index: Index | None) -> None:
-        self.path = path
+    def __init__(self, content: AnyBytes, dtype: np.dtype, total_tokens: int, index: Index | None) -> None:
+        self.path = content.path
         self.index_path = index.path if index else None
         self.dtype = dtype
         self.total_tokens = total_tokens
         self.num_documents = index.count if index else 1
         self._index = index
-        self._bytes = FileBytes(path)
+        self._bytes = content
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -192,6 +192,8 @@ class TokenView:
 def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int | None = None) -> TokenFile:
     """Open a .bin/.idx pair by its prefix (or either file's name), or a bare .bin by its name.
 
+    Where PREFIX.bin is not there but its shards are (PREFIX-00000-of-00020.bin and so on), they are read as one file.
+
     ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, uint16 for a ``vocab_size``
     of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent pair: missing files,
     another format, float data, sizes that don't fit, pointers with gaps between the documents. All pointers of up to
@@ -200,19 +202,21 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
     text = os.fspath(path)
     prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
     bin_path, idx_path = Path(prefix + ".bin"), Path(prefix + ".idx")
-    if not bin_path.is_file():
+    content = open_bin(prefix)
+    if content is None:
         raise UserError(f"{bin_path} does not exist: give the prefix of a .bin/.idx pair or the name of a .bin of ids")
     if idx_path.is_file():
         index = open_index(idx_path)
         if dtype is not None and np.dtype(dtype) != index.dtype:
             raise UserError(f"{idx_path} says the ids are {index.dtype.name}, not {dtype}: leave out 'dtype'")
-        return TokenFile(bin_path, index.dtype, _check_bin_size(bin_path, index), index)
+        return TokenFile(content, index.dtype, _check_bin_size(content, index), index)
     if not text.endswith(".bin"):
         raise UserError(f"{idx_path} does not exist: if {bin_path.name} is a bare file of ids, write '{bin_path}'")
-    return _open_bare(bin_path, dtype, vocab_size)
+    return _open_bare(content, dtype, vocab_size)
 
 
-def _open_bare(path: Path, dtype: str | None, vocab_size: int | None) -> TokenFile:
+def _open_bare(content: AnyBytes, dtype: str | None, vocab_size: int | None) -> TokenFile:
+    path, size = content.path, content.size
     if dtype is None:
         if vocab_size is None:
             raise UserError(f"{path} has no .idx with the type of its ids: give 'dtype' ({', '.join(BARE_DTYPES)})")
@@ -220,23 +224,22 @@ def _open_bare(path: Path, dtype: str | None, vocab_size: int | None) -> TokenFi
     elif dtype not in BARE_DTYPES:
         raise UserError(f"{path}: dtype '{dtype}' is not one of {', '.join(BARE_DTYPES)}")
     kind = np.dtype(dtype).newbyteorder("<")
-    size = path.stat().st_size
     if size % kind.itemsize:
         raise UserError(
             f"{path} has {size} bytes, not a multiple of {kind.itemsize}: its ids are not {dtype}, or it is truncated"
         )
-    return TokenFile(path, kind, size // kind.itemsize, None)
+    return TokenFile(content, kind, size // kind.itemsize, None)
 
 
-def _check_bin_size(path: Path, index: Index) -> int:
+def _check_bin_size(content: AnyBytes, index: Index) -> int:
     """Tokens in the .bin, after a check of its size against the last pointer."""
     itemsize = index.dtype.itemsize
     n = index.count
     expected = int(index.pointers(n - 1, n)[0]) + int(index.sizes(n - 1, n)[0]) * itemsize if n else 0
-    size = path.stat().st_size
+    size = content.size
     if size != expected:
         raise UserError(
-            f"{path} has {size} bytes, its index ends at {expected}: it is "
+            f"{content.path} has {size} bytes, its index ends at {expected}: it is "
             f"{'truncated' if size < expected else 'too long'}, or {index.path.name} belongs to another file: make or "
             f"copy both again"
         )

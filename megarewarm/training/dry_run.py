@@ -18,6 +18,7 @@ from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.load import dump
 from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.seen_samples import SeenSource
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
@@ -95,9 +96,7 @@ def _missing_files(config: RunConfig) -> list[str]:
     sources = [*config.data.train, *switched, *old, *(s for v in config.data.validation for s in v.sources)]
     missing = []
     for source in sources:
-        path = Path(source.path)
-        candidates = (path, path.with_name(path.name + ".bin"))
-        if not any(candidate.is_file() for candidate in candidates):
+        if not find_bin(source.path.removesuffix(".bin").removesuffix(".idx")):
             missing.append(f"{source.path}: no such token file (.bin) here")
     return list(dict.fromkeys(missing))
 

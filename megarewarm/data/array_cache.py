@@ -1,0 +1,98 @@
+"""Arrays that take long to make, kept on the disk and mapped: made once for all ranks of a machine and for later starts.
+
+An entry is a folder named by the hash of everything its arrays depend on, so it never goes stale. It lies in MEGAREWARM_CACHE,
+else XDG_CACHE_HOME or ~/.cache, never beside the data; MEGAREWARM_CACHE set to nothing turns the cache off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+KEPT = 20  # entries; of more, the least recently used ones go
+
+
+def cached(key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """``make()``, or what an earlier call with an equal ``key`` (JSON values) has made, read-only and mapped from the disk.
+
+    Of several processes that ask at once, one makes the arrays and the others wait for it. Where the cache can't be used, it
+    says so once and the arrays are made in memory.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
+    made: Arrays | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            entry = folder / name
+            found = _read(entry)
+            if found is None:
+                made = make()
+                _write(entry, made)
+                found = _read(entry)
+                _drop_old(folder)
+            if found is not None:
+                os.utime(entry)
+                return found
+    except OSError as error:
+        log.warning("%s can't keep the order of samples (%s): every process makes its own; set MEGAREWARM_CACHE", folder, error)
+    return make() if made is None else made
+
+
+def cache_folder() -> Path | None:
+    """Where entries lie; None where the cache is turned off."""
+    chosen = os.environ.get("MEGAREWARM_CACHE")
+    if chosen is None:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megarewarm" / "orders"
+    return Path(chosen) if chosen else None
+
+
+def _read(entry: Path) -> Arrays | None:
+    """The arrays of an entry; None where there is none, or not all of it."""
+    try:
+        shapes = json.loads((entry / "arrays.json").read_text())
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r" if shape[0] else None) for name, shape in shapes.items()}
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return arrays if {name: list(array.shape) for name, array in arrays.items()} == shapes else None
+
+
+def _write(entry: Path, arrays: Arrays) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
+    try:
+        for name, array in arrays.items():
+            with open(partial / f"{name}.npy", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        (partial / "arrays.json").write_text(json.dumps({name: array.shape for name, array in arrays.items()}))
+        shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
+        os.rename(partial, entry)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _drop_old(folder: Path) -> None:
+    """Whoever still uses a removed entry keeps it until it ends: a mapped file stays until then."""
+    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for entry in entries[:-KEPT]:
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)
