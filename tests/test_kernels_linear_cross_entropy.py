@@ -142,7 +142,8 @@ def test_logits_stay_within_the_budget(budget: int) -> None:
     from megarewarm_kernels.linear_cross_entropy import _chunk, _compute
 
     with Largest(333) as seen, torch.no_grad():
-        _compute(hidden, weight, targets, 333, -100, _chunk(512, 333, torch.float32, budget), torch.float32, True, True)
+        chunk = _chunk(512, 333, torch.float32, budget)
+        _compute(hidden, weight, targets, 333, -100, 0.0, chunk, torch.float32, False, True, True)
     assert budget / 4 < seen.bytes <= min(budget, 512 * 333 * 4)
 
 
