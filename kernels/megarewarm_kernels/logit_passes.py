@@ -129,10 +129,8 @@ if HAS_TRITON:
         place = logits_ptr + row * stride + column
         x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         dz = tl.exp(x - log_sum) * (1.0 + 2.0 * z_loss * log_sum)
-        local = target - first
-        # in 32 bits, as the columns are; a target elsewhere matches none
-        local = tl.where((local >= 0) & (local < valid), local, -1).to(tl.int32)
-        dz = tl.where(column == local, tl.load(special_ptr + row), dz)
+        # in 32 bits, as the columns are; a target elsewhere matches none, or a padding column, which becomes 0
+        dz = tl.where(column == (target - first).to(tl.int32), tl.load(special_ptr + row), dz)
         dz = tl.where(column < tl.where(target == ignored, 0, valid), dz, 0.0)
         tl.store(place, dz.to(logits_ptr.dtype.element_ty), mask=inside)
 
