@@ -21,19 +21,23 @@ from typing import Any
 import triton
 from megarewarm_kernels.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
+from megarewarm_kernels.logit_passes import _BLOCK as LOGITS_BLOCK
+from megarewarm_kernels.logit_passes import _WARPS as LOGITS_WARPS
+from megarewarm_kernels.logit_passes import gradient_pass, statistics_pass
 from megarewarm_kernels.residual_norms import _MOST_COLUMNS_BACKWARD, residual_norms_backward, residual_norms_forward, warps
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_FLOATS = ("keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root")
+_FLOATS = ("keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
+_INT64 = ("targets_ptr",)
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A kernel as it is launched. ``values``: constexprs; pointers are to ``dtype`` but for those to fp32."""
+    """A kernel as it is launched. ``values``: constexprs; pointers are to ``dtype`` but for those to fp32 and int64."""
 
     name: str
     kernel: Any
@@ -70,6 +74,11 @@ def configurations() -> Iterator[Configuration]:
         copy = {"COPY": True, "BLOCK": _BLOCK}
         yield Configuration(f"adamw gradient and copy {dtype}", adamw_step, dtype, copy, 4, state)
         yield Configuration(f"squared_norm {dtype}", squares, dtype, {"BLOCK": _BLOCK, "WALK": _WALK}, 4, state)
+    rows = ("found_ptr", "log_sum_ptr", "special_ptr")
+    for dtype in ("bf16", "fp16", "fp32"):
+        block = {"BLOCK": LOGITS_BLOCK}
+        yield Configuration(f"logit_statistics {dtype}", statistics_pass, dtype, block, LOGITS_WARPS, rows)
+        yield Configuration(f"logit_gradient {dtype}", gradient_pass, dtype, block, LOGITS_WARPS, rows)
     statistics = ("mean_ptr", "scale_ptr")
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):
@@ -125,6 +134,8 @@ def table(rows: list[Compiled]) -> str:
 def _type_of(name: str, configuration: Configuration) -> str:
     if name in configuration.values:
         return "constexpr"
+    if name in _INT64:
+        return "*i64"
     if name.endswith("_ptr"):
         return "*fp32" if name in configuration.in_fp32 else f"*{configuration.dtype}"
     return "fp32" if name in _FLOATS else "i32"

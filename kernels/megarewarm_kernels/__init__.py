@@ -6,5 +6,13 @@ from megarewarm_kernels.adamw import adamw_, squared_norm
 from megarewarm_kernels.bias_gelu import bias_gelu
 from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
 from megarewarm_kernels.residual_norms import residual_norms
+from megarewarm_kernels.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 
-__all__ = ["adamw_", "bias_gelu", "linear_cross_entropy", "residual_norms", "squared_norm"]
+__all__ = [
+    "adamw_",
+    "bias_gelu",
+    "linear_cross_entropy",
+    "residual_norms",
+    "sharded_linear_cross_entropy",
+    "squared_norm",
+]

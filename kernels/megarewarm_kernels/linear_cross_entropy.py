@@ -1,6 +1,7 @@
 """Head and cross entropy in one operation that never holds all logits.
 
-The gradients are computed in the forward pass, chunk of tokens by chunk of tokens, in the buffer that held the logits.
+The gradients are computed in the forward pass, chunk of tokens by chunk of tokens, in the buffer that held the logits. Here are
+the function and its definition; the form with Triton kernels is in ``logits_in_place``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from megarewarm_kernels import logits_in_place
+from megarewarm_kernels._operators import define, exact
+from megarewarm_kernels.logit_passes import at_target, loss_of
+from megarewarm_kernels.logits_in_place import accumulate
+
 MIB = 2**20
 
 
@@ -23,25 +29,33 @@ def linear_cross_entropy(
     *,
     valid_rows: int | None = None,
     ignore_index: int = -100,
+    z_loss: float = 0.0,
     memory_budget: int = 64 * MIB,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``, and the number of tokens in the sum.
+    """Sum over tokens of ``-log softmax(z)[target] + z_loss logsumexp(z)^2`` with z = hidden @ weight.T, and their number.
 
     Args:
         hidden: (t, h), any strides, any floating dtype.
         weight: (v, h), the head.
         targets: (t,) int64, each below ``valid_rows`` or equal to ``ignore_index``, which leaves the token out.
-        valid_rows: rows of ``weight`` that are in the softmax; the rest is padding and gets no gradient. None: all.
+        valid_rows: rows of ``weight`` that are in the softmax; the rest is padding, of any finite numbers, and gets no
+            gradient. None: all.
         ignore_index: the target that means "no target".
+        z_loss: the coefficient of the square of log-sum-exp (PaLM, arXiv 2204.02311, section 5, has 1e-4).
         memory_budget: bytes that the logits and their gradient may take, at least one token's worth.
+        kernel: "triton"; "reference" for plain PyTorch; "auto" for Triton where it is there and the tensors are on CUDA,
+            in at most fp32.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the count, an int64 scalar. Both stay on the device.
 
-    With z = W x, the gradient of one token's loss is ``(softmax(z) - onehot(target)) W`` for x and its outer product
-    with x for W. Softmax and the target's ``p - 1`` are computed in fp32 and W's gradient is summed over chunks in
-    fp32, whatever the inputs. Under autocast both matrices are multiplied in autocast's dtype. Backward only scales
-    the stored gradients; a second backward computes them again. Raises ValueError on wrong shapes.
+    With z = W x and p = softmax(z), the gradient of one token's loss is ``(p (1 + 2 z_loss logsumexp(z)) - onehot(target)) W``
+    for x, and the outer product of the bracket with x for W. Softmax and the target's ``p - 1`` are computed in fp32 and
+    W's gradient is summed over chunks in fp32, whatever the inputs. Under autocast both matrices are multiplied in
+    autocast's dtype. Backward only scales the stored gradients; a second backward computes them again. With Triton, logits
+    exist once, in the products' dtype, and their gradient in their place. Raises ValueError on wrong shapes, for another
+    ``kernel``, and for "triton" where it can't be had.
     """
     rows = weight.shape[0] if valid_rows is None else valid_rows
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -53,14 +67,17 @@ def linear_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tracked = torch.is_grad_enabled()
+    triton = logits_in_place.applies(kernel, hidden.device, dtype)
     loss = _LinearCrossEntropy.apply(
         hidden,
         weight,
         targets,
         rows,
         ignore_index,
-        _chunk(hidden.shape[0], rows, dtype, memory_budget),
+        z_loss,
+        (logits_in_place.chunk_of if triton else _chunk)(hidden.shape[0], rows, dtype, memory_budget),
         dtype,
+        triton,
         tracked and hidden.requires_grad,
         tracked and weight.requires_grad,
     )
@@ -68,22 +85,26 @@ def linear_cross_entropy(
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, valid_rows: int | None = None, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    valid_rows: int | None = None,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``linear_cross_entropy``: all logits at once, in the inputs' dtype, the loss in fp32 or more."""
     logits = F.linear(hidden, weight[:valid_rows])
-    logits = logits.to(_statistics(logits.dtype))
+    logits = logits.to(exact(logits.dtype))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(1).square().masked_fill(targets == ignore_index, 0).sum()
     return loss, (targets != ignore_index).sum()
-
-
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
     """Tokens per chunk: as few chunks as the budget allows, of equal size, in whole multiples of 16 where it matters."""
-    per_token = rows * (_statistics(dtype).itemsize + (dtype.itemsize if dtype != _statistics(dtype) else 0))
+    per_token = rows * (exact(dtype).itemsize + (dtype.itemsize if dtype != exact(dtype) else 0))
     most = max(1, memory_budget // per_token)
     even = math.ceil(tokens / max(1, math.ceil(tokens / most)))
     return max(1, min(most, -(-even // 16) * 16))
@@ -100,14 +121,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         rows: int,
         ignore_index: int,
+        z_loss: float,
         chunk: int,
         dtype: torch.dtype,
+        triton: bool,
         need_hidden: bool,
         need_weight: bool,
     ) -> Tensor:
-        ctx.arguments = (rows, ignore_index, chunk, dtype, need_hidden, need_weight)
+        ctx.arguments = (rows, ignore_index, z_loss, chunk, dtype, triton, need_hidden, need_weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, *ctx.grads = torch.ops.megarewarm.linear_cross_entropy(hidden, weight, targets, *ctx.arguments)
+            loss, *ctx.grads = _operator(hidden, weight, targets, *ctx.arguments)
         ctx.save_for_backward(hidden, weight, targets)
         return loss
 
@@ -119,11 +142,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             with torch.autocast(hidden.device.type, enabled=False):
-                _, *grads = torch.ops.megarewarm.linear_cross_entropy(hidden, weight, targets, *ctx.arguments)
+                _, *grads = _operator(hidden, weight, targets, *ctx.arguments)
         *_, need_hidden, need_weight = ctx.arguments
         grad_hidden = grads[0].mul_(upstream).to(hidden.dtype) if need_hidden else None
         grad_weight = grads[1].mul_(upstream).to(weight.dtype) if need_weight else None
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *(None,) * 9
 
 
 def _compute(
@@ -132,22 +155,27 @@ def _compute(
     targets: Tensor,
     rows: int,
     ignore_index: int,
+    z_loss: float,
     chunk: int,
     dtype: torch.dtype,
+    triton: bool,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (), gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed."""
+    if triton:
+        settings = ignore_index, z_loss, chunk, dtype, need_hidden, need_weight
+        return logits_in_place.compute(hidden, weight, targets, 0, rows, *settings)
     tokens, width = hidden.shape
-    exact = _statistics(dtype)
+    kind = exact(dtype)
     head = weight[:rows].to(dtype)
-    loss = hidden.new_zeros((), dtype=exact)
+    loss = hidden.new_zeros((), dtype=kind)
     grad_hidden = hidden.new_empty((tokens, width) if need_hidden else (0,), dtype=dtype)
-    grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=exact)
+    grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=kind)
     if need_weight:
         (grad_weight[rows:] if tokens else grad_weight).zero_()
     buffer = hidden.new_empty((min(chunk, tokens), rows), dtype=dtype)
-    buffer_exact = buffer if exact == dtype else torch.empty_like(buffer, dtype=exact)
+    buffer_exact = buffer if kind == dtype else torch.empty_like(buffer, dtype=kind)
 
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
@@ -158,33 +186,26 @@ def _compute(
         logits, p = buffer[: len(x)], buffer_exact[: len(x)]
 
         torch.mm(x, head.t(), out=logits)
-        z_target = logits.gather(1, target).to(exact)
-        z_max = logits.amax(1, keepdim=True).to(exact)
-        torch.softmax(logits, 1, dtype=exact, out=p)
+        z_target = logits.gather(1, target).to(kind)
+        z_max = logits.amax(1, keepdim=True).to(kind)
+        torch.softmax(logits, 1, dtype=kind, out=p)
         # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
         # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
-        log_p = (z_target - z_max) + p.amax(1, keepdim=True).log_()
-        loss -= log_p.masked_fill(ignored, 0).sum()
+        log_largest = p.amax(1, keepdim=True).log_()
+        log_p, log_sum = (z_target - z_max) + log_largest, z_max - log_largest
+        loss += loss_of(log_sum, log_p, ignored, z_loss)
 
         if not (need_hidden or need_weight):
             continue
-        p.scatter_(1, target, torch.expm1(log_p))
+        if z_loss:
+            p.mul_(1 + 2 * z_loss * log_sum)
+        p.scatter_(1, target, at_target(log_sum, log_p, z_loss))
         dz = p if p is logits else logits.copy_(p)
         if need_hidden:
             torch.mm(dz, head, out=grad_hidden[part]).masked_fill_(ignored, 0)
         if need_weight:
-            _accumulate(grad_weight[:rows], dz, x, first=start == 0)
+            accumulate(grad_weight[:rows], dz, x, first=start == 0)
     return loss, grad_hidden, grad_weight
-
-
-def _accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """``total += dz.T @ x`` (``=`` for the first chunk). Lower precision products are rounded once per chunk."""
-    if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), x, beta=0 if first else 1)
-    elif first:
-        total.copy_(dz.t() @ x)
-    else:
-        total.add_(dz.t() @ x)
 
 
 def _shapes(
@@ -193,24 +214,24 @@ def _shapes(
     targets: Tensor,
     rows: int,
     ignore_index: int,
+    z_loss: float,
     chunk: int,
     dtype: torch.dtype,
+    triton: bool,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    exact = _statistics(dtype)
     return (
-        hidden.new_empty((), dtype=exact),
+        hidden.new_empty((), dtype=exact(dtype)),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
-        weight.new_empty(weight.shape if need_weight else (0,), dtype=exact),
+        weight.new_empty(weight.shape if need_weight else (0,), dtype=exact(dtype)),
     )
 
 
 # An operator of its own, so that torch.compile passes it through whole. The derivative stays outside, in the Function.
-_LIBRARY = torch.library.Library("megarewarm", "FRAGMENT")
-_LIBRARY.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int rows, int ignore_index, int chunk, "
-    "ScalarType dtype, bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)"
+_operator = define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int rows, int ignore_index, float z_loss, int chunk, "
+    "ScalarType dtype, bool triton, bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    definition=_compute,
+    shapes=_shapes,
 )
-_LIBRARY.impl("linear_cross_entropy", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake("megarewarm::linear_cross_entropy", _shapes, lib=_LIBRARY)

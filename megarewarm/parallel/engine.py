@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from megarewarm_kernels import linear_cross_entropy
+from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -25,7 +25,6 @@ from megarewarm.model.neox import NeoX
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
-from megarewarm.parallel.loss import sharded_linear_cross_entropy
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import place
 from megarewarm.parallel.recompute import recompute

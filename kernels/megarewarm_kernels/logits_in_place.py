@@ -1,0 +1,126 @@
+"""Head and loss with Triton: one chunk of logits at a time in the dtype of the products, overwritten by its own gradient.
+
+Shared by the loss on one device and the loss over a divided vocabulary. The products are torch.mm; nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarewarm_kernels._operators import HAS_TRITON, INTERPRETED
+from megarewarm_kernels.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
+
+FORMS = ("auto", "triton", "reference")
+# torch 2.13 renamed it and warns of the old name
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_ALIGNED = 64  # columns: rows begin on 128 bytes in bf16, whatever the size of the vocabulary
+
+
+def applies(kernel: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``kernel`` ("auto", "triton", "reference") means Triton here. Raises ValueError where "triton" can't be had."""
+    if kernel not in FORMS:
+        raise ValueError(f"kernel is 'auto', 'triton' or 'reference', not '{kernel}'")
+    there = HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+    able = there and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if kernel == "triton" and not able:
+        raise ValueError(f"kernel 'triton' needs Triton, a CUDA device and at most fp32, got {dtype} on {device.type}")
+    return able and kernel != "reference"
+
+
+def width_of(rows: int) -> int:
+    """Columns that the logits of so many rows of the head take in memory."""
+    return -(-rows // _ALIGNED) * _ALIGNED
+
+
+def chunk_of(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
+    """Tokens per chunk: all where the budget allows it, else as few chunks as it allows, equal, in whole multiples of 16."""
+    most = max(1, memory_budget // (width_of(rows) * dtype.itemsize))
+    if most >= tokens:
+        return max(1, tokens)
+    most = most // 16 * 16 or most
+    even = math.ceil(tokens / math.ceil(tokens / most))
+    return min(most, -(-even // 16) * 16)
+
+
+def gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Statistics (3, c) of the whole vocabulary from those of this rank's part."""
+    everyone = mine.new_empty((group.size() * 3, mine.shape[1]))
+    all_gather_single(everyone, mine, group=group)
+    largest, sums, targets = everyone.view(-1, *mine.shape).unbind(1)
+    top = largest.amax(0)
+    return torch.stack([top, (sums * torch.exp(largest - top)).sum(0), targets.sum(0)])
+
+
+def compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    valid: int,
+    ignore_index: int,
+    z_loss: float,
+    chunk: int,
+    dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss () in fp32, gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed.
+
+    The first ``valid`` rows of ``weight`` are classes ``first`` and following, the others are padding; with a ``group``
+    other ranks have the other classes, and the gradient of hidden is this rank's part of a sum.
+    """
+    tokens = hidden.shape[0]
+    # Padding rows are multiplied too, as far as they make the rows of logits aligned: their gradient is 0.
+    columns = min(weight.shape[0], width_of(valid))
+    head = weight[:columns].to(dtype)
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
+    grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
+    if need_weight:
+        (grad_weight[columns:] if tokens else grad_weight).zero_()
+    if need_hidden and not columns:
+        grad_hidden.zero_()
+    buffer = torch.empty((min(chunk, tokens), width_of(columns)), dtype=dtype, device=hidden.device)
+
+    for start in range(0, tokens, chunk):
+        part = slice(start, min(start + chunk, tokens))
+        x, target = hidden[part].to(dtype), targets[part]
+        whole = buffer[: len(x)]
+        logits = whole[:, :columns]
+        if columns:
+            torch.mm(x, head.t(), out=logits)
+        found = logit_statistics(whole, target, first, valid, ignore_index)
+        log_sum, log_p = log_terms(found if group is None else gathered(found, group))
+        loss += loss_of(log_sum, log_p, target == ignore_index, z_loss)
+        if not columns or not (need_hidden or need_weight):
+            continue
+        special = at_target(log_sum, log_p, z_loss)
+        logit_gradient_(whole, target, log_sum, special, first, valid, ignore_index, z_loss)
+        if need_hidden:
+            torch.mm(logits, head, out=grad_hidden[part])
+        if need_weight:
+            accumulate(grad_weight[:columns], logits, x, first=start == 0)
+    return loss, grad_hidden, grad_weight
+
+
+def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
+    """``total += dz.T @ x`` (``=`` for the first chunk); ``total`` is fp32, or fp64 as the others.
+
+    On CUDA the products are added in fp32 as they come. Elsewhere lower precision products are rounded once per chunk.
+    """
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), x, beta=0 if first else 1)
+    elif total.is_cuda and first:
+        torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(dz.t() @ x)
+    else:
+        total.add_(dz.t() @ x)
