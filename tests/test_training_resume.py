@@ -258,3 +258,24 @@ def test_ctrl_c_and_kill_9_lose_nothing(tmp_path: Path) -> None:
     interrupted = losses(tmp_path / "tiny")  # later lines of a step supersede earlier ones
     assert interrupted == losses(whole.folder) and len(interrupted) == 120
     assert len({json.dumps(line["schedule"]) for line in events(tmp_path / "tiny", "start")}) == 1
+
+
+def test_waiting_for_data_is_measured_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes 30 ms for each global batch, against one that keeps up."""
+    from megarewarm.data.blended_rows import BlendedRows
+
+    read = BlendedRows.read
+
+    def slowly(self, first, count):  # type: ignore[no-untyped-def]
+        time.sleep(0.1)
+        return read(self, first, count)
+
+    fast = quiet()
+    train(config(tmp_path, name="fast", folder=str(tmp_path / "fast")), ALONE, fast)
+    assert "waiting for data" not in fast.file.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(BlendedRows, "read", slowly)
+    slow = quiet()
+    outcome = train(config(tmp_path, name="slow", folder=str(tmp_path / "slow"), data={"validation": []}), ALONE, slow)
+    assert "of the time went into waiting for data" in slow.file.getvalue()  # type: ignore[attr-defined]
+    waits = [line["data_wait"] for line in events(outcome.folder, "train")]
+    assert len(waits) == 20 and sum(waits) > 0.5

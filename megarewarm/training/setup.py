@@ -43,9 +43,10 @@ Batch = tuple[int, npt.NDArray[np.int64]]
 
 @dataclass
 class Run:
-    """A run in progress. ``step``, ``last_lr``, ``max_lr`` and the losses move with it, the rest stays.
+    """A run in progress. ``step``, ``last_lr``, ``max_lr``, the losses and ``waited`` move with it, the rest stays.
 
-    ``losses`` are the newest validation losses, ``measured`` those of this very step.
+    ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
+    waited for data.
     """
 
     plan: Plan
@@ -67,6 +68,7 @@ class Run:
     losses: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     start_losses: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def tensors(self) -> Tensors:

@@ -26,6 +26,8 @@ from megarewarm.training.setup import Run, build
 from megarewarm.training.signals import StopRequest
 from megarewarm.training.summary import print_reset_table, print_start
 
+_NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
+
 
 class TrainingDiverged(Exception):
     """The loss or the gradient is not a finite number any more; nothing of that step was saved."""
@@ -99,7 +101,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
         saver.save(run.state(), run.tensors())
     with RunProgress(console, config.name, first, total, config.logging.every) as progress:
         for step in range(first + 1, total + 1):
-            began = time.perf_counter()
+            began, waited = time.perf_counter(), run.waited
             lr = plan.lr(step)
             loss, norm = training_step(run, lr)
             seconds = time.perf_counter() - began
@@ -113,6 +115,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
                 lr=lr,
                 grad_norm=norm,
                 tokens_per_second=round(rate, 1),
+                data_wait=round(run.waited - waited, 4),
                 **run.utilisation(rate),
             )
             metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
@@ -140,6 +143,13 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
     elapsed = duration(time.monotonic() - run.started)
     console.print(f"[bold]{config.name}[/]: complete in {elapsed}{': ' + shown if shown else ''}", highlight=False)
+    if run.waited > _NOTICEABLE_WAIT * (time.monotonic() - run.started):
+        share = 100 * run.waited / (time.monotonic() - run.started)
+        console.print(
+            f"{config.name}: {share:.0f} % of the time went into waiting for data; a faster disk, or a copy of the token files "
+            f"on a local one, would save it",
+            style="yellow",
+        )
     return Outcome(folder.path, total, run.losses)
 
 
@@ -158,7 +168,9 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     but the loss scale. Raises ``TrainingDiverged``.
     """
     config = run.plan.config
+    began = time.perf_counter()
     first_sample, rows = next(run.batches)
+    run.waited += time.perf_counter() - began
     assert first_sample == run.plan.samples(run.step), "the loader and the step counter have parted; please report this"
     gradients, scaler = run.model.gradients, run.scaler
     scale = scaler.scale if scaler is not None else 1.0
