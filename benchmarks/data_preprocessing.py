@@ -4,7 +4,7 @@ The input is made of the sources of Python and of the installed packages, again 
 .jsonl; the tool is run as a user would. Memory is the sum of the proportional set sizes (shared pages once), asked four times
 a second.
 
-    python benchmarks/preprocess.py --tokenizer 20B_tokenizer.json --folder DIR [--gigabytes 3] [-- --shuffle]
+    python benchmarks/data_preprocessing.py --tokenizer 20B_tokenizer.json --folder DIR [--gigabytes 3] [-- --shuffle]
 """
 
 from __future__ import annotations
