@@ -192,7 +192,7 @@ class ReplayConfig(Section):
     def _check(self) -> ReplayConfig:
         if self.of is None and self.sources is None:
             raise ValueError("nothing says what is replayed: give 'sources', or 'of: lineage'")
-        if self.of is None and (self.paths or "max_epochs" in self.model_fields_set):
+        if self.of is None and (self.paths or self.max_epochs != 1.0):
             raise ValueError("'max_epochs' and 'paths' belong to 'of: lineage'; each of 'sources' has a path and max_epochs")
         if self.of is not None and any(source.tokens is None for source in self.sources or ()):
             raise ValueError("'sources' beside 'of: lineage' share by tokens seen: give each of them 'tokens'")
