@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from megarewarm_kernels.adamw import adamw_, squared_norm
+from megarewarm_kernels.attention import attention
 from megarewarm_kernels.bias_gelu import bias_gelu
+from megarewarm_kernels.flash_attention import flash_attention
 from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
 from megarewarm_kernels.residual_norms import residual_norms
+from megarewarm_kernels.rotary import rotate_
 
-__all__ = ["adamw_", "bias_gelu", "linear_cross_entropy", "residual_norms", "squared_norm"]
+__all__ = [
+    "adamw_",
+    "attention",
+    "bias_gelu",
+    "flash_attention",
+    "linear_cross_entropy",
+    "residual_norms",
+    "rotate_",
+    "squared_norm",
+]
