@@ -1,0 +1,224 @@
+"""Causal attention with rotary positions on the fused projection, without the scores in memory and deterministic.
+
+out = softmax(q k' / sqrt(d)) v along the keys that a query may see, the softmax in one walk along them with a running maximum
+(Dao et al. 2022, arXiv 2205.14135, algorithm 1; rows in parallel and base 2 as Dao 2023, arXiv 2307.08691). The gradients
+follow from out and the logarithm of the sum of exponentials (there, section 3.1.2): p = exp(q k' / sqrt(d) - lse),
+ds = p (dout v' - sum(out dout)), dq = ds k / sqrt(d), dk = ds' q / sqrt(d), dv = p' dout. One kernel has the queries' and one
+the keys' and values', so nothing is added atomically, at the price of seven matrix products where five would do.
+
+Bytes moved, bf16, n heads of d, for each token: forward at least 8 n d (queries, keys and values read, out written) and
+4 n of statistics; backward 16 n d and 12 n: out and its gradient read, and dq, dk and dv written where the gradient of the
+projection is to lie, with no copy. Rotary positions add those of rotary.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from megarewarm_kernels import rotary
+from megarewarm_kernels._operators import HAS_TRITON, define, exact
+
+MOST_CHANNELS = 256
+
+
+def flash_attention(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: Tensor | None = None) -> Tensor:
+    """Rotary positions and causal attention, within documents where ``starts`` says so.
+
+    Args:
+        qkv: (b, s, n x 3 x d), contiguous, a projection's output. It is consumed: rotated in place, and kept for the
+            backward pass. Nobody may have saved it or use it afterwards.
+        cos, sin: (s, r / 2) or (b, s, r / 2), fp32 (fp64 for fp64), r <= d; see ``rotate_``. They get no gradients.
+        head_dim: d. The kernels take up to 256 channels; more, and fp64, are computed by the definition.
+        starts: (b, s) int32, at each position the first one of its document, or None for one document. Position i attends
+            to j where starts[i] <= j <= i. Must not decrease along s, and starts[i] <= i; values are not checked.
+
+    Returns:
+        (b, s, n x d). Raises ValueError on wrong shapes or dtypes and on a leaf that asks for gradients.
+    """
+    cos, sin = check(qkv, cos, sin, head_dim, starts)
+    result: Tensor = _FlashAttention.apply(qkv, cos, sin, starts, head_dim)
+    return result
+
+
+def reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: Tensor | None = None) -> Tensor:
+    """The definition of ``flash_attention`` in plain PyTorch, with all scores in memory. Leaves ``qkv`` alone."""
+    cos, sin = (table.flatten(0, -2) for table in (cos, sin))
+    turned = rotary.reference(qkv.flatten(0, 1), cos, sin, head_dim=head_dim).view(qkv.shape) if cos.shape[1] else qkv
+    query, key, value = _heads(turned, head_dim)
+    out = _scores(query, key, starts).softmax(-1) @ value
+    return out.transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def check(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``cos`` and ``sin`` as ``rotate_`` takes them. Raises ValueError where the arguments of attention don't fit."""
+    if qkv.dim() != 3 or not qkv.is_contiguous():
+        raise ValueError(f"need qkv (b, s, heads x 3 x {head_dim}), contiguous, got {tuple(qkv.shape)}")
+    b, s = qkv.shape[:2]
+    if cos.shape[:-1] not in ((s,), (b, s)):
+        raise ValueError(f"cos and sin are ({s}, r / 2) or ({b}, {s}, r / 2), got {tuple(cos.shape)}")
+    flat_cos, flat_sin = (table.flatten(0, -2) for table in (cos, sin))
+    rotary.check(qkv.view(-1, qkv.shape[2]), flat_cos, flat_sin, head_dim)
+    if starts is not None and (starts.shape != qkv.shape[:2] or starts.dtype != torch.int32):
+        raise ValueError(f"starts is {tuple(qkv.shape[:2])} int32, got {tuple(starts.shape)} {starts.dtype}")
+    if qkv.requires_grad and qkv.is_leaf and torch.is_grad_enabled():
+        raise ValueError("qkv is consumed, so a leaf that asks for gradients can't be given: pass a projection's output")
+    return flat_cos, flat_sin
+
+
+def visible(length: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """(1 or b, 1, s, s), true where a query (a row) may see a key."""
+    position = torch.arange(length, device=device)
+    mask = (position[:, None] >= position)[None, None]
+    return mask if starts is None else mask & (starts[:, None, :, None] <= position)
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
+        rotary.consume(qkv, cos, sin, head_dim)
+        out, lse = _forward(qkv, starts, head_dim)
+        ctx.save_for_backward(qkv, out, lse, cos, sin, starts)
+        ctx.head_dim = head_dim
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, cos, sin, starts = ctx.saved_tensors
+        dqkv = _backward(grad, qkv, out, lse, starts, ctx.head_dim)
+        rotary.turn(dqkv.view(-1, dqkv.shape[2]), cos, sin, ctx.head_dim, True)
+        return dqkv, None, None, None, None
+
+
+def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values, (b, n, s, d) each, in the dtype in which they are computed."""
+    wide = qkv.to(exact(qkv.dtype)).view(*qkv.shape[:2], -1, 3, head_dim)
+    return tuple(part.transpose(1, 2) for part in wide.unbind(3))
+
+
+def _scores(query: Tensor, key: Tensor, starts: Tensor | None) -> Tensor:
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+    return scores.masked_fill(~visible(query.shape[2], starts, query.device), -math.inf)
+
+
+def _define_forward(qkv: Tensor, starts: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
+    query, key, value = _heads(qkv, head_dim)
+    scores = _scores(query, key, starts)
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp() @ value
+    return out.transpose(1, 2).flatten(2).to(qkv.dtype).contiguous(), lse
+
+
+def _define_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
+    query, key, value = _heads(qkv, head_dim)
+    wide, mixed = (part.to(query.dtype).view(*part.shape[:2], -1, head_dim).transpose(1, 2) for part in (grad, out))
+    p = (_scores(query, key, starts) - lse[..., None]).exp()
+    ds = p * (wide @ value.transpose(2, 3) - (wide * mixed).sum(-1, keepdim=True)) / math.sqrt(head_dim)
+    parts = (ds @ key, ds.transpose(2, 3) @ query, p.transpose(2, 3) @ wide)
+    return torch.stack([part.transpose(1, 2) for part in parts], 3).flatten(2).to(qkv.dtype)
+
+
+def _shape_forward(qkv: Tensor, starts: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
+    batch, length, row = qkv.shape
+    lse = qkv.new_empty((batch, row // (3 * head_dim), length), dtype=exact(qkv.dtype))
+    return qkv.new_empty((batch, length, row // 3)), lse
+
+
+def _shape_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+if HAS_TRITON:
+    import triton
+
+    from megarewarm_kernels import _flash_kernels as kernels
+    from megarewarm_kernels._flash_blocks import Blocks, architecture, blocks_of, width_of
+
+    def _launch(kernel: Any, name: str, pointers: list[Tensor], qkv: Tensor, starts: Tensor | None, head_dim: int) -> None:
+        batch, length, row = qkv.shape
+        heads = row // (3 * head_dim)
+        blocks: Blocks = blocks_of(name, head_dim, qkv.dtype, architecture(qkv.device))
+        rows = blocks.keys if name == "keys" else blocks.queries
+        kernel[(triton.cdiv(length, rows) * batch * heads,)](
+            *pointers,
+            length,
+            heads,
+            qkv.stride(0),
+            qkv.stride(1),
+            head_dim**-0.5,
+            DOCUMENTS=starts is not None,
+            D=head_dim,
+            WIDTH=width_of(head_dim),
+            QUERIES=blocks.queries,
+            KEYS=blocks.keys,
+            PRECISION=blocks.precision,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+
+    def _kernel_forward(qkv: Tensor, starts: Tensor | None, head_dim: int) -> tuple[Tensor, Tensor]:
+        if qkv.dtype == torch.float64 or head_dim > MOST_CHANNELS:
+            return _define_forward(qkv, starts, head_dim)
+        out, lse = _shape_forward(qkv, starts, head_dim)
+        if out.numel():
+            # without documents no kernel reads starts: any pointer will do
+            begins = lse if starts is None else starts.contiguous()
+            _launch(kernels.attention_forward, "forward", [qkv, begins, out, lse], qkv, starts, head_dim)
+        return out, lse
+
+    def _kernel_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
+        if qkv.dtype == torch.float64 or head_dim > MOST_CHANNELS:
+            return _define_backward(grad, qkv, out, lse, starts, head_dim)
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        if dqkv.numel():
+            grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+            delta = torch.empty_like(lse)
+            begins, ends = lse, lse
+            if starts is not None:
+                begins = starts.contiguous()
+                position = torch.arange(qkv.shape[1], dtype=torch.int32, device=qkv.device).expand_as(begins).contiguous()
+                ends = torch.searchsorted(begins, position, right=True, out_int32=True)
+            pointers = [qkv, begins, out, grad, lse, delta, dqkv]
+            _launch(kernels.attention_backward_queries, "queries", pointers, qkv, starts, head_dim)
+            pointers = [qkv, begins, ends, grad, lse, delta, dqkv]
+            _launch(kernels.attention_backward_keys, "keys", pointers, qkv, starts, head_dim)
+        return dqkv
+else:
+    _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
+
+_forward = define(
+    "flash_attention(Tensor qkv, Tensor? starts, int head_dim) -> (Tensor, Tensor)",
+    definition=_define_forward,
+    shapes=_shape_forward,
+    kernel=_kernel_forward,
+)
+_backward = define(
+    "flash_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? starts, int head_dim) -> Tensor",
+    definition=_define_backward,
+    shapes=_shape_backward,
+    kernel=_kernel_backward,
+)
+
+
+def _operations(products: int, qkv: Sequence[int]) -> int:
+    """Of matrix products over half of the scores, the causal ones, counted as one document."""
+    batch, length, row = qkv
+    return products * batch * length * length * (row // 3)
+
+
+@register_flop_formula(torch.ops.megarewarm.flash_attention)
+def _operations_forward(qkv: Sequence[int], *rest: Any, **named: Any) -> int:
+    return _operations(2, qkv)
+
+
+@register_flop_formula(torch.ops.megarewarm.flash_attention_backward)
+def _operations_backward(grad: Sequence[int], qkv: Sequence[int], *rest: Any, **named: Any) -> int:
+    return _operations(5, qkv)
