@@ -32,7 +32,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     """The trainer's own step: the engine with one rank, its gradient buffer, clipping and optimizer."""
     import torch
 
-    from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+    from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
@@ -43,7 +43,6 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
         Mesh(Ranks(0, 1, torch.device("cpu")), Layout()),
         parallel=ParallelConfig(),
         training=TrainingConfig(budget="1 steps", global_batch=arguments.batch, micro_batch=arguments.batch),
-        kernels=KernelsConfig(),
         sequence_length=arguments.sequence,
         precision="fp32",
     )

@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
@@ -81,7 +81,6 @@ def engine_step(config: ModelConfig, ranks: Ranks, parallel: ParallelConfig, lay
         Mesh(ranks, layout),
         parallel=parallel,
         training=training,
-        kernels=KernelsConfig(),
         sequence_length=config.max_positions,
         precision="fp32",
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megarewarm_kernels.flash_attention import visible
 from test_model_neox import pair
 from tiny import config, quiet
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch.nn import functional as F
 
 from megarewarm.errors import UserError
 from megarewarm.model.documents import IGNORE, DocumentRules
-from megarewarm.model.neox import positions_of
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 
@@ -32,9 +30,8 @@ def test_the_masks_are_megatron_cores(tokens):
     mask, loss_mask, places = data._get_ltor_masks_and_position_ids(inputs, EOD, True, True, True, True)
     starts = RULES.starts(inputs[None])
     assert torch.equal(torch.arange(len(tokens)) - starts[0], places)
-    shape = SimpleNamespace(rotary_dims=4, rotary_base=10000.0)
-    ours = positions_of(len(tokens), shape, inputs.device, starts)
-    assert torch.equal(ours.mask[0], ~mask), "theirs is true where a position does not attend"
+    ours = visible(len(tokens), starts.int(), inputs.device)
+    assert torch.equal(ours[0], ~mask), "theirs is true where a position does not attend"
     targets = RULES.targets(inputs[None], torch.ones(1, len(tokens), dtype=torch.int64))
     assert torch.equal((targets[0] != IGNORE).float(), loss_mask)
 

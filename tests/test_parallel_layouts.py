@@ -12,13 +12,16 @@ from distributed import run_ranks
 from tiny import config, events, quiet
 
 from megarewarm.checkpoint.source import OwnCheckpoint
+from megarewarm.model.fused import Operations
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training import setup
 from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary (padded rows under tensor parallelism), five layers (uneven stages), four heads
 MODEL = {"num_layers": 5, "num_heads": 4, "vocab_size": 67}
 STEPS = 20
+FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
 DOCUMENTS = {"eod": 5, "reset_at_eod": True, "mask_eod_loss": True}
 
 # name -> (parallel settings, other changes)
@@ -52,6 +55,10 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
             {"data": DOCUMENTS, "training": {"micro_batch": 2}},
         ),
         "zero3_documents": ({"sharding": "zero3"}, {"data": DOCUMENTS}),
+        "data_fused": ({}, {"fused": True}),
+        "tensor_fused": ({"tensor": 2}, {"fused": True}),
+        "pipeline_fused": ({"pipeline": 2}, {"fused": True, "training": {"micro_batch": 2, "recompute": "full"}}),
+        "zero3_fused": ({"sharding": "zero3"}, {"fused": True}),
     },
     4: {
         "data": ({}, {}),
@@ -109,7 +116,10 @@ def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[st
 
 
 def _train_all(ranks: Ranks, place: str, layouts: dict[str, Layout]) -> None:
+    usual = setup.choose_operations
     for name, (parallel, changes) in layouts.items():
+        # on a CPU these compute their definitions: the layout is what is tested
+        setup.choose_operations = (lambda *_, **__: (FUSED, [])) if changes.get("fused") else usual
         train(_settings(Path(place), name, parallel, changes), ranks, quiet())
 
 

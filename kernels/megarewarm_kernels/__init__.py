@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megarewarm_kernels._operators import no_triton
 from megarewarm_kernels.adamw import adamw_, squared_norm
 from megarewarm_kernels.attention import attention
 from megarewarm_kernels.bias_gelu import bias_gelu
@@ -17,6 +18,7 @@ __all__ = [
     "bias_gelu",
     "flash_attention",
     "linear_cross_entropy",
+    "no_triton",
     "residual_norms",
     "rotate_",
     "sharded_linear_cross_entropy",

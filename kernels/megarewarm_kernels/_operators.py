@@ -45,6 +45,16 @@ def define(
     return getattr(torch.ops.megarewarm, name).default
 
 
+def no_triton(device: torch.device) -> str:
+    """Why Triton kernels can't run on tensors of ``device``; empty where they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
+        return "" if major >= 8 else f"this GPU is of compute capability {major}, the kernels are made for 8 and above"
+    return "" if INTERPRETED else "it runs on GPUs"
+
+
 def exact(dtype: torch.dtype) -> torch.dtype:
     """The type in which a value of ``dtype`` is computed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -119,13 +119,51 @@ class LoggingConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Knobs of the fused operations."""
+    """Which implementation computes what; what was chosen is shown at the start. Written as one word, it is 'use'."""
 
-    loss_memory: Positive = Field(
-        64 * 2**20,
-        description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes.",
+    use: Literal["auto", "triton", "compile", "reference"] = Field(
+        "auto",
+        description="triton: fused operations of our own. compile: each layer by torch.compile. reference: plain PyTorch. "
+        "auto: triton on GPUs that have it, reference elsewhere. The keys below say otherwise for one operation.",
     )
-    compile: bool = Field(False, description="Compile each layer with torch.compile.")
+    norms: Literal["triton", "apex", "reference"] | None = Field(
+        None, description="The residual's additions with both norms of a layer in one pass (triton), or NVIDIA apex's norms."
+    )
+    gelu: Literal["triton", "reference"] | None = Field(None, description="Bias and GELU in one pass.")
+    attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference"] | None = Field(
+        None,
+        description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, our own (which keeps documents apart and can be "
+        "deterministic), PyTorch's choice, or the definition. auto: the fastest that can do it. One that can't gives way to "
+        "the next, which is said.",
+    )
+    loss: Literal["triton", "reference"] | None = Field(
+        None, description="Softmax and cross entropy between the head's products."
+    )
+    optimizer: Literal["torch", "apex"] | None = Field(
+        None, description="AdamW: PyTorch's fused one, or NVIDIA apex's FusedAdam; null: PyTorch's."
+    )
+    deterministic: bool = Field(
+        False, description="The same gradients at every run on a GPU, bit for bit. Attention costs more."
+    )
+    loss_memory: Positive | None = Field(
+        None,
+        description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes. "
+        "Null: 64 MiB on a CPU, 2 GiB on a GPU.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"use": given}
+        if isinstance(given, dict) and isinstance(given.get("compile"), bool):  # what earlier versions called it
+            rest = {key: value for key, value in given.items() if key != "compile"}
+            return {"use": "compile", **rest} if given["compile"] else rest
+        return given
+
+    def logit_bytes(self, device: str) -> int:
+        """``loss_memory``, or what is right for a device of this type."""
+        return self.loss_memory or (2 * 2**30 if device == "cuda" else 64 * 2**20)
 
 
 class ParallelConfig(Section):

@@ -77,7 +77,7 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
             share // micro_batch,
             recompute,  # type: ignore[arg-type]
             2,
-            config.kernels.loss_memory,
+            config.kernels.logit_bytes("cuda"),
         )
         held = parts(work, parallel, layout)
         memory = max(memory_of(part, rank, work, parallel, layout).total for rank, part in enumerate(held))

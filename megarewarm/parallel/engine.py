@@ -17,11 +17,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement as DTensorPlacement
 
-from megarewarm.config.execution import KernelsConfig, ParallelConfig, TrainingConfig
+from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.documents import IGNORE, DocumentRules
+from megarewarm.model.fused import Operations, fuse
 from megarewarm.model.initialize import initial_value
-from megarewarm.model.neox import NeoX
+from megarewarm.model.neox import LOSS_MEMORY, NeoX
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
@@ -46,20 +47,23 @@ class ParallelModel:
         *,
         parallel: ParallelConfig,
         training: TrainingConfig,
-        kernels: KernelsConfig,
         sequence_length: int,
         precision: str,
+        operations: Operations | None = None,
+        compile_layers: bool = False,
+        loss_memory: int = LOSS_MEMORY,
         documents: DocumentRules | None = None,
     ) -> None:
         self.config, self.mesh = config, mesh
         self._documents = documents
-        self._loss_memory = kernels.loss_memory
+        operations = operations or Operations()
+        self._loss_memory, self._loss_kernel = loss_memory, operations.loss
         self._micro_batch = training.micro_batch
         self._targets_per_step = training.global_batch * sequence_length
         self._dtype = DTYPES[precision]
         layout = mesh.layout
         with torch.device("meta"):
-            model = NeoX(config, loss_memory=kernels.loss_memory)
+            model = NeoX(config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
         sequence = layout.tensor > 1 and parallel.sequence
@@ -71,6 +75,8 @@ class ParallelModel:
         self.placements = {
             name: place(name, shape, config, mesh.tensor_rank, layout.tensor, sequence) for name, shape in self.shapes.items()
         }
+
+        fuse(model.layers, operations)
 
         numbers, count = [0], 1
         self._modules: list[nn.Module] = [model]
@@ -85,7 +91,7 @@ class ParallelModel:
             module.to_empty(device=mesh.device)
             for layer in _layers(module):
                 recompute(layer, training.recompute)
-                if kernels.compile:
+                if compile_layers:
                     layer.compile()
         if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
@@ -335,6 +341,7 @@ class ParallelModel:
                 targets.flatten(),
                 valid_rows=self.config.vocab_size,
                 memory_budget=self._loss_memory,
+                kernel=self._loss_kernel,
             )
         return sharded_linear_cross_entropy(
             self._tensor.enter(hidden).flatten(0, 1),
@@ -343,6 +350,7 @@ class ParallelModel:
             group=self._tensor.group,
             vocab_size=self.config.vocab_size,
             memory_budget=self._loss_memory,
+            kernel=self._loss_kernel,
         )
 
 

@@ -18,7 +18,7 @@ from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterle
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX, positions_of
+from megarewarm.model.neox import NeoX, positions_of, settled
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
@@ -103,9 +103,10 @@ class Stage(nn.Module):
         ``starts``: as in NeoX.
         """
         x = self.embed_in(x) if self.first else _ContiguousGradient.apply(x)
-        positions = positions_of(length, self.config, x.device, starts)
+        positions = positions_of(length, self.config, x, starts)
         for layer in self.layers.values():
             x = layer(x, positions)
+        x = settled(x)
         return self.final_layer_norm(x) if self.last else x
 
 

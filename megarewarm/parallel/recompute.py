@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megarewarm.model.neox import MLP
+from megarewarm.model.neox import MLP, Pending, Positions, settled
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -18,16 +16,21 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
     """Make ``layer`` forget: nothing; the GELU's output (selective: ffn values a token, no matrix product is repeated); or
     everything but its input (full: one forward pass more)."""
     if what == "full":
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        whole = layer.forward
+
+        def forward_whole(x: Tensor | Pending, positions: Positions) -> Tensor | Pending:
+            # one tensor to keep, not the three that a fused layer hands on
+            result: Tensor | Pending = checkpoint(whole, settled(x), positions, use_reentrant=False)
+            return result
+
+        layer.forward = forward_whole
     elif what == "selective":
         mlp = layer.mlp
         assert isinstance(mlp, MLP)
 
-        # the recomputation stops as soon as it has what the last product had kept, before that product is computed
-        def activate_and_project(x: Tensor) -> Tensor:
-            return mlp.dense_4h_to_h(F.gelu(x, approximate=mlp.approximate))
-
         def forward(x: Tensor) -> Tensor:
-            return checkpoint(activate_and_project, mlp.dense_h_to_4h(x), use_reentrant=False)
+            # the recomputation stops as soon as it has what the last product had kept, before that product is computed
+            result: Tensor = checkpoint(mlp.contract, mlp.expand(x), use_reentrant=False)
+            return result
 
         mlp.forward = forward  # type: ignore[method-assign]

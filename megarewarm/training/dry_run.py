@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -220,6 +221,7 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
     """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
+    on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
     work = Work(
         plan.model,
         config.data.sequence_length,
@@ -228,7 +230,7 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
         config.training.recompute,
         # what 'auto' will be on the cluster is not known here; fp32 is the larger
         2 if config.training.precision in ("bf16", "fp16") else 4,
-        config.kernels.loss_memory,
+        config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
     )
     ranks = Table(
         title=f"per rank: {world_size} rank{'s' * (world_size > 1)}, {layout}; {work.micro_batches} micro-batches",

@@ -6,8 +6,10 @@ The update is PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight de
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from megarewarm_kernels.apex import fused_adam
 from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
@@ -26,21 +28,28 @@ class AdamW:
     Moments are fp32 tensors of the parameters' shapes, on their device.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
-        """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them."""
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch") -> None:
+        """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``kind``: "torch",
+        or "apex" for NVIDIA's FusedAdam, which must be there."""
+        self.kind = kind
         self.names = {parameter: name for name, parameter in parameters.items()}
         groups = [
             {"params": [p for name, p in parameters.items() if decays(name)], "weight_decay": config.weight_decay},
             {"params": [p for name, p in parameters.items() if not decays(name)], "weight_decay": 0.0},
         ]
-        self.torch = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=0.0, betas=config.betas, eps=config.eps, fused=True
-        )
+        present = [group for group in groups if group["params"]]
+        settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+        if kind == "apex":
+            peer = fused_adam()
+            assert peer is not None
+            self.torch = peer(present, adam_w_mode=True, **settings)
+        else:
+            self.torch = torch.optim.AdamW(present, fused=True, **settings)
         for parameter in self.names:
             self.torch.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS},
+                moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS
             }
+        self.set_completed_steps(0)
 
     def step(self, lr: float) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad``."""
@@ -66,12 +75,18 @@ class AdamW:
     @property
     def completed_steps(self) -> int:
         """Adam's step count, which sets the bias correction; equal for all parameters."""
+        if self.kind == "apex":
+            return int(self.torch.param_groups[0]["step"])
         return int(next(iter(self.torch.state.values()))["step"])
 
     def set_completed_steps(self, steps: int) -> None:
         """Set Adam's step count for every parameter."""
-        for state in self.torch.state.values():
-            state["step"].fill_(steps)
+        if self.kind == "apex":  # one count for each group, a number
+            for group in self.torch.param_groups:
+                group["step"] = steps
+            return
+        for parameter, state in self.torch.state.items():
+            state["step"] = torch.full((), float(steps), dtype=torch.float32, device=parameter.device)
 
     def reset_moments(self, which: tuple[str, ...] = MOMENTS) -> None:
         """Set the named moments to zero."""

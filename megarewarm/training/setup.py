@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
+from megarewarm.model.fused import Operations
+from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
 from megarewarm.parallel.agreement import all_reduce_sums
-from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.engine import DTYPES, ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
@@ -58,6 +60,7 @@ class Run:
     batches: Prefetch[Batch]
     validation: list[ValidationWindows | MovingWindows]
     precision: str
+    operations: Operations
     scaler: LossScaler | None
     table_rows: list[Row]
     notes: list[str]
@@ -167,6 +170,11 @@ class Run:
             "ranks": self.ranks.world_size,
             "layout": str(self.mesh.layout),
             "device": str(self.ranks.device),
+            "kernels": {
+                **asdict(self.operations),
+                "compile": config.kernels.use == "compile",
+                "optimizer": self.optimizer.kind,
+            },
         }
 
 
@@ -191,22 +199,33 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     torch.manual_seed(config.training.seed + ranks.rank)
     precision = _precision(plan, ranks)
     mesh = Mesh(ranks, layout)
+    documents = _documents(plan)
+    operations, remarks = choose_operations(
+        config.kernels,
+        plan.model,
+        ranks.device,
+        DTYPES[precision],
+        documents=documents is not None and documents.reset,
+    )
+    kind, about = choose_optimizer(config.kernels, ranks.device)
     model = ParallelModel(
         plan.model,
         mesh,
         parallel=config.parallel,
         training=config.training,
-        kernels=config.kernels,
+        operations=operations,
+        compile_layers=config.kernels.use == "compile",
+        loss_memory=config.kernels.logit_bytes(ranks.device.type),
         sequence_length=config.data.sequence_length,
         precision=precision,
-        documents=_documents(plan),
+        documents=documents,
     )
     if plan.policy.weights == "load":
         assert plan.source is not None
         plan.source.load_weights(model)
     else:
         model.initialize(config.training.seed)
-    optimizer = AdamW(model.parameters, config.optimizer)
+    optimizer = AdamW(model.parameters, config.optimizer, kind)
     _apply(plan, model, optimizer)
 
     scaler = LossScaler() if precision == "fp16" else None
@@ -234,7 +253,14 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             config.training.seed,
             scaler.scale if scaler is not None else None,
         ),
-        notes=[*(plan.source.notes if plan.source else []), *differing_choices(config, plan.source), *left_out],
+        operations=operations,
+        notes=[
+            *(plan.source.notes if plan.source else []),
+            *differing_choices(config, plan.source),
+            *left_out,
+            *remarks,
+            *about,
+        ],
         history=history,
         step=plan.position.step,
     )

@@ -29,6 +29,11 @@ def print_start(run: Run, console: Console) -> None:
     else:
         what = "from scratch"
     console.print(f"[bold]{config.name}[/]: {what}; {shape}, {length}, {where}", highlight=False)
+    chosen = {**vars(run.operations), "optimizer": run.optimizer.kind}
+    del chosen["deterministic"]
+    shown = ", ".join(f"{key} {value}" for key, value in chosen.items())
+    compiled = "; layers compiled" if config.kernels.use == "compile" else ""
+    console.print(f"{config.name}: kernels: {shown}{compiled}", highlight=False)
     for note in run.notes:
         console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
 

@@ -1,0 +1,62 @@
+"""From the configuration's ``kernels`` to the implementation of each operation, with the reason for each choice."""
+
+from __future__ import annotations
+
+import torch
+from megarewarm_kernels import no_triton
+from megarewarm_kernels.apex import fused_adam, fused_layer_norm
+from megarewarm_kernels.attention import choose
+
+from megarewarm.config.execution import KernelsConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.errors import UserError
+from megarewarm.model.fused import Operations
+
+
+def choose_operations(
+    config: KernelsConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, documents: bool
+) -> tuple[Operations, list[str]]:
+    """The operations, and a line on each choice that is not what was asked for or can't be guessed.
+
+    ``dtype``: what layers compute in; ``documents``: they are kept apart. What can't be used here gives way to plain PyTorch.
+    Raises ``UserError`` where no attention fits.
+    """
+    notes: list[str] = []
+    missing = no_triton(device)
+
+    def pick(key: str, asked: str | None) -> str:
+        default = "reference" if config.use in ("compile", "reference") or missing else "triton"
+        if asked is None and config.use == "triton" and missing:
+            asked = "triton"
+        if asked == "triton" and missing:
+            notes.append(f"kernels.{key}: reference, not triton: {missing}")
+            return "reference"
+        return asked or default
+
+    norms = pick("norms", config.norms)
+    if norms == "triton" and model.residual == "sequential":
+        if config.norms == "triton":
+            notes.append("kernels.norms: reference, not triton: the sequential residual has no two norms of one sum")
+        norms = "reference"
+    if norms == "apex" and (fused_layer_norm() is None or device.type != "cuda"):
+        notes.append("kernels.norms: reference, not apex: NVIDIA apex with its CUDA extensions is not here")
+        norms = "reference"
+    gelu = pick("gelu", config.gelu)
+    loss = pick("loss", config.loss) if config.use != "compile" else config.loss or "auto"
+    wanted = config.attention or ("sdpa" if config.use == "reference" else "auto")
+    try:
+        attention, why = choose(
+            device, dtype, model.head_dim, documents=documents, deterministic=config.deterministic, wanted=wanted
+        )
+    except ValueError as error:
+        raise UserError(f"kernels.attention: {error}") from error
+    if wanted not in ("auto", attention):
+        notes.append(f"kernels.attention: {attention}, not {wanted}: {why}")
+    return Operations(norms, gelu, attention, loss, config.deterministic), notes
+
+
+def choose_optimizer(config: KernelsConfig, device: torch.device) -> tuple[str, list[str]]:
+    """'torch' or 'apex', and a line where it is not the one that was asked for."""
+    if config.optimizer == "apex" and (fused_adam() is None or device.type != "cuda"):
+        return "torch", ["kernels.optimizer: torch, not apex: NVIDIA apex with its CUDA extensions is not here"]
+    return config.optimizer or "torch", []
