@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from megarewarm_kernels import adamw_, squared_norm
+from megarewarm_kernels import AdamWTensors, adamw_, squared_norm
 from torch import Tensor
 
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -53,3 +53,35 @@ def assert_norm_is_right(size: int, dtype: torch.dtype) -> None:
     found = squared_norm(x)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == ()
     torch.testing.assert_close(found.double(), x.double().square().sum(), rtol=2e-6, atol=0)
+
+
+def assert_many_are_right(sizes: list[int], *, apart: bool, scale: float = SCALE, steps: int = 3) -> None:
+    """Many tensors in one step each, against PyTorch's float64; ``apart``: the gradients lie elsewhere at every step."""
+    random = torch.Generator().manual_seed(sum(sizes))
+    starts = [torch.randn(size, generator=random) for size in sizes]
+    gradients = [[torch.randn(size, generator=random).mul_(10.0**-i) for size in sizes] for i in range(steps)]
+    decays = [0.1 * (i % 2) for i in range(len(sizes))]
+    true = [start.double().requires_grad_() for start in starts]
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(true, decays, strict=True)]
+    peer = torch.optim.AdamW(groups, **{**SETTINGS, "weight_decay": 0.0})
+    # one flat tensor with NaN between the parts: nothing is read or written outside of them
+    flat = torch.full((3, sum(sizes) + 7 * len(sizes) + 7,), float("nan"))  # fmt: skip
+    views, place = [], 7
+    for size in sizes:
+        views.append(flat[:, place : place + size])
+        place += size + 7
+    parameters, firsts, seconds = ([view[i] for view in views] for i in range(3))
+    for parameter, start, first, second in zip(parameters, starts, firsts, seconds, strict=True):
+        parameter.copy_(start), first.zero_(), second.zero_()
+    ours = AdamWTensors(parameters, firsts, seconds, decays=decays, betas=SETTINGS["betas"], eps=SETTINGS["eps"])
+    kept = [torch.empty(size) for size in sizes]
+    for step, found in enumerate(gradients, 1):
+        for parameter, gradient, held in zip(true, found, kept, strict=True):
+            parameter.grad = gradient.double() * scale
+            held.copy_(gradient)
+        peer.step()
+        given = [gradient.clone() for gradient in found] if apart else kept
+        ours.step(given, step=step, lr=SETTINGS["lr"], scale=scale)
+    for parameter, wanted in zip(parameters, true, strict=True):
+        torch.testing.assert_close(parameter.double(), wanted.detach(), rtol=1e-6, atol=1e-6)
+    assert int(flat.isnan().sum()) == 3 * 7 * (len(sizes) + 1), "what lies between the tensors is as it was"

@@ -20,6 +20,9 @@ from typing import Any
 
 import triton
 from megarewarm_kernels.adamw import _BLOCK, _WALK, adamw_step, squares
+from megarewarm_kernels.adamw_tensors import _BLOCK as MANY_BLOCK
+from megarewarm_kernels.adamw_tensors import _WARPS as MANY_WARPS
+from megarewarm_kernels.adamw_tensors import adamw_many
 from megarewarm_kernels.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
 from megarewarm_kernels.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.logit_passes import _WARPS as LOGITS_WARPS
@@ -30,8 +33,9 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_FLOATS = ("keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
-_INT64 = ("targets_ptr",)
+_FLOATS = ("scale", "lr", "keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
+_INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
+_INT32 = ("owners_ptr",)
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -69,6 +73,7 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(f"bias_gelu {form} {dtype}", bias_gelu_forward, dtype, tile, 4)
             backward = {**tile, "TILES": _TILES}
             yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
+    yield Configuration("adamw many tensors fp32", adamw_many, "fp32", {"BLOCK": MANY_BLOCK}, MANY_WARPS)
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
     for dtype in ("bf16", "fp32"):
         copy = {"COPY": True, "BLOCK": _BLOCK}
@@ -136,6 +141,8 @@ def _type_of(name: str, configuration: Configuration) -> str:
         return "constexpr"
     if name in _INT64:
         return "*i64"
+    if name in _INT32:
+        return "*i32"
     if name.endswith("_ptr"):
         return "*fp32" if name in configuration.in_fp32 else f"*{configuration.dtype}"
     return "fp32" if name in _FLOATS else "i32"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adamw_cases import assert_norm_is_right, assert_right, state_of
-from megarewarm_kernels import adamw_, squared_norm
+from adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right, state_of
+from megarewarm_kernels import AdamWTensors, adamw_, squared_norm
 
 
 @pytest.mark.parametrize("copy", [None, torch.bfloat16])
@@ -48,3 +48,22 @@ def test_wrong_arguments_are_named() -> None:
         adamw_(parameter, gradient, first, second, step=0, lr=1e-3)
     with pytest.raises(ValueError, match="without gaps"):
         squared_norm(torch.zeros(20)[::2])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [5, 1023, 1024, 1025, 0, 3]])
+def test_many_tensors_at_once(sizes: list[int], apart: bool) -> None:
+    assert_many_are_right(sizes, apart=apart)
+
+
+def test_many_tensors_have_to_fit_together() -> None:
+    AdamWTensors([], [], [], decays=[]).step([], step=1, lr=0.1)
+    one, two = torch.zeros(3), torch.zeros(4)
+    with pytest.raises(ValueError, match="as many moments"):
+        AdamWTensors([one], [one, one], [one], decays=[0.0])
+    with pytest.raises(ValueError, match=r"need \(3,\) in torch.float32 .* got \(4,\)"):
+        AdamWTensors([one], [two], [one], decays=[0.0])
+    tensors = AdamWTensors([one], [one.clone()], [one.clone()], decays=[0.0])
+    for bad in ([one.double()], [], [torch.zeros(6)[::2]]):
+        with pytest.raises(ValueError, match="need"):
+            tensors.step(bad, step=1, lr=0.1)

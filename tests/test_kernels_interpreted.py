@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from adamw_cases import assert_norm_is_right, assert_right
+from adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
@@ -105,6 +105,12 @@ def test_offsets_beyond_two_to_the_31(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_is_torchs(size: int, dtype: torch.dtype, copy: torch.dtype | None) -> None:
     assert_right(size, dtype, copy)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [5, 1023, 1024, 1025, 0, 3], [3000, 2]])
+def test_adamw_over_many_tensors_is_torchs(sizes: list[int], apart: bool) -> None:
+    assert_many_are_right(sizes, apart=apart)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024 * 16, 1024 * 16 + 1, 50_000])

@@ -21,6 +21,7 @@ from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import FusedLayer, FusedMLP, Operations, fuse
 from megarewarm.model.neox import NeoX
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.recompute import recompute
 from megarewarm.training.optimizer import AdamW
@@ -141,12 +142,18 @@ def test_what_can_t_be_gives_way_and_says_so(hopper: None) -> None:
     assert found.norms == "reference" and found.attention == "cudnn"
     assert "NVIDIA apex" in notes[0] and "cudnn, not flash3" in notes[1]
     assert choose_optimizer(KernelsConfig(optimizer="apex"), torch.device("cuda"))[1]
+    kinds = {use: choose_optimizer(KernelsConfig(use=use), torch.device("cuda")) for use in ("auto", "compile", "reference")}
+    assert kinds == {"auto": ("triton", []), "compile": ("torch", []), "reference": ("torch", [])}
 
 
 def test_on_a_cpu_it_is_plain_pytorch() -> None:
     assert chosen("auto", dtype=torch.float32) == (Operations("reference", "reference", "sdpa", "reference", False), [])
     found, notes = chosen("triton", dtype=torch.float32)
     assert found.norms == found.gelu == found.loss == "reference"
+    assert choose_optimizer(KernelsConfig(use="triton"), torch.device("cpu")) == (
+        "torch",
+        ["kernels.optimizer: torch, not triton: it runs on GPUs"],
+    )
     assert len(notes) == 3 and all("not triton: it runs on GPUs" in note for note in notes)
     with pytest.raises(UserError, match=r"kernels.attention: no attention for heads of 64 in torch.int8"):
         chosen("auto", dtype=torch.int8)
@@ -192,7 +199,7 @@ def test_apex_is_used_where_it_is_really_there(monkeypatch: pytest.MonkeyPatch) 
 
     settings = OptimizerConfig()
     results = []
-    for kind in ("torch", "apex"):
+    for kind in ("torch", "triton", "apex"):
         if kind == "apex":
             monkeypatch.setattr("megarewarm.training.optimizer.fused_adam", lambda: FusedAdam)
         torch.manual_seed(0)
@@ -203,10 +210,13 @@ def test_apex_is_used_where_it_is_really_there(monkeypatch: pytest.MonkeyPatch) 
             for parameter in parameters.values():
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step(1e-2)
-        assert optimizer.completed_steps == 10 and optimizer.kind == kind
+        gradients = OwnGradients(parameters)
+        optimizer.step(1e-2, gradients, 0.5)
+        assert optimizer.completed_steps == 11 and optimizer.kind == kind
         results.append([*parameters.values(), *optimizer.moments().values()])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
 
 
 def test_apex_norms_stand_in_for_the_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megarewarm_kernels._operators import no_triton
 from megarewarm_kernels.adamw import adamw_, squared_norm
+from megarewarm_kernels.adamw_tensors import AdamWTensors
 from megarewarm_kernels.attention import attention
 from megarewarm_kernels.bias_gelu import bias_gelu
 from megarewarm_kernels.flash_attention import flash_attention
@@ -13,6 +14,7 @@ from megarewarm_kernels.rotary import rotate_
 from megarewarm_kernels.sharded_linear_cross_entropy import sharded_linear_cross_entropy
 
 __all__ = [
+    "AdamWTensors",
     "adamw_",
     "attention",
     "bias_gelu",

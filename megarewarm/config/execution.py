@@ -139,8 +139,10 @@ class KernelsConfig(Section):
     loss: Literal["triton", "reference"] | None = Field(
         None, description="Softmax and cross entropy between the head's products."
     )
-    optimizer: Literal["torch", "apex"] | None = Field(
-        None, description="AdamW: PyTorch's fused one, or NVIDIA apex's FusedAdam; null: PyTorch's."
+    optimizer: Literal["triton", "torch", "apex"] | None = Field(
+        None,
+        description="AdamW: all parameters in one launch that clips on the way (triton), PyTorch's fused one, or NVIDIA apex's "
+        "FusedAdam.",
     )
     deterministic: bool = Field(
         False, description="The same gradients at every run on a GPU, bit for bit. Attention costs more."

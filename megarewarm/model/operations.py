@@ -56,7 +56,11 @@ def choose_operations(
 
 
 def choose_optimizer(config: KernelsConfig, device: torch.device) -> tuple[str, list[str]]:
-    """'torch' or 'apex', and a line where it is not the one that was asked for."""
+    """'triton', 'torch' or 'apex', and a line where it is not the one that was asked for."""
+    missing = no_triton(device)
     if config.optimizer == "apex" and (fused_adam() is None or device.type != "cuda"):
         return "torch", ["kernels.optimizer: torch, not apex: NVIDIA apex with its CUDA extensions is not here"]
-    return config.optimizer or "torch", []
+    if missing and "triton" in (config.optimizer, config.use if config.optimizer is None else ""):
+        return "torch", [f"kernels.optimizer: torch, not triton: {missing}"]
+    fused = config.use in ("auto", "triton") and not missing
+    return config.optimizer or ("triton" if fused else "torch"), []

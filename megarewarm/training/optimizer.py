@@ -6,9 +6,10 @@ The update is PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from megarewarm_kernels import AdamWTensors
 from megarewarm_kernels.apex import fused_adam
 from torch import Tensor, nn
 
@@ -22,6 +23,12 @@ def decays(name: str) -> bool:
     return not (name.endswith(".bias") or "layernorm" in name or "layer_norm" in name)
 
 
+class Scaled(Protocol):
+    """Gradients that can be multiplied by a number."""
+
+    def scale_(self, factor: float) -> None: ...
+
+
 class AdamW:
     """AdamW over a model's parameters in two groups: decayed, and not decayed (norms and biases, as GPT-NeoX).
 
@@ -30,7 +37,8 @@ class AdamW:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch") -> None:
         """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``kind``: "torch",
-        or "apex" for NVIDIA's FusedAdam, which must be there."""
+        "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for NVIDIA's FusedAdam, which must be
+        there."""
         self.kind = kind
         self.names = {parameter: name for name, parameter in parameters.items()}
         groups = [
@@ -50,11 +58,33 @@ class AdamW:
                 moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS
             }
         self.set_completed_steps(0)
+        self._together: AdamWTensors | None = None
+        if kind == "triton":
+            self._ordered = list(parameters.values())
+            first, second = ([self.torch.state[p][moment] for p in self._ordered] for moment in MOMENTS)
+            self._together = AdamWTensors(
+                [p.detach() for p in self._ordered],
+                first,
+                second,
+                decays=[config.weight_decay if decays(name) else 0.0 for name in parameters],
+                betas=config.betas,
+                eps=config.eps,
+            )
 
-    def step(self, lr: float) -> None:
-        """One update at learning rate ``lr`` from the parameters' ``.grad``."""
+    def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
+        """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
+        that takes a pass of its own."""
         self.set_lr(lr)
-        self.torch.step()
+        if self._together is None:
+            if scale != 1.0:
+                assert gradients is not None
+                gradients.scale_(scale)
+            self.torch.step()
+            return
+        steps = self.completed_steps + 1
+        found = [p.grad for p in self._ordered]
+        self._together.step([g for g in found if g is not None], step=steps, lr=lr, scale=scale)
+        self.set_completed_steps(steps)
 
     def set_lr(self, lr: float) -> None:
         """Write ``lr`` into every group."""
@@ -75,13 +105,13 @@ class AdamW:
     @property
     def completed_steps(self) -> int:
         """Adam's step count, which sets the bias correction; equal for all parameters."""
-        if self.kind == "apex":
+        if self.kind != "torch":
             return int(self.torch.param_groups[0]["step"])
         return int(next(iter(self.torch.state.values()))["step"])
 
     def set_completed_steps(self, steps: int) -> None:
         """Set Adam's step count for every parameter."""
-        if self.kind == "apex":  # one count for each group, a number
+        if self.kind != "torch":  # one count for each group, a number
             for group in self.torch.param_groups:
                 group["step"] = steps
             return

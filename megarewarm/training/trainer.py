@@ -192,9 +192,7 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
         )
     limit = config.optimizer.clip_norm
     factor = limit / (norm + 1e-6) if limit is not None and norm > limit else 1.0
-    if factor != 1.0 or scale != 1.0:
-        gradients.scale_(factor / scale)
-    run.optimizer.step(lr)
+    run.optimizer.step(lr, gradients, factor / scale)
     return loss, norm
 
 

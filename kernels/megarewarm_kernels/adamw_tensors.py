@@ -1,0 +1,164 @@
+"""AdamW over all parameters of a model in one launch: the step of ``adamw_``, over tensors that lie anywhere in memory.
+
+One program takes one block of one tensor, which it finds in a table: where each tensor, its moments and its gradient begin, and
+which tensor a block belongs to. The table is made once; only the gradients' addresses are sent again, and only where they have
+changed. Bytes moved for each parameter, fp32: p, m and v read and written, 24, and the gradient, 4, which is scaled on the way:
+scaling it in a pass of its own moves 8 more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megarewarm_kernels._operators import HAS_TRITON, no_triton
+from megarewarm_kernels.adamw import adamw_
+
+_BLOCK = 1024
+_WARPS = 4
+
+
+class AdamWTensors:
+    """Parameters and their moments, to be updated together.
+
+    Args:
+        parameters, firsts, seconds: contiguous fp32 tensors on one device, as many of each and of the same shapes. They are
+            updated in place and must stay where they are.
+        decays: the weight decay of each parameter.
+        betas, eps: as for torch.optim.AdamW.
+
+    Where Triton can't run, or for fp64, the tensors are updated one after another by ``adamw_``. Raises ValueError for tensors
+    of other shapes, dtypes or with gaps.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        firsts: Sequence[Tensor],
+        seconds: Sequence[Tensor],
+        *,
+        decays: Sequence[float],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not len(parameters) == len(firsts) == len(seconds) == len(decays):
+            raise ValueError("give as many moments and decays as parameters")
+        for together in zip(parameters, firsts, seconds, strict=True):
+            for part in together:
+                _check(part, together[0])
+        self._parameters, self._firsts, self._seconds = list(parameters), list(firsts), list(seconds)
+        self._decays, self._betas, self._eps = list(decays), betas, eps
+        self._gradients: list[int] = []
+        if not parameters or parameters[0].dtype != torch.float32 or no_triton(parameters[0].device):
+            self._table: Tensor | None = None
+            return
+        device = parameters[0].device
+        sizes = torch.tensor([part.numel() for part in parameters])
+        blocks = (sizes + _BLOCK - 1) // _BLOCK
+        self._owners = torch.repeat_interleave(torch.arange(len(parameters), dtype=torch.int32), blocks).to(device)
+        self._begins = (blocks.cumsum(0) - blocks).to(device)
+        self._sizes = sizes.to(device)
+        self._decay = torch.tensor(decays, dtype=torch.float32, device=device)
+        # a row for parameters, moments and gradients each
+        rows = [[part.data_ptr() for part in row] for row in (parameters, firsts, seconds, parameters)]
+        self._table = torch.tensor(rows, dtype=torch.int64).to(device)
+
+    def step(self, gradients: Sequence[Tensor], *, step: int, lr: float, scale: float = 1.0) -> None:
+        """One step of AdamW with the ``gradients``, contiguous fp32 tensors like the parameters, times ``scale``.
+
+        ``step``: of this update, counted from 1. Raises ValueError for gradients of other shapes, dtypes or with gaps.
+        """
+        if len(gradients) != len(self._parameters) or step < 1:
+            raise ValueError(f"need a gradient for each of {len(self._parameters)} parameters, and a step from 1 on")
+        for gradient, parameter in zip(gradients, self._parameters, strict=True):
+            _check(gradient, parameter)
+        if self._table is None:
+            self._one_by_one(gradients, step, lr, scale)
+            return
+        places = [gradient.data_ptr() for gradient in gradients]
+        if places != self._gradients:
+            self._table[3].copy_(torch.tensor(places, dtype=torch.int64))
+            self._gradients = places
+        beta1, beta2 = self._betas
+        # 1 - beta in double precision: in fp32 its last digits would be lost
+        numbers = scale, lr, beta1, beta2, 1 - beta1, 1 - beta2, self._eps, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+        if self._owners.numel():
+            adamw_many[(self._owners.numel(),)](
+                self._table,
+                self._owners,
+                self._begins,
+                self._sizes,
+                self._decay,
+                len(self._parameters),
+                *numbers,
+                BLOCK=_BLOCK,
+                num_warps=_WARPS,
+            )
+
+    def _one_by_one(self, gradients: Sequence[Tensor], step: int, lr: float, scale: float) -> None:
+        rows = zip(self._parameters, gradients, self._firsts, self._seconds, self._decays, strict=True)
+        for parameter, gradient, first, second, decay in rows:
+            adamw_(
+                parameter,
+                gradient,
+                first,
+                second,
+                step=step,
+                lr=lr,
+                betas=self._betas,
+                eps=self._eps,
+                weight_decay=decay,
+                scale=torch.full((), scale, dtype=torch.float32, device=parameter.device) if scale != 1.0 else None,
+            )
+
+
+def _check(part: Tensor, like: Tensor) -> None:
+    if part.shape != like.shape or part.dtype != like.dtype or not part.is_contiguous() or part.device != like.device:
+        raise ValueError(
+            f"need {tuple(like.shape)} in {like.dtype} without gaps on {like.device}, got {tuple(part.shape)} in {part.dtype} "
+            f"on {part.device}"
+        )
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def adamw_many(  # type: ignore[no-untyped-def]
+        table_ptr,
+        owners_ptr,
+        begins_ptr,
+        sizes_ptr,
+        decays_ptr,
+        tensors,
+        scale,
+        lr,
+        beta1,
+        beta2,
+        other1,
+        other2,
+        eps,
+        rate,
+        root,
+        BLOCK: tl.constexpr,
+    ):
+        block = tl.program_id(0).to(tl.int64)
+        owner = tl.load(owners_ptr + block).to(tl.int64)
+        place = (block - tl.load(begins_ptr + owner)) * BLOCK + tl.arange(0, BLOCK)
+        inside = place < tl.load(sizes_ptr + owner)
+        # a tensor may begin anywhere (as a slice of a flat one does), so accesses are of 4 bytes, side by side
+        parameter_ptr = tl.load(table_ptr + owner).to(tl.pointer_type(tl.float32)) + place
+        first_ptr = tl.load(table_ptr + tensors + owner).to(tl.pointer_type(tl.float32)) + place
+        second_ptr = tl.load(table_ptr + 2 * tensors + owner).to(tl.pointer_type(tl.float32)) + place
+        gradient_ptr = tl.load(table_ptr + 3 * tensors + owner).to(tl.pointer_type(tl.float32)) + place
+        gradient = tl.load(gradient_ptr, mask=inside, other=0.0) * scale
+        first = tl.load(first_ptr, mask=inside, other=0.0) * beta1 + gradient * other1
+        second = tl.load(second_ptr, mask=inside, other=0.0) * beta2 + gradient * gradient * other2
+        parameter = tl.load(parameter_ptr, mask=inside, other=0.0) * (1.0 - lr * tl.load(decays_ptr + owner))
+        parameter -= rate * (first / (tl.sqrt(second) * root + eps))
+        tl.store(first_ptr, first, mask=inside)
+        tl.store(second_ptr, second, mask=inside)
+        tl.store(parameter_ptr, parameter, mask=inside)
