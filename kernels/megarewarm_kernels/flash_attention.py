@@ -100,7 +100,7 @@ class _FlashAttention(torch.autograd.Function):
 
 def _heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, ...]:
     """Queries, keys and values, (b, n, s, d) each, in the dtype in which they are computed."""
-    wide = qkv.to(exact(qkv.dtype)).view(*qkv.shape[:2], -1, 3, head_dim)
+    wide = qkv.to(exact(qkv.dtype)).view(*qkv.shape[:2], qkv.shape[2] // (3 * head_dim), 3, head_dim)
     return tuple(part.transpose(1, 2) for part in wide.unbind(3))
 
 
@@ -119,7 +119,8 @@ def _define_forward(qkv: Tensor, starts: Tensor | None, head_dim: int) -> tuple[
 
 def _define_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
     query, key, value = _heads(qkv, head_dim)
-    wide, mixed = (part.to(query.dtype).view(*part.shape[:2], -1, head_dim).transpose(1, 2) for part in (grad, out))
+    heads = query.shape[1]
+    wide, mixed = (part.to(query.dtype).view(*part.shape[:2], heads, head_dim).transpose(1, 2) for part in (grad, out))
     p = (_scores(query, key, starts) - lse[..., None]).exp()
     ds = p * (wide @ value.transpose(2, 3) - (wide * mixed).sum(-1, keepdim=True)) / math.sqrt(head_dim)
     parts = (ds @ key, ds.transpose(2, 3) @ query, p.transpose(2, 3) @ wide)

@@ -49,7 +49,9 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, overwrite_g
 def reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int) -> Tensor:
     """The definition of ``rotate_`` in plain PyTorch, which leaves ``qkv`` alone."""
     rows, half = cos.shape
-    heads = qkv.view(-1, max(rows, 1), qkv.shape[1] // (3 * head_dim), 3, head_dim)
+    if not qkv.numel():
+        return qkv.clone()
+    heads = qkv.view(-1, rows, qkv.shape[1] // (3 * head_dim), 3, head_dim)
     query_key = heads[..., :2, :].to(exact(qkv.dtype))
     first, second, rest = query_key.split([half, half, head_dim - 2 * half], -1)
     cos, sin = cos[:, None, None], sin[:, None, None]

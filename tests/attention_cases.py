@@ -1,0 +1,115 @@
+"""What the tests of attention share: arguments at random, documents, outputs and gradients, errors against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Of attention, and the gradient that comes back."""
+
+    qkv: Tensor
+    cos: Tensor
+    sin: Tensor
+    head_dim: int
+    starts: Tensor | None
+    grad: Tensor
+
+    def to(self, dtype: torch.dtype) -> Arguments:
+        """In a dtype; the tables in fp32 or, for fp64, in fp64."""
+        exact = torch.promote_types(dtype, torch.float32)
+        cos, sin = self.cos.to(exact), self.sin.to(exact)
+        return replace(self, qkv=self.qkv.to(dtype), cos=cos, sin=sin, grad=self.grad.to(dtype))
+
+    def on(self, device: str) -> Arguments:
+        """On a device."""
+        names = ("qkv", "cos", "sin", "grad", "starts")
+        return replace(self, **{name: None if (x := getattr(self, name)) is None else x.to(device) for name in names})
+
+
+def starts_of(documents: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(b, s) int32 for the lengths of the documents of each row."""
+    starts = torch.zeros(len(documents), length, dtype=torch.int32)
+    for row, sizes in zip(starts, documents, strict=True):
+        for begin in accumulate(sizes[:-1]):
+            row[begin:] = begin
+    return starts
+
+
+def arguments(
+    batch: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    rotated: int,
+    documents: Sequence[Sequence[int]] | None = None,
+    seed: int = 0,
+    each: bool = False,
+) -> Arguments:
+    """Random, in fp64. ``each``: angles for every token, not every position."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    angles = normal(*([batch] if each else []), length, rotated // 2)
+    # tables that fp32 holds exactly, so that all dtypes turn by the same angles
+    cos, sin = angles.cos().float().double(), angles.sin().float().double()
+    starts = None if documents is None else starts_of(documents, length)
+    qkv, grad = normal(batch, length, heads * 3 * head_dim), normal(batch, length, heads * head_dim)
+    return Arguments(qkv, cos, sin, head_dim, starts, grad)
+
+
+def results(function: Callable[..., Tensor], given: Arguments) -> tuple[Tensor, Tensor]:
+    """The output and the gradient of qkv."""
+    leaf = given.qkv.detach().requires_grad_()
+    out = function(leaf.clone(), given.cos, given.sin, head_dim=given.head_dim, starts=given.starts)
+    (gradient,) = torch.autograd.grad(out, [leaf], given.grad)
+    return out.detach(), gradient
+
+
+def by_torch(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: Tensor | None = None) -> Tensor:
+    """What a user would write without us: complex numbers turn queries and keys, PyTorch attends."""
+    query, key, value = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
+    query, key = (_turned(part, cos, sin).transpose(1, 2) for part in (query, key))
+    mask = None
+    if starts is not None:
+        # position i and j are in one document where their starts are equal
+        mask = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
+    out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), mask, is_causal=mask is None)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    wide = x.to(cos.dtype)
+    plane = torch.complex(wide[..., :half], wide[..., half : 2 * half])
+    angle = torch.complex(cos, sin).unsqueeze(-2)
+    turned = plane * angle
+    return torch.cat([turned.real, turned.imag, wide[..., 2 * half :]], -1).to(x.dtype)
+
+
+def errors(found: Sequence[Tensor], true: Sequence[Tensor]) -> list[float]:
+    """Relative, in the norm of all."""
+    pairs = zip(found, true, strict=True)
+    return [(one.cpu().double() - other).norm().item() / (other.norm().item() or 1.0) for one, other in pairs]
+
+
+def assert_as_exact_as_torch(
+    function: Callable[..., Tensor], given: Arguments, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Errors against float64 at most twice those of PyTorch's attention in the same dtype, from the same numbers."""
+    rounded = given.to(dtype)
+    true = results(by_torch, rounded.to(torch.float64))
+    ours, theirs = results(function, rounded.on(device)), results(by_torch, rounded.on(device))
+    tiny = torch.finfo(dtype).eps / 2
+    for name, found, mine, other in zip(("out", "dqkv"), ours, errors(ours, true), errors(theirs, true), strict=True):
+        assert found.dtype == dtype
+        assert mine <= 2 * other + tiny, f"{name}: error {mine:.3g}, torch has {other:.3g}"
