@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for real GPUs on a machine that has none, and reads registers, spills and instructions.
 
-    python tests/kernel_compile.py [--write docs/kernels.md]
+    python tests/kernel_compile.py [--all] [--write docs/kernels.md]
 
 Run in a process of its own: Triton must not be interpreting.
 """
@@ -18,7 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from megarewarm_kernels._flash_blocks import blocks_of, width_of
+from megarewarm_kernels._flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
 from megarewarm_kernels.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.adamw_tensors import _BLOCK as MANY_BLOCK
 from megarewarm_kernels.adamw_tensors import _WARPS as MANY_WARPS
@@ -28,6 +31,8 @@ from megarewarm_kernels.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.logit_passes import _WARPS as LOGITS_WARPS
 from megarewarm_kernels.logit_passes import gradient_pass, statistics_pass
 from megarewarm_kernels.residual_norms import _MOST_COLUMNS_BACKWARD, residual_norms_backward, residual_norms_forward, warps
+from megarewarm_kernels.rotary import _ELEMENTS as ROTARY_ELEMENTS
+from megarewarm_kernels.rotary import rotary as rotary_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,7 +40,7 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = ("scale", "lr", "keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
 _INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
-_INT32 = ("owners_ptr",)
+_INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -49,6 +54,8 @@ class Configuration:
     values: dict[str, Any]
     warps: int
     in_fp32: tuple[str, ...] = ()
+    stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,21 @@ class Compiled:
     tensor_core: int
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every configuration that is shipped."""
+def configurations(every: bool = True) -> Iterator[Configuration]:
+    """The configurations that are shipped; not ``every``: without those of attention that take long and few need."""
     for form, tanh in (("exact", False), ("tanh", True)):
         for dtype in ("bf16", "fp32"):
             tile = {"TANH": tanh, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
             yield Configuration(f"bias_gelu {form} {dtype}", bias_gelu_forward, dtype, tile, 4)
             backward = {**tile, "TILES": _TILES}
             yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
-    yield Configuration("adamw many tensors fp32", adamw_many, "fp32", {"BLOCK": MANY_BLOCK}, MANY_WARPS)
+    for name, aligned in (("adamw many tensors", True), ("adamw many tensors, anywhere", False)):
+        yield Configuration(name, adamw_many, "fp32", {"BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
+    for head_dim, half in ((64, 8), (64, 32), (128, 16), (80, 10)):
+        width = 1 << (half - 1).bit_length()
+        shape = {"D": head_dim, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width, "BACK": False}
+        yield Configuration(f"rotary bf16 d {head_dim} r {2 * half}", rotary_kernel, "bf16", shape, 4, ("cos_ptr", "sin_ptr"))
+    yield from attention_configurations(every)
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
     for dtype in ("bf16", "fp32"):
         copy = {"COPY": True, "BLOCK": _BLOCK}
@@ -95,6 +108,28 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(name, kernel, "bf16", {"COLUMNS": columns}, warps(columns), (*statistics, "partial_ptr"))
 
 
+def attention_configurations(every: bool) -> Iterator[Configuration]:
+    """Those of flash attention, which differ from GPU to GPU. ``every``: also of heads that few models have."""
+    kernels = {"forward": attention_forward, "queries": attention_backward_queries, "keys": attention_backward_keys}
+    for head_dim in (16, 32, 64, 80, 96, 128, 256) if every else (64, 80):
+        for documents in (False, True) if every or head_dim == 64 else (False,):
+            for name, kernel in kernels.items():
+                for architecture in ARCHITECTURES:
+                    blocks = blocks_of(name, head_dim, torch.bfloat16, architecture)
+                    values = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim), "QUERIES": blocks.queries}
+                    values |= {"KEYS": blocks.keys, "PRECISION": blocks.precision}
+                    yield Configuration(
+                        f"attention {name} bf16 d {head_dim}{' documents' * documents}",
+                        kernel,
+                        "bf16",
+                        values,
+                        blocks.warps,
+                        ("lse_ptr", "delta_ptr"),
+                        blocks.stages,
+                        (architecture,),
+                    )
+
+
 def compiled(configuration: Configuration, architecture: int) -> Compiled:
     """Compile for a GPU of compute capability ``architecture`` / 10, as for aligned pointers and sizes."""
     names = configuration.kernel.arg_names
@@ -103,7 +138,11 @@ def compiled(configuration: Configuration, architecture: int) -> Compiled:
     aligned = [name for name in names if signature[name].startswith("*") or signature[name] == "i32"]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=configuration.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": configuration.warps})
+    result = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": configuration.warps, "num_stages": configuration.stages},
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -156,8 +195,10 @@ def main() -> None:
     """Compile everything; print JSON, or write the table into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="PAGE")
+    parser.add_argument("--all", action="store_true", help="also what takes long; --write does")
     arguments = parser.parse_args()
-    rows = [compiled(each, architecture) for each in configurations() for architecture in ARCHITECTURES]
+    every = arguments.all or arguments.write is not None
+    rows = [compiled(each, architecture) for each in configurations(every) for architecture in each.architectures]
     if arguments.write is None:
         print(json.dumps([asdict(row) for row in rows]))
         return

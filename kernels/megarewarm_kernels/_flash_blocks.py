@@ -17,10 +17,82 @@ class Blocks(NamedTuple):
     precision: str = "tf32"
 
 
-# None of these spills registers (tests/kernel_compile.py); chosen from compiler output, not yet from measured times.
-HALF = {
-    80: {},
+# kernel -> compute capability -> width of a head's block -> launch, for bf16 and fp16. None of these spills registers or takes
+# more shared memory than there is (99 KiB for 80, whose smaller kin have no more); chosen from what the compiler says, not yet
+# from measured times.
+HALF: dict[str, dict[int, dict[int, Blocks]]] = {
+    "forward": {
+        80: {
+            16: Blocks(128, 128, 8, 3),
+            32: Blocks(128, 128, 8, 3),
+            64: Blocks(128, 128, 8, 3),
+            128: Blocks(64, 32, 4, 2),
+            256: Blocks(32, 32, 4, 2),
+        },
+        90: {
+            16: Blocks(128, 128, 8, 3),
+            32: Blocks(128, 128, 8, 3),
+            64: Blocks(128, 64, 4, 3),
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(64, 32, 8, 2),
+        },
+        100: {
+            16: Blocks(128, 64, 4, 3),
+            32: Blocks(128, 64, 4, 3),
+            64: Blocks(128, 64, 4, 3),
+            128: Blocks(128, 64, 8, 3),
+            256: Blocks(64, 32, 8, 2),
+        },
+    },
+    "queries": {
+        80: {
+            16: Blocks(128, 128, 8, 2),
+            32: Blocks(128, 128, 8, 2),
+            64: Blocks(128, 64, 8, 2),
+            128: Blocks(64, 32, 4, 2),
+            256: Blocks(32, 32, 4, 2),
+        },
+        90: {
+            16: Blocks(128, 128, 8, 2),
+            32: Blocks(128, 128, 8, 2),
+            64: Blocks(128, 64, 8, 2),
+            128: Blocks(128, 64, 8, 2),
+            256: Blocks(64, 32, 8, 2),
+        },
+        100: {
+            16: Blocks(128, 64, 8, 2),
+            32: Blocks(128, 64, 8, 2),
+            64: Blocks(128, 64, 8, 2),
+            128: Blocks(128, 64, 8, 2),
+            256: Blocks(64, 32, 4, 2),
+        },
+    },
+    "keys": {
+        80: {
+            16: Blocks(64, 128, 8, 2),
+            32: Blocks(64, 128, 8, 2),
+            64: Blocks(64, 64, 8, 2),
+            128: Blocks(32, 64, 8, 2),
+            256: Blocks(32, 32, 8, 1),
+        },
+        90: {
+            16: Blocks(64, 128, 8, 2),
+            32: Blocks(64, 128, 8, 2),
+            64: Blocks(64, 128, 8, 2),
+            128: Blocks(32, 64, 8, 2),
+            256: Blocks(32, 32, 8, 2),
+        },
+        100: {
+            16: Blocks(64, 128, 8, 2),
+            32: Blocks(64, 128, 8, 2),
+            64: Blocks(64, 128, 8, 2),
+            128: Blocks(64, 128, 8, 2),
+            256: Blocks(32, 32, 8, 2),
+        },
+    },
 }
+EXACT = Blocks(32, 32, 4, 1, "ieee")
+"""For fp32, which nothing is tuned for, and in the interpreter."""
 
 
 def width_of(head_dim: int) -> int:
@@ -38,4 +110,6 @@ def architecture(device: torch.device) -> int:
 
 def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Blocks:
     """For "forward", "queries" or "keys"."""
-    return Blocks(32, 32, 4, 2, "ieee")
+    if dtype == torch.float32 or not arch:
+        return EXACT
+    return HALF[kernel][arch][width_of(head_dim)]

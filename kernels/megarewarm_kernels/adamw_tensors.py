@@ -63,6 +63,8 @@ class AdamWTensors:
         self._decay = torch.tensor(decays, dtype=torch.float32, device=device)
         # a row for parameters, moments and gradients each
         rows = [[part.data_ptr() for part in row] for row in (parameters, firsts, seconds, parameters)]
+        # slices of a flat tensor may begin anywhere; then accesses are of 4 bytes, else of 16
+        self._aligned = all(place % 16 == 0 for row in rows for place in row) and bool((sizes % 16 == 0).all())
         self._table = torch.tensor(rows, dtype=torch.int64).to(device)
 
     def step(self, gradients: Sequence[Tensor], *, step: int, lr: float, scale: float = 1.0) -> None:
@@ -94,6 +96,7 @@ class AdamWTensors:
                 len(self._parameters),
                 *numbers,
                 BLOCK=_BLOCK,
+                ALIGNED=self._aligned and all(place % 16 == 0 for place in places),
                 num_warps=_WARPS,
             )
 
@@ -127,6 +130,12 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
+    def addresses(entry_ptr, place, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Pointers to the values at ``place`` of the fp32 tensor whose address stands in an entry of the table."""
+        found = tl.load(entry_ptr).to(tl.pointer_type(tl.float32)) + place
+        return tl.multiple_of(found, 16) if ALIGNED else found
+
+    @triton.jit
     def adamw_many(  # type: ignore[no-untyped-def]
         table_ptr,
         owners_ptr,
@@ -144,16 +153,19 @@ if HAS_TRITON:
         rate,
         root,
         BLOCK: tl.constexpr,
+        ALIGNED: tl.constexpr,
     ):
         block = tl.program_id(0).to(tl.int64)
         owner = tl.load(owners_ptr + block).to(tl.int64)
         place = (block - tl.load(begins_ptr + owner)) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < tl.load(sizes_ptr + owner)
-        # a tensor may begin anywhere (as a slice of a flat one does), so accesses are of 4 bytes, side by side
-        parameter_ptr = tl.load(table_ptr + owner).to(tl.pointer_type(tl.float32)) + place
-        first_ptr = tl.load(table_ptr + tensors + owner).to(tl.pointer_type(tl.float32)) + place
-        second_ptr = tl.load(table_ptr + 2 * tensors + owner).to(tl.pointer_type(tl.float32)) + place
-        gradient_ptr = tl.load(table_ptr + 3 * tensors + owner).to(tl.pointer_type(tl.float32)) + place
+        size = tl.load(sizes_ptr + owner)
+        if ALIGNED:
+            size = tl.multiple_of(size, 16)
+        inside = place < size
+        parameter_ptr = addresses(table_ptr + owner, place, ALIGNED)
+        first_ptr = addresses(table_ptr + tensors + owner, place, ALIGNED)
+        second_ptr = addresses(table_ptr + 2 * tensors + owner, place, ALIGNED)
+        gradient_ptr = addresses(table_ptr + 3 * tensors + owner, place, ALIGNED)
         gradient = tl.load(gradient_ptr, mask=inside, other=0.0) * scale
         first = tl.load(first_ptr, mask=inside, other=0.0) * beta1 + gradient * other1
         second = tl.load(second_ptr, mask=inside, other=0.0) * beta2 + gradient * gradient * other2

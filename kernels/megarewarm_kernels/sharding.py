@@ -1,0 +1,86 @@
+"""How the operators act on DTensors: for those who divide a model by PyTorch's tensor parallelism or sequence sharding.
+
+Importing this module registers the rules. Tokens may be divided everywhere (weights' gradients are then parts of a sum), heads
+in attention and columns in bias and GELU; the hidden dimension of a norm never. The trainer of this project needs none of it:
+its operators see each rank's own plain tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+import megarewarm_kernels  # noqa: F401  # defines the operators
+
+Rules = list[tuple[list[Any], list[Any]]]
+_OPERATORS = torch.ops.megarewarm
+_WHOLE = Replicate()
+
+
+def _rule(name: str) -> Callable[[Callable[..., Rules]], Any]:
+    return register_sharding(getattr(_OPERATORS, name).default)
+
+
+def _where(placement: Any, *parts: Any) -> list[Any]:
+    """``placement`` for each part that is there, None for the others."""
+    return [None if part is None else placement for part in parts]
+
+
+@_rule("residual_norms")
+def _norms(x: Any, attended: Any, mixed: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, eps: float) -> Rules:
+    weights = [_WHOLE] * 4
+    if attended is None:  # the first result is then an empty tensor, the same everywhere
+        rules: Rules = [([_WHOLE] * 5, [_WHOLE, None, None, *weights, None])]
+        return rules + [([_WHOLE, *[Shard(d)] * 4], [Shard(d), None, None, *weights, None]) for d in range(x.ndim - 1)]
+    rules = [([_WHOLE] * 5, [_WHOLE] * 3 + [*weights, None])]
+    return rules + [([Shard(d)] * 5, [Shard(d)] * 3 + [*weights, None]) for d in range(x.ndim - 1)]
+
+
+@_rule("residual_norms_backward")
+def _norms_backward(
+    residual: Any, grad1: Any, grad2: Any, total: Any, weight1: Any, weight2: Any, mean: Any, scale: Any
+) -> Rules:
+    rules: Rules = [([_WHOLE] * 5, [_WHOLE] * 8)]
+    for d in range(total.ndim - 1):
+        tokens = Shard(d)
+        rules.append(([tokens] + [Partial()] * 4, [tokens] * 4 + [_WHOLE] * 2 + [tokens] * 2))
+    return rules
+
+
+@_rule("bias_gelu")
+def _gelu(x: Any, bias: Any, tanh: bool) -> Rules:
+    rules: Rules = [([_WHOLE], [_WHOLE, _WHOLE, None])]
+    rules += [([Shard(d)], [Shard(d), _WHOLE, None]) for d in range(x.ndim - 1)]
+    return [*rules, ([Shard(x.ndim - 1)], [Shard(x.ndim - 1), Shard(0), None])]
+
+
+@_rule("bias_gelu_backward")
+def _gelu_backward(grad: Any, x: Any, bias: Any, tanh: bool) -> Rules:
+    rules: Rules = [([_WHOLE] * 2, [_WHOLE] * 3 + [None])]
+    rules += [([Shard(d), Partial()], [Shard(d), Shard(d), _WHOLE, None]) for d in range(x.ndim - 1)]
+    columns = Shard(x.ndim - 1)
+    return [*rules, ([columns, Shard(0)], [columns, columns, Shard(0), None])]
+
+
+@_rule("flash_attention")
+def _attention(qkv: Any, starts: Any, head_dim: int) -> Rules:
+    batch, heads = Shard(0), Shard(2)
+    return [
+        ([_WHOLE] * 2, [_WHOLE, *_where(_WHOLE, starts), None]),
+        ([batch] * 2, [batch, *_where(batch, starts), None]),
+        ([heads, Shard(1)], [heads, *_where(_WHOLE, starts), None]),
+    ]
+
+
+@_rule("flash_attention_backward")
+def _attention_backward(grad: Any, qkv: Any, out: Any, lse: Any, starts: Any, head_dim: int) -> Rules:
+    batch, heads = Shard(0), Shard(2)
+    return [
+        ([_WHOLE], [_WHOLE] * 4 + [*_where(_WHOLE, starts), None]),
+        ([batch], [batch] * 4 + [*_where(batch, starts), None]),
+        ([heads], [heads, heads, heads, Shard(1), *_where(_WHOLE, starts), None]),
+    ]
