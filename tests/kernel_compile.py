@@ -115,7 +115,7 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
         for documents in (False, True) if every or head_dim == 64 else (False,):
             for name, kernel in kernels.items():
                 for architecture in ARCHITECTURES:
-                    blocks = blocks_of(name, head_dim, torch.bfloat16, architecture)
+                    blocks = blocks_of(name, head_dim, torch.bfloat16, architecture, documents)
                     values = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim), "QUERIES": blocks.queries}
                     values |= {"KEYS": blocks.keys, "PRECISION": blocks.precision}
                     yield Configuration(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 
 from megarewarm.data.preprocess import assembly, job, records, shard
 from megarewarm.data.preprocess.job import Options, parse_split, preprocess
-from megarewarm.data.preprocess.records import BAD_JSON, EMPTY, NO_TEXT
+from megarewarm.data.preprocess.records import BAD_JSON, EMPTY, NO_TEXT, input_files
 from megarewarm.data.token_file import open_tokens
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError
@@ -381,3 +382,114 @@ def test_any_bytes_are_read_as_records_once_however_they_are_divided(tmp_path: P
             expected = None
         assert record.text == expected
         assert (record.text is None) == bool(record.reason)
+
+
+def test_stdin_beside_files_is_read_whatever_the_number_of_workers(tmp_path: Path, bpe: Tokenizer) -> None:
+    piped, filed = texts_of(4, 30), texts_of(5, 25)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in piped)
+    write_jsonl(tmp_path / "a.jsonl", filed)
+    for workers in (1, 2):
+        words = ["-", tmp_path / "a.jsonl", "--tokenizer", bpe.path, "--output", tmp_path / f"o{workers}", "--workers", workers]
+        done = tool(*words, input=lines)
+        assert done.returncode == 0, done.stderr
+        assert documents_of(tmp_path / f"o{workers}") == ids_of(bpe, [*piped, *filed])
+    refused = tool("-", "--mpi", "--tokenizer", bpe.path, "--output", tmp_path / "m", input=lines)
+    assert refused.returncode == 2 and "--mpi can't read stdin" in refused.stderr
+
+
+def test_a_key_that_is_no_text_is_told_of_in_the_manifest(tmp_path: Path, bpe: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"\\ud800": 1}\n')
+    done = tool(tmp_path / "a.jsonl", "--tokenizer", bpe.path, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert said["documents"] == 1 and "\ud800" in said["examples"][0] and "a.jsonl:2" in done.stdout
+
+
+@pytest.mark.parametrize("shares", [None, (0.5, 0.3, 0.2)])
+def test_a_kill_while_files_get_their_names_is_made_good_by_resume(
+    tmp_path: Path, bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...] | None
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts_of(6, 60))
+    options = Options(split=shares)
+    preprocess([source], bpe.path, tmp_path / "whole", options, threads_only=True)
+    names = sorted(path.name.removeprefix("whole") for path in tmp_path.glob("whole*"))
+    rename = os.replace
+    for killed_at in range(3 * len(shares or "x") + 1):
+        calls = itertools.count()
+
+        def replace_or_die(source, target, killed_at=killed_at, calls=calls):
+            if Path(target).parent == tmp_path and next(calls) == killed_at:
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        # an older output of the same name, which must not be mixed with the new one
+        preprocess(
+            [source], bpe.path, tmp_path / "out", Options(split=shares, append_eod=False), threads_only=True, overwrite=True
+        )
+        monkeypatch.setattr("megarewarm.data.preprocess.publication.os.replace", replace_or_die)
+        ended = False
+        try:
+            preprocess([source], bpe.path, tmp_path / "out", options, threads_only=True, overwrite=True)
+            ended = True
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr("megarewarm.data.preprocess.publication.os.replace", rename)
+        assert ended == (killed_at == 3 * len(shares or "x"))
+        (written, *_) = preprocess([source], bpe.path, tmp_path / "out", options, threads_only=True, resume=True)
+        assert written.counts.documents and sorted(p.name.removeprefix("out") for p in tmp_path.glob("out*")) == names
+        for name in names:
+            assert (tmp_path / f"out{name}").read_bytes() == (tmp_path / f"whole{name}").read_bytes()
+
+
+def test_resume_of_a_finished_run_says_so_and_of_another_is_refused(tmp_path: Path, bpe: Tokenizer) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts_of(6, 20))
+    first = preprocess([source], bpe.path, tmp_path / "out", threads_only=True)
+    again = preprocess([source], bpe.path, tmp_path / "out", threads_only=True, resume=True)
+    assert [each.counts for each in again] == [each.counts for each in first]
+    with pytest.raises(UserError, match=r"out\.bin exists"):
+        preprocess([source], bpe.path, tmp_path / "out", Options(append_eod=False), threads_only=True, resume=True)
+
+
+def test_strict_leaves_nothing_behind(tmp_path: Path, bpe: Tokenizer) -> None:
+    good, bad = write_jsonl(tmp_path / "a.jsonl", texts_of(6, 20)), tmp_path / "b.jsonl"
+    bad.write_text('{"text": "x"}\nnot json\n')
+    with pytest.raises(UserError, match=r"b\.jsonl:2: not valid JSON"):
+        preprocess([good, bad], bpe.path, tmp_path / "new/deep/out", Options(strict=True), threads_only=True)
+    assert not (tmp_path / "new").exists()
+    bad.write_text("")
+    with pytest.raises(UserError, match="no document to write"):
+        preprocess([bad], bpe.path, tmp_path / "new/out", threads_only=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_frames_with_long_windows_are_unpacked(tmp_path: Path, bpe: Tokenizer) -> None:
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts_of(7, 10)).encode()
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(lines) + packer.flush())
+    preprocess([tmp_path / "a.jsonl.zst"], bpe.path, tmp_path / "out", threads_only=True)
+    assert documents_of(tmp_path / "out") == ids_of(bpe, texts_of(7, 10))
+
+
+def test_folders_that_a_pattern_matches_and_files_that_are_named_twice(tmp_path: Path) -> None:
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for name in ("in/a.jsonl", "in/sub/b.jsonl", "in/sub/c.txt"):
+        write_jsonl(tmp_path / name, ["x"])
+    assert input_files([f"{tmp_path}/in/*"]) == input_files([tmp_path / "in"])
+    assert input_files([f"{tmp_path}/in/su*"]) == input_files([tmp_path / "in/sub"])
+    assert len(input_files([f"{tmp_path}/in/**"])) == 3
+    with pytest.raises(UserError, match="is given twice"):
+        input_files([tmp_path / "in/a.jsonl", f"{tmp_path}/in/../in/a.jsonl"])
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="no known kind"):
+        input_files([tmp_path / "x.parquet.gz"])
+    with pytest.raises(UserError, match="name is empty"):
+        input_files([""])
+
+
+@pytest.mark.parametrize("output", ["a.jsonl/x", ".", ""])
+def test_outputs_that_can_t_be(tmp_path: Path, bpe: Tokenizer, output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", texts_of(6, 2))
+    done = tool("a.jsonl", "--tokenizer", bpe.path, "--output", output)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -84,11 +84,12 @@ def main() -> None:
         finally:
             bar.finish()
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(str(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print(f"stopped; the same command with --resume goes on from {arguments.output}.parts", file=sys.stderr)
         sys.exit(130)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
     for output in written:
         counts = output.counts
         print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")

@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
 HALF: dict[str, dict[int, dict[int, Blocks]]] = {
     "forward": {
         80: {
-            16: Blocks(128, 128, 8, 3),
+            16: Blocks(128, 64, 4, 3),
             32: Blocks(128, 128, 8, 3),
             64: Blocks(128, 128, 8, 3),
             128: Blocks(64, 32, 4, 2),
@@ -91,6 +91,13 @@ HALF: dict[str, dict[int, dict[int, Blocks]]] = {
         },
     },
 }
+# where comparing documents takes more registers than the launch above leaves
+DOCUMENTS: dict[tuple[str, int, int], Blocks] = {
+    ("forward", 80, 64): Blocks(64, 64, 4, 3),
+    ("forward", 90, 64): Blocks(128, 128, 8, 3),
+    ("queries", 80, 32): Blocks(64, 64, 4, 2),
+    ("queries", 100, 64): Blocks(64, 64, 4, 2),
+}
 EXACT = Blocks(32, 32, 4, 1, "ieee")
 """For fp32, which nothing is tuned for, and in the interpreter."""
 
@@ -108,8 +115,9 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)  # 12, the smaller Blackwell, has the memory and the instructions of 8
 
 
-def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Blocks:
+def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, documents: bool) -> Blocks:
     """For "forward", "queries" or "keys"."""
     if dtype == torch.float32 or not arch:
         return EXACT
-    return HALF[kernel][arch][width_of(head_dim)]
+    width = width_of(head_dim)
+    return (DOCUMENTS.get((kernel, arch, width)) if documents else None) or HALF[kernel][arch][width]

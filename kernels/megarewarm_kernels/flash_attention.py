@@ -146,7 +146,7 @@ if HAS_TRITON:
     def _launch(kernel: Any, name: str, pointers: list[Tensor], qkv: Tensor, starts: Tensor | None, head_dim: int) -> None:
         batch, length, row = qkv.shape
         heads = row // (3 * head_dim)
-        blocks: Blocks = blocks_of(name, head_dim, qkv.dtype, architecture(qkv.device))
+        blocks: Blocks = blocks_of(name, head_dim, qkv.dtype, architecture(qkv.device), starts is not None)
         rows = blocks.keys if name == "keys" else blocks.queries
         kernel[(triton.cdiv(length, rows) * batch * heads,)](
             *pointers,

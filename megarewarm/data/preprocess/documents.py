@@ -13,6 +13,10 @@ _EXAMPLES = 5  # broken records that are described
 _HOPELESS = 100  # broken records before the first good one at which reading stops
 
 
+class BadInput(UserError):
+    """The text itself is not what it should be: going on with what is finished would not mend it."""
+
+
 class Skipped:
     """The records that were left out: how many, by reason, and the first of them in words.
 
@@ -39,9 +43,9 @@ class Skipped:
         if self._strict or self.broken <= _EXAMPLES:
             self.examples.append(f"{place_in_words(span, record)}: {record.detail}")
         if self._strict:
-            raise UserError(f"{self.examples[-1]} (--strict stops at the first such record)")
+            raise BadInput(f"{self.examples[-1]} (--strict stops at the first such record)")
         if self._may_be_hopeless and not documents and self.broken == _HOPELESS:
-            raise UserError(f"none of the first {_HOPELESS} documents is valid. {self.examples[0]}")
+            raise BadInput(f"none of the first {_HOPELESS} documents is valid. {self.examples[0]}")
 
 
 class Documents:

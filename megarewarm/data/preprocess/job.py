@@ -7,11 +7,11 @@ written depends on the input, the tokenizer and the options alone, not on how ma
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import importlib.util
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megarewarm.data.preprocess import assembly, workers
+from megarewarm.data.preprocess import assembly, publication, workers
+from megarewarm.data.preprocess.documents import BadInput
+from megarewarm.data.preprocess.publication import Written
 from megarewarm.data.preprocess.records import STDIN, input_files, spans_of
 from megarewarm.data.preprocess.shard import Counts, Recipe, Shard, Tokenised, finished, progress_of, tokenise
 from megarewarm.data.token_file import dtype_for
@@ -65,17 +67,6 @@ class Progress:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Written:
-    """A finished output: its prefix, what is in it, and what was left out of the input (of all parts together)."""
-
-    prefix: Path
-    counts: Counts
-    skipped: dict[str, int]
-    examples: list[str]
-    notes: list[str]
-
-
 Tell = Callable[[Progress], None]
 
 
@@ -103,11 +94,13 @@ def preprocess(
     prefix = Path(prefix)
     count = worker_count or workers.cores()
     if mpi:
+        if any(str(given) == "-" for given in inputs):
+            raise UserError("--mpi can't read stdin, which one rank alone has: give files")
         with workers.mpi() as ranks:
             if ranks is None:
                 return []
-            return _Job(inputs, tokenizer, prefix, options, overwrite, tell).run(lambda _: _given(ranks), resume)
-    job = _Job(inputs, tokenizer, prefix, options, overwrite, tell)
+            return _Job(inputs, tokenizer, prefix, options, overwrite, tell, resume).run(lambda _: _given(ranks), resume)
+    job = _Job(inputs, tokenizer, prefix, options, overwrite, tell, resume)
     return job.run(lambda tasks: workers.local(count, 1 if threads_only else tasks), resume)
 
 
@@ -129,8 +122,17 @@ def parse_split(text: str) -> tuple[float, ...]:
 
 class _Job:
     def __init__(
-        self, inputs: Sequence[str | Path], tokenizer: str | Path, prefix: Path, options: Options, overwrite: bool, tell: Tell
+        self,
+        inputs: Sequence[str | Path],
+        tokenizer: str | Path,
+        prefix: Path,
+        options: Options,
+        overwrite: bool,
+        tell: Tell,
+        resume: bool,
     ) -> None:
+        if not prefix.name:
+            raise UserError(f"--output '{prefix}': expected a prefix, as data/new_train, for files of that name")
         self.files = input_files(inputs)
         self.options = options
         self.prefix = prefix
@@ -153,18 +155,23 @@ class _Job:
             shuffle=options.shuffle,
             strict=options.strict,
         )
-        self._check()
+        self._check(resume)
 
-    def _check(self) -> None:
+    def _check(self, resume: bool) -> None:
         if self.options.append_eod:
             _ = self.tokenizer.eod_id  # raises where none is known
         if self.options.ftfy and importlib.util.find_spec("ftfy") is None:
             raise UserError("--ftfy needs the package 'ftfy': pip install ftfy")
+        if self.options.max_documents is not None and STDIN in self.files and len(self.files) > 1:
+            raise UserError("--max-documents can't be kept to with stdin beside other files: give it alone")
+        may_exist = self.overwrite or (resume and (publication.is_prepared(self.folder) or self._is_finished()))
         for name in self.names:
             for suffix in (".bin", ".idx", ".json"):
                 path = Path(f"{self._output(name)}{suffix}")
-                if path.exists() and not self.overwrite:
-                    raise UserError(f"{path} exists: remove it, choose another name or ask to overwrite it")
+                if path.is_dir():
+                    raise UserError(f"{path} is a folder: choose another name for the output")
+                if path.exists() and not may_exist:
+                    raise UserError(f"{path} exists: remove it, choose another name, or add --overwrite")
                 if any(path.resolve() == file.resolve() for file in self.files):
                     raise UserError(f"{path} is an input: choose another name for the output")
 
@@ -180,6 +187,8 @@ class _Job:
         return shards
 
     def run(self, start: Callable[[int], AbstractContextManager[workers.Workers]], resume: bool) -> list[Written]:
+        if resume and (finished_before := self._finished_before()) is not None:
+            return finished_before
         shards = self._shards()
         if resume and STDIN in self.files:
             raise UserError("--resume can't read stdin again from its beginning: give files, or leave out --resume")
@@ -189,32 +198,73 @@ class _Job:
                     done = self._tokenise(shards, hands, resume)
                     outputs = self._assemble(done, hands)
                     digests = self._digests(outputs, hands)
-            except UserError:
-                if not any(self.folder.glob("[0-9]*.json")):
-                    shutil.rmtree(self.folder)  # nothing that could be resumed
+                self._prepare(done, outputs, digests)
+            except UserError as error:
+                if isinstance(error, BadInput) or not any(self.folder.glob("[0-9]*.json")):
+                    self._remove_folder()  # nothing that could be resumed
                 raise
             except OSError as error:
-                kept = f"{self.folder} keeps what is finished: run the same command with --resume when that is mended"
-                raise UserError(f"{error.filename or self.prefix}: {error.strerror or error}. {kept}") from error
-            written = self._publish(done, outputs, digests)
-        shutil.rmtree(self.folder)
-        return written
+                if any(self.folder.glob("[0-9]*.json")):
+                    kept = f". {self.folder} keeps what is finished: run the same command with --resume when that is mended"
+                else:
+                    kept = ""
+                    self._remove_folder()
+                raise UserError(f"{error.filename or self.prefix}: {error.strerror or error}{kept}") from error
+            return publication.publish(self.folder, self._output, self.tokenizer.notes)
+
+    def _finished_before(self) -> list[Written] | None:
+        """What an earlier run with these settings has written, its publication completed; None where there is none."""
+        if publication.is_prepared(self.folder):
+            with self._work_folder(resume=True):
+                return publication.publish(self.folder, self._output, self.tokenizer.notes)
+        if not self._is_finished():
+            return None
+        return [publication.written(prefix, ()) for prefix in map(self._output, self.names)]
+
+    def _is_finished(self) -> bool:
+        """Whether the outputs are there as this job would make them, and no work is left over."""
+        if self.folder.exists():
+            return False
+        for name in self.names:
+            wanted = self._manifest(name, Counts())
+            try:
+                found = json.loads(Path(f"{self._output(name)}.json").read_bytes())
+            except (OSError, ValueError):
+                return False
+            counted = asdict(Counts()).keys()
+            if any(found.get(key) != value for key, value in json.loads(json.dumps(wanted)).items() if key not in counted):
+                return False
+        return True
+
+    def _remove_folder(self) -> None:
+        """The work folder, and those above it that this run made."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for made in self._made:
+            with contextlib.suppress(OSError):
+                made.rmdir()
 
     @contextmanager
     def _work_folder(self, resume: bool) -> Iterator[None]:
         """PREFIX.parts, locked, with the settings of this job in it; made anew unless ``resume``."""
         settings = json.loads(json.dumps(asdict(self.recipe)))
         path = self.folder / "job.json"
-        if self.folder.exists() and not resume and not self.overwrite:
-            raise UserError(
-                f"{self.folder} holds the work of a run that did not end: add --resume to go on, or --overwrite to begin again"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "wb") as lock:
+        was_there = self.folder.exists()
+        self._made = [parent for parent in self.folder.parents if not parent.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "ab")  # noqa: SIM115 - held to the end
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be made: {error.strerror}: choose another place for the output") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise UserError(f"{self.folder} is in use by another run: wait for it, or choose another name") from error
+            if was_there and not resume and not self.overwrite:
+                raise UserError(
+                    f"{self.folder} holds the work of a run that did not end: add --resume to go on, or --overwrite to begin "
+                    f"again"
+                )
             before = _settings(path) if resume else None
             if before is not None and before != settings:
                 key = next(key for key in {**settings, **before} if before.get(key) != settings.get(key))
@@ -240,6 +290,9 @@ class _Job:
                     yield shard
 
         function = functools.partial(tokenise, recipe=self.recipe, folder=self.folder, threads=hands.threads)
+        for shard in shards:
+            if shard.span.path == STDIN:  # other processes have another one
+                kept[shard.number] = function(shard)
         fresh = workers.in_order(hands, function, begun(), lambda: self._watch(shards, under_way, done, kept))
         done: list[Tokenised] = []
         documents = 0
@@ -258,7 +311,7 @@ class _Job:
         _, examples = _left_out(done)
         if not documents:
             broken = f" {examples[0]}" if examples else ""
-            raise UserError(f"{self.prefix}: there is no document to write.{broken or ' The input is empty'}")
+            raise BadInput(f"{self.prefix}: there is no document to write.{broken or ' The input is empty'}")
         return done
 
     def _watch(
@@ -311,25 +364,15 @@ class _Job:
             self.tell(Progress("checksums", so_far, total))
         return digests
 
-    def _publish(
-        self, done: Sequence[Tokenised], outputs: dict[str, assembly.Output], digests: dict[Path, str]
-    ) -> list[Written]:
+    def _prepare(self, done: Sequence[Tokenised], outputs: dict[str, assembly.Output], digests: dict[Path, str]) -> None:
+        """From here on the run can only be completed."""
         skipped, examples = _left_out(done)
-        written = []
+        whole = []
         for name, output in outputs.items():
-            counts = _total(done, name)
-            prefix = self._output(name)
-            manifest = self._manifest(name, counts) | {"skipped": skipped, "examples": examples}
+            manifest = self._manifest(name, _total(done, name)) | {"skipped": skipped, "examples": examples}
             manifest["sha256"] = {"bin": digests[output.data]} | ({"idx": digests[output.index]} if output.index else {})
-            # A crash in between leaves a .bin without an index, which is refused, never an old index beside new tokens.
-            for suffix in (".json", ".idx"):
-                Path(f"{prefix}{suffix}").unlink(missing_ok=True)
-            os.replace(output.data, f"{prefix}.bin")
-            if output.index is not None:
-                os.replace(output.index, f"{prefix}.idx")
-            write_atomically(Path(f"{prefix}.json"), (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
-            written.append(Written(Path(prefix), counts, skipped, examples, self.tokenizer.notes))
-        return written
+            whole.append(publication.Whole(name, output.data, output.index, manifest))
+        publication.prepare(self.folder, whole)
 
     def _manifest(self, part: str, counts: Counts) -> dict[str, Any]:
         options = self.options

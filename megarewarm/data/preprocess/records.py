@@ -81,26 +81,41 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
         path = Path(given)
         if path == STDIN:
             found.append(path)
+        elif not given:
+            raise UserError("an input's name is empty: give files, folders, patterns or -")
         elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and kind_of(file) in _IN_FOLDERS)
-            if not inside:
-                raise UserError(f"{path} holds no file that ends in {', '.join(_IN_FOLDERS)} (or .gz, .zst after that)")
-            found += inside
+            found += _files_in(path)
         elif path.is_file():
             found.append(path)
         elif glob.has_magic(given):
-            matches = [Path(name) for name in sorted(glob.glob(given, recursive=True)) if os.path.isfile(name)]
-            if not matches:
+            names = sorted(glob.glob(given, recursive=True))
+            # with ** what lies in a folder matches as well, and must not come twice
+            folders = [] if "**" in given else [Path(name) for name in names if os.path.isdir(name)]
+            matches = [Path(name) for name in names if os.path.isfile(name)]
+            if not matches and not folders:
                 raise UserError(f"{given} matches no file: check the pattern")
-            found += matches
+            for match in sorted([*matches, *folders]):
+                found += _files_in(match) if match in folders else [match]
         else:
             raise UserError(f"{path} does not exist: give the name of a text file, a folder or a pattern")
     for path in found:
-        if kind_of(path) not in KINDS:
+        if kind_of(path) not in KINDS or (kind_of(path) == ".parquet" and path.suffix in COMPRESSED):
             raise UserError(f"{path} is of no known kind: expected .jsonl, .txt (also with .gz or .zst added) or .parquet")
-    if twice := next((path for i, path in enumerate(found) if path in found[:i]), None):
-        raise UserError(f"{twice} is given twice: name each file once")
+    seen: dict[Path, Path] = {}
+    for path in found:
+        place = path if path == STDIN else path.resolve()
+        if place in seen:
+            same = "" if seen[place] == path else f" (as {seen[place]} too)"
+            raise UserError(f"{path} is given twice{same}: name each file once")
+        seen[place] = path
     return found
+
+
+def _files_in(folder: Path) -> list[Path]:
+    inside = sorted(file for file in folder.rglob("*") if file.is_file() and kind_of(file) in _IN_FOLDERS)
+    if not inside:
+        raise UserError(f"{folder} holds no file that ends in {', '.join(_IN_FOLDERS)} (or .gz, .zst after that)")
+    return inside
 
 
 def spans_of(path: Path, size: int = SPAN) -> list[Span]:

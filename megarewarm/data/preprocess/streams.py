@@ -80,7 +80,9 @@ def _unzstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError(f"{path} needs the package 'zstandard': pip install zstandard") from error
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    # dumps are often packed with windows beyond what is taken without being told (zstd --long=31)
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
+    decompressor = unpacker.decompressobj()
     inside = False
     while data := file.read(_CHUNK // 8):
         while data:
@@ -90,6 +92,6 @@ def _unzstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
                 raise UserError(f"{path} is not a whole .zst file: {error}: make or copy it again") from error
             inside, data = not decompressor.eof, decompressor.unused_data
             if not inside:
-                decompressor = zstandard.ZstdDecompressor().decompressobj()
+                decompressor = unpacker.decompressobj()
     if inside:
         raise UserError(f"{path} is not a whole .zst file: it ends in the middle of its data: make or copy it again")
