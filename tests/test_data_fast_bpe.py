@@ -137,3 +137,12 @@ def test_a_fast_path_with_other_ids_is_not_taken(tmp_path: Path, monkeypatch: py
     library = tokenizers.Tokenizer.from_file(str(path))
     assert np.array_equal(tokenizer.encode_batch(SENTENCES)[0], ids_of(library, SENTENCES[0]))
     assert "gives other ids for" in tokenizer.notes[0]
+
+
+def test_a_text_too_long_for_the_pattern_is_left_to_the_library(tmp_path: Path) -> None:
+    path = neox_like(tmp_path / "tokenizer.json")
+    tokenizer, slow = load_tokenizer(path), tokenizers.Tokenizer.from_file(str(path))
+    text = "a" + "\n" * 600_000 + "b"
+    assert tokenizer.notes == []
+    (ids,) = tokenizer.encode_batch([text])
+    assert ids.tolist() == slow.encode(text, add_special_tokens=False).ids

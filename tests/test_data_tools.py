@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +75,7 @@ def test_differences_are_named(tmp_path: Path) -> None:
 
 def test_verification_finds_what_opening_does_not_look_for(tmp_path: Path) -> None:
     file = open_tokens(write(tmp_path / "a", [[1, 2], [3, 400]]))
-    assert len(verify(file, 401)) == 3
+    assert len(verify(file, 401)) == 4
     with pytest.raises(UserError, match="token 3 is 400, the vocabulary has 400 ids"):
         verify(file, 400)
 
@@ -92,3 +94,59 @@ def test_the_screen_shows_header_lengths_documents_and_checks(golden: Path, tmp_
         (tmp_path / f"cut.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
     os.truncate(tmp_path / "cut.bin", 100)
     assert "truncated" in tool("inspect_data", tmp_path / "cut", expect=2)
+
+
+def made(folder: Path, name: str, documents: list[list[int]], dtype: type = np.uint16, fingerprint: str | None = None) -> Path:
+    """A pair and, with ``fingerprint``, the manifest of a preprocessing."""
+    with TokenFileWriter(folder / name, dtype) as writer:
+        for document in documents:
+            writer.add_document(document)
+    if fingerprint is not None:
+        sums = {suffix: hashlib.sha256((folder / f"{name}.{suffix}").read_bytes()).hexdigest() for suffix in ("bin", "idx")}
+        said = {"documents": len(documents), "tokens": sum(map(len, documents)), "sha256": sums}
+        (folder / f"{name}.json").write_text(json.dumps(said | {"tokenizer": {"file": "t.json", "fingerprint": fingerprint}}))
+    return folder / name
+
+
+def test_verify_looks_at_the_document_index_the_manifest_and_every_id(tmp_path: Path) -> None:
+    good = made(tmp_path, "good", [[1, 2], [3], [4, 5]], fingerprint="f")
+    said = verify(open_tokens(good), None)
+    assert any("document index goes from 0 to 3" in line for line in said) and "checksums" in said[-1]
+    index = bytearray((tmp_path / "good.idx").read_bytes())
+    for entry in (9999, -1):
+        index[-24:-16] = struct.pack("<q", entry)
+        (tmp_path / "good.idx").write_bytes(index)
+        with pytest.raises(UserError, match=rf"entry 1 of its document index is {entry}, expected 0 to 3"):
+            verify(open_tokens(good), None)
+    made(tmp_path, "bits", [[1, 2], [3]], fingerprint="f")
+    data = bytearray((tmp_path / "bits.bin").read_bytes())
+    data[0] ^= 1
+    (tmp_path / "bits.bin").write_bytes(data)
+    with pytest.raises(UserError, match=r"bits\.bin: its SHA-256 is not the one in bits\.json"):
+        verify(open_tokens(tmp_path / "bits"), None)
+    negative = made(tmp_path, "negative", [[1, 2]], np.int32)
+    np.array([1, -5], np.int32).tofile(tmp_path / "negative.bin")
+    with pytest.raises(UserError, match="token 1 is -5, ids are counted from 0"):
+        verify(open_tokens(negative), None)
+    assert not any("largest" in line for line in verify(open_tokens(made(tmp_path, "empty", [[]])), None))
+
+
+def test_merging_keeps_a_manifest_and_refuses_other_tokenizers(tmp_path: Path) -> None:
+    a, b = made(tmp_path, "a", [[1]], fingerprint="f"), made(tmp_path, "b", [[2, 3]], fingerprint="f")
+    made(tmp_path, "all", [[9]], fingerprint="stale")
+    merge_token_files([a, b], tmp_path / "all", overwrite=True)
+    said = json.loads((tmp_path / "all.json").read_text())
+    assert (said["documents"], said["tokens"], said["tokenizer"]["fingerprint"]) == (2, 3, "f")
+    assert "checksums" in verify(open_tokens(tmp_path / "all"), None)[-1]
+    other = made(tmp_path, "other", [[4]], fingerprint="g")
+    with pytest.raises(
+        UserError, match=r"other\.bin was made with the tokenizer t\.json, .*a\.bin with t\.json, which gives other"
+    ):
+        merge_token_files([a, other], tmp_path / "mixed")
+    wrong = made(tmp_path, "wrong", [[1], [2, 3]], np.int32)
+    np.array([1, 2, -7], np.int32).tofile(tmp_path / "wrong.bin")
+    with pytest.raises(UserError, match=r"wrong\.bin: token 2, in document 1, is -7"):
+        merge_token_files([a, wrong], tmp_path / "mixed")
+    with pytest.raises(UserError, match="expected a prefix"):
+        merge_token_files([a], "")
+    assert not list(tmp_path.glob("mixed*"))

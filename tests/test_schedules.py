@@ -200,7 +200,7 @@ def test_continuous_at_every_joint(schedule: Schedule) -> None:
     """The jump shrinks with the distance. 1-sqrt falls as the root of the distance, hence the generous bound."""
     for _, joint, _ in schedule.phases():
         if joint >= 2:
-            gap = 1e-9 * schedule.length
+            gap = 1e-10 * schedule.length
             before, after = schedule.lr(joint - gap), schedule.lr(joint + gap)
             assert abs(before - after) <= 1e-3 * schedule.max_lr
 

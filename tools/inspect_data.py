@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
+import io
 import sys
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from megarewarm.data.inspection import Lengths, first_difference, lengths, verify
-from megarewarm.data.token_file import open_tokens
+from megarewarm.data.token_file import BARE_DTYPES, open_tokens
 from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
@@ -20,12 +21,14 @@ from megarewarm.errors import EXIT_BAD_INPUT, UserError
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what is in a .bin/.idx pair, or in a bare .bin.")
     parser.add_argument("prefix", metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
-    parser.add_argument("--dtype", help="of a bare .bin: uint16, uint32 or int32")
+    parser.add_argument("--dtype", choices=BARE_DTYPES, help="of a bare .bin")
     parser.add_argument("--tokenizer", help="to show text, and to check ids against: tokenizer.json or a sentencepiece .model")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
     parser.add_argument("--verify", action="store_true", help="read everything and check every invariant of the format")
     parser.add_argument("--compare", metavar="OTHER", help="what first differs from another token file")
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal need not know every sign
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:
         file = open_tokens(arguments.prefix, dtype=arguments.dtype)
@@ -39,6 +42,11 @@ def main() -> None:
             if not 0 <= arguments.document < file.num_documents:
                 raise UserError(f"--document {arguments.document}: there are {file.num_documents:,}, counted from 0")
             ids = file.document(arguments.document)
+            if tokenizer and (bad := ids[(ids.astype("int64") < 0) | (ids >= tokenizer.vocab_size)]).size:
+                raise UserError(
+                    f"document {arguments.document} holds id {bad[0]}, {tokenizer.path} has {tokenizer.vocab_size} ids: the "
+                    f"file was made with another tokenizer, or is damaged"
+                )
             text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids.tolist()))
             console.print(text, markup=False, highlight=False)
         else:
@@ -47,10 +55,13 @@ def main() -> None:
             for line in verify(file, tokenizer.vocab_size if tokenizer else None):
                 console.print(line, style="green", highlight=False)
         if arguments.compare:
-            difference = first_difference(arguments.prefix, arguments.compare)
+            difference = first_difference(arguments.prefix, arguments.compare, arguments.dtype)
             console.print(difference or "the same documents of the same ids", highlight=False)
     except UserError as error:
         print(error, file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        print(f"{error.filename or arguments.prefix}: {error.strerror or error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from megarewarm.data.merge import merge_token_files
@@ -23,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         total = sum(open_tokens(prefix).total_tokens for prefix in arguments.prefixes)
-        with Progress(transient=True) as bar:
+        with Progress(transient=True, disable=not sys.stderr.isatty(), console=Console(stderr=True)) as bar:
             task = bar.add_task("merging", total=total)
             documents, tokens = merge_token_files(
                 arguments.prefixes,
@@ -34,6 +35,12 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        print(f"{error.filename or arguments.output}: {error.strerror or error}; nothing was written", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{arguments.output}: {documents:,} documents, {tokens:,} tokens")
 
 

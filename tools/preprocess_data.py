@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"stopped; the same command with --resume goes on from {arguments.output}.parts", file=sys.stderr)
         sys.exit(130)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
     for output in written:
         counts = output.counts
         print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")

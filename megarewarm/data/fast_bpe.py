@@ -41,6 +41,10 @@ class NotCovered(Exception):
     """The tokenizer has something that the fast path does not do; the message says what."""
 
 
+class TooLong(ValueError):
+    """A text on which the pattern's search runs out of room."""
+
+
 class FastBPE:
     """The fast path of a tokenizer.json's ``content``. Raises ``NotCovered``, also where tiktoken is not installed."""
 
@@ -71,7 +75,8 @@ class FastBPE:
         self._compose = NFC().normalize_str if (content.get("normalizer") or {}).get("type") == "NFC" else None
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """The ids of ``text``, (t,). Half surrogate pairs, which are no text, raise ``UnicodeEncodeError``."""
+        """The ids of ``text``, (t,). Half surrogate pairs, which are no text, raise ``UnicodeEncodeError``; runs of some
+        hundred thousand line breaks or tabs are too much for the library's pattern and raise ``TooLong``."""
         pieces: list[npt.NDArray[np.uint32]] = []
         for raw, is_added in _cut(text, self._before):
             if is_added:
@@ -82,7 +87,12 @@ class FastBPE:
                 if is_token:
                     pieces.append(np.array([self._added[segment]], np.uint32))
                 else:
-                    pieces.append(self._ids[self._ranks_of(segment, disallowed_special=())])
+                    try:
+                        pieces.append(self._ids[self._ranks_of(segment, disallowed_special=())])
+                    except ValueError as error:
+                        if isinstance(error, UnicodeError):
+                            raise
+                        raise TooLong(str(error)) from error
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Index:
     path: Path
     dtype: np.dtype
     count: int
+    entries: int
     bytes: FileBytes
 
     def sizes(self, first: int, last: int) -> npt.NDArray[np.int64]:
@@ -47,6 +49,11 @@ class Index:
     def pointers(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """First bytes in the .bin of the sequences [first, last)."""
         return self.bytes.read(HEADER.size + 4 * self.count + 8 * first, last - first, "<i8")
+
+    def documents(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """The ``entries`` of the document index in blocks: (number of the first, entries)."""
+        for first, last in ranges(self.entries, 2**20):
+            yield first, self.bytes.read(HEADER.size + 12 * self.count + 8 * first, last - first, "<i8")
 
     def pointers_at(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """First bytes in the .bin of any sequences, (n,)."""
@@ -87,7 +94,7 @@ def open_index(path: Path) -> Index:
     if size != expected:
         _check_modes(file, expected, count)
     _check_document_index(file, HEADER.size + 12 * count, documents, count)
-    index = Index(path, np.dtype(CODES[code]).newbyteorder("<"), count, file)
+    index = Index(path, np.dtype(CODES[code]).newbyteorder("<"), count, documents, file)
     _check_pointers(index)
     return index
 

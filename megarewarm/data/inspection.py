@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +41,9 @@ def lengths(file: TokenFile) -> Lengths:
 def verify(file: TokenFile, vocab_size: int | None) -> list[str]:
     """Read the whole file and say what was found to hold. Raises ``UserError`` naming the first place where it does not.
 
-    Opening has checked the header, the sizes of both files, the document index and the pointers (of large files a sample);
-    here every pointer, every size and, with ``vocab_size``, every id is looked at.
+    Opening has checked the header, the sizes of both files, the ends of the document index and the pointers (of large files a
+    sample); here every pointer, every size, the whole document index and every id is looked at, and what the manifest beside
+    the files says of them.
     """
     said = [f"{file.path}: {file.total_tokens:,} tokens fill the file exactly"]
     if file.index_path is not None:
@@ -59,22 +62,66 @@ def verify(file: TokenFile, vocab_size: int | None) -> list[str]:
         if total != file.total_tokens:
             raise UserError(f"{file.index_path}: its documents have {total} tokens, the .bin has {file.total_tokens}")
         said.append(f"{file.index_path}: {file.num_documents:,} documents follow one another without gaps")
-    largest = -1
+        said.append(_verify_document_index(file))
+    largest, highest = -1, vocab_size or 2**32
     for start in range(0, file.total_tokens, _BLOCK):
         block = file.read(start, min(_BLOCK, file.total_tokens - start))
-        if vocab_size is not None and (bad := np.flatnonzero((block < 0) | (block >= vocab_size))).size:
+        if (bad := np.flatnonzero((block.astype(np.int64) < 0) | (block >= highest))).size:
+            what = f"the vocabulary has {vocab_size} ids" if vocab_size else "ids are counted from 0"
             raise UserError(
-                f"{file.path}: token {start + int(bad[0])} is {block[bad[0]]}, the vocabulary has {vocab_size} ids: it was "
-                f"made with another tokenizer"
+                f"{file.path}: token {start + int(bad[0])} is {block[bad[0]]}, {what}: it was made with another tokenizer, or "
+                f"is damaged"
             )
         largest = max(largest, int(block.max()))
-    said.append(f"{file.path}: the largest id is {largest:,}" + (f" of {vocab_size:,}" if vocab_size else ""))
-    return said
+    if largest >= 0:
+        said.append(f"{file.path}: the largest id is {largest:,}" + (f" of {vocab_size:,}" if vocab_size else ""))
+    return said + _verify_manifest(file)
 
 
-def first_difference(one: str, other: str) -> str | None:
-    """What first differs between two token files, in words; None where they hold the same documents of the same ids."""
-    a, b = open_tokens(one), open_tokens(other)
+def _verify_document_index(file: TokenFile) -> str:
+    """The document index counts sequences, from 0 to all of them, never back."""
+    before = 0
+    for first, entries in file.document_index():
+        steps = np.diff(np.concatenate([[before], entries]))
+        if (bad := np.flatnonzero((steps < 0) | (entries > file.num_documents))).size:
+            raise UserError(
+                f"{file.index_path}: entry {first + int(bad[0])} of its document index is {entries[bad[0]]}, expected "
+                f"{before if not bad[0] else entries[bad[0] - 1]} to {file.num_documents}: the file is damaged, make it again"
+            )
+        before = int(entries[-1]) if entries.size else before
+    return f"{file.index_path}: its document index goes from 0 to {before:,}"
+
+
+def _verify_manifest(file: TokenFile) -> list[str]:
+    """Counts and checksums of the manifest that preprocessing and merging leave beside the files."""
+    manifest = file.path.with_suffix(".json")
+    try:
+        said = json.loads(manifest.read_bytes())
+        counts, sums = (said["documents"], said["tokens"]), said["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    found = (file.num_documents if file.index_path else counts[0], file.total_tokens)
+    if counts != found:
+        raise UserError(
+            f"{manifest}: says {counts[0]:,} documents and {counts[1]:,} tokens, the files hold {found[0]:,} and {found[1]:,}: "
+            f"it belongs to other files"
+        )
+    for path, wanted in ((file.path, sums.get("bin")), (file.index_path, sums.get("idx"))):
+        if path is not None and wanted is not None and path.is_file():
+            with open(path, "rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != wanted:
+                    raise UserError(
+                        f"{path}: its SHA-256 is not the one in {manifest.name}: it is damaged, make or copy it again"
+                    )
+    return [f"{manifest}: its counts and checksums are those of the files"]
+
+
+def first_difference(one: str, other: str, dtype: str | None = None) -> str | None:
+    """What first differs between two token files, in words; None where they hold the same documents of the same ids.
+
+    ``dtype``: of the ids in bare files.
+    """
+    a, b = open_tokens(one, dtype=dtype), open_tokens(other, dtype=dtype)
     if a.num_documents != b.num_documents:
         return f"{a.num_documents:,} documents in {one}, {b.num_documents:,} in {other}"
     for first in range(0, a.num_documents, 2**20):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megarewarm.data.token_file import TokenFile, TokenFileWriter, open_tokens
+from megarewarm.data.tokenizers import write_atomically
 from megarewarm.errors import UserError
 
 _BLOCK = 2**22  # tokens in memory at a time, or one document, if that is longer
@@ -21,11 +25,12 @@ def merge_token_files(
     overwrite: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, int]:
-    """Write OUTPUT.bin and OUTPUT.idx with all documents of ``prefixes``. Returns (documents, tokens).
+    """Write OUTPUT.bin and OUTPUT.idx with all documents of ``prefixes``, and a manifest. Returns (documents, tokens).
 
     The type of the ids is the widest of the inputs'. ``progress`` is called with the tokens of each block. Raises ``UserError``
-    for a file that can't be read, an output that is one of the inputs or exists without ``overwrite``, and ids that int32
-    can't hold; nothing is left under the output's name then.
+    for a file that can't be read, files that were made with different tokenizers as far as their manifests say, an output that
+    is one of the inputs or exists without ``overwrite``, and ids that int32 can't hold; nothing is left under the output's
+    name then.
     """
     files = [open_tokens(prefix) for prefix in prefixes]
     if not files:
@@ -33,15 +38,76 @@ def merge_token_files(
     for file in files:
         if file.path.resolve() == Path(f"{output}.bin").resolve():
             raise UserError(f"{output}: is one of the files to be merged; choose another name")
+    if not Path(output).name:
+        raise UserError(f"--output '{output}': expected a prefix, as data/all, for files of that name")
+    _refuse_other_tokenizers(files)
     narrow = all(file.dtype.itemsize <= 2 and file.dtype.kind == "u" for file in files)
     with TokenFileWriter(output, np.uint16 if narrow else np.int32, overwrite=overwrite) as writer:
+        # what is said of an older output of that name will not hold any more
+        manifest = Path(f"{output}.json")
         for file in files:
             for first, last in _blocks(file):
                 sizes = file.document_sizes(first, last)
                 start, count = file.document_start(first), int(sizes.sum())
-                writer.add_documents(file.read(start, count), sizes)
+                ids = file.read(start, count)
+                _check_ids(file, first, start, ids)
+                writer.add_documents(ids, sizes)
                 progress(count)
-        return writer.num_documents, writer.num_tokens
+        manifest.unlink(missing_ok=True)
+        counts = writer.num_documents, writer.num_tokens
+    said = {
+        "documents": counts[0],
+        "tokens": counts[1],
+        "dtype": writer.dtype.name,
+        "merged": [str(file.path) for file in files],
+    }
+    fingerprints = {manifest["tokenizer"]["fingerprint"] for _, manifest in _manifests(files)}
+    if len(fingerprints) == 1 and len(_manifests(files)) == len(files):
+        said["tokenizer"] = _manifests(files)[0][1]["tokenizer"]
+    said["sha256"] = {suffix: _sha256(Path(f"{output}.{suffix}")) for suffix in ("bin", "idx")}
+    write_atomically(manifest, (json.dumps(said, indent=2) + "\n").encode())
+    return counts
+
+
+def _manifests(files: Sequence[TokenFile]) -> list[tuple[TokenFile, dict[str, Any]]]:
+    """The manifests that preprocessing has left beside files and that name a tokenizer."""
+    found = []
+    for file in files:
+        try:
+            said = json.loads(file.path.with_suffix(".json").read_bytes())
+            _ = said["tokenizer"]["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append((file, said))
+    return found
+
+
+def _refuse_other_tokenizers(files: Sequence[TokenFile]) -> None:
+    told = _manifests(files)
+    for file, said in told:
+        if said["tokenizer"]["fingerprint"] != told[0][1]["tokenizer"]["fingerprint"]:
+            raise UserError(
+                f"{file.path} was made with the tokenizer {said['tokenizer'].get('file')}, {told[0][0].path} with "
+                f"{told[0][1]['tokenizer'].get('file')}, which gives other ids: preprocess the text of one of them again"
+            )
+
+
+def _check_ids(file: TokenFile, document: int, start: int, ids: np.ndarray) -> None:
+    if ids.dtype.kind == "u" and ids.dtype.itemsize <= 2:
+        return
+    if (bad := np.flatnonzero((ids.astype(np.int64) < 0) | (ids > 2**31 - 1))).size:
+        place = start + int(bad[0])
+        while document + 1 < file.num_documents and file.document_start(document + 1) <= place:
+            document += 1
+        raise UserError(
+            f"{file.path}: token {place}, in document {document}, is {ids[bad[0]]}: ids are 0 to 2147483647; it is damaged or "
+            f"holds something else"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _blocks(file: TokenFile) -> Iterator[tuple[int, int]]:

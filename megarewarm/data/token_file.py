@@ -5,9 +5,11 @@ The .bin holds the ids of all documents one after the other and nothing else; in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -117,6 +119,11 @@ class TokenFile:
         if self._index is None:
             return np.zeros(len(documents), np.int64)
         return self._index.pointers_at(documents) // self.dtype.itemsize
+
+    def document_index(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """The document index, which groups sequences and which nothing here uses: (number of the first entry, entries)."""
+        if self._index is not None:
+            yield from self._index.documents()
 
     def view(self, first_document: int = 0, last_document: int | None = None) -> TokenView:
         """The documents [first_document, last_document), by default all of them."""
@@ -317,7 +324,8 @@ class TokenFileWriter:
                 self._write_index()
                 self._publish()
         finally:
-            self._bin.close()
+            with contextlib.suppress(OSError):  # of a full disk, which has been told of; a whole file is closed without one
+                self._bin.close()
             for part in self._parts:
                 part.unlink(missing_ok=True)
 
@@ -353,7 +361,7 @@ class TokenFileWriter:
         for suffix in ("bin", "idx"):
             path = Path(f"{self.prefix}.{suffix}")
             if path.exists() and not self._overwrite:
-                raise UserError(f"{path} exists: remove it, choose another name or ask to overwrite it")
+                raise UserError(f"{path} exists: remove it, choose another name, or add --overwrite")
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.data.fast_bpe import FastBPE, NotCovered, first_difference
+from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference
 from megarewarm.errors import UserError, nearest
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -108,9 +108,16 @@ class _HuggingFace(Tokenizer):
         if self._fast is None:
             return self._encode_slowly(texts)
         if threads == 1:
-            return [self._fast.encode(text) for text in texts]
+            return [self._encode(text) for text in texts]
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # the work is done outside of Python's lock
-            return list(pool.map(self._fast.encode, texts))
+            return list(pool.map(self._encode, texts))
+
+    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
+        assert self._fast is not None
+        try:
+            return self._fast.encode(text)
+        except TooLong:
+            return self._encode_slowly([text])[0]
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

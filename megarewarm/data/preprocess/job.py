@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -139,6 +140,8 @@ class _Job:
         self.folder = prefix.with_name(prefix.name + ".parts")
         self.overwrite = overwrite
         self.tell = tell
+        self._unneeded = False
+        self._made: list[Path] = []
         self.tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token, merges=options.merges)
         shares = options.split or (1.0,)
         self.names = list(PARTS[: len(shares)]) if options.split else [""]
@@ -192,7 +195,7 @@ class _Job:
         shards = self._shards()
         if resume and STDIN in self.files:
             raise UserError("--resume can't read stdin again from its beginning: give files, or leave out --resume")
-        with self._work_folder(resume):
+        with self._removed_at_the_end(), self._work_folder(resume):
             try:
                 with start(len(shards)) as hands:
                     done = self._tokenise(shards, hands, resume)
@@ -201,22 +204,22 @@ class _Job:
                 self._prepare(done, outputs, digests)
             except UserError as error:
                 if isinstance(error, BadInput) or not any(self.folder.glob("[0-9]*.json")):
-                    self._remove_folder()  # nothing that could be resumed
+                    self._unneeded = True  # nothing that could be resumed
                 raise
             except OSError as error:
                 if any(self.folder.glob("[0-9]*.json")):
                     kept = f". {self.folder} keeps what is finished: run the same command with --resume when that is mended"
                 else:
                     kept = ""
-                    self._remove_folder()
+                    self._unneeded = True
                 raise UserError(f"{error.filename or self.prefix}: {error.strerror or error}{kept}") from error
-            return publication.publish(self.folder, self._output, self.tokenizer.notes)
+            return self._publish()
 
     def _finished_before(self) -> list[Written] | None:
         """What an earlier run with these settings has written, its publication completed; None where there is none."""
         if publication.is_prepared(self.folder):
-            with self._work_folder(resume=True):
-                return publication.publish(self.folder, self._output, self.tokenizer.notes)
+            with self._removed_at_the_end(), self._work_folder(resume=True):
+                return self._publish()
         if not self._is_finished():
             return None
         return [publication.written(prefix, ()) for prefix in map(self._output, self.names)]
@@ -236,12 +239,27 @@ class _Job:
                 return False
         return True
 
-    def _remove_folder(self) -> None:
-        """The work folder, and those above it that this run made."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for made in self._made:
-            with contextlib.suppress(OSError):
-                made.rmdir()
+    def _publish(self) -> list[Written]:
+        found = publication.publish(self.folder, self._output, self.tokenizer.notes)
+        self._unneeded = True
+        return found
+
+    @contextmanager
+    def _removed_at_the_end(self) -> Iterator[None]:
+        """The work folder goes, with those above it that this run made and left empty, once nothing in it is of use or open."""
+        try:
+            yield
+        finally:
+            if self._unneeded:
+                # a worker may be about to tell how far it is, and on some file systems an open file stays for a while
+                for _ in range(50):
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    if not self.folder.exists():
+                        break
+                    time.sleep(0.1)
+                for made in self._made:
+                    with contextlib.suppress(OSError):
+                        made.rmdir()
 
     @contextmanager
     def _work_folder(self, resume: bool) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ def is_prepared(folder: Path) -> bool:
 
 
 def publish(folder: Path, prefix_of: Callable[[str], str], notes: Sequence[str]) -> list[Written]:
-    """Carry out what ``prepare`` has written, whatever an earlier try has done of it, and remove the folder.
+    """Carry out what ``prepare`` has written, whatever an earlier try has done of it. The folder is of no more use then.
 
     ``prefix_of``: the output's prefix for a part of the split.
     """
@@ -71,9 +70,7 @@ def publish(folder: Path, prefix_of: Callable[[str], str], notes: Sequence[str])
         for suffix in ("bin", "idx", "json"):
             if suffix in files and (folder / files[suffix]).exists():
                 os.replace(folder / files[suffix], f"{prefix}.{suffix}")
-    found = [written(prefix, notes) for prefix, _ in plan]
-    shutil.rmtree(folder)
-    return found
+    return [written(prefix, notes) for prefix, _ in plan]
 
 
 def written(prefix: str, notes: Sequence[str]) -> Written:
