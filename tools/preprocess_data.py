@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
+import datetime
 import io
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megarewarm.data.preprocess import job
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
+
+_LINES = 30.0
+"""Seconds between lines of progress where there is no terminal."""
 
 
 def main() -> None:
@@ -102,40 +106,59 @@ def main() -> None:
         print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
 
 
-class _Bar(Progress):
-    """What is being done, how far it is, its speed since it began, and when it will be done."""
+class _Bar:
+    """What is being done, how far it is, its speed since it began, and when it will be done: a bar, or lines in a log."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
-        super().__init__(*columns, TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True), console=console)
+        self._console = console
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[speed]}"),
+            )
+            self._bar = Progress(*columns, console=console)
         self._doing = ""
-        self._began = (0.0, 0)
+        self._began, self._said = (0.0, 0), 0.0
 
     def show(self, progress: job.Progress) -> None:
         now = time.monotonic()
-        if not self._doing:
-            self.start()
         if progress.doing != self._doing:
-            self._doing, self._began = progress.doing, (now, progress.done)
-            self._task = self.add_task(progress.doing, total=progress.total or None, speed="")
-        seconds = now - self._began[0]
-        speed = ""
-        if seconds > 0.5:
-            speed = f"{(progress.done - self._began[1]) / seconds / 1e6:,.1f} MB/s"
-            if progress.tokens:
-                speed += f", {progress.tokens:,} tokens, {progress.tokens / seconds / 1e6:,.2f} M/s"
-        self.update(self._task, completed=progress.done, speed=speed)
+            if self._bar is not None:
+                self._bar.start()
+                self._task = self._bar.add_task(progress.doing, total=progress.total or None, speed="")
+            self._doing, self._began, self._said = progress.doing, (now, progress.done), now
+        speed = self._speed(progress, now - self._began[0])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.done, speed=speed)
+        elif now - self._said >= _LINES:
+            self._said = now
+            share = f" {100 * progress.done / progress.total:.0f} %," if progress.total else ""
+            self._console.print(f"{progress.doing}:{share} {speed}", highlight=False)
+
+    def _speed(self, progress: job.Progress, seconds: float) -> str:
+        if seconds < 0.5:
+            return ""
+        done = progress.done - self._began[1]
+        words = [f"{done / seconds / 1e6:,.1f} MB/s"] if progress.total else [f"{progress.documents:,} documents"]
+        if progress.tokens:
+            words.append(f"{progress.tokens / seconds / 1e6:,.2f} M tokens/s")
+        if progress.total and done:
+            left = round(seconds * (progress.total - progress.done) / done)
+            words.append(f"left {datetime.timedelta(seconds=left)}")
+        return ", ".join(words)
 
     def finish(self) -> None:
-        if self._doing:  # without a task it would print an empty line
-            self.stop()
+        if self._bar is not None and self._doing:  # without a task it would print an empty line
+            self._bar.stop()
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
+import io
 import sys
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import Progress
 
 from megarewarm.data.preprocess.documents import Documents, first_bytes
@@ -27,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text, dots divide nested keys; default: %(default)s"
     )
-    parser.add_argument("--sample-mb", type=float, default=100.0, help="megabytes to learn from; default: %(default)g")
+    parser.add_argument("--sample-mb", type=_megabytes, default=100.0, help="megabytes to learn from; default: %(default)g")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     arguments = parser.parse_args()
     if arguments.output.suffix not in TRAINERS:
@@ -36,17 +38,34 @@ def main() -> None:
         parser.error(f"--output {arguments.output} exists: choose another name or add --overwrite")
     try:
         documents = Documents(arguments.files, arguments.text_key)
-        with Progress() as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as bar:
             limit = int(arguments.sample_mb * 1e6)
-            task = bar.add_task("reading", total=min(limit, documents.total_bytes))
+            task = bar.add_task("reading and learning", total=min(limit, documents.total_bytes) or None)
             texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
             tokenizer = TRAINERS[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
+            bar.update(task, total=1, completed=1)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        print(f"{error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
     print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
     if documents.skipped.broken:
         print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
+
+
+def _megabytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of megabytes above 0")
+    return value
 
 
 if __name__ == "__main__":

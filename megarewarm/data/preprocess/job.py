@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -310,7 +311,10 @@ class _Job:
         function = functools.partial(tokenise, recipe=self.recipe, folder=self.folder, threads=hands.threads)
         for shard in shards:
             if shard.span.path == STDIN:  # other processes have another one
-                kept[shard.number] = function(shard)
+                with ThreadPoolExecutor(1) as here:
+                    own = workers.Workers(here, 1, hands.threads)
+                    watch = functools.partial(self._watch, shards, {shard.number: shard}, [], kept)
+                    (kept[shard.number],) = workers.in_order(own, function, [shard], watch)
         fresh = workers.in_order(hands, function, begun(), lambda: self._watch(shards, under_way, done, kept))
         done: list[Tokenised] = []
         documents = 0
