@@ -249,7 +249,7 @@ def test_strict_names_the_line_also_in_a_later_part_of_a_file(
     with open(path, "a") as file:
         file.write('{"text": 5}\n')
     monkeypatch.setattr(records.spans_of, "__defaults__", (1000,))
-    with pytest.raises(UserError, match=r"a\.jsonl:51: 'text' is not a text but int"):
+    with pytest.raises(UserError, match=r"a\.jsonl:51: 'text' is not a text but a number"):
         preprocess([path], bpe.path, tmp_path / "out", Options(strict=True), threads_only=True)
 
 
@@ -402,7 +402,7 @@ def test_a_key_that_is_no_text_is_told_of_in_the_manifest(tmp_path: Path, bpe: T
     done = tool(tmp_path / "a.jsonl", "--tokenizer", bpe.path, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "out.json").read_text())
-    assert said["documents"] == 1 and "\ud800" in said["examples"][0] and "a.jsonl:2" in done.stdout
+    assert said["documents"] == 1 and "known: \\ud800" in said["examples"][0] and "a.jsonl:2" in done.stdout
 
 
 @pytest.mark.parametrize("shares", [None, (0.5, 0.3, 0.2)])
@@ -493,3 +493,14 @@ def test_outputs_that_can_t_be(tmp_path: Path, bpe: Tokenizer, output: str, monk
     write_jsonl(tmp_path / "a.jsonl", texts_of(6, 2))
     done = tool("a.jsonl", "--tokenizer", bpe.path, "--output", output)
     assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_other_encodings(tmp_path: Path, bpe: Tokenizer) -> None:
+    marked = tmp_path / "a.txt"
+    marked.write_bytes(b"\xef\xbb\xbf<|endoftext|>\none\n<|endoftext|>\ntwo\n")
+    preprocess([marked], bpe.path, tmp_path / "out", threads_only=True)
+    assert documents_of(tmp_path / "out") == ids_of(bpe, ["one\n", "two\n"])
+    wide = tmp_path / "b.jsonl"
+    wide.write_text('{"text": "x"}\n' * 3, encoding="utf-16")
+    with pytest.raises(UserError, match="perhaps UTF-16"):
+        preprocess([wide], bpe.path, tmp_path / "wide", Options(strict=True), threads_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import os
@@ -25,6 +26,8 @@ SPAN = 2**26  # bytes of a file in one piece of work
 
 # Why a record is left out.
 BAD_JSON, BAD_UTF8, NO_TEXT, EMPTY = "not valid JSON", "not valid UTF-8", "no text under the key", "empty"
+
+_KINDS = {str: "a text", list: "a list", dict: "an object", bool: "true or false", type(None): "null"}
 
 _ROWS = 1024  # of a .parquet in memory at a time
 
@@ -185,11 +188,14 @@ def _text_records(lines: Iterable[tuple[int, bytes]]) -> Iterator[Record]:
     divider = END_OF_DOCUMENT.encode()
     first, start, document = 1, 0, bytearray()
     for number, (offset, line) in enumerate(lines, 1):
+        length = len(line)
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip() != divider:
             document += line
             continue
         yield _text_record(start, first, bytes(document))
-        first, start, document = number + 1, offset + len(line), bytearray()
+        first, start, document = number + 1, offset + length, bytearray()
     if document:
         yield _text_record(start, first, bytes(document))
 
@@ -211,10 +217,10 @@ def _json_text(line: bytes, key: str) -> str:
     except orjson.JSONDecodeError:
         record = _lenient(line)
     if not isinstance(record, dict):
-        raise _Unusable(NO_TEXT, f"expected a JSON object, found {type(record).__name__}")
+        raise _Unusable(NO_TEXT, f"expected a JSON object, found {_KINDS.get(type(record), 'a number')}")
     text = _under(record, key)
     if not isinstance(text, str):
-        raise _Unusable(NO_TEXT, f"'{key}' is not a text but {type(text).__name__}")
+        raise _Unusable(NO_TEXT, f"'{key}' is not a text but {_KINDS.get(type(text), 'a number')}")
     if not text.isascii():
         try:
             text.encode()
@@ -226,15 +232,21 @@ def _json_text(line: bytes, key: str) -> str:
 def _lenient(line: bytes) -> Any:
     """What orjson refuses and Python writes, such as NaN, or the reason why a line can't be used."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))
     except RecursionError:
         raise _Unusable(BAD_JSON, "JSON nested too deeply") from None
     except UnicodeDecodeError:
-        raise _Unusable(BAD_UTF8) from None
+        wide = line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line
+        raise _Unusable(BAD_UTF8, f"{BAD_UTF8}, but perhaps UTF-16: convert the file" if wide else "") from None
     except json.JSONDecodeError as error:
-        raise _Unusable(BAD_JSON, f"not valid JSON: {error.msg} at column {error.colno}") from None
+        raise _Unusable(BAD_JSON, f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except ValueError as error:  # an integer of thousands of digits
         raise _Unusable(BAD_JSON, f"not valid JSON: {error}") from None
+
+
+def _shown(name: str) -> str:
+    """A key as a terminal takes it: no more of it than tells it apart, nothing that isn't a sign."""
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in name[:40])
 
 
 def _under(record: dict[str, Any], key: str) -> Any:
@@ -244,7 +256,7 @@ def _under(record: dict[str, Any], key: str) -> Any:
     value: Any = record
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise _Unusable(NO_TEXT, f"no key '{key}', known: {', '.join(list(record)[:10])}")
+            raise _Unusable(NO_TEXT, f"no key '{key}', known: {', '.join(_shown(name) for name in list(record)[:10])}")
         value = value[part]
     return value
 
