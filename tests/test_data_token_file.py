@@ -337,3 +337,17 @@ def test_writer_takes_only_flat_integers_and_known_types(tmp_path):
         with pytest.raises(ValueError, match="flat array"), TokenFileWriter(tmp_path / "x", np.uint16) as writer:
             writer.add_document(bad)
     assert dtype_for(65536) == np.uint16 and dtype_for(65537) == np.int32
+
+
+@pytest.mark.parametrize("kept", [0, 2**22])
+def test_starts_of_documents_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    monkeypatch.setattr(token_file, "KEEP_STARTS", kept)
+    sizes = [3, 0, 7, 1, 0, 5]
+    with TokenFileWriter(tmp_path / "x", np.uint16) as writer:
+        for size in sizes:
+            writer.add_document(np.zeros(size, np.uint16))
+    file = open_tokens(tmp_path / "x")
+    for order in ([5, 0, 3, 3], [1, 4], []):
+        assert file.starts_of(np.array(order, np.int64)).tolist() == [sum(sizes[:i]) for i in order]
+    with pytest.raises(IndexError):
+        file.starts_of(np.array([6]))

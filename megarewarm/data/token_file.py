@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ from megarewarm.errors import UserError
 
 BARE_DTYPES = ("uint16", "uint32", "int32")
 
+KEEP_STARTS = 2**22  # documents whose starts are kept in memory once they are asked for in any order
 SCAN_WHOLE = 256 * 2**20  # bytes of tokens up to which check_vocabulary reads everything
 
 
@@ -41,7 +43,8 @@ class TokenFile:
     "Document" means an entry of ``sizes``: like GPT-NeoX and Megatron-LM, the document index, which could group several
     entries into one document, is checked but not used. Both files are read with ``pread`` rather than through memory
     maps: one exact request per sample on network disks, no resident memory that grows with the run, and an ``OSError``
-    where a map would end the process. Nothing is kept of either file, so opening takes constant memory.
+    where a map would end the process. Nothing is kept of either file, so opening takes constant memory; only where documents
+    are asked for in any order, the starts of up to 4 Mi of them are kept from then on (32 MiB at most).
 
     Attributes: ``path`` (the .bin), ``index_path`` (the .idx, or None), ``dtype``, ``total_tokens``, ``num_documents``.
     """
@@ -118,7 +121,13 @@ class TokenFile:
             raise IndexError(f"{self.path} has {self.num_documents} documents, asked for the start of {documents.max()}")
         if self._index is None:
             return np.zeros(len(documents), np.int64)
+        if self.num_documents <= KEEP_STARTS:
+            return self._starts[documents]
         return self._index.pointers_at(documents) // self.dtype.itemsize
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return self.document_starts(0, self.num_documents)
 
     def document_index(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """The document index, which groups sequences and which nothing here uses: (number of the first entry, entries)."""
