@@ -456,6 +456,9 @@ def test_strict_leaves_nothing_behind(tmp_path: Path, bpe: Tokenizer) -> None:
     with pytest.raises(UserError, match=r"b\.jsonl:2: not valid JSON"):
         preprocess([good, bad], bpe.path, tmp_path / "new/deep/out", Options(strict=True), threads_only=True)
     assert not (tmp_path / "new").exists()
+    bad.write_text('{"text": "x"}\n{"text": ""}\n')
+    with pytest.raises(UserError, match=r"b\.jsonl:2: the document is empty"):
+        preprocess([good, bad], bpe.path, tmp_path / "new/deep/out", Options(strict=True), threads_only=True)
     bad.write_text("")
     with pytest.raises(UserError, match="no document to write"):
         preprocess([bad], bpe.path, tmp_path / "new/out", threads_only=True)

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true", help="put the documents into a random order")
     parser.add_argument("--seed", type=int, default=1234, help="of --shuffle; default: %(default)s")
     parser.add_argument("--max-documents", type=_positive, metavar="N", help="the first N documents of the input only")
-    parser.add_argument("--strict", action="store_true", help="stop at the first broken record instead of leaving it out")
+    parser.add_argument("--strict", action="store_true", help="stop at the first broken or empty record")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes on this machine; default: one per core")
     parser.add_argument("--mpi", action="store_true", help="the ranks of this MPI job are the workers (one hands out the work)")
     parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was cut off")
@@ -90,6 +90,9 @@ def main() -> None:
             bar.finish()
     except UserError as error:
         print(str(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        print(f"{error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print(f"stopped; the same command with --resume goes on from {arguments.output}.parts", file=sys.stderr)

@@ -20,7 +20,7 @@ class BadInput(UserError):
 class Skipped:
     """The records that were left out: how many, by reason, and the first of them in words.
 
-    ``strict`` raises ``UserError`` at the first that is broken; empty documents are not. Else ``UserError`` is raised
+    ``strict`` raises ``UserError`` at the first, be it broken or empty. Else ``UserError`` is raised
     where none of the first hundred records can be used, if ``hopeless_after`` allows.
     """
 
@@ -39,6 +39,9 @@ class Skipped:
         """Count a record without text; ``documents``: good ones so far."""
         self.counts[record.reason] += 1
         if record.reason == EMPTY:
+            if self._strict:
+                where = place_in_words(span, record)
+                raise BadInput(f"{where}: the document is empty (--strict stops at the first record without text)")
             return
         if self._strict or self.broken <= _EXAMPLES:
             self.examples.append(f"{place_in_words(span, record)}: {record.detail}")
