@@ -15,6 +15,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarewarm.data import fast_bpe
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, first_difference
 from megarewarm.data.tokenizers import load_tokenizer, train_bpe
 
@@ -146,3 +147,12 @@ def test_a_text_too_long_for_the_pattern_is_left_to_the_library(tmp_path: Path) 
     assert tokenizer.notes == []
     (ids,) = tokenizer.encode_batch([text])
     assert ids.tolist() == slow.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(alphabet="ab '\u00e9\u0301\n\n\r\t\u2028 1.s", max_size=60), size=st.integers(1, 9))
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair, text: str, size: int) -> None:
+    fast, slow = pair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast_bpe, "_PIECE", size)
+        assert np.array_equal(fast.encode(text), ids_of(slow, text))

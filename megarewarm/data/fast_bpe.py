@@ -41,6 +41,9 @@ class NotCovered(Exception):
     """The tokenizer has something that the fast path does not do; the message says what."""
 
 
+_PIECE = 2**20  # characters that are encoded at a time
+
+
 class TooLong(ValueError):
     """A text on which the pattern's search runs out of room."""
 
@@ -82,11 +85,12 @@ class FastBPE:
             if is_added:
                 pieces.append(np.array([self._added[raw]], np.uint32))
                 continue
-            part = self._compose(raw) if self._compose is not None and not raw.isascii() else raw
-            for segment, is_token in _cut(part, self._after):
-                if is_token:
-                    pieces.append(np.array([self._added[segment]], np.uint32))
-                else:
+            for whole in self._short(raw):
+                part = self._compose(whole) if self._compose is not None and not whole.isascii() else whole
+                for segment, is_token in _cut(part, self._after):
+                    if is_token:
+                        pieces.append(np.array([self._added[segment]], np.uint32))
+                        continue
                     try:
                         pieces.append(self._ids[self._ranks_of(segment, disallowed_special=())])
                     except ValueError as error:
@@ -94,6 +98,26 @@ class FastBPE:
                             raise
                         raise TooLong(str(error)) from error
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+
+    def _short(self, text: str) -> Iterator[str]:
+        """``text`` in pieces of about a megabyte, so that a book takes no more memory than its ids.
+
+        It is cut before a line break that follows no space: no word of the pattern goes on there, and none that begins there
+        looks back; no added token holds a line break, and nothing is composed with one.
+        """
+        if any("\n" in token for token in self._added):
+            yield text
+            return
+        start = 0
+        while len(text) - start > _PIECE:
+            cut = text.find("\n", start + _PIECE)
+            while cut > 0 and text[cut - 1].isspace():
+                cut = text.find("\n", cut + 1)
+            if cut < 0:
+                break
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
 
 
 def first_difference(fast: FastBPE, slow: Callable[[str], npt.NDArray[np.uint32]], vocabulary: Iterable[str]) -> str | None:
