@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megarewarm import __version__
-from megarewarm.config.experiment import is_experiment, load_experiment
+from megarewarm.config.experiment import Experiment, is_experiment, load_experiment
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
@@ -44,6 +44,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
+    parser.add_argument("--quick", action="store_true", help="an experiment in the small form that it has under 'quick'")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
@@ -66,12 +70,14 @@ def main(argv: Sequence[str]) -> int:
             return _run(run, launch, console, dry=arguments.dry_run)
         mapping, origins = read_configs(arguments.configs)
         if is_experiment(mapping):
-            experiment, runs = load_experiment(mapping, origins)
+            experiment = load_experiment(mapping, origins, quick=arguments.quick)
             if arguments.dry_run:
                 from megarewarm.training.dry_run import show_experiment
 
-                return show_experiment(experiment, runs, console)
-            return _train(runs, launch, console, experiment=experiment)
+                return show_experiment(experiment, console, arguments.only)
+            return _train(experiment, launch, console, arguments.only)
+        if arguments.quick or arguments.only:
+            raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
         return _run(validate(RunConfig, mapping, origins), launch, console, dry=arguments.dry_run)
     except UserError as error:
         # one voice per node: the others would only repeat it
@@ -86,23 +92,24 @@ def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
         from megarewarm.training.dry_run import show_run
 
         return show_run(run, console, world_size=launch.world_size)
-    return _train([run], launch, console, experiment=None)
+    return _train(run, launch, console)
 
 
-def _train(runs: list[RunConfig], launch: Launch, console: Console, *, experiment) -> int:  # type: ignore[no-untyped-def]
+def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only: Sequence[str] = ()) -> int:
     # imported here so that --help and a mistyped key answer at once, without loading torch
     from megarewarm.parallel.connect import connect
     from megarewarm.parallel.ranks import is_loss
     from megarewarm.training.trainer import TrainingDiverged, train
 
-    ranks = connect(launch, runs[0].training.device, runs[0].parallel.timeout_minutes)
+    first = what.arms[0].config if isinstance(what, Experiment) else what
+    ranks = connect(launch, first.training.device, first.parallel.timeout_minutes)
     try:
-        if experiment is not None:
+        if isinstance(what, Experiment):
             from megarewarm.training.experiment import run_experiment
 
-            stopped_by = run_experiment(experiment, runs, ranks, console)
+            stopped_by = run_experiment(what, ranks, console, only)
         else:
-            stopped_by = train(runs[0], ranks, console).stopped_by
+            stopped_by = train(what, ranks, console).stopped_by
     except TrainingDiverged as error:
         if ranks.is_main:
             print(str(error), file=sys.stderr, flush=True)

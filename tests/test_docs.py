@@ -32,7 +32,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_committed_configs_are_valid(config: Path) -> None:
     mapping, origins = read_configs([str(config)])
     if is_experiment(mapping):
-        assert load_experiment(mapping, origins)[1]
+        assert load_experiment(mapping, origins).arms
     else:
         assert validate(RunConfig, mapping, origins).total_steps > 0
 

@@ -1,16 +1,16 @@
-"""An experiment file: data to prepare, one base run, and runs that differ from it by a few keys."""
+"""An experiment file: data to prepare, one base run, and runs that differ from it by a few keys, named or as a grid."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from megarewarm.config.arms import Arm, arms_of
 from megarewarm.config.load import merge, validate
-from megarewarm.config.schema import RunConfig
 from megarewarm.config.section import Positive, Section
 from megarewarm.config.yaml_text import Origins
-from megarewarm.errors import UserError
 
 
 class TokenizerConfig(Section):
@@ -42,26 +42,54 @@ class PrepareConfig(Section):
 
 
 class ExperimentConfig(Section):
-    """Several runs in one file. ``${folder}`` in any text stands for the experiment's folder."""
+    """Several runs in one file. ``${folder}`` in any text stands for the experiment's folder, ``${runs}`` for the one that its
+    runs of the same seed are in."""
 
     experiment: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the experiment.")
+    title: str | None = Field(None, description="Heading of its report; null: the name.")
     folder: str | None = Field(None, description="Folder of the experiment; null: runs/NAME.")
     prepare: PrepareConfig | None = Field(None, description="Data to prepare first; null: nothing.")
-    base: dict[str, Any] = Field(description="Keys of a run (see below) that all runs share.")
+    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        description="Every run once for each: training.seed and data.seed. Null: once, with the seeds of the file.",
+    )
+    base: dict[str, Any] = Field({}, description="Keys of a run (see below) that all runs share.")
     runs: list[dict[str, Any]] = Field(
-        min_length=1, description="The runs in order: each a 'name' and the keys in which it differs from 'base'."
+        [],
+        description="The runs in order: each a 'name' and the keys in which it differs from 'base'. 'stages', a list of such "
+        "runs, makes it a chain: each starts from the one before.",
+    )
+    sweeps: list[dict[str, Any]] = Field(
+        [],
+        description="Groups of runs: each a 'name', 'axes' and further keys of a run. There is a run for every combination of "
+        "the axes' values. An axis is a key of a run with a list of values (schedule.max_lr: [1e-3, 2e-3]), or any name with "
+        "labels that each set several keys. 'with' names other runs that belong into the group's figure.",
+    )
+    quick: dict[str, Any] = Field(
+        {},
+        description="What --quick lays over this file, to try it in minutes; its key 'length' multiplies the budget of every "
+        "run. The folder is then another one, NAME_quick.",
     )
 
-    @field_validator("runs")
+    @field_validator("runs", "sweeps")
     @classmethod
     def _named(cls, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         names = [run.get("name") for run in runs]
         for i, name in enumerate(names):
             if not isinstance(name, str) or not name:
-                raise ValueError(f"run {i} has no 'name'")
+                raise ValueError(f"entry {i} has no 'name'")
             if names.count(name) > 1:
-                raise ValueError(f"two runs are named '{name}'")
+                raise ValueError(f"two entries are named '{name}'")
         return runs
+
+    @model_validator(mode="after")
+    def _check(self) -> ExperimentConfig:
+        if not self.runs and not self.sweeps:
+            raise ValueError("an experiment needs 'runs' or 'sweeps'")
+        if self.seeds and len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is given twice")
+        return self
 
     @property
     def experiment_folder(self) -> str:
@@ -70,7 +98,20 @@ class ExperimentConfig(Section):
     @property
     def data_folder(self) -> str:
         """Where the prepared data go."""
-        return (self.prepare and self.prepare.folder) or f"{self.experiment_folder}/data"
+        folder = (self.prepare and self.prepare.folder) or "${folder}/data"
+        return folder.replace("${folder}", self.experiment_folder)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment and its runs, in an order in which each comes after those it starts from."""
+
+    config: ExperimentConfig
+    arms: list[Arm]
+
+    @property
+    def folder(self) -> str:
+        return self.config.experiment_folder
 
 
 def is_experiment(mapping: dict[str, Any]) -> bool:
@@ -78,35 +119,20 @@ def is_experiment(mapping: dict[str, Any]) -> bool:
     return "experiment" in mapping
 
 
-def _fill(value: Any, folder: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("${folder}", folder)
-    if isinstance(value, list):
-        return [_fill(item, folder) for item in value]
-    if isinstance(value, dict):
-        return {key: _fill(item, folder) for key, item in value.items()}
-    return value
+def load_experiment(mapping: dict[str, Any], origins: Origins, *, quick: bool = False) -> Experiment:
+    """The experiment and its runs, every one validated before the first starts. ``quick``: with its key 'quick' laid over it.
 
-
-def _below(origins: Origins, prefix: tuple[str, ...]) -> Origins:
-    return {path[len(prefix) :]: where for path, where in origins.items() if path[: len(prefix)] == prefix}
-
-
-def load_experiment(mapping: dict[str, Any], origins: Origins) -> tuple[ExperimentConfig, list[RunConfig]]:
-    """The experiment and its runs, every one validated before the first starts. Raises ``UserError``."""
-    experiment = validate(ExperimentConfig, mapping, origins)
-    filled = _fill(mapping, experiment.experiment_folder)
-    try:
-        experiment = ExperimentConfig.model_validate(filled)
-    except ValidationError as error:  # pragma: no cover - the unfilled mapping was valid and filling changes only text
-        raise UserError(str(error)) from None
-    runs = []
-    for i, arm in enumerate(experiment.runs):
-        run = merge(experiment.base, arm)
-        if "folder" in run:
-            place = origins.get(("runs", str(i), "folder")) or origins.get(("base", "folder"), "config")
-            raise UserError(f"{place}: a run of an experiment has no 'folder' of its own; set the experiment's")
-        run["folder"] = f"{experiment.experiment_folder}/{arm['name']}"
-        run_origins = _below(origins, ("base",)) | _below(origins, ("runs", str(i)))
-        runs.append(validate(RunConfig, run, run_origins))
-    return experiment, runs
+    Raises ``UserError``.
+    """
+    length = 1.0
+    if quick:
+        over = dict(validate(ExperimentConfig, mapping, origins).quick)
+        length = over.pop("length", 1.0)
+        for path in [path for path in origins if path[0:1] == ("quick",)]:
+            origins = origins | {path[1:]: origins[path]}
+        mapping = merge(mapping, over)
+        for key in ("experiment", "folder"):
+            if mapping.get(key):
+                mapping = mapping | {key: f"{mapping[key]}_quick"}
+    config = validate(ExperimentConfig, mapping, origins)
+    return Experiment(config, arms_of(config.model_dump(), config.experiment_folder, origins, length))

@@ -95,7 +95,7 @@ def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None
     origins[tuple(path)] = where
 
 
-def _section_at(model: Any, path: Sequence[str | int]) -> list[str]:
+def known_keys(model: Any, path: Sequence[str | int]) -> list[str]:
     """Names of the keys that the schema knows at ``path`` (the parent of an unknown key)."""
     current: Any = model
     for part in path:
@@ -139,7 +139,7 @@ def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> M
             key = ".".join(path)
             place = _place(path, origins)
             if item["type"] == "extra_forbidden":
-                known = _section_at(model, item["loc"][:-1])
+                known = known_keys(model, item["loc"][:-1])
                 section = ".".join(path[:-1])
                 hint = nearest(path[-1], known) or f"; known here: {', '.join(known)}"
                 lines.append(f"{place}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")

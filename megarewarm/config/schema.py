@@ -6,9 +6,9 @@ generated from it (``python tools/document_config.py``).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.data import DataConfig, ReplayConfig
@@ -83,7 +83,7 @@ class ModelConfig(Section):
         return self.ffn_size or 4 * self.hidden_size
 
 
-Intent = Literal["scratch", "resume", "rewarm", "branch"]
+Intent = Literal["scratch", "resume", "rewarm", "branch", "continue"]
 
 
 class StartConfig(Section):
@@ -99,7 +99,8 @@ class StartConfig(Section):
     intent: Intent | None = Field(
         None,
         description="scratch | resume (bit-exact continuation) | rewarm (new schedule, usually new data) | branch (leave a "
-        "constant phase to anneal; data and moments kept). Null: scratch without 'from', rewarm with it.",
+        "constant phase to anneal; data and moments kept) | continue (new data at the rate at which the checkpoint stands, as "
+        "from one data set of an infinite schedule to the next; moments kept). Null: scratch without 'from', rewarm with it.",
     )
     weights: Literal["load", "initialise"] | None = Field(None, description="Model weights.")
     moments: Literal["keep", "reset", "keep_second"] | None = Field(
@@ -161,12 +162,23 @@ _CURVE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
+_RATE_OR_SHARE: list[JsonValue] = [
+    {"type": "number", "minimum": 0},
+    {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*%\s*$"},
+    {"type": "null"},
+]
+
+
 class ScheduleConfig(Section):
     """The learning-rate curve, a pure function of the step. Keys a curve has no use for are refused."""
 
     curve: Curve = Field(description="Shape after the warmup; docs/schedules.md draws each one.")
     max_lr: LearningRate = Field(description="Peak, reached at the end of the warmup.")
-    min_lr: LearningRate | None = Field(None, description="Floor, reached at the end of 'length'.")
+    min_lr: LearningRate | None = Field(
+        None,
+        description="Floor, reached at the end of 'length'; '10%' is a tenth of max_lr.",
+        json_schema_extra={"anyOf": _RATE_OR_SHARE},
+    )
     warmup: Budget = Field(
         Budget(amount=1, unit="percent"), description="Linear re-warming from 0; 0 for none.", validate_default=False
     )
@@ -177,7 +189,11 @@ class ScheduleConfig(Section):
     decay_shape: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = Field(
         None, description="wsd: shape of the final decay; null: minus_sqrt."
     )
-    constant_lr: LearningRate | None = Field(None, description="infinite_*: height of the constant phase.")
+    constant_lr: LearningRate | None = Field(
+        None,
+        description="infinite_*: height of the constant phase; '55%' is a share of max_lr.",
+        json_schema_extra={"anyOf": _RATE_OR_SHARE},
+    )
     cooldown: Budget | None = Field(None, description="infinite_*: own length of the cooldown from max_lr to constant_lr.")
     constant: Budget | None = Field(
         None, description="infinite_*: own length of the constant phase (not its end); the rest of 'length' anneals."
@@ -189,6 +205,18 @@ class ScheduleConfig(Section):
         "'length' it goes on (a cosine climbs again), a warmup of less than one step starts above max_lr. "
         "Null: held at both ends.",
     )
+
+    @field_validator("min_lr", "constant_lr", mode="before")
+    @classmethod
+    def _share(cls, value: Any, info: ValidationInfo) -> Any:
+        """'10%' of max_lr."""
+        if not (isinstance(value, str) and value.strip().endswith("%")):
+            return value
+        try:
+            share = float(value.strip()[:-1]) / 100
+        except ValueError:
+            raise ValueError(f"'{value}' is neither a rate nor a share of max_lr such as '10%'") from None
+        return share * info.data["max_lr"] if "max_lr" in info.data else None
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

@@ -41,6 +41,7 @@ PRESETS: dict[Intent, ResetPolicy] = {
     "resume": ResetPolicy("resume", "load", "keep", "keep", "continue", "continue", "continue", "keep", "keep"),
     "rewarm": ResetPolicy("rewarm", "load", "reset", "reset", "restart", "restart", "restart", "reseed", "reset"),
     "branch": ResetPolicy("branch", "load", "keep", "keep", "restart", "restart", "continue", "keep", "keep"),
+    "continue": ResetPolicy("continue", "load", "keep", "keep", "restart", "restart", "restart", "keep", "keep"),
 }
 
 _NEEDS_TRAINING_STATE = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,86 +12,27 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.own.state import TrainingState
-from megarewarm.checkpoint.own.store import Tensors
-from megarewarm.checkpoint.source import ALL_LINES
-from megarewarm.config.experiment import ExperimentConfig
+from megarewarm.config.experiment import Experiment
 from megarewarm.config.load import dump
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.seen_samples import SeenSource
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
-from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.report.terminal import draw_curve
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
-from megarewarm.training.plan import Plan, make_plan
+from megarewarm.training.experiment import chosen_arms
+from megarewarm.training.plan import Plan
 from megarewarm.training.summary import print_reset_table
+from megarewarm.training.unwritten import NotOpened, plan_ahead
 
 
-@dataclass
-class _NotOpened:
-    """Stands for a start checkpoint that is not on this machine; enough to show the plan, not to train."""
-
-    name: str
-    model_config: ModelConfig
-    format: str = "not opened"
-    notes: list[str] = field(default_factory=list)
-    training: TrainingState | None = None
-    lineage: Lineage = field(default_factory=Lineage)
-    keeps: frozenset[str] = frozenset()
-
-    def load_weights(self, model: ParallelModel) -> None:
-        raise UserError(f"{self.name} was not opened")
-
-    def load_tensors(self, tensors: Tensors) -> None:
-        raise UserError(f"{self.name} was not opened")
-
-
-def _plan(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
-    """The plan, and what is missing on this machine to carry it out.
-
-    A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says.
-    """
-    start = config.start.from_
-    if start is not None:
-        for plan in earlier:
-            if Path(start) == Path(plan.config.run_folder) and not Path(start).is_dir():
-                written = _NotOpened(start, plan.model, "not yet written", training=_state_at_the_end(plan), keeps=ALL_LINES)
-                return make_plan(config, source=written), []
-    try:
-        return make_plan(config), []
-    except UserError as error:
-        if config.model is None or start is None:
-            raise
-        return make_plan(config, source=_NotOpened(start, config.model)), [str(error)]
-
-
-def _state_at_the_end(plan: Plan) -> TrainingState:
-    total = plan.config.total_steps
-    return TrainingState(
-        run=plan.config.name,
-        intent=plan.policy.intent,
-        step=total,
-        tokens=total * plan.config.tokens_per_step,
-        optimizer_step=plan.position.optimizer_step + total - plan.position.step,
-        schedule_position=plan.schedule_position(total),
-        schedule=plan.schedule.spec(),
-        last_lr=plan.lr(total),
-        samples=plan.samples(total),
-        data_fingerprint="",
-        model=plan.model,
-        lineage=Lineage(),
-        start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
-    )
-
-
-def _missing_files(config: RunConfig) -> list[str]:
+def missing_files(config: RunConfig) -> list[str]:
+    """A line for each token file of the run that is not on this machine."""
     old = config.replay.sources or [] if config.replay is not None else []
     switched = [source for switch in config.data.switches for source in switch.train]
     sources = [*config.data.train, *switched, *old, *(s for v in config.data.validation for s in v.sources)]
@@ -104,7 +45,7 @@ def _missing_files(config: RunConfig) -> list[str]:
 
 def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
     """Print everything about one run. Returns exit code 0; raises ``UserError`` for a config that could not run."""
-    plan, missing = _plan(config)
+    plan, missing = plan_ahead(config)
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
     if world_size == 1:  # not under a launcher: as many ranks as the file needs
@@ -120,41 +61,47 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
         console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
     console.print()
     console.print(_curve(plan, width=min(100, console.width)), highlight=False, markup=False)
-    for problem in [*missing, *_missing_files(config)]:
+    for problem in [*missing, *missing_files(config)]:
         console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
     return 0
 
 
-def show_experiment(experiment: ExperimentConfig, runs: list[RunConfig], console: Console) -> int:
+def show_experiment(experiment: Experiment, console: Console, only: Sequence[str] = ()) -> int:
     """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0."""
-    overview = Table(
-        title=f"experiment {experiment.experiment} in {experiment.experiment_folder}", title_justify="left", box=None
-    )
-    for heading in ("run", "starts from", "curve", "peak lr", "steps", "tokens", "PFLOP"):
-        overview.add_column(heading, justify="right" if heading in ("steps", "tokens", "PFLOP", "peak lr") else "left")
+    chosen = chosen_arms(experiment, only)
+    seeds = Counter(arm.arm for arm in chosen)
+    overview = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
+    overview.add_column("run", overflow="fold")
+    for heading in ("starts from", "curve", "peak lr", "steps", "tokens", "PFLOP", "seeds"):
+        overview.add_column(heading, justify="left" if heading in ("starts from", "curve") else "right")
     tokens, petaflops = 0, 0.0
-    plans: list[Plan] = []
-    for run in runs:
-        plans.append(_plan(run, plans)[0])
-    for plan in plans:
-        run = plan.config
+    plans: dict[str, Plan] = {}
+    for arm in experiment.arms:
+        plans[arm.name] = plan_ahead(arm.config, list(plans.values()))[0]
+    shown: dict[str, Plan] = {}
+    for arm in chosen:
+        plan, run = plans[arm.name], arm.config
         run_tokens = run.total_steps * run.tokens_per_step
         run_flops = run_tokens * training_flops_per_token(plan.model, run.data.sequence_length) / 1e15
         tokens, petaflops = tokens + run_tokens, petaflops + run_flops
+        if arm.arm in shown:
+            continue
+        shown[arm.arm] = plan
         overview.add_row(
-            run.name,
+            arm.arm,
             Path(run.start.from_).name if run.start.from_ else "scratch",
             run.schedule.curve,
             f"{run.schedule.max_lr:.3g}",
             f"{run.total_steps:,}",
             f"{run_tokens:,}",
             f"{run_flops:.3g}",
+            str(seeds[arm.arm]),
         )
-    overview.add_row("all", "", "", "", "", f"{tokens:,}", f"{petaflops:.3g}", style="bold")
+    overview.add_row("all", "", "", "", "", f"{tokens:,}", f"{petaflops:.3g}", str(len(chosen)), style="bold")
     console.print(overview)
-    for plan in plans:
+    for name, plan in shown.items():
         console.print()
-        console.print(f"{plan.config.name}", style="bold")
+        console.print(name, style="bold")
         console.print(_curve(plan, width=min(80, console.width), height=6), highlight=False, markup=False)
     return 0
 
@@ -194,7 +141,7 @@ def _print_data(plan: Plan, console: Console) -> None:
     try:
         old = replayed(config.replay, plan.history)
     except UserError as error:
-        if not isinstance(plan.source, _NotOpened):
+        if not isinstance(plan.source, NotOpened):
             raise
         old, notes = [], [f"what of the lineage is replayed shows when {plan.source.name} is there ({error})"]
     phases = training_phases(config, plan.schedule, plan.origin, old)

@@ -2,42 +2,81 @@
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from megarewarm.config.experiment import ExperimentConfig, PrepareConfig
-from megarewarm.config.schema import RunConfig
+from megarewarm.config.arms import Arm
+from megarewarm.config.experiment import Experiment, PrepareConfig
+from megarewarm.config.experiment_record import check_record, write_record
 from megarewarm.data.corpora import prepare_corpora
+from megarewarm.errors import UserError, nearest
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
+from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.trainer import train
 
 
-def run_experiment(experiment: ExperimentConfig, runs: list[RunConfig], ranks: Ranks, console: Console) -> int | None:
-    """All runs in order. Returns the signal that stopped it, or None when it is complete. All ranks call it."""
-    folder = Path(experiment.experiment_folder)
-    if experiment.prepare is not None:
-        if ranks.is_main:
-            _prepare(experiment.prepare, Path(experiment.data_folder), console)
-        ranks.barrier()
+def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
+    """The runs named in ``only``, by name or, all seeds of one, by arm; all where it is empty. Raises ``UserError``."""
+    for name in only:
+        names = [*(arm.name for arm in experiment.arms), *(arm.arm for arm in experiment.arms)]
+        if name not in names:
+            raise UserError(f"--only {name}: no run of experiment '{experiment.config.experiment}'{nearest(name, names)}")
+    return [arm for arm in experiment.arms if not only or arm.name in only or arm.arm in only]
+
+
+def check_folders(experiment: Experiment) -> None:
+    """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
+    check_record(experiment)
+    for arm in experiment.arms:
+        RunFolder(Path(arm.config.run_folder)).check(arm.config)
+
+
+def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int | None:
+    """The runs in order, or those named in ``only``. Returns the signal that stopped it, or None when it is complete.
+
+    All ranks call it. Raises ``UserError``.
+    """
+    arms = chosen_arms(experiment, only)
+    check_folders(experiment)
+    if ranks.is_main:
+        write_record(experiment)
+        prepare(experiment, console)
+    ranks.barrier()
     folders = []
-    for number, run in enumerate(runs, start=1):
-        console.rule(f"{number} of {len(runs)}: {run.name}", align="left", style="dim")
-        outcome = train(run, ranks, console)
+    for number, arm in enumerate(arms, start=1):
+        console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")
+        outcome = train(arm.config, ranks, console)
         if outcome.stopped_by is not None:
             return outcome.stopped_by
         folders.append(outcome.folder)
-    if ranks.is_main:
-        page = report(folders, folder / "report")
+    if ranks.is_main and not only:
+        page = report(folders, Path(experiment.folder) / "report")
         console.rule("summary", align="left", style="dim")
         console.print(summary_table([read_run(run_folder) for run_folder in folders]))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     ranks.barrier()
     return None
+
+
+def prepare(experiment: Experiment, console: Console) -> None:
+    """The experiment's token files, one process at a time. Raises ``UserError``."""
+    if experiment.config.prepare is None:
+        return
+    folder = Path(experiment.config.data_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _prepare(experiment.config.prepare, folder, console)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error}); set prepare.folder to another place") from error
 
 
 def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None) -> P
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":
         _require_same_curve(schedule, training, foreign=not isinstance(source, OwnCheckpoint))
+    if policy.intent == "continue" and training is not None and policy.schedule == "restart":
+        _require_same_rate(schedule.lr(origin.schedule), training)
     if origin.step >= config.total_steps:
         raise UserError(
             f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
@@ -143,6 +146,15 @@ def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Sched
     # a schedule that starts anew has only the remaining steps; one that continues counts from its old beginning
     total = max(1, config.total_steps - (origin.step if policy.schedule == "restart" else 0))
     return build_schedule(config.schedule, lambda budget: budget.in_steps(config.tokens_per_step, total), total)
+
+
+def _require_same_rate(first: float, training: TrainingState) -> None:
+    if not math.isclose(first, training.last_lr, rel_tol=0.01):
+        raise UserError(
+            f"start.intent: 'continue' goes on at the rate at which the checkpoint stands, {training.last_lr:.4g}, and this "
+            f"schedule begins at {first:.4g}; set schedule.max_lr to that rate with curve 'constant' and warmup 0, or re-warm "
+            f"(intent 'rewarm')"
+        )
 
 
 def _require_same_curve(schedule: Schedule, training: TrainingState, *, foreign: bool) -> None:

@@ -1,0 +1,75 @@
+"""experiment.json in an experiment's folder: its runs and how they belong together, for whoever looks at the folder later."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megarewarm.config.experiment import Experiment
+from megarewarm.errors import UserError
+
+FILE = "experiment.json"
+FORMAT = 1
+
+
+def record_of(experiment: Experiment) -> dict[str, Any]:
+    """What the file says: names, groups, axes, seeds, chains, folders (relative), what each run starts from, and its length."""
+    return {
+        "format": FORMAT,
+        "experiment": experiment.config.experiment,
+        "title": experiment.config.title,
+        "runs": [
+            {
+                "name": arm.name,
+                "arm": arm.arm,
+                "seed": arm.seed,
+                "group": arm.group,
+                "groups": arm.groups,
+                "axes": arm.axes,
+                "chain": arm.chain,
+                "stage": arm.stage,
+                "folder": arm.folder,
+                "after": list(arm.after),
+                "steps": arm.config.total_steps,
+                "tokens_per_step": arm.config.tokens_per_step,
+            }
+            for arm in experiment.arms
+        ],
+    }
+
+
+def check_record(experiment: Experiment) -> None:
+    """Raise ``UserError`` where the folder is another experiment's, or no folder."""
+    folder = Path(experiment.folder)
+    path = folder / FILE
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: the experiment's folder is a file; set 'folder' to another place")
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"{folder}: holds a single run, not an experiment; set 'experiment' or 'folder' to another name")
+    if not path.is_file():
+        return
+    try:
+        other = json.loads(path.read_text(encoding="utf-8"))["experiment"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; remove it (it is written again), or set 'folder' to another place") from None
+    if other != experiment.config.experiment:
+        raise UserError(
+            f"{folder}: holds the experiment '{other}', this one is '{experiment.config.experiment}'; set 'folder' to another "
+            f"place"
+        )
+
+
+def write_record(experiment: Experiment) -> Path:
+    """Write the file, whole or not at all. Raises ``UserError`` as ``check_record``, and where it can't be written."""
+    check_record(experiment)
+    path = Path(experiment.folder) / FILE
+    partial = path.with_name(f".{FILE}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(record_of(experiment), indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error}); set 'folder' to another place") from error
+    return path

@@ -1,0 +1,93 @@
+"""Plans of runs that start from checkpoints which are not written yet, or not on this machine: enough to show and to count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.store import Tensors
+from megarewarm.checkpoint.source import ALL_LINES
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.errors import UserError
+from megarewarm.parallel.engine import ParallelModel
+from megarewarm.training.plan import Plan, make_plan
+from megarewarm.training.saving import is_saved
+
+
+@dataclass
+class NotOpened:
+    """Stands for a start checkpoint that is not on this machine; enough to show the plan, not to train."""
+
+    name: str
+    model_config: ModelConfig
+    format: str = "not opened"
+    notes: list[str] = field(default_factory=list)
+    training: TrainingState | None = None
+    lineage: Lineage = field(default_factory=Lineage)
+    keeps: frozenset[str] = frozenset()
+
+    def load_weights(self, model: ParallelModel) -> None:
+        raise UserError(f"{self.name} was not opened")
+
+    def load_tensors(self, tensors: Tensors) -> None:
+        raise UserError(f"{self.name} was not opened")
+
+
+def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
+    """The plan, and what is missing on this machine to carry it out.
+
+    A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says. Raises ``UserError``.
+    """
+    start = config.start.from_
+    if start is not None and not Path(start).is_dir():
+        for plan in earlier:
+            if (step := _step_named(start, plan)) is not None:
+                written = NotOpened(start, plan.model, "not yet written", training=_state_after(plan, step), keeps=ALL_LINES)
+                return make_plan(config, source=written), []
+    try:
+        return make_plan(config), []
+    except UserError as error:
+        if config.model is None or start is None:
+            raise
+        return make_plan(config, source=NotOpened(start, config.model)), [str(error)]
+
+
+def _step_named(start: str, plan: Plan) -> int | None:
+    """The step of the checkpoint ``start`` of the planned run; None where it is not one of its."""
+    folder = Path(plan.config.run_folder)
+    if Path(start) == folder:
+        return plan.config.total_steps
+    if Path(start).parent != folder / "checkpoints":
+        return None
+    word = Path(start).name.removeprefix("step_")
+    if (
+        not word.isdigit()
+        or not plan.origin.step < int(word) <= plan.config.total_steps
+        or not is_saved(plan.config, int(word))
+    ):
+        raise UserError(
+            f"start.from: {start} will not be written: run '{plan.config.name}' saves no checkpoint of that name; add the step "
+            f"to its checkpoint.extra_steps, or write {folder}@{word} steps"
+        )
+    return int(word)
+
+
+def _state_after(plan: Plan, step: int) -> TrainingState:
+    return TrainingState(
+        run=plan.config.name,
+        intent=plan.policy.intent,
+        step=step,
+        tokens=step * plan.config.tokens_per_step,
+        optimizer_step=plan.position.optimizer_step + step - plan.position.step,
+        schedule_position=plan.schedule_position(step),
+        schedule=plan.schedule.spec(),
+        last_lr=plan.lr(step),
+        samples=plan.samples(step),
+        data_fingerprint="",
+        model=plan.model,
+        lineage=Lineage(),
+        start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
+    )
