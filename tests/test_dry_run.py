@@ -60,7 +60,7 @@ def test_every_run_of_an_experiment_is_shown(anywhere: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     for name in ("upstream", "constant_low", "rewarm_double", "kept_moments", "replay_25", "infinite", "from_scratch"):
         assert name in shown
-    assert "18,636,800" in shown
+    assert "18.6M" in shown
     assert not list(anywhere.iterdir())
 
 

@@ -22,7 +22,8 @@ FLOORS = {
     "megarewarm.checkpoint": 3,
     "megarewarm.rewarm": 4,
     "megarewarm.training": 5,
-    "tools": 5,
+    "megarewarm.lab": 6,
+    "tools": 7,
     "megarewarm.main": 6,
 }
 SOURCES = sorted(

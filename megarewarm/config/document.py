@@ -127,7 +127,13 @@ def json_schema() -> str:
     }
     run["properties"]["extends"] = experiment["properties"]["extends"] = extends
     experiment["properties"]["base"] = {"$ref": "#/$defs/Run"}
-    experiment["properties"]["runs"]["items"] = {"$ref": "#/$defs/Run"}
+    stages = {"description": "A chain: each starts from the one before.", "type": "array", "items": {"$ref": "#/$defs/Run"}}
+    axes = {"description": "Keys with their values, or names with labels.", "type": "object", "minProperties": 1}
+    names = {"description": "Other runs in the group's figure.", "type": "array", "items": {"type": "string"}}
+    definitions["Arm"] = run | {"properties": run["properties"] | {"stages": stages}}
+    definitions["Sweep"] = run | {"properties": run["properties"] | {"stages": stages, "axes": axes, "with": names}}
+    experiment["properties"]["runs"]["items"] = {"$ref": "#/$defs/Arm"}
+    experiment["properties"]["sweeps"]["items"] = {"$ref": "#/$defs/Sweep"}
     experiment["required"] = ["experiment"]
     whole = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -31,20 +31,31 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     if resolved in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
     mapping, origins = read_yaml(path)
+    base = mapping.get("base")
+    if isinstance(base, dict) and "extends" in base:  # an experiment whose base is a run's file
+        parents, parent_origins = _parents(base, path, origins.get(("base", "extends"), str(path)), (*seen, resolved))
+        mapping = mapping | {"base": merge(parents, base)}
+        origins = {("base", *place): where for place, where in parent_origins.items()} | origins
+    parents, parent_origins = _parents(mapping, path, origins.get(("extends",), str(path)), (*seen, resolved))
+    return merge(parents, mapping), parent_origins | origins
+
+
+def _parents(mapping: dict[str, Any], path: Path, where: str, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    """What ``mapping`` extends, merged; its key 'extends' is taken out. ``path``: the file that it stands in."""
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise UserError(f"{origins[('extends',)]}: 'extends' takes a file name or a list of them")
+        raise UserError(f"{where}: 'extends' takes a file name or a list of them")
     merged: dict[str, Any] = {}
     merged_origins: Origins = {}
     for parent in parents:
         parent_path = path.parent / parent
         if not parent_path.is_file():
-            raise UserError(f"{origins[('extends',)]}: 'extends' names {parent_path}, which does not exist")
-        parent_mapping, parent_origins = _read_with_parents(parent_path, (*seen, resolved))
+            raise UserError(f"{where}: 'extends' names {parent_path}, which does not exist")
+        parent_mapping, parent_origins = _read_with_parents(parent_path, seen)
         merged = merge(merged, parent_mapping)
         merged_origins |= parent_origins
-    return merge(merged, mapping), merged_origins | origins
+    return merged, merged_origins
 
 
 def read_configs(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:

@@ -22,6 +22,7 @@ from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.report.terminal import draw_curve
+from megarewarm.report.words import tokens_text
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
@@ -72,8 +73,10 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
     seeds = Counter(arm.arm for arm in chosen)
     overview = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
     overview.add_column("run", overflow="fold")
-    for heading in ("starts from", "curve", "peak lr", "steps", "tokens", "PFLOP", "seeds"):
-        overview.add_column(heading, justify="left" if heading in ("starts from", "curve") else "right")
+    for heading in ("from", "curve"):
+        overview.add_column(heading, overflow="fold")
+    for heading in ("peak lr", "steps", "tokens", "PFLOP", "seeds"):
+        overview.add_column(heading, justify="right", no_wrap=True)
     tokens, petaflops = 0, 0.0
     plans: dict[str, Plan] = {}
     for arm in experiment.arms:
@@ -93,11 +96,11 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
             run.schedule.curve,
             f"{run.schedule.max_lr:.3g}",
             f"{run.total_steps:,}",
-            f"{run_tokens:,}",
-            f"{run_flops:.3g}",
+            tokens_text(run_tokens),
+            f"{run_flops:.2g}",
             str(seeds[arm.arm]),
         )
-    overview.add_row("all", "", "", "", "", f"{tokens:,}", f"{petaflops:.3g}", str(len(chosen)), style="bold")
+    overview.add_row("all", "", "", "", "", tokens_text(tokens), f"{petaflops:.2g}", str(len(chosen)), style="bold")
     console.print(overview)
     for name, plan in shown.items():
         console.print()

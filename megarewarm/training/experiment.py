@@ -23,12 +23,16 @@ from megarewarm.training.trainer import train
 
 
 def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
-    """The runs named in ``only``, by name or, all seeds of one, by arm; all where it is empty. Raises ``UserError``."""
+    """The runs named in ``only``: by name, by arm (all its seeds), by sweep or chain; all where it is empty.
+
+    Raises ``UserError``.
+    """
+    called = {arm.name: {arm.name, arm.arm, arm.group, arm.chain} for arm in experiment.arms}
+    known = [str(name) for names in called.values() for name in names if name is not None]
     for name in only:
-        names = [*(arm.name for arm in experiment.arms), *(arm.arm for arm in experiment.arms)]
-        if name not in names:
-            raise UserError(f"--only {name}: no run of experiment '{experiment.config.experiment}'{nearest(name, names)}")
-    return [arm for arm in experiment.arms if not only or arm.name in only or arm.arm in only]
+        if name not in known:
+            raise UserError(f"--only {name}: no run of experiment '{experiment.config.experiment}'{nearest(name, known)}")
+    return [arm for arm in experiment.arms if not only or called[arm.name] & set(only)]
 
 
 def check_folders(experiment: Experiment) -> None:

@@ -1,0 +1,139 @@
+"""What an experiment still costs: the state of each run, FLOPs, tokens, disk and, once runs have trained, hours."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from megarewarm.config.arms import Arm
+from megarewarm.config.experiment import Experiment
+from megarewarm.model.size import count_parameters, training_flops_per_token
+from megarewarm.report.follow import Follower
+from megarewarm.report.words import tokens_text
+from megarewarm.training.dry_run import missing_files
+from megarewarm.training.plan import Plan
+from megarewarm.training.progress import duration
+from megarewarm.training.unwritten import plan_ahead
+
+State = Literal["done", "begun", "waiting"]
+
+_STATE_BYTES = 12  # a parameter with both moments, fp32
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A run, how far it is and what the rest of it takes.
+
+    ``flops`` of the remaining steps; ``disk`` in bytes, of the checkpoints that stay at its end; ``flops_per_second`` as far as
+    it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
+    """
+
+    arm: Arm
+    state: State
+    steps_done: int
+    tokens: int
+    flops: float
+    disk: float
+    flops_per_second: float | None
+    missing: tuple[str, ...]
+
+
+def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
+    """What lies ahead of ``arms``. Every run of the experiment is planned, so whatever can't start is refused here.
+
+    Raises ``UserError`` for a run whose start is neither here nor made by another run, and for what a plan refuses.
+    """
+    plans: list[Plan] = []
+    found = []
+    wanted = {arm.name for arm in arms}
+    prepared = Path(experiment.config.data_folder) if experiment.config.prepare is not None else None
+    for arm in experiment.arms:
+        plan, missing = plan_ahead(arm.config, plans)
+        plans.append(plan)
+        if arm.name not in wanted:
+            continue
+        config = plan.config
+        follower = Follower(Path(config.run_folder) / "metrics.jsonl")
+        follower.poll()
+        stopped = (follower.stop or {}).get("reason")
+        state: State = "done" if plan.resumed and plan.position.step >= config.total_steps else "waiting"
+        if state != "done" and (plan.resumed or follower.step is not None) and stopped != "complete":
+            state = "begun"
+        done = plan.position.step - plan.origin.step if plan.resumed else 0
+        total = config.total_steps - plan.origin.step
+        per_token = training_flops_per_token(plan.model, config.data.sequence_length)
+        rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]
+        files = [line for line in missing_files(config) if prepared is None or not _is_below(line, prepared)]
+        found.append(
+            Prospect(
+                arm=arm,
+                state=state,
+                steps_done=done,
+                tokens=(total - done) * config.tokens_per_step,
+                flops=(total - done) * config.tokens_per_step * per_token,
+                disk=_STATE_BYTES * count_parameters(plan.model) * (config.checkpoint.keep_last + _extra(arm)),
+                flops_per_second=statistics.median(rates) * per_token if rates else None,
+                missing=(*missing, *files),
+            )
+        )
+    return found
+
+
+def _is_below(line: str, folder: Path) -> bool:
+    return Path(line.partition(":")[0]).is_relative_to(folder)
+
+
+def _extra(arm: Arm) -> int:
+    extra = arm.config.checkpoint.extra_steps
+    return 11 if extra == "log_spaced" else len(extra)
+
+
+def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, console: Console) -> None:
+    """The plan as a table, arms of several seeds in one line, and below it what all of it takes with ``jobs`` at a time."""
+    table = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
+    table.add_column("run", overflow="fold")
+    for heading in ("done", "steps", "tokens left", "PFLOP left"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("starts from", overflow="fold")
+    for name in dict.fromkeys(prospect.arm.arm for prospect in found):
+        group = [prospect for prospect in found if prospect.arm.arm == name]
+        first = group[0].arm.config
+        table.add_row(
+            name,
+            f"{sum(prospect.state == 'done' for prospect in group)} of {len(group)}",
+            f"{first.total_steps:,}",
+            tokens_text(sum(prospect.tokens for prospect in group)),
+            f"{sum(prospect.flops for prospect in group) / 1e15:.2g}",
+            Path(first.start.from_).name if first.start.from_ else "scratch",
+        )
+    console.print(table)
+    left = [prospect for prospect in found if prospect.state != "done"]
+    flops = sum(prospect.flops for prospect in left)
+    console.print(
+        f"{len(found) - len(left)} of {len(found)} runs are done; left: {tokens_text(sum(p.tokens for p in left))} tokens, "
+        f"{flops / 1e15:.3g} PFLOP; checkpoints take up to {sum(p.disk for p in found) / 1e9:.2g} GB",
+        highlight=False,
+    )
+    rates = [prospect.flops_per_second for prospect in found if prospect.flops_per_second]
+    if left and rates:
+        seconds = max(flops / statistics.median(rates) / jobs, longest_chain(left, statistics.median(rates)))
+        console.print(
+            f"about {duration(seconds)} at the rate at which its runs have trained so far, {jobs} at a time", highlight=False
+        )
+    elif left:
+        console.print("how long that takes is known once its first run has trained for some steps", highlight=False)
+
+
+def longest_chain(left: Sequence[Prospect], flops_per_second: float) -> float:
+    """Seconds that no number of jobs can save: of the longest row of runs that start from each other."""
+    seconds: dict[str, float] = {}
+    for prospect in left:
+        before = max((seconds.get(name, 0.0) for name in prospect.arm.after), default=0.0)
+        seconds[prospect.arm.name] = before + prospect.flops / flops_per_second
+    return max(seconds.values(), default=0.0)

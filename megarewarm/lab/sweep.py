@@ -1,0 +1,124 @@
+"""From an experiment to its report: check, show the plan and its cost, prepare the data, run what is not done, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from megarewarm.config.experiment import Experiment
+from megarewarm.config.experiment_record import write_record
+from megarewarm.errors import UserError
+from megarewarm.lab.local import Job, Result, cores, devices, run_locally
+from megarewarm.lab.outlook import Prospect, prospects, show_outlook
+from megarewarm.lab.slurm import submit
+from megarewarm.model.size import count_parameters
+from megarewarm.report.page import report
+from megarewarm.training.experiment import check_folders, chosen_arms, prepare
+
+_PROCESS_BYTES = 700e6  # Python, torch and the data's caches
+_PARAMETER_BYTES = 28.0  # weights, gradients, moments, a checkpoint's copy and activations of a small batch
+EXIT_FAILED = 1
+
+
+def sweep(
+    experiment: Experiment,
+    words: Sequence[str],
+    console: Console,
+    *,
+    launcher: str,
+    jobs: int | None,
+    ranks: int,
+    options: Sequence[str],
+    only: Sequence[str],
+    dry_run: bool,
+    environment: dict[str, str],
+) -> int:
+    """Carry out what of ``experiment`` is not done. ``words`` name it to launch.sh; the rest is as on tools/sweep.py's command
+    line. Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
+    arms = chosen_arms(experiment, only)
+    check_folders(experiment)
+    found = prospects(experiment, arms)
+    at_once = jobs or (fitting_jobs(found, ranks) if launcher == "local" else len(found))
+    show_outlook(experiment, found, at_once, console)
+    missing = {line: prospect for prospect in reversed(found) if prospect.state != "done" for line in prospect.missing}
+    if missing and not dry_run:
+        raise UserError("\n".join(f"{prospect.arm.name}: {line}" for line, prospect in missing.items()))
+    for line, prospect in missing.items():
+        console.print(f"not here, needed to train: {prospect.arm.name}: {line}", style="yellow", highlight=False)
+    if dry_run:
+        return 0
+    write_record(experiment)
+    left = [prospect.arm for prospect in found if prospect.state != "done"]
+    folder = Path(experiment.folder)
+    if left:
+        prepare(experiment, console)
+    if left and launcher == "slurm":
+        for wave in submit(left, words, folder, jobs=jobs, options=options, environment=environment):
+            console.print(f"job {wave.job}: {len(wave.arms)} runs ({wave.list_file})", highlight=False)
+        console.print(
+            f"python tools/watch.py {folder} shows how they do; the same sweep command submits what is not done by then",
+            highlight=False,
+        )
+        return 0
+    result = run_locally(left, words, folder, jobs=at_once, ranks=ranks, tick=_Teller(console, left)) if left else Result()
+    return _conclude(experiment, result, only, console)
+
+
+def fitting_jobs(found: Sequence[Prospect], ranks: int) -> int:
+    """Runs at a time that GPUs, or else cores and memory, have room for; at least 1."""
+    gpus = len(devices())
+    if gpus:
+        return max(1, gpus // ranks)
+    import os
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7
+    largest = max((_parameters(prospect) for prospect in found), default=0)
+    by_memory = int(memory / (ranks * (_PROCESS_BYTES + _PARAMETER_BYTES * largest)))
+    return max(1, min(cores() // ranks, by_memory, len(found)))
+
+
+def _parameters(prospect: Prospect) -> int:
+    model = prospect.arm.config.model
+    return count_parameters(model) if model is not None else 0
+
+
+class _Teller:
+    """A line for each run that begins or ends, and how many are left."""
+
+    def __init__(self, console: Console, arms: Sequence[object]) -> None:
+        self._console, self._total = console, len(arms)
+        self._begun: set[str] = set()
+        self._told: set[str] = set()
+
+    def __call__(self, running: Sequence[Job], result: Result) -> None:
+        for job in running:
+            if job.arm.name not in self._begun:
+                self._begun.add(job.arm.name)
+                self._console.print(f"{job.arm.name}: begun ({job.log})", highlight=False)
+        ended = {name: "complete" for name in result.done} | result.failed
+        ended |= {name: "can't begin: what it starts from failed" for name in result.skipped}
+        for name, how in ended.items():
+            if name not in self._told:
+                self._told.add(name)
+                style = None if how == "complete" else "red"
+                self._console.print(f"{name}: {how}; {len(self._told)} of {self._total}", style=style, highlight=False)
+
+
+def _conclude(experiment: Experiment, result: Result, only: Sequence[str], console: Console) -> int:
+    if result.stopped_by is not None:
+        console.print("stopped; the same command goes on from here", style="yellow")
+        return 128 + result.stopped_by
+    folders = [Path(arm.config.run_folder) for arm in experiment.arms]
+    trained = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
+    if trained:
+        console.print(f"report: {report(trained, Path(experiment.folder) / 'report')}", highlight=False, soft_wrap=True)
+    if result.failed:
+        console.print(
+            f"{len(result.failed)} runs failed and {len(result.skipped)} could not begin for that; the same command tries them "
+            f"again",
+            style="red",
+        )
+        return EXIT_FAILED
+    return 0

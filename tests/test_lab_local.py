@@ -1,0 +1,185 @@
+"""Runs of an experiment on this machine: order, failures, interruptions, with a stand-in for launch.sh; once the real thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import events, mapping
+
+from megarewarm.config.arms import Arm
+from megarewarm.config.experiment import Experiment, load_experiment
+from megarewarm.errors import UserError
+from megarewarm.lab import local
+from megarewarm.lab.local import run_locally
+from megarewarm.lab.outlook import longest_chain, prospects
+from megarewarm.lab.slurm import command_of, waves
+from megarewarm.training.experiment import check_folders, chosen_arms
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = """\
+import os, signal, sys, time
+name = sys.argv[sys.argv.index("--only") + 1]
+where = open(os.path.join(os.environ["PLACE"], "calls"), "a", buffering=1)
+where.write(f"begin {name} {os.environ['OMP_NUM_THREADS']} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+def stop(number, frame):
+    where.write(f"saved {name}\\n")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+time.sleep(30 if name.startswith("long") else 0.6)
+where.write(f"end {name}\\n")
+print("the reason of", name)
+sys.exit(2 if name.startswith("bad") else 0)
+"""
+
+
+def experiment(place: Path, runs: list[dict[str, Any]]) -> Experiment:
+    base = mapping(place)
+    del base["name"], base["folder"]
+    whole = {"experiment": "e", "folder": str(place / "e"), "base": base, "runs": runs}
+    (place / "e.yml").write_text(yaml.safe_dump(whole))
+    return load_experiment(whole, {})
+
+
+def runs(**starts: str | None) -> list[dict[str, Any]]:
+    """Runs by what each starts from, told apart by their seeds."""
+    return [
+        {"name": name, "training": {"seed": i}, "start": {"from": None if start is None else f"${{runs}}/{start}"}}
+        for i, (name, start) in enumerate(starts.items())
+    ]
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(local, "LAUNCHER", tmp_path / "stand_in.py")
+    monkeypatch.setattr(local, "devices", lambda: [])
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    return tmp_path / "calls"
+
+
+def test_each_run_begins_when_its_start_is_done_and_the_machine_is_shared(tmp_path: Path, calls: Path, monkeypatch) -> None:
+    monkeypatch.setattr(local, "cores", lambda: 8)
+    arms = experiment(tmp_path, runs(a=None, b="a", c=None, d="b")).arms
+    result = run_locally(arms, ["e.yml"], tmp_path / "e", jobs=2, every=0.02)
+    assert sorted(result.done) == ["a", "b", "c", "d"] and not result.failed and not result.skipped
+    lines = calls.read_text().split("\n")
+    order = [" ".join(line.split()[:2]) for line in lines]
+    for before, after in (("end a", "begin b"), ("end b", "begin d")):
+        assert order.index(before) < order.index(after)
+    assert {line.split()[2] for line in lines if line.startswith("begin")} == {"4"}
+    most, now = 0, 0
+    for line in order:
+        now += line.startswith("begin") - line.startswith("end")
+        most = max(most, now)
+    assert most == 2
+
+
+def test_a_run_that_fails_takes_its_followers_with_it_and_nothing_else(tmp_path: Path, calls: Path) -> None:
+    arms = experiment(tmp_path, runs(bad=None, next="bad", last="next", other=None)).arms
+    result = run_locally(arms, [], tmp_path / "e", jobs=1, every=0.02)
+    assert result.done == ["other"] and sorted(result.skipped) == ["last", "next"]
+    assert list(result.failed) == ["bad"] and "exit code 2: the reason of bad" in result.failed["bad"]
+    assert "begin next" not in calls.read_text()
+
+
+def test_a_signal_lets_every_run_save_and_begins_no_other(tmp_path: Path, calls: Path) -> None:
+    arms = experiment(tmp_path, runs(long_1=None, long_2=None, more=None)).arms
+
+    def interrupt() -> None:
+        while not calls.exists() or calls.read_text().count("begin") < 2:
+            time.sleep(0.02)
+        time.sleep(0.3)  # until both can be signalled
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = run_locally(arms, [], tmp_path / "e", jobs=2, every=0.02)
+    thread.join()
+    assert result.stopped_by == signal.SIGINT and not result.failed and not result.done
+    assert sorted(line for line in calls.read_text().splitlines() if "saved" in line) == ["saved long_1", "saved long_2"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_gpus_are_handed_out_one_group_a_run(tmp_path: Path, calls: Path, monkeypatch) -> None:
+    monkeypatch.setattr(local, "devices", lambda: [0, 1])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    arms = experiment(tmp_path, runs(a=None, b=None, c=None)).arms
+    run_locally(arms, [], tmp_path / "e", jobs=2, every=0.02)
+    used = [line.split()[3] for line in calls.read_text().splitlines() if line.startswith("begin")]
+    assert used[:2] == ["5", "7"] and set(used) == {"5", "7"} and len(used) == 3
+
+
+def test_waves_go_by_what_lies_before_a_run(tmp_path: Path) -> None:
+    arms = experiment(tmp_path, runs(a=None, b="a", c=None, d="b")).arms
+    found = waves(arms, tmp_path / "e")
+    assert [[arm.name for arm in wave.arms] for wave in found] == [["a", "c"], ["b"], ["d"]]
+    command = command_of(found[1], ["e.yml", "--quick"], 4, ["--gpus-per-node=1"], "17")
+    assert command[:3] == ["sbatch", "--parsable", "--array=1-1%4"] and "--dependency=afterok:17" in command
+    assert command[-4:] == [str(ROOT / "tools/slurm/experiment.sbatch"), str(found[1].list_file), "e.yml", "--quick"]
+    only = [arm for arm in arms if arm.name == "d"]  # what is not to be run is taken to be there
+    assert [[arm.name for arm in wave.arms] for wave in waves(only, tmp_path)] == [["d"]]
+
+
+def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
+    lost = experiment(tmp_path, [{"name": "a", "start": {"from": str(tmp_path / "nowhere")}, "model": None}])
+    with pytest.raises(UserError, match="nowhere"):
+        prospects(lost, lost.arms)
+    missing = experiment(tmp_path, [{"name": "a", "data": {"train": [{"path": str(tmp_path / "none")}]}}])
+    (prospect,) = prospects(missing, missing.arms)
+    assert prospect.state == "waiting" and "none: no such token file" in prospect.missing[0]
+    unsaved = [{"name": "a", "checkpoint": {"every": None}}, *runs(b="a/checkpoints/step_7")]
+    whole = experiment(tmp_path, unsaved)
+    with pytest.raises(UserError, match="run 'a' saves no checkpoint of that name"):
+        prospects(whole, whole.arms)
+    other = experiment(tmp_path, runs(a=None))
+    folder = Path(other.arms[0].config.run_folder)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(mapping(tmp_path, name="a", schedule={"max_lr": 0.5})))
+    with pytest.raises(UserError, match="holds a run in which"):
+        check_folders(other)
+
+
+def test_costs_follow_from_the_steps_left(tmp_path: Path) -> None:
+    whole = experiment(tmp_path, runs(a=None, b="a", c=None))
+    found = prospects(whole, whole.arms)
+    assert [p.tokens for p in found] == [20 * 8 * 16] * 3 and len({p.flops for p in found}) == 1
+    assert longest_chain(found, found[0].flops) == pytest.approx(2.0)  # a, then b; c at the same time
+    assert chosen_arms(whole, ["b"]) == [whole.arms[1]]
+    with pytest.raises(UserError, match="--only d: no run of experiment 'e'"):
+        chosen_arms(whole, ["d"])
+
+
+def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/sweep.py", str(place / "e.yml"), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.launch
+def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Path) -> None:
+    chosen = [*runs(a=None, b="a@50%"), {"name": "bad", "training": {"global_batch": 3}, "parallel": {"data": 2}}]
+    arms: list[Arm] = experiment(tmp_path, chosen).arms
+    shown = sweep(tmp_path, "--dry-run")
+    assert shown.returncode == 0 and "0 of 3 runs are done" in shown.stdout and not (tmp_path / "e").exists()
+    first = sweep(tmp_path, "--jobs", "2")
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert "bad: exit code 2: " in first.stdout and "1 runs failed" in first.stdout
+    assert (tmp_path / "e" / "report" / "report.html").is_file()
+    record = json.loads((tmp_path / "e" / "experiment.json").read_text())
+    assert [run["name"] for run in record["runs"]] == ["a", "b", "bad"]
+    assert events(Path(arms[1].config.run_folder), "start")[0]["from"].endswith("/a/checkpoints/step_10")
+    lines = (tmp_path / "e" / "a" / "metrics.jsonl").read_text()
+    again = sweep(tmp_path, "--only", "a", "--only", "b")
+    assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout
+    assert (tmp_path / "e" / "a" / "metrics.jsonl").read_text() == lines
+    refused = sweep(tmp_path, "experiment=f")
+    assert refused.returncode == 2 and "holds the experiment 'e', this one is 'f'" in refused.stderr
