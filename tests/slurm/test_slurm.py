@@ -150,3 +150,25 @@ def test_an_array_runs_one_variant_a_task(cluster: Cluster, tmp_path: Path) -> N
     assert max(line["lr"] for line in events(tmp_path / "low", "train")) == pytest.approx(1e-3)
     assert max(line["lr"] for line in events(tmp_path / "high one", "train")) == pytest.approx(3e-2)
     assert "expected overrides with a name" in (tmp_path / f"megarewarm-sweep-{job}_3.out").read_text()
+
+
+def test_a_sweep_runs_in_waves_each_after_what_it_starts_from(cluster: Cluster, tmp_path: Path) -> None:
+    base = mapping(tmp_path)
+    del base["name"], base["folder"]
+    runs = [{"name": "up"}, {"name": "low", "schedule": {"max_lr": 1e-3}}, {"name": "next", "start": {"from": "${runs}/up"}}]
+    whole = {"experiment": "e", "folder": str(tmp_path / "e"), "base": base, "runs": runs}
+    (tmp_path / "e.yml").write_text(yaml.safe_dump(whole))
+    command = [sys.executable, str(ROOT / "tools/sweep.py"), str(tmp_path / "e.yml"), "--launcher", "slurm", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=cluster.environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = (line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith("job "))
+    assert "afterok" in cluster.field(second, "Dependency") or cluster.state(second) != "PENDING"
+    cluster.wait(second, "COMPLETED", seconds=180)
+    for name in ("up", "low", "next"):
+        assert events(tmp_path / "e" / name, "stop")[-1]["reason"] == "complete"
+    assert events(tmp_path / "e" / "next", "start")[0]["time"] > events(tmp_path / "e" / "up", "stop")[-1]["time"]
+    again = subprocess.run(
+        [*command, "--dry-run"], cwd=tmp_path, env=cluster.environ, capture_output=True, text=True, check=True
+    )
+    assert "3 of 3 runs are done" in again.stdout
+    assert first != second
