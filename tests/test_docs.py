@@ -66,3 +66,18 @@ def test_the_readmes_further_examples_change_that_run(tmp_path: Path) -> None:
         if "replay" in changes:
             del mapping["replay"]
         assert validate(RunConfig, merge(mapping, changes), origins) != validate(RunConfig, mapping, origins)
+
+
+def test_the_laboratorys_examples_are_valid_experiments(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "laboratory.md").read_text(encoding="utf-8")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    examples = [text for text in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL) if text.startswith("experiment:")]
+    names = []
+    for example in examples:
+        (tmp_path / "e.yml").write_text(example)
+        for quick in (False, True):
+            arms = load_experiment(*read_configs([str(tmp_path / "e.yml")]), quick=quick).arms
+        names += [arm.arm for arm in arms]
+    assert {"peak_1.5e-4_1pct", "reset_second", "trunk-first", "trunk-second", "release"} <= set(names)
+    named = set(re.findall(r"\b((?:configs|tools|docs|tests|benchmarks)/[\w./]+\.(?:yml|py|md|png))", page))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

@@ -9,6 +9,7 @@ from megarewarm_kernels.attention import attention
 from megarewarm_kernels.bias_gelu import bias_gelu
 from megarewarm_kernels.flash_attention import flash_attention
 from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
+from megarewarm_kernels.linear_distillation import linear_distillation
 from megarewarm_kernels.residual_norms import residual_norms
 from megarewarm_kernels.rotary import rotate_
 from megarewarm_kernels.sharded_linear_cross_entropy import sharded_linear_cross_entropy
@@ -20,6 +21,7 @@ __all__ = [
     "bias_gelu",
     "flash_attention",
     "linear_cross_entropy",
+    "linear_distillation",
     "no_triton",
     "residual_norms",
     "rotate_",

@@ -22,6 +22,7 @@ from megarewarm.config.execution import (
     ParallelConfig,
     TrainingConfig,
 )
+from megarewarm.config.forgetting import DistillConfig
 from megarewarm.config.section import LearningRate, Positive, Section
 
 
@@ -251,6 +252,7 @@ class RunConfig(Section):
     start: StartConfig = StartConfig()
     data: DataConfig
     replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
+    distill: DistillConfig | None = Field(None, description="Staying near the start checkpoint; null: not.")
     schedule: ScheduleConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -271,6 +273,10 @@ class RunConfig(Section):
             )
         if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
             raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
+        if self.distill is not None and self.start.from_ is None:
+            raise ValueError("distill needs 'start.from': the checkpoint that is the teacher; give it, or remove 'distill'")
+        if self.distill is not None and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
+            raise ValueError("distill works with data-parallel ranks (any sharding); set parallel.tensor and pipeline to 1")
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.total_steps < 1:

@@ -25,6 +25,7 @@ from megarewarm.model.initialize import initial_value
 from megarewarm.model.neox import LOSS_MEMORY, NeoX
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import place
@@ -115,6 +116,9 @@ class ParallelModel:
         self._factor = layout.data if self._sharded else 1
         self._loss_scale = 1.0
 
+        self.teacher: Teacher | None = None
+        self.distilled = 0.0
+        """The teacher's term summed over this rank's targets of the newest ``forward_backward``, as its loss is."""
         self._pipeline: pipeline.Pipeline | None = None
         if mesh.pipeline is not None and mesh.way_back is not None:
             share = training.global_batch // layout.data
@@ -241,6 +245,7 @@ class ParallelModel:
                 losses = self._pipeline.train(inputs, targets, starts)
             return self._mine(sum(float(loss) for loss in losses) / self._scale()), count
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        distilled = torch.zeros_like(total)
         parts = tokens.split(self._micro_batch)
         for i, part in enumerate(parts):
             part = part.to(self.mesh.device, non_blocking=True)
@@ -253,9 +258,15 @@ class ParallelModel:
                 if self._keeps_gathered:
                     module.set_reshard_after_backward(last)
             with self._autocast:
-                loss, _ = self._loss(part)
+                if self.teacher is None:
+                    loss, _ = self._loss(part)
+                    cross = loss.detach()
+                else:
+                    loss, cross, apart = self._distilled_loss(self.teacher, part)
+                    distilled += apart
             (loss * self._scale()).backward()
-            total += loss.detach()
+            total += cross
+        self.distilled = self._mine(float(distilled))
         return self._mine(float(total)), count
 
     def _count_targets(self, tokens: Tensor) -> float:
@@ -275,6 +286,17 @@ class ParallelModel:
         if rules is None:
             return self._cross_entropy(self._modules[0](inputs), targets)
         return self._cross_entropy(self._modules[0](inputs, rules.starts(inputs)), rules.targets(inputs, targets))
+
+    def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
+        inputs, targets = part[:, :-1], part[:, 1:]
+        rules = self._documents
+        starts = None if rules is None else rules.starts(inputs)
+        if rules is not None:
+            targets = rules.targets(inputs, targets)
+        hidden, head = self._modules[0](inputs, starts), self._modules[-1].head
+        assert isinstance(head, Tensor)
+        return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
     def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], calls: int) -> tuple[float, float]:

@@ -14,7 +14,9 @@ import torch
 from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
-from megarewarm.checkpoint.source import weight_tensors
+from megarewarm.checkpoint.source import open_checkpoint, weight_tensors
+from megarewarm.checkpoint.weights import check, expected_shapes
+from megarewarm.config.forgetting import DistillConfig
 from megarewarm.data.batches import TrainingBatches, build_training_batches
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.prefetch import Prefetch
@@ -26,6 +28,7 @@ from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import DTYPES, ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
@@ -35,7 +38,7 @@ from megarewarm.rewarm.reset import Row, table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
-from megarewarm.training.plan import Plan, differing_choices
+from megarewarm.training.plan import Plan, differing_choices, settle_model
 
 RNG = "rng.cpu"
 
@@ -48,7 +51,7 @@ class Run:
     """A run in progress. ``step``, ``last_lr``, ``max_lr``, the losses and ``waited`` move with it, the rest stays.
 
     ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
-    waited for data.
+    waited for data; ``distilled``: the teacher's term of the newest step, a mean per target.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class Run:
     measured: dict[str, float] = field(default_factory=dict)
     start_losses: dict[str, float] = field(default_factory=dict)
     waited: float = 0.0
+    distilled: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
     def tensors(self) -> Tensors:
@@ -225,6 +229,8 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         plan.source.load_weights(model)
     else:
         model.initialize(config.training.seed)
+    if config.distill is not None:
+        model.teacher = _teacher(plan, config.distill, ranks.device, DTYPES[precision])
     optimizer = AdamW(model.parameters, config.optimizer, kind)
     _apply(plan, model, optimizer)
 
@@ -276,6 +282,20 @@ def build(plan: Plan, ranks: Ranks) -> Run:
 def moment_tensors(model: ParallelModel, optimizer: AdamW) -> Tensors:
     """Adam's moments under the names they have in a checkpoint; writing to them changes the optimizer's state."""
     return {f"optimizer.{moment}.{name}": model.whole(name, tensor) for (moment, name), tensor in optimizer.moments().items()}
+
+
+def _teacher(plan: Plan, settings: DistillConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """The frozen model of what the run started from, which a resumed run reads again."""
+    name = plan.config.start.from_
+    assert name is not None
+    try:
+        source = open_checkpoint(name)
+        check(source.weights, expected_shapes(source.model_config))
+    except UserError as error:
+        raise UserError(f"distill: the start checkpoint is the teacher and can't be read: {error}") from error
+    config = settle_model(plan.config, source).model
+    assert config is not None
+    return Teacher(settings, config, source.weights.read, device, dtype)
 
 
 def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:

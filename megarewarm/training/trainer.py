@@ -116,6 +116,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
                 grad_norm=norm,
                 tokens_per_second=round(rate, 1),
                 data_wait=round(run.waited - waited, 4),
+                **({"distill_loss": run.distilled} if run.model.teacher is not None else {}),
                 **run.utilisation(rate),
             )
             metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
@@ -179,8 +180,9 @@ def training_step(run: Run, lr: float) -> tuple[float, float]:
     run.ranks.report(run.step + 1)
     gradients.reduce()
     norm = gradients.norm() / scale
-    loss_sum, targets = all_reduce_sums([loss_sum, targets])
+    loss_sum, targets, distilled = all_reduce_sums([loss_sum, targets, run.model.distilled])
     loss = loss_sum / targets if targets else math.nan
+    run.distilled = distilled / targets if targets else math.nan
     if scaler is not None:
         scaler.update(math.isfinite(norm))
         if math.isfinite(loss) and not math.isfinite(norm):
