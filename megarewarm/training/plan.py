@@ -6,12 +6,15 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
+from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule, build_schedule
 from megarewarm.training.run_folder import RunFolder
 
@@ -56,6 +59,11 @@ class Plan:
     def lr(self, step: int) -> float:
         """The learning rate used in ``step``, counted from 1."""
         return self.schedule.lr(self.schedule_position(step - 1))
+
+    def learning_rate_sums(self) -> LearningRateSums:
+        """S1 and S2 after each step of the run, from ``origin`` on, whether it is resumed or not."""
+        count = self.config.total_steps - self.origin.step
+        return learning_rate_sums(self.schedule.values(self.origin.schedule + np.arange(count)))
 
 
 def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfig:

@@ -93,6 +93,7 @@ def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> No
 def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
     plan, config = run.plan, run.plan.config
     total, first = config.total_steps, plan.position.step
+    sums = plan.learning_rate_sums()
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
@@ -106,6 +107,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
             loss, norm = training_step(run, lr)
             seconds = time.perf_counter() - began
             rate = config.tokens_per_step / seconds
+            lr_sum, area = (float(column[step - plan.origin.step - 1]) for column in sums)
             run.step, run.last_lr, run.max_lr, run.measured = step, lr, max(run.max_lr, lr), {}
             metrics.event(
                 "train",
@@ -113,6 +115,8 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
                 tokens=step * config.tokens_per_step,
                 loss=loss,
                 lr=lr,
+                lr_sum=lr_sum,
+                annealing_area=area,
                 grad_norm=norm,
                 tokens_per_second=round(rate, 1),
                 data_wait=round(run.waited - waited, 4),
@@ -120,6 +124,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
                 **run.utilisation(rate),
             )
             metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
+            metrics.scalars(step, {"train/lr_sum": lr_sum, "train/annealing_area": area})
             if (line := progress.step(step, loss, lr, rate)) is not None:
                 metrics.text(line)
             for number, last in turns(config, step) if step in evaluate_after else ():
