@@ -23,6 +23,7 @@ WINDOW = 1024
 """Train lines that are kept: what medians and rates are taken over."""
 
 _RESTARTS = ("resume", "start")
+_TRAIN = (b'{"event":"train"', b'{"event": "train"')
 _CHUNK = 1 << 22  # bytes in memory at once
 _GUARD = 64  # bytes before the offset that must still be what was read
 
@@ -106,9 +107,7 @@ class Follower:
             whole, end, rest = (rest + chunk).rpartition(b"\n")
             if not end:
                 continue
-            for line in whole.split(b"\n"):
-                self.lines += 1
-                self._line(line)
+            self._block(whole.split(b"\n"))
             self._offset += len(whole) + 1
             self._guard = (whole + end)[-_GUARD:]
             changed = True
@@ -120,6 +119,32 @@ class Follower:
             return False
         file.seek(self._offset - len(self._guard))
         return file.read(len(self._guard)) == self._guard
+
+    def _block(self, lines: list[bytes]) -> None:
+        """Take in whole lines. Of a long row of train lines only the first and those that stay in the window are parsed."""
+        at = 0
+        while at < len(lines):
+            end = at
+            while end < len(lines) and lines[end].startswith(_TRAIN):
+                end += 1
+            if end - at > self._window + 2:
+                self._next(lines[at])
+                skip_to = end - self._window
+                first, last = _parse(lines[at]), _parse(lines[end - 1])
+                # steps that count up by one leave no room for a torn line or a step told twice
+                if first and last and _number(last.get("step")) - _number(first.get("step")) == end - 1 - at:
+                    self._session_lines += skip_to - at - 1
+                    self.lines += skip_to - at - 1
+                    self.time = math.nan  # how long they took is not known
+                    at = skip_to - 1
+                at += 1
+            for line in lines[at : end + 1]:
+                self._next(line)
+            at = end + 1
+
+    def _next(self, line: bytes) -> None:
+        self.lines += 1
+        self._line(line)
 
     def _line(self, line: bytes) -> None:
         """Take in one line, by the rules for torn lines that ``read.py`` has; other damage is noted and passed over."""
