@@ -36,6 +36,7 @@ from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices
+from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start
 
 RNG = "rng.cpu"
 
@@ -48,7 +49,7 @@ class Run:
     """A run in progress. ``step``, ``last_lr``, ``max_lr``, the losses and ``waited`` move with it, the rest stays.
 
     ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
-    waited for data.
+    waited for data. ``start_weights``: what the run began with, where something has a use for it.
     """
 
     plan: Plan
@@ -66,6 +67,7 @@ class Run:
     notes: list[str]
     history: Lineage
     step: int
+    start_weights: StartWeights | None = None
     last_lr: float = 0.0
     max_lr: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -220,11 +222,17 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         precision=precision,
         documents=documents,
     )
+    begun: StartWeights | None = None
+    lost: list[str] = []
+    if plan.resumed and keeps_start(config):
+        begun, lost = again(plan, model)
     if plan.policy.weights == "load":
         assert plan.source is not None
         plan.source.load_weights(model)
     else:
         model.initialize(config.training.seed)
+    if not plan.resumed and keeps_start(config):
+        begun = copy_weights(model)
     optimizer = AdamW(model.parameters, config.optimizer, kind)
     _apply(plan, model, optimizer)
 
@@ -260,9 +268,11 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             *left_out,
             *remarks,
             *about,
+            *lost,
         ],
         history=history,
         step=plan.position.step,
+        start_weights=begun,
     )
     if plan.resumed:
         assert plan.source is not None and plan.source.training is not None
