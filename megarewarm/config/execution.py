@@ -116,6 +116,17 @@ class LoggingConfig(Section):
     every: Positive = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
     tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
     wandb: WandbConfig | None = Field(None, description="Send the metrics to Weights & Biases as well.")
+    dynamics: Budget | None = Field(
+        Budget(amount=2, unit="percent"),
+        description="Interval at which norms, updates, effective learning rates and Adam's moments of each layer are measured "
+        "(events 'dynamics'). It costs a few passes over the weights; null: never.",
+        validate_default=False,
+    )
+    start_distance: bool = Field(
+        True,
+        description="Measure there, too, how far the weights have gone from those that the run began with. It keeps a copy of "
+        "them in host memory: 4 bytes a parameter over all ranks. A resumed run reads them from start.from again.",
+    )
 
 
 class KernelsConfig(Section):

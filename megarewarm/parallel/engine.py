@@ -97,6 +97,7 @@ class ParallelModel:
         if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
         copies, reduce_copies = self._tie(parallel.schedule)
+        self._copies = copies
 
         self._sharded = parallel.sharding != "none" and layout.data > 1
         self._keeps_gathered = parallel.sharding == "zero2"
@@ -180,6 +181,21 @@ class ParallelModel:
         return DTensor.from_local(
             part, mesh.submesh(*axes), kinds, run_check=False, shape=torch.Size(placement.shape), stride=stride
         )
+
+    def counted(self, name: str, local: Tensor) -> Tensor | None:
+        """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
+        the whole, each value once, without padding. None where other ranks count all of it."""
+        placement, mesh = self.placements[name], self.mesh
+        replica = mesh.data_rank // mesh.layout.shard
+        if replica or name in self._copies or (placement.dim is None and mesh.tensor_rank):
+            return None
+        part = local.detach()
+        if not self._sharded:
+            part = placement.unpadded(part)
+        elif placement.dim == 0:
+            before = mesh.shard_rank * -(-placement.per_rank // mesh.layout.shard)
+            part = part[: max(0, placement.valid - before)]
+        return part.reshape(-1)
 
     def weights(self) -> dict[str, Tensor]:
         """The parameters on this rank by name, each as ``whole`` shows it."""

@@ -39,7 +39,7 @@ class AdamW:
         """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``kind``: "torch",
         "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for NVIDIA's FusedAdam, which must be
         there."""
-        self.kind = kind
+        self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
         groups = [
             {"params": [p for name, p in parameters.items() if decays(name)], "weight_decay": config.weight_decay},
@@ -53,6 +53,7 @@ class AdamW:
             self.torch = peer(present, adam_w_mode=True, **settings)
         else:
             self.torch = torch.optim.AdamW(present, fused=True, **settings)
+        self._groups = {self.names[p]: group for group in self.torch.param_groups for p in group["params"]}
         for parameter in self.names:
             self.torch.state[parameter] = {
                 moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS
@@ -90,6 +91,11 @@ class AdamW:
         """Write ``lr`` into every group."""
         for group in self.torch.param_groups:
             group["lr"] = lr
+
+    def settings(self, name: str) -> tuple[float, float]:
+        """The learning rate and the weight decay that hold for parameter ``name`` now."""
+        group = self._groups[name]
+        return group["lr"], group["weight_decay"]
 
     @property
     def lrs(self) -> list[float]:

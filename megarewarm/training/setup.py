@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
-from megarewarm.checkpoint.source import open_checkpoint, weight_tensors
+from megarewarm.checkpoint.source import OpenedCheckpoint, weight_tensors
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.forgetting import DistillConfig
 from megarewarm.data.batches import TrainingBatches, build_training_batches
@@ -39,6 +39,7 @@ from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices, settle_model
+from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
 
 RNG = "rng.cpu"
 
@@ -51,7 +52,8 @@ class Run:
     """A run in progress. ``step``, ``last_lr``, ``max_lr``, the losses and ``waited`` move with it, the rest stays.
 
     ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
-    waited for data; ``distilled``: the teacher's term of the newest step, a mean per target.
+    waited for data; ``distilled``: the teacher's term of the newest step, a mean per target. ``start_weights``: what the run
+    began with, where something has a use for it.
     """
 
     plan: Plan
@@ -69,6 +71,7 @@ class Run:
     notes: list[str]
     history: Lineage
     step: int
+    start_weights: StartWeights | None = None
     last_lr: float = 0.0
     max_lr: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
@@ -224,11 +227,17 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         precision=precision,
         documents=documents,
     )
+    begun: StartWeights | None = None
+    lost: list[str] = []
+    if plan.resumed and keeps_start(config):
+        begun, lost = again(plan, model)
     if plan.policy.weights == "load":
         assert plan.source is not None
         plan.source.load_weights(model)
     else:
         model.initialize(config.training.seed)
+    if not plan.resumed and keeps_start(config):
+        begun = copy_weights(model)
     if config.distill is not None:
         model.teacher = _teacher(plan, config.distill, ranks.device, DTYPES[precision])
     optimizer = AdamW(model.parameters, config.optimizer, kind)
@@ -266,9 +275,11 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             *left_out,
             *remarks,
             *about,
+            *lost,
         ],
         history=history,
         step=plan.position.step,
+        start_weights=begun,
     )
     if plan.resumed:
         assert plan.source is not None and plan.source.training is not None
@@ -286,16 +297,17 @@ def moment_tensors(model: ParallelModel, optimizer: AdamW) -> Tensors:
 
 def _teacher(plan: Plan, settings: DistillConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
     """The frozen model of what the run started from, which a resumed run reads again."""
-    name = plan.config.start.from_
-    assert name is not None
     try:
-        source = open_checkpoint(name)
-        check(source.weights, expected_shapes(source.model_config))
+        source = start_source(plan)
+        if source is None:
+            raise UserError("its weights were not loaded (start.weights: initialise)")
+        opened = cast(OpenedCheckpoint, source)
+        check(opened.weights, expected_shapes(opened.model_config))
     except UserError as error:
         raise UserError(f"distill: the start checkpoint is the teacher and can't be read: {error}") from error
-    config = settle_model(plan.config, source).model
+    config = settle_model(plan.config, opened).model
     assert config is not None
-    return Teacher(settings, config, source.weights.read, device, dtype)
+    return Teacher(settings, config, opened.weights.read, device, dtype)
 
 
 def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:

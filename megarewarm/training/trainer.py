@@ -16,6 +16,7 @@ from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan
@@ -94,6 +95,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
     plan, config = run.plan, run.plan.config
     total, first = config.total_steps, plan.position.step
     sums = plan.learning_rate_sums()
+    measure_after = dynamics_steps(config, plan.origin.step)
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
@@ -125,6 +127,9 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
             )
             metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
             metrics.scalars(step, {"train/lr_sum": lr_sum, "train/annealing_area": area})
+            if step in measure_after and math.isfinite(norm):  # in fp16 a step may have changed nothing
+                groups = measure(run.model, run.optimizer, run.start_weights)
+                log_dynamics(metrics, step, step * config.tokens_per_step, groups)
             if (line := progress.step(step, loss, lr, rate)) is not None:
                 metrics.text(line)
             for number, last in turns(config, step) if step in evaluate_after else ():
