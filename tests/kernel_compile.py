@@ -41,6 +41,9 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = ("scale", "lr", "keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
 _INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
 _INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
+_ATTENTION_USUAL = (("bf16", 64, False), ("bf16", 64, True), ("bf16", 80, False), ("fp32", 64, True))
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -111,23 +114,23 @@ def configurations(every: bool = True) -> Iterator[Configuration]:
 def attention_configurations(every: bool) -> Iterator[Configuration]:
     """Those of flash attention, which differ from GPU to GPU. ``every``: also of heads that few models have."""
     kernels = {"forward": attention_forward, "queries": attention_backward_queries, "keys": attention_backward_keys}
-    for head_dim in (16, 32, 64, 80, 96, 128, 256) if every else (64, 80):
-        for documents in (False, True) if every or head_dim == 64 else (False,):
-            for name, kernel in kernels.items():
-                for architecture in ARCHITECTURES:
-                    blocks = blocks_of(name, head_dim, torch.bfloat16, architecture, documents)
-                    values = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim), "QUERIES": blocks.queries}
-                    values |= {"KEYS": blocks.keys, "PRECISION": blocks.precision}
-                    yield Configuration(
-                        f"attention {name} bf16 d {head_dim}{' documents' * documents}",
-                        kernel,
-                        "bf16",
-                        values,
-                        blocks.warps,
-                        ("lse_ptr", "delta_ptr"),
-                        blocks.stages,
-                        (architecture,),
-                    )
+    wanted = [(dtype, dim, documents) for dtype in _ATTENTION for dim in _ATTENTION[dtype] for documents in (False, True)]
+    for dtype, head_dim, documents in wanted if every else _ATTENTION_USUAL:
+        for name, kernel in kernels.items():
+            for architecture in ARCHITECTURES:
+                blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
+                values = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim), "QUERIES": blocks.queries}
+                values |= {"KEYS": blocks.keys, "PRECISION": blocks.precision}
+                yield Configuration(
+                    f"attention {name} {dtype} d {head_dim}{' documents' * documents}",
+                    kernel,
+                    dtype,
+                    values,
+                    blocks.warps,
+                    ("lse_ptr", "delta_ptr"),
+                    blocks.stages,
+                    (architecture,),
+                )
 
 
 def compiled(configuration: Configuration, architecture: int) -> Compiled:

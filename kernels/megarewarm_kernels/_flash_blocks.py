@@ -98,8 +98,33 @@ DOCUMENTS: dict[tuple[str, int, int], Blocks] = {
     ("queries", 80, 32): Blocks(64, 64, 4, 2),
     ("queries", 100, 64): Blocks(64, 64, 4, 2),
 }
-EXACT = Blocks(32, 32, 4, 1, "ieee")
-"""For fp32, which nothing is tuned for, and in the interpreter."""
+# kernel -> width of a head's block -> launch, for fp32, which is there for exactness: no tensor cores. The same on every GPU, within
+# the memory of the smallest. Two stages take registers from the wider blocks too: the copies on their way wait in shared memory.
+EXACT: dict[str, dict[int, Blocks]] = {
+    "forward": {
+        16: Blocks(64, 32, 8, 2, "ieee"),
+        32: Blocks(64, 32, 8, 2, "ieee"),
+        64: Blocks(64, 32, 8, 2, "ieee"),
+        128: Blocks(32, 16, 8, 2, "ieee"),
+        256: Blocks(32, 16, 8, 2, "ieee"),
+    },
+    "queries": {
+        16: Blocks(64, 32, 8, 2, "ieee"),
+        32: Blocks(64, 32, 8, 2, "ieee"),
+        64: Blocks(64, 32, 8, 2, "ieee"),
+        128: Blocks(16, 16, 8, 2, "ieee"),
+        256: Blocks(16, 16, 16, 2, "ieee"),
+    },
+    "keys": {
+        16: Blocks(32, 64, 8, 1, "ieee"),
+        32: Blocks(32, 64, 8, 1, "ieee"),
+        64: Blocks(32, 32, 8, 1, "ieee"),
+        128: Blocks(16, 32, 8, 2, "ieee"),
+        256: Blocks(16, 16, 8, 2, "ieee"),
+    },
+}
+INTERPRETED = Blocks(32, 32, 4, 1, "ieee")
+"""In the interpreter, whatever the dtype."""
 
 
 def width_of(head_dim: int) -> int:
@@ -117,7 +142,9 @@ def architecture(device: torch.device) -> int:
 
 def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, documents: bool) -> Blocks:
     """For "forward", "queries" or "keys"."""
-    if dtype == torch.float32 or not arch:
-        return EXACT
+    if not arch:
+        return INTERPRETED
     width = width_of(head_dim)
+    if dtype == torch.float32:
+        return EXACT[kernel][width]
     return (DOCUMENTS.get((kernel, arch, width)) if documents else None) or HALF[kernel][arch][width]
