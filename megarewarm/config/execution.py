@@ -16,6 +16,13 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Layer-wise learning rates: layer i of L (from 0) trains at layer_decay^(L - i) of the rate, the embedding "
+        "at layer_decay^(L + 1), head and last norm at all of it. Below 1 the early layers stay nearer to the start.",
+    )
     clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
 
     @model_validator(mode="after")

@@ -1,8 +1,8 @@
-"""The sections of a run against forgetting, beside replay: distillation to the start checkpoint."""
+"""The sections of a run against forgetting, beside replay: distillation to the start checkpoint, interpolation with it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,3 +19,13 @@ class DistillConfig(Section):
         "token. hidden: the mean squared difference of the states after the last norm (arXiv 2210.02871).",
     )
     weight: float = Field(1.0, gt=0, description="Weight of the term beside the cross entropy.")
+
+
+class InterpolateConfig(Section):
+    """Weights between the start checkpoint's and the run's last, (1 - alpha) start + alpha end (arXiv 2109.01903), evaluated on
+    every validation set after the last step. The run's checkpoints stay what they are; tools/merge_checkpoints.py writes the
+    one that is chosen."""
+
+    alphas: list[Annotated[float, Field(gt=-1, lt=2)]] = Field(
+        [0.2, 0.4, 0.6, 0.8], min_length=1, description="Shares of the end; beyond 0 and 1 it extrapolates."
+    )

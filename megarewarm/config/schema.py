@@ -22,7 +22,7 @@ from megarewarm.config.execution import (
     ParallelConfig,
     TrainingConfig,
 )
-from megarewarm.config.forgetting import DistillConfig
+from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
 from megarewarm.config.section import LearningRate, Positive, Section
 
 
@@ -253,6 +253,7 @@ class RunConfig(Section):
     data: DataConfig
     replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
     distill: DistillConfig | None = Field(None, description="Staying near the start checkpoint; null: not.")
+    interpolate: InterpolateConfig | None = Field(None, description="Weights between start and end, evaluated; null: none.")
     schedule: ScheduleConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -277,6 +278,10 @@ class RunConfig(Section):
             raise ValueError("distill needs 'start.from': the checkpoint that is the teacher; give it, or remove 'distill'")
         if self.distill is not None and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
             raise ValueError("distill works with data-parallel ranks (any sharding); set parallel.tensor and pipeline to 1")
+        if self.interpolate is not None and self.start.from_ is None:
+            raise ValueError(
+                "interpolate needs 'start.from': the checkpoint at the other end; give it, or remove 'interpolate'"
+            )
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.total_steps < 1:

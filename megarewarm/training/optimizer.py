@@ -23,6 +23,18 @@ def decays(name: str) -> bool:
     return not (name.endswith(".bias") or "layernorm" in name or "layer_norm" in name)
 
 
+def rate_factor(name: str, num_layers: int, layer_decay: float) -> float:
+    """Share of the learning rate at which the parameter trains: layer_decay^(L - i) in layer i of L, ^(L + 1) in the embedding.
+
+    Layer-wise learning-rate decay (Clark et al., ELECTRA, arXiv 2003.10555, appendix).
+    """
+    if layer_decay == 1.0 or name.startswith(("final_layer_norm", "embed_out")):
+        return 1.0
+    if name.startswith("layers."):
+        return layer_decay ** (num_layers - int(name.split(".")[1]))
+    return layer_decay ** (num_layers + 1)
+
+
 class Scaled(Protocol):
     """Gradients that can be multiplied by a number."""
 
@@ -30,22 +42,28 @@ class Scaled(Protocol):
 
 
 class AdamW:
-    """AdamW over a model's parameters in two groups: decayed, and not decayed (norms and biases, as GPT-NeoX).
+    """AdamW over a model's parameters in groups of one weight decay (norms and biases have none, as GPT-NeoX) and one factor of
+    the learning rate.
 
     Moments are fp32 tensors of the parameters' shapes, on their device.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch") -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch", num_layers: int = 0
+    ) -> None:
         """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``kind``: "torch",
         "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for NVIDIA's FusedAdam, which must be
-        there."""
+        there. ``num_layers``: of the whole model, for ``layer_decay``."""
         self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
-        groups = [
-            {"params": [p for name, p in parameters.items() if decays(name)], "weight_decay": config.weight_decay},
-            {"params": [p for name, p in parameters.items() if not decays(name)], "weight_decay": 0.0},
+        factors = {name: rate_factor(name, num_layers, config.layer_decay) for name in parameters}
+        kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in sorted(parameters.items(), key=lambda item: not decays(item[0])):
+            kinds.setdefault((decays(name), factors[name]), []).append(parameter)
+        present = [
+            {"params": held, "weight_decay": config.weight_decay if decayed else 0.0, "factor": factor}
+            for (decayed, factor), held in kinds.items()
         ]
-        present = [group for group in groups if group["params"]]
         settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
         if kind == "apex":
             peer = fused_adam()
@@ -59,38 +77,41 @@ class AdamW:
                 moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS
             }
         self.set_completed_steps(0)
-        self._together: AdamWTensors | None = None
+        self._together: list[tuple[float, list[nn.Parameter], AdamWTensors]] = []
         if kind == "triton":
-            self._ordered = list(parameters.values())
-            first, second = ([self.torch.state[p][moment] for p in self._ordered] for moment in MOMENTS)
-            self._together = AdamWTensors(
-                [p.detach() for p in self._ordered],
-                first,
-                second,
-                decays=[config.weight_decay if decays(name) else 0.0 for name in parameters],
-                betas=config.betas,
-                eps=config.eps,
-            )
+            for factor in dict.fromkeys(factors.values()):
+                held = {name: p for name, p in parameters.items() if factors[name] == factor}
+                first, second = ([self.torch.state[p][moment] for p in held.values()] for moment in MOMENTS)
+                launch = AdamWTensors(
+                    [p.detach() for p in held.values()],
+                    first,
+                    second,
+                    decays=[config.weight_decay if decays(name) else 0.0 for name in held],
+                    betas=config.betas,
+                    eps=config.eps,
+                )
+                self._together.append((factor, list(held.values()), launch))
 
     def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own."""
         self.set_lr(lr)
-        if self._together is None:
+        if not self._together:
             if scale != 1.0:
                 assert gradients is not None
                 gradients.scale_(scale)
             self.torch.step()
             return
         steps = self.completed_steps + 1
-        found = [p.grad for p in self._ordered]
-        self._together.step([g for g in found if g is not None], step=steps, lr=lr, scale=scale)
+        for factor, held, launch in self._together:
+            found = [p.grad for p in held]
+            launch.step([g for g in found if g is not None], step=steps, lr=lr * factor, scale=scale)
         self.set_completed_steps(steps)
 
     def set_lr(self, lr: float) -> None:
-        """Write ``lr`` into every group."""
+        """Write ``lr``, times its factor, into every group."""
         for group in self.torch.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
 
     def settings(self, name: str) -> tuple[float, float]:
         """The learning rate and the weight decay that hold for parameter ``name`` now."""
@@ -99,8 +120,8 @@ class AdamW:
 
     @property
     def lrs(self) -> list[float]:
-        """The learning rate in each group."""
-        return [group["lr"] for group in self.torch.param_groups]
+        """The learning rate in each group, its factor taken out."""
+        return [group["lr"] / group["factor"] for group in self.torch.param_groups]
 
     def moments(self) -> dict[tuple[str, str], Tensor]:
         """The moments by (moment, parameter's name); writing to them changes the state."""

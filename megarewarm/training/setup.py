@@ -240,7 +240,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         begun = copy_weights(model)
     if config.distill is not None:
         model.teacher = _teacher(plan, config.distill, ranks.device, DTYPES[precision])
-    optimizer = AdamW(model.parameters, config.optimizer, kind)
+    optimizer = AdamW(model.parameters, config.optimizer, kind, plan.model.num_layers)
     _apply(plan, model, optimizer)
 
     scaler = LossScaler() if precision == "fp16" else None
@@ -398,7 +398,9 @@ def _assert_applied(run: Run) -> None:
     moments = run.optimizer.moments()
     zero = {"reset": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg",), "keep": ()}[plan.policy.moments]
     checks = {
-        "every parameter group has the schedule's first learning rate": all(lr == first_lr for lr in run.optimizer.lrs),
+        "every parameter group has the schedule's first learning rate": np.allclose(
+            run.optimizer.lrs, first_lr, rtol=1e-9, atol=0
+        ),
         "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
         "reset moments are zero": not any(bool(t.any()) for (moment, _), t in moments.items() if moment in zero),
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),

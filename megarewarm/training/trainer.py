@@ -18,6 +18,7 @@ from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
+from megarewarm.training.interpolation import interpolate
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
@@ -150,6 +151,7 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
                     style="yellow",
                 )
                 return Outcome(folder.path, step, run.losses, signal_number)
+    interpolate(run, metrics, console)
     metrics.event("stop", step=total, reason="complete")
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
     elapsed = duration(time.monotonic() - run.started)

@@ -1,0 +1,64 @@
+"""What lies between the start checkpoint and a run's end: weights in a straight line, evaluated on every validation set."""
+
+from __future__ import annotations
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megarewarm.training.evaluate import evaluate, turns
+from megarewarm.training.metrics import Metrics
+from megarewarm.training.setup import Run
+from megarewarm.training.start_weights import load_start
+
+
+def interpolate(run: Run, metrics: Metrics, console: Console) -> None:
+    """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``: events 'interpolation', and a table.
+
+    All ranks call it, after the last step; the end weights stand again afterwards, bit for bit. Raises ``UserError`` where the
+    start checkpoint can't be read any more. Linear interpolation: Wortsman et al., arXiv 2109.01903.
+    """
+    config = run.plan.config
+    if config.interpolate is None or run.step < config.total_steps:
+        return
+    parameters = run.model.parameters
+    end = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    try:
+        load_start(run.plan, run.model)
+        start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+        rows = {1.0: dict(run.losses)}
+        if run.start_losses:
+            rows[0.0] = dict(run.start_losses)
+        for alpha in config.interpolate.alphas:
+            for name, parameter in parameters.items():
+                parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
+            rows[alpha] = _losses(run, metrics, alpha)
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data.copy_(end[name])
+    _show(rows, config.name, console)
+
+
+def _losses(run: Run, metrics: Metrics, alpha: float) -> dict[str, float]:
+    config = run.plan.config
+    number, _ = turns(config, config.total_steps)[-1]
+    losses = {}
+    for windows in run.validation:
+        turn = number if windows.when == "always" else 0
+        micro_batch = config.evaluation.micro_batch or config.training.micro_batch
+        losses[windows.name], _ = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
+        metrics.event(
+            "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]
+        )
+    return losses
+
+
+def _show(rows: dict[float, dict[str, float]], name: str, console: Console) -> None:
+    sets = list(dict.fromkeys(key for losses in rows.values() for key in losses))
+    table = Table(title=f"{name}: (1 - alpha) start + alpha end", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("alpha", *sets):
+        table.add_column(heading, justify="right")
+    for alpha in sorted(rows):
+        table.add_row(f"{alpha:g}", *(f"{rows[alpha][key]:.4f}" if key in rows[alpha] else "" for key in sets))
+    console.print(table)
