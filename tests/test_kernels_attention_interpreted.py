@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -40,6 +41,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_attention_is_as_exact_as_torch(batch, length, heads, head_dim, rotated, documents, dtype) -> None:
     given_to = arguments(batch, length, heads, head_dim, rotated, documents)
     assert_as_exact_as_torch(flash_attention, given_to, dtype)
+
+
+@pytest.mark.parametrize("documents", [None, [[31, 1, 38], [70]]])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 160])
+def test_the_blocks_that_gpus_get_in_fp32(monkeypatch: pytest.MonkeyPatch, head_dim: int, documents) -> None:
+    monkeypatch.setattr(importlib.import_module("megarewarm_kernels.flash_attention"), "architecture", lambda device: 90)
+    case = arguments(2, 70, 1, head_dim, 4, documents)
+    found, true = results(flash_attention, case.to(torch.float32)), results(by_torch, case)
+    assert max(errors(found, true)) < 2e-6
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import megarewarm_kernels as kernels
 import pytest
 import torch
@@ -102,3 +104,19 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     (gradient,) = torch.autograd.grad(kernels.bias_gelu(x, torch.ones(4)).square().sum(), [x], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_dtypes_that_nothing_computes_in_are_named(dtype: torch.dtype) -> None:
+    wrong, right, targets = torch.zeros(4, 4).to(dtype), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
+    calls: list[Callable[[], object]] = [
+        lambda: kernels.bias_gelu(wrong, right[0]),
+        lambda: kernels.residual_norms(right, right, right, *[right[0]] * 3, wrong[0]),
+        lambda: kernels.linear_cross_entropy(wrong, right, targets),
+        lambda: kernels.squared_norm(wrong),
+        lambda: kernels.adamw_(right, wrong, right, right, step=1, lr=0.1),
+        lambda: kernels.rotate_(wrong[:, :3], right[:, :0], right[:, :0], head_dim=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"is {dtype}, need bf16, fp16, fp32 or fp64"):
+            call()

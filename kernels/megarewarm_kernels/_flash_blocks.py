@@ -99,8 +99,7 @@ DOCUMENTS: dict[tuple[str, int, int], Blocks] = {
     ("queries", 100, 64): Blocks(64, 64, 4, 2),
 }
 # kernel -> width of a head's block -> launch, for fp32, which is there for exactness: no tensor cores. The same on every GPU,
-# within the memory of the smallest. Two stages take registers from the wider blocks too: the copies on their way wait in shared
-# memory.
+# within the memory of the smallest. Two stages spare registers too: what is copied ahead waits in shared memory.
 EXACT: dict[str, dict[int, Blocks]] = {
     "forward": {
         16: Blocks(64, 32, 8, 2, "ieee"),

@@ -55,6 +55,13 @@ def no_triton(device: torch.device) -> str:
     return "" if INTERPRETED else "it runs on GPUs"
 
 
+def check_floats(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless each is bf16, fp16, fp32 or fp64: others would be cast to what holds no such values."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"'{name}' is {tensor.dtype}, need bf16, fp16, fp32 or fp64")
+
+
 def exact(dtype: torch.dtype) -> torch.dtype:
     """The type in which a value of ``dtype`` is computed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)

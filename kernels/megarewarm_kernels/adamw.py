@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm_kernels._operators import HAS_TRITON, define, exact
+from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact
 
 _BLOCK = 1024
 _WALK = 16  # blocks of which one program adds up the squares
@@ -48,15 +48,16 @@ def adamw_(
             the device, so that nothing waits for it.
         copy: where the new weights are written in another dtype, of the same shape; None: nowhere.
 
-    Raises ValueError for shapes that differ, tensors that are not contiguous and a step below 1.
+    Raises ValueError for shapes that differ, other dtypes, tensors that are not contiguous and a step below 1.
     """
     for name, other in (("gradient", gradient), ("first", first), ("second", second), ("copy", copy)):
         if other is not None and (other.shape != parameter.shape or not other.is_contiguous()):
             raise ValueError(f"'{name}' is {tuple(other.shape)}, need {tuple(parameter.shape)} without gaps, as 'parameter'")
-    if not parameter.is_contiguous() or first.dtype != parameter.dtype or second.dtype != parameter.dtype:
-        raise ValueError(f"'parameter' has no gaps and the moments have its dtype {parameter.dtype}")
+    check_floats(gradient=gradient, copy=copy)
     if parameter.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"'parameter' is {parameter.dtype}: give the fp32 weights, and the others as 'copy'")
+    if not parameter.is_contiguous() or first.dtype != parameter.dtype or second.dtype != parameter.dtype:
+        raise ValueError(f"'parameter' has no gaps and the moments have its dtype {parameter.dtype}")
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     beta1, beta2 = betas
@@ -69,10 +70,11 @@ def squared_norm(x: Tensor) -> Tensor:
     """The sum of squares of ``x``, a contiguous tensor of any shape and floating dtype, as () fp32 (fp64 for fp64).
 
     Added up in the same order at every run. Squares are fp32, their partial sums are added in fp64. Raises ValueError for a
-    tensor with gaps.
+    tensor with gaps or of another dtype.
     """
     if not x.is_contiguous():
         raise ValueError("squared_norm needs a tensor without gaps")
+    check_floats(x=x)
     result: Tensor = _squared_norm(x)
     return result
 

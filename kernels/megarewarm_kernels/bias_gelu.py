@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels._operators import HAS_TRITON, define, exact, rows_of
+from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact, rows_of
 
 FORMS = ("none", "tanh")
 
@@ -35,12 +35,13 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "none") -> Tensor:
 
     Returns:
         (..., f) in x's dtype. Gradients come in the dtypes of x and bias; the bias's is summed in fp32, in the same order at
-        every run. Raises ValueError on wrong shapes or another form.
+        every run. Raises ValueError on wrong shapes or dtypes or another form.
     """
     if bias.dim() != 1 or x.shape[-1:] != bias.shape:
         raise ValueError(f"need x (..., f) and bias (f,), got {tuple(x.shape)} and {tuple(bias.shape)}")
     if approximate not in FORMS:
         raise ValueError(f"approximate is 'none' or 'tanh', not '{approximate}'")
+    check_floats(x=x, bias=bias)
     result: Tensor = _BiasGelu.apply(x, bias, approximate == "tanh")
     return result
 

@@ -59,7 +59,8 @@ def reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: T
 def check(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """``cos`` and ``sin`` as ``rotate_`` takes them. Raises ValueError where the arguments of attention don't fit."""
     if qkv.dim() != 3 or not qkv.is_contiguous():
-        raise ValueError(f"need qkv (b, s, heads x 3 x {head_dim}), contiguous, got {tuple(qkv.shape)}")
+        found = f"{tuple(qkv.shape)} with strides {qkv.stride()}"
+        raise ValueError(f"need qkv (b, s, heads x 3 x {head_dim}), contiguous, got {found}")
     b, s = qkv.shape[:2]
     if cos.shape[:-1] not in ((s,), (b, s)):
         raise ValueError(f"cos and sin are ({s}, r / 2) or ({b}, {s}, r / 2), got {tuple(cos.shape)}")

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from megarewarm_kernels import logits_in_place
-from megarewarm_kernels._operators import define, exact
+from megarewarm_kernels._operators import check_floats, define, exact
 from megarewarm_kernels.logit_passes import at_target, loss_of
 from megarewarm_kernels.logits_in_place import accumulate
 
@@ -54,8 +54,8 @@ def linear_cross_entropy(
     for x, and the outer product of the bracket with x for W. Softmax and the target's ``p - 1`` are computed in fp32 and
     W's gradient is summed over chunks in fp32, whatever the inputs. Under autocast both matrices are multiplied in
     autocast's dtype. Backward only scales the stored gradients; a second backward computes them again. With Triton, logits
-    exist once, in the products' dtype, and their gradient in their place. Raises ValueError on wrong shapes, for another
-    ``kernel``, and for "triton" where it can't be had.
+    exist once, in the products' dtype, and their gradient in their place. Raises ValueError on wrong shapes or dtypes, for
+    another ``kernel``, and for "triton" where it can't be had.
     """
     rows = weight.shape[0] if valid_rows is None else valid_rows
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -64,6 +64,7 @@ def linear_cross_entropy(
         raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
     if not 0 < rows <= weight.shape[0]:
         raise ValueError(f"valid_rows {rows} does not lie in 1..{weight.shape[0]}")
+    check_floats(hidden=hidden, weight=weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     tracked = torch.is_grad_enabled()

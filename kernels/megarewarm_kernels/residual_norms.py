@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels._operators import HAS_TRITON, define, exact, programs, rows_of
+from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
 
 
 def residual_norms(
@@ -41,7 +41,7 @@ def residual_norms(
     Returns:
         Three tensors like x. The sum is computed in fp32 and rounded once; the norms are computed from what was rounded, as
         the next layer reads it. Statistics are fp32. Gradients come in the dtypes of the arguments; the weights' are summed in
-        fp32, in the same order at every run. Raises ValueError on wrong shapes.
+        fp32, in the same order at every run. Raises ValueError on wrong shapes or dtypes.
     """
     for name, part in (("attended", attended), ("mixed", mixed)):
         if (part is None) != (attended is None) or (part is not None and part.shape != x.shape):
@@ -50,6 +50,7 @@ def residual_norms(
     for part in (weight1, bias1, weight2, bias2):
         if part.shape != x.shape[-1:]:
             raise ValueError(f"weights and biases of the norms are {tuple(x.shape[-1:])}, got {tuple(part.shape)}")
+    check_floats(x=x, attended=attended, mixed=mixed, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     total, first, second = _ResidualNorms.apply(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
     return total, first, second
 

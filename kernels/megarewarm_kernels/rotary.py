@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels._operators import HAS_TRITON, define, exact
+from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact
 
 _ELEMENTS = 1024  # of a program: 8 for each thread, 16 bytes of bf16
 _WARPS = 4
@@ -68,8 +68,9 @@ def check(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
         raise ValueError(f"cos and sin are {limit}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if qkv.shape[0] and (not cos.shape[0] or qkv.shape[0] % cos.shape[0]):
         raise ValueError(f"{qkv.shape[0]} tokens are no multiple of the {cos.shape[0]} rows of cos and sin")
+    check_floats(qkv=qkv)
     kind = exact(qkv.dtype)
-    if not qkv.is_floating_point() or cos.dtype != kind or sin.dtype != kind:
+    if cos.dtype != kind or sin.dtype != kind:
         raise ValueError(f"for qkv in {qkv.dtype}, cos and sin are in {kind}, got {cos.dtype} and {sin.dtype}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megarewarm_kernels import logits_in_place
-from megarewarm_kernels._operators import exact
+from megarewarm_kernels._operators import check_floats, exact
 from megarewarm_kernels.logit_passes import at_target, define_statistics, log_terms, loss_of, place_of
 from megarewarm_kernels.logits_in_place import gathered
 
@@ -49,7 +49,7 @@ def sharded_linear_cross_entropy(
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the count of tokens, an int64 scalar, equal on all ranks. The
         gradient of ``hidden`` is this rank's part of a sum over the group. Gradients are computed in the forward pass.
-        Raises ValueError on wrong shapes, for another ``kernel``, and for "triton" without it.
+        Raises ValueError on wrong shapes or dtypes, for another ``kernel``, and for "triton" without it.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"need hidden (t, h) and weight (v / T, h), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -59,6 +59,7 @@ def sharded_linear_cross_entropy(
         raise ValueError(f"vocab_size {vocab_size} does not lie in 1..{weight.shape[0]} rows x {group.size()} ranks")
     rank, (tokens, rows) = group.rank(), (hidden.shape[0], weight.shape[0])
     valid = max(0, min(rows, vocab_size - rank * rows))
+    check_floats(hidden=hidden, weight=weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     triton = logits_in_place.applies(kernel, hidden.device, dtype)
