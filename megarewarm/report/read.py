@@ -28,6 +28,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast whe
 _EVENT_START = b'{"event"'
 
 
+class NothingYet(UserError):
+    """A metrics file that has neither a train nor an eval line: the run has only just started."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run."""
@@ -146,7 +150,7 @@ def read_run(folder: Path | str) -> Run:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}, line {number}: a '{event.get('event')}' line with a missing or wrong {error}") from None
     if not record.steps and not record.evaluations:
-        raise UserError(f"{path}: no train and no eval line: the run ended before its first step")
+        raise NothingYet(f"{path}: no train and no eval line: the run ended before its first step")
     return Run(folder, _config(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
 
 
