@@ -128,7 +128,7 @@ def _legible(values: Sequence[float], place: dict[float, float]) -> list[float]:
     span = place[values[-1]] - place[values[0]]
     shown = [values[0]]
     for value in values[1:]:
-        if place[value] - place[shown[-1]] >= 0.09 * span:
+        if place[value] - place[shown[-1]] >= 0.12 * span:
             shown.append(value)
     return shown
 

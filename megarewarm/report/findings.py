@@ -128,8 +128,8 @@ def _by_chance(compared: Sequence[Comparison]) -> list[str]:
         return []
     expected = round(count * (1 - LEVEL))
     return [
-        f"These are {count} comparisons at {LEVEL:.0%} confidence: if nothing differed at all, about {expected} would still look "
-        "as if something did. Numbers are means paired by seed, ± half the interval."
+        f"These are {count} comparisons at {LEVEL:.0%} confidence: if nothing differed, about {expected} would still look as "
+        "if something did. Numbers are means paired by seed, ± half the interval."
     ]
 
 

@@ -95,11 +95,11 @@ def save_picture(picture: Picture, svg: bytes, folder: Path) -> None:
         picture.figure.savefig(folder / f"{picture.name}.png", dpi=160)
 
 
-def value_cells(texts: Sequence[str]) -> str:
+def value_cells(texts: Sequence[str]) -> list[str]:
     """Cells in which what stands out from the most common value is bold, where one value is the most common."""
     (usual, count), *others = Counter(texts).most_common()
     plain = {usual} if others and count > others[0][1] else set(texts)
-    return "".join(f"<td>{text}</td>" if text in plain else f"<td><b>{text}</b></td>" for text in texts)
+    return [f"<td>{text}</td>" if text in plain else f"<td><b>{text}</b></td>" for text in texts]
 
 
 def setting_text(value: Any) -> str:

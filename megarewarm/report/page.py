@@ -208,15 +208,16 @@ def _settings(runs: Sequence[Run], table: Sequence[Row]) -> str:
     if not different:
         return "<h2>Settings</h2>\n<p>The configs of the runs are the same in every key.</p>"
     head = "".join(f'<th scope="col">{escape(row.label)}</th>' for _, row in kept)
-    body = "".join(
-        f'<tr><th scope="row">{escape(key)}</th>{value_cells([setting_text(value) for value in values])}</tr>'
-        for key, values in different.items()
-    )
+    body = "".join(f'<tr><th scope="row">{escape(key)}</th>{_cells(values)}</tr>' for key, values in different.items())
     return (
         "<h2>Settings that differ</h2>\n"
         f'<div class="wide"><table class="settings"><thead><tr><th scope="col">Key</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _cells(values: Sequence[Any]) -> str:
+    return "".join(value_cells([setting_text(value) for value in values]))
 
 
 def _write_table(folder: Path, table: Sequence[Row]) -> None:
