@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +182,15 @@ def test_counters_carried_on_from_the_start_checkpoint(tmp_path: Path) -> None:
         assert run.steps == 10 and run.tokens == 10 * TOKENS_PER_STEP
         assert run.curve("upstream").tokens[-1] == 10 * TOKENS_PER_STEP
         assert run.start_loss("upstream") == (1.0 if number == 0 else None)
+
+
+def test_a_long_file_takes_columns_not_dictionaries(tmp_path: Path) -> None:
+    """Read line by line: the memory at its highest is a small multiple of the columns'."""
+    count = 60_000
+    folder = write(tmp_path / "run", [train_line(step, 1e-3, 2.0) | {"lr_sum": step * 1e-3} for step in range(1, count + 1)])
+    tracemalloc.start()
+    run = read_run(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(run.train) * 8 * count  # a dictionary a line would take three times as much
+    assert run.train["lr_sum"][-1] == pytest.approx(60.0) and np.isnan(run.train["annealing_area"]).all()

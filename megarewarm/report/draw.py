@@ -19,6 +19,8 @@ from megarewarm.report.place import spread
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Curve, Run
 from megarewarm.report.words import rate_text, tokens_text
 
+_Column = NDArray[np.float64]
+
 _WIDTH = 11.0
 _EARLY = 0.1  # the share of the tokens that the left column enlarges
 _POINTS = 1200  # more points than this are not visible on a page
@@ -30,7 +32,7 @@ def draw_curves(runs: Sequence[Run]) -> Figure | None:
     Where there are enough evaluations, a left column enlarges the first tenth. ``None`` where nothing is left to draw.
     """
     kept = [line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"]
-    return _curves(kept) if kept else None
+    return curves_figure(kept) if kept else None
 
 
 def draw_pretraining(runs: Sequence[Run]) -> Figure | None:
@@ -96,7 +98,11 @@ def describe_curves(runs: Sequence[Run]) -> str:
 
 def caption_curves(runs: Sequence[Run]) -> str:
     """What a reader must know to read ``draw_curves`` of these runs."""
-    kept = [line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"]
+    return caption_lines([line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"])
+
+
+def caption_lines(kept: Sequence[Line]) -> str:
+    """What a reader must know to read ``curves_figure`` of these lines."""
     text = "The number after a name is its last loss."
     if any(_starts(kept, role) for role in (UPSTREAM, DOWNSTREAM)):
         text += " The dashed line is the start checkpoint's loss."
@@ -115,8 +121,13 @@ def describe_pretraining(runs: Sequence[Run]) -> str:
 
 
 def _describe(runs: Sequence[Run]) -> str:
+    return describe_named(list(zip(labels(runs), runs, strict=True)))
+
+
+def describe_named(named: Sequence[tuple[str, Run]]) -> str:
+    """Alternative text of ``curves_figure`` for runs under the given names."""
     ends = []
-    for run, label in zip(runs, labels(runs), strict=True):
+    for label, run in named:
         parts = [f"peak LR {rate_text(run.peak_lr)}"]
         for role in (UPSTREAM, DOWNSTREAM):
             if len(curve := run.curve(role)):
@@ -125,8 +136,13 @@ def _describe(runs: Sequence[Run]) -> str:
     return "Line charts of learning rate, upstream loss and downstream loss against tokens. " + "; ".join(ends) + "."
 
 
-def _curves(lines: Sequence[Line]) -> Figure:
-    """One row per quantity; the left column enlarges the first tenth where there is something to see."""
+def curves_figure(
+    lines: Sequence[Line], stages: Sequence[tuple[float, str]] = (), axis: str = "tokens of this stage"
+) -> Figure:
+    """One row per quantity; the left column enlarges the first tenth where there is something to see.
+
+    ``stages``: tokens at which each stage of a chain begins, and its name; they are marked, and nothing is enlarged.
+    """
     roles = [role for role in (UPSTREAM, DOWNSTREAM) if any(line.run.sets(role) for line in lines)]
     heights = [max(1.7, 0.21 * len(lines) + 0.5), *([max(3.0, 0.2 * len(lines) + 0.4)] * len(roles))]
     above, gap, below = 0.42, 0.68, 0.55
@@ -134,7 +150,7 @@ def _curves(lines: Sequence[Line]) -> Figure:
     longest = max(len("start checkpoint"), *(len(line.label) for line in lines))
     label_width = 0.55 + 0.076 * (longest + 6)
     left, right = 0.1, 1 - label_width / _WIDTH
-    early = _has_early_detail(lines)
+    early = not stages and _has_early_detail(lines)
     with style.style():
         figure = style.new_figure(_WIDTH, total)
         span = max(line.run.tokens for line in lines) or 1.0
@@ -154,7 +170,8 @@ def _curves(lines: Sequence[Line]) -> Figure:
                     _draw_rates(axes, lines)
                 else:
                     _draw_losses(axes, lines, quantity)
-                _token_axis(axes, label=quantity == roles[-1] if roles else True)
+                _token_axis(axes, axis if not roles or quantity == roles[-1] else "")
+            _mark_stages(whole, stages, names=quantity == roles[0] if roles else True)
             columns[0].set_title(_title(lines, quantity))
             if quantity == "lr":
                 _rate_ticks(columns[0])
@@ -225,6 +242,23 @@ def _draw_losses(axes: Axes, lines: Sequence[Line], role: str, name: str | None 
         curve = line.run.curve(role, name)
         keep = _thin(len(curve))
         axes.plot(curve.tokens[keep], curve.losses[keep], color=line.colour, linestyle=line.dashes)
+        if (band := _band(line, role, name)) is not None:
+            axes.fill_between(band[0], band[1], band[2], color=line.colour, alpha=0.18, linewidth=0, zorder=1.4)
+
+
+def _band(
+    line: Line, role: str, name: str | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None:
+    """Tokens, lowest and highest loss over the seeds, (points,) each; ``None`` for a single one."""
+    if len(line.seeds) < 2:
+        return None
+    curves = [run.curve(role, name) for run in line.seeds]
+    tokens = curves[0].tokens
+    for curve in curves[1:]:
+        tokens = np.intersect1d(tokens, curve.tokens)
+    losses = np.array([curve.losses[np.isin(curve.tokens, tokens)] for curve in curves])
+    keep = _thin(len(tokens))
+    return tokens[keep], losses.min(axis=0)[keep], losses.max(axis=0)[keep]
 
 
 def _end_markers(axes: Axes, lines: Sequence[Line], role: str, name: str | None = None) -> None:
@@ -360,12 +394,23 @@ def _perplexity_tick(loss: float) -> str:
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"
 
 
-def _token_axis(axes: Axes, label: bool = True) -> None:
+def _mark_stages(axes: Axes, stages: Sequence[tuple[float, str]], names: bool) -> None:
+    """A line where each stage but the first begins, and the stages' names on top."""
+    for number, (tokens, name) in enumerate(stages):
+        if number:
+            axes.axvline(tokens, color=style.QUIET, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1.2)
+        if names:
+            axes.annotate(
+                name, (tokens, 1), xycoords=("data", "axes fraction"), xytext=(6, -3), textcoords="offset points", va="top",
+                fontsize=9, color=style.QUIET, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+            )  # fmt: skip
+
+
+def _token_axis(axes: Axes, label: str = "tokens of this stage") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
     style.quiet_axes(axes)
-    if label:
-        axes.set_xlabel("tokens of this stage")
+    axes.set_xlabel(label)
 
 
 def _thin(count: int) -> NDArray[np.int64]:

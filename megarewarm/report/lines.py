@@ -15,13 +15,17 @@ _LONGEST = 30
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A run as it is drawn. ``dashes`` is a matplotlib line style, solid for the first eight runs."""
+    """A run as it is drawn. ``dashes`` is a matplotlib line style, solid for the first eight runs.
+
+    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run.
+    """
 
     run: Run
     label: str
     colour: str
     marker: str
     dashes: str | tuple[float, tuple[float, ...]]
+    seeds: tuple[Run, ...] = ()
 
 
 def lines_of(runs: Sequence[Run]) -> list[Line]:

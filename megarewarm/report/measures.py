@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Run
+from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Curve, Run
 
 Kind = Literal["pretraining", "scratch", "continued"]
 
@@ -27,6 +27,8 @@ class Change:
     """A role's loss before and after a run, ``after`` infinite where it diverged.
 
     ``peak_rise`` is the highest finite evaluation minus ``before``, at least 0, and ``peak_tokens`` where it was made.
+    ``recovered_tokens``: where the loss was first evaluated at or below ``before`` again after that peak, infinite where it
+    never was (the stability gap closed, or not); ``None`` where it never rose.
 
     ``None`` where the run has no such number; ``before`` and what follows from it only for runs that started from a
     checkpoint.
@@ -36,6 +38,7 @@ class Change:
     after: float | None = None
     peak_rise: float | None = None
     peak_tokens: float | None = None
+    recovered_tokens: float | None = None
 
     @property
     def difference(self) -> float | None:
@@ -107,8 +110,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
             peak_lr=run.peak_lr,
             steps=run.steps,
             tokens=run.tokens,
-            upstream=_change(run, UPSTREAM),
-            downstream=_change(run, DOWNSTREAM),
+            upstream=change_of(run, UPSTREAM),
+            downstream=change_of(run, DOWNSTREAM),
         )
         for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)
     ]
@@ -138,7 +141,8 @@ def kinds(runs: Sequence[Run]) -> list[Kind]:
     return kinds
 
 
-def _change(run: Run, role: str) -> Change:
+def change_of(run: Run, role: str) -> Change:
+    """The role's losses before and after the run, and the highest between; see ``Change`` for what may be missing."""
     curve = run.curve(role)
     losses, tokens = curve.losses[np.isfinite(curve.losses)], curve.tokens[np.isfinite(curve.losses)]
     if len(losses) == 0:
@@ -149,7 +153,27 @@ def _change(run: Run, role: str) -> Change:
     if before is None or not math.isfinite(before):
         return Change(after=after)
     peak = int(np.argmax(losses))
-    return Change(before, after, max(0.0, float(losses[peak]) - before), float(tokens[peak]))
+    rise = max(0.0, float(losses[peak]) - before)
+    back = np.flatnonzero(losses[peak:] <= before)
+    recovered = (float(tokens[peak + back[0]]) if len(back) else math.inf) if rise > 0 else None
+    return Change(before, after, rise, float(tokens[peak]), recovered)
+
+
+def tokens_to_reach(curve: Curve, target: float) -> float:
+    """Tokens at which the loss is first at or below ``target``, linearly interpolated between evaluations.
+
+    0 where it begins there, infinite where it never gets there. Evaluations that are not finite are passed over.
+    """
+    kept = np.isfinite(curve.losses)
+    tokens, losses = curve.tokens[kept], curve.losses[kept]
+    below = np.flatnonzero(losses <= target)
+    if len(below) == 0:
+        return math.inf
+    first = int(below[0])
+    if first == 0:
+        return float(tokens[0])
+    share = (losses[first - 1] - target) / (losses[first - 1] - losses[first])
+    return float(tokens[first - 1] + share * (tokens[first] - tokens[first - 1]))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

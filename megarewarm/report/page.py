@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -17,51 +16,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megarewarm.report import draw, style, tradeoff
+from megarewarm.report.html import STYLE, breakable, setting_text, value_cells
 from megarewarm.report.measures import Change, Row, differences, perplexity, rows
 from megarewarm.report.read import Run, read_runs
 from megarewarm.report.words import DASH, loss_text, rate_text, signed_text, summarise, tokens_text
-
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --quiet: #5c6570; --line: #dfe3e8; --wash: #f6f7f9; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 64px; background: #fff; color: var(--ink);
-  font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 20px; margin: 44px 0 10px; }
-p, li { max-width: 82ch; }
-.quiet, figcaption { color: var(--quiet); font-size: 14px; }
-.summary { margin: 22px 0 0; padding: 14px 22px 14px 40px; background: var(--wash); border-left: 4px solid #0072b2; }
-.summary li { margin: 5px 0; }
-figure { margin: 10px 0 0; }
-figure img { display: block; width: 100%; height: auto; }
-figure.narrow img { max-width: 820px; }
-figcaption { margin-top: 6px; max-width: 82ch; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
-th, td { padding: 6px 7px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
-thead tr:first-child th[colspan] { text-align: center; border-bottom: 2px solid var(--line); color: var(--ink); }
-th:first-child, td:first-child { text-align: left; }
-tbody th { color: var(--ink); text-align: left; }
-tbody tr:hover { background: var(--wash); }
-td, tbody th { vertical-align: top; }
-td small, th small { display: block; color: var(--quiet); font-size: 12px; font-weight: 400; line-height: 1.2; }
-th small { margin-left: 17px; }
-.numbers tbody th { white-space: normal; min-width: 120px; padding-left: 24px; text-indent: -17px; }
-.numbers th small { margin-left: 0; text-indent: 0; }
-.group { border-left: 1px solid var(--line); }
-.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 88px; }
-.settings th, .settings td { text-align: left; vertical-align: top; }
-.settings tbody th { font: 13px/1.6 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: nowrap; }
-.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
-footer { margin-top: 52px; padding-top: 12px; border-top: 1px solid var(--line); }
-@media print {
-  body { max-width: none; padding: 0; font-size: 10.5pt; }
-  h2 { break-after: avoid; } figure, tr, .summary { break-inside: avoid; }
-  table { font-size: 8.5pt; } th, td { padding: 3px 5px; } .wide { overflow: visible; }
-  * { print-color-adjust: exact; }
-}
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +99,7 @@ def _page(runs: Sequence[Run], table: Sequence[Row], pictures: Sequence[_Picture
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in parts if part)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -178,7 +136,7 @@ def _numbers(table: Sequence[Row]) -> str:
     for index, row in enumerate(table):
         note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
         cells = [
-            f'<th scope="row"><span class="dot" style="background:{style.colour(index)}"></span>{_breakable(row.label)}'
+            f'<th scope="row"><span class="dot" style="background:{style.colour(index)}"></span>{breakable(row.label)}'
             + (f"<small>{note}</small>" if note else "")
             + "</th>",
             f"<td>{rate_text(row.peak_lr)}</td><td>{row.steps:,}</td><td>{tokens_text(row.tokens)}</td>",
@@ -225,7 +183,7 @@ def _starts(runs: Sequence[Run], table: Sequence[Row]) -> str:
         size = tokens_text(parameters) if isinstance(parameters, int | float) else DASH
         starts.setdefault((row.origin or "scratch", told or DASH, size), []).append(row.label)
     body = "".join(
-        f"<tr>{''.join(f'<td>{_breakable(value)}</td>' for value in (', '.join(names), *start))}</tr>"
+        f"<tr>{''.join(f'<td>{breakable(value)}</td>' for value in (', '.join(names), *start))}</tr>"
         for start, names in starts.items()
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Runs", "Started from", "State kept and reset", "Parameters"))
@@ -250,10 +208,7 @@ def _settings(runs: Sequence[Run], table: Sequence[Row]) -> str:
     if not different:
         return "<h2>Settings</h2>\n<p>The configs of the runs are the same in every key.</p>"
     head = "".join(f'<th scope="col">{escape(row.label)}</th>' for _, row in kept)
-    body = "".join(
-        f'<tr><th scope="row">{escape(key)}</th>{_values([_setting(value) for value in values])}</tr>'
-        for key, values in different.items()
-    )
+    body = "".join(f'<tr><th scope="row">{escape(key)}</th>{_cells(values)}</tr>' for key, values in different.items())
     return (
         "<h2>Settings that differ</h2>\n"
         f'<div class="wide"><table class="settings"><thead><tr><th scope="col">Key</th>{head}</tr></thead>'
@@ -261,24 +216,8 @@ def _settings(runs: Sequence[Run], table: Sequence[Row]) -> str:
     )
 
 
-def _values(texts: Sequence[str]) -> str:
-    """Cells in which what stands out from the most common value is bold, where one value is the most common."""
-    (usual, count), *others = Counter(texts).most_common()
-    plain = {usual} if others and count > others[0][1] else set(texts)
-    return "".join(f"<td>{text}</td>" if text in plain else f"<td><b>{text}</b></td>" for text in texts)
-
-
-def _setting(value: Any) -> str:
-    if value is None:
-        return DASH
-    if isinstance(value, float):
-        return rate_text(value) if 0 < abs(value) < 1e-2 else f"{value:g}"
-    return _breakable(str(value))
-
-
-def _breakable(text: str) -> str:
-    """Long paths may break after a slash or an underscore."""
-    return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")
+def _cells(values: Sequence[Any]) -> str:
+    return "".join(value_cells([setting_text(value) for value in values]))
 
 
 def _write_table(folder: Path, table: Sequence[Row]) -> None:

@@ -47,16 +47,19 @@ def place_labels(
     texts: Sequence[str],
     colours: Sequence[str],
     taken: Sequence[Any] = (),
+    points: NDArray[np.float64] | None = None,
 ) -> None:
     """Write ``texts`` beside the points (``xs``, ``ys``), which are in data units: each where it covers least.
 
-    ``taken`` are artists to keep clear of. A label that had to go far from its point is joined to it by a hairline.
+    ``taken`` are artists to keep clear of, ``points`` (n, 2) all points of the picture, in data units, where some have no
+    label. A label that had to go far from its point is joined to it by a hairline.
     """
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     scale = axes.figure.dpi / 72
+    marked = axes.transData.transform(np.column_stack([xs, ys]) if points is None else points)
     points = axes.transData.transform(np.column_stack([xs, ys]))
     inside = axes.get_window_extent(renderer)
-    obstacles = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in points]
+    obstacles = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in marked]
     obstacles += [artist.get_window_extent(renderer).padded(3) for artist in taken]
     labels: list[Bbox] = []
     for index in np.argsort(-points[:, 1], kind="stable"):

@@ -38,8 +38,8 @@ def draw_tradeoff(runs: Sequence[Run], table: Sequence[Row]) -> Figure | None:
             axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
         axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
         axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
-        axes.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
-        axes.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
+        axes.xaxis.set_major_formatter(FuncFormatter(signed_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(signed_tick))
         style.quiet_axes(axes)
         axes.set_title("What each run learned, and what it forgot")
         corner = axes.text(0.012, 0.985, "↖ better", transform=axes.transAxes, color=style.QUIET, va="top")
@@ -58,6 +58,7 @@ def describe_tradeoff(table: Sequence[Row]) -> str:
     return "Scatter chart of adaptation against forgetting. " + "; ".join(points) + "."
 
 
-def _signed_tick(value: float, _: int) -> str:
+def signed_tick(value: float, _: int) -> str:
+    """A tick label with its sign, for matplotlib's ``FuncFormatter``."""
     text = f"{abs(value):.2g}"
     return "0" if abs(value) < 1e-9 else f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
