@@ -142,7 +142,7 @@ def test_quantiles_against_scipy() -> None:
 
 
 def test_interval_against_a_worked_example() -> None:
-    """Differences 0.1, 0.2, 0.3: mean 0.2, s = 0.1, t(2) = 4.3027, so 0.2 +- 0.2484, which holds 0; 0.16, 0.2, 0.24 does not."""
+    """Of 0.1, 0.2, 0.3: mean 0.2, s = 0.1, t(2) = 4.3027, so 0.2 +- 0.2484, which holds 0; of 0.16, 0.2, 0.24 it does not."""
     loose = paired({1: 1.1, 2: 2.2, 3: 3.3, 4: 9.0}, {1: 1.0, 2: 2.0, 3: 3.0, 5: 9.0})
     assert loose is not None and loose.mean == pytest.approx(0.2) and loose.margin == pytest.approx(0.24841, rel=1e-4)
     assert not loose.established

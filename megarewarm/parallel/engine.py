@@ -197,6 +197,13 @@ class ParallelModel:
             part = part[: max(0, placement.valid - before)]
         return part.reshape(-1)
 
+    def forget_gathered(self) -> None:
+        """To be called after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
+        for module in self._modules:
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
     def weights(self) -> dict[str, Tensor]:
         """The parameters on this rank by name, each as ``whole`` shows it."""
         return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}

@@ -33,10 +33,12 @@ def interpolate(run: Run, metrics: Metrics, console: Console) -> None:
         for alpha in config.interpolate.alphas:
             for name, parameter in parameters.items():
                 parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
+            run.model.forget_gathered()
             rows[alpha] = _losses(run, metrics, alpha)
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(end[name])
+        run.model.forget_gathered()
     _show(rows, config.name, console)
 
 
