@@ -31,6 +31,7 @@ setup(
         "zstandard>=0.22",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "scipy>=1.11",
         "mpi4py>=4.0",
     ],
     extras_require={

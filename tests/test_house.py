@@ -18,6 +18,7 @@ FLOORS = {
     "megarewarm.model": 1,
     "megarewarm.data": 1,
     "megarewarm.schedules": 1,
+    "megarewarm.laws": 2,
     "megarewarm.parallel": 2,
     "megarewarm.checkpoint": 3,
     "megarewarm.rewarm": 4,

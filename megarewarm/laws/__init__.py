@@ -1,0 +1,1 @@
+"""Published laws of continual pre-training, fitted to one's own short runs."""

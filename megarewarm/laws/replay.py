@@ -1,0 +1,112 @@
+"""The loss of a continued run as a function of its tokens and of the share of old data: the D-CPT law (arXiv 2406.01375).
+
+L(D, r) = E + B r^n / D^b + C / (r + e)^g for each validation set, with r the share of that set's own kind of data: of the old
+for the upstream loss, of the new for the downstream one. The model's size is the same in all runs, so its term is part of E.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megarewarm.laws.arms import Family, Floats, Trained
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit
+from megarewarm.report.read import UPSTREAM
+
+NEEDED = 5
+"""Different fractions below which nothing is fitted: three lie inside then, each held out once."""
+
+SETTLED = 0.25
+"""Share of a run after which its evaluations count: before that the loss is the re-warming's, which the law doesn't know."""
+
+_BOUNDS = Bounds.of(E=(0, 20), B=(0, 10), n=(0.01, 5), b=(0.01, 2), C=(0, 10), e=(1e-3, 2), g=(0.01, 3))
+_STARTS = [
+    [2.0, size, 0.5, decay, 0.3, shift, 0.5] for size, decay, shift in itertools.product((0.3, 1.5), (0.1, 0.5), (0.02, 0.3))
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayLaw:
+    """``parameters`` are E, B, n, b, C, e, g; tokens are counted in ``unit``. Valid for fractions in [``low``, ``high``], those
+    that were tried, and runs of ``tokens`` tokens."""
+
+    role: str
+    parameters: Floats
+    unit: float
+    tokens: float
+    low: float
+    high: float
+    trial: Trial
+
+    def loss(self, fractions: ArrayLike, tokens: float | None = None) -> Floats:
+        """Loss at the end of runs with these replay fractions, in nats per token; the shape of ``fractions``."""
+        shares = own_share(np.asarray(fractions, dtype=np.float64), self.role)
+        return _law(self.parameters, np.full(shares.shape, (tokens or self.tokens) / self.unit), shares)
+
+
+def own_share(fractions: ArrayLike, role: str) -> Floats:
+    """The share of the data that is of the role's own kind, from the share of replay."""
+    fractions = np.asarray(fractions, dtype=np.float64)
+    return fractions if role == UPSTREAM else 1.0 - fractions
+
+
+def fit_replay(family: Family, role: str) -> ReplayLaw | None:
+    """The law fitted to the family's later evaluations of ``role``; ``None`` for fewer than five different fractions."""
+    fractions = sorted({run.replay for run in family.runs})
+    if len(fractions) < NEEDED:
+        return None
+    unit = max(run.steps * run.tokens_per_step for run in family.runs)
+    parameters = _solve(family.runs, role, unit, _STARTS)
+    held = []
+    for fraction in fractions:
+        left_out = [run for run in family.runs if run.replay == fraction]
+        others = [run for run in family.runs if run.replay != fraction]
+        rest = _solve(others, role, unit, [parameters, *_STARTS[:2]])
+        share = own_share(np.array([fraction]), role)
+        end = np.array([float(np.mean([run.steps * run.tokens_per_step for run in left_out])) / unit])
+        held.append(
+            HeldOut(
+                arm=left_out[0].arm,
+                measured=float(np.mean([run.final(role) for run in left_out])),
+                predicted=float(_law(rest, end, share)[0]),
+                mean_of_others=float(np.mean([run.final(role) for run in others])),
+                inside=fractions[0] < fraction < fractions[-1],
+            )
+        )
+    return ReplayLaw(role, parameters, unit, unit, fractions[0], fractions[-1], Trial(held))
+
+
+def _solve(runs: Sequence[Trained], role: str, unit: float, starts: Sequence[ArrayLike]) -> Floats:
+    """The parameters. A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
+    decayed yet, which the law doesn't know, and runs are compared by their ends."""
+    tokens, shares, losses, weights = [], [], [], []
+    for run in runs:
+        steps, found = run.losses[role]
+        late = steps >= SETTLED * run.steps
+        tokens.append(steps[late] * run.tokens_per_step / unit)
+        shares.append(own_share(np.full(int(late.sum()), run.replay), role))
+        losses.append(found[late])
+        weight = np.ones(int(late.sum()))
+        weight[-1] = max(1.0, len(weight) - 1.0)
+        weights.append(weight)
+    d, r, loss, weight = (np.concatenate(column) for column in (tokens, shares, losses, weights))
+    return fit(lambda parameters: weight * (_law(parameters, d, r) - loss), _BOUNDS, starts, evaluations=100)[0]
+
+
+def _law(parameters: Floats, d: Floats, r: Floats) -> Floats:
+    big_e, big_b, n, b, c, e, g = parameters
+    return np.asarray(big_e + big_b * r**n / d**b + c / (r + e) ** g, dtype=np.float64)
+
+
+def largest_new_share(law: ReplayLaw, limit: float) -> float | None:
+    """The largest share of new data whose predicted upstream loss is at most ``limit``; ``None`` where no tried one has that.
+
+    Only fractions within those that were tried are looked at. The use that arXiv 2406.01375 and 2407.17467 (CMR) make of it.
+    """
+    fractions = np.linspace(law.low, law.high, 2001)
+    fitting = fractions[law.loss(fractions) <= limit]
+    return float(1.0 - fitting.min()) if len(fitting) else None
