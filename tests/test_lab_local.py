@@ -183,3 +183,19 @@ def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Pa
     assert (tmp_path / "e" / "a" / "metrics.jsonl").read_text() == lines
     refused = sweep(tmp_path, "experiment=f")
     assert refused.returncode == 2 and "holds the experiment 'e', this one is 'f'" in refused.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["rewarm_2308_04014_mini", "replay_2403_08763_mini"])
+def test_the_mini_experiments_run_in_their_quick_form(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every arm, stage and figure, on the real text, in a folder of their own that both share."""
+    place = tmp_path_factory.getbasetemp() / "mini"
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, str(ROOT / "launch.sh"), str(ROOT / "configs" / "experiments" / f"{name}.yml"), "--quick"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    folder = place / "runs" / f"{name}_quick"
+    record = json.loads((folder / "experiment.json").read_text())
+    for run in record["runs"]:
+        assert events(folder / run["folder"], "stop")[-1]["reason"] == "complete"
+    assert (folder / "report" / "report.html").is_file()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.experiment_record import write_record
@@ -14,11 +18,13 @@ from megarewarm.lab.local import Job, Result, cores, devices, run_locally
 from megarewarm.lab.outlook import Prospect, prospects, show_outlook
 from megarewarm.lab.slurm import submit
 from megarewarm.model.size import count_parameters
-from megarewarm.report.page import report
-from megarewarm.training.experiment import check_folders, chosen_arms, prepare
+from megarewarm.report.watch import Watch
+from megarewarm.report.watch_frame import frame
+from megarewarm.training.experiment import check_folders, chosen_arms, prepare, write_report
 
 _PROCESS_BYTES = 700e6  # Python, torch and the data's caches
 _PARAMETER_BYTES = 28.0  # weights, gradients, moments, a checkpoint's copy and activations of a small batch
+_LOOK_EVERY = 2.0  # seconds
 EXIT_FAILED = 1
 
 
@@ -62,7 +68,10 @@ def sweep(
             highlight=False,
         )
         return 0
-    result = run_locally(left, words, folder, jobs=at_once, ranks=ranks, tick=_Teller(console, left)) if left else Result()
+    result = Result()
+    if left:
+        with _Teller(console, len(left), folder) as teller:
+            result = run_locally(left, words, folder, jobs=at_once, ranks=ranks, tick=teller)
     return _conclude(experiment, result, only, console)
 
 
@@ -71,8 +80,6 @@ def fitting_jobs(found: Sequence[Prospect], ranks: int) -> int:
     gpus = len(devices())
     if gpus:
         return max(1, gpus // ranks)
-    import os
-
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7
     largest = max((_parameters(prospect) for prospect in found), default=0)
     by_memory = int(memory / (ranks * (_PROCESS_BYTES + _PARAMETER_BYTES * largest)))
@@ -85,12 +92,32 @@ def _parameters(prospect: Prospect) -> int:
 
 
 class _Teller:
-    """A line for each run that begins or ends, and how many are left."""
+    """A line for each run that begins or ends, and how many are left; on a terminal below it what tools/watch.py shows."""
 
-    def __init__(self, console: Console, arms: Sequence[object]) -> None:
-        self._console, self._total = console, len(arms)
+    def __init__(self, console: Console, total: int, folder: Path) -> None:
+        self._console, self._total = console, total
         self._begun: set[str] = set()
         self._told: set[str] = set()
+        self._watch = Watch(folder)
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._looked = 0.0
+
+    def __enter__(self) -> _Teller:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def _show(self) -> None:
+        if self._live is None or time.monotonic() - self._looked < _LOOK_EVERY:
+            return
+        self._looked = time.monotonic()
+        unicode = not self._console.options.ascii_only
+        lines = frame(self._watch.look(), self._console.width, self._console.height - 2, unicode=unicode)
+        self._live.update(Group(*lines), refresh=True)
 
     def __call__(self, running: Sequence[Job], result: Result) -> None:
         for job in running:
@@ -104,16 +131,15 @@ class _Teller:
                 self._told.add(name)
                 style = None if how == "complete" else "red"
                 self._console.print(f"{name}: {how}; {len(self._told)} of {self._total}", style=style, highlight=False)
+        self._show()
 
 
 def _conclude(experiment: Experiment, result: Result, only: Sequence[str], console: Console) -> int:
     if result.stopped_by is not None:
         console.print("stopped; the same command goes on from here", style="yellow")
         return 128 + result.stopped_by
-    folders = [Path(arm.config.run_folder) for arm in experiment.arms]
-    trained = [folder for folder in folders if (folder / "metrics.jsonl").exists()]
-    if trained:
-        console.print(f"report: {report(trained, Path(experiment.folder) / 'report')}", highlight=False, soft_wrap=True)
+    if any((Path(arm.config.run_folder) / "metrics.jsonl").exists() for arm in experiment.arms):
+        console.print(f"report: {write_report(experiment)}", highlight=False, soft_wrap=True)
     if result.failed:
         console.print(
             f"{len(result.failed)} runs failed and {len(result.skipped)} could not begin for that; the same command tries them "

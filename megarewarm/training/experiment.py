@@ -15,6 +15,7 @@ from megarewarm.config.experiment_record import check_record, write_record
 from megarewarm.data.corpora import prepare_corpora
 from megarewarm.errors import UserError, nearest
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
@@ -61,12 +62,21 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
             return outcome.stopped_by
         folders.append(outcome.folder)
     if ranks.is_main and not only:
-        page = report(folders, Path(experiment.folder) / "report")
+        page = write_report(experiment)
         console.rule("summary", align="left", style="dim")
         console.print(summary_table([read_run(run_folder) for run_folder in folders]))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     ranks.barrier()
     return None
+
+
+def write_report(experiment: Experiment) -> Path:
+    """The page of what has trained so far: of arms over seeds where there are seeds or sweeps, else of the single runs."""
+    folder = Path(experiment.folder)
+    if experiment.config.seeds or experiment.config.sweeps:
+        return report_experiment(folder, folder / "report")
+    runs = [Path(arm.config.run_folder) for arm in experiment.arms]
+    return report([run for run in runs if (run / "metrics.jsonl").exists()], folder / "report")
 
 
 def prepare(experiment: Experiment, console: Console) -> None:
