@@ -107,7 +107,11 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
         for step in range(first + 1, total + 1):
             began, waited = time.perf_counter(), run.waited
             lr = plan.lr(step)
-            loss, norm = training_step(run, lr)
+            try:
+                loss, norm = training_step(run, lr)
+            except TrainingDiverged:
+                metrics.event("stop", step=step, reason="diverged")
+                raise
             seconds = time.perf_counter() - began
             rate = config.tokens_per_step / seconds
             lr_sum, area = (float(column[step - plan.origin.step - 1]) for column in sums)
