@@ -51,9 +51,12 @@ SCRIPT = """
 """
 
 STYLE = """
+body { max-width: 1240px; }
+main > section figure { max-width: 1100px; }
 h3 { font-size: 16px; margin: 26px 0 4px; }
 .sortable { font-size: 12.5px; }
-.sortable th, .sortable td { padding: 5px 5px; }
+.sortable th, .sortable td { padding: 5px 4px; }
+.sortable td { white-space: normal; } .sortable td small { white-space: nowrap; font-size: 11px; }
 .sortable thead th { white-space: normal; }
 .sortable thead button { all: unset; cursor: pointer; text-align: inherit; }
 .sortable thead button:hover, .sortable thead button:focus-visible { text-decoration: underline; color: var(--ink); }
@@ -62,7 +65,7 @@ h3 { font-size: 16px; margin: 26px 0 4px; }
 .sortable th[aria-sort="ascending"] button::after { content: " \\2191"; }
 .sortable th[aria-sort="descending"] button::after { content: " \\2193"; }
 .sortable tbody th { white-space: normal; min-width: 110px; overflow-wrap: anywhere; }
-.text, .text td { text-align: left; }
+td.text, th.text { text-align: left; }
 .main th { font-weight: 700; }
 tbody th { font-weight: 500; }
 summary { cursor: pointer; font-size: 20px; font-weight: 700; margin: 44px 0 10px; }
@@ -171,7 +174,7 @@ def comparisons_html(compared: Sequence[Comparison]) -> str:
     names = {"upstream_after": "Upstream loss", "downstream_after": "Downstream loss", "average_after": "Average"}
     measures = [measure for measure in names if any(measure in found for found in by_pair.values())]
     titles = ("Sweep", "Arm", "Against", "Seeds", *(names[measure] for measure in measures))
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    head = "".join(f'<th scope="col"{" class=text" if index < 3 else ""}>{title}</th>' for index, title in enumerate(titles))
     body = []
     for (group, arm, reference), found in by_pair.items():
         seeds = max(len(c.difference.values) for c in found.values())

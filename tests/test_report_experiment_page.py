@@ -1,0 +1,225 @@
+"""The page of an experiment: what stands on it, the files beside it, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from experiment_runs import entry, write_grid, write_record, write_run
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from test_report_page import assert_legible, check, run_tool
+
+from megarewarm.report import draw, style
+from megarewarm.report.arm_table import SCRIPT, content_hash
+from megarewarm.report.arms import arm_rows, comparisons
+from megarewarm.report.axes import axis_lines, draw_axis, number_of
+from megarewarm.report.experiment import Experiment, read_experiment
+from megarewarm.report.experiment_page import report_experiment
+from megarewarm.report.findings import summarise_experiment
+from megarewarm.report.panels import chains_of, draw_dynamics, draw_interpolation, lines_of_arms, panels_of
+from megarewarm.report.pareto import comparable, draw_pareto, front
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_OFFLINE = ("--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_grid(tmp_path_factory.mktemp("experiment") / "grid")
+
+
+@pytest.fixture(scope="module")
+def experiment(grid: Path) -> Experiment:
+    return read_experiment(grid)
+
+
+@pytest.fixture(scope="module")
+def page(grid: Path) -> Path:
+    return report_experiment(grid, grid / "report")
+
+
+def said(folder: Path) -> str:
+    experiment = read_experiment(folder)
+    rows = arm_rows(experiment)
+    return "\n".join(summarise_experiment(experiment, rows, comparisons(experiment, rows)))
+
+
+def two_arms(folder: Path, ends: dict[int, float], base: float = 2.5) -> Path:
+    """An arm 'other' that ends upstream at ``ends[seed]``, and 'main' that ends at ``base`` plus a hundredth of the seed."""
+    entries = []
+    for seed, end in ends.items():
+        for arm, up in (("main", base + 0.01 * seed), ("other", end)):
+            plan = entry(arm, seed, after=["start"])
+            entries.append(plan)
+            write_run(folder, plan, [2.0, 2.8, up], [3.0, 2.5, 2.0])
+    return write_record(folder, entries)
+
+
+def test_a_difference_is_claimed_only_where_it_exceeds_the_seeds_spread(tmp_path: Path) -> None:
+    text = said(two_arms(tmp_path / "clear", {1: 2.61, 2: 2.62, 3: 2.63}))
+    assert "upstream loss higher in other (+0.100 ± 0.000)" in text
+    text = said(two_arms(tmp_path / "noisy", {1: 2.81, 2: 2.42, 3: 2.63}))
+    assert "higher" not in text and "no difference beyond the seeds' spread in other" in text
+    text = said(two_arms(tmp_path / "single", {1: 3.61}))
+    assert "nothing is known about how much of a difference is chance" in text and "±" not in text
+    assert "against main, one seed: upstream other +1.100" in text
+
+
+def test_what_has_not_begun_is_listed_and_not_spoken_of(tmp_path: Path) -> None:
+    folder = write_grid(tmp_path / "grid", seeds=(1,), started=0.45)
+    text = said(folder)
+    assert "29 arms, each with seed 1: 12 of 29 runs complete, 1 under way and 16 not begun." in text
+    page = " ".join(check(report_experiment(folder, tmp_path / "out")).text)
+    assert "Not begun:" in page and "Under way, or stopped before their end:" in page and ": 60% of 410k tokens" in page
+    told = {row["run"]: row["state"] for row in json.loads((tmp_path / "out" / "runs.json").read_text())}
+    assert list(told.values()).count("not begun") == 16 and told["upstream.s1"] == "complete"
+    nothing = write_record(tmp_path / "nothing", [entry("a", 1), entry("b", 1)])
+    assert "0 of 2 runs complete, 2 not begun" in said(nothing)
+    check(report_experiment(nothing, tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*.png"))  # those of the earlier report are gone
+
+
+def test_page_is_whole_and_allows_only_its_own_script(page: Path) -> None:
+    text = page.read_text()
+    checker = check(page)
+    sources = [value for tag, name, value in checker.attributes if name in ("src", "href", "srcset", "data", "action")]
+    assert len(sources) >= 14 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text).replace("http-equiv", "")
+    (policy,) = [value for tag, name, value in checker.attributes if tag == "meta" and value.startswith("default-src")]
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-") and "unsafe" not in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert f"script-src {content_hash(script)}" in policy and script == SCRIPT
+    assert not any(name == "style" or name.startswith("on") for _, name, _ in checker.attributes)
+
+
+def test_numbers_on_the_page_and_in_the_files(page: Path, experiment: Experiment) -> None:
+    text = " ".join(check(page).text)
+    told = {row["arm"]: row for row in json.loads((page.parent / "arms.json").read_text())}
+    with open(page.parent / "arms.csv", newline="") as file:
+        in_csv = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(told) == list(in_csv) == [arm.name for arm in experiment.arms]
+    for arm in experiment.arms:
+        ends = [trial.run.curve("upstream").losses[-1] for trial in arm.trials if trial.run]
+        assert told[arm.name]["upstream_after_mean"] == pytest.approx(sum(ends) / 3)
+        assert float(in_csv[arm.name]["upstream_after_highest"]) == pytest.approx(max(ends))
+        assert f"{sum(ends) / 3:.3f}" in text
+    assert "Settings that differ" in text and "training.seed" not in text
+    assert len(json.loads((page.parent / "runs.json").read_text())) == 87
+    pictures = {path.stem for path in page.parent.glob("*.png")}
+    assert pictures == {path.stem for path in page.parent.glob("*.svg")} and len(pictures) >= 14
+    assert {"losses_max_lr", "pareto_1", "axis_replay", "chains", "interpolation_single", "dynamics_single"} <= pictures
+
+
+def test_nothing_written_overlaps_or_is_cut_off(experiment: Experiment) -> None:
+    rows = arm_rows(experiment)
+    figures = []
+    for panel in panels_of(experiment):
+        figures.append(draw.curves_figure(lines_of_arms(panel.arms)))
+        figures += [figure for figure in (draw_dynamics(panel.arms), draw_interpolation(panel.arms)) if figure]
+    figures += [draw_axis(*found) for group in experiment.groups if (found := axis_lines(rows, group))]
+    figures += [draw_pareto(group, "rewarm") for group in comparable(rows)]
+    chains = chains_of(experiment)
+    assert chains is not None and [name for _, name in chains.stages] == ["first", "second", "third"]
+    figures.append(draw.curves_figure(chains.lines, chains.stages, "tokens of all stages"))
+    with style.style():
+        for figure in figures:
+            assert_legible(figure)
+
+
+def test_panels_share_the_baseline_and_stay_small(experiment: Experiment) -> None:
+    panels = panels_of(experiment)
+    assert [panel.key for panel in panels] == ["single", "max_lr", "warmup", "replay", "early"]
+    assert all(panel.arms[0].name == "rewarm" for panel in panels[:4]) and all(len(panel.arms) <= 9 for panel in panels)
+    lines = lines_of_arms(panels[3].arms)
+    assert len({(line.colour, line.dashes) for line in lines}) == len({line.marker for line in lines}) == len(lines)
+
+
+def test_numbers_of_axis_values() -> None:
+    assert number_of("replay.fraction", None) == 0 and number_of("schedule.max_lr", None) is None
+    assert number_of("x", "2%") == 2 and number_of("x", 1e-3) == 1e-3 and number_of("x", "late") is None
+    assert number_of("x", True) is None
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=12))
+def test_front_by_its_definition(points: list[tuple[float, float]]) -> None:
+    """Exactly the points that none beats, each once where several are equal; quadratic, by definition."""
+    kept = front(points)
+    beaten = [any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points) for p in points]
+    assert {points[i] for i in kept} == {p for p, out in zip(points, beaten, strict=True) if not out}
+    assert len({points[i] for i in kept}) == len(kept) and [points[i][0] for i in kept] == sorted(points[i][0] for i in kept)
+
+
+def browse(url: str, *options: str) -> str:
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *_OFFLINE, *options, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def order(dom: str) -> list[str]:
+    body = re.search(r'class="numbers sortable".*?<tbody>(.*?)</tbody>', dom, re.DOTALL)
+    assert body is not None
+    return re.findall(r'<th scope="row" data-value="([^"]*)"', body[1])
+
+
+@needs_chromium
+def test_sorting_in_a_browser(page: Path, experiment: Experiment, tmp_path: Path) -> None:
+    rows = arm_rows(experiment)
+    assert order(page.read_text()) == [row.name for row in rows]  # the plain table, without the script
+    dom = browse(f"{page.as_uri()}#sort=-forgetting", "--dump-dom")
+    able = [row for row in rows if row.mean("forgetting") is not None]
+    expected = [row.name for row in sorted(able, key=lambda row: row.mean("forgetting") or 0.0, reverse=True)]
+    assert order(dom)[: len(able)] == expected and 'aria-sort="descending"' in dom
+    assert set(order(dom)[len(able) :]) == {row.name for row in rows} - set(expected)  # without a number: last
+    # Two clicks: the page with one more script, whose hash is allowed in its policy.
+    click = 'const b = document.querySelector("th[data-key=downstream_after] button"); b.click(); b.focus(); b.click();'
+    text = page.read_text().replace("script-src ", f"script-src {content_hash(click)} ")
+    clicked = tmp_path / "clicked.html"
+    clicked.write_text(text.replace("</body>", f"<script>{click}</script></body>"))
+    ends = {row.name: row.mean("downstream_after") or 0.0 for row in rows}
+    assert order(browse(clicked.as_uri(), "--dump-dom")) == sorted(ends, key=lambda name: -ends[name])
+    # Any other script is refused.
+    foreign = tmp_path / "foreign.html"
+    foreign.write_text(page.read_text().replace("</body>", '<script>document.title = "changed"</script></body>'))
+    assert "<title>changed" not in browse(foreign.as_uri(), "--dump-dom")
+
+
+def requested(log: Path) -> set[str]:
+    """Addresses that the page's requests went to, of a browser's network log."""
+    return set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
+
+
+@needs_chromium
+def test_page_opens_and_asks_the_network_for_nothing(page: Path, tmp_path: Path) -> None:
+    picture, log = tmp_path / "shot.png", tmp_path / "net.json"
+    browse(page.as_uri(), f"--screenshot={picture}", "--window-size=1280,2400", f"--log-net-log={log}")
+    pixels = imread(picture)[..., :3]
+    assert pixels.shape[:2] == (2400, 1280) and 0.01 < float((pixels < 0.9).any(axis=2).mean()) < 0.4
+    quiet = requested(log)
+    probe = tmp_path / "probe.html"
+    probe.write_text('<img src="http://probe.invalid/x.png">')
+    browse(probe.as_uri(), "--dump-dom", f"--log-net-log={log}")
+    assert any("probe.invalid" in url for url in requested(log))  # the log would have told
+    own = re.compile(r"https?://([^/]*\.)?(google|gstatic|googleapis|gvt1)\.com[/:]")  # the browser's own errands
+    assert not [url for url in quiet if not own.match(url)]
+
+
+def test_tool(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "grid", seeds=(1,))
+    done = run_tool(grid, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    file = tmp_path / "e.yml"
+    file.write_text(f"experiment: grid\nfolder: {grid}\nruns: [{{name: a}}]\n")
+    assert run_tool(file, "--output", tmp_path / "yaml").returncode == 0 and (tmp_path / "yaml" / "chains.svg").exists()
+    cases = (((grid, grid), "give it alone"), ((file, "--quick"), "nothing there yet"), ((grid, "--quick"), "--quick goes"))
+    for wrong, says in cases:
+        bad = run_tool(*wrong)
+        assert bad.returncode == 2 and says in bad.stderr and "Traceback" not in bad.stderr
