@@ -127,13 +127,17 @@ def arm_rows(experiment: Experiment) -> list[ArmRow]:
 def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
     """The row with the tokens that it saved against an arm from scratch, seed by seed.
 
-    That is: of the arms from scratch with the same validation sets, the one that ended lowest downstream, and of its tokens
-    those that this arm did not need to get as low.
+    That is: of the arms from scratch on the same training and validation data, the one that ended lowest downstream, and of its
+    tokens those that this arm did not need to get as low.
     """
+    data = _training_data(row.arm)
     able = [
         (ended, other)
         for other in rows
-        if other.kind == "scratch" and other.arm.sets == row.arm.sets and (ended := other.mean("downstream_after")) is not None
+        if other.kind == "scratch"
+        and other.arm.sets == row.arm.sets
+        and _training_data(other.arm) == data
+        and (ended := other.mean("downstream_after")) is not None
     ]
     if row.kind != "continued" or not able:
         return row
@@ -144,6 +148,14 @@ def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
         if target is not None and math.isfinite(target) and len(curve := run.curve(DOWNSTREAM)):
             saved[trial.seed] = scratch.values["tokens"][trial.seed] - tokens_to_reach(curve, target)
     return dataclasses.replace(row, values=row.values | {"tokens_saved": saved}, scratch=scratch.name)
+
+
+def _training_data(arm: Arm) -> Any:
+    """What the arm was trained on, as its configuration says, replay left out; None where it says nothing."""
+    for _, run in _with_runs(arm.complete):
+        if isinstance(data := run.config.get("data"), dict):
+            return data.get("train")
+    return None
 
 
 def _with_runs(trials: Sequence[Trial]) -> list[tuple[Trial, Run]]:
