@@ -141,7 +141,7 @@ def test_compiled_whole_and_checkpointed() -> None:
         (torch.zeros(4, 24), torch.zeros(3, 2), 8, "4 tokens are no multiple of the 3 rows"),
         (torch.zeros(4, 24), torch.zeros(4, 5), 8, r"at most 4\), got \(4, 5\)"),
         (torch.zeros(4, 24), torch.zeros(4, 2, dtype=torch.float64), 8, "got torch.float64"),
-        (torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 2), 8, "in torch.int64"),
+        (torch.zeros(4, 24, dtype=torch.int64), torch.zeros(4, 2), 8, "'qkv' is torch.int64"),
         (torch.zeros(24, 4).t(), torch.zeros(4, 2), 8, "must be contiguous"),
     ],
 )
