@@ -38,7 +38,7 @@ class Arms:
 
     def __init__(self, folder: Path) -> None:
         record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
-        self.folder = folder
+        self.folder, self.planned = folder, len(record["runs"])
         self._runs: dict[str, dict[int, Run]] = {}
         for item in record["runs"]:
             place = folder / item["folder"]
@@ -49,6 +49,12 @@ class Arms:
                 self._runs.setdefault(item["arm"], {})[item["seed"]] = run
         if not self._runs:
             raise SystemExit(f"{folder}: no finished run; carry the experiment out first (see this file's first lines)")
+
+    @property
+    def state(self) -> str:
+        """How many of its runs are finished, in words."""
+        done = sum(len(seeds) for seeds in self._runs.values())
+        return f"{self.folder.name}: {done} of {self.planned} runs finished"
 
     def paired(self, measure: Callable[[Run], float], *arms: str) -> np.ndarray:
         """(arms, seeds): ``measure`` of the seeds that all ``arms`` have finished."""
@@ -107,7 +113,14 @@ class Difference:
         return cls(float(values.mean()), float(half), count)
 
     def __str__(self) -> str:
+        if self.seeds < 2:
+            return f"{self.mean:+.3f} (one seed)".replace("-", "−")
         return f"{self.mean:+.3f} ± {self.half:.3f}".replace("-", "−")
+
+    @property
+    def percent(self) -> str:
+        """As a share."""
+        return f"{self.mean:.0%} (one seed)" if self.seeds < 2 else f"{self.mean:.0%} ± {self.half:.0%}"
 
     def positive(self) -> str:
         return HOLDS if self.mean - self.half > 0 else FAILS if self.mean + self.half < 0 else OPEN
@@ -223,7 +236,7 @@ def replaying(arms: Arms) -> Iterator[Claim]:
         yield Claim(
             "2403.08763, 6.1",
             f"{share} of replay under a {shift} shift removes most of the forgetting at little cost",
-            f"of the forgetting {saved.mean:.0%} ± {saved.half:.0%} is gone ({forgotten:.3f} nats without replay); the "
+            f"of the forgetting {saved.percent} is gone ({forgotten:.3f} nats without replay); the "
             f"downstream loss is {cost} higher",
             together(half.positive(), gain.positive()),
         )
@@ -231,7 +244,7 @@ def replaying(arms: Arms) -> Iterator[Claim]:
     yield Claim(
         "2403.08763, 6.1",
         "already 1 and 5 % help under a strong shift",
-        f"1 %: {removed('strong', '0.01')[0].mean:.0%} of the forgetting gone, 5 %: {saved.mean:.0%} ± {saved.half:.0%}",
+        f"1 %: {removed('strong', '0.01')[0].mean:.0%} of the forgetting gone, 5 %: {saved.percent}",
         together(removed("strong", "0.01")[0].positive(), saved.positive()),
     )
     strong, weak = arms.paired(up, "strong_0.05", "weak_0.05")
@@ -282,16 +295,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the experiments' folders are")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
-    found = [
-        *rewarming(Arms(arguments.runs / "rewarm_2308_04014_mini")),
-        *replaying(Arms(arguments.runs / "replay_2403_08763_mini")),
-    ]
+    first, second = (Arms(arguments.runs / name) for name in ("rewarm_2308_04014_mini", "replay_2403_08763_mini"))
+    measured = f"{first.state}; {second.state}.\n\n{table([*rewarming(first), *replaying(second)])}"
     if arguments.write is None:
-        print(table(found))
+        print(measured)
         return
     page = arguments.write.read_text(encoding="utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
-    arguments.write.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}", encoding="utf-8")
+    arguments.write.write_text(f"{before}{BEGIN}\n{measured}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -101,13 +101,14 @@ def test_a_signal_lets_every_run_save_and_begins_no_other(tmp_path: Path, calls:
         time.sleep(0.3)  # until both can be signalled
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=interrupt)
     thread.start()
     result = run_locally(arms, [], tmp_path / "e", jobs=2, every=0.02)
     thread.join()
     assert result.stopped_by == signal.SIGINT and not result.failed and not result.done
     assert sorted(line for line in calls.read_text().splitlines() if "saved" in line) == ["saved long_1", "saved long_2"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_gpus_are_handed_out_one_group_a_run(tmp_path: Path, calls: Path, monkeypatch) -> None:
