@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny import config, events, quiet
 
 from megarewarm.checkpoint.own.folder import checkpoints_in
-from megarewarm.checkpoint.own.retention import LOG_SPACED, Retention
+from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import read_state
+from megarewarm.config.execution import LOG_SPACED
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train

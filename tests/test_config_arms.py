@@ -103,6 +103,11 @@ def test_a_moment_of_a_run_is_a_step_that_it_keeps() -> None:
     assert steps.config.start.from_ == "runs/e/up/checkpoints/step_10"
 
 
+def test_quick_needs_to_be_described() -> None:
+    with pytest.raises(UserError, match="has no key 'quick'"):
+        load(BASE + UPSTREAM, quick=True)
+
+
 def test_quick_is_shorter_elsewhere_and_laid_over_the_file() -> None:
     text = BASE + UPSTREAM + "seeds: [1, 2]\nquick: {length: 0.1, seeds: [7], base: {schedule: {max_lr: 2e-3}}}\n"
     (arm,) = load(text, quick=True).arms

@@ -75,7 +75,7 @@ def test_the_laboratorys_examples_are_valid_experiments(tmp_path: Path) -> None:
     names = []
     for example in examples:
         (tmp_path / "e.yml").write_text(example)
-        for quick in (False, True):
+        for quick in [False, True] if "quick:" in example else [False]:
             arms = load_experiment(*read_configs([str(tmp_path / "e.yml")]), quick=quick).arms
         names += [arm.arm for arm in arms]
     assert {"peak_1.5e-4_1pct", "reset_second", "trunk-first", "trunk-second", "release"} <= set(names)

@@ -83,13 +83,16 @@ def test_the_operator_is_well_defined_and_compiles_whole() -> None:
     torch.testing.assert_close(function(*given), linear_distillation(*given, share=SHARE)[0])
 
 
-@pytest.mark.parametrize("wrong", range(4))
+@pytest.mark.parametrize("wrong", range(5))
 def test_wrong_shapes_are_refused(wrong: int) -> None:
     given = problem(4, 9, dtype=torch.float32)
     if wrong < 3:
         given[(0, 2, 3)[wrong]] = given[(0, 2, 3)[wrong]][:2]
         with pytest.raises(ValueError, match="need"):
             linear_distillation(*given, share=1.0)
+    elif wrong == 3:
+        with pytest.raises(ValueError, match=r"'teacher_hidden' is torch\.int64, need"):
+            linear_distillation(*given[:3], given[3].long(), given[4], share=1.0)
     else:
         with pytest.raises(ValueError, match="valid_rows 10"):
             linear_distillation(*given, share=1.0, valid_rows=10)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels._operators import define, exact
+from megarewarm_kernels._operators import check_floats, define, exact
 from megarewarm_kernels.logits_in_place import accumulate
 
 MIB = 2**20
@@ -49,7 +49,7 @@ def linear_distillation(
 
     FLOPs are the 6 t v h of ``linear_cross_entropy`` and 2 t v g for the teacher; bytes, beside the operands, some 10 passes
     over a chunk's logits in fp32. Softmaxes are computed in fp32, and W's gradient is summed over chunks in fp32. Raises
-    ValueError on wrong shapes.
+    ValueError on wrong shapes or dtypes.
     """
     rows = weight.shape[0] if valid_rows is None else valid_rows
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -63,6 +63,7 @@ def linear_distillation(
         raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
     if not 0 < rows <= min(weight.shape[0], teacher_weight.shape[0]):
         raise ValueError(f"valid_rows {rows} does not lie in 1..{min(weight.shape[0], teacher_weight.shape[0])}")
+    check_floats(hidden=hidden, weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     per_token = rows * (2 * exact(dtype).itemsize + dtype.itemsize)

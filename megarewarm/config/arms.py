@@ -12,12 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from megarewarm.config.budget import Budget
+from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.load import known_keys, merge, validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError, nearest
-
-_LOG_SPACED = (0, *(2**k for k in range(10)))
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ def _keeping(arm: Arm, step: int) -> Arm:
     """The run with a checkpoint after ``step`` that stays."""
     settings = arm.config.checkpoint
     extra = settings.extra_steps
-    listed = [s for s in _LOG_SPACED if s <= arm.config.total_steps] if extra == "log_spaced" else list(extra)
+    listed = [s for s in LOG_SPACED if s <= arm.config.total_steps] if extra == "log_spaced" else list(extra)
     if step not in listed:
         listed.append(step)
     checkpoint = settings.model_copy(update={"extra_steps": sorted(listed)})

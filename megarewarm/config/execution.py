@@ -81,6 +81,10 @@ class EvaluationConfig(Section):
         return self
 
 
+LOG_SPACED = (0, *(2**k for k in range(10)))
+"""The early steps that Pythia published: 0, 1, 2, 4, ..., 512."""
+
+
 class CheckpointConfig(Section):
     """When the run's own checkpoints are written, and how many stay."""
 

@@ -11,6 +11,7 @@ from megarewarm.config.arms import Arm, arms_of
 from megarewarm.config.load import merge, validate
 from megarewarm.config.section import Positive, Section
 from megarewarm.config.yaml_text import Origins
+from megarewarm.errors import UserError
 
 
 class TokenizerConfig(Section):
@@ -127,6 +128,8 @@ def load_experiment(mapping: dict[str, Any], origins: Origins, *, quick: bool = 
     length = 1.0
     if quick:
         over = dict(validate(ExperimentConfig, mapping, origins).quick)
+        if not over:
+            raise UserError("--quick: the experiment has no key 'quick', which says what its small form is; add it")
         length = over.pop("length", 1.0)
         for path in [path for path in origins if path[0:1] == ("quick",)]:
             origins = origins | {path[1:]: origins[path]}

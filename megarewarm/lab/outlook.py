@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.config.arms import Arm
+from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.experiment import Experiment
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.report.follow import Follower
@@ -61,10 +62,9 @@ def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
         config = plan.config
         follower = Follower(Path(config.run_folder) / "metrics.jsonl")
         follower.poll()
-        stopped = (follower.stop or {}).get("reason")
-        state: State = "done" if plan.resumed and plan.position.step >= config.total_steps else "waiting"
-        if state != "done" and (plan.resumed or follower.step is not None) and stopped != "complete":
-            state = "begun"
+        state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
+        if plan.resumed and plan.position.step >= config.total_steps:
+            state = "done"
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length)
@@ -91,7 +91,7 @@ def _is_below(line: str, folder: Path) -> bool:
 
 def _extra(arm: Arm) -> int:
     extra = arm.config.checkpoint.extra_steps
-    return 11 if extra == "log_spaced" else len(extra)
+    return len(LOG_SPACED if extra == "log_spaced" else extra)
 
 
 def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, console: Console) -> None:

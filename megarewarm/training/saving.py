@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megarewarm.checkpoint.own.retention import LOG_SPACED, Retention
+from megarewarm.checkpoint.own.retention import Retention
+from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.training.evaluate import evaluation_steps

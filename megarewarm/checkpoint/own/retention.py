@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LOG_SPACED = (0, *(2**k for k in range(10)))
-"""The early steps that Pythia published: 0, 1, 2, 4, ..., 512."""
-
 
 @dataclass(frozen=True)
 class Retention:
