@@ -14,10 +14,12 @@ from distributed import run_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import config, quiet
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
+from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
@@ -119,3 +121,29 @@ def test_ranks_share_the_reading_and_agree(checkpoint: Path) -> None:
     answers = run_ranks(_ranks_agree, 3, str(checkpoint.parent))
     note = f"{file} is damaged (its SHA-256 is not the one in {SUMS_FILE}): the checkpoint of step 1 is used"
     assert answers == [("step_1", [note])] * 3
+
+
+class _Taking:
+    """What is pickled as the getattr of something, as Python before 3.11.4 writes the members of an enumeration."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self._taken = getattr, (owner, name)
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return self._taken
+
+
+def test_an_index_of_an_older_python_is_read_and_its_getattr_reaches_nothing_else(checkpoint: Path) -> None:
+    file = checkpoint / ".metadata"
+    index = TensorIndexReader(checkpoint).read_metadata()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: _Taking(_MEM_FORMAT_ENCODING, self.name).__reduce__()
+        )
+        file.write_bytes(pickle.dumps(index))
+    assert b"getattr" in file.read_bytes()
+    assert TensorIndexReader(checkpoint).read_metadata().state_dict_metadata == index.state_dict_metadata
+    for owner, name in ((torch.Size, "__new__"), (_MEM_FORMAT_ENCODING, "mro"), (_MEM_FORMAT_ENCODING, "__reduce_ex__")):
+        file.write_bytes(pickle.dumps(_Taking(owner, name)))
+        with pytest.raises(pickle.UnpicklingError, match="which no index of tensors needs; nothing of it was run"):
+            TensorIndexReader(checkpoint).read_metadata()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, StorageMeta
 
 # All that an index of plain tensors is made of, by module.
 _NEEDED = {
@@ -23,8 +23,17 @@ _NEEDED = {
 }
 
 
+def _member(owner: Any, name: str) -> Any:
+    """What Python before 3.11.4 writes an enumeration's member as: the getattr of its class, here of nothing but that."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it takes '{name}' of {owner!r}, which no index of tensors needs; nothing of it was run")
+    return _MEM_FORMAT_ENCODING[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if name not in _NEEDED.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs; nothing of it was run")
         return super().find_class(module, name)
