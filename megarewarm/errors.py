@@ -5,7 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# 0: done; 128 + n: stopped by signal n and saved. docs/reliability.md says what a launcher should do about each
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+EXIT_RANK_LOST = 4
+EXIT_REPLICAS_DIFFER = 5
+EXIT_TIME_LIMIT = 75
 
 
 class UserError(Exception):

@@ -15,11 +15,8 @@ from megarewarm.config.experiment import Experiment, is_experiment, load_experim
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
 from megarewarm.parallel.launchers import Launch, read_launcher
-
-EXIT_DIVERGED = 3
-EXIT_RANK_LOST = 4
 
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
@@ -99,7 +96,9 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
     # imported here so that --help and a mistyped key answer at once, without loading torch
     from megarewarm.parallel.connect import connect
     from megarewarm.parallel.ranks import is_loss
-    from megarewarm.training.trainer import TrainingDiverged, train
+    from megarewarm.parallel.replicas import ReplicasDiffer
+    from megarewarm.training.step import TrainingDiverged
+    from megarewarm.training.trainer import train
 
     first = what.arms[0].config if isinstance(what, Experiment) else what
     ranks = connect(launch, first.training.device, first.parallel.timeout_minutes)
@@ -107,13 +106,12 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
         if isinstance(what, Experiment):
             from megarewarm.training.experiment import run_experiment
 
-            stopped_by = run_experiment(what, ranks, console, only)
-        else:
-            stopped_by = train(what, ranks, console).stopped_by
-    except TrainingDiverged as error:
+            return run_experiment(what, ranks, console, only)
+        return train(what, ranks, console).exit_code
+    except (TrainingDiverged, ReplicasDiffer) as error:
         if ranks.is_main:
             print(str(error), file=sys.stderr, flush=True)
-        return EXIT_DIVERGED
+        return EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_REPLICAS_DIFFER
     except RuntimeError as error:
         if ranks.world_size == 1 or not is_loss(error):
             raise
@@ -127,4 +125,3 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
         os._exit(EXIT_RANK_LOST)
     finally:
         ranks.close()
-    return 0 if stopped_by is None else 128 + stopped_by

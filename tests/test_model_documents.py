@@ -75,7 +75,7 @@ def test_the_mean_is_over_what_is_left(tmp_path):
     """One step from the same weights: the loss that is logged is the mean over targets whose input is not the end."""
     from megarewarm.training.plan import make_plan
     from megarewarm.training.setup import build
-    from megarewarm.training.trainer import training_step
+    from megarewarm.training.step import training_step
 
     data = {"eod": 5, "mask_eod_loss": True, "reset_at_eod": True}
     run = build(make_plan(config(tmp_path, data=data)), ALONE)
@@ -88,7 +88,8 @@ def test_the_mean_is_over_what_is_left(tmp_path):
     assert 0 < len(kept) < len(losses)
     wanted = torch.autograd.grad(kept.mean(), list(run.model.parameters.values()))
     norm = torch.stack([gradient.norm() for gradient in wanted]).norm()
-    loss, measured = training_step(run, 0.0)
+    result = training_step(run, 0.0)
+    loss, measured = result.loss, result.norm
     assert loss == pytest.approx(float(kept.mean()), rel=1e-6) and measured == pytest.approx(float(norm), rel=1e-5)
     run.batches.close()
 

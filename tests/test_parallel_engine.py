@@ -29,8 +29,10 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of
 from megarewarm.parallel.placement import place
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
-from megarewarm.training.setup import Run, build
-from megarewarm.training.trainer import train, training_step
+from megarewarm.training.run import Run
+from megarewarm.training.setup import build
+from megarewarm.training.step import training_step
+from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 MODEL = {"num_layers": 4, "num_heads": 4}
@@ -127,7 +129,7 @@ def test_an_overflow_leaves_the_step_out_and_halves_the_scale(tmp_path: Path) ->
     assert run.scaler is not None
     run.scaler.scale = 2.0**40  # no fp16 gradient survives this
     before = {name: parameter.detach().clone() for name, parameter in run.model.parameters.items()}
-    _, norm = training_step(run, 1e-3)
+    norm = training_step(run, 1e-3).norm
     run.batches.close()
     assert not math.isfinite(norm) and run.scaler.scale == 2.0**39 and run.optimizer.completed_steps == 0
     assert all(torch.equal(before[name], parameter) for name, parameter in run.model.parameters.items())

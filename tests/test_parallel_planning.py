@@ -16,8 +16,9 @@ from megarewarm.parallel.cluster import GPUS, rank_layouts
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
-from megarewarm.training.setup import Run, build
-from megarewarm.training.trainer import training_step
+from megarewarm.training.run import Run
+from megarewarm.training.setup import build
+from megarewarm.training.step import training_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, dict[str, Any]] = {

@@ -15,8 +15,10 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import dynamics, trainer
 from megarewarm.training.dynamics import dynamics_steps, group_of, measure
 from megarewarm.training.plan import make_plan
-from megarewarm.training.setup import Run, build
-from megarewarm.training.trainer import train, training_step
+from megarewarm.training.run import Run
+from megarewarm.training.setup import build
+from megarewarm.training.step import training_step
+from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary: padded rows under tensor parallelism, unequal shards. No attention biases: the keys' have no gradient but

@@ -22,7 +22,8 @@ from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
-from megarewarm.training.trainer import TrainingDiverged, train
+from megarewarm.training.step import TrainingDiverged
+from megarewarm.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))

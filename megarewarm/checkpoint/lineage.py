@@ -27,6 +27,7 @@ class Stage(BaseModel):
     """One run's part in a checkpoint: from its start (or from scratch) to the step at which it was saved.
 
     ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
+    ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,6 +42,7 @@ class Stage(BaseModel):
     last_lr: float | None = None
     data: list[DataSeen] = []
     losses: dict[str, float] = {}
+    left_out: list[tuple[int, int]] = []
 
 
 class Lineage(BaseModel):
@@ -66,5 +68,7 @@ class Lineage(BaseModel):
             data = ", ".join(f"{seen.name} {seen.tokens:,}" for seen in stage.data)
             rate = f", lr up to {stage.max_lr:.3g}, last {stage.last_lr:.3g}" if stage.max_lr is not None else ""
             tokens = f"{stage.tokens:,} tokens ({data})" if stage.data else "tokens not recorded"
-            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}")
+            without = sum(last - first + 1 for first, last in stage.left_out)
+            gaps = f", {without:,} steps left out" if without else ""
+            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}{gaps}")
         return result

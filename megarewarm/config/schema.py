@@ -23,6 +23,7 @@ from megarewarm.config.execution import (
     TrainingConfig,
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
+from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.section import LearningRate, Positive, Section
 
 
@@ -263,6 +264,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from megarewarm.config.data import DataConfig
 from megarewarm.data.mixture import Mixture, lay_out
 from megarewarm.data.phases import Phase
+from megarewarm.data.row_places import RowPlace
 from megarewarm.data.sample_order import SamplesRead
 from megarewarm.data.samples import Description
 from megarewarm.errors import UserError
@@ -39,6 +40,11 @@ class TrainingBatches:
         self._check_range(first_sample, global_batch)
         size = global_batch // world
         return self._rows.read(first_sample + rank * size, size)
+
+    def places(self, first_sample: int, count: int) -> list[RowPlace]:
+        """Of each sample of [first_sample, first_sample + count): its file, and the documents that it consists of."""
+        self._check_range(first_sample, count)
+        return self._rows.places(first_sample, count)
 
     def tokens_per_source(self, first_sample: int, count: int) -> dict[str, int]:
         """Training tokens (s per sample) that each source gives to the samples [first_sample, first_sample + count)."""

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.blend import AnyBlend
+from megarewarm.data.row_places import RowPlace, runs_of
 from megarewarm.data.samples import Samples
 from megarewarm.errors import UserError
 
@@ -40,6 +41,16 @@ class BlendedRows:
             self._check(i, index[places], part)
             rows[places] = part
         return rows
+
+    def places(self, first: int, count: int) -> list[RowPlace]:
+        """Where the rows of the positions [first, first + count) lie."""
+        sources, indices = self._blend.locate(np.arange(first, first + count))
+        found = []
+        for row, (i, index) in enumerate(zip(sources.tolist(), indices.tolist(), strict=True)):
+            starts, lengths = self.samples[i].pieces(np.array([index]))
+            file = self.samples[i].tokens.file
+            found.append(RowPlace(row, first + row, self.names[i], str(file.path), index, runs_of(file, starts, lengths)))
+        return found
 
     def _check(self, source: int, index: npt.NDArray[np.int64], part: npt.NDArray[np.int64]) -> None:
         if int(part.max()) >= self._vocab_size or int(part.min()) < 0:

@@ -43,8 +43,7 @@ class RowSamples(Samples):
     def sample_order(self) -> SampleOrder:
         return self._sample_order("rows", first_row=self._first_row)
 
-    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         rows = self._first_row + indices % self.samples_per_epoch
         length = self.sequence_length + 1
-        starts = self.tokens.first_token + rows * length
-        out[:] = self.tokens.file.read_pieces(starts, np.full(len(rows), length)).reshape(out.shape)
+        return self.tokens.first_token + rows * length, np.full(len(rows), length)

@@ -62,10 +62,13 @@ class Samples(ABC):
             int(indices.min()) < 0 or (self.num_samples is not None and int(indices.max()) >= self.num_samples)
         ):
             raise IndexError(f"{self.tokens.file.path} has {self.num_samples} samples, asked for {indices.max()}")
-        self._fill(indices, out)
+        if indices.size:
+            out[:] = self.tokens.file.read_pieces(*self.pieces(indices)).reshape(out.shape)
 
     @abstractmethod
-    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None: ...
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where the samples ``indices``, (k,), lie in the file: (first tokens, lengths) of the runs of tokens, all of the first
+        sample's, then all of the second's; the lengths sum to k (s + 1)."""
 
     @abstractmethod
     def sample_order(self) -> SampleOrder:
@@ -115,15 +118,14 @@ class PermutedSamples(Samples):
     def sample_order(self) -> SampleOrder:
         return self._sample_order("permuted", key=self._seed)
 
-    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
-        length = self.sequence_length + 1
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         epochs, places = np.divmod(indices, self.samples_per_epoch)
+        starts = np.empty(len(indices), np.int64)
         for epoch in np.unique(epochs):
             (rows,) = np.nonzero(epochs == epoch)
             permutation = Permutation(self.samples_per_epoch, derive_key(self._seed, int(epoch)))
-            windows = permutation(places[rows])
-            starts = self.tokens.first_token + windows * self.sequence_length
-            out[rows] = self.tokens.file.read_pieces(starts, np.full(len(rows), length)).reshape(-1, length)
+            starts[rows] = self.tokens.first_token + permutation(places[rows]) * self.sequence_length
+        return starts, np.full(len(indices), self.sequence_length + 1)
 
 
 class _ShuffledSamples(Samples):
@@ -216,12 +218,11 @@ class _ShuffledSamples(Samples):
         """Rows of GPT-NeoX's ``sample_idx``, (..., 2): index into ``document_order`` and offset of flat token k s."""
         return np.stack(self._documents.locate(np.asarray(places, np.int64) * self.sequence_length), axis=-1)
 
-    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         file, documents = self.tokens.file, self._documents
         first = self._shuffle[indices].astype(np.int64) * self.sequence_length
         rows, begins, lengths = documents.pieces(first, self.sequence_length + 1)
-        starts = file.starts_of(documents.order[rows].astype(np.int64)) + begins
-        out[:] = file.read_pieces(starts, lengths).reshape(out.shape)
+        return file.starts_of(documents.order[rows].astype(np.int64)) + begins, lengths
 
     def describe(self) -> Description:
         return {**super().describe(), "epochs": self.num_epochs}

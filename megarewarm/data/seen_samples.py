@@ -92,11 +92,11 @@ class SeenSamples(Samples):
             first += count
         return SamplesRead(order=self.sample_order(), ranges=tuple(ranges), again=True)
 
-    def _fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         places = (self._first + indices) % self.samples_per_epoch
         k = np.searchsorted(self._before, places, side="right") - 1
         begins = np.array([begin for begin, _ in self._seen])
-        self._original.fill(begins[k] + places - self._before[k], out)
+        return self._original.pieces(begins[k] + places - self._before[k])
 
 
 def _reopen(order: SampleOrder, file: TokenFile) -> Samples:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +82,12 @@ class TokenFile:
         if self._index is None or document == self.num_documents:
             return document * self.total_tokens if self._index is None else self.total_tokens
         return int(self._index.pointers(document, document + 1)[0]) // self.dtype.itemsize
+
+    def document_at(self, token: int) -> int:
+        """The document that holds flat token ``token``. O(log documents). Raises ``IndexError`` outside of the file."""
+        if not 0 <= token < self.total_tokens:
+            raise IndexError(f"{self.path} has {self.total_tokens} tokens, asked for the document of token {token}")
+        return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
     def document_starts(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Flat positions of the first tokens of the documents [first, last), as the index says them."""

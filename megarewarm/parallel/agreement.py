@@ -10,9 +10,18 @@ import torch.distributed as dist
 
 def all_reduce_sums(values: Sequence[float]) -> list[float]:
     """The sums of ``values`` over all ranks, added in float64."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_maxima(values: Sequence[float]) -> list[float]:
+    """The largest of each of ``values`` on any rank."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return list(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, op=how)
     return [float(value) for value in total.tolist()]

@@ -27,7 +27,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
     """
     chosen = _device(launch, device)
     if launch.world_size == 1:
-        return Ranks(0, 1, chosen)
+        return Ranks(0, 1, chosen, began=launch.began)
     timeout = timedelta(minutes=timeout_minutes)
     if launch.local_world_size != launch.world_size and chosen.type == "cpu" and "GLOO_SOCKET_IFNAME" not in os.environ:
         # gloo would take the interface of the host's name, which on many hosts is the loopback
@@ -53,7 +53,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             f"{socket.gethostname()}, master {launch.master_addr}:{launch.master_port}): {first}; check that every rank was "
             f"started and that the master's port is free and reachable"
         ) from error
-    return Ranks(launch.rank, launch.world_size, chosen, launch.launcher, store)
+    return Ranks(launch.rank, launch.world_size, chosen, launch.launcher, store, launch.began)
 
 
 def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str) -> None:

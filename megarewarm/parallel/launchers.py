@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megarewarm.errors import UserError
 
@@ -13,7 +14,8 @@ DEFAULT_PORT = 29500
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process in the job. ``launcher`` names who started it; 'none' is a single process."""
+    """Place of this process in the job. ``launcher`` names who started it; 'none' is a single process. ``began``: when this was
+    read, at the start of the process, by ``time.monotonic``."""
 
     rank: int
     world_size: int
@@ -22,6 +24,7 @@ class Launch:
     master_addr: str
     master_port: int
     launcher: str
+    began: float = field(default_factory=time.monotonic, compare=False)
 
 
 def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None) -> Launch:

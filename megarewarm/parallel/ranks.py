@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """This process among the others. ``began``: when it did, by ``time.monotonic``."""
 
     rank: int
     world_size: int
     device: torch.device
     launcher: str = "none"
     store: dist.Store | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def report(self, step: int) -> None:
         """Leave word that this rank has computed its part of ``step``, so that the others can tell who has not."""

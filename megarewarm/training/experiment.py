@@ -43,8 +43,9 @@ def check_folders(experiment: Experiment) -> None:
         RunFolder(Path(arm.config.run_folder)).check(arm.config)
 
 
-def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int | None:
-    """The runs in order, or those named in ``only``. Returns the signal that stopped it, or None when it is complete.
+def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
+    """The runs in order, or those named in ``only``. Returns the exit code of the first that was stopped, 0 when all are
+    complete.
 
     All ranks call it. Raises ``UserError``.
     """
@@ -58,8 +59,8 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")
         outcome = train(arm.config, ranks, console)
-        if outcome.stopped_by is not None:
-            return outcome.stopped_by
+        if outcome.exit_code:
+            return outcome.exit_code
         folders.append(outcome.folder)
     if ranks.is_main and not only:
         page = write_report(experiment)
@@ -67,7 +68,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
         console.print(summary_table([read_run(run_folder) for run_folder in folders]))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     ranks.barrier()
-    return None
+    return 0
 
 
 def write_report(experiment: Experiment) -> Path:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megarewarm.training.evaluate import evaluate, turns
 from megarewarm.training.metrics import Metrics
-from megarewarm.training.setup import Run
+from megarewarm.training.run import Run
 from megarewarm.training.start_weights import load_start
 
 

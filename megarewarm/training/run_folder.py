@@ -35,6 +35,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.export = path / "huggingface"
+        self.batches = path / "batches"
         self._lock: IO[str] | None = None
 
     def newest_checkpoint(self, *, alone: bool = False) -> tuple[Path | None, list[str]]:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
-from megarewarm.checkpoint.own.state import TrainingState
-from megarewarm.checkpoint.own.store import Tensors
-from megarewarm.checkpoint.source import OpenedCheckpoint, weight_tensors
+from megarewarm.checkpoint.own.state import RecentSteps
+from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.forgetting import DistillConfig
 from megarewarm.data.batches import TrainingBatches, build_training_batches
-from megarewarm.data.moving import MovingWindows
 from megarewarm.data.prefetch import Prefetch
 from megarewarm.data.tokenizers import load_tokenizer
-from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
-from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
-from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
+from megarewarm.model.size import count_parameters
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import DTYPES, ParallelModel
@@ -34,155 +27,14 @@ from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.replay import check_apart, replayed
-from megarewarm.rewarm.reset import Row, table
+from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices, settle_model
+from megarewarm.training.run import RNG, Batch, Run, moment_tensors
+from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
-
-RNG = "rng.cpu"
-
-Batch = tuple[int, npt.NDArray[np.int64]]
-"""Number of the global batch's first sample, and this rank's rows of it, (B / data-parallel ranks, s + 1)."""
-
-
-@dataclass
-class Run:
-    """A run in progress. ``step``, ``last_lr``, ``max_lr``, the losses and ``waited`` move with it, the rest stays.
-
-    ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
-    waited for data; ``distilled``: the teacher's term of the newest step, a mean per target. ``start_weights``: what the run
-    began with, where something has a use for it.
-    """
-
-    plan: Plan
-    ranks: Ranks
-    mesh: Mesh
-    model: ParallelModel
-    optimizer: AdamW
-    data: TrainingBatches
-    batches: Prefetch[Batch]
-    validation: list[ValidationWindows | MovingWindows]
-    precision: str
-    operations: Operations
-    scaler: LossScaler | None
-    table_rows: list[Row]
-    notes: list[str]
-    history: Lineage
-    step: int
-    start_weights: StartWeights | None = None
-    last_lr: float = 0.0
-    max_lr: float = 0.0
-    losses: dict[str, float] = field(default_factory=dict)
-    measured: dict[str, float] = field(default_factory=dict)
-    start_losses: dict[str, float] = field(default_factory=dict)
-    waited: float = 0.0
-    distilled: float = 0.0
-    started: float = field(default_factory=time.monotonic)
-
-    def tensors(self) -> Tensors:
-        """Everything of the run that is a tensor, by its name in a checkpoint."""
-        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
-
-    def stage(self) -> Stage:
-        """This run's line in the lineage, as it stands now."""
-        plan = self.plan
-        first = plan.samples(plan.origin.step)
-        count = plan.samples(self.step) - first
-        return Stage(
-            run=plan.config.name,
-            intent=plan.policy.intent if not plan.resumed else self._own_state().intent,
-            started_from=plan.config.start.from_,
-            steps=self.step - plan.origin.step,
-            tokens=count * plan.config.data.sequence_length,
-            schedule=plan.schedule.spec(),
-            max_lr=self.max_lr,
-            last_lr=self.last_lr,
-            data=self._data_seen(first, count),
-            losses=self.losses,
-        )
-
-    def _data_seen(self, first: int, count: int) -> list[DataSeen]:
-        tokens = self.data.tokens_per_source(first, count)
-        length = self.plan.config.data.sequence_length
-        return [
-            DataSeen(
-                name=name,
-                path=str(source["path"]),
-                fingerprint=str(source["fingerprint"]),
-                samples=tokens[name] // length,
-                tokens=tokens[name],
-                read=read,
-            )
-            for name, source, read in zip(
-                self.data.names, self.data.describe(), self.data.samples_read(first, count), strict=True
-            )
-        ]
-
-    def _own_state(self) -> TrainingState:
-        assert self.plan.source is not None and self.plan.source.training is not None
-        return self.plan.source.training
-
-    def state(self) -> TrainingState:
-        """Everything of the run that is a counter, as it stands now."""
-        plan = self.plan
-        stage = self.stage()
-        return TrainingState(
-            run=plan.config.name,
-            intent=stage.intent,
-            step=self.step,
-            tokens=stage.tokens,
-            optimizer_step=self.optimizer.completed_steps,
-            schedule_position=plan.schedule_position(self.step),
-            schedule=plan.schedule.spec(),
-            last_lr=self.last_lr,
-            samples=plan.samples(self.step),
-            data_fingerprint=self.data.fingerprint(before=plan.samples(self.step)),
-            model=plan.model,
-            lineage=self.history.extended(stage),
-            start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
-            start_losses=self.start_losses,
-            measured=self.measured,
-            loss_scale=self.scaler.state() if self.scaler is not None else None,
-        )
-
-    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        """``{"mfu": share}`` where the device's peak is known (causal-attention FLOPs of forward and backward), else {}."""
-        device = self.ranks.device
-        if device.type != "cuda":
-            return {}
-        peak = peak_tflops(torch.cuda.get_device_name(device))
-        if peak is None:
-            return {}
-        config = self.plan.config
-        flops = training_flops_per_token(self.plan.model, config.data.sequence_length) * tokens_per_second
-        return {"mfu": round(flops / (peak * 1e12 * self.ranks.world_size), 4)}
-
-    def description(self) -> dict[str, Any]:
-        """The values of the ``start`` event in metrics.jsonl."""
-        config = self.plan.config
-        return {
-            "name": config.name,
-            "folder": config.run_folder,
-            "from": config.start.from_,
-            "intent": self.plan.policy.intent,
-            "step": self.plan.position.step,
-            "total_steps": config.total_steps,
-            "tokens_per_step": config.tokens_per_step,
-            "parameters": count_parameters(self.plan.model),
-            "schedule": self.plan.schedule.spec(),
-            "reset": [vars(row) for row in self.table_rows],
-            "precision": self.precision,
-            "ranks": self.ranks.world_size,
-            "layout": str(self.mesh.layout),
-            "device": str(self.ranks.device),
-            "kernels": {
-                **asdict(self.operations),
-                "compile": config.kernels.use == "compile",
-                "optimizer": self.optimizer.kind,
-            },
-        }
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:
@@ -204,6 +56,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     validation, left_out = open_validation(config, plan.model.vocab_size)
 
     torch.manual_seed(config.training.seed + ranks.rank)
+    _choose_algorithms(config.kernels.deterministic)
     precision = _precision(plan, ranks)
     mesh = Mesh(ranks, layout)
     documents = _documents(plan)
@@ -243,6 +96,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     optimizer = AdamW(model.parameters, config.optimizer, kind, plan.model.num_layers)
     _apply(plan, model, optimizer)
 
+    watched = config.reliability
     scaler = LossScaler() if precision == "fp16" else None
     stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
     if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
@@ -280,19 +134,20 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         history=history,
         step=plan.position.step,
         start_weights=begun,
+        spikes=None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations),
     )
     if plan.resumed:
         assert plan.source is not None and plan.source.training is not None
         stage = plan.source.training.lineage.stages[-1]
         run.losses, run.start_losses = dict(stage.losses), dict(plan.source.training.start_losses)
         run.last_lr, run.max_lr = stage.last_lr or 0.0, stage.max_lr or 0.0
+        run.left_out = list(stage.left_out)
+        recent = plan.source.training.recent or RecentSteps()
+        run.unchanged = recent.unchanged
+        if run.spikes is not None:
+            run.spikes.restore(recent.losses, recent.norms)
     _assert_applied(run)
     return run
-
-
-def moment_tensors(model: ParallelModel, optimizer: AdamW) -> Tensors:
-    """Adam's moments under the names they have in a checkpoint; writing to them changes the optimizer's state."""
-    return {f"optimizer.{moment}.{name}": model.whole(name, tensor) for (moment, name), tensor in optimizer.moments().items()}
 
 
 def _teacher(plan: Plan, settings: DistillConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
@@ -362,6 +217,14 @@ def _check_data_position(plan: Plan, data: TrainingBatches) -> None:
             f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
             f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
         )
+
+
+def _choose_algorithms(deterministic: bool) -> None:
+    """PyTorch's own operations with the same bits at every run, or its fastest; an operation that has no such form raises."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory before it is written
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def _precision(plan: Plan, ranks: Ranks) -> str:

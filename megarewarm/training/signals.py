@@ -1,36 +1,67 @@
-"""Stopping on request: the first signal lets the step finish and a checkpoint be saved, the second ends at once."""
+"""Stopping on request: the first signal lets the step finish and a checkpoint be saved, a further one ends at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType, TracebackType
+from typing import Any
 
 from rich.console import Console
 
 # USR1 is what Slurm is asked to send ahead of a time limit (sbatch --signal=USR1@120)
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SAME_REQUEST = 2.0  # seconds: a launcher passes on what the terminal has sent already
 
 
 class StopRequest:
-    """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None."""
+    """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None.
+
+    Signals are counted by a thread that the C handler wakes, since the interpreter's own runs only between two instructions of
+    the main thread: a rank that waits in a collective for one that hangs would never see the second.
+    """
 
     def __init__(self, console: Console) -> None:
         self.received: int | None = None
         self._console = console
-        self._previous: dict[int, signal.Handlers | object] = {}
+        self._previous: dict[int, Any] = {}
+        self._first = 0.0
 
     def __enter__(self) -> StopRequest:
+        self._reads, self._writes = os.pipe()
+        os.set_blocking(self._writes, False)
         for number in _WATCHED:
             self._previous[number] = signal.signal(number, self._handle)
+        self._woken = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._count, name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.set_wakeup_fd(self._woken)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
+        os.close(self._writes)  # which ends the thread
+        self._thread.join()
+        os.close(self._reads)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            sys.exit(128 + number)
-        self.received = number
-        self._console.print("stopping after this step and saving; once more to stop at once", style="yellow")
+        """Nothing: the thread has it. Without a handler the signal would have its default effect."""
+
+    def _count(self) -> None:
+        while numbers := os.read(self._reads, 64):
+            for number in numbers:
+                if number in _WATCHED:
+                    self._take(number)
+
+    def _take(self, number: int) -> None:
+        if self.received is None:
+            self.received, self._first = number, time.monotonic()
+            self._console.print("stopping after this step and saving; once more to stop at once", style="yellow")
+        elif time.monotonic() - self._first > _SAME_REQUEST:
+            print("stopped at once, without saving", file=sys.stderr, flush=True)
+            # not by way of the interpreter, whose main thread may wait for good
+            os._exit(128 + number)

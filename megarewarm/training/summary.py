@@ -9,7 +9,7 @@ from rich.table import Table
 
 from megarewarm.model.size import count_parameters
 from megarewarm.rewarm.reset import Row
-from megarewarm.training.setup import Run
+from megarewarm.training.run import Run
 
 
 def print_start(run: Run, console: Console) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import os
+import socket
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,43 +13,49 @@ from rich.console import Console
 
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.own.saver import Saver
+from megarewarm.checkpoint.own.together import gather
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.errors import EXIT_TIME_LIMIT
+from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
+from megarewarm.training.bad_steps import answer, check_roll_back
 from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.interpolation import interpolate
 from megarewarm.training.metrics import Metrics, check_loggers
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
+from megarewarm.training.run import Run
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.saving import check_saving, extra_steps, is_saved, retention
-from megarewarm.training.setup import Run, build
+from megarewarm.training.setup import build
 from megarewarm.training.signals import StopRequest
+from megarewarm.training.step import TrainingDiverged, training_step
+from megarewarm.training.step_times import StepTimes
 from megarewarm.training.summary import print_reset_table, print_start
+from megarewarm.training.time_limit import TimeLimit
 
 _NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
 
 
-class TrainingDiverged(Exception):
-    """The loss or the gradient is not a finite number any more; nothing of that step was saved."""
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its folder, completed steps, newest validation losses, and the signal that stopped it, if any."""
+    """How a run ended: its folder, completed steps, newest validation losses, and the exit code: 0 where it is complete,
+    128 + the signal that stopped it, ``EXIT_TIME_LIMIT``."""
 
     folder: Path
     step: int
     losses: dict[str, float]
-    stopped_by: int | None = None
+    exit_code: int = 0
 
 
 def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     """Train ``config`` to its end, from its own newest checkpoint if it has one. All ranks call it.
 
-    Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` for a non-finite step.
+    Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` where too many steps changed
+    nothing, ``ReplicasDiffer`` where ranks that should hold the same weights don't.
     """
     check_loggers(config.logging)
     folder = RunFolder(Path(config.run_folder))
@@ -62,6 +69,8 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
     check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     run = build(plan, ranks)
+    check_roll_back(run)
+    limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
     with ExitStack() as opened:
         opened.callback(run.batches.close)
         folder.open(config, main=ranks.is_main)
@@ -74,8 +83,8 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         )
         saver.reserve(run.tensors())
         with StopRequest(console) as stop:
-            outcome = _loop(run, folder, saver, metrics, console, stop)
-        if outcome.stopped_by is None:
+            outcome = _loop(run, folder, saver, metrics, console, stop, limit)
+        if outcome.exit_code == 0:
             _export(plan, folder, ranks, console)
     return outcome
 
@@ -92,12 +101,23 @@ def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> No
     console.print(f"{plan.config.name}: exported to {folder.export}", highlight=False)
 
 
-def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: Console, stop: StopRequest) -> Outcome:
+def _loop(
+    run: Run,
+    folder: RunFolder,
+    saver: Saver,
+    metrics: Metrics,
+    console: Console,
+    stop: StopRequest,
+    limit: TimeLimit,
+) -> Outcome:
     plan, config = run.plan, run.plan.config
     total, first = config.total_steps, plan.position.step
     sums = plan.learning_rate_sums()
     measure_after = dynamics_steps(config, plan.origin.step)
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
+    compared_after = replica_checks(config, first)
+    due = False  # a checkpoint
+    times = StepTimes(config.reliability, gather(socket.gethostname()))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
         run.start_losses = dict(run.losses)
@@ -107,54 +127,66 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
         for step in range(first + 1, total + 1):
             began, waited = time.perf_counter(), run.waited
             lr = plan.lr(step)
-            try:
-                loss, norm = training_step(run, lr)
-            except TrainingDiverged:
-                metrics.event("stop", step=step, reason="diverged")
-                raise
+            result = training_step(run, lr)
             seconds = time.perf_counter() - began
             rate = config.tokens_per_step / seconds
-            lr_sum, area = (float(column[step - plan.origin.step - 1]) for column in sums)
             run.step, run.last_lr, run.max_lr, run.measured = step, lr, max(run.max_lr, lr), {}
+            lr_sum, area = (float(column[step - plan.origin.step - 1]) for column in sums)
             metrics.event(
                 "train",
                 step=step,
                 tokens=step * config.tokens_per_step,
-                loss=loss,
+                loss=result.loss,
                 lr=lr,
                 lr_sum=lr_sum,
                 annealing_area=area,
-                grad_norm=norm,
+                grad_norm=result.norm,
                 tokens_per_second=round(rate, 1),
                 data_wait=round(run.waited - waited, 4),
+                **({} if result.changed else {"changed": False}),
                 **({"distill_loss": run.distilled} if run.model.teacher is not None else {}),
                 **run.utilisation(rate),
             )
-            metrics.scalars(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_s": rate})
-            metrics.scalars(step, {"train/lr_sum": lr_sum, "train/annealing_area": area})
-            if step in measure_after and math.isfinite(norm):  # in fp16 a step may have changed nothing
+            scalars = {"loss": result.loss, "lr": lr, "grad_norm": result.norm, "tokens_per_s": rate}
+            scalars |= {"lr_sum": lr_sum, "annealing_area": area}
+            metrics.scalars(step, {f"train/{name}": value for name, value in scalars.items()})
+            try:
+                answered = answer(run, result, folder, saver, metrics)
+            except TrainingDiverged:
+                metrics.event("stop", step=step, reason="diverged")
+                raise
+            slow = times.add(seconds, result.busy)
+            for alarm in slow:
+                metrics.event("alarm", step=step, kind=alarm.kind, message=alarm.message)
+            for line in [*answered.lines, *(f"step {step}: {alarm.message}" for alarm in slow)]:
+                metrics.text(line)
+                console.print(f"{config.name}: {line}", style="yellow", highlight=False)
+            if step in measure_after and result.changed:
                 groups = measure(run.model, run.optimizer, run.start_weights)
                 log_dynamics(metrics, step, step * config.tokens_per_step, groups)
-            if (line := progress.step(step, loss, lr, rate)) is not None:
-                metrics.text(line)
+            if (logged := progress.step(step, result.loss, lr, rate)) is not None:
+                metrics.text(logged)
             for number, last in turns(config, step) if step in evaluate_after else ():
                 _evaluate_all(run, step, metrics, console, None, number=number, last=last)
-            stopping, failed = (count > 0 for count in all_reduce_sums([stop.received is not None, saver.failed]))
+            told = [stop.received is not None, limit.is_over and run.ranks.is_main, saver.failed]
+            stopping, out_of_time, failed = (count > 0 for count in all_reduce_sums(told))
             if failed:
                 saver.wait()
-            if stopping or is_saved(config, step):
+            stopping |= out_of_time and step < total
+            due |= is_saved(config, step)
+            # not while steps fail one after another: it would take the place of a checkpoint from before
+            saving = stopping or answered.went_back or step == total or (due and run.unchanged == 0)
+            if saving or step in compared_after:
+                _compare_replicas(run, metrics)
+            if saving:
                 saver.save(run.state(), run.tensors())
-            if stopping or step == total:
+                due = False
+            if stopping or answered.went_back or step == total:
                 saver.wait()
-            _log_saved(saver, metrics)
+            _log_saved(saver, metrics, limit)
+            limit.step(time.perf_counter() - began)
             if stopping:
-                signal_number = stop.received if stop.received is not None else 15
-                metrics.event("stop", step=step, reason=f"signal {signal_number}")
-                console.print(
-                    f"{config.name}: stopped after step {step} of {total}, saved; the same command continues from here",
-                    style="yellow",
-                )
-                return Outcome(folder.path, step, run.losses, signal_number)
+                return _stopped(run, folder, metrics, console, stop.received)
     interpolate(run, metrics, console)
     metrics.event("stop", step=total, reason="complete")
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
@@ -170,48 +202,48 @@ def _loop(run: Run, folder: RunFolder, saver: Saver, metrics: Metrics, console: 
     return Outcome(folder.path, total, run.losses)
 
 
-def _log_saved(saver: Saver, metrics: Metrics) -> None:
+def replica_checks(config: RunConfig, first: int) -> range:
+    """The steps after which replicas are compared, besides those that are saved."""
+    every = config.reliability.check_replicas
+    if every is None:
+        return range(0)
+    interval = max(1, round(config.steps(every)))
+    return range(first + interval - first % interval, config.total_steps + 1, interval)
+
+
+def _compare_replicas(run: Run, metrics: Metrics) -> None:
+    if run.plan.config.reliability.check_replicas is None:
+        return
+    try:
+        check_replicas(run.model)
+    except ReplicasDiffer as error:
+        metrics.event("alarm", step=run.step, kind="replicas", message=str(error))
+        metrics.event("stop", step=run.step, reason="replicas differ")
+        raise
+
+
+def _stopped(run: Run, folder: RunFolder, metrics: Metrics, console: Console, received: int | None) -> Outcome:
+    """The end of a run that is to go on another time. ``received``: the signal that this rank got, None where another got one,
+    or where the time is over."""
+    config = run.plan.config
+    # one word for all: ranks may have got different signals, or none
+    number = round(max(all_reduce_maxima([float(received or 0)])))
+    reason = f"signal {number}" if number else f"time limit of {config.reliability.max_wall_time}"
+    metrics.event("stop", step=run.step, reason=reason)
+    console.print(
+        f"{config.name}: stopped after step {run.step} of {config.total_steps} ({reason}), saved; the same command continues "
+        f"from here",
+        style="yellow",
+    )
+    return Outcome(folder.path, run.step, run.losses, 128 + number if number else EXIT_TIME_LIMIT)
+
+
+def _log_saved(saver: Saver, metrics: Metrics, limit: TimeLimit) -> None:
     for saved in saver.finished():
+        limit.saved(saved.seconds)
         metrics.event(
             "save", step=saved.step, path=str(saved.path), stall=round(saved.stall, 3), seconds=round(saved.seconds, 3)
         )
-
-
-def training_step(run: Run, lr: float) -> tuple[float, float]:
-    """One optimizer step on the next global batch. Returns the mean loss per target and the gradient norm before clipping.
-
-    The loss of every micro-batch is a sum divided by the targets of the whole global batch, so gradients add up to
-    those of one large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing
-    but the loss scale. Raises ``TrainingDiverged``.
-    """
-    config = run.plan.config
-    began = time.perf_counter()
-    first_sample, rows = next(run.batches)
-    run.waited += time.perf_counter() - began
-    assert first_sample == run.plan.samples(run.step), "the loader and the step counter have parted; please report this"
-    gradients, scaler = run.model.gradients, run.scaler
-    scale = scaler.scale if scaler is not None else 1.0
-    gradients.zero()
-    loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale)
-    run.ranks.report(run.step + 1)
-    gradients.reduce()
-    norm = gradients.norm() / scale
-    loss_sum, targets, distilled = all_reduce_sums([loss_sum, targets, run.model.distilled])
-    loss = loss_sum / targets if targets else math.nan
-    run.distilled = distilled / targets if targets else math.nan
-    if scaler is not None:
-        scaler.update(math.isfinite(norm))
-        if math.isfinite(loss) and not math.isfinite(norm):
-            return loss, norm
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise TrainingDiverged(
-            f"step {run.step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite (loss {loss}, gradient "
-            f"norm {norm}); the last checkpoint is untouched. A lower schedule.max_lr or a longer warmup usually helps"
-        )
-    limit = config.optimizer.clip_norm
-    factor = limit / (norm + 1e-6) if limit is not None and norm > limit else 1.0
-    run.optimizer.step(lr, gradients, factor / scale)
-    return loss, norm
 
 
 def _evaluate_all(

@@ -29,13 +29,13 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
 
 
-def newest_whole(folder: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+def newest_whole(folder: Path, *, alone: bool = False, up_to: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` of which every byte is as it was written, and a note on each that was passed over.
 
-    None where there are no checkpoints. All ranks call it, unless ``alone``. Raises ``UserError`` where there are some and all
-    are damaged, and where the ranks see different ones.
+    ``up_to``: the latest step that counts. None where there are no checkpoints. All ranks call it, unless ``alone``. Raises
+    ``UserError`` where there are some and all are damaged, and where the ranks see different ones.
     """
-    found = checkpoints_in(folder)
+    found = [(step, path) for step, path in checkpoints_in(folder) if up_to is None or step <= up_to]
     steps = [step for step, _ in found]
     seen = [steps] if alone else gather(steps)
     if any(other != steps for other in seen):

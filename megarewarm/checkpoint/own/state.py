@@ -15,14 +15,25 @@ FORMAT = 2
 STATE_FILE = "state.json"
 
 
+class RecentSteps(BaseModel):
+    """Losses and gradient norms of the last steps, and how many in a row changed nothing."""
+
+    model_config = ConfigDict(frozen=True)
+
+    losses: list[float] = []
+    norms: list[float] = []
+    unchanged: int = 0
+
+
 class TrainingState(BaseModel):
     """The counters of a run.
 
-    ``step``: completed optimizer steps of the run. ``optimizer_step``: Adam's count. ``schedule_position``: where the
-    schedule stands, counted in its own steps. ``samples``: consumed samples of the data identified by
-    ``data_fingerprint``. ``schedule``: the whole curve. ``start_position``: (step, schedule position, samples) at which the
-    run began, so that a resumed run continues all three. ``measured``: validation losses of this very step.
-    ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all of them.
+    ``step``: completed optimizer steps of the run. ``optimizer_step``: Adam's count. ``schedule_position``: where the schedule
+    stands, counted in its own steps. ``samples``: consumed samples of the data identified by ``data_fingerprint``.
+    ``schedule``: the whole curve. ``start_position``: (step, schedule position, samples) at which the run began, so that a
+    resumed run continues all three. ``measured``: validation losses of this very step. ``recent``: what the judgement of the
+    next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
+    of them.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,6 +55,7 @@ class TrainingState(BaseModel):
     start_losses: dict[str, float] = {}
     measured: dict[str, float] = {}
     loss_scale: dict[str, float] | None = None
+    recent: RecentSteps | None = None
     keeps: frozenset[str] | None = None
 
 
