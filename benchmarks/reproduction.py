@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The papers' claims, judged on the mini experiments: python benchmarks/reproduction.py [--write docs/reproduction.md]
 
-Run before it:
+Run before it, either or both (the rows of one that is not there stay as they are):
     python tools/sweep.py configs/experiments/rewarm_2308_04014_mini.yml
     python tools/sweep.py configs/experiments/replay_2403_08763_mini.yml
 
@@ -29,7 +29,6 @@ from scipy.stats import t as student
 
 from megarewarm.report.read import Run, read_run
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
 
 
@@ -289,20 +288,34 @@ def table(claims: list[Claim]) -> str:
     return "\n".join(lines + [f"| {c.paper} | {c.says} | {c.shows} | **{c.verdict}** |" for c in claims])
 
 
+PAPERS: dict[str, tuple[str, Callable[[Arms], Iterator[Claim]]]] = {
+    "2308.04014": ("rewarm_2308_04014_mini", rewarming),
+    "2403.08763": ("replay_2403_08763_mini", replaying),
+}
+
+
 def main() -> None:
-    """Judge and print, or write the table into a page."""
+    """Judge and print, or write the tables into a page, each between its paper's marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the experiments' folders are")
     parser.add_argument("--write", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
-    first, second = (Arms(arguments.runs / name) for name in ("rewarm_2308_04014_mini", "replay_2403_08763_mini"))
-    measured = f"{first.state}; {second.state}.\n\n{table([*rewarming(first), *replaying(second)])}"
-    if arguments.write is None:
-        print(measured)
-        return
-    page = arguments.write.read_text(encoding="utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    arguments.write.write_text(f"{before}{BEGIN}\n{measured}\n{END}{after}", encoding="utf-8")
+    page = arguments.write.read_text(encoding="utf-8") if arguments.write is not None else ""
+    for paper, (name, claims) in PAPERS.items():
+        folder = arguments.runs / name
+        if not (folder / "experiment.json").is_file():
+            print(f"{folder}: not carried out here; what the page says of {paper} stays", file=sys.stderr)
+            continue
+        arms = Arms(folder)
+        measured = f"{arms.state}.\n\n{table(list(claims(arms)))}"
+        begin, end = (f"<!-- {paper}: {word} -->" for word in ("begin", "end"))
+        if arguments.write is None:
+            print(measured)
+        else:
+            before, after = page.split(begin)[0], page.split(end)[1]
+            page = f"{before}{begin}\n{measured}\n{end}{after}"
+    if arguments.write is not None:
+        arguments.write.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.experiment import ExperimentConfig
+from megarewarm.config.reliability import Duration
 from megarewarm.config.schema import RunConfig
 
 _INTRODUCTION = """\
@@ -46,6 +47,8 @@ def _type_name(annotation: Any) -> str:
         return f"{len(get_args(annotation))} numbers"
     if origin is dict:
         return f"mapping of names to {_type_name(get_args(annotation)[1])}"
+    if annotation is Duration:
+        return "time"
     if annotation is Budget:
         return "length of training"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -57,7 +60,7 @@ def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
     value = field.default
-    if isinstance(value, BaseModel) and not isinstance(value, Budget):
+    if isinstance(value, BaseModel) and not isinstance(value, Budget | Duration):
         return "its defaults"
     if isinstance(value, Budget):
         return f"`{value}`"
@@ -67,7 +70,7 @@ def _default(field: FieldInfo) -> str:
 
 def _models_below(model: type[BaseModel], found: list[type[BaseModel]]) -> list[type[BaseModel]]:
     """All sections reachable from ``model``, in order of first mention."""
-    if model in found or model is Budget:
+    if model in found or model in (Budget, Duration):
         return found
     found.append(model)
 

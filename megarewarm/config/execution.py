@@ -167,7 +167,9 @@ class KernelsConfig(Section):
         "FusedAdam.",
     )
     deterministic: bool = Field(
-        False, description="The same gradients at every run on a GPU, bit for bit. Attention costs more."
+        False,
+        description="The same bits at every run on a GPU with the same layout: our operations and PyTorch's in their "
+        "deterministic forms (one that has none raises). Attention costs more. A CPU's are the same anyway.",
     )
     loss_memory: Positive | None = Field(
         None,

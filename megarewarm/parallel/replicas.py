@@ -52,9 +52,9 @@ def check_replicas(model: ParallelModel) -> None:
     sums = {name: checksum(parameter) for name, parameter in model.parameters.items()}
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     mine = torch.tensor([_combined(list(sums.values()))], dtype=torch.int64, device=device)
-    found = torch.zeros(mesh.ranks.world_size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(found, mine)
-    everyone = found.tolist()
+    found = [torch.empty_like(mine) for _ in range(mesh.ranks.world_size)]
+    dist.all_gather(found, mine)
+    everyone = [int(each) for each in found]
     groups = _replicas(mesh.layout, mesh.ranks.world_size)
     if all(len({everyone[rank] for rank in ranks}) == 1 for ranks in groups):
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.errors import UserError
@@ -111,7 +110,7 @@ def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
     The count of steps, and with it data and schedule, stay where they are.
     """
     saver.wait()
-    found, _ = newest_whole(folder.checkpoints, up_to=run.step - run.plan.config.reliability.roll_back_steps)
+    found, _ = folder.newest_checkpoint(up_to=run.step - run.plan.config.reliability.roll_back_steps)
     if found is None:
         return None
     source = OwnCheckpoint(found, verified=True)

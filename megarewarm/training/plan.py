@@ -103,13 +103,13 @@ def differing_choices(config: RunConfig, source: CheckpointSource | None) -> lis
     ]
 
 
-def make_plan(config: RunConfig, *, source: CheckpointSource | None = None) -> Plan:
+def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
     """The plan of ``config``: the run's own newest checkpoint if there is one, else what ``start`` names.
 
-    ``source`` replaces opening ``start.from`` (for a dry run without it). Raises ``UserError`` for everything about the
-    start that can't be honoured.
+    ``source`` replaces opening ``start.from`` (for a dry run without it). ``up_to``: the run's checkpoints of later steps don't
+    count (to go through a part of it once more). Raises ``UserError`` for everything about the start that can't be honoured.
     """
-    newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint()
+    newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint(up_to=up_to)
     if newest is not None:
         own = OwnCheckpoint(newest, verified=True)
         own.notes += passed_over

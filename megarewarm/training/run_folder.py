@@ -38,12 +38,13 @@ class RunFolder:
         self.batches = path / "batches"
         self._lock: IO[str] | None = None
 
-    def newest_checkpoint(self, *, alone: bool = False) -> tuple[Path | None, list[str]]:
+    def newest_checkpoint(self, *, alone: bool = False, up_to: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
 
-        All ranks call it, unless ``alone``. Raises ``UserError`` where there are checkpoints and all are damaged.
+        ``up_to``: the latest step that counts. All ranks call it, unless ``alone``. Raises ``UserError`` where there are
+        checkpoints and all are damaged.
         """
-        return newest_whole(self.checkpoints, alone=alone)
+        return newest_whole(self.checkpoints, alone=alone, up_to=up_to)
 
     def check(self, config: RunConfig) -> None:
         """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs."""

@@ -49,7 +49,7 @@ def training_step(run: Run, lr: float) -> StepResult:
     same.
     """
     config, scaler = run.plan.config, run.scaler
-    began = _Clock(run.ranks.device)
+    began = Clock(run.ranks.device)
     waiting = time.perf_counter()
     first_sample, rows = next(run.batches)
     run.waited += time.perf_counter() - waiting
@@ -57,10 +57,10 @@ def training_step(run: Run, lr: float) -> StepResult:
     fault: Kind | None = None
     words = ""
     scale = scaler.scale if scaler is not None else 1.0
-    loss, norm, busy = _gradients(run, rows, began)
+    loss, norm, busy = compute_gradients(run, rows, began)
     if not _usable(run, loss, norm):
         first = _measured(loss, norm)
-        loss, norm, busy = _gradients(run, rows, began)
+        loss, norm, busy = compute_gradients(run, rows, began)
         if not _usable(run, loss, norm):
             which = "gradient" if math.isfinite(loss) else "loss"
             again = "the same" if _measured(loss, norm) == first else _measured(loss, norm)
@@ -85,18 +85,21 @@ def training_step(run: Run, lr: float) -> StepResult:
     return StepResult(loss, norm, changed, fault, words, busy)
 
 
-def _gradients(run: Run, rows: npt.NDArray[np.int64], began: _Clock) -> tuple[float, float, list[float]]:
-    """(mean loss, gradient norm, seconds of each rank); the gradients, still scaled, are in ``run.model.gradients``."""
+def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> tuple[float, float, list[float]]:
+    """(mean loss, gradient norm, seconds of each rank) of a global batch, of which ``rows`` are this rank's.
+
+    The gradients, still scaled, are in ``run.model.gradients``. ``clock``: of this rank's work.
+    """
     gradients, ranks = run.model.gradients, run.ranks
     scale = run.scaler.scale if run.scaler is not None else 1.0
     gradients.zero()
     loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale)
-    began.stop()
+    clock.stop()
     ranks.report(run.step + 1)
     gradients.reduce()
     norm = gradients.norm() / scale
     times = [0.0] * ranks.world_size
-    times[ranks.rank] = began.seconds()
+    times[ranks.rank] = clock.seconds()
     loss_sum, targets, distilled, *busy = all_reduce_sums([loss_sum, targets, run.model.distilled, *times])
     run.distilled = distilled / targets if targets else math.nan
     return loss_sum / targets if targets else math.nan, norm, busy
@@ -110,7 +113,7 @@ def _measured(loss: float, norm: float) -> str:
     return f"loss {loss:.6g}, gradient norm {norm:.6g}"
 
 
-class _Clock:
+class Clock:
     """Seconds that this rank works: on a GPU, whose work is only queued by the host, those of the device."""
 
     def __init__(self, device: torch.device) -> None:

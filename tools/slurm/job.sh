@@ -15,7 +15,7 @@ run_and_requeue() {
   case $code in
     0 | 2 | 3) ;;    # done, bad input, diverged: another try would end the same
     130 | 143) ;;    # cancelled by somebody, or preempted: then Slurm requeues the job itself
-    138) requeue "stopped by its signal, a checkpoint is saved" ;;
+    75 | 138) requeue "stopped at its time limit or by its signal, a checkpoint is saved" ;;
     *)
       if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MEGAREWARM_RETRIES" ]; then
         requeue "ended with code $code, the last checkpoint is whole"

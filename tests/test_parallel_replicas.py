@@ -1,0 +1,106 @@
+"""A bit that flips in one replica is found, named, and never saved; equal replicas agree in every layout."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import config, events, mapping, quiet
+
+from megarewarm.parallel.mesh import Layout
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.parallel.replicas import ReplicasDiffer, _replicas, checksum
+from megarewarm.training import trainer
+from megarewarm.training.trainer import train
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 300), seed=st.integers(0, 99), data=st.data())
+def test_every_changed_bit_changes_the_checksum(size: int, seed: int, data: st.DataObject) -> None:
+    values = torch.from_numpy(np.random.default_rng(seed).standard_normal(size).astype(np.float32))
+    before = checksum(values)
+    place, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 31))
+    words = values.view(torch.int32)
+    words[place] ^= -(2**31) if bit == 31 else 2**bit
+    assert checksum(values) != before
+    words[place] ^= -(2**31) if bit == 31 else 2**bit
+    assert checksum(values) == before
+
+
+def test_values_that_change_places_change_it_and_pieces_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.arange(1.0, 1001.0)
+    whole = checksum(values)
+    assert checksum(values.flip(0)) != whole
+    monkeypatch.setattr("megarewarm.parallel.replicas._PIECE", 7)
+    assert checksum(values) == whole == checksum(values.reshape(10, 100))
+
+
+def test_which_ranks_hold_the_same() -> None:
+    assert _replicas(Layout(1, 4, 1, 1), 4) == [[0, 1, 2, 3]]
+    assert _replicas(Layout(1, 2, 1, 2), 4) == [[0, 2], [1, 3]]
+    assert _replicas(Layout(2, 2, 1, 1), 4) == [[0, 1], [2, 3]]
+    assert _replicas(Layout(1, 2, 2, 1), 4) == [[0, 2], [1, 3]]
+
+
+def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any]) -> str | None:
+    """Train, with a bit flipped on rank ``flipped`` after step 12; the message that ends the run."""
+    original = trainer.training_step
+
+    def step(run: Any, lr: float) -> Any:
+        result = original(run, lr)
+        if run.step == 11 and ranks.rank == flipped:
+            parameter = run.model.parameters["layers.1.mlp.dense_h_to_4h.weight"]
+            parameter.data.view(-1).view(torch.int32)[3] ^= 1 << 20
+        return result
+
+    trainer.training_step = step
+    try:
+        train(config(Path(place), **changes), ranks, quiet())
+    except ReplicasDiffer as error:
+        return str(error)
+    finally:
+        trainer.training_step = original
+    return None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "named"),
+    [
+        (2, {}, "ranks 0 on {host}, 1 on {host} should be equal and differ in layers.1.mlp.dense_h_to_4h.weight"),
+        (3, {"training": {"global_batch": 6, "micro_batch": 2}}, "the weights of rank 1 on {host} changed without a step"),
+        (4, {"parallel": {"sharding": "zero2", "shard_ranks": 2}}, "ranks 1 on {host}, 3 on {host} should be equal"),
+        (4, {"parallel": {"tensor": 2}}, "ranks 1 on {host}, 3 on {host} should be equal and differ in layers.1.mlp"),
+    ],
+    ids=["two", "majority", "sharded", "tensor"],
+)
+def test_a_flipped_bit_ends_the_run_and_is_not_saved(
+    tmp_path: Path, world_size: int, changes: dict[str, Any], named: str
+) -> None:
+    host = socket.gethostname()
+    mapping(tmp_path)  # the token files, before the ranks look for them
+    messages = run_ranks(_train, world_size, str(tmp_path), 1, changes)
+    assert len(set(messages)) == 1 and messages[0] is not None
+    assert named.format(host=host) in messages[0]
+    folder = tmp_path / "tiny"
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
+    assert events(folder, "stop")[-1]["reason"] == "replicas differ"
+    # the same command goes on from the last checkpoint, to the end
+    assert run_ranks(_train, world_size, str(tmp_path), None, changes) == [None] * world_size
+    assert (folder / "checkpoints/step_20").is_dir()
+
+
+def test_comparing_can_be_turned_off_and_has_its_interval(tmp_path: Path) -> None:
+    off = {"reliability": {"check_replicas": None}}
+    mapping(tmp_path)
+    assert run_ranks(_train, 2, str(tmp_path), 1, off) == [None, None]
+    every = config(tmp_path, reliability={"check_replicas": 3})
+    assert list(trainer.replica_checks(every, 0)) == [3, 6, 9, 12, 15, 18]
+    assert list(trainer.replica_checks(every, 7)) == [9, 12, 15, 18]
+    assert list(trainer.replica_checks(config(tmp_path, **off), 0)) == []
