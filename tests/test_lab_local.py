@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny import events, mapping
 
 from megarewarm.config.arms import Arm
 from megarewarm.config.experiment import Experiment, load_experiment
 from megarewarm.errors import UserError
 from megarewarm.lab import local
+from megarewarm.lab import sweep as lab_sweep
 from megarewarm.lab.local import run_locally
 from megarewarm.lab.outlook import longest_chain, prospects
 from megarewarm.lab.slurm import command_of, waves
@@ -118,6 +121,16 @@ def test_gpus_are_handed_out_one_group_a_run(tmp_path: Path, calls: Path, monkey
     run_locally(arms, [], tmp_path / "e", jobs=2, every=0.02)
     used = [line.split()[3] for line in calls.read_text().splitlines() if line.startswith("begin")]
     assert used[:2] == ["5", "7"] and set(used) == {"5", "7"} and len(used) == 3
+
+
+def test_a_sweep_of_some_runs_shows_those_alone(tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = experiment(tmp_path, runs(first=None, second="first", third=None))
+    monkeypatch.setattr(lab_sweep, "_LOOK_EVERY", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
+    options: dict[str, Any] = {"launcher": "local", "jobs": 2, "ranks": 1, "options": [], "dry_run": False, "environment": {}}
+    assert lab_sweep.sweep(whole, [], console, only=["second", "third"], **options) == 0
+    screen = console.file.getvalue().partition("begun")[2]  # type: ignore[attr-defined]
+    assert "2 waiting" in screen and "first" not in screen and "3 waiting" not in screen
 
 
 def test_waves_go_by_what_lies_before_a_run(tmp_path: Path) -> None:

@@ -286,6 +286,16 @@ def test_time_left(tmp_path: Path) -> None:
     assert Watch(chained, clock=lambda: NOW + 1).look().left == pytest.approx((300 + 400) * STEP_SECONDS)
 
 
+def test_runs_that_are_not_meant_are_left_out(tmp_path: Path) -> None:
+    chosen = ["a", "c"]
+    folder = experiment(
+        tmp_path / "trial", {"up": (None, []), "a": (simulated(400), []), "b": (None, []), "c": (None, ["up", "a"])}
+    )
+    overview = Watch(folder, clock=lambda: NOW + 1, only=chosen).look()
+    assert [(run.name, run.state, run.after) for run in overview.runs] == [("a", "done", ()), ("c", "waiting", ("a",))]
+    assert overview.share == pytest.approx(0.5)
+
+
 def test_runs_of_no_experiment(tmp_path: Path) -> None:
     arm(tmp_path / "x" / "late", simulated(10), NOW)
     arm(tmp_path / "x" / "early", simulated(10), NOW - 500)
