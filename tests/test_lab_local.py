@@ -159,7 +159,15 @@ def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
     folder = Path(other.arms[0].config.run_folder)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(mapping(tmp_path, name="a", schedule={"max_lr": 0.5})))
-    with pytest.raises(UserError, match="holds a run in which"):
+    with pytest.raises(UserError, match=r"holds a run in which schedule\.max_lr was 0\.5, now it is 0\.01; ") as told:
+        check_folders(other)
+    _, _, remedy = str(told.value).partition("; ")
+    assert (
+        remedy == f"set the experiment's 'folder' (now {tmp_path / 'e'}) to another place, or remove {folder} to train it anew"
+    )
+    (folder / "config.yaml").unlink()
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"without config\.yaml; set the experiment's 'folder'"):
         check_folders(other)
 
 
