@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
-from tiny import events, mapping
+from tiny import events, mapping, quiet
 
 from megarewarm.config.arms import Arm
 from megarewarm.config.experiment import Experiment, load_experiment
@@ -26,7 +27,9 @@ from megarewarm.lab import sweep as lab_sweep
 from megarewarm.lab.local import run_locally
 from megarewarm.lab.outlook import longest_chain, prospects
 from megarewarm.lab.slurm import command_of, waves
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.experiment import check_folders, chosen_arms
+from megarewarm.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = """\
@@ -179,6 +182,15 @@ def test_costs_follow_from_the_steps_left(tmp_path: Path) -> None:
     assert chosen_arms(whole, ["b"]) == [whole.arms[1]]
     with pytest.raises(UserError, match="--only d: no run of experiment 'e'"):
         chosen_arms(whole, ["d"])
+
+
+def test_a_run_that_lacks_its_export_is_not_done(tmp_path: Path) -> None:
+    (arm,) = experiment(tmp_path, [{"name": "a", "training": {"budget": 1}}]).arms
+    train(arm.config, Ranks(0, 1, torch.device("cpu")), quiet())
+    for export, state in ((False, "done"), (True, "begun")):
+        wanted = experiment(tmp_path, [{"name": "a", "training": {"budget": 1}, "export": {"huggingface": export}}])
+        (prospect,) = prospects(wanted, wanted.arms)
+        assert (prospect.state, prospect.tokens) == (state, 0)
 
 
 def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:

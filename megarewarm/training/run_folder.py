@@ -16,7 +16,7 @@ from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
-_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "interpolate", "schedule", "training", "optimizer")
+_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
 _FREE = {
     ("training", "micro_batch"),
     ("training", "device"),
