@@ -361,6 +361,20 @@ def test_wide_frame_has_all_numbers_in_a_row(tmp_path: Path) -> None:
     assert row.index("running") == header.index("state") and len(row) == len(header)
 
 
+def test_what_is_said_of_runs_at_rest_fits_80_columns(tmp_path: Path) -> None:
+    runs: dict[str, tuple[list[dict[str, Any]] | None, list[str]]] = {
+        f"rewarmed_replay-third_{i}.s3": (simulated(130), []) for i in range(3)
+    }
+    folder = experiment(tmp_path / "trial", runs | {f"waiting_{i}": (None, []) for i in range(12)})
+    record = json.loads((folder / "experiment.json").read_text())
+    (folder / "experiment.json").write_text(json.dumps(record | {"title": "How much replay, and which schedules?"}))
+    arm(folder / "rewarmed_replay-third_0.s3", simulated(130), NOW - 4000 * STEP_SECONDS)
+    headline, *rest = text(folder, 80)
+    assert headline.startswith("How much") and headline.endswith(" left") and "1 stalled  2 running  12 waiting" in headline
+    (alarm,) = [line for line in rest if line.startswith("!")]
+    assert alarm == "! rewarmed_replay-third_0.s3: no new line for 4h26m: killed, or hanging"
+
+
 def test_many_runs_fold(tmp_path: Path) -> None:
     folder = mixed(tmp_path / "trial", waiting=40, done=17)
     for height in (12, 24):

@@ -164,7 +164,7 @@ class Watch:
         state = _state(follower, silent, pace, upstream, downstream)
         alarms = list(self._alarms[path])
         if state == "stalled":
-            times = f", {silent / pace:,.0f} step times" if pace else ""
+            times = f", {silent / pace:,.0f} step times" if pace and silent < 1000 * pace else ""
             alarms.insert(0, f"no new line for {duration_text(silent)}{times}: killed, or hanging")
         first = follower.origin_step
         step = follower.step if follower.step is not None else first if follower.lines else None
