@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import test_laws_fits as made
+from matplotlib.text import Text
 from report_runs import write
 
 from megarewarm.errors import UserError
-from megarewarm.laws.advice import advise, as_json
+from megarewarm.laws.advice import Advice, advise, as_json
 from megarewarm.laws.arms import read_trained, replay_families, schedule_families
+from megarewarm.laws.show import advice_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 2048
@@ -133,8 +138,34 @@ def test_advice_on_schedules(tmp_path: Path) -> None:
     assert "left out, then predicted" in done.stdout and "2505.07796, second-hand" in " ".join(done.stdout.split())
 
 
-def test_a_limit_that_no_schedule_keeps(tmp_path: Path) -> None:
-    section = advise(schedules(tmp_path / "trial", made.ARMS), 0.0).sections[0]
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Advice:
+    """Advice where the upstream loss may not rise at all."""
+    return advise(schedules(tmp_path_factory.mktemp("strict"), made.ARMS), 0.0)
+
+
+@pytest.mark.parametrize("before", ["", "rewarmed_from_the_middle_of_", "its_own_"])
+def test_names_stay_inside_their_frames_and_off_each_other(strict: Advice, before: str) -> None:
+    advice = copy.deepcopy(strict)
+    for law in advice.sections[0].laws.values():
+        law.trial.arms[:] = [
+            dataclasses.replace(arm, arm=f"{before}{arm.arm}_with_{number}_warm_ups_{arm.arm}" if before else arm.arm)
+            for number, arm in enumerate(law.trial.arms)
+        ]
+    figure = advice_figure(advice)
+    assert figure is not None
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+        assert len(boxes) == len(made.ARMS)
+        frame = axes.get_window_extent()
+        for told, box in boxes.items():
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1, told
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes.values(), 2))
+
+
+def test_a_limit_that_no_schedule_keeps(strict: Advice) -> None:
+    section = strict.sections[0]
     text = " ".join(section.sentences)
     assert "No schedule here keeps the upstream loss within 0.0% of its start (3.010)" in text
     assert "Lowest predicted mean of both losses" in text

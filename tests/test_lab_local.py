@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from tiny import events, mapping
+from rich.console import Console
+from tiny import events, mapping, quiet
 
 from megarewarm.config.arms import Arm
 from megarewarm.config.experiment import Experiment, load_experiment
 from megarewarm.errors import UserError
 from megarewarm.lab import local
+from megarewarm.lab import sweep as lab_sweep
 from megarewarm.lab.local import run_locally
 from megarewarm.lab.outlook import longest_chain, prospects
 from megarewarm.lab.slurm import command_of, waves
+from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.experiment import check_folders, chosen_arms
+from megarewarm.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = """\
@@ -120,6 +126,16 @@ def test_gpus_are_handed_out_one_group_a_run(tmp_path: Path, calls: Path, monkey
     assert used[:2] == ["5", "7"] and set(used) == {"5", "7"} and len(used) == 3
 
 
+def test_a_sweep_of_some_runs_shows_those_alone(tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = experiment(tmp_path, runs(first=None, second="first", third=None))
+    monkeypatch.setattr(lab_sweep, "_LOOK_EVERY", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
+    options: dict[str, Any] = {"launcher": "local", "jobs": 2, "ranks": 1, "options": [], "dry_run": False, "environment": {}}
+    assert lab_sweep.sweep(whole, [], console, only=["second", "third"], **options) == 0
+    screen = console.file.getvalue().partition("begun")[2]  # type: ignore[attr-defined]
+    assert "2 waiting" in screen and "first" not in screen and "3 waiting" not in screen
+
+
 def test_waves_go_by_what_lies_before_a_run(tmp_path: Path) -> None:
     arms = experiment(tmp_path, runs(a=None, b="a", c=None, d="b")).arms
     found = waves(arms, tmp_path / "e")
@@ -146,7 +162,15 @@ def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
     folder = Path(other.arms[0].config.run_folder)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(mapping(tmp_path, name="a", schedule={"max_lr": 0.5})))
-    with pytest.raises(UserError, match="holds a run in which"):
+    with pytest.raises(UserError, match=r"holds a run in which schedule\.max_lr was 0\.5, now it is 0\.01; ") as told:
+        check_folders(other)
+    _, _, remedy = str(told.value).partition("; ")
+    assert (
+        remedy == f"set the experiment's 'folder' (now {tmp_path / 'e'}) to another place, or remove {folder} to train it anew"
+    )
+    (folder / "config.yaml").unlink()
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"without config\.yaml; set the experiment's 'folder'"):
         check_folders(other)
 
 
@@ -158,6 +182,15 @@ def test_costs_follow_from_the_steps_left(tmp_path: Path) -> None:
     assert chosen_arms(whole, ["b"]) == [whole.arms[1]]
     with pytest.raises(UserError, match="--only d: no run of experiment 'e'"):
         chosen_arms(whole, ["d"])
+
+
+def test_a_run_that_lacks_its_export_is_not_done(tmp_path: Path) -> None:
+    (arm,) = experiment(tmp_path, [{"name": "a", "training": {"budget": 1}}]).arms
+    train(arm.config, Ranks(0, 1, torch.device("cpu")), quiet())
+    for export, state in ((False, "done"), (True, "begun")):
+        wanted = experiment(tmp_path, [{"name": "a", "training": {"budget": 1}, "export": {"huggingface": export}}])
+        (prospect,) = prospects(wanted, wanted.arms)
+        assert (prospect.state, prospect.tokens) == (state, 0)
 
 
 def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:

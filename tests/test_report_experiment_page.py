@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ import pytest
 from experiment_runs import entry, write_grid, write_record, write_run
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.collections import PolyCollection
 from matplotlib.image import imread
-from test_report_page import assert_legible, check, run_tool
+from test_report_page import assert_legible, boxes, check, run_tool
 
-from megarewarm.report import draw, style
+from megarewarm.report import draw, panels, style
 from megarewarm.report.arm_table import SCRIPT, content_hash
 from megarewarm.report.arms import arm_rows, comparisons
 from megarewarm.report.axes import axis_lines, draw_axis, number_of
@@ -134,11 +136,63 @@ def test_nothing_written_overlaps_or_is_cut_off(experiment: Experiment) -> None:
             assert_legible(figure)
 
 
+def test_along_an_axis_the_seeds_are_a_band_and_no_replay_has_its_place(experiment: Experiment) -> None:
+    rows = arm_rows(experiment)
+    found = axis_lines(rows, "replay")
+    assert found is not None and found[1][0].values == [0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5]
+    figure = draw_axis(*found)
+    for axes, measure in zip(figure.axes, ("upstream_after", "downstream_after", "average_after"), strict=True):
+        band = next(part for part in axes.collections if isinstance(part, PolyCollection)).get_paths()[0].vertices
+        for x, row in zip(axes.lines[0].get_xdata(), found[1][0].rows, strict=True):
+            spread = row.spread(measure)
+            assert {y for at, y in band.tolist() if at == x} >= {spread.low, spread.high} and spread.low != spread.high
+    written = [box for text, box in boxes(figure) if re.fullmatch(r"0(\.\d+)?", text) and box[1] < 60]
+    assert len(written) == 21
+    gaps = [b[0] - a[2] for a, b in itertools.pairwise(sorted(written, key=lambda box: box[0])) if b[0] > a[0]]
+    assert min(gaps) > 2.5 * figure.dpi / 72
+
+
+def test_labels_keep_clear_of_the_bars(tmp_path: Path) -> None:
+    entries = []
+    for seed in (1, 2, 3):
+        for arm, up, down in (("main", 2.6, 2.1), ("near", 2.58, 2.11), ("far", 2.2, 2.2)):
+            plan = entry(arm, seed, after=["start"])
+            entries.append(plan)
+            write_run(tmp_path, plan, [2.0, up + 0.03 * (seed - 2)], [3.0, down + 0.01 * (seed - 2)])
+    (group,) = comparable(arm_rows(read_experiment(write_record(tmp_path, entries))))
+    figure = draw_pareto(group, "main")
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low > 0.6 and high < 1.1  # 0 would leave most of the picture empty
+    names = {row.name: row for row in group}
+    for text, (x0, y0, x1, y1) in boxes(figure):
+        if text in names:
+            for row in group:
+                x, y = row.spread("forgetting"), row.spread("adaptation")
+                across, along = (axes.transData.transform([(s, y.mean), (x.mean, t)]) for s, t in
+                                 ((x.low, y.low), (x.high, y.high)))  # fmt: skip
+                inside = y0 < across[0][1] < y1 and across[0][0] < x1 and along[0][0] > x0
+                upright = x0 < across[1][0] < x1 and across[1][1] < y1 and along[1][1] > y0
+                assert not inside and not upright, f"{text} lies over a bar of {row.name}"
+
+
+def test_captions_speak_of_what_is_there(page: Path) -> None:
+    chains = page.read_text().partition("<h2>Chains of stages</h2>")[2].partition("<h2>")[0]
+    assert "where the next stage begins" in chains and "left column" not in chains
+    assert "The left column enlarges" in page.read_text()
+
+
+def test_gradient_norms_are_medians_of_ten_steps_or_more(experiment: Experiment) -> None:
+    run = experiment.arms[1].runs[0]
+    xs, _ = panels._gradient_norm(run)
+    assert len(xs) == run.steps // 10
+
+
 def test_panels_share_the_baseline_and_stay_small(experiment: Experiment) -> None:
-    panels = panels_of(experiment)
-    assert [panel.key for panel in panels] == ["single", "max_lr", "warmup", "replay", "early"]
-    assert all(panel.arms[0].name == "rewarm" for panel in panels[:4]) and all(len(panel.arms) <= 9 for panel in panels)
-    lines = lines_of_arms(panels[3].arms)
+    found = panels_of(experiment)
+    assert [panel.key for panel in found] == ["single", "max_lr", "warmup", "replay", "early"]
+    assert all(panel.arms[0].name == "rewarm" for panel in found[:4]) and all(len(panel.arms) <= 9 for panel in found)
+    lines = lines_of_arms(found[3].arms)
     assert len({(line.colour, line.dashes) for line in lines}) == len({line.marker for line in lines}) == len(lines)
 
 

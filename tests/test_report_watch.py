@@ -286,6 +286,16 @@ def test_time_left(tmp_path: Path) -> None:
     assert Watch(chained, clock=lambda: NOW + 1).look().left == pytest.approx((300 + 400) * STEP_SECONDS)
 
 
+def test_runs_that_are_not_meant_are_left_out(tmp_path: Path) -> None:
+    chosen = ["a", "c"]
+    folder = experiment(
+        tmp_path / "trial", {"up": (None, []), "a": (simulated(400), []), "b": (None, []), "c": (None, ["up", "a"])}
+    )
+    overview = Watch(folder, clock=lambda: NOW + 1, only=chosen).look()
+    assert [(run.name, run.state, run.after) for run in overview.runs] == [("a", "done", ()), ("c", "waiting", ("a",))]
+    assert overview.share == pytest.approx(0.5)
+
+
 def test_runs_of_no_experiment(tmp_path: Path) -> None:
     arm(tmp_path / "x" / "late", simulated(10), NOW)
     arm(tmp_path / "x" / "early", simulated(10), NOW - 500)
@@ -349,6 +359,20 @@ def test_wide_frame_has_all_numbers_in_a_row(tmp_path: Path) -> None:
         assert number in row.split()
     header = shown[1]
     assert row.index("running") == header.index("state") and len(row) == len(header)
+
+
+def test_what_is_said_of_runs_at_rest_fits_80_columns(tmp_path: Path) -> None:
+    runs: dict[str, tuple[list[dict[str, Any]] | None, list[str]]] = {
+        f"rewarmed_replay-third_{i}.s3": (simulated(130), []) for i in range(3)
+    }
+    folder = experiment(tmp_path / "trial", runs | {f"waiting_{i}": (None, []) for i in range(12)})
+    record = json.loads((folder / "experiment.json").read_text())
+    (folder / "experiment.json").write_text(json.dumps(record | {"title": "How much replay, and which schedules?"}))
+    arm(folder / "rewarmed_replay-third_0.s3", simulated(130), NOW - 4000 * STEP_SECONDS)
+    headline, *rest = text(folder, 80)
+    assert headline.startswith("How much") and headline.endswith(" left") and "1 stalled  2 running  12 waiting" in headline
+    (alarm,) = [line for line in rest if line.startswith("!")]
+    assert alarm == "! rewarmed_replay-third_0.s3: no new line for 4h26m: killed, or hanging"
 
 
 def test_many_runs_fold(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def test_keys_that_came_later_do_not_lock_a_run_out(tmp_path: Path) -> None:
         del written["data"]["train"][0][key]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     RunFolder(tmp_path).check(config)
-    with pytest.raises(UserError, match=r"data\.train\.0\.layout was 'documents'; now it is 'rows'"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.layout was 'documents', now it is 'rows'"):
         RunFolder(tmp_path).check(config_of(tmp_path, layout="rows"))
     written["data"]["train"][0]["path"] = "b"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
-    with pytest.raises(UserError, match=r"data\.train\.0\.path was 'b'; now it is 'a'"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path was 'b', now it is 'a'"):
         RunFolder(tmp_path).check(config)

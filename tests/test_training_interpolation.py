@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training import interpolation, trainer
 from megarewarm.training.optimizer import AdamW, decays, rate_factor
+from megarewarm.training.run import Run
 from megarewarm.training.trainer import train
 
 ALPHAS = [0.25, 0.5, 1.5]
@@ -70,6 +75,68 @@ def test_the_end_weights_stand_again_and_a_finished_run_is_not_evaluated_twice(p
     lines = (place / "run" / "metrics.jsonl").read_text()
     train(settings(place, "run"), ALONE, quiet())
     assert (place / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_complete_run_makes_up_for_alphas_that_are_asked_for_later(place: Path) -> None:
+    plain = settings(place, "later", interpolate=None)
+    train(plain, ALONE, quiet())
+    alphas = [0.25, 0.5]
+    later = settings(place, "later", interpolate={"alphas": alphas}, export={"huggingface": True})
+    console = quiet()
+    assert train(later, ALONE, console).exit_code == 0
+    assert between(place / "later") == {key: loss for key, loss in between(place / "run").items() if key[0] in alphas}
+    assert "(1 - alpha) start" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (place / "later" / "huggingface" / "model.safetensors").is_file()
+    train(settings(place, "later"), ALONE, quiet())  # one more alpha
+    assert between(place / "later") == between(place / "run")
+    assert len(events(place / "later", "interpolation")) == len(between(place / "run"))
+    one, two = (OwnCheckpoint(place / name / "checkpoints" / "step_8").whole_model().state_dict() for name in ("run", "later"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("broken_off", ["by a signal", "between two sets"])
+def test_what_was_lost_after_the_last_step_is_made_up_for(
+    place: Path, broken_off: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = broken_off.replace(" ", "_")
+    wanted = settings(place, name, export={"huggingface": True})
+    with monkeypatch.context() as patched:
+        if broken_off == "by a signal":
+            original = trainer.training_step
+
+            def step_and_signal(run: Run, lr: float) -> Any:
+                if run.step == 7:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return original(run, lr)
+
+            patched.setattr(trainer, "training_step", step_and_signal)
+            assert train(wanted, ALONE, quiet()).exit_code == 128 + signal.SIGTERM
+        else:
+            measured = interpolation.evaluate
+
+            def evaluate_or_die(*words: Any) -> Any:
+                if len(events(place / name, "interpolation")) == 3:
+                    raise KeyboardInterrupt
+                return measured(*words)
+
+            patched.setattr(interpolation, "evaluate", evaluate_or_die)
+            with pytest.raises(KeyboardInterrupt):
+                train(wanted, ALONE, quiet())
+    assert set(between(place / name)) < set(between(place / "run")) and not (place / name / "huggingface").exists()
+    assert train(wanted, ALONE, quiet()).exit_code == 0
+    assert between(place / name) == between(place / "run") and (place / name / "huggingface").is_dir()
+    assert events(place / name, "stop")[-1]["reason"] == "complete"
+
+
+def test_what_is_owed_and_cannot_be_had_is_told(place: Path) -> None:
+    train(settings(place, "up_2", interpolate=None), ALONE, quiet())
+    start = {"from": str(place / "up_2")}
+    train(settings(place, "orphan", start=start, interpolate=None), ALONE, quiet())
+    shutil.rmtree(place / "up_2")
+    lines = (place / "orphan" / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"interpolate: the run is trained and saved, .*up_2.*set interpolate to null"):
+        train(settings(place, "orphan", start=start), ALONE, quiet())
+    assert (place / "orphan" / "metrics.jsonl").read_text() == lines
 
 
 def _train(ranks: Ranks, place: str) -> None:

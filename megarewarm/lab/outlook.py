@@ -18,6 +18,7 @@ from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.report.follow import Follower
 from megarewarm.report.words import tokens_text
 from megarewarm.training.dry_run import missing_files
+from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
 from megarewarm.training.progress import duration
 from megarewarm.training.unwritten import plan_ahead
@@ -63,7 +64,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
         follower = Follower(Path(config.run_folder) / "metrics.jsonl")
         follower.poll()
         state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
-        if plan.resumed and plan.position.step >= config.total_steps:
+        if is_trained(plan) and not owed(plan):
             state = "done"
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -70,7 +70,7 @@ def sweep(
         return 0
     result = Result()
     if left:
-        with _Teller(console, len(left), folder) as teller:
+        with _Teller(console, folder, len(left), {arm.name for arm in arms}) as teller:
             result = run_locally(left, words, folder, jobs=at_once, ranks=ranks, tick=teller)
     return _conclude(experiment, result, only, console)
 
@@ -92,13 +92,16 @@ def _parameters(prospect: Prospect) -> int:
 
 
 class _Teller:
-    """A line for each run that begins or ends, and how many are left; on a terminal below it what tools/watch.py shows."""
+    """A line for each run that begins or ends, and how many are left; on a terminal below it what tools/watch.py shows.
 
-    def __init__(self, console: Console, total: int, folder: Path) -> None:
+    ``total`` runs are to be carried out; ``chosen`` are the names of those and of what was done before.
+    """
+
+    def __init__(self, console: Console, folder: Path, total: int, chosen: Collection[str]) -> None:
         self._console, self._total = console, total
         self._begun: set[str] = set()
         self._told: set[str] = set()
-        self._watch = Watch(folder)
+        self._watch = Watch(folder, only=chosen)
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._looked = 0.0
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megarewarm.laws.advice import Advice, Prediction, Section
+from megarewarm.laws.fitting import Trial
+from megarewarm.report import style
+from megarewarm.report.lines import short_labels
+from megarewarm.report.place import place_labels
 from megarewarm.report.read import UPSTREAM
 from megarewarm.report.words import loss_text, rate_text
 
@@ -17,6 +23,8 @@ FORMS = {
     "schedule": "L(t) = L(0) + A ((S0 + S1)^-a - S0^-a) - C S2 + B (1 - (1 + E S1)^-b)  (2408.11029; 2505.07796, second-hand)",
     "replay": "L(D, r) = E + B r^n / D^b + C / (r + e)^g   (D-CPT law, 2406.01375)",
 }
+_NAMED = 12  # arms whose names a picture has room for
+_NAME_FONT = 7.0  # points
 _BEST = 8  # predictions that the terminal shows of a grid
 
 
@@ -86,17 +94,22 @@ def _predicted(section: Section, within: float) -> Table:
 
 
 def draw_advice(advice: Advice, path: Path) -> bool:
-    """The PNG at ``path``: per fitted family and loss, held-out arms, and the predictions. Returns whether there was any."""
+    """``advice_figure`` as the PNG at ``path``. Returns whether there was any."""
+    figure = advice_figure(advice)
+    if figure is None:
+        return False
+    figure.savefig(path, dpi=130)
+    return True
+
+
+def advice_figure(advice: Advice) -> Figure | None:
+    """Per fitted family and loss, held-out arms, and the predictions; None where nothing could be fitted."""
     fitted = [section for section in advice.sections if section.laws]
     if not fitted:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+        return None
     columns = max(len(section.laws) for section in fitted)
-    figure, axes = plt.subplots(2 * len(fitted), columns, figsize=(5.2 * columns, 7.6 * len(fitted)), squeeze=False)
+    figure = style.new_figure(5.2 * columns, 7.6 * len(fitted))
+    axes = figure.subplots(2 * len(fitted), columns, squeeze=False)
     for row in axes:
         for axis in row:
             axis.set_visible(False)
@@ -107,9 +120,10 @@ def draw_advice(advice: Advice, path: Path) -> bool:
             _draw_predicted(bottom, section, role)
     figure.suptitle(advice.title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+    for number, section in enumerate(fitted):  # names go where the frames, which have their places now, leave room
+        for column, role in enumerate(section.laws):
+            _name_held_out(axes[2 * number][column], section.laws[role].trial)
+    return figure
 
 
 def _draw_held_out(axis: Any, section: Section, role: str) -> None:
@@ -121,19 +135,23 @@ def _draw_held_out(axis: Any, section: Section, role: str) -> None:
     ends = [min(measured + predicted), max(measured + predicted)]
     axis.plot(ends, ends, color="0.6", linewidth=1)
     axis.errorbar(measured, predicted, yerr=trial.band, fmt="o", color="#0072b2", ecolor="#9ecae1", capsize=2)
-    margin = 0.07 * (max(predicted) - min(predicted) + 2 * trial.band)
-    written: list[tuple[float, float]] = []
-    for arm in sorted(
-        inside, key=lambda arm: -abs(arm.error)
-    ):  # where names would cover each other, the largest errors have one
-        if all(abs(arm.predicted - y) > margin or abs(arm.measured - x) > 0.3 * (ends[1] - ends[0]) for x, y in written):
-            axis.annotate(arm.arm, (arm.measured, arm.predicted), textcoords="offset points", xytext=(5, -9), fontsize=7)
-            written.append((arm.measured, arm.predicted))
-    axis.margins(x=0.18)
+    axis.margins(x=0.1, y=0.12)
     axis.set_title(f"{section.kind}: {role} loss of arms left out", fontsize=9, loc="left")
     axis.set_xlabel("measured", fontsize=8)
     axis.set_ylabel("predicted, 90 % band", fontsize=8)
     axis.tick_params(labelsize=8)
+
+
+def _name_held_out(axis: Any, trial: Trial) -> None:
+    """The arms' names beside their points; of many arms those of the largest errors."""
+    inside = [arm for arm in trial.arms if arm.inside]
+    names = dict(zip((arm.arm for arm in inside), short_labels([arm.arm for arm in inside]), strict=True))
+    named = sorted(inside, key=lambda arm: -abs(arm.error))[:_NAMED]
+    bars = [(arm.measured, arm.predicted + trial.band * share) for arm in inside for share in np.linspace(-1, 1, 9)]
+    xs, ys = np.array([(arm.measured, arm.predicted) for arm in named]).T
+    place_labels(
+        axis, xs, ys, [names[arm.arm] for arm in named], ["black"] * len(named), points=np.array(bars), font=_NAME_FONT
+    )
 
 
 def _draw_predicted(axis: Any, section: Section, role: str) -> None:

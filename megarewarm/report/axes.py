@@ -16,6 +16,8 @@ from megarewarm.report.seeds import Spread
 from megarewarm.report.words import rate_text
 
 REPLAY = "replay.fraction"
+_TICK_FONT, _LETTER = 8.0, 0.58  # points, and a letter's width as a part of them
+_TICKS_WIDTH = 185.0  # points between the outermost ticks
 _PANELS = (("upstream_after", "Upstream loss"), ("downstream_after", "Downstream loss"), ("average_after", "Average of both"))
 
 
@@ -66,7 +68,7 @@ def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]]
 
 
 def draw_axis(axis: str, lines: Sequence[AxisLine]) -> Figure:
-    """Final upstream and downstream loss and their average against ``axis``: means, with the seeds' range as bars."""
+    """Final upstream and downstream loss and their average against ``axis``: means, with the seeds' range as bands."""
     values = sorted({value for line in lines for value in line.values})
     place = _placing(values)
     with style.style():
@@ -78,12 +80,15 @@ def draw_axis(axis: str, lines: Sequence[AxisLine]) -> Figure:
                 told = [(place[x], spread) for x, spread in zip(line.values, spreads, strict=True) if spread.values]
                 xs, means = [x for x, _ in told], [spread.mean or 0.0 for _, spread in told]
                 colour, marker = style.colour(index), style.marker(index)
-                axes.errorbar(
-                    xs, means, yerr=error_bars([spread for _, spread in told]), color=colour,
-                    marker=marker, markersize=6, capsize=3, elinewidth=1.1, linewidth=1.5, label=line.label or None,
+                lows, highs = [spread.low or 0.0 for _, spread in told], [spread.high or 0.0 for _, spread in told]
+                axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
+                axes.vlines(xs, lows, highs, color=colour, linewidth=0.9)  # a single point has no band
+                axes.plot(
+                    xs, means, color=colour, marker=marker, markersize=6, linewidth=1.5, label=line.label or None,
                     linestyle=style.dashes(index), markeredgecolor="white", markeredgewidth=0.6,
                 )  # fmt: skip
-            shown = _legible(values, place)
+            shown = _legible({value: _tick(value, axis) for value in values}, place)
+            axes.tick_params(axis="x", labelsize=_TICK_FONT)
             axes.xaxis.set_major_locator(FixedLocator([place[value] for value in shown]))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticklabels([_tick(value, axis) for value in shown])
@@ -123,12 +128,14 @@ def _placing(values: Sequence[float]) -> dict[float, float]:
     return {0.0: float(logs[0]) - step} | dict(zip(above, logs.tolist(), strict=True))
 
 
-def _legible(values: Sequence[float], place: dict[float, float]) -> list[float]:
-    """The values whose tick labels have room beside each other."""
+def _legible(texts: dict[float, str], place: dict[float, float]) -> list[float]:
+    """The values whose tick labels, ``texts``, have room beside each other."""
+    values = list(texts)
     span = place[values[-1]] - place[values[0]]
     shown = [values[0]]
     for value in values[1:]:
-        if place[value] - place[shown[-1]] >= 0.12 * span:
+        letters = (len(texts[value]) + len(texts[shown[-1]])) / 2 + 0.5
+        if (place[value] - place[shown[-1]]) / span * _TICKS_WIDTH >= letters * _LETTER * _TICK_FONT:
             shown.append(value)
     return shown
 

@@ -101,12 +101,12 @@ def caption_curves(runs: Sequence[Run]) -> str:
     return caption_lines([line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"])
 
 
-def caption_lines(kept: Sequence[Line]) -> str:
-    """What a reader must know to read ``curves_figure`` of these lines."""
+def caption_lines(kept: Sequence[Line], stages: Sequence[tuple[float, str]] = ()) -> str:
+    """What a reader must know to read ``curves_figure`` of these lines, with ``stages`` as it has them."""
     text = "The number after a name is its last loss."
     if any(_starts(kept, role) for role in (UPSTREAM, DOWNSTREAM)):
         text += " The dashed line is the start checkpoint's loss."
-    if _has_early_detail(kept):
+    if not stages and _has_early_detail(kept):
         text += " The left column enlarges the shaded tenth of the right one."
     if kept and any(len(group) > 1 for group in _same_rates(kept)):
         text += " Dashes that change colour are runs with the same learning rate."

@@ -92,11 +92,11 @@ def _pictures(experiment: Experiment, rows: Sequence[ArmRow]) -> list[tuple[str,
     for sweep in experiment.groups:
         if told := axis_lines(rows, sweep):
             title = f"{sweep}: final losses against {told[0]}"
-            add("axes", f"axis_{sweep}", title, draw_axis(*told), describe_axis(*told), _BARS)
+            add("axes", f"axis_{sweep}", title, draw_axis(*told), describe_axis(*told), _BAND.strip())
     if chains := chains_of(experiment):
-        caption = "Dotted lines: where the next stage begins. " + draw.caption_lines(chains.lines) + _bands(chains.lines)
+        caption = "Dotted lines: where the next stage begins. " + draw.caption_lines(chains.lines, chains.stages)
         figure = draw.curves_figure(chains.lines, chains.stages, "tokens of all stages")
-        add("chains", "chains", "Losses over all stages", figure, _named(chains.lines), caption)
+        add("chains", "chains", "Losses over all stages", figure, _named(chains.lines), caption + _bands(chains.lines))
     for panel in panels:
         text = "Line charts: loss between the weights at the start and at the end."
         caption = "The loss of (1 - alpha) x start + alpha x end."

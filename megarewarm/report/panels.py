@@ -226,9 +226,9 @@ def _dynamics(run: Run, quantity: str) -> Points:
 
 
 def _gradient_norm(run: Run) -> Points:
-    """Medians of at most 100 stretches: single steps are noise."""
+    """Medians of at most 100 stretches of 10 steps or more, where there are so many: single steps are noise."""
     norms = run.train["grad_norm"]
     tokens = run.train["tokens"] - run.tokens_before
     kept = np.isfinite(norms)
-    parts = [part for part in np.array_split(np.flatnonzero(kept), 100) if len(part)]
+    parts = [part for part in np.array_split(np.flatnonzero(kept), min(100, max(10, int(kept.sum()) // 10))) if len(part)]
     return np.array([tokens[part[-1]] for part in parts]), np.array([np.median(norms[part]) for part in parts])

@@ -14,10 +14,12 @@ from megarewarm.report import style
 from megarewarm.report.arms import ArmRow
 from megarewarm.report.axes import error_bars
 from megarewarm.report.place import place_labels
+from megarewarm.report.seeds import Spread
 from megarewarm.report.tradeoff import signed_tick
 from megarewarm.report.words import signed_text
 
 _LABELLED = 18  # with more arms than this only the front and the arm that others are compared with are named
+_EMPTY = 2.0  # times the values' own range, that 0 may lie away from them
 _BASELINE = 4  # black in the palette
 
 
@@ -63,10 +65,12 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
         axes = figure.add_axes((0.09, 0.1, 0.885, 0.79))
         for side, values, index in ((axes.set_xlim, xs, 0), (axes.set_ylim, ys, 1)):
             bars = error_bars([pair[index] for pair in spreads])
-            low, high = min(0.0, (values - bars[0]).min()), max(0.0, (values + bars[1]).max())
-            pad = 0.12 * max(high - low, 0.02)
-            side(low - pad, high + pad)
-        zero = [side(0, color=style.QUIET, linewidth=0.8) for side in (axes.axhline, axes.axvline)]
+            side(*_limits(float((values - bars[0]).min()), float((values + bars[1]).max())))
+        zero = [
+            side(0, color=style.QUIET, linewidth=0.8)
+            for side, (low, high) in ((axes.axhline, axes.get_ylim()), (axes.axvline, axes.get_xlim()))
+            if low < 0 < high
+        ]
         if len(best) > 1:
             axes.step(xs[best], ys[best], where="post", color=style.QUIET, linewidth=1.2, linestyle=(0, (5, 2)), zorder=1.6,
                       label="front: no arm is better in both")  # fmt: skip
@@ -96,7 +100,8 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
         named = [i for i, row in enumerate(rows) if len(rows) <= _LABELLED or i in best or row.name == main]
         place_labels(
             axes, xs[named], ys[named], [rows[i].name for i in named], [style.for_text(colours[i]) for i in named],
-            taken=[corner, *zero], points=np.vstack([np.column_stack([xs, ys]), _steps(xs[best], ys[best])]),
+            taken=[corner, *zero],
+            points=np.vstack([np.column_stack([xs, ys]), _steps(xs[best], ys[best]), *map(_bars, spreads)]),
         )  # fmt: skip
         return figure
 
@@ -106,6 +111,22 @@ def _steps(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> NDArray[np.float
     corners = np.column_stack([np.repeat(xs, 2)[1:], np.repeat(ys, 2)[:-1]])
     along = np.linspace(0, 1, 30)[:, None]
     return np.vstack([np.empty((0, 2)), *(a + along * (b - a) for a, b in itertools.pairwise(corners))])
+
+
+def _limits(low: float, high: float) -> tuple[float, float]:
+    """Where an axis with values from ``low`` to ``high`` begins and ends: with 0, unless most would be empty then."""
+    if not low <= 0 <= high and min(abs(low), abs(high)) <= _EMPTY * max(high - low, 0.02):
+        low, high = min(0.0, low), max(0.0, high)
+    pad = 0.12 * max(high - low, 0.02)
+    return low - pad, high + pad
+
+
+def _bars(pair: tuple[Spread, Spread]) -> NDArray[np.float64]:
+    """Points along an arm's two bars, (n, 2)."""
+    x, y = pair
+    along_x, along_y = np.linspace(x.low or 0, x.high or 0, 15), np.linspace(y.low or 0, y.high or 0, 15)
+    across = [np.full(15, spread.mean) for spread in pair]
+    return np.vstack([np.column_stack([along_x, across[1]]), np.column_stack([across[0], along_y])])
 
 
 def _place(index: int) -> int:

@@ -48,11 +48,12 @@ def place_labels(
     colours: Sequence[str],
     taken: Sequence[Any] = (),
     points: NDArray[np.float64] | None = None,
+    font: float = _FONT,
 ) -> None:
     """Write ``texts`` beside the points (``xs``, ``ys``), which are in data units: each where it covers least.
 
     ``taken`` are artists to keep clear of, ``points`` (n, 2) all points of the picture, in data units, where some have no
-    label. A label that had to go far from its point is joined to it by a hairline.
+    label. A label that had to go far from its point is joined to it by a hairline. ``font`` is in points.
     """
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     scale = axes.figure.dpi / 72
@@ -61,10 +62,12 @@ def place_labels(
     inside = axes.get_window_extent(renderer)
     obstacles = [Bbox.from_bounds(x - 6 * scale, y - 6 * scale, 12 * scale, 12 * scale) for x, y in marked]
     obstacles += [artist.get_window_extent(renderer).padded(3) for artist in taken]
+    dots = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in points]
     labels: list[Bbox] = []
     for index in np.argsort(-points[:, 1], kind="stable"):
         x, y = points[index]
-        label = axes.text(0, 0, texts[index], fontsize=_FONT)
+        others = [dot for number, dot in enumerate(dots) if number != index and not dot.contains(x, y)]
+        label = axes.text(0, 0, texts[index], fontsize=font)
         size = label.get_window_extent(renderer)
         label.remove()
         best: tuple[float, float, float, Bbox] | None = None
@@ -77,7 +80,7 @@ def place_labels(
             areas = [_overlap(box, other) for other in obstacles]
             outside = box.width * box.height - _overlap(box, inside)
             end = float(np.clip(x, text.x0, text.x1)), float(np.clip(y, text.y0, text.y1))
-            crossed = sum(_crosses((x, y), end, other) for other in labels) if distance > _DISTANCES[0] else 0
+            crossed = sum(_crosses((x, y), end, other) for other in [*labels, *others]) if distance > _DISTANCES[0] else 0
             cost = 10 * (sum(areas) + outside) + 1500 * np.count_nonzero(areas) + 4000 * crossed + 8 * length
             if best is None or cost < best[0]:
                 best = (cost, (cx - x) / scale, (cy - y) / scale, text)
@@ -92,7 +95,7 @@ def place_labels(
         }  # fmt: skip
         far = np.hypot(nearest[0] - x, nearest[1] - y) > 12 * scale
         axes.annotate(
-            texts[index], (xs[index], ys[index]), xytext=(dx, dy), textcoords="offset points", fontsize=_FONT,
+            texts[index], (xs[index], ys[index]), xytext=(dx, dy), textcoords="offset points", fontsize=font,
             color=colours[index], ha="center", va="center", zorder=4, arrowprops=joined if far else None,
         )  # fmt: skip
 

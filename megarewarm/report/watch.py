@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,14 +114,23 @@ class Overview:
 class Watch:
     """Looks at the runs of ``folder``: an experiment's, a run's, or one that holds run folders.
 
-    ``rise`` is the upstream loss' rise in nats per token that is an alarm. ``clock`` gives seconds since 1970. Raises
-    ``UserError`` where the folder is none of these.
+    ``rise`` is the upstream loss' rise in nats per token that is an alarm. ``clock`` gives seconds since 1970. ``only``: names
+    of the runs that are meant, whose starts among the others are taken to be there. Raises ``UserError`` where the folder is
+    none of these.
     """
 
-    def __init__(self, folder: Path | str, *, rise: float = RISE, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        rise: float = RISE,
+        clock: Callable[[], float] = time.time,
+        only: Collection[str] | None = None,
+    ) -> None:
         self._folder = Path(folder)
         self._rise = rise
         self._clock = clock
+        self._only = only
         self._followers: dict[Path, Follower] = {}
         self._seen: dict[Path, float] = {}
         self._alarms: dict[Path, list[str]] = {}
@@ -130,6 +139,8 @@ class Watch:
     def look(self) -> Overview:
         """Read what is new and say how everything stands."""
         title, planned = planned_runs(self._folder)
+        if self._only is not None:
+            planned = [_alone(run, self._only) for run in planned if run.name in self._only]
         views = [self._view(run) for run in planned]
         views = _estimate(views)
         left, idle = _whole(views)
@@ -153,7 +164,7 @@ class Watch:
         state = _state(follower, silent, pace, upstream, downstream)
         alarms = list(self._alarms[path])
         if state == "stalled":
-            times = f", {silent / pace:,.0f} step times" if pace else ""
+            times = f", {silent / pace:,.0f} step times" if pace and silent < 1000 * pace else ""
             alarms.insert(0, f"no new line for {duration_text(silent)}{times}: killed, or hanging")
         first = follower.origin_step
         step = follower.step if follower.step is not None else first if follower.lines else None
@@ -174,6 +185,11 @@ class Watch:
             after=run.after,
             alarms=tuple(alarms),
         )
+
+
+def _alone(run: Planned, names: Collection[str]) -> Planned:
+    """The run without the starts that are not in ``names``."""
+    return dataclasses.replace(run, after=tuple(name for name in run.after if name in names))
 
 
 def planned_runs(folder: Path) -> tuple[str, list[Planned]]:

@@ -21,6 +21,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
 _ASCII = str.maketrans({"·": "|", "−": "-", "–": "-", "—": "-", "→": ">", "…": "~", "’": "'", "×": "x"})
 _LONGEST_NAME = 36
+_TITLE = 16  # of its characters stay, where the headline could say more
 _ALARMS = 6  # lines of alarms that a frame of no set height has
 _ROWS = 40  # runs that such a frame lists before it folds
 
@@ -56,8 +57,9 @@ def _headline(overview: Overview, width: int) -> Text:
         tail.append(f"  {overview.share:.0%}")
         if overview.left is not None and overview.left > 0:
             tail.append(f"  {duration_text(overview.left)} left", style="bold")
-            if overview.idle:
-                tail.append(f" without the {overview.idle} at rest", style="dim")
+            rest = f" without the {overview.idle} at rest"
+            if overview.idle and len(tail.plain) + len(rest) + min(len(overview.title), _TITLE) <= width:
+                tail.append(rest, style="dim")
     text.append(_short(overview.title, max(8, width - len(tail.plain))), style="bold")
     return text.append_text(tail)
 

@@ -40,7 +40,7 @@ def check_folders(experiment: Experiment) -> None:
     """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
     check_record(experiment)
     for arm in experiment.arms:
-        RunFolder(Path(arm.config.run_folder)).check(arm.config)
+        RunFolder(Path(arm.config.run_folder)).check(arm.config, experiment=experiment.folder)
 
 
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:

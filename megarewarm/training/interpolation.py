@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megarewarm.errors import UserError
 from megarewarm.training.evaluate import evaluate, turns
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.run import Run
 from megarewarm.training.start_weights import load_start
 
 
-def interpolate(run: Run, metrics: Metrics, console: Console) -> None:
-    """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``: events 'interpolation', and a table.
+def interpolate(run: Run, metrics: Metrics, console: Console, alphas: Sequence[float] | None = None) -> None:
+    """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``, or of those ``alphas`` where the others
+    are done: events 'interpolation', and a table.
 
     All ranks call it, after the last step; the end weights stand again afterwards, bit for bit. Raises ``UserError`` where the
     start checkpoint can't be read any more. Linear interpolation: Wortsman et al., arXiv 2109.01903.
@@ -25,12 +29,12 @@ def interpolate(run: Run, metrics: Metrics, console: Console) -> None:
     parameters = run.model.parameters
     end = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     try:
-        load_start(run.plan, run.model)
+        _load_start(run)
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         rows = {1.0: dict(run.losses)}
         if run.start_losses:
             rows[0.0] = dict(run.start_losses)
-        for alpha in config.interpolate.alphas:
+        for alpha in config.interpolate.alphas if alphas is None else alphas:
             for name, parameter in parameters.items():
                 parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
             run.model.forget_gathered()
@@ -40,6 +44,16 @@ def interpolate(run: Run, metrics: Metrics, console: Console) -> None:
             parameter.data.copy_(end[name])
         run.model.forget_gathered()
     _show(rows, config.name, console)
+
+
+def _load_start(run: Run) -> None:
+    try:
+        load_start(run.plan, run.model)
+    except UserError as error:
+        raise UserError(
+            f"interpolate: the run is trained and saved, but its start can't be had again: {error}. Put it back, or set "
+            f"interpolate to null to do without"
+        ) from error
 
 
 def _losses(run: Run, metrics: Metrics, alpha: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
-_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "interpolate", "schedule", "training", "optimizer")
+_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
 _FREE = {
     ("training", "micro_batch"),
     ("training", "device"),
@@ -46,23 +46,27 @@ class RunFolder:
         """
         return newest_whole(self.checkpoints, alone=alone, up_to=up_to)
 
-    def check(self, config: RunConfig) -> None:
-        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs."""
+    def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
+
+        ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
+        other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it anew"
         if not self.config_file.is_file():
             if self.metrics_file.exists() or self.checkpoints.exists():
-                raise UserError(f"{self.path}: holds a run without config.yaml; set 'name' or 'folder' to another place")
+                remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
+                raise UserError(f"{self.path}: holds a run without config.yaml; {remedy}")
             return
         old = _completed(read_yaml(self.config_file)[0])
         new = config.model_dump(mode="json", by_alias=True)
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:
             key, before, now = difference
-            raise UserError(
-                f"{self.path}: holds a run in which {key} was {before!r}; now it is {now!r}. Give this run another 'name', or "
-                f"continue the old one in a new run with start.from={self.path}"
-            )
+            alone = f"give this run another 'name', or continue the old one in a new run with start.from={self.path}"
+            remedy = other if experiment is not None else alone
+            raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
 
     def open(self, config: RunConfig, *, main: bool) -> None:
         """Make the folder, take its lock and write the resolved configuration. Only the main rank does anything."""

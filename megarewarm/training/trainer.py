@@ -25,6 +25,7 @@ from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.interpolation import interpolate
 from megarewarm.training.metrics import Metrics, check_loggers
+from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
 from megarewarm.training.run import Run
@@ -61,11 +62,10 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     folder = RunFolder(Path(config.run_folder))
     folder.check(config)
     plan = make_plan(config)
-    if plan.resumed and plan.position.step >= plan.config.total_steps:
+    if is_trained(plan):
         assert plan.source is not None and plan.source.training is not None
         console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
-        if not folder.export.exists():
-            _export(plan, folder, ranks, console)
+        _make_up(config, plan, ranks, console)
         return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
     check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     run = build(plan, ranks)
@@ -87,6 +87,24 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         if outcome.exit_code == 0:
             _export(plan, folder, ranks, console)
     return outcome
+
+
+def _make_up(config: RunConfig, plan: Plan, ranks: Ranks, console: Console) -> None:
+    """Do what the complete run of ``plan`` still owes. Raises ``UserError`` where its start can't be had any more."""
+    folder = RunFolder(Path(config.run_folder))
+    due = gather(owed(plan))[0]  # one word for all: metrics are written by the main rank
+    if due.export:
+        _export(plan, folder, ranks, console)
+    if due.alphas:
+        run = build(plan, ranks)
+        with ExitStack() as opened:
+            opened.callback(run.batches.close)
+            folder.open(config, main=ranks.is_main)
+            opened.callback(folder.close)
+            metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
+            opened.callback(metrics.close)
+            interpolate(run, metrics, console, due.alphas)
+            metrics.event("stop", step=run.step, reason="complete")
 
 
 def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> None:
