@@ -5,11 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from megarewarm.untrusted import redacted
+
 EXIT_BAD_INPUT = 2
 
 
 class UserError(Exception):
-    """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2."""
+    """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2.
+
+    Tokens and passwords in it are replaced by stars: it may quote a URL, a config's value or the words of another library.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml
 from megarewarm.errors import UserError, nearest
+from megarewarm.untrusted import redacted, secrets_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -141,6 +142,7 @@ def _place(path: tuple[str, ...], origins: Origins) -> str:
 
 def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> Model:
     """``mapping`` as a ``model``. Raises ``UserError``: one line per problem, each with file, line, key and remedy."""
+    _refuse_secrets(mapping, origins, (), secrets_of())
     try:
         return model.model_validate(mapping)
     except ValidationError as error:
@@ -162,6 +164,18 @@ def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> M
                 shown = f" (given: {value!r})" if isinstance(value, str | int | float | bool) else ""
                 lines.append(f"{place}: {key + ': ' if key else ''}{message}{shown}")
         raise UserError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets: Sequence[str]) -> None:
+    """Raise ``UserError`` for a token or password: config.yaml and the report would keep it."""
+    if isinstance(value, str) and redacted(value, secrets) != value:
+        raise UserError(
+            f"{_place(path, origins)}: {'.'.join(path)} holds a token or password, which config.yaml would keep; leave it out: "
+            f"HF_TOKEN and WANDB_API_KEY are read from the environment, git's and the hub's own from where they keep them"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _refuse_secrets(item, origins, (*path, str(key)), secrets)
 
 
 def dump(config: BaseModel) -> str:

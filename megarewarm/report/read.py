@@ -21,10 +21,14 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 
+try:  # ten times as fast, where PyYAML was built with libyaml
+    from yaml import CSafeLoader as SafeLoader
+except ImportError:
+    from yaml import SafeLoader  # type: ignore[assignment]
+
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
 _RESTARTS = ("resume", "start")
 _COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "lr_sum", "annealing_area")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _EVENT_START = b'{"event"'
 
 
@@ -271,7 +275,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return config if isinstance(config, dict) else {}
