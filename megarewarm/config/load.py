@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megarewarm.config.run_format import take_format
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml
 from megarewarm.errors import UserError, nearest
 from megarewarm.untrusted import redacted, secrets_of
@@ -32,6 +33,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     if resolved in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
     mapping, origins = read_yaml(path)
+    mapping = take_format(mapping, str(path))
     base = mapping.get("base")
     if isinstance(base, dict) and "extends" in base:  # an experiment whose base is a run's file
         parents, parent_origins = _parents(base, path, origins.get(("base", "extends"), str(path)), (*seen, resolved))

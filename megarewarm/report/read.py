@@ -20,6 +20,7 @@ import yaml
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
+from megarewarm.report.record import RUN_FORMAT, check_format
 
 try:  # ten times as fast, where PyYAML was built with libyaml
     from yaml import CSafeLoader as SafeLoader
@@ -149,6 +150,8 @@ def read_run(folder: Path | str) -> Run:
         raise UserError(f"{folder}: no metrics.jsonl: give the folder of a run that has trained at least one step")
     record = _Record()
     for number, event in _events(path):
+        if event["event"] == "start":
+            check_format(event.get("format", 1), RUN_FORMAT, path)
         try:
             record.add(event)
         except (KeyError, TypeError, ValueError) as error:
@@ -278,4 +281,7 @@ def _config(folder: Path) -> dict[str, Any]:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    check_format(config.pop("format", 1), RUN_FORMAT, path)
+    return config

@@ -12,6 +12,13 @@ from megarewarm.untrusted import is_inside
 
 FILE = "experiment.json"
 FORMAT = 1
+RUN_FORMAT = 1  # of config.yaml and metrics.jsonl
+
+
+def check_format(found: object, known: int, path: Path) -> None:
+    """Raise ``UserError`` for the version ``found`` of a file where it is newer than ``known``."""
+    if not isinstance(found, int) or found > known:
+        raise UserError(f"{path}: format {found!r}, this program reads {known}: use the version that wrote it")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -22,9 +29,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / FILE
     record: dict[str, Any] = orjson.loads(path.read_bytes())
-    found = record.get("format", 1)
-    if not isinstance(found, int) or found > FORMAT:
-        raise UserError(f"{path}: format {found!r}, this program reads {FORMAT}: use the version that wrote it")
+    check_format(record.get("format", 1), FORMAT, path)
     for run in record["runs"]:
         if "folder" in run and not is_inside(run["folder"]):
             raise ValueError(f"the folder of a run is {str(run['folder'])[:80]!r}, outside of this one")

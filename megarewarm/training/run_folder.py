@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.config.load import dump
+from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
@@ -52,7 +53,7 @@ class RunFolder:
             if self.metrics_file.exists() or self.checkpoints.exists():
                 raise UserError(f"{self.path}: holds a run without config.yaml; set 'name' or 'folder' to another place")
             return
-        old = _completed(read_yaml(self.config_file)[0])
+        old = _completed(take_format(read_yaml(self.config_file)[0], str(self.config_file)))
         new = config.model_dump(mode="json", by_alias=True)
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:
@@ -75,7 +76,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error}); set 'folder' to another place") from error
         partial = self.config_file.with_suffix(".partial")
-        partial.write_text(dump(config), encoding="utf-8")
+        partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
         os.replace(partial, self.config_file)
 
     def close(self) -> None:

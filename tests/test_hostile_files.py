@@ -1,0 +1,58 @@
+"""Configurations and files of checkpoints, damaged in every way: read, or refused in one clear line, whatever the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hostile
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SEEDS = hostile.seeds()
+KINDS = sorted(hostile.READERS)
+_shared = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+quick = settings(max_examples=60, deadline=None, suppress_health_check=_shared)
+long = settings(max_examples=5_000, deadline=None, suppress_health_check=_shared)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, kind: str) -> bytes:
+    """A right file in which some places are replaced, put in, or cut out; at times nothing but random bytes."""
+    data = bytearray(draw(st.sampled_from(SEEDS[kind]) | st.binary(max_size=60)))
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(data)))
+        gone = draw(st.integers(0, 12))
+        data[at : at + gone] = draw(st.sampled_from(hostile.WORDS) | st.binary(max_size=6))
+    return bytes(data[: len(data) - draw(st.sampled_from([0, 0, 0, 1, 20]))])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@quick
+@given(data=st.data())
+def test_damaged_files(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    hostile.READERS[kind](tmp_path, data.draw(damaged(kind)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@long
+@given(data=st.data())
+def test_many_damaged_files(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    hostile.READERS[kind](tmp_path, data.draw(damaged(kind)))
+
+
+def test_right_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the tests above would hold for readers that refuse everything."""
+    monkeypatch.setattr(hostile, "refused", lambda error: pytest.fail(str(error)))
+    monkeypatch.chdir(tmp_path)
+    hostile.index(tmp_path, SEEDS["index"][0])
+    assert len(hostile.read_index(hostile.io.BytesIO(SEEDS["index"][0])).state_dict_metadata) > 10
+    hostile.checkpoint(tmp_path, SEEDS["checkpoint"][0])
+    hostile.checkpoint(tmp_path, SEEDS["checkpoint"][4])
+    hostile.safetensors(tmp_path, SEEDS["safetensors"][0])
+    hostile.pickles(tmp_path, SEEDS["pickles"][1])
+    hostile.pickles(tmp_path, SEEDS["pickles"][2])
+    for text in SEEDS["config"][:2]:
+        hostile.config(tmp_path, text)
+    hostile.neox(tmp_path, SEEDS["neox"][0])
