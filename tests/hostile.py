@@ -177,21 +177,21 @@ _MODEL = {
 }  # fmt: skip
 _RUN = """\
 name: a
-model: {num_layers: 1, hidden_size: 8, num_heads: 2, vocab_size: 32, max_positions: 16}
+model: {num_layers: 1, hidden_size: 8, num_heads: 2, vocab_size: 32, max_positions: 16, rotary_fraction: 0.5}
 data:
   sequence_length: 16
-  train: &t [{path: x, weight: 0.5}, {path: y, weight: "20%"}]
+  train: &t [{path: x, weight: 0.5}, {path: y, weight: 2}]
   validation: [{name: v, role: upstream, tokens: 1e3, sources: *t}]
-schedule: {curve: cosine, max_lr: 3e-4, warmup: 1%}
+schedule: {curve: cosine, max_lr: 3e-4, min_lr: 3e-5, warmup: 1%}
 training: {budget: 40 steps, global_batch: 4, micro_batch: 4}
 """
 _EXPERIMENT = """\
 experiment: e
 seeds: [1, 2]
 base:
-  model: {num_layers: 1, hidden_size: 8, num_heads: 2, vocab_size: 32, max_positions: 16}
+  model: {num_layers: 1, hidden_size: 8, num_heads: 2, vocab_size: 32, max_positions: 16, rotary_fraction: 0.5}
   data: {sequence_length: 16, train: [{path: "${folder}/data"}]}
-  schedule: {curve: cosine, max_lr: 3e-4}
+  schedule: {curve: cosine, max_lr: 3e-4, min_lr: 0}
   training: {budget: 40, global_batch: 4, micro_batch: 4}
 runs: [{name: up}, {name: chain, start: {from: "${runs}/up@50%"}, stages: [{name: a}, {name: b, training: {budget: 8}}]}]
 sweeps: [{name: s, axes: {schedule.max_lr: [1e-3, 2e-3], wide: {yes: {model: {hidden_size: 16}}}}, with: [up]}]
