@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from megarewarm.untrusted import redacted
+from megarewarm.untrusted import printable, redacted
 
 EXIT_BAD_INPUT = 2
 
@@ -13,11 +13,12 @@ EXIT_BAD_INPUT = 2
 class UserError(Exception):
     """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2.
 
-    Tokens and passwords in it are replaced by stars: it may quote a URL, a config's value or the words of another library.
+    It may quote a file, a URL, a config's value or the words of another library, so tokens and passwords in it are replaced by
+    stars, and signs that a terminal would obey are taken out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(redacted(message))
+        super().__init__(redacted(printable(message)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

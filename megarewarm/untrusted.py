@@ -30,6 +30,16 @@ def is_inside(value: object) -> bool:
     return isinstance(value, str) and not value.startswith("/") and all(map(is_name, PurePosixPath(value).parts or ("",)))
 
 
+def printable(text: str) -> str:
+    """``text`` without signs that a terminal would obey; line breaks stay."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
+
+
+def one_line(text: str, most: int = 200) -> str:
+    """The words of somebody else's message, as a part of a line."""
+    return printable(" ".join(text.split()))[:most]
+
+
 def secrets_of(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The values of variables such as WANDB_API_KEY and HF_TOKEN."""
     return [value for name, value in environment.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET]

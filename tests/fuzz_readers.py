@@ -86,7 +86,8 @@ def of_hostile(kind: str) -> Callable[[Path], tuple[Callable[[bytes], None], lis
         os.chdir(folder)
         reader = hostile.READERS[kind]
         right = hostile.seeds()[kind]
-        return lambda data: reader(folder, data) and None, [*right, *(right[0][:40] + word for word in hostile.WORDS)]
+        small = [seed for seed in right if len(seed) < 4000]
+        return lambda data: reader(folder, data) and None, [*small, *(right[0][:40] + word for word in hostile.WORDS)]
 
     return begin
 

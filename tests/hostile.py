@@ -16,6 +16,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from tiny import write_tokens
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights, read_model_config
 from megarewarm.checkpoint.foreign.neox_folder import find as find_neox
@@ -194,15 +203,16 @@ base:
   schedule: {curve: cosine, max_lr: 3e-4, min_lr: 0}
   training: {budget: 40, global_batch: 4, micro_batch: 4}
 runs: [{name: up}, {name: chain, start: {from: "${runs}/up@50%"}, stages: [{name: a}, {name: b, training: {budget: 8}}]}]
-sweeps: [{name: s, axes: {schedule.max_lr: [1e-3, 2e-3], wide: {yes: {model: {hidden_size: 16}}}}, with: [up]}]
+sweeps: [{name: s, axes: {schedule.max_lr: [1e-3, 2e-3], wide: {more: {model: {hidden_size: 16}}}}, with: [up]}]
 quick: {length: 0.5}
 """
 _NEOX = """\
 {"pipe_parallel_size": 0, "num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16,
- "max_position_embeddings": 16, "pos_emb": "rotary", "rotary_pct": 0.25, "no_weight_tying": true, "gpt_j_residual": true,
+ "max_position_embeddings": 16, "pos_emb": "rotary", "rotary_pct": 0.5, "no_weight_tying": true, "gpt_j_residual": true,
  "optimizer": {"type": "Adam", "params": {"lr": 0.0006, "betas": [0.9, 0.95], "eps": 1.0e-8}}, "min_lr": 0.00006,
  "train_micro_batch_size_per_gpu": 4, "train-iters": 10, "lr-decay-iters": 10, "lr_decay_style": "cosine", "warmup": 0.01,
- "data_path": "d", "split": "969,30,1", "make_vocab_size_divisible_by": 8, "save": "out", "fp16": {"enabled": false}}
+ "data_path": "d", "tokenizer_type": "CharLevelTokenizer",
+ "split": "969,30,1", "make_vocab_size_divisible_by": 8, "save": "out", "fp16": {"enabled": false}}
 """
 
 
@@ -223,6 +233,14 @@ def _legacy(value: object) -> bytes:
     return stream.getvalue()
 
 
+def _small_index() -> bytes:
+    """An index of one tensor in two parts, by torch's own classes."""
+    halves = [ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([1, 3])) for first in (0, 1)]
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([2, 3]), halves)
+    places = {MetadataIndex("a", half.offsets, i): _StorageInfo(f"__{i}_0.distcp", 0, 1600) for i, half in enumerate(halves)}
+    return pickle.dumps(Metadata({"a": tensor}, {"a": ("a",)}, places, StorageMeta("x", "y"), "1"))
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Right files for each reader."""
     metadata = (OLD_RUN / ".metadata").read_bytes()
@@ -230,11 +248,11 @@ def seeds() -> dict[str, list[bytes]]:
     values = {"a": torch.zeros(2, 3), "b": {"c": [1, 2.5, None, "x"]}}
     shards = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}).encode()
     return {
-        "index": [metadata, pickle.dumps({"a": 1})],
+        "index": [_small_index(), metadata],
         "checkpoint": [
             *(bytes([0]) + text for text in (state, b"{}")),
             bytes([1]) + b"0" * 64 + b"  state.json\n",
-            bytes([2]) + metadata,
+            bytes([2]) + _small_index(),
             bytes([3]) + json.dumps(_MODEL).encode(),
             bytes([4]) + shards,
             bytes([5]) + b"global_step4\n",

@@ -22,6 +22,8 @@ from megarewarm.checkpoint.foreign import hub, huggingface, megatron, neox_folde
 from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.own.integrity import find_damage
 from megarewarm.config.experiment import load_experiment
+from megarewarm.config.load import validate
+from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import parse_yaml
 from megarewarm.data import array_cache
 from megarewarm.errors import UserError
@@ -32,6 +34,7 @@ from megarewarm.parallel.launchers import Launch
 from megarewarm.report.experiment import read_experiment
 from megarewarm.report.page import report
 from megarewarm.report.watch import planned_runs
+from megarewarm.training.run_folder import RunFolder
 from megarewarm.untrusted import is_inside, is_name, redacted
 
 WAYS_OUT = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "x" * 300]
@@ -106,6 +109,13 @@ def test_names_of_experiments_and_runs_are_folders_of_their_own() -> None:
         with pytest.raises(UserError) as caught:
             load_experiment(experiment, {})
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_not_called_by_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = validate(RunConfig, mapping(tmp_path, name="..", folder=None), {})
+    with pytest.raises(UserError, match="names no folder"):
+        RunFolder(Path(run.run_folder)).check(run)
 
 
 def test_words_in_braces_reach_nothing_but_the_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:

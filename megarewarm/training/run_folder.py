@@ -15,6 +15,7 @@ from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
+from megarewarm.untrusted import is_name
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "interpolate", "schedule", "training", "optimizer")
@@ -46,7 +47,10 @@ class RunFolder:
         return newest_whole(self.checkpoints, alone=alone)
 
     def check(self, config: RunConfig) -> None:
-        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs."""
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs, and for a
+        name such as '..'."""
+        if not is_name(config.name):
+            raise UserError(f"name: '{config.name}' names no folder; use letters, digits, '_', '-' and '.'")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
         if not self.config_file.is_file():

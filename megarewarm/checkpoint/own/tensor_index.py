@@ -6,8 +6,10 @@ may set attributes of whatever it gets hold of. From the records the index is bu
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megarewarm.untrusted import is_name
+from megarewarm.untrusted import is_name, one_line
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "uint8", "int64")}
 _MOST_VALUES = 2**56  # of a tensor: more than any disk holds, and no product of it overflows
@@ -68,13 +70,21 @@ class TensorIndexReader(FileSystemReader):
 def read_index(file: Any) -> Metadata:
     """The index in an open file. Raises ``pickle.UnpicklingError`` for anything that is none."""
     try:
-        return _metadata(_Unpickler(file).load())
-    except pickle.UnpicklingError:
-        raise
-    except (OSError, MemoryError):
+        content = file.read()
+        _check_sizes(content)
+        return _metadata(_Unpickler(io.BytesIO(content)).load())
+    except OSError:
         raise
     except Exception as error:  # what Python's unpickler raises for bytes that are no pickle has no end
-        raise pickle.UnpicklingError(f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")) from error
+        kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
+        raise pickle.UnpicklingError(f"{kind}{one_line(str(error))}") from error
+
+
+def _check_sizes(content: bytes) -> None:
+    """Python's unpickler makes room for the number of a memo and the length of a text before it looks at what there is."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") and argument > len(content):
+            _refuse(f"it numbers an object {argument}, in {len(content)} bytes")
 
 
 class _Record:
