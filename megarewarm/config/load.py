@@ -182,4 +182,7 @@ def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets
 
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that loads to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
+    mapping = config.model_dump(mode="json", by_alias=True)
+    # ten times as fast where PyYAML was built with libyaml: a blend may have thousands of sources
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(mapping, Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))

@@ -107,7 +107,8 @@ def _numerators(weights: Sequence[float]) -> npt.NDArray[np.int64]:
     exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.1 means 1/10, not the nearest binary fraction
     if not exact or min(exact) <= 0:
         raise UserError(f"weights of a blend must be above 0, not {list(weights)}")
-    shares = [weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     period = math.lcm(*(share.denominator for share in shares))
     if period <= MAX_PERIOD:
         return np.array([int(share * period) for share in shares], np.int64)

@@ -83,7 +83,7 @@ def read_index(file: Any) -> Metadata:
 def _check_sizes(content: bytes) -> None:
     """Python's unpickler makes room for the number of a memo and the length of a text before it looks at what there is."""
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name.endswith("PUT") and argument > len(content):
+        if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(content):
             _refuse(f"it numbers an object {argument}, in {len(content)} bytes")
 
 
