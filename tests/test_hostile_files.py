@@ -42,6 +42,29 @@ def test_many_damaged_files(tmp_path: Path, kind: str, data: st.DataObject) -> N
     hostile.READERS[kind](tmp_path, data.draw(damaged(kind)))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0.0006", "0.00.6"), ("0.0006", "[1]"), ('"params": {', '"params": [1], "x": {'), ("8, \"save\"", "0, \"save\""),
+        ('"data_path": "d"', '"train_data_paths": [3]'), ('"save": "out"', '"extra_save_iters": ["x"]'),
+        ('"save": "out"', '"checkpoint_scale": "log", "checkpoint_factor": 1.0000001, "train_iters": 100000000'),
+        ('"save": "out"', '"attention_config": [[["flash"], 1000000000000]]'), 
+        ('"fp16": {', '"zero_optimization": {"stage": "x"}, "x": {'),
+    ],
+)  # fmt: skip
+def test_what_is_inside_of_gpt_neox_keys_is_refused_by_the_keys_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    """The first was found by the fuzzer."""
+    told: list[str] = []
+    monkeypatch.setattr(hostile, "refused", lambda error: told.append(str(error)))
+    monkeypatch.chdir(tmp_path)
+    text = SEEDS["neox"][0].decode()
+    assert old in text
+    hostile.neox(tmp_path, text.replace(old, new).encode())
+    assert len(told) == 1 and told[0].startswith(f"{tmp_path}/x.yml:"), told
+
+
 def test_right_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would hold for readers that refuse everything."""
     monkeypatch.setattr(hostile, "refused", lambda error: pytest.fail(str(error)))
