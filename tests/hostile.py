@@ -38,6 +38,11 @@ from megarewarm.config.load import dump, read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
+from megarewarm.laws.arms import read_trained
+from megarewarm.report.experiment import read_experiment
+from megarewarm.report.follow import Follower
+from megarewarm.report.read import read_run
+from megarewarm.report.watch import planned_runs
 from megarewarm.rewarm.neox_start import load_neox
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +174,33 @@ def neox(folder: Path, data: bytes) -> None:
         refused(error)
 
 
+# ---- runs of others -------------------------------------------------------------------------------------------------
+
+
+def runs(folder: Path, data: bytes) -> None:
+    """experiment.json, metrics.jsonl or config.yaml as report, watch and advisor read them: the first byte says which."""
+    if not data:
+        return
+    name = ("experiment.json", "r/metrics.jsonl", "r/config.yaml")[data[0] % 3]
+    run = folder / "r"
+    run.mkdir(exist_ok=True)
+    (folder / "experiment.json").write_text(_RECORD)
+    (run / "metrics.jsonl").write_text(_METRICS)
+    (run / "config.yaml").write_text("name: r\n")
+    (folder / name).write_bytes(data[1:])
+
+    def follow() -> object:
+        follower = Follower(run / "metrics.jsonl")
+        follower.poll()
+        assert follower.damage is None or "\n" not in follower.damage
+        return follower.losses("upstream"), follower.seconds_per_step(), follower.tokens_per_step(), follower.total_steps
+
+    one_line(lambda: read_run(run))
+    one_line(follow)
+    for reader in (read_experiment, read_trained, planned_runs):
+        one_line(lambda reader=reader: reader(folder))  # type: ignore[misc]
+
+
 # ---- what to begin from ---------------------------------------------------------------------------------------------
 
 READERS: dict[str, Reader] = {
@@ -178,7 +210,23 @@ READERS: dict[str, Reader] = {
     "pickles": pickles,
     "config": config,
     "neox": neox,
+    "runs": runs,
 }
+
+_RECORD = json.dumps({
+    "format": 1, "experiment": "e", "title": None,
+    "runs": [{"name": "r", "arm": "r", "seed": None, "group": "g", "groups": {"g": {"x": 1}}, "axes": {"x": 1}, "chain": None,
+              "stage": None, "folder": "r", "after": [], "steps": 2, "tokens_per_step": 8}],
+})  # fmt: skip
+_METRICS = """\
+{"event":"start","format":1,"time":1.0,"name":"r","folder":"r","from":"up","step":0,"total_steps":2,"tokens_per_step":8}
+{"event":"eval","time":1.1,"step":0,"tokens":0,"name":"old","role":"upstream","loss":3.7,"over":128}
+{"event":"train","time":1.2,"step":1,"tokens":8,"loss":3.5,"lr":0.001,"grad_norm":1.2,"tokens_per_second":904.0}
+{"event":"train","time":1.3,"step":2,"tokens":16,"loss":3.4,"lr":0.001,"grad_norm":1.2,"tokens_per_second":904.0}
+{"event":"resume","time":1.4,"step":1}
+{"event":"eval","time":1.5,"step":2,"tokens":16,"name":"old","role":"upstream","loss":3.6,"over":128}
+{"event":"stop","time":1.6,"step":2,"reason":"complete"}
+"""
 
 _MODEL = {
     "model_type": "gpt_neox", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -263,6 +311,7 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "pickles": [b"\1" + _inner_pickle(values), b"\0" + _packed(values), b"\0" + _legacy(values)],
         "config": [_RUN.encode(), _EXPERIMENT.encode(), b"a: &a [*a]\n"],
+        "runs": [b"\0" + _RECORD.encode(), b"\1" + _METRICS.encode(), b"\2name: r\nstart: {from: up}\n"],
         "neox": [_NEOX.encode(), _NEOX.replace("{", "").replace("}", "").encode()],
     }
 

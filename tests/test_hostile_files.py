@@ -79,3 +79,5 @@ def test_right_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for text in SEEDS["config"][:2]:
         hostile.config(tmp_path, text)
     hostile.neox(tmp_path, SEEDS["neox"][0])
+    for right in SEEDS["runs"]:
+        hostile.runs(tmp_path, right)

@@ -16,16 +16,11 @@ from typing import Any
 
 import numpy as np
 import orjson
-import yaml
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.report.record import RUN_FORMAT, check_format
-
-try:  # ten times as fast, where PyYAML was built with libyaml
-    from yaml import CSafeLoader as SafeLoader
-except ImportError:
-    from yaml import SafeLoader  # type: ignore[assignment]
+from megarewarm.report.settings_file import read_settings
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
 _RESTARTS = ("resume", "start")
@@ -158,7 +153,7 @@ def read_run(folder: Path | str) -> Run:
             _take(chunk, lines, record)
     if not record.steps and not record.evaluations:
         raise NothingYet(f"{path}: no train and no eval line: the run ended before its first step")
-    return Run(folder, _config(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
+    return Run(folder, read_settings(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -322,18 +317,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         except (json.JSONDecodeError, RecursionError):
             return None
     return event if isinstance(event, dict) and "event" in event else None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The run's resolved configuration; empty where the folder has none."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        return {}
-    check_format(config.pop("format", 1), RUN_FORMAT, path)
-    return config
