@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from megarewarm.untrusted import printable, redacted
+
 # 0: done; 128 + n: stopped by signal n and saved. docs/reliability.md says what a launcher should do about each
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -14,7 +16,14 @@ EXIT_TIME_LIMIT = 75
 
 
 class UserError(Exception):
-    """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2."""
+    """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2.
+
+    It may quote a file, a URL, a config's value or the words of another library, so tokens and passwords in it are replaced by
+    stars, and signs that a terminal would obey are taken out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(printable(message)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,14 +1,16 @@
-"""Coverage-guided fuzzing of the readers of untrusted files: token files (.idx, .bin) and text (.jsonl, .txt, .gz, .zst).
+"""Coverage-guided fuzzing of the readers of untrusted files: token files (.idx, .bin), text (.jsonl, .txt, .gz, .zst), and
+those of hostile.py: index, checkpoint, safetensors, pickles, config, neox.
 
 Any bytes are read rightly or refused in one clear line; anything else ends the run and leaves the input beside it. Not part of
 the tests: needs the package atheris, and as much time as it is given.
 
-    pip install atheris && python tests/fuzz_readers.py token_files|text [-max_total_time=600] [CORPUS_FOLDER]
+    pip install atheris && python tests/fuzz_readers.py KIND [-max_total_time=600] [CORPUS_FOLDER]
 """
 
 from __future__ import annotations
 
 import gzip
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
 with atheris.instrument_imports(include=["megarewarm"]):
+    import hostile
     import zstandard
     from test_data_fuzz import attempt, pair_of
 
@@ -76,15 +79,31 @@ def text(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
     return test, seeds
 
 
+def of_hostile(kind: str) -> Callable[[Path], tuple[Callable[[bytes], None], list[bytes]]]:
+    """A reader of hostile.py; what is worth putting into files comes as further seeds."""
+
+    def begin(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
+        os.chdir(folder)
+        reader = hostile.READERS[kind]
+        right = hostile.seeds()[kind]
+        small = [seed for seed in right if len(seed) < 4000]
+        return lambda data: reader(folder, data) and None, [*small, *(right[0][:40] + word for word in hostile.WORDS)]
+
+    return begin
+
+
+KINDS = {"token_files": token_files, "text": text, **{kind: of_hostile(kind) for kind in hostile.READERS}}
+
+
 def main() -> None:
     """Fuzz until the time is over or something is found."""
-    if len(sys.argv) < 2 or sys.argv[1] not in ("token_files", "text"):
+    if len(sys.argv) < 2 or sys.argv[1] not in KINDS:
         sys.exit(str(__doc__))
     kind = sys.argv.pop(1)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         (folder / "work").mkdir()
-        test, seeds = {"token_files": token_files, "text": text}[kind](folder / "work")
+        test, seeds = KINDS[kind](folder / "work")
         corpus = folder / "seeds"
         corpus.mkdir()
         for i, seed in enumerate(seeds):

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write
 
 from megarewarm.errors import UserError
+from megarewarm.report import read as reading
 from megarewarm.report.read import Run, read_run, read_runs
 
 START = {
@@ -194,3 +195,40 @@ def test_a_long_file_takes_columns_not_dictionaries(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 4 * len(run.train) * 8 * count  # a dictionary a line would take three times as much
     assert run.train["lr_sum"][-1] == pytest.approx(60.0) and np.isnan(run.train["annealing_area"]).all()
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_of_train_lines_are_read_as_they_are_one_by_one(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever the lines: the same numbers, bit for bit, or the same refusal."""
+    odd = st.sampled_from([None, True, "x", "3", 2**60 + 1, 2.5, float("nan"), -1, 1e300])
+    written = []
+    step = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        step += data.draw(st.sampled_from([1, 1, 1, 1, 5, 0, -2]))
+        for _ in range(data.draw(st.sampled_from([1, 3, 40]))):
+            step += 1
+            line = {"event": "train", "step": step, "tokens": step * 8, "loss": abs(step) ** 0.5, "lr": 1 / (abs(step) + 50)}
+            if data.draw(st.integers(0, 30)) == 0:
+                line[data.draw(st.sampled_from(["step", "loss", "tokens", "lr_sum", "event"]))] = data.draw(odd)
+            text = json.dumps(line, separators=data.draw(st.sampled_from([(",", ":"), (", ", ": ")])))
+            cut = data.draw(st.integers(0, 60)) == 0
+            written.append(text[: len(text) // 2] if cut else text)
+        if data.draw(st.booleans()):
+            written.append(json.dumps({"event": data.draw(st.sampled_from(["resume", "start", "save"])), "step": step}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(written) + "\n" * data.draw(st.integers(0, 1)))
+
+    def told() -> object:
+        try:
+            run = read_run(tmp_path)
+        except UserError as error:
+            return str(error)
+        return {name: column.tobytes() for name, column in run.train.items()}, run.events, run.start, run.evaluations
+
+    answers = []
+    for row, chunk in ((2, 1 << 22), (2, 200), (10**9, 1 << 22)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading, "_ROW", row)
+            patch.setattr(reading, "_CHUNK", chunk)
+            answers.append(told())
+    assert answers[0] == answers[1] == answers[2]

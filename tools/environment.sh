@@ -3,6 +3,7 @@
 #   environment.sh               the active environment, .venv or python3, else a new .venv
 #   environment.sh --find        the same, but never installs; fails where there is none
 #   environment.sh test          always .venv, with what the tests need (deepspeed too)
+#   environment.sh hashed        the same, by pip's --require-hashes from tests/requirements.txt (CPython 3.11, Linux x86-64)
 set -eu
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
 wanted=${1:-}
@@ -16,12 +17,12 @@ needed = "torch numpy pydantic yaml rich safetensors tokenizers orjson zstandard
 sys.exit(sys.version_info < (3, 11) or any(util.find_spec(name) is None for name in needed))' 2>/dev/null
 }
 
-if [ "$wanted" != test ]; then
+if [ "$wanted" != test ] && [ "$wanted" != hashed ]; then
   for python in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" python3 python; do
     if command -v "$python" >/dev/null 2>&1 && can_run "$python"; then command -v "$python"; exit 0; fi
   done
 fi
-if [ -f "$venv/installed-$wanted-$stamp" ] || { [ "$wanted" != test ] && [ -f "$venv/installed-test-$stamp" ]; }; then
+if [ -f "$venv/installed-$wanted-$stamp" ] || { [ "$wanted" != test ] && [ "$wanted" != hashed ] && [ -f "$venv/installed-test-$stamp" ]; }; then
   echo "$venv/bin/python"
   exit 0
 fi
@@ -43,6 +44,14 @@ echo "launch.sh: installing megarewarm into $venv (once, a few minutes; torch is
 "$base" -m venv "$venv" >&2 || {
   echo "launch.sh: $base can't make a virtual environment; install its venv module (Debian: python3-venv)" >&2; exit 2; }
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@" >&2; }
+if [ "$wanted" = hashed ]; then
+  pip install --require-hashes --no-deps --requirement "$root/tests/requirements.txt"
+  DS_BUILD_OPS=0 pip install --require-hashes --no-deps --no-build-isolation --requirement "$root/tests/requirements_source.txt"
+  pip install --no-deps --no-build-isolation --editable "$root"  # a folder has no hash
+  touch "$venv/installed-hashed-$stamp" "$venv/installed-test-$stamp"
+  echo "$venv/bin/python"
+  exit 0
+fi
 pip install --constraint "$root/constraints.txt" torch numpy setuptools wheel
 if [ "$wanted" = test ]; then
   pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[test]"

@@ -17,6 +17,9 @@ from megarewarm.config.load import known_keys, merge, validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError, nearest
+from megarewarm.untrusted import is_name
+
+_WORD = re.compile(r"\$\{[^}]*\}")
 
 
 @dataclass(frozen=True)
@@ -196,10 +199,12 @@ def _arm(draft: _Draft, seed: int | None, folder: str, length: float) -> Arm:
         mapping = mapping | {"start": start}
     if seed is not None:
         mapping = merge(mapping, {"training": {"seed": seed}, "data": {"seed": seed}})
-    mapping = _filled(mapping, {"${folder}": folder, "${runs}": runs})
+    mapping = _filled(mapping, {"${folder}": folder, "${runs}": runs}, draft.where)
     if length != 1.0:
         mapping = _shortened(mapping, length)
     name = draft.arm if seed is None else f"{draft.arm}.s{seed}"
+    if not is_name(draft.arm):  # it names a folder in the experiment's
+        raise UserError(f"{draft.where}: the run's name {draft.arm[:80]!r} names no folder; use letters, digits, '_', '-', '.'")
     mapping |= {"name": name, "folder": f"{runs}/{draft.arm}"}
     return Arm(
         name=name,
@@ -318,15 +323,17 @@ def _in_order(arms: list[Arm]) -> list[Arm]:
 # ---- mappings --------------------------------------------------------------------------------------------------------
 
 
-def _filled(value: Any, words: Mapping[str, str]) -> Any:
+def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
+    """``value`` with its words replaced, once: what a folder is called is no word. Raises ``UserError`` for one not known."""
     if isinstance(value, str):
-        for word, text in words.items():
-            value = value.replace(word, text)
-        return value
+        if unknown := set(_WORD.findall(value)) - words.keys():
+            known = " and ".join(words)
+            raise UserError(f"{where}: '{sorted(unknown)[0]}' stands for nothing, {known} do; the environment is not read")
+        return _WORD.sub(lambda found: words[found[0]], value)
     if isinstance(value, list):
-        return [_filled(item, words) for item in value]
+        return [_filled(item, words, where) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(item, words) for key, item in value.items()}
+        return {key: _filled(item, words, where) for key, item in value.items()}
     return value
 
 

@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from megarewarm.config.budget import Budget
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.reliability import Duration
+from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.config.schema import RunConfig
 
 _INTRODUCTION = """\
@@ -129,6 +130,7 @@ def json_schema() -> str:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     run["properties"]["extends"] = experiment["properties"]["extends"] = extends
+    run["properties"]["format"] = {"description": "The version of a run folder's config.yaml.", "const": RUN_FORMAT}
     experiment["properties"]["base"] = {"$ref": "#/$defs/Run"}
     stages = {"description": "A chain: each starts from the one before.", "type": "array", "items": {"$ref": "#/$defs/Run"}}
     axes = {"description": "Keys with their values, or names with labels.", "type": "object", "minProperties": 1}

@@ -92,6 +92,13 @@ class ExperimentConfig(Section):
             raise ValueError("seeds: one is given twice")
         return self
 
+    @field_validator("experiment")
+    @classmethod
+    def _no_way_out(cls, name: str) -> str:
+        if not name.strip("."):
+            raise ValueError(f"'{name}' names no folder")
+        return name
+
     @property
     def experiment_folder(self) -> str:
         return self.folder or f"runs/{self.experiment}"

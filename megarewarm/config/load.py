@@ -10,8 +10,10 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megarewarm.config.run_format import take_format
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml
 from megarewarm.errors import UserError, nearest
+from megarewarm.untrusted import redacted, secrets_of
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -31,6 +33,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     if resolved in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
     mapping, origins = read_yaml(path)
+    mapping = take_format(mapping, str(path))
     base = mapping.get("base")
     if isinstance(base, dict) and "extends" in base:  # an experiment whose base is a run's file
         parents, parent_origins = _parents(base, path, origins.get(("base", "extends"), str(path)), (*seen, resolved))
@@ -141,6 +144,7 @@ def _place(path: tuple[str, ...], origins: Origins) -> str:
 
 def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> Model:
     """``mapping`` as a ``model``. Raises ``UserError``: one line per problem, each with file, line, key and remedy."""
+    _refuse_secrets(mapping, origins, (), secrets_of())
     try:
         return model.model_validate(mapping)
     except ValidationError as error:
@@ -164,6 +168,21 @@ def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> M
         raise UserError("\n".join(dict.fromkeys(lines))) from None
 
 
+def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets: Sequence[str]) -> None:
+    """Raise ``UserError`` for a token or password: config.yaml and the report would keep it."""
+    if isinstance(value, str) and redacted(value, secrets) != value:
+        raise UserError(
+            f"{_place(path, origins)}: {'.'.join(path)} holds a token or password, which config.yaml would keep; leave it out: "
+            f"HF_TOKEN and WANDB_API_KEY are read from the environment, git's and the hub's own from where they keep them"
+        )
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _refuse_secrets(item, origins, (*path, str(key)), secrets)
+
+
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that loads to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
+    mapping = config.model_dump(mode="json", by_alias=True)
+    # ten times as fast where PyYAML was built with libyaml: a blend may have thousands of sources
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return str(yaml.dump(mapping, Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))

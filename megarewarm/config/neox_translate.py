@@ -10,6 +10,7 @@ from typing import Any
 
 from megarewarm.config.neox_read import NeoxFile
 from megarewarm.errors import UserError
+from megarewarm.untrusted import one_line
 
 _CURVES = {"linear": "linear_clipped", "cosine": "cosine", "exponential": "exponential", "constant": "constant"}
 _INIT = {"normal": "normal", "small_init": "small"}
@@ -41,13 +42,19 @@ class Translation:
 
 def translate(file: NeoxFile, world_size: int) -> Translation:
     """``file`` for ``world_size`` ranks. Raises ``UserError`` naming file, line and key."""
-    return _Translator(file, world_size).translate()
+    translator = _Translator(file, world_size)
+    try:
+        return translator.translate()
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        # the types of whole keys are checked, not what is inside of their lists and mappings
+        raise UserError(f"{file.place(translator.asked)}: is not what GPT-NeoX takes there ({one_line(str(error))})") from error
 
 
 class _Translator:
     def __init__(self, file: NeoxFile, world_size: int) -> None:
         self._file, self._world = file, world_size
         self._notes: list[str] = []
+        self.asked = ""  # the key that was looked up last
 
     def translate(self) -> Translation:
         tensor, pipeline = self._get("model_parallel_size", 1), max(1, self._get("pipe_parallel_size", 0))
@@ -98,6 +105,7 @@ class _Translator:
     # ---- small things ----------------------------------------------------------------------------------------------
 
     def _get(self, key: str, default: Any) -> Any:
+        self.asked = key
         value = self._file.values.get(key)
         return default if value is None else value
 
@@ -191,6 +199,8 @@ class _Translator:
                 count = layers // len(pattern)
             if isinstance(count, bool) or not isinstance(count, int):
                 raise self._error("attention_config", f'count {count!r} is neither a number nor "all": expected {shape}')
+            if count > layers:
+                raise self._error("attention_config", f"describes more than the {layers} layers of num_layers")
             kinds += pattern * count
         if len(kinds) != layers:
             raise self._error("attention_config", f"describes {len(kinds)} layers, num_layers is {layers}")
@@ -380,6 +390,8 @@ class _Translator:
         else:
             step = 1.0
             while step < self._iterations:
+                if len(extra) > 10_000:
+                    raise self._error("checkpoint_factor", f"{factor!r} asks for more than 10,000 checkpoints; make it larger")
                 extra.append(int(step))
                 step *= factor
         keep_last = self._get("keep_last_n_checkpoints", None)

@@ -12,12 +12,13 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megarewarm.untrusted import is_name
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +69,23 @@ def _read(entry: Path) -> Arrays | None:
     """The arrays of an entry; None where there is none, or not all of it."""
     try:
         shapes = json.loads((entry / "arrays.json").read_text())
-        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r" if shape[0] else None) for name, shape in shapes.items()}
-    except (FileNotFoundError, ValueError, EOFError):
+        if not isinstance(shapes, dict) or not all(map(is_name, shapes)):
+            return None
+        arrays = {
+            name: np.load(entry / f"{name}.npy", mmap_mode="r" if shape[0] else None, allow_pickle=False)
+            for name, shape in shapes.items()
+        }
+    except (FileNotFoundError, ValueError, EOFError, TypeError, LookupError, SyntaxError):  # what damaged files lead to
         return None
     return arrays if {name: list(array.shape) for name, array in arrays.items()} == shapes else None
 
 
 def _write(entry: Path, arrays: Arrays) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", suffix=".part", dir=entry.parent))
+    # the lock is held, so what is there of that name was left by a kill; mkdtemp's 0700 would shut others out of a shared cache
+    partial = entry.with_name(f"{entry.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
+        partial.mkdir()
         for name, array in arrays.items():
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)

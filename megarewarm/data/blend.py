@@ -26,6 +26,8 @@ MAX_PERIOD = 2**20
 _LANES = 4096  # blocks that take their steps together
 _WARMUP = 128  # steps before its block in which a lane finds into the true sequence
 _SERIAL = 2**14  # positions below which the plain loop is faster
+_FEW = 48  # sources up to which the plain loop is faster than numpy's over the sources
+_MANY = 512  # sources from which on numpy's loop over them is faster than blocks side by side, which take memory as well
 
 
 class AnyBlend(Protocol):
@@ -70,14 +72,17 @@ class Blend:
 
     The shares are fractions of a common denominator ``period``: exact where the decimal weights allow one of up to
     2**20, else rounded to 2**20-ths by largest remainder. Memory and time to build are bound by the period, whatever
-    the length of the run. Raises ``UserError`` for a share that rounds to nothing.
+    the length of the run, and by ``size``, if no position from there on will be asked for.
+    Raises ``UserError`` for a share that rounds to nothing.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], size: int | None = None) -> None:
         self.numerators = _numerators(weights)
         self.period = int(self.numerators.sum())
-        self._source = _greedy(self.numerators, self.period, 2 * self.period)
-        self._index = np.concatenate([_index_within(period, len(self.numerators)) for period in np.split(self._source, 2)])
+        wanted = 2 * self.period if size is None else min(size, 2 * self.period)
+        self._source = _greedy(self.numerators, self.period, wanted)
+        parts = np.split(self._source, [self.period]) if wanted > self.period else [self._source]
+        self._index = np.concatenate([_index_within(part, len(self.numerators)) for part in parts])
 
     def locate(self, positions: npt.ArrayLike) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """(source, index within source) of positions >= 0, each of the shape of ``positions``."""
@@ -102,7 +107,8 @@ def _numerators(weights: Sequence[float]) -> npt.NDArray[np.int64]:
     exact = [Fraction(repr(float(weight))) for weight in weights]  # 0.1 means 1/10, not the nearest binary fraction
     if not exact or min(exact) <= 0:
         raise UserError(f"weights of a blend must be above 0, not {list(weights)}")
-    shares = [weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     period = math.lcm(*(share.denominator for share in shares))
     if period <= MAX_PERIOD:
         return np.array([int(share * period) for share in shares], np.int64)
@@ -118,10 +124,10 @@ def _numerators(weights: Sequence[float]) -> npt.NDArray[np.int64]:
 
 def _index_within(source: npt.NDArray[np.int16], sources: int) -> npt.NDArray[np.int64]:
     """For each pick, how many picks of the same source come before it."""
+    order = np.argsort(source, kind="stable")
+    counts = np.bincount(source, minlength=sources)
     index = np.empty(len(source), np.int64)
-    for i in range(sources):
-        (places,) = np.nonzero(source == i)
-        index[places] = np.arange(len(places))
+    index[order] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
     return index
 
 
@@ -139,7 +145,7 @@ def _greedy(shares: np.ndarray, unit: int, size: int) -> npt.NDArray[np.int16]:
     counts = np.zeros(len(shares), np.int64)
     if len(shares) == 1:
         return out
-    done = min(size, _SERIAL)
+    done = min(size, _SERIAL) if len(shares) <= _MANY else size
     _serial(shares, unit, counts, 0, out[:done])
     while size - done >= _SERIAL:
         length = min(1024, (size - done) // 32)
@@ -159,6 +165,15 @@ def _greedy(shares: np.ndarray, unit: int, size: int) -> npt.NDArray[np.int16]:
 
 def _serial(shares: np.ndarray, unit: int, counts: np.ndarray, start: int, out: np.ndarray) -> None:
     """The rule as it is written, from position ``start`` on; ``counts`` is brought forward."""
+    if len(shares) > _FEW:
+        gained, given = np.empty_like(shares), np.empty_like(shares)
+        for step in range(len(out)):
+            np.multiply(shares, max(start + step, 1), out=gained)
+            np.multiply(counts, unit, out=given)
+            best = int(np.argmax(np.subtract(gained, given, out=gained)))
+            counts[best] += 1
+            out[step] = best
+        return
     weights, taken = shares.tolist(), counts.tolist()
     sources = range(1, len(weights))
     for step in range(len(out)):

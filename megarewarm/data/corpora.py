@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import pickle
 import platform
 import re
 import subprocess
@@ -176,34 +175,36 @@ def _parse_files(paths: Sequence[Path]) -> Generator[tuple[list[str], str] | Non
     with ExitStack() as stack:
         workers = []
         for _ in range(processes):
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            worker = subprocess.Popen(  # noqa: S603 - this Python with this very module
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
             stack.enter_context(worker)
             stack.callback(worker.kill)
             workers.append(worker)
         for i, worker in enumerate(workers):
             assert worker.stdin is not None
-            pickle.dump([os.fspath(path) for path in paths[i::processes]], worker.stdin)
+            worker.stdin.write(json.dumps([os.fspath(path) for path in paths[i::processes]]).encode())
             worker.stdin.close()
         for i in range(len(paths)):
             worker = workers[i % processes]
             assert worker.stdout is not None
-            try:
-                yield pickle.load(worker.stdout)
-            except EOFError:
-                raise RuntimeError(f"a process that parses sources ended with code {worker.wait()}") from None
+            line = worker.stdout.readline()
+            if not line.endswith(b"\n"):
+                raise RuntimeError(f"a process that parses sources ended with code {worker.wait()}")
+            yield json.loads(line)
 
 
 def _serve() -> None:
-    """The program of one parsing process: paths come in on stdin, a pickled result per path goes out on stdout."""
+    """The program of one parsing process: paths come in on stdin as JSON, a line of it per path goes out on stdout."""
     gc.disable()  # syntax trees hold no cycles, and the collector takes a third of the time
     warnings.simplefilter("ignore")
     try:
-        for path in pickle.load(sys.stdin.buffer):
+        for path in json.loads(sys.stdin.buffer.read()):
             try:
                 result = split_source(importlib.util.decode_source(Path(path).read_bytes()))
             except Exception:  # anything can be met in a stranger's file; the caller counts and shows them
                 result = None
-            pickle.dump(result, sys.stdout.buffer)
+            sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
             sys.stdout.buffer.flush()
     except (BrokenPipeError, KeyboardInterrupt):
         os._exit(1)  # the reader is gone or going, and a normal exit would complain about the pipe

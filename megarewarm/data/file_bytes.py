@@ -5,26 +5,33 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.open_files import OPEN_FILES, kept
 from megarewarm.errors import UserError
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin")
 
 
 class FileBytes:
-    """A file that is open for reading at any place, from any thread, until the object is gone."""
+    """A file for reading at any place, from any thread. It must not change as long as the object is there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self._fd).st_size
-        weakref.finalize(self, os.close, self._fd)
+        status = path.stat()
+        self.size = status.st_size
+        self._state = status.st_size, status.st_mtime_ns
+        self._number = kept(self)
+        with self._descriptor():
+            pass  # a file that can't be opened is told of now
+
+    def _descriptor(self) -> AbstractContextManager[int]:
+        return OPEN_FILES.descriptor(self._number, self.path, self._state)
 
     def read(self, offset: int, count: int, dtype: npt.DTypeLike) -> np.ndarray:
         """``count`` items of ``dtype`` from byte ``offset`` on, (count,), read-only."""
@@ -34,20 +41,22 @@ class FileBytes:
     def gather(self, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], dtype: np.dtype) -> np.ndarray:
         """``counts`` items of ``dtype`` from each of the byte ``offsets``, one after another, (sum of counts,), read-only."""
         sizes = (counts * dtype.itemsize).tolist()
-        data = b"".join(map(os.pread, itertools.repeat(self._fd), sizes, offsets.tolist()))
+        with self._descriptor() as descriptor:
+            data = b"".join(map(os.pread, itertools.repeat(descriptor), sizes, offsets.tolist()))
         if len(data) != sum(sizes):  # something is missing, or was too long for one request
             data = b"".join(map(self.raw, offsets.tolist(), sizes))
         return np.frombuffer(data, dtype)
 
     def raw(self, offset: int, wanted: int) -> bytes:
         """The bytes [offset, offset + wanted)."""
-        data = os.pread(self._fd, wanted, offset)
-        while len(data) < wanted:  # Linux returns at most 2 GiB at once
-            more = os.pread(self._fd, wanted - len(data), offset + len(data))
-            if not more:
-                raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
-            data += more
-        return data
+        with self._descriptor() as descriptor:
+            data = os.pread(descriptor, wanted, offset)
+            while len(data) < wanted:  # Linux returns at most 2 GiB at once
+                more = os.pread(descriptor, wanted - len(data), offset + len(data))
+                if not more:
+                    raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
+                data += more
+            return data
 
 
 class JoinedBytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -56,10 +57,11 @@ def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vo
     sources, places = all_sources(phases)
     names = source_names(sources)
     lengths = [last - first for first, last in pairwise([*(phase.first for phase in phases), total_samples])]
+    wanted = _wanted(data, phases, lengths, places, len(sources))
     samples = [
         source.open(vocab_size, data.sequence_length)
         if isinstance(source, SeenSource)
-        else _open_samples(data, source, i, open_view(source, data, vocab_size), _wanted(data, phases, lengths, places, i))
+        else _open_samples(data, source, i, open_view(source, data, vocab_size), wanted[i])
         for i, source in enumerate(sources)
     ]
     blends: list[AnyBlend] = []
@@ -68,7 +70,7 @@ def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vo
         weights = [source.weight for source in phase.sources]
         told: list[int] | list[str]
         if data.order == "permuted" or len(weights) == 1:
-            blend = Blend(weights)
+            blend = Blend(weights, length)
             blends.append(blend)
             told = blend.numerators.tolist()
         else:
@@ -92,9 +94,9 @@ def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vo
 def source_names(sources: Sequence[AnySource]) -> list[str]:
     """The sources' names, else their files'. Raises ``UserError`` where two are the same."""
     names = [source.name or Path(source.path.removesuffix(".bin").removesuffix(".idx")).name for source in sources]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two sources are named '{name}': give each its own 'name'")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"two sources are named '{twice[0]}': give each its own 'name'")
     return names
 
 
@@ -153,25 +155,25 @@ def _wanted(
     phases: Sequence[Phase],
     lengths: Sequence[int],
     places: Sequence[npt.NDArray[np.int64]],
-    place: int,
-) -> int:
-    """Samples that GPT-NeoX or Megatron-LM would ask a source for, which decides its epochs.
+    sources: int,
+) -> list[int]:
+    """Samples that GPT-NeoX or Megatron-LM would ask each source for, which decides its epochs.
 
     Both ask each source of a blend for half a percent more than its share.
     """
     if len(phases) == 1 and len(phases[0].sources) == 1 and not data.blend_of_one:
-        return lengths[0]
-    wanted = 0
+        return [lengths[0]]
+    wanted = [0] * sources
     for phase, length, mine in zip(phases, lengths, places, strict=True):
-        for source in (source for source, i in zip(phase.sources, mine, strict=True) if i == place):
-            total = sum(each.weight for each in phase.sources)
-            if math.isclose(total, 1.0, rel_tol=1e-12):
-                total = 1.0  # shares already: to divide them once more could change their last bit, and by it the epochs
+        total = sum(each.weight for each in phase.sources)
+        if math.isclose(total, 1.0, rel_tol=1e-12):
+            total = 1.0  # shares already: to divide them once more could change their last bit, and by it the epochs
+        for source, place in zip(phase.sources, mine.tolist(), strict=True):
             share = source.weight / total
             if data.order == "neox":
-                wanted += math.ceil(length * share * 1.005)
+                wanted[place] += math.ceil(length * share * 1.005)
             else:
-                wanted += math.ceil(math.ceil(length * share) * 1.005)
+                wanted[place] += math.ceil(math.ceil(length * share) * 1.005)
     return wanted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,27 +31,33 @@ def all_sources(phases: Sequence[Phase]) -> tuple[list[AnySource], list[npt.NDAr
     A source is the same in two phases if nothing but its share differs. Raises ``UserError`` where its 'max_epochs' does.
     """
     found: list[AnySource] = []
+    known: dict[str, list[int]] = {}  # where each stream stands in ``found``: more than once, where it is listed twice
     places: list[npt.NDArray[np.int64]] = []
     for phase in phases:
         mine = []
+        met: Counter[str] = Counter()
         for source in phase.sources:
-            same = [i for i, other in enumerate(found) if _stream(other) == _stream(source) and i not in mine]
-            if same and found[same[0]].max_epochs != source.max_epochs:
+            stream = _stream(source)
+            same = known.setdefault(stream, [])
+            place = met[stream]
+            met[stream] += 1
+            if place == len(same):
+                same.append(len(found))
+                found.append(source)
+            elif found[same[place]].max_epochs != source.max_epochs:
                 raise UserError(
-                    f"source '{source.name or source.path}' has max_epochs {found[same[0]].max_epochs} in one blend and "
+                    f"source '{source.name or source.path}' has max_epochs {found[same[place]].max_epochs} in one blend and "
                     f"{source.max_epochs} in another: give it the same in both"
                 )
-            mine.append(same[0] if same else len(found))
-            if not same:
-                found.append(source)
+            mine.append(same[place])
         places.append(np.array(mine))
     return found, places
 
 
-def _stream(source: AnySource) -> AnySource:
-    """The source without what may differ between blends."""
+def _stream(source: AnySource) -> str:
+    """The source in words, without what may differ between blends."""
     plain = source.with_weight(1.0)
-    return plain.model_copy(update={"max_epochs": None}) if isinstance(plain, Source) else plain
+    return repr(plain.model_copy(update={"max_epochs": None}) if isinstance(plain, Source) else plain)
 
 
 class PhasedBlend:

@@ -136,7 +136,7 @@ def _begin(
     log = logs / f"{arm.name}.log"
     file = open(log, "ab")  # noqa: SIM115 - lives as long as the process
     command = [*start, os.fspath(LAUNCHER), *words, "--only", arm.name]
-    process = subprocess.Popen(
+    process = subprocess.Popen(  # noqa: S603 - our own launcher with the words of this very command line, and no shell
         command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
     return Job(arm, process, log, device, file)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Run, read_run
+from megarewarm.report.record import read_record
 
 Floats = NDArray[np.float64]
 
@@ -99,8 +100,8 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     if not path.is_file():
         raise UserError(f"{folder}: no experiment.json: give the folder of an experiment (runs/NAME) that has been started")
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(str(r["name"]), str(r["arm"]), r.get("seed"), folder / str(r["folder"])) for r in told["runs"]]
+        told = read_record(folder)
+        entries = [(str(r["name"]), str(r["arm"]), r.get("seed"), folder / r["folder"]) for r in told["runs"]]
         title = str(told.get("title") or told["experiment"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

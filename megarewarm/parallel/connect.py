@@ -126,8 +126,8 @@ def _meeting_point(launch: Launch) -> Path:
     folder = Path(tempfile.gettempdir()) / f"megarewarm-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        raise UserError(f"{folder}: belongs to somebody else; remove it or set TMPDIR to another folder")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{folder}: is no folder, or others may write in it; remove it or set TMPDIR to another folder")
     return folder / f"port-{parent}-{born}-{launch.master_port}-{launch.world_size}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -13,9 +12,7 @@ import numpy as np
 from megarewarm.errors import UserError
 from megarewarm.report.measures import Kind
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Evaluation, NothingYet, Run, read_run
-
-FILE = "experiment.json"
-_FORMAT = 1
+from megarewarm.report.record import FILE, read_record
 
 State = Literal["complete", "under way", "not begun"]
 
@@ -142,9 +139,7 @@ def read_experiment(folder: Path | str) -> Experiment:
     if not path.is_file():
         raise UserError(f"{folder}: no {FILE}: give the folder of an experiment that was started, or folders of runs")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != _FORMAT:
-            raise UserError(f"{path}: format {record['format']!r}, this program reads {_FORMAT}: use the version that wrote it")
+        record = read_record(folder)
         entries = [_entry(folder, entry) for entry in record["runs"]]
         name, title = str(record["experiment"]), str(record.get("title") or record["experiment"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +156,7 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Trial]:
     for key in ("arm", "groups", "after"):
         if key not in entry:
             raise KeyError(key)
-    run = _begun(folder / str(entry["folder"]))
+    run = _begun(folder / entry["folder"])
     stop: dict[str, Any] = next((event for event in reversed(run.events) if event["event"] == "stop"), {}) if run else {}
     state: State = "not begun" if run is None else "under way"
     if run is not None and (run.steps >= steps or stop.get("reason") == "complete"):

@@ -18,6 +18,7 @@ import orjson
 
 from megarewarm.errors import UserError
 from megarewarm.report.read import Evaluation
+from megarewarm.report.record import RUN_FORMAT, check_format
 
 WINDOW = 1024
 """Train lines that are kept: what medians and rates are taken over."""
@@ -197,6 +198,7 @@ class Follower:
             if step < 0:  # begun anew: nothing of before counts
                 self.start, self.resumes, self.alarms, self._origin = {}, 0, [], None
         elif kind == "start":
+            check_format(event.get("format", 1), RUN_FORMAT, self.path)
             self.start = self.start or event
             self.stop = None
             self._origin = int(event["step"]) if isinstance(event.get("step"), int) else None

@@ -10,22 +10,25 @@ import dataclasses
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
-import yaml
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
+from megarewarm.report.record import RUN_FORMAT, check_format
+from megarewarm.report.settings_file import read_settings
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
 _RESTARTS = ("resume", "start")
 _COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "lr_sum", "annealing_area")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 _EVENT_START = b'{"event"'
+_TRAIN = (b'{"event":"train"', b'{"event": "train"')
+_CHUNK = 1 << 18  # bytes of lines in memory at once
+_ROW = 16  # train lines in a row from which on they are taken in together
 
 
 class NothingYet(UserError):
@@ -144,14 +147,13 @@ def read_run(folder: Path | str) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: no metrics.jsonl: give the folder of a run that has trained at least one step")
     record = _Record()
-    for number, event in _events(path):
-        try:
-            record.add(event)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}, line {number}: a '{event.get('event')}' line with a missing or wrong {error}") from None
+    lines = _Lines(path)
+    with open(path, "rb") as file:
+        while chunk := file.readlines(_CHUNK):
+            _take(chunk, lines, record)
     if not record.steps and not record.evaluations:
         raise NothingYet(f"{path}: no train and no eval line: the run ended before its first step")
-    return Run(folder, _config(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
+    return Run(folder, read_settings(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
 
 
 def read_runs(folders: Sequence[Path | str]) -> list[Run]:
@@ -211,9 +213,29 @@ class _Record:
             case _:
                 self.events.append(event)
 
+    def add_train(self, lines: Sequence[bytes]) -> bool:
+        """Take in train lines together, as ``add`` would one by one; False, and nothing is taken, where they need its care."""
+        try:
+            events = orjson.loads(b"[" + b",".join(lines) + b"]")
+            if len(events) != len(lines) or any(event["event"] != "train" for event in events):
+                return False
+            steps = [event["step"] for event in events]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            return False
+        if set(map(type, steps)) != {int} or (self.steps and steps[0] <= self.steps[-1]):
+            return False
+        if not all(map(int.__lt__, steps, steps[1:])):
+            return False
+        self.steps.extend(steps)
+        for name, column in self._columns.items():
+            if name != "step":
+                values = [event.get(name) for event in events]
+                column.extend(values if set(map(type, values)) <= {float, int} else map(_number, values))
+        return True
+
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """The train lines' numbers by name, (steps,) float64, NaN where a line lacks one."""
-        return {name: np.array(column, dtype=np.float64) for name, column in self._columns.items()}
+        return {name: np.frombuffer(column) if column else np.empty(0) for name, column in self._columns.items()}
 
     def _supersede(self, step: int) -> None:
         """Forget what was told of the steps after ``step``. That there was a resume is never forgotten."""
@@ -229,29 +251,61 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _events(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a metrics file, one at a time.
+def _take(chunk: list[bytes], lines: _Lines, record: _Record) -> None:
+    """Take whole lines into ``record``: long rows of train lines together, which is several times as fast, others singly."""
+    at = 0
+    while at < len(chunk):
+        end = at
+        while end < len(chunk) and chunk[end].startswith(_TRAIN):
+            end += 1
+        if end - at >= _ROW and lines.torn is None and record.add_train(chunk[at:end]):
+            lines.number += end - at
+            at = end
+            continue
+        for line in chunk[at : end + 1]:
+            event = lines.event(line)
+            if event is None:
+                continue
+            if event["event"] == "start":
+                check_format(event.get("format", 1), RUN_FORMAT, lines.path)
+            try:
+                record.add(event)
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{lines.path}, line {lines.number}: a '{event.get('event')}' line with a missing or wrong {error}"
+                ) from None
+        at = end + 1
+
+
+class _Lines:
+    """The objects that a metrics file's lines hold, one line after the other.
 
     A crash may tear the last line that a process wrote: at the end of the file, or in front of the next process's first
-    line, with or without a line break between the two. Raises UserError for any other line that is not JSON.
+    line, with or without a line break between the two.
     """
-    torn: int | None = None
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            event = _parse(line)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = 0
+        self.torn: int | None = None  # a line which is in order where nothing follows, or a process that starts
+
+    def event(self, line: bytes) -> dict[str, Any] | None:
+        """The next line's object, None for one that has none. Raises UserError for lines that are not JSON."""
+        self.number += 1
+        event = _parse(line)
+        if event is None:
+            if not line.strip():
+                return None
+            self.torn = self.number
+            cut = line.rfind(_EVENT_START)
+            event = _parse(line[cut:]) if cut > 0 else None
             if event is None:
-                if not line.strip():
-                    continue
-                torn = number  # which is in order where nothing follows, or a process that starts
-                cut = line.rfind(_EVENT_START)
-                event = _parse(line[cut:]) if cut > 0 else None
-                if event is None:
-                    continue
-            if torn is not None:
-                if event["event"] not in _RESTARTS:
-                    raise UserError(f"{path}, line {torn}: not a JSON object: the file was damaged or edited")
-                torn = None
-            yield number, event
+                return None
+        if self.torn is not None:
+            if event["event"] not in _RESTARTS:
+                raise UserError(f"{self.path}, line {self.torn}: not a JSON object: the file was damaged or edited")
+            self.torn = None
+        return event
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -263,15 +317,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         except (json.JSONDecodeError, RecursionError):
             return None
     return event if isinstance(event, dict) and "event" in event else None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The run's resolved configuration; empty where the folder has none."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    return config if isinstance(config, dict) else {}

@@ -18,6 +18,7 @@ import orjson
 from megarewarm.errors import UserError
 from megarewarm.report.follow import Follower
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM
+from megarewarm.report.record import read_record
 from megarewarm.report.words import loss_text, rate_text
 
 State = Literal["diverged", "stalled", "running", "stopped", "waiting", "done"]
@@ -213,11 +214,11 @@ def planned_runs(folder: Path) -> tuple[str, list[Planned]]:
 
 def _experiment(plan: Path, folder: Path) -> tuple[str, list[Planned]]:
     try:
-        told = orjson.loads(plan.read_bytes())
+        told = read_record(folder)
         runs = [
             Planned(
                 str(run["name"]),
-                folder / str(run["folder"]),
+                folder / run["folder"],
                 tuple(map(str, run.get("after") or ())),
                 _positive(run.get("steps")),
                 _positive(run.get("tokens_per_step")),
@@ -225,7 +226,7 @@ def _experiment(plan: Path, folder: Path) -> tuple[str, list[Planned]]:
             for run in told["runs"]
         ]
         return str(told.get("title") or told["experiment"]), runs
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{plan}: can't be understood ({type(error).__name__}: {error}): start the experiment again, which writes it anew"
         ) from None

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from megarewarm.config.execution import LoggingConfig
+from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.errors import UserError
 
 
@@ -51,12 +52,14 @@ class Metrics:
             )
 
     def event(self, event: str, **values: Any) -> None:
-        """Append one line ``{"event": event, "time": ..., **values}``. Non-finite numbers become null.
+        """Append one line ``{"event": event, "time": ..., **values}``, a start with its format. Non-finite numbers become null.
 
         Raises ``UserError`` where the disk refuses; no part of the line is left then.
         """
         if not self._writes:
             return
+        if event == "start":
+            values = {"format": RUN_FORMAT, **values}
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         line = orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n"
         start, written = self._file.seek(0, 2), 0

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.config.load import dump
+from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
+from megarewarm.untrusted import is_name
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
@@ -47,10 +49,13 @@ class RunFolder:
         return newest_whole(self.checkpoints, alone=alone, up_to=up_to)
 
     def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
-        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs, and for a
+        name such as '..'.
 
         ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it.
         """
+        if not is_name(config.name):
+            raise UserError(f"name: '{config.name}' names no folder; use letters, digits, '_', '-' and '.'")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
         other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it anew"
@@ -59,7 +64,7 @@ class RunFolder:
                 remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
                 raise UserError(f"{self.path}: holds a run without config.yaml; {remedy}")
             return
-        old = _completed(read_yaml(self.config_file)[0])
+        old = _completed(take_format(read_yaml(self.config_file)[0], str(self.config_file)))
         new = config.model_dump(mode="json", by_alias=True)
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:
@@ -81,7 +86,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"{self.path}: can't be written ({error}); set 'folder' to another place") from error
         partial = self.config_file.with_suffix(".partial")
-        partial.write_text(dump(config), encoding="utf-8")
+        partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
         os.replace(partial, self.config_file)
 
     def close(self) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from megarewarm.checkpoint.foreign.huggingface import WEIGHT_FILES, first_line, weight_files
 from megarewarm.errors import UserError
 
-_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+# neither part of the name, nor any of the revision, may begin with a dot: both become paths in the cache
+_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?", re.ASCII)
 
 
 def resolve(name_or_folder: str) -> Path:

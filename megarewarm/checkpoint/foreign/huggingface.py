@@ -21,6 +21,7 @@ from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, ma
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
+from megarewarm.untrusted import is_name
 
 PREFIX = "gpt_neox."
 # Causal masks and rotary frequencies that older versions stored; fp16 ones are too coarse to be of use.
@@ -117,6 +118,9 @@ def weight_files(folder: Path) -> list[Path]:
     index = read_json(found).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise UserError(f"{found}: no 'weight_map' in it, which names the file of each tensor")
+    for name in index.values():
+        if not is_name(name):
+            raise UserError(f"{found}: names {name!r}, which is no file beside it; get the folder from a source you trust")
     return [folder / name for name in sorted(set(index.values()))]
 
 

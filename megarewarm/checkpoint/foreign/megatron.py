@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, make_model_config
 from megarewarm.config.schema import ModelConfig
@@ -58,8 +59,9 @@ def find(path: Path) -> Path | None:
         return path
     latest = path / _LATEST
     if latest.is_file():
-        text = latest.read_text().strip()
-        named = path / (text if text == "release" else f"iter_{int(text):07d}" if text.isdigit() else text)
+        text = name_in(latest)
+        counts = text.isascii() and text.isdecimal() and len(text) < 20
+        named = path / (f"iter_{int(text):07d}" if counts else text)
         if not named.is_dir():
             raise UserError(f"{latest}: names {named.name}, which is not beside it; copy it, or name another")
         if find(named) is None:

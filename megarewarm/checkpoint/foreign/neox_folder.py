@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, check, expected_shapes, make_model_config
 from megarewarm.config.schema import ModelConfig
@@ -33,7 +34,7 @@ def find(path: Path) -> Path | None:
         return path
     latest = path / "latest"
     if latest.is_file():
-        named = path / latest.read_text(encoding="utf-8").strip()
+        named = path / name_in(latest)
         if not _is_checkpoint(named):
             raise UserError(f"{latest}: names {named.name}, which is no checkpoint folder beside it; copy it, or name another")
         return named

@@ -11,7 +11,7 @@ import io
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -79,16 +79,18 @@ def _record(name: str) -> type[Record]:
 
 
 def read_pickle(path: Path) -> Any:
-    """What ``torch.load`` gives, on the CPU and mapped into memory where the format allows it; foreign objects as ``Record``.
+    """The mapping that ``torch.load`` gives, on the CPU and mapped into memory where the format allows it; foreign objects as
+    ``Record``.
 
     Raises ``UserError`` for a file that is missing or damaged, and for one that names anything which is not on the list.
     """
+    names: set[str] = set()
     try:
         zipped = zipfile.is_zipfile(path)
-        names = set(_globals(path)) if zipped else set()
+        names |= set(_globals(path)) if zipped else set()
         records = [(_record(name), name) for name in sorted(names) if name.startswith(_RECORDS)]
         with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, yet others of its checkpoint are there; copy it as well") from error
     except UnpicklingError as error:
@@ -101,13 +103,18 @@ def read_pickle(path: Path) -> Any:
             f"{path}: holds {what}, which no checkpoint of GPT-NeoX, DeepSpeed or Megatron-LM needs; nothing in it was run. "
             f"Get the file from a source you trust"
         ) from error
-    except (OSError, RuntimeError, EOFError, AttributeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what unpicklers raise for bytes that are no pickle has no end
         raise unreadable(path, "PyTorch file", _first_line(error)) from error
+    if not isinstance(loaded, Mapping):
+        raise unreadable(path, "PyTorch file", f"it holds no mapping but a {type(loaded).__name__}")
+    return loaded
 
 
 def _globals(path: Path) -> Iterator[str]:
     """Every 'module.name' that the pickle in a zipped PyTorch file refers to; reads opcodes, executes none."""
     with zipfile.ZipFile(path) as archive:
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise zipfile.BadZipFile("parts of it are compressed, which PyTorch never does: a few bytes may become gigabytes")
         member = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if member is None:
             return

@@ -45,13 +45,25 @@ def newest_whole(folder: Path, *, alone: bool = False, up_to: int | None = None)
         )
     damages: list[str] = []
     for step, checkpoint in reversed(found):
-        damage = find_damage(checkpoint, alone=alone)
+        unsummed = _is_older_than_checksums(checkpoint)
+        damage = None if unsummed else find_damage(checkpoint, alone=alone)
         if damage is None:
-            return checkpoint, [f"{why}: the checkpoint of step {step} is used" for why in damages]
+            told = [f"{checkpoint} was written before checkpoints had checksums: it can't be verified"] if unsummed else []
+            return checkpoint, [f"{why}: the checkpoint of step {step} is used" for why in damages] + told
         damages.append(damage)
     if damages:
         raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to begin anew")
     return None, []
+
+
+def _is_older_than_checksums(checkpoint: Path) -> bool:
+    """Format 1 had none. Every rank reads the same two files of the same folder."""
+    if (checkpoint / SUMS_FILE).exists():
+        return False
+    try:
+        return read_state(checkpoint).format < 2
+    except UserError:
+        return False
 
 
 def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:

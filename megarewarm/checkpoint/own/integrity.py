@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megarewarm.checkpoint.own.together import gather, position
+from megarewarm.untrusted import is_name
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -35,7 +36,7 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
     sums = {}
     for line in lines:
         value, gap, name = line[:64], line[64:66], line[66:]
-        if gap != "  " or not name or "/" in name or not all(c in "0123456789abcdef" for c in value):
+        if gap != "  " or not is_name(name) or name in sums or not all(c in "0123456789abcdef" for c in value):
             raise ValueError(f"{path} is damaged: {line[:80]!r} is no checksum")
         sums[name] = value
     return sums

@@ -171,7 +171,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.d
     """Name -> shape and dtype of every tensor in a checkpoint. Raises ``UserError``."""
     try:
         metadata = TensorIndexReader(checkpoint).read_metadata()
-    except (OSError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{checkpoint}: the tensor index is missing or damaged ({error}); name another checkpoint") from error
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
