@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import time
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +16,15 @@ import numpy.typing as npt
 
 from megarewarm.errors import UserError
 
+_WAITS = (0.5, 2.0)  # seconds before a read that failed is tried again: a network's disks fail for moments
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin")
 
 
 class FileBytes:
-    """A file that is open for reading at any place, from any thread, until the object is gone."""
+    """A file that is open for reading at any place, from any thread, until the object is gone.
+
+    A read that the disk refuses is tried again after a moment, with a warning; then it raises ``UserError``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,20 +40,37 @@ class FileBytes:
     def gather(self, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], dtype: np.dtype) -> np.ndarray:
         """``counts`` items of ``dtype`` from each of the byte ``offsets``, one after another, (sum of counts,), read-only."""
         sizes = (counts * dtype.itemsize).tolist()
-        data = b"".join(map(os.pread, itertools.repeat(self._fd), sizes, offsets.tolist()))
+        try:
+            data = b"".join(map(os.pread, itertools.repeat(self._fd), sizes, offsets.tolist()))
+        except OSError:
+            data = b""  # one by one, then, each with its further tries
         if len(data) != sum(sizes):  # something is missing, or was too long for one request
             data = b"".join(map(self.raw, offsets.tolist(), sizes))
         return np.frombuffer(data, dtype)
 
     def raw(self, offset: int, wanted: int) -> bytes:
         """The bytes [offset, offset + wanted)."""
-        data = os.pread(self._fd, wanted, offset)
+        data = self._request(offset, wanted)
         while len(data) < wanted:  # Linux returns at most 2 GiB at once
-            more = os.pread(self._fd, wanted - len(data), offset + len(data))
+            more = self._request(offset + len(data), wanted - len(data))
             if not more:
                 raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
             data += more
         return data
+
+    def _request(self, offset: int, wanted: int) -> bytes:
+        for wait in (*_WAITS, None):
+            try:
+                return os.pread(self._fd, wanted, offset)
+            except OSError as error:
+                if wait is None:
+                    raise UserError(
+                        f"{self.path}: can't be read at byte {offset} ({error.strerror or error}, tried {len(_WAITS) + 1} "
+                        f"times); check the disk, then run the same command again"
+                    ) from error
+                warnings.warn(f"{self.path}: a read failed ({error.strerror or error}) and is tried again", stacklevel=2)
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
 
 class JoinedBytes:
