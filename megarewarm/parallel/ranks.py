@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+_STORE_PATIENCE = 5.0  # seconds that the store may take to answer
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,15 @@ class Ranks:
         """
         if self.store is None:
             return "another rank"
+        answer: list[str] = []
+        # in a thread: whoever asks a store whose rank is frozen waits for ever
+        asking = threading.Thread(target=lambda: answer.append(self._who_is_silent(patience)), daemon=True)
+        asking.start()
+        asking.join(patience + _STORE_PATIENCE)
+        return answer[0] if answer else "rank 0, which holds the store and does not answer"
+
+    def _who_is_silent(self, patience: float) -> str:
+        assert self.store is not None
         try:
             self.store.set(f"gave_up/{self.rank}", "")
             deadline = time.monotonic() + patience
