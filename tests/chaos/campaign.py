@@ -51,9 +51,9 @@ REPLICATED = {"replicated", "replicated_4"}
 
 @contextmanager
 def small_disk(place: Path) -> Iterator[bool]:
-    """``place`` on a file system of 24 MiB; gives False where none can be mounted, then it is an ordinary folder."""
+    """``place`` on a file system of 96 MiB; gives False where none can be mounted, then it is an ordinary folder."""
     place.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", place], capture_output=True).returncode == 0
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96M", "tmpfs", place], capture_output=True).returncode == 0
     try:
         yield mounted
     finally:

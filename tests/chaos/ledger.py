@@ -73,7 +73,7 @@ def steps_lost(run: Path, undisturbed: Path) -> int:
     ours, theirs = read_run(run), read_run(undisturbed)
     mine = list(zip(*(ours.train[name].tolist() for name in COLUMNS), strict=True))
     whole = list(zip(*(theirs.train[name].tolist() for name in COLUMNS), strict=True))
-    return len(set(whole) ^ set(mine)) + len(mine) - len(set(mine))
+    return max(len(set(whole) - set(mine)), len(mine) - len(set(whole) & set(mine)))
 
 
 def difference(run: Path, undisturbed: Path) -> str | None:
