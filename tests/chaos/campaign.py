@@ -106,8 +106,10 @@ class Bag:
             if not fitting:
                 self._left += self._dice.sample(self._kinds, len(self._kinds))
                 continue
-            self._left.remove(fitting[0])
-            found.append(fitting[0])
+            # first what few layouts can give
+            kind = min(fitting, key=lambda kind: kind not in REPLICATED_ONLY)
+            self._left.remove(kind)
+            found.append(kind)
         return found
 
     def put_back(self, kinds: Sequence[str]) -> None:

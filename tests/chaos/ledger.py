@@ -33,12 +33,15 @@ class Outcome:
 
 @dataclass
 class MetricsTail:
-    """Follows a growing metrics.jsonl: ``step`` is the newest that counts; what a resume takes back goes to ``recomputed``."""
+    """Follows a growing metrics.jsonl: ``step`` is the newest that counts; what a resume takes back goes to ``recomputed``.
+
+    ``alarms``: their kinds.
+    """
 
     path: Path
     step: int = 0
     recomputed: list[int] = field(default_factory=list)
-    alarms: int = 0
+    alarms: list[str] = field(default_factory=list)
     _offset: int = 0
 
     def update(self) -> None:
@@ -58,7 +61,7 @@ class MetricsTail:
             if event["event"] == "train":
                 self.step = event["step"]
             elif event["event"] == "alarm":
-                self.alarms += 1
+                self.alarms.append(event["kind"])
             elif event["event"] == "resume":
                 back_at = max(0, event["step"])
                 self.recomputed.append(max(0, self.step - back_at))

@@ -77,6 +77,9 @@ class Supervisor:
             for fault in (outcome.fault for outcome in self._outcomes.values()):
                 outside.repair(fault, self._scenario.place)
         found = [outcome for outcome in self._outcomes.values() if has_fired(self._control, outcome.fault)]
+        for outcome in found:
+            if outcome.fault.kind == "nan" and "transient" not in self._tail.alarms:
+                outcome.failure = "no alarm tells of it"
         if not any(outcome.failure for outcome in found) and not self.unprovoked:
             self._compare(found)
         return found
@@ -214,6 +217,8 @@ class Supervisor:
             return True
         outcome = self._outcomes[blamed.number]
         outcome.restarts += 1
+        if blamed.kind == "bit_flip" and 5 not in codes.values():
+            return self._fail(f"the replicas' difference did not end it, codes {codes} did ({job.way}): see {job.logs}")
         if outcome.restarts == 1:
             outside.between(blamed, self._scenario.place)
         if 2 in codes.values() and not self._explained(job, text, outcome):
