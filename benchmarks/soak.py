@@ -220,6 +220,8 @@ def main() -> None:
         measure(arguments.folder, arguments.steps, arguments.ranks, arguments.interval)
         return
     records = [json.loads((folder / "samples.json").read_text()) for folder in arguments.folders]
+    for record in records:  # a process that ends gives back what it holds
+        record["samples"] = [sample for sample in record["samples"] if sample["step"] < record["steps"]]
     print(table(records))
     if arguments.picture is not None:
         draw(records, arguments.picture)

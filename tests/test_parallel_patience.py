@@ -75,9 +75,25 @@ class FrozenStore:
 
 def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks_module, "_STORE_PATIENCE", 0.2)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     store: dist.Store = FrozenStore()  # type: ignore[assignment]
     began = time.monotonic()
     assert Ranks(1, 2, torch.device("cpu"), store=store).give_up(patience=0) == (
         "rank 0, which holds the store and does not answer"
     )
     assert time.monotonic() - began < 10
+
+
+def test_who_held_a_store_that_is_gone_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's agent holds it, where there is one: then no rank is accused."""
+
+    class Gone(FrozenStore):
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("Broken pipe")
+
+    store: dist.Store = Gone()  # type: ignore[assignment]
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    ranks = Ranks(1, 2, torch.device("cpu"), store=store)
+    assert ranks.give_up() == "rank 0, which held the store and is gone"
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert ranks.give_up() == "the launcher, which held the store and is gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -41,7 +42,7 @@ class Ranks:
         asking = threading.Thread(target=lambda: answer.append(self._who_is_silent(patience)), daemon=True)
         asking.start()
         asking.join(patience + _STORE_PATIENCE)
-        return answer[0] if answer else "rank 0, which holds the store and does not answer"
+        return answer[0] if answer else f"{_keeper()}, which holds the store and does not answer"
 
     def _who_is_silent(self, patience: float) -> str:
         assert self.store is not None
@@ -55,7 +56,7 @@ class Ranks:
             silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
             steps = {rank: self._last_step(rank) for rank in silent or range(self.world_size)}
         except RuntimeError:
-            return "rank 0, which holds the store"
+            return f"{_keeper()}, which held the store and is gone"
         behind = silent or [rank for rank, step in steps.items() if step == min(steps.values())]
         if len(behind) == self.world_size:
             return "one of the other ranks"
@@ -80,6 +81,11 @@ class Ranks:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _keeper() -> str:
+    """Who holds the store: torchrun's agent, or else the main rank."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 _LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)

@@ -71,21 +71,27 @@ def _watch_computation(control: Path, progress: _Progress, faults: list[Fault]) 
         due = [fault for fault in faults if progress.computing >= fault.step]
         for fault in due:
             if fault.kind == "bit_flip" and mark_fired(control, fault):
-                _flip_a_bit(_pick(model, fault))
+                _flip_a_bit(model.parameters[_pick(model, fault)])
         result = compute(model, rows, *rest, **named)
         for fault in due:
             if fault.kind == "nan" and mark_fired(control, fault):
-                gradient = _pick(model, fault).grad
-                assert gradient is not None
-                gradient.view(-1)[0] = float("nan")
+                _gradient(model, _pick(model, fault)).view(-1)[0] = float("nan")
         return result
 
     ParallelModel.forward_backward = watched  # type: ignore[method-assign]
 
 
-def _pick(model: ParallelModel, fault: Fault) -> torch.nn.Parameter:
+def _pick(model: ParallelModel, fault: Fault) -> str:
     names = sorted(name for name, parameter in model.parameters.items() if parameter.numel())
-    return model.parameters[names[int(float(fault.detail) * len(names))]]
+    return names[int(float(fault.detail) * len(names))]
+
+
+def _gradient(model: ParallelModel, name: str) -> torch.Tensor:
+    """As the backward pass left it, before the ranks' are added up, or by fully_shard after that."""
+    sharded = getattr(model.gradients, "_sharded", None)
+    gradient = model.parameters[name].grad if sharded is None else sharded[name].grad.to_local()
+    assert gradient is not None
+    return gradient
 
 
 def _flip_a_bit(parameter: torch.nn.Parameter) -> None:

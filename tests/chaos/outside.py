@@ -75,8 +75,8 @@ def repair(fault: Fault, place: Path) -> None:
 def names(fault: Fault, line: str) -> bool:
     """Whether a line of what the ranks said names the cause and the place of ``fault``."""
     needed = {
-        "disk_full": ("/run/", "No space left"),
-        "refused": ("/run/", "No space left"),
+        "disk_full": ("/run", "No space left"),
+        "refused": ("/run", "No space left"),
         "reads_fail": ("/new.bin", os.strerror(errno.EIO)),
         "truncated": ("/new.",),
     }

@@ -78,7 +78,7 @@ class Supervisor:
                 outside.repair(fault, self._scenario.place)
         found = [outcome for outcome in self._outcomes.values() if has_fired(self._control, outcome.fault)]
         for outcome in found:
-            if outcome.fault.kind == "nan" and "transient" not in self._tail.alarms:
+            if outcome.fault.kind == "nan" and not outcome.failure and "transient" not in self._tail.alarms:
                 outcome.failure = "no alarm tells of it"
         if not any(outcome.failure for outcome in found) and not self.unprovoked:
             self._compare(found)
@@ -241,8 +241,8 @@ class Supervisor:
             self._end_orphans(self._orphans_before)
             outcome.restarts -= 1  # refused, rightly
             return True
-        if _NOT_MET in text and fault.kind.startswith(("kill", "term", "freeze", "usr1", "corrupt")):
-            return True
+        if fault.kind.startswith(("kill", "term", "freeze", "usr1", "corrupt")) and (_NOT_MET in text or not fault.rank):
+            return True  # of bad input a host's first rank speaks for all; the one that was killed can't
         self._fail(f"stopped for another cause than {fault.kind} ({job.way}): see {job.logs}")
         return False
 
