@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import time
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,11 +17,15 @@ import numpy.typing as npt
 from megarewarm.data.open_files import OPEN_FILES, kept
 from megarewarm.errors import UserError
 
+_WAITS = (0.5, 2.0)  # seconds before a read that failed is tried again: a network's disks fail for moments
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin")
 
 
 class FileBytes:
-    """A file for reading at any place, from any thread. It must not change as long as the object is there."""
+    """A file for reading at any place, from any thread. It must not change as long as the object is there.
+
+    A read that the disk refuses is tried again after a moment, with a warning; then it raises ``UserError``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,22 +47,39 @@ class FileBytes:
     def gather(self, offsets: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], dtype: np.dtype) -> np.ndarray:
         """``counts`` items of ``dtype`` from each of the byte ``offsets``, one after another, (sum of counts,), read-only."""
         sizes = (counts * dtype.itemsize).tolist()
-        with self._descriptor() as descriptor:
-            data = b"".join(map(os.pread, itertools.repeat(descriptor), sizes, offsets.tolist()))
+        try:
+            with self._descriptor() as descriptor:
+                data = b"".join(map(os.pread, itertools.repeat(descriptor), sizes, offsets.tolist()))
+        except OSError:
+            data = b""  # one by one, then, each with its further tries
         if len(data) != sum(sizes):  # something is missing, or was too long for one request
             data = b"".join(map(self.raw, offsets.tolist(), sizes))
         return np.frombuffer(data, dtype)
 
     def raw(self, offset: int, wanted: int) -> bytes:
         """The bytes [offset, offset + wanted)."""
-        with self._descriptor() as descriptor:
-            data = os.pread(descriptor, wanted, offset)
-            while len(data) < wanted:  # Linux returns at most 2 GiB at once
-                more = os.pread(descriptor, wanted - len(data), offset + len(data))
-                if not more:
-                    raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
-                data += more
-            return data
+        data = self._request(offset, wanted)
+        while len(data) < wanted:  # Linux returns at most 2 GiB at once
+            more = self._request(offset + len(data), wanted - len(data))
+            if not more:
+                raise UserError(f"{self.path} has become shorter while it was in use: don't write to it during a run")
+            data += more
+        return data
+
+    def _request(self, offset: int, wanted: int) -> bytes:
+        for wait in (*_WAITS, None):
+            try:
+                with self._descriptor() as descriptor:
+                    return os.pread(descriptor, wanted, offset)
+            except OSError as error:
+                if wait is None:
+                    raise UserError(
+                        f"{self.path}: can't be read at byte {offset} ({error.strerror or error}, tried {len(_WAITS) + 1} "
+                        f"times); check the disk, then run the same command again"
+                    ) from error
+                warnings.warn(f"{self.path}: a read failed ({error.strerror or error}) and is tried again", stacklevel=2)
+                time.sleep(wait)
+        raise AssertionError("the last try returns or raises")
 
 
 class JoinedBytes:

@@ -27,7 +27,7 @@ from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
-from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.mesh import Mesh, as_patient_as_all
 from megarewarm.parallel.placement import place
 from megarewarm.parallel.recompute import recompute
 
@@ -223,7 +223,7 @@ class ParallelModel:
             ends = [i, (layout.pipeline - 1) * per_stage + i]
             group = dist.new_group(ends)
             if self.mesh.ranks.rank in ends:
-                mine = group
+                mine = as_patient_as_all(group, self.mesh.device)
         if mine is None:
             return frozenset(), None
         group = mine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -62,6 +63,13 @@ def choose_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     return Layout(parallel.pipeline, data // shard, shard, parallel.tensor)
 
 
+def as_patient_as_all(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """``group``, from now on waiting for a rank as long as the group of all ranks does; torch gives it a default of its own."""
+    whole = dist.distributed_c10d._get_default_group()._get_backend(device)
+    dist.distributed_c10d._set_pg_timeout(whole.options._timeout, group)
+    return group
+
+
 class Mesh:
     """The ranks arranged by a layout, seen from one of them. Groups of a single rank are None: nothing is sent there."""
 
@@ -83,6 +91,8 @@ class Mesh:
         self.devices = init_device_mesh(
             ranks.device.type, (layout.pipeline, layout.replicate, layout.shard, layout.tensor), mesh_dim_names=AXES
         )
+        for axis in AXES:
+            as_patient_as_all(self.devices.get_group(axis), self.device)
         if layout.tensor > 1:
             self.tensor = self.devices.get_group("tensor")
         if layout.pipeline > 1:
@@ -90,10 +100,11 @@ class Mesh:
             for ranks_of_pipeline in self.devices.mesh.flatten(1).T.tolist():
                 group = dist.new_group(ranks_of_pipeline)
                 if rank in ranks_of_pipeline:
-                    self.way_back = group
+                    self.way_back = as_patient_as_all(group, self.device)
         if layout.data > 1:
             axes = [axis for axis in ("replicate", "shard") if getattr(layout, axis) > 1]
-            self.data = self.devices.get_group(axes[0]) if len(axes) == 1 else self.devices[tuple(axes)]._flatten().get_group()
+            data = self.devices.get_group(axes[0]) if len(axes) == 1 else self.devices[tuple(axes)]._flatten().get_group()
+            self.data = as_patient_as_all(data, self.device)
 
     def submesh(self, *axes: str) -> DeviceMesh:
         """The ranks along ``axes``, the first one outermost."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 import time
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+
+_STORE_PATIENCE = 5.0  # seconds that the store may take to answer
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,15 @@ class Ranks:
         """
         if self.store is None:
             return "another rank"
+        answer: list[str] = []
+        # in a thread: whoever asks a store whose rank is frozen waits for ever
+        asking = threading.Thread(target=lambda: answer.append(self._who_is_silent(patience)), daemon=True)
+        asking.start()
+        asking.join(patience + _STORE_PATIENCE)
+        return answer[0] if answer else f"{_keeper()}, which holds the store and does not answer"
+
+    def _who_is_silent(self, patience: float) -> str:
+        assert self.store is not None
         try:
             self.store.set(f"gave_up/{self.rank}", "")
             deadline = time.monotonic() + patience
@@ -44,7 +57,7 @@ class Ranks:
             silent = [rank for rank in silent if not self.store.check([f"gave_up/{rank}"])]
             steps = {rank: self._last_step(rank) for rank in silent or range(self.world_size)}
         except RuntimeError:
-            return "rank 0, which holds the store"
+            return f"{_keeper()}, which held the store and is gone"
         behind = silent or [rank for rank, step in steps.items() if step == min(steps.values())]
         if len(behind) == self.world_size:
             return "one of the other ranks"
@@ -69,6 +82,11 @@ class Ranks:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _keeper() -> str:
+    """Who holds the store: torchrun's agent, or else the main rank."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 _LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+import sys
 import time
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import orjson
 from megarewarm.config.execution import LoggingConfig
 from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.errors import UserError
+from megarewarm.training.board import Board
 
 
 def check_loggers(config: LoggingConfig) -> None:
@@ -35,15 +39,13 @@ class Metrics:
         self.has_past = False
         if not writes:
             return
-        self._path = path = folder / "metrics.jsonl"
+        self._path, self._log_path = path, log_path = folder / "metrics.jsonl", folder / "log.txt"
         self.has_past = path.exists() and path.stat().st_size > 0
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        # unbuffered: what is in a buffer when the disk is full raises once more when the file is closed
+        self._file, self._log = _opened(path), _opened(log_path)
         _end_torn_line(path, self._file)
-        self._log = open(folder / "log.txt", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = Board(folder / "tensorboard", self._warn)
         if config.wandb is not None:
             import wandb
 
@@ -61,41 +63,52 @@ class Metrics:
         if event == "start":
             values = {"format": RUN_FORMAT, **values}
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        line = orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n"
-        start, written = self._file.seek(0, 2), 0
-        try:
-            while written < len(line):  # a disk that is nearly full takes a part of it
-                written += self._file.write(line[written:])
-        except OSError as error:
-            self._file.truncate(start)
-            raise _refused(self._path, error) from error
+        _append(self._path, self._file, orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Send numbers to TensorBoard and Weights & Biases."""
         if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, value, step)
+            self._board.scalars(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def text(self, line: str) -> None:
-        """A line of log.txt, with the time of day."""
+        """A line of log.txt, with the time of day. Raises as ``event``."""
         if self._writes:
-            try:
-                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            except OSError as error:
-                raise _refused(self._path.with_name("log.txt"), error) from error
+            _append(self._log_path, self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
     def close(self) -> None:
         """Flush and close everything."""
         if not self._writes:
             return
-        self._file.close()
-        self._log.close()
         if self._board is not None:
             self._board.close()
+        self._file.close()
+        self._log.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _warn(self, note: str) -> None:
+        print(note, file=sys.stderr, flush=True)
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _append(path: Path, file: FileIO, line: bytes) -> None:
+    """All of ``line``, or nothing of it and ``UserError``."""
+    start, written = file.seek(0, 2), 0
+    try:
+        while written < len(line):  # a disk that is nearly full takes a part of it
+            written += file.write(line[written:]) or 0
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+        raise _refused(path, error) from error
 
 
 def _refused(path: Path, error: OSError) -> UserError:
@@ -105,11 +118,11 @@ def _refused(path: Path, error: OSError) -> UserError:
     )
 
 
-def _end_torn_line(path: Path, file: Any) -> None:
+def _end_torn_line(path: Path, file: FileIO) -> None:
     """After a kill in mid-line, start the next event on a line of its own."""
     size = path.stat().st_size
     if size:
         with open(path, "rb") as handle:
             handle.seek(size - 1)
             if handle.read(1) != b"\n":
-                file.write(b"\n")
+                _append(path, file, b"\n")

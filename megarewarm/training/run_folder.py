@@ -81,13 +81,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial = self.config_file.with_suffix(".partial")
+            partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
+            os.replace(partial, self.config_file)
         except BlockingIOError:
             raise UserError(f"{self.path}: another process is training in this folder; wait for it or set 'name'") from None
         except OSError as error:
-            raise UserError(f"{self.path}: can't be written ({error}); set 'folder' to another place") from error
-        partial = self.config_file.with_suffix(".partial")
-        partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
-        os.replace(partial, self.config_file)
+            raise UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place") from error
 
     def close(self) -> None:
         """Give the lock back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,9 +21,11 @@ from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors, write
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
+from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.ranks import is_loss
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
+_WORD_EVERY = 1.0  # seconds between words that ranks give each other while they wait for their disks
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Saver:
         several = position()[1] > 1
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
         self._staging = _Staging() if asynchronous else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint", _on_device, (_device(),)) if asynchronous else None
+        # among several ranks always a thread, so that the main one can tell a slow disk from a rank that is gone
+        threaded = asynchronous or several
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _on_device, (_device(),)) if threaded else None
         self._reserved: Future[None] | None = None
         self._pending: Future[Saved] | None = None
         self._finished: list[Saved] = []
@@ -65,8 +70,12 @@ class Saver:
         if self._reserved is not None:
             self._reserved.result()
             self._reserved = None
-        if self._staging is None or self._thread is None:
+        if self._thread is None:
             self._finished.append(self._write(state, tensors, began, began))
+            return
+        if self._staging is None:
+            self._pending = self._thread.submit(self._write, state, tensors, began, began)
+            self.wait()
             return
         staged = self._staging.copy(tensors)
         self._pending = self._thread.submit(self._write, state, staged, began, time.perf_counter())
@@ -79,12 +88,22 @@ class Saver:
     def finished(self) -> list[Saved]:
         """The checkpoints that came to stand since this was last called."""
         if self._pending is not None and self._pending.done() and not self.failed:
-            self.wait()
+            self._take()
         found, self._finished = self._finished, []
         return found
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises ``UserError`` where the disk refused."""
+        """Until no rank is writing. All ranks call it. Raises ``UserError`` where the disk refused.
+
+        The disk may take its time, a rank may not: a word from each must come within the time that training waits for one.
+        """
+        while True:
+            writing = self._pending is not None and not futures.wait([self._pending], _WORD_EVERY).done
+            if not any(all_reduce_sums([writing])):
+                break
+        self._take()
+
+    def _take(self) -> None:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._finished.append(pending.result())

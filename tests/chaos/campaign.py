@@ -1,0 +1,218 @@
+"""Training runs under faults, one after another, until so many have happened; a table of how each kind went.
+
+    bash tests/run --chaos [--faults 500] [--seed 1] [--ranks 2,4] [--document docs/reliability.md]
+
+Everything is imported once and every start of a run forks from here. Runs lie on a small file system of their own, so that it
+can be filled up (needs root; without it that one fault is left out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+import yaml
+from tiny import mapping
+from torch.utils import tensorboard
+
+from chaos.faults import KINDS, REPLICATED_ONLY, draw, supported
+from chaos.ledger import Outcome, Row, table
+from chaos.supervisor import Scenario, Supervisor, carry_out_undisturbed
+from megarewarm.training import experiment, trainer
+
+PRELOADED = (experiment, tensorboard, trainer)
+STEPS, PER_RUN = 80, 8
+BEGIN, END = "<!-- chaos table -->\n", "<!-- end of chaos table -->\n"
+# name -> (ranks, parallel settings, whether saves run in the background)
+LAYOUTS = {
+    "replicated": (2, {}, True),
+    "tensor": (2, {"tensor": 2}, True),
+    "zero2": (2, {"sharding": "zero2"}, False),
+    "pipeline": (2, {"pipeline": 2}, True),
+    "replicated_4": (4, {}, True),
+    "tensor_zero2_4": (4, {"tensor": 2, "sharding": "zero2"}, True),
+    "pipeline_tensor_4": (4, {"pipeline": 2, "tensor": 2}, False),
+}
+REPLICATED = {"replicated", "replicated_4"}
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[bool]:
+    """``place`` on a file system of 96 MiB; gives False where none can be mounted, then it is an ordinary folder."""
+    place.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96M", "tmpfs", place], capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def prepare(name: str, place: Path, logs: Path, timeout: float) -> Scenario:
+    """The scenario of a layout in ``place``: token files, configuration, and the run without faults.
+
+    ``timeout``: minutes after which a rank gives up waiting for another.
+    """
+    ranks, parallel, asynchronous = LAYOUTS[name]
+    settings = mapping(
+        place,
+        name="chaos",
+        folder=str(place / "run"),
+        model={"num_layers": 2, "num_heads": 4},
+        training={"budget": STEPS, "micro_batch": 2},
+        evaluation={"every": 10},
+        checkpoint={"every": 4, "keep_last": 3, "asynchronous": asynchronous},
+        logging={"tensorboard": True, "every": 1, "dynamics": 10},
+        parallel={**parallel, "timeout_minutes": timeout},
+        **({"reliability": {"check_replicas": 5}} if "bit_flip" in supported() else {}),
+    )
+    shutil.copy(place / "new.bin", place / "new.bin.copy")
+    config = place / "run.yml"
+    config.write_text(yaml.safe_dump(settings))
+    scenario = Scenario(name, ranks, config, place, settings["training"]["global_batch"])
+    carry_out_undisturbed(scenario, logs / f"{name}_undisturbed")
+    return scenario
+
+
+def possible(layout: str, kinds: Sequence[str], mounted: bool) -> list[str]:
+    """Those of ``kinds`` that can happen in a layout and on this machine."""
+    return [k for k in kinds if (mounted or k != "disk_full") and (layout in REPLICATED or k not in REPLICATED_ONLY)]
+
+
+class Bag:
+    """Draws kinds evenly: all of them in a random order, then all again."""
+
+    def __init__(self, kinds: Sequence[str], dice: random.Random) -> None:
+        self._kinds, self._dice, self._left = list(kinds), dice, list[str]()
+
+    def draw(self, count: int, allowed: Sequence[str]) -> list[str]:
+        """The next ``count`` of the allowed ones."""
+        found: list[str] = []
+        while len(found) < count:
+            fitting = [kind for kind in self._left if kind in allowed]
+            if not fitting:
+                self._left += self._dice.sample(self._kinds, len(self._kinds))
+                continue
+            # first what few layouts can give
+            kind = min(fitting, key=lambda kind: kind not in REPLICATED_ONLY)
+            self._left.remove(kind)
+            found.append(kind)
+        return found
+
+    def put_back(self, kinds: Sequence[str]) -> None:
+        """What was drawn and did not come to happen is next."""
+        self._left[:0] = kinds
+
+
+def main() -> int:
+    """Carry out the campaign. 0 where every fault went as promised."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=500)
+    parser.add_argument("--each", action="store_true", help="as many as there are kinds, one of each")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ranks", default="2,4", help="which layouts take part, by their number of ranks")
+    parser.add_argument("--layouts", default="", help="their names instead")
+    parser.add_argument("--kinds", default="", help="only these kinds of faults")
+    parser.add_argument("--timeout", type=float, default=0.15, help="parallel.timeout_minutes of the runs")
+    parser.add_argument("--document", type=Path, help="put the table between this page's marks")
+    parser.add_argument("--json", type=Path, help="write every outcome there")
+    parser.add_argument("--folder", type=Path, help="for logs, which stay; default: a new temporary one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dice = random.Random(arguments.seed)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    counts = {int(word) for word in arguments.ranks.split(",")}
+    layouts = arguments.layouts.split(",") if arguments.layouts else [n for n, (r, *_) in LAYOUTS.items() if r in counts]
+    kinds = arguments.kinds.split(",") if arguments.kinds else supported()
+    wanted = None if arguments.each else arguments.faults
+    began = time.monotonic()
+    outcomes, unprovoked = _carry_out(layouts, kinds, wanted, arguments.timeout, folder, dice)
+    rows = [Row(kind.title, [o for o in outcomes if o.fault.kind == name]) for name, kind in KINDS.items()]
+    failures = [f"{o.fault.kind}: {o.failure}" for o in outcomes if o.failure] + unprovoked
+    seconds = round(time.monotonic() - began)
+    head = (
+        f"{len(outcomes)} faults, {len(failures)} not survived, seed {arguments.seed}, layouts {', '.join(layouts)}, "
+        f"{seconds // 60} min {seconds % 60} s on {os.cpu_count()} cores, {date.today().isoformat()}\n"
+    )
+    print(f"\n{head}\n{table(rows)}")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    if arguments.document is not None:
+        _put_into(arguments.document, f"{head}\n{table(rows)}\n")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"outcomes": [asdict(o) for o in outcomes], "unprovoked": unprovoked}, indent=1))
+    if not failures and arguments.folder is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return bool(failures)
+
+
+def _put_into(page: Path, text: str) -> None:
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{page}: no line {BEGIN.strip()} with {END.strip()} after it")
+    page.write_text(before + begin + text + end + after, encoding="utf-8")
+
+
+def _carry_out(
+    layouts: Sequence[str], kinds: Sequence[str], wanted: int | None, timeout: float, folder: Path, dice: random.Random
+) -> tuple[list[Outcome], list[str]]:
+    """Runs in turn over the layouts until ``wanted`` faults have happened, None: one of each kind.
+
+    The second of what it returns is what failed without a fault.
+    """
+    outcomes: list[Outcome] = []
+    unprovoked: list[str] = []
+    began, runs, fruitless = time.monotonic(), 0, 0
+    bag = Bag(kinds, dice)
+    scenarios: dict[str, Scenario] = {}
+    with small_disk(folder / "disk") as mounted:
+        if not mounted and "disk_full" in kinds:
+            print("no file system can be mounted here (not root): disk_full is left out", flush=True)
+            kinds = [kind for kind in kinds if kind != "disk_full"]
+        wanted = wanted or len(kinds)
+        while len(outcomes) < wanted and fruitless < 5:
+            layout = layouts[runs % len(layouts)]
+            if layout not in scenarios:
+                (folder / "disk" / layout).mkdir()
+                scenarios[layout] = prepare(layout, folder / "disk" / layout, folder, timeout)
+            scenario = scenarios[layout]
+            shutil.rmtree(scenario.run, ignore_errors=True)
+            drawn = bag.draw(min(PER_RUN, wanted - len(outcomes)), possible(layout, kinds, mounted))
+            supervisor = Supervisor(scenario, draw(drawn, scenario.ranks, STEPS, dice), folder / f"run_{runs}", dice)
+            found = supervisor.carry_out()
+            happened = [outcome.fault.kind for outcome in found]
+            bag.put_back([kind for kind in drawn if kind not in happened])
+            runs, fruitless = runs + 1, 0 if found else fruitless + 1
+            outcomes += found
+            unprovoked += supervisor.unprovoked
+            failed = [f"{o.fault.kind}: {o.failure}" for o in found if o.failure] + supervisor.unprovoked
+            elapsed = time.monotonic() - began
+            left = elapsed / max(1, len(outcomes)) * max(0, wanted - len(outcomes))
+            print(
+                f"{len(outcomes)}/{wanted} faults, {elapsed / 60:.1f} min, {left / 60:.1f} min left; run {runs} ({layout}): "
+                f"{supervisor.starts} starts, {', '.join(happened)}",
+                flush=True,
+            )
+            for failure in failed:
+                print(f"  FAILED {failure}", flush=True)
+            if not failed:
+                shutil.rmtree(folder / f"run_{runs - 1}")
+    return outcomes, unprovoked
+
+
+if __name__ == "__main__":
+    sys.exit(main())
