@@ -11,9 +11,11 @@ import torch
 from distributed import run_ranks
 from tiny import config, events, quiet
 
+from megarewarm.config.execution import OptimizerConfig
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import dynamics, trainer
 from megarewarm.training.dynamics import dynamics_steps, group_of, measure
+from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
@@ -36,7 +38,7 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
 def test_numbers_are_those_of_the_weights(
     tmp_path: Path, kind: str, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dynamics, "_SLICE", 100)
+    monkeypatch.setattr(dynamics, "_CACHED", 2 * dynamics._ROW)
     settings = config(tmp_path, optimizer={"weight_decay": weight_decay}, kernels={"optimizer": kind})
     run = build(make_plan(settings), ALONE)
     begun = weights_of(run)
@@ -64,6 +66,18 @@ def test_numbers_are_those_of_the_weights(
             change = float((flat(after) - flat(before)).norm())
             assert numbers["update_ratio"] == pytest.approx(change / float(flat(after).norm()), rel=1e-4)
     run.batches.close()
+
+
+def test_moments_of_tiny_gradients_are_no_zeros() -> None:
+    """Squares of second moments under 1e-19 are under fp32's smallest numbers."""
+    weights = torch.nn.Parameter(torch.ones(1000))
+    optimizer = AdamW({"layers.0.weight": weights}, OptimizerConfig(), num_layers=1)
+    moments = optimizer.moments()
+    moments["exp_avg_sq", "layers.0.weight"].fill_(1e-24)
+    optimizer.set_completed_steps(5)
+    first, second = (moments[moment, "layers.0.weight"] for moment in ("exp_avg", "exp_avg_sq"))
+    sums = dynamics._sums(weights.detach(), first, second, None, optimizer, "layers.0.weight")
+    assert float(sums[4].sqrt()) == pytest.approx(1e-24 * 1000**0.5, rel=1e-6)
 
 
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -6,7 +6,8 @@ moments corrected for their bias, w' = (1 - lr d) w - a (Loshchilov & Hutter 201
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from megarewarm.training.optimizer import AdamW
 
 ALL = "all"
 _SLICE = 2**22  # values at a time: what is computed on the way takes some 16 MiB a piece
+_CACHED = 2**18  # on a CPU, where that stays in its caches
+_ROW = 256  # values that are added up in fp32; rows are added up in fp64
+_LIFT = 2.0**40  # the squares of second moments as they are would be no fp32 numbers
 _SUMS = 7  # values; squares of weights, change, both moments, distance; effective learning rates
 
 Groups = dict[str, dict[str, float]]
@@ -79,22 +83,39 @@ def _sums(weights: Tensor, first: Tensor, second: Tensor, start: Tensor | None, 
     """The sums over the values of one parameter, (7,) fp64; all tensors are flat."""
     lr, decay = optimizer.settings(name)
     beta1, beta2 = optimizer.config.betas
-    steps = optimizer.completed_steps
-    result = weights.new_zeros(_SUMS, dtype=torch.float64)
-    result[0] = weights.numel()
-    for begin in range(0, weights.numel(), _SLICE):
-        w, m, v = (values[begin : begin + _SLICE] for values in (weights, first, second))
-        rates = lr / ((v / (1 - beta2**steps)).sqrt_() + optimizer.config.eps)
-        change = (rates * (m / (1 - beta1**steps))).add_(w, alpha=lr * decay).div_(1 - lr * decay)
-        squares = [_square(values) for values in (w, change, m, v)]
-        away = w - start[begin : begin + _SLICE].to(w.device) if start is not None else None
-        squares.append(_square(away) if away is not None else torch.zeros_like(squares[0]))
-        result[1:] += torch.stack([*squares, rates.sum(dtype=torch.float64)])
-    return result
+    steps, eps = optimizer.completed_steps, optimizer.config.eps
+    mean, root = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
+    # lr / (sqrt(v) / root + eps) = lr root q, q = 1 / (sqrt(v) + root eps); the factors that all values share come last
+    factors = [1.0, lr * root / (mean * (1 - lr * decay)), 1.0, 1 / _LIFT, 1.0]
+    total = weights.new_zeros(_SUMS - 1, dtype=torch.float64)
+    for begin, end, row in _slices(weights.numel(), _CACHED if weights.device.type == "cpu" else _SLICE):
+        w, m, v = (values[begin:end].view(-1, row) for values in (weights, first, second))
+        q = v.sqrt().add_(root * eps).reciprocal_()
+        rates = q.sum(1)
+        change = q.mul_(m).add_(w, alpha=decay * mean / root)
+        norms = [_norms(w), _norms(change), _norms(m), _norms(torch.mul(v, _LIFT, out=change))]
+        if start is not None:
+            norms.append(_norms(torch.sub(w, start[begin:end].view(-1, row).to(w.device), out=change)))
+        else:
+            norms.append(torch.zeros_like(norms[0]))
+        squares = torch.stack(norms).double().square_().sum(1)
+        total += torch.cat([squares, rates.sum(dtype=torch.float64).view(1)])
+    scale = torch.tensor([*(factor**2 for factor in factors), lr * root], dtype=torch.float64, device=total.device)
+    return torch.cat([total.new_full((1,), weights.numel()), total * scale])
 
 
-def _square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+def _slices(count: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, length of a row): ``count`` values in slices of ``size``, each whole rows, the rest a row of its own."""
+    whole = count - count % _ROW
+    for begin in range(0, whole, size):
+        yield begin, min(begin + size, whole), _ROW
+    if whole < count:
+        yield whole, count, count - whole
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """The norm of each row: short enough for fp32."""
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
 def log_dynamics(metrics: Metrics, step: int, tokens: int, groups: Groups) -> None:
