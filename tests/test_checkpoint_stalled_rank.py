@@ -1,4 +1,4 @@
-"""Waiting for a save: a slow disk may take longer than a rank may be silent, a rank that is frozen is not waited for."""
+"""Ranks lost while a checkpoint is written or read: who is frozen is not waited for, a slow disk is, no checkpoint is blamed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from distributed import run_ranks
-from test_checkpoint_crash import state_of, tensors_of
+from test_checkpoint_crash import go_on, state_of, tensors_of
 
-from megarewarm.checkpoint.own import saver
+from megarewarm.checkpoint.own import saver, store
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.saver import Saver
+from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks, is_loss
 
 SILENCE = 3.0  # seconds, what parallel.timeout_minutes is to a run
@@ -75,3 +77,27 @@ def test_a_rank_that_freezes_during_a_save_is_noticed_in_time(tmp_path: Path, as
     said, _ = run_ranks(_frozen, 2, str(tmp_path), asynchronous)
     assert said.startswith("lost after"), said
     assert float(said.split()[2]) < 10 * SILENCE
+
+
+def _dies_while_loading(ranks: Ranks, folder: str) -> str:
+    place = Path(folder)
+    read = dcp.load
+
+    def dies(*args: object, **kwargs: object) -> None:
+        if ranks.rank == 1:
+            dist.destroy_process_group()  # closes the connections, as the end of its process does
+        read(*args, **kwargs)  # type: ignore[arg-type]
+
+    dcp.load = dies
+    try:
+        store.load(place / "step_1", tensors_of(0))
+    except UserError as error:
+        return f"blamed: {error}"
+    except RuntimeError as error:
+        return "lost" if is_loss(error) else str(error)
+    return "nothing was noticed"
+
+
+def test_a_rank_that_dies_while_a_checkpoint_is_read_is_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
+    go_on(tmp_path, 1)
+    assert run_ranks(_dies_while_loading, 2, str(tmp_path))[0] == "lost"

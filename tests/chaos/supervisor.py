@@ -144,6 +144,7 @@ class Supervisor:
             again = blamed.kind == "kill_in_start" and blamed.number not in self._struck_twice
             if again and self._outcomes[blamed.number].restarts and seconds > 1.2 * float(blamed.detail):
                 self._struck_twice.add(blamed.number)
+                self._blamed_at = self._tail.step
                 outside.send(ranks[blamed.rank], signal.SIGKILL)
             return
         fault = self._waiting[0] if self._waiting else None
@@ -196,9 +197,8 @@ class Supervisor:
             outcome.recomputed += self._tail.recomputed.pop(0)
             self._blamed_at = self._tail.step
         beyond = self._tail.step - self._blamed_at
-        awaited = KINDS[self._blamed.kind].restarts and not outcome.restarts
-        twice = self._blamed.kind != "kill_in_start" or self._blamed.number in self._struck_twice
-        if (beyond >= 2 and not awaited and twice) or beyond >= _UNNOTICED:
+        needed = 2 if self._blamed.kind == "kill_in_start" else int(KINDS[self._blamed.kind].restarts)
+        if (beyond >= 2 and outcome.restarts >= needed) or beyond >= _UNNOTICED:
             self._next()
 
     def _next(self) -> None:

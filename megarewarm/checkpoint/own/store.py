@@ -28,6 +28,7 @@ from megarewarm.checkpoint.own.state import TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
+from megarewarm.parallel.ranks import is_loss
 
 Tensors = dict[str, Tensor]
 PARTIAL = ".partial"
@@ -163,6 +164,8 @@ def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
         with _quietly_alone():
             dcp.load(dict(tensors), storage_reader=TensorIndexReader(checkpoint), no_dist=not several)
     except (OSError, EOFError, RuntimeError, dcp.CheckpointException) as error:
+        if is_loss(error):
+            raise  # another rank is gone, which is no fault of the checkpoint
         first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"{checkpoint}: can't be read ({first}); name another checkpoint") from error
 
