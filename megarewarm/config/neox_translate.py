@@ -200,7 +200,8 @@ class _Translator:
             if isinstance(count, bool) or not isinstance(count, int):
                 raise self._error("attention_config", f'count {count!r} is neither a number nor "all": expected {shape}')
             if count > layers:
-                raise self._error("attention_config", f"describes more than the {layers} layers of num_layers")
+                described = len(kinds) + len(pattern) * count
+                raise self._error("attention_config", f"describes {described} layers, num_layers is {layers}")
             kinds += pattern * count
         if len(kinds) != layers:
             raise self._error("attention_config", f"describes {len(kinds)} layers, num_layers is {layers}")
