@@ -1,4 +1,5 @@
-"""Ranks lost while a checkpoint is written or read: the frozen are not waited for, a slow disk is, no checkpoint is blamed."""
+"""Ranks lost while a checkpoint is written or read: who is frozen is not waited for, a slow disk is, no checkpoint is
+blamed."""
 
 from __future__ import annotations
 
