@@ -37,7 +37,14 @@ def _wait_in_every_group(ranks: Ranks, layout: Layout) -> list[tuple[str, str, f
         began, said = time.monotonic(), "nothing"
         if ranks.rank != 3:  # which is silent in each of its groups
             try:
-                dist.all_reduce(torch.zeros(1), group=group)
+                if "pipeline" in name or "way" in name:  # where ranks send to one another
+                    peer = 1 - dist.get_rank(group)
+                    sent = dist.isend(torch.zeros(1), group=group, group_dst=peer)
+                    dist.recv(torch.zeros(1), group=group, group_src=peer)
+                    assert sent is not None
+                    sent.wait()
+                else:
+                    dist.all_reduce(torch.zeros(1), group=group)
             except RuntimeError as error:
                 said = "lost" if is_loss(error) else str(error)
             found.append((name, said, time.monotonic() - began))
@@ -59,6 +66,18 @@ def test_every_group_waits_as_long_as_all_ranks_do(layout: Layout) -> None:
         *(["shard"] if layout.shard > 1 else []),
     }
     assert expected <= set(lost)
+
+
+def test_a_loss_within_a_pipelines_stage_is_known_by_its_cause() -> None:
+    try:
+        try:
+            raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:41842")
+        except RuntimeError as error:
+            raise RuntimeError("Failed to run stage backward: Stage output: ('Tensor(torch.Size([2, 16, 32]))',)") from error
+    except RuntimeError as error:
+        assert is_loss(error)
+    assert not is_loss(RuntimeError("Failed to run stage backward: a defect"))
+    assert not is_loss(OSError("Connection timed out")) and not is_loss(None)
 
 
 class FrozenStore:

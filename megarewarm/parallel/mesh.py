@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,10 +65,14 @@ def choose_layout(parallel: ParallelConfig, world_size: int) -> Layout:
 
 
 def as_patient_as_all(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """``group``, from now on waiting for a rank as long as the group of all ranks does; torch gives it a default of its own."""
-    whole = dist.distributed_c10d._get_default_group()._get_backend(device)
-    dist.distributed_c10d._set_pg_timeout(whole.options._timeout, group)
+    """``group``, whose collectives from now on wait as long as those of all ranks do; torch gives it a default of its own."""
+    dist.distributed_c10d._set_pg_timeout(_patience_of_all(device), group)
     return group
+
+
+def _patience_of_all(device: torch.device) -> timedelta:
+    patience: timedelta = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
+    return patience
 
 
 class Mesh:
@@ -96,11 +101,12 @@ class Mesh:
         if layout.tensor > 1:
             self.tensor = self.devices.get_group("tensor")
         if layout.pipeline > 1:
-            self.pipeline = self.devices.get_group("pipeline")
+            # made with their patience: what is set afterwards does not reach messages from one rank to another
+            patience = _patience_of_all(self.device)
             for ranks_of_pipeline in self.devices.mesh.flatten(1).T.tolist():
-                group = dist.new_group(ranks_of_pipeline)
+                there, back = (dist.new_group(ranks_of_pipeline, timeout=patience) for _ in range(2))
                 if rank in ranks_of_pipeline:
-                    self.way_back = as_patient_as_all(group, self.device)
+                    self.pipeline, self.way_back = there, back
         if layout.data > 1:
             axes = [axis for axis in ("replicate", "shard") if getattr(layout, axis) > 1]
             data = self.devices.get_group(axes[0]) if len(axes) == 1 else self.devices[tuple(axes)]._flatten().get_group()

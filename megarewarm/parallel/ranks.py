@@ -92,8 +92,13 @@ def _keeper() -> str:
 _LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether ``error`` came out of a collective because another rank is gone or hangs."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+def is_loss(error: BaseException | None) -> bool:
+    """Whether ``error`` came out of a collective because another rank is gone or hangs.
+
+    torch's pipelines wrap what a stage fails of in words of their own: its causes are looked at as well.
+    """
+    while isinstance(error, RuntimeError):
+        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
+            return True
+        error = error.__cause__
+    return False

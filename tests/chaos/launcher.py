@@ -97,16 +97,18 @@ def _launch(job: Job, port: int) -> int:
     os.setsid()
     pids = [in_child(lambda rank=rank: _rank(job, rank, port)) for rank in range(job.ranks)]  # type: ignore[misc]
 
+    codes: dict[int, int] = {}
+
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for pid in pids:
-            _signal(pid, number)
+        for rank, pid in enumerate(pids):
+            if rank not in codes:  # its number may be another process's by now
+                _signal(pid, number)
 
     signal.signal(signal.SIGTERM, pass_on)
     partial = job.logs / "pids.partial"
     partial.write_text(json.dumps(pids))
     partial.rename(job.logs / "pids.json")
     store = _serve(port, job.ranks) if job.way == "agent" else None
-    codes: dict[int, int] = {}
     failed_at: float | None = None
     while len(codes) < job.ranks:
         for rank, pid in enumerate(pids):
