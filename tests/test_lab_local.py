@@ -123,7 +123,7 @@ def test_gpus_are_handed_out_one_group_a_run(tmp_path: Path, calls: Path, monkey
     arms = experiment(tmp_path, runs(a=None, b=None, c=None)).arms
     run_locally(arms, [], tmp_path / "e", jobs=2, every=0.02)
     used = [line.split()[3] for line in calls.read_text().splitlines() if line.startswith("begin")]
-    assert used[:2] == ["5", "7"] and set(used) == {"5", "7"} and len(used) == 3
+    assert sorted(used[:2]) == ["5", "7"] and set(used) == {"5", "7"} and len(used) == 3  # which speaks first is chance
 
 
 def test_a_sweep_of_some_runs_shows_those_alone(tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def checkpoint(whole: Experiment, arm: str, step: int) -> OwnCheckpoint:
 
 def test_the_trunk_goes_on_and_a_release_is_annealed_beside_it(tmp_path: Path) -> None:
     whole = chain(tmp_path)
-    assert run_experiment(whole, ALONE, quiet()) is None
+    assert run_experiment(whole, ALONE, quiet()) == 0
     first, second, release = (column(whole, arm, "lr") for arm in ("trunk-first", "trunk-second", "release"))
     assert first[-1] == second[0] == second[-1] == pytest.approx(CONSTANT)
     assert release[0] == pytest.approx(CONSTANT) and release[-1] == pytest.approx(CONSTANT / 10)
@@ -82,7 +82,7 @@ def test_a_chain_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path: Path) -> 
         for file in sorted((Path(cut.folder) / "trunk-second" / "checkpoints" / f"step_{step}").rglob("*"), reverse=True):
             file.unlink()
         (Path(cut.folder) / "trunk-second" / "checkpoints" / f"step_{step}").rmdir()
-    assert run_experiment(cut, ALONE, quiet()) is None
+    assert run_experiment(cut, ALONE, quiet()) == 0
     for arm in ("trunk-second", "release"):
         last = 20 if arm == "trunk-second" else 10
         one, two = (checkpoint(each, arm, last).whole_model().state_dict() for each in (whole, cut))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -45,15 +44,20 @@ def test_a_disk_that_is_full_at_the_start_is_named(tmp_path: Path) -> None:
         run.open(config(tmp_path), main=True)
 
 
+def vanish(folder: Path, number: int) -> None:
+    """At one stroke: file after file, the writer might put one between."""
+    (folder / "tensorboard").rename(folder / f"gone_{number}")
+
+
 def test_a_tensorboard_folder_that_vanishes_is_made_anew(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     metrics = Metrics(tmp_path, LoggingConfig(), "run", writes=True)
-    for _ in range(2):
+    for number in range(2):
         until_flushed(metrics)
-        shutil.rmtree(tmp_path / "tensorboard")
+        vanish(tmp_path, number)
         until_flushed(metrics)
         assert "tensorboard: can't be written (No such file or directory); it is begun anew" in capfd.readouterr().err
         assert list((tmp_path / "tensorboard").iterdir())
-    shutil.rmtree(tmp_path / "tensorboard")
+    vanish(tmp_path, 2)
     until_flushed(metrics)
     assert "nothing more is written there" in capfd.readouterr().err
     until_flushed(metrics)

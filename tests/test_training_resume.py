@@ -173,7 +173,7 @@ def test_moments_are_kept_or_reset_as_the_table_says(tmp_path: Path) -> None:
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(config(tmp_path, training={"budget": 2}), ALONE, quiet())
     before = sorted(path.name for path in (tmp_path / "tiny").rglob("*"))
-    with pytest.raises(UserError, match=r"schedule\.max_lr was 0\.01; now it is 0\.02"):
+    with pytest.raises(UserError, match=r"schedule\.max_lr was 0\.01, now it is 0\.02"):
         train(config(tmp_path, training={"budget": 2}, schedule={"max_lr": 2e-2}), ALONE, quiet())
     assert before == sorted(path.name for path in (tmp_path / "tiny").rglob("*"))
     train(config(tmp_path, training={"budget": 2, "micro_batch": 8}, logging={"every": 1}), ALONE, quiet())

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.config.load import validate
+from megarewarm.config.run_format import take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.row_places import RowPlace
@@ -170,7 +171,8 @@ def _config_of(folder: Path) -> RunConfig:
     path = RunFolder(folder).config_file
     if not path.is_file():
         raise UserError(f"{path}: not there, so {folder} is no run folder; name the folder of a run")
-    config = validate(RunConfig, *read_yaml(path))
+    mapping, origins = read_yaml(path)
+    config = validate(RunConfig, take_format(mapping, str(path)), origins)
     kernels = config.kernels.model_copy(update={"deterministic": True})
     return config.model_copy(update={"folder": str(folder), "kernels": kernels})
 
