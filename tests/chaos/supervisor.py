@@ -212,6 +212,9 @@ class Supervisor:
             return True
         if any(code in (1, 3, -6, -11, -7, -8) for code in codes.values()):
             return self._fail(f"ended with codes {codes} ({job.way}): see {job.logs}")
+        if _BUSY in text and self._orphans_before:
+            self._end_orphans(self._orphans_before)  # refused, rightly
+            return False
         if blamed is None:
             self.unprovoked.append(f"ended with codes {codes} without a fault ({job.way}): see {job.logs}")
             return True
@@ -236,10 +239,6 @@ class Supervisor:
         if named:
             outcome.named = named[0].strip()
             outside.repair(fault, self._scenario.place)
-            return True
-        if _BUSY in text:
-            self._end_orphans(self._orphans_before)
-            outcome.restarts -= 1  # refused, rightly
             return True
         if fault.kind.startswith(("kill", "term", "freeze", "usr1", "corrupt")) and (_NOT_MET in text or not fault.rank):
             return True  # of bad input a host's first rank speaks for all; the one that was killed can't
