@@ -16,7 +16,7 @@ from report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, w
 
 from megarewarm.errors import UserError
 from megarewarm.report import read as reading
-from megarewarm.report.read import Run, read_run, read_runs
+from megarewarm.report.read import Run, _parse, read_run, read_runs
 
 START = {
     "event": "start",
@@ -232,3 +232,8 @@ def test_rows_of_train_lines_are_read_as_they_are_one_by_one(tmp_path: Path, dat
             patch.setattr(reading, "_CHUNK", chunk)
             answers.append(told())
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_number_of_thousands_of_digits_is_a_damaged_line(tmp_path: Path) -> None:
+    """Found by the property test of hostile files: Python's JSON reader ends at 4,300 digits with an error of another kind."""
+    assert _parse(b"1" * 5000) is None and _parse(b'{"event": "x", "step": ' + b"1" * 5000 + b"}") is None

@@ -314,6 +314,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         try:
             event = json.loads(line.decode("utf-8", errors="replace"))  # Python's dialect: NaN and Infinity
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # not JSON, or a number of more digits than Python reads
             return None
     return event if isinstance(event, dict) and "event" in event else None
