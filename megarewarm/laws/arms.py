@@ -171,7 +171,7 @@ def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Pat
         config=run.config,
         schedule=spec if isinstance(spec, dict) else {},
         rates=rates,
-        tokens_per_step=run.tokens / run.steps,
+        tokens_per_step=run.tokens / max(run.steps, 1),
         losses=losses,
         rate_before=rate_before,
         sum_before=sum_before,
