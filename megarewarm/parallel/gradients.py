@@ -28,7 +28,10 @@ class Gradients(Protocol):
         """Replace every parameter's gradient by its sum over the ranks that have a part of it."""
 
     def norm(self) -> float:
-        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks."""
+        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks.
+
+        It is not finite if any number on any rank isn't, also in a part that another rank counts.
+        """
 
     def scale_(self, factor: float) -> None:
         """Multiply them by ``factor``."""
@@ -95,6 +98,7 @@ class FlatGradients:
         self._divided = self.flat[: bounds[1]]
         self._whole = self.flat[bounds[1] : bounds[3]]
         self._partial = self.flat[bounds[2] : bounds[3]]
+        self._copies = self.flat[bounds[3] :]
 
     def zero(self) -> None:
         self.flat.zero_()
@@ -110,9 +114,9 @@ class FlatGradients:
     def norm(self) -> float:
         if self._mesh.layout.model == 1:
             return float(torch.linalg.vector_norm(self.flat))
-        squares = _square(self._divided)
-        if self._mesh.tensor_rank == 0:
-            squares = squares + _square(self._whole)
+        # of what another rank counts only whether it is finite: here, too, it is what the optimizer will use
+        counted = 1.0 if self._mesh.tensor_rank == 0 else 0.0
+        squares = _square(self._divided) + counted * _square(self._whole) + 0.0 * _square(self._copies)
         dist.all_reduce(squares)
         return math.sqrt(float(squares) / self._mesh.layout.data)
 
@@ -158,8 +162,8 @@ class ShardedGradients:
         squares = torch.zeros((), dtype=torch.float64, device=next(iter(self._local.values())).device)
         for name in self._local:
             kind = _kind(self._placements[name], name in self._copies)
-            if kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0):
-                squares += _square(self._grad(name))
+            counted = kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0)
+            squares += (1.0 if counted else 0.0) * _square(self._grad(name))  # not finite is seen wherever it is
         dist.all_reduce(squares)
         return math.sqrt(float(squares) / self._mesh.layout.replicate)
 

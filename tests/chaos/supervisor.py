@@ -198,6 +198,8 @@ class Supervisor:
             self._blamed_at = self._tail.step
         beyond = self._tail.step - self._blamed_at
         needed = 2 if self._blamed.kind == "kill_in_start" else int(KINDS[self._blamed.kind].restarts)
+        if self._blamed.kind == "kill_launcher" and launcher.alive(self._orphans_before):
+            return  # the steps that go by are theirs
         if (beyond >= 2 and outcome.restarts >= needed) or beyond >= _UNNOTICED:
             self._next()
 
