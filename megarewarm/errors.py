@@ -16,11 +16,13 @@ EXIT_TIME_LIMIT = 75
 
 
 class UserError(Exception):
-    """Bad input. The message is printed as it is, without a traceback, and the process exits with code 2.
+    """Bad input. The message is printed as it is, without a traceback, and the process exits with ``exit_code``.
 
     It may quote a file, a URL, a config's value or the words of another library, so tokens and passwords in it are replaced by
     stars, and signs that a terminal would obey are taken out.
     """
+
+    exit_code = EXIT_BAD_INPUT
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(printable(message)))

@@ -15,7 +15,7 @@ from megarewarm.config.experiment import Experiment, is_experiment, load_experim
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
-from megarewarm.errors import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
+from megarewarm.errors import EXIT_DIVERGED, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
 from megarewarm.parallel.launchers import Launch, read_launcher
 
 _EPILOG = """\
@@ -27,8 +27,8 @@ Start it with any of:
   torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
   deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
 The same command after an interruption continues where the run stood.
-Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 128 + signal when stopped by one (a checkpoint was
-saved)."""
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 75 the time limit is up, 128 + signal
+when stopped by one (after both a checkpoint was saved)."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,11 +77,11 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
         return _run(validate(RunConfig, mapping, origins), launch, console, dry=arguments.dry_run)
     except UserError as error:
-        # one voice per node: the others would only repeat it
+        # ranks that are not connected: one voice per node, the others would only repeat it
         if launch is None or launch.local_rank == 0:
             prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
             print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return error.exit_code
 
 
 def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
@@ -108,6 +108,10 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
 
             return run_experiment(what, ranks, console, only)
         return train(what, ranks, console).exit_code
+    except UserError as error:
+        if ranks.is_to_say(str(error)):
+            print(f"{'' if ranks.is_main else f'rank {ranks.rank}: '}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except (TrainingDiverged, ReplicasDiffer) as error:
         if ranks.is_main:
             print(str(error), file=sys.stderr, flush=True)

@@ -15,9 +15,22 @@ import torch.multiprocessing as mp
 
 from megarewarm.parallel.ranks import Ranks
 
+# Ranks are forked from one process that has imported what they need: seconds, once and not once a rank.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.checkpoint", "megarewarm.training.trainer"])
 
-def _work(rank: int, world_size: int, meeting_point: str, function: Callable[..., Any], args: tuple, answers: Any) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1"}
+
+def _work(
+    rank: int,
+    world_size: int,
+    meeting_point: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple,
+    answers: Any,
+) -> None:
+    os.environ.clear()
+    os.environ |= environment | {"OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=world_size)
@@ -35,11 +48,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
     Raises ``AssertionError`` with the traceback of the first rank that failed.
     """
-    context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
+    answers = _CONTEXT.SimpleQueue()
     meeting_point = f"{tempfile.mkdtemp()}/store"
     processes = [
-        context.Process(target=_work, args=(rank, world_size, meeting_point, function, args, answers))
+        _CONTEXT.Process(target=_work, args=(rank, world_size, meeting_point, dict(os.environ), function, args, answers))
         for rank in range(world_size)
     ]
     for process in processes:

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ _INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
 _INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
-_ATTENTION_USUAL = (("bf16", 64, False), ("bf16", 64, True), ("bf16", 80, False), ("fp32", 64, True))
+_ATTENTION_USUAL = (("bf16", 64, True), ("fp32", 64, True))
+_USUAL = {80: " bf16 d 64 documents", 90: ""}  # architecture -> what kernels that are compiled for it have in their names
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -76,7 +77,15 @@ class Compiled:
 
 
 def configurations(every: bool = True) -> Iterator[Configuration]:
-    """The configurations that are shipped; not ``every``: without those of attention that take long and few need."""
+    """The configurations that are shipped; not ``every``: a sample of attention's, and the GPUs that ``_USUAL`` says."""
+    for each in _shipped(every):
+        if not every:
+            wanted = tuple(a for a in each.architectures if a in _USUAL and _USUAL[a] in each.name)
+            each = replace(each, architectures=wanted)
+        yield each
+
+
+def _shipped(every: bool) -> Iterator[Configuration]:
     for form, tanh in (("exact", False), ("tanh", True)):
         for dtype in ("bf16", "fp32"):
             tile = {"TANH": tanh, "ROWS": _ROWS, "COLUMNS": _COLUMNS}

@@ -65,10 +65,12 @@ def test_any_text_gets_the_ids_of_the_library(pair: tuple[FastBPE, tokenizers.To
     assert np.array_equal(fast.encode(text), ids_of(library, text))
 
 
-def test_every_character_in_company(pair: tuple[FastBPE, tokenizers.Tokenizer]) -> None:
-    """All code points of Unicode beside letters, digits, spaces and themselves: the two divide words alike."""
+@pytest.mark.parametrize("above", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_character_in_company(pair: tuple[FastBPE, tokenizers.Tokenizer], above: int) -> None:
+    """Code points of Unicode beside letters, digits, spaces and themselves: the two divide words alike. All of the scripts
+    below the Chinese characters, and every ``above``-th beyond."""
     fast, library = pair
-    points = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    points = [chr(c) for c in (*range(0x3400), *range(0x3400, 0x110000, above)) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(points), 20_000):
         text = "".join(f"a{c}1 {c}!" for c in points[start : start + 20_000])
         assert np.array_equal(fast.encode(text), ids_of(library, text)), hex(start)

@@ -193,6 +193,14 @@ def test_a_run_that_lacks_its_export_is_not_done(tmp_path: Path) -> None:
         assert (prospect.state, prospect.tokens) == (state, 0)
 
 
+def said(whole: Experiment, **options: Any) -> str:
+    """What a sweep prints that has nothing to start."""
+    console = Console(file=io.StringIO(), width=200)
+    usual: dict[str, Any] = {"launcher": "local", "jobs": None, "ranks": 1, "options": [], "only": [], "environment": {}}
+    assert lab_sweep.sweep(whole, [], console, **usual | options) == 0
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/sweep.py", str(place / "e.yml"), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
@@ -201,9 +209,9 @@ def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.launch
 def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Path) -> None:
     chosen = [*runs(a=None, b="a@50%"), {"name": "bad", "training": {"global_batch": 3}, "parallel": {"data": 2}}]
-    arms: list[Arm] = experiment(tmp_path, chosen).arms
-    shown = sweep(tmp_path, "--dry-run")
-    assert shown.returncode == 0 and "0 of 3 runs are done" in shown.stdout and not (tmp_path / "e").exists()
+    whole = experiment(tmp_path, chosen)
+    arms: list[Arm] = whole.arms
+    assert "0 of 3 runs are done" in said(whole, dry_run=True) and not (tmp_path / "e").exists()
     first = sweep(tmp_path, "--jobs", "2")
     assert first.returncode == 1, first.stdout + first.stderr
     assert "bad: exit code 2: " in first.stdout and "1 runs failed" in first.stdout
@@ -212,8 +220,7 @@ def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Pa
     assert [run["name"] for run in record["runs"]] == ["a", "b", "bad"]
     assert events(Path(arms[1].config.run_folder), "start")[0]["from"].endswith("/a/checkpoints/step_10")
     lines = (tmp_path / "e" / "a" / "metrics.jsonl").read_text()
-    again = sweep(tmp_path, "--only", "a", "--only", "b")
-    assert again.returncode == 0 and "2 of 2 runs are done" in again.stdout
+    assert "2 of 2 runs are done" in said(whole, only=["a", "b"], dry_run=False)
     assert (tmp_path / "e" / "a" / "metrics.jsonl").read_text() == lines
     refused = sweep(tmp_path, "experiment=f")
     assert refused.returncode == 2 and "holds the experiment 'e', this one is 'f'" in refused.stderr
@@ -222,8 +229,9 @@ def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Pa
 @pytest.mark.launch
 @pytest.mark.parametrize("name", ["rewarm_2308_04014_mini", "replay_2403_08763_mini"])
 def test_the_mini_experiments_run_in_their_quick_form(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Every arm, stage and figure, on the real text, in a folder of their own that both share."""
-    place = tmp_path_factory.getbasetemp() / "mini"
+    """Every arm, stage and figure, on the real text, in a folder of their own that both share, also from two test processes."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mini"
     place.mkdir(exist_ok=True)
     command = [sys.executable, str(ROOT / "launch.sh"), str(ROOT / "configs" / "experiments" / f"{name}.yml"), "--quick"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -182,8 +183,20 @@ def test_a_rank_that_never_comes_is_named(place: Path) -> None:
     }
     words = [sys.executable, "launch.sh", path]
     result = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.returncode == 4 and result.stderr.count("\n") == 1
     assert "the 3 ranks did not meet" in result.stderr and "no word from ranks 1, 2 in 0.05 minutes" in result.stderr
+
+
+def test_a_start_beside_ranks_that_still_live_is_refused_before_it_reads_a_checkpoint(place: Path) -> None:
+    path = write_config(place, "guarded")
+    assert run("python", path).returncode == 0
+    for checkpoint in (place / "guarded" / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("half rem")  # as if the others were just removing them
+    with open(place / "guarded" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = run("torchrun", path)
+    said = [line for line in result.stderr.splitlines() if "guarded" in line]
+    assert said == [f"{place / 'guarded'}: another process is training in this folder; wait for it or set 'name'"]
 
 
 def test_a_rank_that_hangs_ends_the_job_by_name(place: Path) -> None:

@@ -6,6 +6,8 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +389,27 @@ def test_ranks_that_fell_silent_are_named() -> None:
     ranks[1].report(8)
     assert ranks[0].give_up(patience=0) == "ranks 2, 3 (last heard of in step 7)"
     assert Ranks(0, 1, torch.device("cpu")).give_up() == "another rank"
+
+
+def _speaking(store: dist.Store, messages: dict[int, str]) -> list[int]:
+    """Of three ranks that end with ``messages``, those that are to print theirs."""
+    ranks = {rank: Ranks(rank, 3, torch.device("cpu"), store=store) for rank in messages}
+    with ThreadPoolExecutor(3) as pool:
+        asked = {rank: pool.submit(ranks[rank].is_to_say, message, 0.5) for rank, message in messages.items()}
+    return [rank for rank, answer in asked.items() if answer.result()]
+
+
+def test_what_ends_several_ranks_is_said_once() -> None:
+    store = dist.HashStore()
+    assert _speaking(store, {0: "a", 1: "a", 2: "a"}) == [0]
+    assert _speaking(store, {0: "b", 1: "c", 2: "d"}) == [0, 1, 2]
+    assert _speaking(store, {1: "e"}) == [1]
+    assert len(_speaking(store, {1: "f", 2: "f"})) == 1
+    assert Ranks(0, 1, torch.device("cpu")).is_to_say("alone")
+    main = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    other = dist.TCPStore("127.0.0.1", main.port, 2, False, timeout=timedelta(seconds=5))
+    del main  # whoever held the store has died: better twice than never
+    assert _speaking(other, {2: "g"}) == [2]
 
 
 def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from tiny import config, events, mapping, quiet
 
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.parallel.replicas import ReplicasDiffer, _replicas, checksum
+from megarewarm.parallel.replicas import ReplicasDiffer, _holders, checksum
 from megarewarm.training import trainer
 from megarewarm.training.trainer import train
 
@@ -43,21 +43,29 @@ def test_values_that_change_places_change_it_and_pieces_do_not(monkeypatch: pyte
 
 
 def test_which_ranks_hold_the_same() -> None:
-    assert _replicas(Layout(1, 4, 1, 1), 4) == [[0, 1, 2, 3]]
-    assert _replicas(Layout(1, 2, 1, 2), 4) == [[0, 2], [1, 3]]
-    assert _replicas(Layout(2, 2, 1, 1), 4) == [[0, 1], [2, 3]]
-    assert _replicas(Layout(1, 2, 2, 1), 4) == [[0, 2], [1, 3]]
+    assert _holders("replicated", Layout(1, 4, 1, 1)) == [[0, 1, 2, 3]]
+    assert _holders("replicated", Layout(1, 2, 1, 2)) == [[0, 2], [1, 3]]
+    assert _holders("replicated", Layout(2, 2, 1, 1)) == [[0, 1], [2, 3]]
+    assert _holders("replicated", Layout(1, 2, 2, 1)) == [[0, 2], [1, 3]]
+    assert _holders("on tensor ranks", Layout(1, 2, 1, 2)) == [[0, 1, 2, 3]]
+    assert _holders("on tensor ranks", Layout(1, 2, 2, 2)) == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert _holders("tied", Layout(3, 2, 1, 1)) == [[0, 1, 4, 5]]
+    assert _holders("tied", Layout(2, 1, 1, 2)) == [[0, 2], [1, 3]]
 
 
-def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any]) -> str | None:
-    """Train, with a bit flipped on rank ``flipped`` after step 12; the message that ends the run."""
+MATRIX = "layers.1.mlp.dense_h_to_4h.weight"
+
+
+def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any], name: str, moment: str | None) -> str | None:
+    """Train, with a bit of a parameter or its moment flipped on rank ``flipped`` after step 12; the message that ends the
+    run."""
     original = trainer.training_step
 
     def step(run: Any, lr: float) -> Any:
         result = original(run, lr)
         if run.step == 11 and ranks.rank == flipped:
-            parameter = run.model.parameters["layers.1.mlp.dense_h_to_4h.weight"]
-            parameter.data.view(-1).view(torch.int32)[3] ^= 1 << 20
+            held = run.model.parameters[name].data if moment is None else run.optimizer.moments()[moment, name]
+            held.view(-1).view(torch.int32)[3] ^= 1 << 20
         return result
 
     trainer.training_step = step
@@ -70,36 +78,66 @@ def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any
     return None
 
 
+NORM = "layers.0.input_layernorm.weight"
+TIED = {"model": {"tie_embeddings": True}, "parallel": {"pipeline": 2}, "training": {"micro_batch": 2}}
+
+
 @pytest.mark.parametrize(
-    ("world_size", "changes", "named"),
+    ("world_size", "changes", "name", "moment", "named"),
     [
-        (2, {}, "ranks 0 on {host}, 1 on {host} should be equal and differ in layers.1.mlp.dense_h_to_4h.weight"),
-        (3, {"training": {"global_batch": 6, "micro_batch": 2}}, "the weights of rank 1 on {host} changed without a step"),
-        (4, {"parallel": {"sharding": "zero2", "shard_ranks": 2}}, "ranks 1 on {host}, 3 on {host} should be equal"),
-        (4, {"parallel": {"tensor": 2}}, "ranks 1 on {host}, 3 on {host} should be equal and differ in layers.1.mlp"),
+        (2, {}, MATRIX, None, "ranks 0 on {host}, 1 on {host} should be equal and differ in layers.1.mlp.dense_h_to_4h.weight"),
+        (3, {"training": {"global_batch": 6, "micro_batch": 2}}, MATRIX, None, "the weights of rank 1 on {host} changed"),
+        (4, {"parallel": {"sharding": "zero2", "shard_ranks": 2}}, MATRIX, None, "ranks 1 on {host}, 3 on {host} should be"),
+        (
+            4,
+            {"parallel": {"tensor": 2}},
+            MATRIX,
+            None,
+            "ranks 1 on {host}, 3 on {host} should be equal and differ in layers.1.mlp",
+        ),
+        # seen before it reaches the weights, so that no checkpoint has it
+        (2, {"checkpoint": {"every": 4}}, MATRIX, "exp_avg_sq", "should be equal and differ in exp_avg_sq of layers.1.mlp"),
+        (
+            2,
+            {"parallel": {"tensor": 2, "sequence": True}},
+            NORM,
+            None,
+            "should be equal and differ in layers.0.input",
+        ),
+        (2, TIED, "embed_in.weight", None, "ranks 0 on {host}, 1 on {host} should be equal and differ in embed_in.weight"),
     ],
-    ids=["two", "majority", "sharded", "tensor"],
+    ids=["two", "majority", "sharded", "tensor", "moment", "whole_on_tensor_ranks", "tied"],
 )
 def test_a_flipped_bit_ends_the_run_and_is_not_saved(
-    tmp_path: Path, world_size: int, changes: dict[str, Any], named: str
+    tmp_path: Path, world_size: int, changes: dict[str, Any], name: str, moment: str | None, named: str
 ) -> None:
     host = socket.gethostname()
+    every = changes.get("checkpoint", {"every": 5})["every"]
     mapping(tmp_path)  # the token files, before the ranks look for them
-    messages = run_ranks(_train, world_size, str(tmp_path), 1, changes)
+    messages = run_ranks(_train, world_size, str(tmp_path), 1, changes, name, moment)
     assert len(set(messages)) == 1 and messages[0] is not None
     assert named.format(host=host) in messages[0]
     folder = tmp_path / "tiny"
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_10", "step_5"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == sorted(
+        f"step_{step}" for step in range(every, 12, every)
+    )
     assert events(folder, "stop")[-1]["reason"] == "replicas differ"
     # the same command goes on from the last checkpoint, to the end
-    assert run_ranks(_train, world_size, str(tmp_path), None, changes) == [None] * world_size
+    assert run_ranks(_train, world_size, str(tmp_path), None, changes, name, moment) == [None] * world_size
     assert (folder / "checkpoints/step_20").is_dir()
+
+
+def test_the_ends_of_a_pipeline_stay_equal_with_three_replicas(tmp_path: Path) -> None:
+    """A sum of three ranks depends on the order in which a collective takes them, and that on a value's place in its buffer."""
+    changes = {**TIED, "training": {"global_batch": 6, "micro_batch": 1}, "reliability": {"check_replicas": 1}}
+    mapping(tmp_path)
+    assert run_ranks(_train, 6, str(tmp_path), None, changes, MATRIX, None) == [None] * 6
 
 
 def test_comparing_can_be_turned_off_and_has_its_interval(tmp_path: Path) -> None:
     off = {"reliability": {"check_replicas": None}}
     mapping(tmp_path)
-    assert run_ranks(_train, 2, str(tmp_path), 1, off) == [None, None]
+    assert run_ranks(_train, 2, str(tmp_path), 1, off, MATRIX, None) == [None, None]
     every = config(tmp_path, reliability={"check_replicas": 3})
     assert list(trainer.replica_checks(every, 0)) == [3, 6, 9, 12, 15, 18]
     assert list(trainer.replica_checks(every, 7)) == [9, 12, 15, 18]

@@ -266,13 +266,13 @@ def test_page_opens_and_asks_the_network_for_nothing(page: Path, tmp_path: Path)
 
 
 def test_tool(tmp_path: Path) -> None:
-    grid = write_grid(tmp_path / "grid", seeds=(1,))
+    grid = two_arms(tmp_path / "grid", {1: 2.6, 2: 2.7})
     done = run_tool(grid, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
     file = tmp_path / "e.yml"
     file.write_text(f"experiment: grid\nfolder: {grid}\nruns: [{{name: a}}]\n")
-    assert run_tool(file, "--output", tmp_path / "yaml").returncode == 0 and (tmp_path / "yaml" / "chains.svg").exists()
+    assert run_tool(file, "--output", tmp_path / "yaml").returncode == 0 and (tmp_path / "yaml" / "pareto_1.svg").exists()
     cases = (((grid, grid), "give it alone"), ((file, "--quick"), "nothing there yet"), ((grid, "--quick"), "--quick goes"))
     for wrong, says in cases:
         bad = run_tool(*wrong)

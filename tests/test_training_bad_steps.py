@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from megarewarm.errors import UserError
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
+from megarewarm.training.signals import StopRequest
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.step import TrainingDiverged
 from megarewarm.training.trainer import train
@@ -132,6 +136,36 @@ def test_too_many_in_a_row_end_the_run_and_no_checkpoint_takes_the_place_of_a_go
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_5"]
     assert events(folder, "stop")[-1]["reason"] == "diverged"
     assert sorted(path.name for path in (folder / "batches").iterdir()) == [f"step_{n}.json" for n in (10, 11, 12, 9)]
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["good_weights", "weights_not_finite"])
+def test_a_stop_amid_bad_steps_saves_if_the_weights_are_good(
+    tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Faults(monkeypatch, dict.fromkeys(range(9, 99), "loss"))
+    original = trainer.training_step
+
+    def stopped(run: Any, lr: float) -> Any:
+        result = original(run, lr)
+        if run.step == 10:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            while not requests[0].received:
+                time.sleep(0.01)
+            if damaged:
+                next(iter(run.model.parameters.values())).data.view(-1)[3] = math.inf
+        return result
+
+    requests: list[StopRequest] = []
+    entered = StopRequest.__enter__
+    monkeypatch.setattr(StopRequest, "__enter__", lambda self: requests.append(self) or entered(self))
+    monkeypatch.setattr(trainer, "training_step", stopped)
+    console = quiet()
+    outcome = train(config(tmp_path, reliability={"give_up_after": 5}), ALONE, console)
+    assert (outcome.step, outcome.exit_code) == (11, 128 + signal.SIGUSR1)
+    saved = sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())
+    assert saved == (["step_5"] if damaged else ["step_11", "step_5"])
+    said = " ".join(console.file.getvalue().split())
+    assert ("not saved, for the weights are not finite" if damaged else "saved; the same command continues from here") in said
 
 
 def test_stop_ends_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,10 @@ def test_newer_formats_are_refused_in_one_line(old: Path) -> None:
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match=rf"state\.json: format {FORMAT + 1} is newer"):
         open_checkpoint(str(state.parent))
+    # also where it has nothing that this version needs
+    state.write_text(json.dumps({"format": FORMAT + 1}))
+    with pytest.raises(UserError, match=rf"state\.json: format {FORMAT + 1} is newer"):
+        open_checkpoint(str(state.parent))
 
     config, settings = config_of(), (old / "config.yaml").read_text()
     (old / "config.yaml").write_text(f"format: {RUN_FORMAT}\n{settings}")

@@ -99,7 +99,6 @@ def choose(
     raise ValueError(f"no attention for heads of {head_dim} in {dtype} on {device.type}: {refused[-1]}")
 
 
-@torch.compiler.assume_constant_result
 def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, deterministic: bool, wanted: str) -> str:
     name, reason = choose(device, dtype, head_dim, documents=documents, deterministic=deterministic, wanted=wanted)
     if wanted not in ("auto", name):
@@ -108,6 +107,10 @@ def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, documents: 
             _said.add(message)
             _log.warning(message)
     return name
+
+
+# what torch.compiler.assume_constant_result does, which imports the whole compiler, a third of a process's start
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _objection(

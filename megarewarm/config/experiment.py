@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megarewarm.config.arms import Arm, arms_of
 from megarewarm.config.load import merge, validate
-from megarewarm.config.section import Positive, Section
+from megarewarm.config.section import FolderName, Positive, Section
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
 
@@ -46,7 +46,7 @@ class ExperimentConfig(Section):
     """Several runs in one file. ``${folder}`` in any text stands for the experiment's folder, ``${runs}`` for the one that its
     runs of the same seed are in."""
 
-    experiment: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the experiment.")
+    experiment: FolderName = Field(description="Name of the experiment.")
     title: str | None = Field(None, description="Heading of its report; null: the name.")
     folder: str | None = Field(None, description="Folder of the experiment; null: runs/NAME.")
     prepare: PrepareConfig | None = Field(None, description="Data to prepare first; null: nothing.")
@@ -91,13 +91,6 @@ class ExperimentConfig(Section):
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one is given twice")
         return self
-
-    @field_validator("experiment")
-    @classmethod
-    def _no_way_out(cls, name: str) -> str:
-        if not name.strip("."):
-            raise ValueError(f"'{name}' names no folder")
-        return name
 
     @property
     def experiment_folder(self) -> str:

@@ -84,8 +84,8 @@ class ReliabilityConfig(Section):
     )
     check_replicas: Budget | None = Field(
         Budget(amount=100, unit="steps"),
-        description="Interval at which ranks that hold the same weights compare checksums of them; before every checkpoint as "
-        "well. A difference ends the run with exit code 5 and names the rank. null: never.",
+        description="Interval at which ranks that hold the same weights and moments compare checksums of them; before every "
+        "checkpoint as well. A difference ends the run with exit code 5 and names the rank. null: never.",
         validate_default=False,
     )
     slow_step: float | None = Field(

@@ -24,7 +24,7 @@ from megarewarm.config.execution import (
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
 from megarewarm.config.reliability import ReliabilityConfig
-from megarewarm.config.section import LearningRate, Positive, Section
+from megarewarm.config.section import FolderName, LearningRate, Positive, Section
 
 
 class ModelConfig(Section):
@@ -247,7 +247,7 @@ def _names(keys: set[str]) -> str:
 class RunConfig(Section):
     """One training run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the run; the run folder is called after it.")
+    name: FolderName = Field(description="Name of the run; the run folder is called after it.")
     folder: str | None = Field(None, description="Run folder; null: runs/NAME.")
     model: ModelConfig | None = Field(None, description="Shape of the model; null: the start checkpoint's.")
     start: StartConfig = StartConfig()

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 LearningRate = Annotated[float, Field(ge=0)]
+
+
+def _no_way_out(name: str) -> str:
+    if not name.strip("."):
+        raise ValueError(f"'{name}' names no folder")
+    return name
+
+
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$"), AfterValidator(_no_way_out)]
+"""A name after which a folder is called."""
 
 
 class Section(BaseModel):

@@ -15,15 +15,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megarewarm.errors import UserError
+from megarewarm.errors import EXIT_RANK_LOST, UserError
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.ranks import Ranks
+
+
+class RanksDidNotMeet(UserError):
+    """A rank was never started, can't be reached, or died before all were there: another try may go well."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
     """The ranks of ``launch`` on ``device`` (auto, cpu or cuda): NCCL on GPUs, gloo on CPUs, nothing for one rank.
 
-    Raises ``UserError`` when there is no such device, and when the ranks don't meet in time.
+    Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when they don't in time.
     """
     chosen = _device(launch, device)
     if launch.world_size == 1:
@@ -48,7 +54,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
         _wait_for_all(store, launch, timeout, "connected")
     except (RuntimeError, dist.DistError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
+        raise RanksDidNotMeet(
             f"the {launch.world_size} ranks did not meet (rank {launch.rank} of launcher {launch.launcher}, on host "
             f"{socket.gethostname()}, master {launch.master_addr}:{launch.master_port}): {first}; check that every rank was "
             f"started and that the master's port is free and reachable"

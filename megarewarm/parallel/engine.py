@@ -27,7 +27,8 @@ from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
-from megarewarm.parallel.mesh import Mesh, as_patient_as_all
+from megarewarm.parallel.groups import new_groups
+from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import place
 from megarewarm.parallel.recompute import recompute
 
@@ -38,7 +39,8 @@ class ParallelModel:
     """A NeoX laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
 
     ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
-    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there.
+    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``:
+    parameters that the first and the last pipeline rank both hold.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class ParallelModel:
                     layer.compile()
         if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
+        self.tied: frozenset[str] = frozenset()
         copies, reduce_copies = self._tie(parallel.schedule)
         self._copies = copies
 
@@ -217,23 +220,18 @@ class ParallelModel:
         name = "embed_in.weight"
         if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
             return frozenset(), None
+        self.tied = frozenset([name])
         per_stage = layout.data * layout.tensor
-        mine: dist.ProcessGroup | None = None
-        for i in range(per_stage):
-            ends = [i, (layout.pipeline - 1) * per_stage + i]
-            group = dist.new_group(ends)
-            if self.mesh.ranks.rank in ends:
-                mine = as_patient_as_all(group, self.mesh.device)
-        if mine is None:
+        group = new_groups([(i, (layout.pipeline - 1) * per_stage + i) for i in range(per_stage)])
+        if group is None:
             return frozenset(), None
-        group = mine
 
         def reduce() -> None:
             grad = self.parameters[name].grad
             assert grad is not None
             dist.all_reduce(grad, group=group)
 
-        return frozenset([name]) if self._has_last else frozenset(), reduce
+        return self.tied if self._has_last else frozenset(), reduce
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype

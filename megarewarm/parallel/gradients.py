@@ -106,10 +106,12 @@ class FlatGradients:
     def reduce(self) -> None:
         if self._mesh.tensor is not None and self._partial.numel():
             dist.all_reduce(self._partial, group=self._mesh.tensor)
-        if self._reduce_copies is not None:
-            self._reduce_copies()
         if self._mesh.data is not None:
             dist.all_reduce(self.flat, group=self._mesh.data)
+        # last: the copies lie at different places of ``flat``, where a sum of three ranks may be rounded otherwise; one of two
+        # ranks is the same on both
+        if self._reduce_copies is not None:
+            self._reduce_copies()
 
     def norm(self) -> float:
         if self._mesh.layout.model == 1:

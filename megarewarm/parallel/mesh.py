@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.errors import UserError
+from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.ranks import Ranks
 
 AXES = ("pipeline", "replicate", "shard", "tensor")
@@ -34,6 +36,12 @@ class Layout:
     def model(self) -> int:
         """Ranks that hold one replica of the model together, sharding of its data-parallel copies aside."""
         return self.pipeline * self.tensor
+
+    @property
+    def grid(self) -> Tensor:
+        """The numbers of all ranks, in a dimension for each of ``AXES``."""
+        shape = (self.pipeline, self.replicate, self.shard, self.tensor)
+        return torch.arange(math.prod(shape)).view(shape)
 
     def __str__(self) -> str:
         data = f"{self.replicate}x{self.shard}" if self.replicate > 1 and self.shard > 1 else str(self.data)
@@ -64,15 +72,11 @@ def choose_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     return Layout(parallel.pipeline, data // shard, shard, parallel.tensor)
 
 
-def as_patient_as_all(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """``group``, whose collectives from now on wait as long as those of all ranks do; torch gives it a default of its own."""
-    dist.distributed_c10d._set_pg_timeout(_patience_of_all(device), group)
-    return group
-
-
-def _patience_of_all(device: torch.device) -> timedelta:
-    patience: timedelta = dist.distributed_c10d._get_default_group()._get_backend(device).options._timeout
-    return patience
+def ranks_along(grid: Tensor, *axes: str) -> list[list[int]]:
+    """The ranks of ``grid``, whose dimensions are ``AXES``, in groups of those that differ along ``axes`` only."""
+    places = [AXES.index(axis) for axis in axes]
+    size = math.prod(grid.shape[place] for place in places)
+    return grid.permute(*(place for place in range(len(AXES)) if place not in places), *places).reshape(-1, size).tolist()
 
 
 class Mesh:
@@ -93,24 +97,18 @@ class Mesh:
         self.pipeline_rank = rank // (layout.tensor * layout.data)
         if ranks.world_size == 1:
             return
-        self.devices = init_device_mesh(
-            ranks.device.type, (layout.pipeline, layout.replicate, layout.shard, layout.tensor), mesh_dim_names=AXES
-        )
-        for axis in AXES:
-            as_patient_as_all(self.devices.get_group(axis), self.device)
+        grid = layout.grid
+        groups = {axis: new_groups(ranks_along(grid, axis)) for axis in AXES}
+        held = [group for group in groups.values() if group is not None]  # this rank is in one along each axis
+        self.devices = DeviceMesh.from_group(held, ranks.device.type, mesh=grid, mesh_dim_names=AXES)
         if layout.tensor > 1:
-            self.tensor = self.devices.get_group("tensor")
+            self.tensor = groups["tensor"]
         if layout.pipeline > 1:
-            # made with their patience: what is set afterwards does not reach messages from one rank to another
-            patience = _patience_of_all(self.device)
-            for ranks_of_pipeline in self.devices.mesh.flatten(1).T.tolist():
-                there, back = (dist.new_group(ranks_of_pipeline, timeout=patience) for _ in range(2))
-                if rank in ranks_of_pipeline:
-                    self.pipeline, self.way_back = there, back
-        if layout.data > 1:
-            axes = [axis for axis in ("replicate", "shard") if getattr(layout, axis) > 1]
-            data = self.devices.get_group(axes[0]) if len(axes) == 1 else self.devices[tuple(axes)]._flatten().get_group()
-            self.data = as_patient_as_all(data, self.device)
+            self.pipeline, self.way_back = groups["pipeline"], new_groups(ranks_along(grid, "pipeline"))
+        if layout.replicate > 1 and layout.shard > 1:
+            self.data = new_groups(ranks_along(grid, "replicate", "shard"))
+        elif layout.data > 1:
+            self.data = groups["replicate" if layout.replicate > 1 else "shard"]
 
     def submesh(self, *axes: str) -> DeviceMesh:
         """The ranks along ``axes``, the first one outermost."""

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
@@ -147,6 +145,10 @@ class Pipeline:
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
+        # imported here: with it comes the whole of PyTorch's compiler, a fifth of a process's start
+        from torch.distributed.pipelining import PipelineStage
+        from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+
         self.sequences = micro_batches * micro_batch
         self._stages = dict(zip(numbers, stages, strict=True))
         self._last = count - 1

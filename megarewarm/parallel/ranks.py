@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 _STORE_PATIENCE = 5.0  # seconds that the store may take to answer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,8 @@ class Ranks:
         """
         if self.store is None:
             return "another rank"
-        answer: list[str] = []
-        # in a thread: whoever asks a store whose rank is frozen waits for ever
-        asking = threading.Thread(target=lambda: answer.append(self._who_is_silent(patience)), daemon=True)
-        asking.start()
-        asking.join(patience + _STORE_PATIENCE)
-        return answer[0] if answer else f"{_keeper()}, which holds the store and does not answer"
+        frozen = f"{_keeper()}, which holds the store and does not answer"
+        return _within(patience + _STORE_PATIENCE, lambda: self._who_is_silent(patience), frozen)
 
     def _who_is_silent(self, patience: float) -> str:
         assert self.store is not None
@@ -64,6 +65,36 @@ class Ranks:
         shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
         return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
 
+    def is_to_say(self, message: str, patience: float = 2.0) -> bool:
+        """Whether this rank is to print ``message``, an error that ends it and that others may have as well.
+
+        The main rank is, where it has the same within ``patience`` seconds, else the first that asked; each where none can be
+        asked any more.
+        """
+        if self.store is None:
+            return True
+        return _within(patience + _STORE_PATIENCE, lambda: self._is_first_with(message, patience), True)
+
+    def _is_first_with(self, message: str, patience: float) -> bool:
+        assert self.store is not None
+        key = f"error/{hashlib.sha256(message.encode()).hexdigest()}"
+        deadline = time.monotonic() + patience
+        try:
+            if self.is_main:
+                self.store.set(f"{key}/main", "")
+                # the store may end with this process, and others may still be on their way to it
+                while self.store.add(f"{key}/others", 0) < self.world_size - 1 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                return True
+            place = self.store.add(f"{key}/others", 1)
+            while time.monotonic() < deadline:
+                if self.store.check([f"{key}/main"]):
+                    return False
+                time.sleep(0.05)
+            return place == 1
+        except RuntimeError:
+            return True
+
     def _last_step(self, rank: int) -> int:
         assert self.store is not None
         return int(self.store.get(f"step/{rank}")) if self.store.check([f"step/{rank}"]) else -1
@@ -82,6 +113,15 @@ class Ranks:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
+    """What ``ask`` answers, or ``otherwise``: who asks a store whose rank is frozen would wait for ever."""
+    answer: list[T] = []
+    asking = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answer[0] if answer else otherwise
 
 
 def _keeper() -> str:

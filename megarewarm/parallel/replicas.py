@@ -1,12 +1,13 @@
 """Whether ranks that hold the same weights still do: a memory or a computation that went wrong in silence shows here.
 
-Each rank reads its weights once and sends a 64-bit checksum; only where these differ are those of the single parameters sent.
+Each rank reads its weights and moments once and sends 64-bit checksums; only where these differ are those of the single
+parameters sent.
 """
 
 from __future__ import annotations
 
 import socket
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarewarm.parallel.engine import ParallelModel
-from megarewarm.parallel.mesh import Layout
+from megarewarm.parallel.mesh import Layout, ranks_along
 
 _PIECE = 2**20  # values at a time: what is computed on the way takes some 32 MiB
+_KINDS = ("replicated", "on tensor ranks", "tied")  # of parameters, by the ranks that hold them
 _MIX = 0x9E3779B97F4A7C15 - 2**64  # odd, so that multiplying by it loses nothing modulo 2**64
 
 
@@ -40,50 +42,69 @@ def checksum(values: Tensor) -> int:
     return int(total)
 
 
-def check_replicas(model: ParallelModel) -> None:
-    """Compare what data-parallel ranks hold more than once. All ranks call it; raises ``ReplicasDiffer`` on all of them.
+def check_replicas(model: ParallelModel, moments: Mapping[tuple[str, str], Tensor]) -> None:
+    """Compare the weights, and the optimizer's ``moments`` by (moment, parameter), that several ranks hold. All ranks call it;
+    raises ``ReplicasDiffer`` on all of them.
 
-    Their gradients are one sum that all receive, so their weights are equal bit for bit. Without replicas there is nothing to
-    compare: with shards, only those of several groups (``parallel.shard_ranks``) are.
+    Only what is equal bit for bit by construction is compared, parameters whose gradient is one sum that all these ranks
+    receive: all among data-parallel replicas (with shards, of several groups: ``parallel.shard_ranks``), whole ones among
+    tensor ranks that divide the sequence, and a tied embedding at both ends of a pipeline.
     """
-    mesh = model.mesh
-    if mesh.layout.replicate == 1:
+    layout, ranks = model.mesh.layout, model.mesh.ranks.world_size
+    there = {_kind(model, name) for name in model.shapes}
+    shared = [kind for kind in _KINDS if kind in there and len(_holders(kind, layout)[0]) > 1]
+    if not shared:
         return
-    sums = {name: checksum(parameter) for name, parameter in model.parameters.items()}
+    held = {name: (name, parameter.detach()) for name, parameter in model.parameters.items()}
+    held |= {f"{moment} of {name}": (name, tensor) for (moment, name), tensor in moments.items()}
+    sums: dict[str, dict[str, int]] = {kind: {} for kind in _KINDS}
+    for label, (name, values) in held.items():
+        sums[_kind(model, name)][label] = checksum(values)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([_combined(list(sums.values()))], dtype=torch.int64, device=device)
-    found = [torch.empty_like(mine) for _ in range(mesh.ranks.world_size)]
+    mine = torch.tensor([_combined(list(sums[kind].values())) for kind in shared], dtype=torch.int64, device=device)
+    found = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(found, mine)
-    everyone = [int(each) for each in found]
-    groups = _replicas(mesh.layout, mesh.ranks.world_size)
-    if all(len({everyone[rank] for rank in ranks}) == 1 for ranks in groups):
+    everyone = [each.tolist() for each in found]
+    if all(
+        len({everyone[rank][place] for rank in group}) == 1
+        for place, kind in enumerate(shared)
+        for group in _holders(kind, layout)
+    ):
         return
-    told: list[Any] = [None] * mesh.ranks.world_size
+    told: list[Any] = [None] * ranks
     dist.all_gather_object(told, (socket.gethostname(), sums))
+    groups = [(kind, group) for kind in shared for group in _holders(kind, layout)]
     raise ReplicasDiffer(_words([host for host, _ in told], [held for _, held in told], groups))
 
 
-def _replicas(layout: Layout, world_size: int) -> list[list[int]]:
-    """The ranks that hold the same, group by group."""
-    same: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for rank in range(world_size):
-        place = rank // layout.tensor
-        same[rank % layout.tensor, place % layout.shard, place // layout.data].append(rank)
-    return list(same.values())
+def _kind(model: ParallelModel, name: str) -> str:
+    if name in model.tied:
+        return "tied"
+    return "on tensor ranks" if model.placements[name].partial else "replicated"
 
 
-def _words(hosts: Sequence[str], sums: Sequence[Mapping[str, int]], groups: Sequence[Sequence[int]]) -> str:
+def _holders(kind: str, layout: Layout) -> list[list[int]]:
+    """The ranks that hold the same parameters of a kind, group by group."""
+    if kind == "tied":
+        ends = layout.grid[[0, -1]] if layout.pipeline > 1 else layout.grid
+        return ranks_along(ends, "pipeline", "replicate")
+    return ranks_along(layout.grid, *(("replicate",) if kind == "replicated" else ("replicate", "tensor")))
+
+
+def _words(
+    hosts: Sequence[str], sums: Sequence[Mapping[str, Mapping[str, int]]], groups: Sequence[tuple[str, Sequence[int]]]
+) -> str:
     """Which ranks are alone with their weights, and in which parameters. Of two that differ nobody knows which is right."""
     suspects: set[int] = set()
     names: dict[str, None] = {}
-    for ranks in groups:
-        for name in sums[ranks[0]]:
-            votes = Counter(sums[rank][name] for rank in ranks)
+    for kind, ranks in groups:
+        for name in sums[ranks[0]][kind]:
+            votes = Counter(sums[rank][kind][name] for rank in ranks)
             if len(votes) == 1:
                 continue
             names[name] = None
             usual, count = votes.most_common(1)[0]
-            suspects.update(rank for rank in ranks if 2 * count <= len(ranks) or sums[rank][name] != usual)
+            suspects.update(rank for rank in ranks if 2 * count <= len(ranks) or sums[rank][kind][name] != usual)
     shown = ", ".join(f"{rank} on {hosts[rank]}" for rank in sorted(suspects)[:8])
     first, *others = names
     more = f" and {len(others)} more" if others else ""

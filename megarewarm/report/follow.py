@@ -122,15 +122,17 @@ class Follower:
         return file.read(len(self._guard)) == self._guard
 
     def _block(self, lines: list[bytes]) -> None:
-        """Take in whole lines. Of a long row of train lines only the first and those that stay in the window are parsed."""
-        at = 0
+        """Take in whole lines. Of a row of train lines only its ends and those that stay in the window are parsed."""
+        is_train = [line.startswith(_TRAIN) for line in lines]
+        later, at = sum(is_train), 0
         while at < len(lines):
             end = at
-            while end < len(lines) and lines[end].startswith(_TRAIN):
+            while end < len(lines) and is_train[end]:
                 end += 1
-            if end - at > self._window + 2:
+            later -= end - at  # train lines of the block after this row: they take its places in the window
+            skip_to = min(end - 1, end - self._window + later)
+            if skip_to > at + 2:
                 self._next(lines[at])
-                skip_to = end - self._window
                 first, last = _parse(lines[at]), _parse(lines[end - 1])
                 # steps that count up by one leave no room for a torn line or a step told twice
                 if first and last and _number(last.get("step")) - _number(first.get("step")) == end - 1 - at:

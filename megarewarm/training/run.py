@@ -20,6 +20,7 @@ from megarewarm.data.prefetch import Prefetch
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.model.fused import Operations
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
+from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
@@ -77,6 +78,12 @@ class Run:
     def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
         return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
+
+    def is_finite(self) -> bool:
+        """Whether all weights and moments are, on every rank. All ranks call it."""
+        held = (*self.model.parameters.values(), *self.optimizer.moments().values())
+        wrong = not all(bool(torch.isfinite(values).all()) for values in held)
+        return sum(all_reduce_sums([wrong])) == 0
 
     def stage(self) -> Stage:
         """This run's line in the lineage, as it stands now."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import ValidationError
 
 from megarewarm.checkpoint.own.folder import newest_whole
+from megarewarm.checkpoint.own.together import gather
 from megarewarm.config.load import dump
 from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
-from megarewarm.untrusted import is_name
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
@@ -49,13 +50,10 @@ class RunFolder:
         return newest_whole(self.checkpoints, alone=alone, up_to=up_to)
 
     def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
-        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs, and for a
-        name such as '..'.
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
 
         ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it.
         """
-        if not is_name(config.name):
-            raise UserError(f"name: '{config.name}' names no folder; use letters, digits, '_', '-' and '.'")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
         other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it anew"
@@ -73,21 +71,50 @@ class RunFolder:
             remedy = other if experiment is not None else alone
             raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
 
+    def lock(self, *, main: bool) -> None:
+        """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
+
+        All ranks call it, the main one takes it; raises ``UserError`` on all of them where another process has it.
+        """
+        self._together(self._lock_if_there if main else None)
+
     def open(self, config: RunConfig, *, main: bool) -> None:
-        """Make the folder, take its lock and write the resolved configuration. Only the main rank does anything."""
-        if not main:
-            return
+        """Make the folder, take its lock unless it is held, and write the resolved configuration.
+
+        All ranks call it, the main one does it; raises ``UserError`` on all of them where that fails.
+        """
+        self._together((lambda: self._open(config)) if main else None)
+
+    def _together(self, action: Callable[[], None] | None) -> None:
+        problem: str | None = None
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial = self.config_file.with_suffix(".partial")
-            partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
-            os.replace(partial, self.config_file)
+            if action is not None:
+                action()
         except BlockingIOError:
-            raise UserError(f"{self.path}: another process is training in this folder; wait for it or set 'name'") from None
+            problem = f"{self.path}: another process is training in this folder; wait for it or set 'name'"
         except OSError as error:
-            raise UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place") from error
+            problem = f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place"
+        problem = gather(problem)[0]
+        if problem is not None:
+            self.close()
+            raise UserError(problem)
+
+    def _lock_if_there(self) -> None:
+        # whether a folder may be written is not the question yet: a complete run is only read
+        if self.path.is_dir() and os.access(self.path, os.W_OK):
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _open(self, config: RunConfig) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_lock()
+        partial = self.config_file.with_suffix(".partial")
+        partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
+        os.replace(partial, self.config_file)
 
     def close(self) -> None:
         """Give the lock back."""

@@ -61,22 +61,20 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     check_loggers(config.logging)
     folder = RunFolder(Path(config.run_folder))
     folder.check(config)
-    plan = make_plan(config)
-    if is_trained(plan):
-        assert plan.source is not None and plan.source.training is not None
-        console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
-        _make_up(config, plan, ranks, console)
-        return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
-    check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
-    run = build(plan, ranks)
-    check_roll_back(run)
-    limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
     with ExitStack() as opened:
-        opened.callback(run.batches.close)
-        folder.open(config, main=ranks.is_main)
         opened.callback(folder.close)
-        metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
-        opened.callback(metrics.close)
+        folder.lock(main=ranks.is_main)
+        plan = make_plan(config)
+        if is_trained(plan):
+            assert plan.source is not None and plan.source.training is not None
+            console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
+            _make_up(config, plan, folder, ranks, console)
+            return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
+        check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
+        run = build(plan, ranks)
+        check_roll_back(run)
+        limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
+        metrics = _open(run, config, folder, opened)
         _announce(run, metrics, console)
         saver = opened.enter_context(
             Saver(folder.checkpoints, retention(plan.config), asynchronous=plan.config.checkpoint.asynchronous)
@@ -89,20 +87,24 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     return outcome
 
 
-def _make_up(config: RunConfig, plan: Plan, ranks: Ranks, console: Console) -> None:
+def _open(run: Run, config: RunConfig, folder: RunFolder, opened: ExitStack) -> Metrics:
+    """Begin to write in the run's folder; ``opened`` closes what is then open."""
+    opened.callback(run.batches.close)
+    folder.open(config, main=run.ranks.is_main)
+    metrics = Metrics(folder.path, config.logging, config.name, writes=run.ranks.is_main)
+    opened.callback(metrics.close)
+    return metrics
+
+
+def _make_up(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> None:
     """Do what the complete run of ``plan`` still owes. Raises ``UserError`` where its start can't be had any more."""
-    folder = RunFolder(Path(config.run_folder))
     due = gather(owed(plan))[0]  # one word for all: metrics are written by the main rank
     if due.export:
         _export(plan, folder, ranks, console)
     if due.alphas:
         run = build(plan, ranks)
         with ExitStack() as opened:
-            opened.callback(run.batches.close)
-            folder.open(config, main=ranks.is_main)
-            opened.callback(folder.close)
-            metrics = Metrics(folder.path, config.logging, config.name, writes=ranks.is_main)
-            opened.callback(metrics.close)
+            metrics = _open(run, config, folder, opened)
             interpolate(run, metrics, console, due.alphas)
             metrics.event("stop", step=run.step, reason="complete")
 
@@ -192,8 +194,9 @@ def _loop(
                 saver.wait()
             stopping |= out_of_time and step < total
             due |= is_saved(config, step)
-            # not while steps fail one after another: it would take the place of a checkpoint from before
-            saving = stopping or answered.went_back or step == total or (due and run.unchanged == 0)
+            # not while steps fail one after another, if that may be the weights': it would take the place of an earlier one
+            sound = run.unchanged == 0 or (stopping and run.is_finite())
+            saving = answered.went_back or step == total or (sound and (stopping or due))
             if saving or step in compared_after:
                 _compare_replicas(run, metrics)
             if saving:
@@ -204,7 +207,7 @@ def _loop(
             _log_saved(saver, metrics, limit)
             limit.step(time.perf_counter() - began)
             if stopping:
-                return _stopped(run, folder, metrics, console, stop.received)
+                return _stopped(run, folder, metrics, console, stop.received, saved=saving)
     interpolate(run, metrics, console)
     metrics.event("stop", step=total, reason="complete")
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
@@ -233,14 +236,14 @@ def _compare_replicas(run: Run, metrics: Metrics) -> None:
     if run.plan.config.reliability.check_replicas is None:
         return
     try:
-        check_replicas(run.model)
+        check_replicas(run.model, run.optimizer.moments())
     except ReplicasDiffer as error:
         metrics.event("alarm", step=run.step, kind="replicas", message=str(error))
         metrics.event("stop", step=run.step, reason="replicas differ")
         raise
 
 
-def _stopped(run: Run, folder: RunFolder, metrics: Metrics, console: Console, received: int | None) -> Outcome:
+def _stopped(run: Run, folder: RunFolder, metrics: Metrics, console: Console, received: int | None, *, saved: bool) -> Outcome:
     """The end of a run that is to go on another time. ``received``: the signal that this rank got, None where another got one,
     or where the time is over."""
     config = run.plan.config
@@ -248,9 +251,13 @@ def _stopped(run: Run, folder: RunFolder, metrics: Metrics, console: Console, re
     number = round(max(all_reduce_maxima([float(received or 0)])))
     reason = f"signal {number}" if number else f"time limit of {config.reliability.max_wall_time}"
     metrics.event("stop", step=run.step, reason=reason)
+    what = (
+        "saved; the same command continues from here"
+        if saved
+        else "not saved, for the weights are not finite; the same command continues from the last checkpoint"
+    )
     console.print(
-        f"{config.name}: stopped after step {run.step} of {config.total_steps} ({reason}), saved; the same command continues "
-        f"from here",
+        f"{config.name}: stopped after step {run.step} of {config.total_steps} ({reason}), {what}",
         style="yellow",
     )
     return Outcome(folder.path, run.step, run.losses, 128 + number if number else EXIT_TIME_LIMIT)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -28,7 +28,7 @@ import yaml
 from tiny import mapping
 from torch.utils import tensorboard
 
-from chaos.faults import KINDS, REPLICATED_ONLY, draw, supported
+from chaos.faults import KINDS, REPLICATED_ONLY, Fault, draw, supported
 from chaos.ledger import Outcome, Row, table
 from chaos.supervisor import Scenario, Supervisor, carry_out_undisturbed
 from megarewarm.training import experiment, trainer
@@ -117,6 +117,34 @@ class Bag:
         self._left[:0] = kinds
 
 
+@dataclass
+class Account:
+    """What has happened in so many ``runs`` and ``seconds``, kept in ``file``. ``unprovoked``: what failed without a fault."""
+
+    file: Path | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    unprovoked: list[str] = field(default_factory=list)
+    runs: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, file: Path | None) -> Account:
+        """That of a campaign which was cut off, or an empty one."""
+        if file is None or not file.exists():
+            return cls(file)
+        kept = json.loads(file.read_text())
+        outcomes = [Outcome(**{**outcome, "fault": Fault(**outcome["fault"])}) for outcome in kept["outcomes"]]
+        return cls(file, outcomes, kept["unprovoked"], kept["runs"], kept["seconds"])
+
+    def write(self) -> None:
+        """Put it down."""
+        if self.file is not None:
+            kept = {"outcomes": [asdict(o) for o in self.outcomes], "unprovoked": self.unprovoked}
+            partial = self.file.with_name(f"{self.file.name}.partial")
+            partial.write_text(json.dumps({**kept, "runs": self.runs, "seconds": self.seconds}, indent=1))
+            partial.rename(self.file)
+
+
 def main() -> int:
     """Carry out the campaign. 0 where every fault went as promised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,21 +156,21 @@ def main() -> int:
     parser.add_argument("--kinds", default="", help="only these kinds of faults")
     parser.add_argument("--timeout", type=float, default=0.15, help="parallel.timeout_minutes of the runs")
     parser.add_argument("--document", type=Path, help="put the table between this page's marks")
-    parser.add_argument("--json", type=Path, help="write every outcome there")
+    parser.add_argument("--json", type=Path, help="write every outcome there; a campaign that was cut off goes on from it")
     parser.add_argument("--folder", type=Path, help="for logs, which stay; default: a new temporary one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dice = random.Random(arguments.seed)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     counts = {int(word) for word in arguments.ranks.split(",")}
     layouts = arguments.layouts.split(",") if arguments.layouts else [n for n, (r, *_) in LAYOUTS.items() if r in counts]
     kinds = arguments.kinds.split(",") if arguments.kinds else supported()
     wanted = None if arguments.each else arguments.faults
-    began = time.monotonic()
-    outcomes, unprovoked = _carry_out(layouts, kinds, wanted, arguments.timeout, folder, dice)
+    account = Account.read(arguments.json)
+    _carry_out(account, layouts, kinds, wanted, arguments.timeout, folder, arguments.seed)
+    outcomes, unprovoked = account.outcomes, account.unprovoked
     rows = [Row(kind.title, [o for o in outcomes if o.fault.kind == name]) for name, kind in KINDS.items()]
     failures = [f"{o.fault.kind}: {o.failure}" for o in outcomes if o.failure] + unprovoked
-    seconds = round(time.monotonic() - began)
+    seconds = round(account.seconds)
     head = (
         f"{len(outcomes)} faults, {len(failures)} not survived, seed {arguments.seed}, layouts {', '.join(layouts)}, "
         f"{seconds // 60} min {seconds % 60} s on {os.cpu_count()} cores, {date.today().isoformat()}\n"
@@ -152,8 +180,6 @@ def main() -> int:
         print(f"FAILED {failure}")
     if arguments.document is not None:
         _put_into(arguments.document, f"{head}\n{table(rows)}\n")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"outcomes": [asdict(o) for o in outcomes], "unprovoked": unprovoked}, indent=1))
     if not failures and arguments.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     return bool(failures)
@@ -168,50 +194,49 @@ def _put_into(page: Path, text: str) -> None:
 
 
 def _carry_out(
-    layouts: Sequence[str], kinds: Sequence[str], wanted: int | None, timeout: float, folder: Path, dice: random.Random
-) -> tuple[list[Outcome], list[str]]:
-    """Runs in turn over the layouts until ``wanted`` faults have happened, None: one of each kind.
-
-    The second of what it returns is what failed without a fault.
-    """
-    outcomes: list[Outcome] = []
-    unprovoked: list[str] = []
-    began, runs, fruitless = time.monotonic(), 0, 0
-    bag = Bag(kinds, dice)
+    account: Account, layouts: Sequence[str], kinds: Sequence[str], wanted: int | None, timeout: float, folder: Path, seed: int
+) -> None:
+    """Runs in turn over the layouts until ``account`` has ``wanted`` faults, None: one of each kind."""
+    fruitless = 0
+    bag = Bag(kinds, random.Random(f"{seed}, {account.runs} runs done"))
     scenarios: dict[str, Scenario] = {}
     with small_disk(folder / "disk") as mounted:
         if not mounted and "disk_full" in kinds:
             print("no file system can be mounted here (not root): disk_full is left out", flush=True)
             kinds = [kind for kind in kinds if kind != "disk_full"]
         wanted = wanted or len(kinds)
-        while len(outcomes) < wanted and fruitless < 5:
-            layout = layouts[runs % len(layouts)]
+        while len(account.outcomes) < wanted and fruitless < 5:
+            began = time.monotonic()
+            number, dice = account.runs, random.Random(f"{seed}, run {account.runs}")
+            layout = layouts[number % len(layouts)]
             if layout not in scenarios:
                 (folder / "disk" / layout).mkdir()
                 scenarios[layout] = prepare(layout, folder / "disk" / layout, folder, timeout)
             scenario = scenarios[layout]
             shutil.rmtree(scenario.run, ignore_errors=True)
-            drawn = bag.draw(min(PER_RUN, wanted - len(outcomes)), possible(layout, kinds, mounted))
-            supervisor = Supervisor(scenario, draw(drawn, scenario.ranks, STEPS, dice), folder / f"run_{runs}", dice)
+            drawn = bag.draw(min(PER_RUN, wanted - len(account.outcomes)), possible(layout, kinds, mounted))
+            supervisor = Supervisor(scenario, draw(drawn, scenario.ranks, STEPS, dice), folder / f"run_{number}", dice)
             found = supervisor.carry_out()
             happened = [outcome.fault.kind for outcome in found]
             bag.put_back([kind for kind in drawn if kind not in happened])
-            runs, fruitless = runs + 1, 0 if found else fruitless + 1
-            outcomes += found
-            unprovoked += supervisor.unprovoked
-            failed = [f"{o.fault.kind}: {o.failure}" for o in found if o.failure] + supervisor.unprovoked
-            elapsed = time.monotonic() - began
-            left = elapsed / max(1, len(outcomes)) * max(0, wanted - len(outcomes))
+            fruitless = 0 if found else fruitless + 1
+            account.runs += 1
+            account.seconds += time.monotonic() - began
+            account.outcomes += found
+            account.unprovoked += supervisor.unprovoked
+            account.write()
+            done, minutes = len(account.outcomes), account.seconds / 60
+            left = minutes / max(1, done) * max(0, wanted - done)
             print(
-                f"{len(outcomes)}/{wanted} faults, {elapsed / 60:.1f} min, {left / 60:.1f} min left; run {runs} ({layout}): "
+                f"{done}/{wanted} faults, {minutes:.1f} min, {left:.1f} min left; run {account.runs} ({layout}): "
                 f"{supervisor.starts} starts, {', '.join(happened)}",
                 flush=True,
             )
+            failed = [f"{o.fault.kind}: {o.failure}" for o in found if o.failure] + supervisor.unprovoked
             for failure in failed:
                 print(f"  FAILED {failure}", flush=True)
             if not failed:
-                shutil.rmtree(folder / f"run_{runs - 1}")
-    return outcomes, unprovoked
+                shutil.rmtree(folder / f"run_{number}")
 
 
 if __name__ == "__main__":

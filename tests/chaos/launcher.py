@@ -114,7 +114,9 @@ def _launch(job: Job, port: int) -> int:
         for rank, pid in enumerate(pids):
             if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(ended[1])
-                (job.logs / f"code.{rank}").write_text(str(codes[rank]))
+                partial = job.logs / f"partial_code.{rank}"
+                partial.write_text(str(codes[rank]))
+                partial.rename(job.logs / f"code.{rank}")
         if failed_at is None and any(codes.values()):
             failed_at = time.monotonic()
             if job.way == "agent":

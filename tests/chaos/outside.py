@@ -50,7 +50,10 @@ def strike(fault: Fault, launcher: int, ranks: list[int], place: Path) -> None:
         case "truncated":
             os.truncate(place / "new.bin", os.path.getsize(place / "new.bin") // 3)
         case "no_tensorboard":
-            shutil.rmtree(place / "run" / "tensorboard")
+            # at once, not file by file: the writer goes on writing meanwhile
+            gone = place / "gone"
+            (place / "run" / "tensorboard").rename(gone)
+            shutil.rmtree(gone)
         case _:
             raise ValueError(f"{fault.kind} is not done from outside")
 

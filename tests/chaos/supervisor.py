@@ -25,7 +25,6 @@ HANG = 60.0
 _POLL = 0.003
 _UNNOTICED = 12  # steps after which a fault that ended nothing will end nothing
 _BUSY = "another process is training in this folder"
-_NOT_MET = "ranks did not meet"
 
 
 @dataclass(frozen=True)
@@ -242,8 +241,6 @@ class Supervisor:
             outcome.named = named[0].strip()
             outside.repair(fault, self._scenario.place)
             return True
-        if fault.kind.startswith(("kill", "term", "freeze", "usr1", "corrupt")) and (_NOT_MET in text or not fault.rank):
-            return True  # of bad input a host's first rank speaks for all; the one that was killed can't
         self._fail(f"stopped for another cause than {fault.kind} ({job.way}): see {job.logs}")
         return False
 

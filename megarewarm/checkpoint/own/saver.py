@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +21,7 @@ from megarewarm.checkpoint.own.store import Tensors, write
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.groups import new_patient_group
 from megarewarm.parallel.ranks import is_loss
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
@@ -49,7 +49,7 @@ class Saver:
         self._folder, self._retention = folder, retention
         # a group of its own: its messages may cross those of training, and its tensors are on the CPU
         several = position()[1] > 1
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if several else None
+        self._group = new_patient_group(_PATIENCE) if several else None
         self._staging = _Staging() if asynchronous else None
         # among several ranks always a thread, so that the main one can tell a slow disk from a rank that is gone
         threaded = asynchronous or several

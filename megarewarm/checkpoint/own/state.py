@@ -25,6 +25,10 @@ class RecentSteps(BaseModel):
     unchanged: int = 0
 
 
+class _Format(BaseModel):
+    format: int = FORMAT
+
+
 class TrainingState(BaseModel):
     """The counters of a run.
 
@@ -68,10 +72,12 @@ def read_state(checkpoint: Path) -> TrainingState:
     """The counters of a checkpoint. Raises ``UserError`` for a file that is damaged or of another format."""
     path = checkpoint / STATE_FILE
     try:
-        state = TrainingState.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        # first, for a later format may lack what this one needs
+        found = _Format.model_validate_json(content).format
+        if found > FORMAT:
+            raise UserError(f"{path}: format {found} is newer than this megarewarm reads ({FORMAT}); update megarewarm")
+        return TrainingState.model_validate_json(content)
     except (OSError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({first}); name another checkpoint") from error
-    if state.format > FORMAT:
-        raise UserError(f"{path}: format {state.format} is newer than this megarewarm reads ({FORMAT}); update megarewarm")
-    return state
