@@ -244,7 +244,7 @@ def test_ctrl_c_and_kill_9_lose_nothing(tmp_path: Path) -> None:
     process = start_process(tmp_path, **changes)
     wait_for_step(metrics, 20)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=30)  # what a batch system gives a job to save
     assert process.returncode == 128 + signal.SIGINT, output
     assert "the same command continues from here" in output
     process = start_process(tmp_path, **changes)

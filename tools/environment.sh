@@ -8,7 +8,7 @@ set -eu
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
 wanted=${1:-}
 venv="$root/.venv"
-stamp=$(cat "$root/setup.py" "$root/constraints.txt" "$0" | cksum | tr ' ' '-')
+stamp=$(cat "$root/setup.py" "$root/constraints.txt" "$root"/tests/requirements*.txt "$0" | cksum | tr ' ' '-')
 
 can_run() {
   "$1" -c '

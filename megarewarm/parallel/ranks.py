@@ -79,21 +79,21 @@ class Ranks:
         assert self.store is not None
         key = f"error/{hashlib.sha256(message.encode()).hexdigest()}"
         deadline = time.monotonic() + patience
+        said = False
         try:
             if self.is_main:
                 self.store.set(f"{key}/main", "")
-                # the store may end with this process, and others may still be on their way to it
-                while self.store.add(f"{key}/others", 0) < self.world_size - 1 and time.monotonic() < deadline:
+                # the store may end with this process: the others must have found that out
+                while self.store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < deadline:
                     time.sleep(0.05)
                 return True
-            place = self.store.add(f"{key}/others", 1)
-            while time.monotonic() < deadline:
-                if self.store.check([f"{key}/main"]):
-                    return False
-                time.sleep(0.05)
-            return place == 1
+            while not said and time.monotonic() < deadline:
+                said = self.store.check([f"{key}/main"])
+                time.sleep(0.05 * (not said))
+            place = self.store.add(f"{key}/{'heard' if said else 'first'}", 1)
+            return not said and place == 1
         except RuntimeError:
-            return True
+            return not said
 
     def _last_step(self, rank: int) -> int:
         assert self.store is not None
