@@ -20,7 +20,7 @@ from megarewarm.training.trainer import train
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary (padded rows under tensor parallelism), five layers (uneven stages), four heads
 MODEL = {"num_layers": 5, "num_heads": 4, "vocab_size": 67}
-STEPS = 20
+STEPS = 12
 FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
 DOCUMENTS = {"eod": 5, "reset_at_eod": True, "mask_eod_loss": True}
 
@@ -109,7 +109,7 @@ def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[st
         model=MODEL | changes.get("model", {}),
         data=changes.get("data", {}),
         training={"budget": STEPS, "global_batch": 8, "micro_batch": 4} | changes.get("training", {}),
-        evaluation={"every": 10},
+        evaluation={"every": 6},
         checkpoint={"every": None, "keep_last": 1},
         parallel=parallel,
     )
@@ -143,7 +143,7 @@ def _column(folder: Path, event: str, key: str) -> list[float]:
 
 
 def assert_same_run(run: Path, alone: Path) -> None:
-    """Losses, norms and validation losses of every step, and the last weights, within fp32 rounding over 20 steps."""
+    """Losses, norms and validation losses of every step, and the last weights, within fp32 rounding."""
     assert len(_column(run, "train", "loss")) == STEPS
     assert _column(run, "train", "loss") == pytest.approx(_column(alone, "train", "loss"), rel=1e-5)
     assert _column(run, "train", "grad_norm") == pytest.approx(_column(alone, "train", "grad_norm"), rel=1e-4)

@@ -92,7 +92,7 @@ def same(follower: Follower, folder: Path) -> None:
 
 attempts = st.lists(
     st.tuples(
-        st.integers(1, 9),  # steps
+        st.integers(1, 30),  # steps
         st.floats(0, 1),  # how far the next attempt goes back
         st.sampled_from(["", "\n", '{"event": "train", "step": 3, "lo', '{"event": "eval", "st\n']),  # what a kill tore
         st.sampled_from(["resume", "anew"]),
@@ -103,9 +103,13 @@ attempts = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(attempts, st.lists(st.integers(1, 400), max_size=25), st.sampled_from([4, 1024]))
+@given(attempts, st.lists(st.integers(1, 400), max_size=25), st.sampled_from([4, 1024]), st.sampled_from([3, 11]))
 def test_a_file_followed_in_any_pieces_is_the_file_read_whole(
-    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[int, float, str, str]], pieces: list[int], window: int
+    tmp_path_factory: pytest.TempPathFactory,
+    history: list[tuple[int, float, str, str]],
+    pieces: list[int],
+    window: int,
+    every: int,
 ) -> None:
     text, last = "", 0
     for attempt, (count, share, torn, restart) in enumerate(history):
@@ -117,9 +121,9 @@ def test_a_file_followed_in_any_pieces_is_the_file_read_whole(
             text += json.dumps(eval_line(0, "a", "upstream", float(attempt))) + "\n"
         for step in range(last + 1, last + 1 + count):
             text += json.dumps(train_line(step, 1e-3, float(attempt))) + "\n"
-            if step % 3 == 0:
+            if step % every == 0:
                 text += json.dumps(eval_line(step, "a", "upstream", float(attempt))) + "\n"
-            if step % 4 == 0:
+            if step % (every + 1) == 0:
                 text += json.dumps({"event": "alarm", "step": step, "message": str(attempt)}) + "\n"
         last += count
         text += torn if attempt + 1 < len(history) else ""
