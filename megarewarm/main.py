@@ -109,8 +109,7 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
             return run_experiment(what, ranks, console, only)
         return train(what, ranks, console).exit_code
     except UserError as error:
-        if ranks.is_to_say(str(error)):
-            print(f"{'' if ranks.is_main else f'rank {ranks.rank}: '}{error}", file=sys.stderr, flush=True)
+        ranks.say_once(str(error))
         return error.exit_code
     except (TrainingDiverged, ReplicasDiffer) as error:
         if ranks.is_main:

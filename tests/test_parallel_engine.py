@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -391,25 +392,43 @@ def test_ranks_that_fell_silent_are_named() -> None:
     assert Ranks(0, 1, torch.device("cpu")).give_up() == "another rank"
 
 
-def _speaking(store: dist.Store, messages: dict[int, str]) -> list[int]:
-    """Of three ranks that end with ``messages``, those that are to print theirs."""
+def _speaking(store: dist.Store, messages: dict[int, str], error: pytest.CaptureFixture[str]) -> list[str]:
+    """Of three ranks that end with ``messages``, all lines that they print."""
     ranks = {rank: Ranks(rank, 3, torch.device("cpu"), store=store) for rank in messages}
     with ThreadPoolExecutor(3) as pool:
-        asked = {rank: pool.submit(ranks[rank].is_to_say, message, 0.5) for rank, message in messages.items()}
-    return [rank for rank, answer in asked.items() if answer.result()]
+        list(pool.map(lambda rank: ranks[rank].say_once(messages[rank], 0.5), messages))
+    return sorted(error.readouterr().err.splitlines())
 
 
-def test_what_ends_several_ranks_is_said_once() -> None:
+def test_what_ends_several_ranks_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     store = dist.HashStore()
-    assert _speaking(store, {0: "a", 1: "a", 2: "a"}) == [0]
-    assert _speaking(store, {0: "b", 1: "c", 2: "d"}) == [0, 1, 2]
-    assert _speaking(store, {1: "e"}) == [1]
-    assert len(_speaking(store, {1: "f", 2: "f"})) == 1
-    assert Ranks(0, 1, torch.device("cpu")).is_to_say("alone")
+    assert _speaking(store, {0: "a", 1: "a", 2: "a"}, capsys) == ["a"]
+    assert _speaking(store, {0: "b", 1: "c", 2: "d"}, capsys) == ["b", "rank 1: c", "rank 2: d"]
+    assert _speaking(store, {1: "e"}, capsys) == ["rank 1: e"]
+    assert _speaking(store, {1: "f", 2: "f"}, capsys) in (["rank 1: f"], ["rank 2: f"])
+    Ranks(0, 1, torch.device("cpu")).say_once("alone")
+    assert capsys.readouterr().err == "alone\n"
     main = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False, timeout=timedelta(seconds=5))
     other = dist.TCPStore("127.0.0.1", main.port, 2, False, timeout=timedelta(seconds=5))
     del main  # whoever held the store has died: better twice than never
-    assert _speaking(other, {2: "g"}) == [2]
+    assert _speaking(other, {2: "g"}, capsys) == ["rank 2: g"]
+
+
+def test_the_main_rank_has_spoken_before_another_one_ends() -> None:
+    """Or a launcher, which ends all ranks after the first, could end it before it does."""
+    store, told = dist.HashStore(), []
+
+    class Telling(Ranks):
+        def _say(self, message: str) -> None:
+            time.sleep(0.2)
+            told.append(self.rank)
+
+    with ThreadPoolExecutor(2) as pool:
+        main = pool.submit(Telling(0, 2, torch.device("cpu"), store=store).say_once, "h")
+        Telling(1, 2, torch.device("cpu"), store=store).say_once("h")
+        assert told == [0]
+        main.result()
+    assert told == [0]
 
 
 def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -65,35 +66,42 @@ class Ranks:
         shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
         return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
 
-    def is_to_say(self, message: str, patience: float = 2.0) -> bool:
-        """Whether this rank is to print ``message``, an error that ends it and that others may have as well.
+    def say_once(self, message: str, patience: float = 2.0) -> None:
+        """Print on stderr ``message``, an error that ends this rank and that others may have as well.
 
-        The main rank is, where it has the same within ``patience`` seconds, else the first that asked; each where none can be
-        asked any more.
+        The main rank says it if it has it within ``patience`` seconds, else the first of the others; each of them where nobody
+        can be asked any more.
         """
+        # at once: a launcher may end this rank as soon as another one has ended
+        if self.is_main:
+            self._say(message)
         if self.store is None:
-            return True
-        return _within(patience + _STORE_PATIENCE, lambda: self._is_first_with(message, patience), True)
+            return
+        said = _within(patience + _STORE_PATIENCE, lambda: self._is_said(message, patience), False)
+        if not (said or self.is_main):
+            self._say(message)
 
-    def _is_first_with(self, message: str, patience: float) -> bool:
+    def _say(self, message: str) -> None:
+        print(f"{'' if self.is_main else f'rank {self.rank}: '}{message}", file=sys.stderr, flush=True)
+
+    def _is_said(self, message: str, patience: float) -> bool:
         assert self.store is not None
         key = f"error/{hashlib.sha256(message.encode()).hexdigest()}"
         deadline = time.monotonic() + patience
-        said = False
+        said = self.is_main
         try:
             if self.is_main:
                 self.store.set(f"{key}/main", "")
                 # the store may end with this process: the others must have found that out
                 while self.store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < deadline:
                     time.sleep(0.05)
-                return True
+                return said
             while not said and time.monotonic() < deadline:
                 said = self.store.check([f"{key}/main"])
                 time.sleep(0.05 * (not said))
-            place = self.store.add(f"{key}/{'heard' if said else 'first'}", 1)
-            return not said and place == 1
+            return self.store.add(f"{key}/{'heard' if said else 'first'}", 1) > 1 or said
         except RuntimeError:
-            return not said
+            return said
 
     def _last_step(self, rank: int) -> int:
         assert self.store is not None
