@@ -20,7 +20,7 @@ from megarewarm.training.trainer import train
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary (padded rows under tensor parallelism), five layers (uneven stages), four heads
 MODEL = {"num_layers": 5, "num_heads": 4, "vocab_size": 67}
-STEPS = 12
+STEPS = 20
 FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
 DOCUMENTS = {"eod": 5, "reset_at_eod": True, "mask_eod_loss": True}
 
@@ -109,7 +109,7 @@ def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[st
         model=MODEL | changes.get("model", {}),
         data=changes.get("data", {}),
         training={"budget": STEPS, "global_batch": 8, "micro_batch": 4} | changes.get("training", {}),
-        evaluation={"every": 6},
+        evaluation={"every": 10},
         checkpoint={"every": None, "keep_last": 1},
         parallel=parallel,
     )
