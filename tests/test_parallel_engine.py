@@ -407,7 +407,8 @@ def test_what_ends_several_ranks_is_said_once(capsys: pytest.CaptureFixture[str]
     assert _speaking(store, {1: "e"}, capsys) == ["rank 1: e"]
     assert _speaking(store, {1: "f", 2: "f"}, capsys) in (["rank 1: f"], ["rank 2: f"])
     Ranks(0, 1, torch.device("cpu")).say_once("alone")
-    assert capsys.readouterr().err == "alone\n"
+    Ranks(1, 2, torch.device("cpu")).say_once("nobody to ask")
+    assert capsys.readouterr().err == "alone\nrank 1: nobody to ask\n"
     main = dist.TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False, timeout=timedelta(seconds=5))
     other = dist.TCPStore("127.0.0.1", main.port, 2, False, timeout=timedelta(seconds=5))
     del main  # whoever held the store has died: better twice than never

@@ -29,7 +29,7 @@ class RanksDidNotMeet(UserError):
 def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
     """The ranks of ``launch`` on ``device`` (auto, cpu or cuda): NCCL on GPUs, gloo on CPUs, nothing for one rank.
 
-    Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when they don't in time.
+    Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when the ranks don't meet in time.
     """
     chosen = _device(launch, device)
     if launch.world_size == 1:

@@ -73,7 +73,7 @@ class Ranks:
         can be asked any more.
         """
         # at once: a launcher may end this rank as soon as another one has ended
-        if self.is_main:
+        if self.is_main or self.store is None:
             self._say(message)
         if self.store is None:
             return
