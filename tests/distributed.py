@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import Ranks
 
 # Ranks are forked from one process that has imported what they need: seconds, once and not once a rank.
@@ -78,3 +79,15 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     for process in processes:
         process.join(timeout)
     return [results[rank] for rank in range(world_size)]
+
+
+def whole(tensor: torch.Tensor | Slice) -> torch.Tensor:
+    """The tensor of which each rank holds a slice, NaN where nobody does. All ranks call it for the same tensors."""
+    if not isinstance(tensor, Slice):
+        return tensor
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, (tensor.offsets, tensor.local))
+    found = torch.full(tensor.shape, torch.nan)
+    for offsets, local in held:
+        Slice(local, offsets, tensor.shape).of(found).copy_(local)
+    return found

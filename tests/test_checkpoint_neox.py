@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import yaml
-from distributed import run_ranks
+from distributed import run_ranks, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neox_writer import Shape, our_name, whole_model
@@ -157,8 +157,7 @@ def _built(
 ) -> dict[str, torch.Tensor]:
     run = build(make_plan(_run(Path(place), Path(save), start, parallel)), ranks)
     run.batches.close()
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in run.tensors().items()}
-    return {name: tensor.clone() for name, tensor in whole.items()} | {
+    return {name: whole(tensor).clone() for name, tensor in run.tensors().items()} | {
         "step": torch.tensor([run.step, run.optimizer.completed_steps, run.plan.position.schedule, run.plan.position.samples])
     }
 

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megarewarm.checkpoint.foreign import hub, huggingface, neox_folder
 from megarewarm.checkpoint.foreign.megatron import MegatronFolder
@@ -27,6 +26,7 @@ from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.placement import Slice
 
 ALL_LINES = frozenset({"moments", "optimizer_step", "schedule", "iteration", "data", "rng", "loss_scale"})
 
@@ -87,6 +87,13 @@ class OwnCheckpoint:
         self.stored: Weights = _OwnWeights(self)
         self.weights: Weights = self.stored
         self._verified = verified
+        if (rows := store.misplaced_rows(folder)) is not None:
+            lost = ", ".join(map(str, rows.unread))
+            self.notes.append(
+                f"{folder}: an old revision misplaced rows {rows.first} to {rows.last} of the vocabulary (tensor ranks with "
+                f"sharding; embedding, head and moments); they are read where they belong. If that run had itself begun or "
+                f"gone on from a checkpoint of megarewarm in that layout, it lost row {lost} then: docs/reliability.md"
+            )
 
     @property
     def tokenizer(self) -> Path | None:
@@ -201,7 +208,8 @@ class NeoXCheckpoint:
         for key, tensor in tensors.items():
             kind, moment, name = key.split(".", 2)
             assert kind == "optimizer" and moment in ("exp_avg", "exp_avg_sq"), key
-            _copy_part(tensor, self._optimizer.read(moment, name))  # type: ignore[arg-type]
+            whole = self._optimizer.read(moment, name)  # type: ignore[arg-type]
+            store.local(tensor).copy_(tensor.of(whole) if isinstance(tensor, Slice) else whole)
 
 
 class MegatronCheckpoint:
@@ -224,16 +232,6 @@ class MegatronCheckpoint:
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: only weights are read from Megatron-LM's files; set start.moments to 'reset'")
-
-
-def _copy_part(target: Tensor, whole: Tensor) -> None:
-    """Copy ``whole`` into ``target``, which is a part of it if it is a DTensor."""
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    # every rank has read the whole: nothing has to be sent
-    part = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(part.to_local())
 
 
 def weight_tensors(model: ParallelModel) -> Tensors:

@@ -14,8 +14,9 @@ from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model.size import training_flops_per_token
+from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import Layout
-from megarewarm.parallel.pipeline import stage_costs
+from megarewarm.parallel.pipeline import micro_batches, stage_costs
 from megarewarm.parallel.planning import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
 
 MATMUL_EFFICIENCY = 0.65  # share of the peak that large bf16 matrix products reach, with what stands between them
@@ -69,12 +70,17 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
         left = gpus // (parallel.pipeline * parallel.tensor)
         shard = 1 if parallel.sharding == "none" else left
         layout = Layout(parallel.pipeline, left // shard, shard, parallel.tensor)
+        training = config.training.model_copy(update={"micro_batch": micro_batch})
+        try:
+            check_fit(config.model_copy(update={"parallel": parallel, "training": training}), model, layout)
+        except UserError:
+            continue
         share = config.training.global_batch // layout.data
         work = Work(
             model,
             config.data.sequence_length,
             micro_batch,
-            share // micro_batch,
+            micro_batches(parallel, share, micro_batch),
             recompute,  # type: ignore[arg-type]
             2,
             config.kernels.logit_bytes("cuda"),

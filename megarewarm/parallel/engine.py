@@ -14,8 +14,7 @@ import torch.distributed as dist
 from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement as DTensorPlacement
+from torch.distributed.tensor import DTensor
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
@@ -29,7 +28,7 @@ from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
-from megarewarm.parallel.placement import place
+from megarewarm.parallel.placement import Slice, place
 from megarewarm.parallel.recompute import recompute
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,7 +60,7 @@ class ParallelModel:
         self._documents = documents
         operations = operations or Operations()
         self._loss_memory, self._loss_kernel = loss_memory, operations.loss
-        self._micro_batch = training.micro_batch
+        self._micro_batch, self._sequence_length = training.micro_batch, sequence_length
         self._targets_per_step = training.global_batch * sequence_length
         self._dtype = DTYPES[precision]
         layout = mesh.layout
@@ -72,7 +71,6 @@ class ParallelModel:
         sequence = layout.tensor > 1 and parallel.sequence
         self._tensor: tensor.TensorRanks | None = None
         if mesh.tensor is not None:
-            tensor.check(config, sequence_length, layout.tensor, sequence)
             self._tensor = tensor.TensorRanks(mesh.tensor, sequence)
             tensor.shard(model, self._tensor)
         self.placements = {
@@ -90,19 +88,24 @@ class ParallelModel:
             numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
             self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
         self._has_last = count - 1 in numbers
+        self._sharded = parallel.sharding != "none" and layout.data > 1
+        self._head: nn.Module | None = None
+        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._sharded:
+            # the two ends of a V share the matrix itself, but fully_shard can't divide one that two modules hold
+            embedding = self._modules[0].get_parameter("embed_in.weight")
+            self._head = self._modules[-1].embed_in = _Matrix(embedding)
         for module in self._modules:
             module.to_empty(device=mesh.device)
             for layer in _layers(module):
                 recompute(layer, training.recompute)
                 if compile_layers:
                     layer.compile()
-        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last:
+        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._head is None:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
         self.tied: frozenset[str] = frozenset()
         copies, reduce_copies = self._tie(parallel.schedule)
         self._copies = copies
 
-        self._sharded = parallel.sharding != "none" and layout.data > 1
         self._keeps_gathered = parallel.sharding == "zero2"
         if self._sharded:
             self._shard(parallel, precision)
@@ -134,7 +137,7 @@ class ParallelModel:
                 group=mesh.pipeline,
                 way_back=mesh.way_back,
                 device=mesh.device,
-                micro_batches=-(-share // training.micro_batch),
+                micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
                 micro_batch=training.micro_batch,
                 sequence_length=sequence_length,
                 local_length=sequence_length // layout.tensor if sequence else sequence_length,
@@ -154,36 +157,12 @@ class ParallelModel:
         """Copy this rank's part of parameter ``name``, given whole, if it holds one."""
         if name not in self.parameters:
             return
-        placement, local = self.placements[name], self.parameters[name]
-        if not self._sharded:
-            placement.fill(local, whole)
-            return
-        part = torch.empty(placement.local_shape, dtype=local.dtype)
-        placement.fill(part, whole)
-        chunks = part.chunk(self.mesh.layout.shard)
-        if self.mesh.shard_rank < len(chunks):
-            local.data.copy_(chunks[self.mesh.shard_rank])
+        self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
 
-    def whole(self, name: str, local: Tensor) -> Tensor:
-        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a DTensor, or ``local`` where it is all."""
-        placement, mesh = self.placements[name], self.mesh
-        part = local.detach()
-        axes: list[str] = []
-        kinds: list[DTensorPlacement] = []
-        if mesh.layout.tensor > 1 and (self._sharded or placement.dim is not None):
-            axes.append("tensor")
-            kinds.append(Replicate() if placement.dim is None else Shard(placement.dim))
-        if self._sharded:
-            axes.append("shard")
-            kinds.append(Shard(0))
-        elif placement.dim is not None:
-            part = placement.unpadded(part)
-        if not axes:
-            return part
-        stride = torch.empty(placement.shape, device="meta").stride()
-        return DTensor.from_local(
-            part, mesh.submesh(*axes), kinds, run_check=False, shape=torch.Size(placement.shape), stride=stride
-        )
+    def whole(self, name: str, local: Tensor) -> Tensor | Slice:
+        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
+        mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
+        return mine if mine.local.shape != mine.shape else mine.local
 
     def counted(self, name: str, local: Tensor) -> Tensor | None:
         """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
@@ -192,13 +171,12 @@ class ParallelModel:
         replica = mesh.data_rank // mesh.layout.shard
         if replica or name in self._copies or (placement.dim is None and mesh.tensor_rank):
             return None
-        part = local.detach()
-        if not self._sharded:
-            part = placement.unpadded(part)
-        elif placement.dim == 0:
-            before = mesh.shard_rank * -(-placement.per_rank // mesh.layout.shard)
-            part = part[: max(0, placement.valid - before)]
-        return part.reshape(-1)
+        return placement.slice(local.detach(), *self._shard_of_all).local.reshape(-1)
+
+    @property
+    def _shard_of_all(self) -> tuple[int, int]:
+        """Which shard of this rank's part of a parameter it keeps, and of how many."""
+        return (self.mesh.shard_rank, self.mesh.layout.shard) if self._sharded else (0, 1)
 
     def forget_gathered(self) -> None:
         """To be called after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
@@ -207,17 +185,23 @@ class ParallelModel:
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor | Slice]:
         """The parameters on this rank by name, each as ``whole`` shows it."""
         return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
 
     def _named(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for module in self._modules for name, parameter in module.named_parameters()}
+        named: dict[str, nn.Parameter] = {}
+        for module in self._modules:
+            for name, parameter in module.named_parameters():
+                named.setdefault(name, parameter)  # the V's head that follows its embedding has the same name
+        return named
 
     def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
         """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
         layout = self.mesh.layout
         name = "embed_in.weight"
+        if self._head is not None:
+            return frozenset(), self._add_head_gradient
         if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
             return frozenset(), None
         self.tied = frozenset([name])
@@ -232,6 +216,20 @@ class ParallelModel:
             dist.all_reduce(grad, group=group)
 
         return self.tied if self._has_last else frozenset(), reduce
+
+    def _add_head_gradient(self) -> None:
+        """What the head that follows the embedding contributes to the gradient of both."""
+        assert self._head is not None
+        gradient, total = self._head.weight.grad, self.parameters["embed_in.weight"].grad
+        assert isinstance(gradient, DTensor) and total is not None
+        total.add_(gradient.to_local())
+        self._head.weight.grad = None
+
+    def _follow(self) -> None:
+        """Before computing: the V's head takes over the embedding."""
+        if self._head is not None:
+            assert isinstance(self._head.weight, DTensor)
+            self._head.weight.to_local().detach().copy_(self.parameters["embed_in.weight"].detach())
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype
@@ -258,6 +256,7 @@ class ParallelModel:
         are the batch's. All ranks call it.
         """
         self._loss_scale = loss_scale
+        self._follow()
         tokens = torch.from_numpy(rows)
         count = self._count_targets(tokens)
         if self._pipeline is not None:
@@ -320,34 +319,36 @@ class ParallelModel:
         return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
-    def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], calls: int) -> tuple[float, float]:
-        """(loss summed, tokens) over ``rows``, micro-batches (b, s + 1) of this rank's windows; as ``forward_backward``.
+    def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], most: int, micro_batch: int) -> tuple[float, float]:
+        """(loss summed, tokens) over ``rows``, this rank's windows (b, s + 1) in portions of ``micro_batch``; as
+        ``forward_backward``.
 
-        ``calls``: the largest number of micro-batches that any rank has: ranks that share parameters call together.
+        ``most``: the largest number of windows that any rank has. Ranks that share parameters gather them together: who has
+        fewer windows computes on nothing meanwhile.
         """
+        self._follow()
         for module in self._modules:
             module.eval()
         total, count = 0.0, 0.0
-        if self._pipeline is not None:
-            for part in _regrouped(rows, self._pipeline.sequences):
-                inputs, targets, starts = self._padded(part)
+        size = micro_batch if self._pipeline is None else self._pipeline.sequences
+        parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
+        for _ in range(-(-most // size)):
+            part = next(parts, None)
+            if part is None and not self._sharded:
+                break
+            tokens = torch.zeros((1, self._sequence_length + 1), dtype=torch.int64) if part is None else part
+            if self._pipeline is not None:
+                inputs, targets, starts = self._padded(tokens)
                 with self._autocast:
                     losses = self._pipeline.evaluate(inputs, targets, starts)
-                total += sum(float(loss) for loss in losses) / self._scale()
-                count += float((targets != IGNORE).sum())
-        else:
-            remaining = iter(rows)
-            nothing = np.zeros((1, 2), dtype=np.int64)
-            for _ in range(calls):
-                batch = next(remaining, None)
-                if batch is None and not self._sharded:
-                    break
-                part = torch.from_numpy(nothing if batch is None else batch).to(self.mesh.device)
+                loss, seen = sum(float(loss) for loss in losses) / self._scale(), float((targets != IGNORE).sum())
+            else:
                 with self._autocast:
-                    loss, seen = self._loss(part)
-                if batch is not None:
-                    total += float(loss)
-                    count += float(seen)
+                    found = self._loss(tokens.to(self.mesh.device))
+                loss, seen = float(found[0]), float(found[1])
+            if part is not None:
+                total += loss
+                count += seen
         for module in self._modules:
             module.train()
         return self._mine(total), self._mine(count)
@@ -395,6 +396,14 @@ class ParallelModel:
             memory_budget=self._loss_memory,
             kernel=self._loss_kernel,
         )
+
+
+class _Matrix(nn.Module):
+    """A parameter of the shape of ``like``, empty."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(like))
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

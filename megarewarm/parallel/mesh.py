@@ -111,18 +111,9 @@ class Mesh:
             self.data = groups["replicate" if layout.replicate > 1 else "shard"]
 
     def submesh(self, *axes: str) -> DeviceMesh:
-        """The ranks along ``axes``, the first one outermost."""
+        """The ranks along ``axes``, which are in the order of ``AXES``."""
         assert self.devices is not None
         key = tuple(axes)
         if key not in self._submeshes:
-            if list(axes) == [axis for axis in AXES if axis in axes]:
-                self._submeshes[key] = self.devices[key]
-            else:
-                # DTensors divided twice along one dimension: DeviceMesh only gives its axes in their own order
-                groups = [self.devices.get_group(axis) for axis in axes]
-                order = [*(axis for axis in AXES if axis not in axes), *axes]
-                everywhere = self.devices.mesh.permute(*(AXES.index(axis) for axis in order))
-                ranks = everywhere.reshape(-1, *everywhere.shape[-len(axes) :])
-                mine = next(part for part in ranks if (part == self.ranks.rank).any())
-                self._submeshes[key] = DeviceMesh.from_group(groups, self.device.type, mesh=mine, mesh_dim_names=key)
+            self._submeshes[key] = self.devices[key]
         return self._submeshes[key]

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX, positions_of, settled
@@ -56,6 +57,17 @@ def stages_per_rank(order: Order, asked: int | None) -> int:
         needs = "at least 2" if order == "interleaved" else str(natural)
         raise UserError(f"parallel.stages_per_rank: {asked} with schedule '{order}', which needs {needs}")
     return asked
+
+
+def micro_batches(parallel: ParallelConfig, share: int, micro_batch: int) -> int:
+    """Micro-batches of a step: what a data-parallel rank's ``share`` of the batch fills, and as many empty ones as torch's
+    pipeline schedule needs to run at all."""
+    count, ranks = -(-share // micro_batch), parallel.pipeline
+    if ranks > 1 and parallel.schedule == "1f1b":
+        return max(count, ranks)
+    while parallel.schedule == "interleaved" and count % max(1, count // ranks):  # equal rounds of at least ``ranks``
+        count += 1
+    return count
 
 
 def my_stages(order: Order, rank: int, ranks: int, per_rank: int) -> list[int]:

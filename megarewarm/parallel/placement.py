@@ -28,6 +28,24 @@ _VOCABULARY = ("embed_in.weight", "embed_out.weight")
 
 
 @dataclass(frozen=True)
+class Slice:
+    """What a rank holds of a tensor of ``shape``: ``local``, which begins at ``offsets`` of the whole. It may be empty.
+
+    Explicit, and not a DTensor: DTensors can only say what torch's own rule of dividing gives, and padded rows that are
+    divided once more follow another.
+    """
+
+    local: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A view of the same part of ``whole``."""
+        sizes = self.local.shape
+        return whole[tuple(slice(first, first + size) for first, size in zip(self.offsets, sizes, strict=True))]
+
+
+@dataclass(frozen=True)
 class Placement:
     """A parameter of global ``shape``, divided along ``dim`` over ``ranks`` tensor-parallel ranks (None: whole on each).
 
@@ -54,28 +72,28 @@ class Placement:
             return self.shape
         return (*self.shape[: self.dim], self.per_rank, *self.shape[self.dim + 1 :])
 
-    @property
-    def valid(self) -> int:
-        """How many of a rank's rows (or columns) are the parameter's own and not padding."""
-        assert self.dim is not None
-        return max(0, min(self.per_rank, self.shape[self.dim] - self.rank * self.per_rank))
+    def slice(self, local: Tensor, shard: int = 0, shards: int = 1) -> Slice:
+        """What ``local`` holds of the whole, without padding. It is what this rank allocated or, of ``shards``, the one with
+        number ``shard``, which fully_shard cuts off along the first dimension."""
+        offsets = [0] * len(self.shape)
+        if self.dim is not None:
+            offsets[self.dim] = self.rank * self.per_rank
+        if shards > 1:
+            rows = -(-self.local_shape[0] // shards)
+            before = min(shard * rows, self.local_shape[0])
+            assert local.shape[0] == min(rows, self.local_shape[0] - before), f"{self.name}: fully_shard divides otherwise"
+            offsets[0] += before
+        offsets = [min(first, end) for first, end in zip(offsets, self.shape, strict=True)]
+        sizes = [min(n, end - first) for n, end, first in zip(local.shape, self.shape, offsets, strict=True)]
+        return Slice(local[tuple(slice(0, size) for size in sizes)], tuple(offsets), self.shape)
 
-    def mine(self, whole: Tensor) -> Tensor:
-        """A view of this rank's part of the whole parameter, without padding."""
-        if self.dim is None:
-            return whole
-        return whole.narrow(self.dim, min(self.rank * self.per_rank, self.shape[self.dim]), self.valid)
-
-    def unpadded(self, local: Tensor) -> Tensor:
-        """A view of what this rank allocated, without padding."""
-        return local if self.dim is None else local.narrow(self.dim, 0, self.valid)
-
-    def fill(self, local: Tensor, whole: Tensor) -> None:
-        """Copy this rank's part of ``whole`` into ``local``; padding becomes zero."""
+    def fill(self, local: Tensor, whole: Tensor, shard: int = 0, shards: int = 1) -> None:
+        """Copy the part of ``whole`` that ``local`` (see ``slice``) holds into it; padding becomes zero."""
         with torch.no_grad():
-            if self.dim is not None and self.valid < self.per_rank:
+            mine = self.slice(local, shard, shards)
+            if mine.local.numel() < local.numel():
                 local.zero_()
-            self.unpadded(local).copy_(self.mine(whole))
+            mine.local.copy_(mine.of(whole))
 
 
 def place(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, ranks: int, sequence: bool) -> Placement:

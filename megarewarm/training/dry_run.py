@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.seen_samples import SeenSource
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
+from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
+from megarewarm.parallel.pipeline import micro_batches
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.report.terminal import draw_curve
 from megarewarm.report.words import tokens_text
@@ -49,9 +50,8 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
     plan, missing = plan_ahead(config)
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
-    if world_size == 1:  # not under a launcher: as many ranks as the file needs
-        parallel = config.parallel
-        world_size = parallel.pipeline * parallel.tensor * (parallel.data or 1)
+    if world_size == 1:  # not under a launcher
+        world_size = _ranks_needed(config)
     _print_costs(plan, console, world_size)
     console.print()
     _print_data(plan, console)
@@ -65,6 +65,11 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
     for problem in [*missing, *missing_files(config)]:
         console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
     return 0
+
+
+def _ranks_needed(config: RunConfig) -> int:
+    parallel = config.parallel
+    return parallel.pipeline * parallel.tensor * (parallel.data or 1)
 
 
 def show_experiment(experiment: Experiment, console: Console, only: Sequence[str] = ()) -> int:
@@ -90,6 +95,7 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
         if arm.arm in shown:
             continue
         shown[arm.arm] = plan
+        check_fit(run, plan.model, choose_layout(run.parallel, _ranks_needed(run)))
         overview.add_row(
             arm.arm,
             Path(run.start.from_).name if run.start.from_ else "scratch",
@@ -171,12 +177,13 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
     """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
+    remarks = check_fit(config, plan.model, layout)
     on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
     work = Work(
         plan.model,
         config.data.sequence_length,
         config.training.micro_batch,
-        math.ceil(config.training.global_batch / layout.data / config.training.micro_batch),
+        micro_batches(config.parallel, config.training.global_batch // layout.data, config.training.micro_batch),
         config.training.recompute,
         # what 'auto' will be on the cluster is not known here; fp32 is the larger
         2 if config.training.precision in ("bf16", "fp16") else 4,
@@ -201,6 +208,8 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
         )
     console.print()
     console.print(ranks, highlight=False)
+    for remark in remarks:
+        console.print(remark, style="yellow", highlight=False)
 
 
 def _bytes(size: float) -> str:

@@ -91,5 +91,5 @@ def evaluate(model: ParallelModel, windows: Windows, micro_batch: int, mesh: Mes
     ranks = mesh.layout.data
     rows = windows.micro_batches(mesh.data_rank, ranks, micro_batch)
     most = max(len(windows.share(rank, ranks)) for rank in range(ranks))
-    total, count = all_reduce_sums(model.evaluate(rows, calls=math.ceil(most / micro_batch)))
+    total, count = all_reduce_sums(model.evaluate(rows, most, micro_batch))
     return total / count if count else math.nan, int(count)

@@ -103,7 +103,7 @@ def _look(run: Run, step: int, since: int, recorded: RecordedRun, differing: lis
     mine = run.mesh.data_rank * len(rows)
     sums = [0.0] * (2 * size)
     for i in range(len(rows)):
-        sums[mine + i], sums[size + mine + i] = run.model.evaluate(iter([rows[i : i + 1]]), calls=1)
+        sums[mine + i], sums[size + mine + i] = run.model.evaluate([rows[i : i + 1]], most=1, micro_batch=1)
     sums = all_reduce_sums(sums)
     row_losses = [loss / count if count else math.nan for loss, count in zip(sums[:size], sums[size:], strict=True)]
     loss, norm, _ = compute_gradients(run, rows, Clock(run.ranks.device))

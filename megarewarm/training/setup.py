@@ -23,8 +23,9 @@ from megarewarm.model.size import count_parameters
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import DTYPES, ParallelModel
+from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.loss_scaler import LossScaler
-from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
+from megarewarm.parallel.mesh import Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.replay import check_apart, replayed
 from megarewarm.rewarm.reset import table
@@ -41,7 +42,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     """Build the run. Files are opened and checked before a model is made. Raises ``UserError``; writes nothing."""
     config = plan.config
     layout = choose_layout(config.parallel, ranks.world_size)
-    _check_batch(plan, layout)
+    fit = check_fit(config, plan.model, layout)
     _check_agreement(plan, ranks)
     history = plan.history
     old = replayed(config.replay, history)
@@ -127,6 +128,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             *(plan.source.notes if plan.source else []),
             *differing_choices(config, plan.source),
             *left_out,
+            *fit,
             *remarks,
             *about,
             *lost,
@@ -186,15 +188,6 @@ def _documents(plan: Plan) -> DocumentRules | None:
             f"documents of the data"
         )
     return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)
-
-
-def _check_batch(plan: Plan, layout: Layout) -> None:
-    size = plan.config.training.global_batch
-    if size % layout.data:
-        raise UserError(
-            f"training.global_batch: {size} sequences can't be shared evenly by {layout.data} data-parallel ranks; choose a "
-            f"multiple of {layout.data}"
-        )
 
 
 def _check_agreement(plan: Plan, ranks: Ranks) -> None:

@@ -6,22 +6,22 @@ import time
 from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megarewarm.checkpoint.own.folder import remove_superseded
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import TrainingState
-from megarewarm.checkpoint.own.store import Tensors, write
+from megarewarm.checkpoint.own.store import Tensors, local, write
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.groups import new_patient_group
+from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
@@ -58,12 +58,12 @@ class Saver:
         self._pending: Future[Saved] | None = None
         self._finished: list[Saved] = []
 
-    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+    def reserve(self, tensors: Mapping[str, Tensor | Slice]) -> None:
         """Make the buffers for ``tensors`` while training begins, so that the first save need not: fresh memory is slow."""
         if self._staging is not None and self._thread is not None:
             self._reserved = self._thread.submit(self._staging.reserve, tensors)
 
-    def save(self, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, state: TrainingState, tensors: Mapping[str, Tensor | Slice]) -> None:
         """Save; a save that is still being written is waited for first. Raises ``UserError`` where the disk refused."""
         began = time.perf_counter()
         self.wait()
@@ -116,7 +116,7 @@ class Saver:
         if self._thread is not None:
             self._thread.shutdown(wait=error is None or not is_loss(error))
 
-    def _write(self, state: TrainingState, tensors: Mapping[str, Tensor], began: float, released: float) -> Saved:
+    def _write(self, state: TrainingState, tensors: Mapping[str, Tensor | Slice], began: float, released: float) -> Saved:
         path = self._folder / f"step_{state.step}"
         main = position(self._group)[0] == 0
 
@@ -144,30 +144,25 @@ class _Staging:
     def __init__(self) -> None:
         self._held: Tensors = {}
 
-    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+    def reserve(self, tensors: Mapping[str, Tensor | Slice]) -> None:
         for name, tensor in tensors.items():
             if name not in self._held:
                 self._held[name] = _in_host_memory(tensor)
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> Tensors:
+    def copy(self, tensors: Mapping[str, Tensor | Slice]) -> Tensors:
         self.reserve(tensors)
         for name, tensor in tensors.items():
-            _local(self._held[name]).copy_(_local(tensor), non_blocking=True)
+            local(self._held[name]).copy_(local(tensor), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return {name: self._held[name] for name in tensors}
 
 
-def _in_host_memory(tensor: Tensor) -> Tensor:
-    part = _local(tensor)
+def _in_host_memory(tensor: Tensor | Slice) -> Tensor | Slice:
+    part = local(tensor)
     # written to, not only asked for: the system gives memory when it is first touched
     copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda).fill_(0)
-    if not isinstance(tensor, DTensor):
-        return copy
-    # as torch's own staging does: the copy says which part it is, and lies elsewhere than its mesh
-    staged = tensor.detach()
-    staged._local_tensor = copy  # type: ignore[attr-defined]
-    return staged
+    return replace(tensor, local=copy) if isinstance(tensor, Slice) else copy
 
 
 def _device() -> int | None:
@@ -178,7 +173,3 @@ def _on_device(device: int | None) -> None:
     # a thread begins on GPU 0, where every rank of a node would take some memory
     if device is not None:
         torch.cuda.set_device(device)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

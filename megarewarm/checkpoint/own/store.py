@@ -18,19 +18,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megarewarm.checkpoint.own.integrity import digest, write_sums
+from megarewarm.checkpoint.own.misplaced_rows import Misplaced
+from megarewarm.checkpoint.own.slices import SlicesToLoad, SlicesToSave, local
 from megarewarm.checkpoint.own.state import TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
+from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Tensor | Slice]
+"""Tensors of a checkpoint by name: whole ones, which are equal on all ranks, or this rank's slices."""
 PARTIAL = ".partial"
 
 
@@ -59,13 +63,13 @@ class _Writer(FileSystemWriter):
 def write(
     final: Path,
     state: TrainingState,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Slice],
     group: dist.ProcessGroup | None = None,
     *,
     planner: SavePlanner | None = None,
     file_per_tensor: bool = False,
 ) -> None:
-    """Write the checkpoint ``final``. All ranks of ``group`` call it, with tensors equal on all of them, or DTensors.
+    """Write the checkpoint ``final``. All ranks of ``group`` call it, with ``Tensors`` whose slices make up the wholes.
 
     What stood there is replaced, after the new one is whole. ``planner`` and ``file_per_tensor``: see ``stream``.
     Raises ``OSError`` on every rank where the disk refuses on any; what was written of it is removed again.
@@ -96,7 +100,13 @@ def write(
         writer = _Writer(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
         try:
             with _quietly_alone():
-                dcp.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group, no_dist=ranks == 1)
+                dcp.save(
+                    {name: local(tensor) for name, tensor in tensors.items()},
+                    storage_writer=writer,
+                    planner=planner or SlicesToSave(tensors),
+                    process_group=group,
+                    no_dist=ranks == 1,
+                )
         except dcp.CheckpointException as error:
             raise _cause(error) from error
         # each rank sums up what it wrote itself: its files may not be visible to others yet
@@ -162,7 +172,12 @@ def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
             )
     try:
         with _quietly_alone():
-            dcp.load(dict(tensors), storage_reader=TensorIndexReader(checkpoint), no_dist=not several)
+            dcp.load(
+                {name: local(tensor) for name, tensor in tensors.items()},
+                storage_reader=TensorIndexReader(checkpoint),
+                planner=SlicesToLoad(tensors),
+                no_dist=not several,
+            )
     except (OSError, EOFError, RuntimeError, dcp.CheckpointException) as error:
         if is_loss(error):
             raise  # another rank is gone, which is no fault of the checkpoint
@@ -172,12 +187,25 @@ def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
 
 def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name -> shape and dtype of every tensor in a checkpoint. Raises ``UserError``."""
-    try:
-        metadata = TensorIndexReader(checkpoint).read_metadata()
-    except (OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint}: the tensor index is missing or damaged ({error}); name another checkpoint") from error
+    metadata = _read_index(checkpoint)[0]
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             found[name] = (tuple(entry.size), entry.properties.dtype)
     return found
+
+
+def misplaced_rows(checkpoint: Path) -> Misplaced | None:
+    """The rows of the vocabulary that an old revision gave a wrong place, and which are read where they belong."""
+    try:
+        return _read_index(checkpoint)[1]
+    except UserError:
+        return None  # who loads a tensor will be told
+
+
+def _read_index(checkpoint: Path) -> tuple[Metadata, Misplaced | None]:
+    reader = TensorIndexReader(checkpoint)
+    try:
+        return reader.read_metadata(), reader.misplaced
+    except (OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"{checkpoint}: the tensor index is missing or damaged ({error}); name another checkpoint") from error

@@ -25,10 +25,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megarewarm.checkpoint.own.misplaced_rows import Misplaced, mend
+from megarewarm.checkpoint.own.slices import tile
 from megarewarm.untrusted import is_name, one_line
 
 _DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "uint8", "int64")}
 _MOST_VALUES = 2**56  # of a tensor: more than any disk holds, and no product of it overflows
+_MOST_DIMENSIONS = 8
 # All that an index of plain tensors is made of, by module.
 _NEEDED = {
     "torch.distributed.checkpoint.metadata": {
@@ -51,6 +54,8 @@ class TensorIndexReader(FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._folder = folder
+        self.misplaced: Misplaced | None = None
+        """The rows whose places the index names wrongly, which are read where they belong."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index. Raises ``pickle.UnpicklingError`` for anything that is none, ``OSError`` where there is no file."""
@@ -63,6 +68,7 @@ class TensorIndexReader(FileSystemReader):
         for info in metadata.storage_data.values():
             if info.offset + info.length > sizes[info.relative_path]:
                 _refuse(f"a tensor lies past the end of {info.relative_path}")
+        self.misplaced = mend(metadata)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -194,8 +200,8 @@ def _tensor(record: Any, name: str) -> TensorStorageMetadata:
         if not len(size) == len(part.offsets) == len(part.sizes) or any(end > n for end, n in zip(ends, size, strict=True)):
             _refuse(f"a part of {name} lies outside of it")
         parts.append(part)
-    if sum(math.prod(part.sizes) for part in parts) != math.prod(size):
-        _refuse(f"the parts of {name} are not the whole of it")
+    if len(size) > _MOST_DIMENSIONS or not tile(size, [(part.offsets, part.sizes) for part in parts]):
+        _refuse(f"the parts of {name} are not the whole of it: some places are in none or in several of them")
     return TensorStorageMetadata(TensorProperties(dtype=stated[0]), size, parts)
 
 

@@ -1,0 +1,34 @@
+"""Whether a layout can carry a run: asked by the run itself, a dry run, and whoever ranks layouts."""
+
+from __future__ import annotations
+
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.errors import UserError
+from megarewarm.parallel import pipeline, tensor
+from megarewarm.parallel.mesh import Layout
+
+
+def check_fit(config: RunConfig, model: ModelConfig, layout: Layout) -> list[str]:
+    """Remarks on what works and could be better. Raises ``UserError`` naming the number to change for what can't work."""
+    parallel, training, length = config.parallel, config.training, config.data.sequence_length
+    if training.global_batch % layout.data:
+        raise UserError(
+            f"training.global_batch: {training.global_batch} sequences can't be shared evenly by {layout.data} data-parallel "
+            f"ranks; choose a multiple of {layout.data}"
+        )
+    if layout.tensor > 1:
+        tensor.check(model, length, layout.tensor, parallel.sequence)
+    if layout.pipeline == 1:
+        return []
+    stages = layout.pipeline * pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
+    pipeline.balance(model.num_layers, stages, *pipeline.stage_costs(model, length))
+    share = training.global_batch // layout.data
+    filled = -(-share // training.micro_batch)
+    count = pipeline.micro_batches(parallel, share, training.micro_batch)
+    if count == filled:
+        return []
+    return [
+        f"parallel.schedule: '{parallel.schedule}' on {layout.pipeline} pipeline ranks runs {count} micro-batches, the batch "
+        f"fills {filled}; the others are empty and cost their time. A smaller training.micro_batch or a larger "
+        f"training.global_batch would use it"
+    ]
