@@ -5,7 +5,8 @@
 set -eu
 here=$(cd -- "$(dirname -- "$0")" && pwd)
 if [ "$#" -eq 0 ]; then set -- --help; fi
-if [ -n "${RANK:-}${OMPI_COMM_WORLD_RANK:-}${PMI_RANK:-}${SLURM_STEP_NUM_TASKS:-}" ]; then
+case " $* " in *" --help "* | *" -h "* | *" --version "*) asks=yes ;; *) asks= ;; esac  # which installs nothing
+if [ -n "$asks${RANK:-}${OMPI_COMM_WORLD_RANK:-}${PMI_RANK:-}${SLURM_STEP_NUM_TASKS:-}" ]; then
   python=$("$here/tools/environment.sh" --find) || python=python3
 else
   python=$("$here/tools/environment.sh")
@@ -17,9 +18,16 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path[:0] = [str(here), str(here / "kernels")]
+    tools = str(Path(__file__).resolve().parent / "tools")
+    sys.path.insert(0, tools)
+    import find_megarewarm  # noqa: F401
+
+    sys.path.remove(tools)
+    from megarewarm.arguments import parse_arguments
+    from megarewarm.process import run
+
+    parse_arguments(sys.argv[1:])  # --help needs no packages
     from megarewarm.main import main
 
-    raise SystemExit(main(sys.argv[1:]))
+    run(lambda: main(sys.argv[1:]))
 # The quote that bash -n is still waiting for: '

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from megarewarm import __version__
+from megarewarm.arguments import parse_arguments
 from megarewarm.config.experiment import Experiment, is_experiment, load_experiment
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
-from megarewarm.errors import EXIT_DIVERGED, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
+from megarewarm.console import make_console
+from megarewarm.errors import EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
 from megarewarm.parallel.launchers import Launch, read_launcher
-
-_EPILOG = """\
-Configs are merged from left to right; words of the form section.key=value override single keys.
-Start it with any of:
-  bash launch.sh configs/quickstart.yml
-  python launch.sh configs/410m_rewarm.yml training.micro_batch=4
-  deepspeed launch.sh configs/410m_rewarm.yml
-  torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
-  deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
-The same command after an interruption continues where the run stood.
-Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 75 the time limit is up, 128 + signal
-when stopped by one (after both a checkpoint was saved)."""
-
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. ``--local_rank`` is what the DeepSpeed launcher adds; it is read by the launcher's reader."""
-    parser = argparse.ArgumentParser(
-        prog="launch.sh",
-        description="megarewarm: continual pre-training of GPT-NeoX models.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
-    parser.add_argument("--quick", action="store_true", help="an experiment in the small form that it has under 'quick'")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
-    return parser.parse_intermixed_args(list(argv))
+from megarewarm.process import first_line, importing, is_out_of_memory, say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -57,9 +25,10 @@ def main(argv: Sequence[str]) -> int:
     launch: Launch | None = None
     try:
         launch = read_launcher(os.environ, arguments.local_rank)
-        console = Console(quiet=launch.rank != 0, soft_wrap=not sys.stdout.isatty())
+        console = make_console(quiet=launch.rank != 0, lasting=not arguments.dry_run)
         if files := neox_files(arguments.configs):
-            from megarewarm.rewarm.neox_start import load_neox, show_account
+            with importing():
+                from megarewarm.rewarm.neox_start import load_neox, show_account
 
             overrides = [word for word in arguments.configs if Path(word) not in files]
             run, account = load_neox(files, overrides, launch.world_size)
@@ -69,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
         if is_experiment(mapping):
             experiment = load_experiment(mapping, origins, quick=arguments.quick)
             if arguments.dry_run:
-                from megarewarm.training.dry_run import show_experiment
+                with importing():
+                    from megarewarm.training.dry_run import show_experiment
 
                 return show_experiment(experiment, console, arguments.only)
             return _train(experiment, launch, console, arguments.only)
@@ -80,13 +50,14 @@ def main(argv: Sequence[str]) -> int:
         # ranks that are not connected: one voice per node, the others would only repeat it
         if launch is None or launch.local_rank == 0:
             prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
-            print(f"{prefix}{error}", file=sys.stderr, flush=True)
+            say(f"{prefix}{error}")
         return error.exit_code
 
 
 def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
     if dry:
-        from megarewarm.training.dry_run import show_run
+        with importing():
+            from megarewarm.training.dry_run import show_run
 
         return show_run(run, console, world_size=launch.world_size)
     return _train(run, launch, console)
@@ -94,11 +65,12 @@ def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
 
 def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only: Sequence[str] = ()) -> int:
     # imported here so that --help and a mistyped key answer at once, without loading torch
-    from megarewarm.parallel.connect import connect
-    from megarewarm.parallel.ranks import is_loss
-    from megarewarm.parallel.replicas import ReplicasDiffer
-    from megarewarm.training.step import TrainingDiverged
-    from megarewarm.training.trainer import train
+    with importing():
+        from megarewarm.parallel.connect import connect
+        from megarewarm.parallel.ranks import is_loss
+        from megarewarm.parallel.replicas import ReplicasDiffer
+        from megarewarm.training.step import TrainingDiverged
+        from megarewarm.training.trainer import train
 
     first = what.arms[0].config if isinstance(what, Experiment) else what
     ranks = connect(launch, first.training.device, first.parallel.timeout_minutes)
@@ -113,18 +85,37 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
         return error.exit_code
     except (TrainingDiverged, ReplicasDiffer) as error:
         if ranks.is_main:
-            print(str(error), file=sys.stderr, flush=True)
+            say(str(error))
         return EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_REPLICAS_DIFFER
-    except RuntimeError as error:
-        if ranks.world_size == 1 or not is_loss(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            say(
+                _out_of_memory(
+                    error, first, f"rank {ranks.rank}, {ranks.device}" if ranks.world_size > 1 else str(ranks.device)
+                )
+            )
+            code = EXIT_OUT_OF_MEMORY
+        elif ranks.world_size == 1 or not is_loss(error):
             raise
-        print(
-            f"rank {ranks.rank} waits no longer for {ranks.give_up()}: {str(error).strip().splitlines()[0]}; the last "
-            f"checkpoint is whole, the same command continues from it",
-            file=sys.stderr,
-            flush=True,
-        )
-        # not by way of the interpreter: other threads may wait for the lost rank for good
-        os._exit(EXIT_RANK_LOST)
+        else:
+            say(
+                f"rank {ranks.rank} waits no longer for {ranks.give_up()}: {first_line(error)}; the last checkpoint is whole, "
+                f"the same command continues from it"
+            )
+            code = EXIT_RANK_LOST
+        if ranks.world_size > 1:
+            # not by way of the interpreter: other threads may wait for the lost rank for good
+            os._exit(code)
+        return code
     finally:
         ranks.close()
+
+
+def _out_of_memory(error: BaseException, run: RunConfig, where: str) -> str:
+    training = run.training
+    remedies = [f"lower training.micro_batch (now {training.micro_batch})"] if training.micro_batch > 1 else []
+    remedies += ["set training.recompute to full"] if training.recompute != "full" else []
+    remedies += ["divide the model with parallel.sharding, tensor or pipeline"]
+    return (
+        f"{run.name}: out of memory on {where}: {first_line(error)}; {', or '.join(remedies)} (--dry-run shows what is needed)"
+    )

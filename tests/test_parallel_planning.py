@@ -12,7 +12,8 @@ from tiny import config
 from torch import Tensor
 from wire import Wire
 
-from megarewarm.parallel.cluster import GPUS, rank_layouts
+from megarewarm.parallel.cluster import rank_layouts
+from megarewarm.parallel.gpus import GPUS
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
-import sys
 from pathlib import Path
 
 import orjson
-from rich.console import Console
 
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.arguments import Parser
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
+from megarewarm.process import importing, run
 
 
 def share(text: str) -> float:
@@ -20,7 +20,7 @@ def share(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Fit published laws to the finished runs of an experiment, and predict schedules and replay fractions that "
         "were not tried."
     )
@@ -37,26 +37,22 @@ def main() -> None:
     try:
         import scipy  # noqa: F401
     except ModuleNotFoundError:
-        print("advise.py: the scipy package is not installed; pip install scipy", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    from megarewarm.laws.advice import advise, as_json
-    from megarewarm.laws.show import draw_advice, print_advice
+        raise UserError("advise.py: the scipy package is not installed; pip install scipy") from None
+    with importing():
+        from megarewarm.laws.advice import advise, as_json
+        from megarewarm.laws.show import draw_advice, print_advice
 
+    advice = advise(arguments.experiment, arguments.upstream_within)
+    output = arguments.output or arguments.experiment / "advice"
     try:
-        advice = advise(arguments.experiment, arguments.upstream_within)
-        output = arguments.output or arguments.experiment / "advice"
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "advice.json").write_bytes(orjson.dumps(as_json(advice), option=orjson.OPT_INDENT_2) + b"\n")
-            drawn = draw_advice(advice, output / "advice.png")
-        except OSError as error:
-            raise UserError(f"{output}: can't be written ({error.strerror or error}): give another --output") from error
-        print_advice(advice, Console())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "advice.json").write_bytes(orjson.dumps(as_json(advice), option=orjson.OPT_INDENT_2) + b"\n")
+        drawn = draw_advice(advice, output / "advice.png")
+    except OSError as error:
+        raise UserError(f"{output}: can't be written ({error.strerror or error}): give another --output") from error
+    print_advice(advice, make_console())
     print(output / "advice.json", *([output / "advice.png"] if drawn else []))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

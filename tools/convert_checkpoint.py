@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
-import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.filesize import decimal
 
-from megarewarm.checkpoint.convert import DTYPES, Wish, bytes_to_read, convert
-from megarewarm.checkpoint.progress import reading
-from megarewarm.checkpoint.source import open_checkpoint
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.arguments import DTYPES, Parser
+from megarewarm.console import make_console
+from megarewarm.process import importing, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
     parser.add_argument("--to", required=True, choices=("hf", "neox", "megarewarm"), help="the form to write")
@@ -36,21 +33,22 @@ def main() -> None:
         "--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one that SRC comes with"
     )
     arguments = parser.parse_args()
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    try:
-        source = open_checkpoint(arguments.source)
-        tokenizer = arguments.tokenizer or source.tokenizer
-        dtype = DTYPES[arguments.dtype] if arguments.dtype else None
-        wish = Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, tokenizer)
-        for note in source.notes:
-            console.print(f"{source.name}: {note}", highlight=False)
-        began = time.perf_counter()
-        total = bytes_to_read(source, wish)
-        with reading(console, f"{source.format} to {arguments.to}", total) as advance:
-            notes = convert(source, arguments.destination, wish, advance)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    with importing():
+        from megarewarm.checkpoint import convert
+        from megarewarm.checkpoint.progress import reading
+        from megarewarm.checkpoint.source import open_checkpoint
+
+    console = make_console()
+    source = open_checkpoint(arguments.source)
+    tokenizer = arguments.tokenizer or source.tokenizer
+    dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
+    wish = convert.Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, tokenizer)
+    for note in source.notes:
+        console.print(f"{source.name}: {note}", highlight=False)
+    began = time.perf_counter()
+    total = convert.bytes_to_read(source, wish)
+    with reading(console, f"{source.format} to {arguments.to}", total) as advance:
+        notes = convert.convert(source, arguments.destination, wish, advance)
     for note in notes:
         console.print(f"{arguments.destination}: {note}", highlight=False)
     seconds = time.perf_counter() - began
@@ -60,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

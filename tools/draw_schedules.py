@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
 from pathlib import Path
 
+from megarewarm.arguments import Parser
+from megarewarm.process import run
 from megarewarm.schedules.gallery import draw_gallery
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw every learning-rate curve into one picture.")
+    parser = Parser(description="Draw every learning-rate curve into one picture.")
     parser.add_argument("picture", nargs="?", type=Path, default=Path("docs/schedules.png"), help="default: %(default)s")
     picture = parser.parse_args().picture
     draw_gallery(picture)
@@ -19,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

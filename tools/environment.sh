@@ -10,12 +10,7 @@ wanted=${1:-}
 venv="$root/.venv"
 stamp=$(cat "$root/setup.py" "$root/constraints.txt" "$root"/tests/requirements*.txt "$0" | cksum | tr ' ' '-')
 
-can_run() {
-  "$1" -c '
-import sys, importlib.util as util
-needed = "torch numpy pydantic yaml rich safetensors tokenizers orjson zstandard tensorboard matplotlib".split()
-sys.exit(sys.version_info < (3, 11) or any(util.find_spec(name) is None for name in needed))' 2>/dev/null
-}
+can_run() { "$1" "$root/tools/find_megarewarm.py" 2>/dev/null; }
 
 if [ "$wanted" != test ] && [ "$wanted" != hashed ]; then
   for python in "${VIRTUAL_ENV:-/nowhere}/bin/python" "${CONDA_PREFIX:-/nowhere}/bin/python" python3 python; do

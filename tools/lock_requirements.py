@@ -14,12 +14,17 @@ hashes; torch's are taken from the first alone, for elsewhere an index may offer
 
 from __future__ import annotations
 
+import find_megarewarm  # isort: skip
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+from megarewarm.arguments import Parser
+from megarewarm.errors import UserError
+from megarewarm.process import run
+
+TESTS = find_megarewarm.ROOT / "tests"
 HEADER = """\
 # The test environment by hashes; written by tools/lock_requirements.py, installed by 'tools/environment.sh hashed'.
 # torch is the CPU build for CPython 3.11 on Linux x86-64.
@@ -29,19 +34,23 @@ HEADER = """\
 def lines_of(reports: list[Path]) -> tuple[list[str], list[str]]:
     """``name==version --hash=sha256:...`` of every package, by name: of wheels, and of sources.
 
-    Raises ``SystemExit`` where reports contradict each other.
+    Raises ``UserError`` where reports contradict each other, or are none.
     """
     versions: dict[str, str] = {}
     hashes: dict[str, set[str]] = {}
     sources = set()
     for number, report in enumerate(reports):
-        for item in json.loads(report.read_text())["install"]:
+        try:
+            installed = json.loads(report.read_text(encoding="utf-8"))["install"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{report}: no report of pip's (--report FILE)") from error
+        for item in installed:
             name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
             if "dir_info" in item["download_info"] or (name == "torch" and number > 0 and name in versions):
                 continue  # megarewarm itself is a folder
             version = item["metadata"]["version"].partition("+")[0]
             if versions.setdefault(name, version) != version:
-                sys.exit(f"{report}: {name} {version}, another report has {versions[name]}")
+                raise UserError(f"{report}: {name} {version}, another report has {versions[name]}")
             hashes.setdefault(name, set()).add(item["download_info"]["archive_info"]["hashes"]["sha256"])
             if not item["download_info"]["url"].endswith(".whl"):
                 sources.add(name)
@@ -53,10 +62,14 @@ def lines_of(reports: list[Path]) -> tuple[list[str], list[str]]:
     return wheels, [line for name, line in lines.items() if name in sources]
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    wheels, sources = lines_of([Path(word) for word in sys.argv[1:]])
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="JSON that pip install --report wrote")
+    wheels, sources = lines_of(parser.parse_args().reports)
     for name, lines in (("requirements.txt", wheels), ("requirements_source.txt", sources)):
-        (TESTS / name).write_text(HEADER + "".join(f"{line}\n" for line in lines))
+        (TESTS / name).write_text(HEADER + "".join(f"{line}\n" for line in lines), encoding="utf-8")
         print(TESTS / name)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -14,27 +14,20 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from megarewarm.arguments import DTYPES, Parser
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
+from megarewarm.process import importing, run
 
-from megarewarm.checkpoint.convert import DTYPES, Wish
-from megarewarm.checkpoint.merge import (
-    Merge,
-    bytes_to_read,
-    ema_shares,
-    interpolation_shares,
-    last_of,
-    mean_shares,
-    merge,
-)
-from megarewarm.checkpoint.progress import reading
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+if TYPE_CHECKING:
+    from megarewarm.checkpoint.merge import Merge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", metavar="OUT", type=Path)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--mean", nargs="+", metavar="CHECKPOINT")
@@ -46,21 +39,33 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside the first")
     arguments = parser.parse_args()
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    try:
-        wish = Wish(arguments.to, DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer)
-        for merged, destination in _merges(arguments):
-            with reading(console, destination.name, bytes_to_read(merged)) as advance:
-                notes = merge(merged, destination, wish, advance)
-            console.print(f"{destination}: {merged.description}", highlight=False)
-            for note in notes:
-                console.print(f"{destination}: {note}", highlight=False)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    with importing():
+        from megarewarm.checkpoint import convert
+        from megarewarm.checkpoint.merge import bytes_to_read, merge
+        from megarewarm.checkpoint.progress import reading
+
+    console = make_console()
+    for alpha in arguments.alpha if arguments.interpolate else ():
+        if not 0 <= alpha <= 1:
+            console.print(
+                f"--alpha {alpha:g} lies outside of [0, 1], beyond START or END: {1 - alpha:g} x START + {alpha:g} x END",
+                style="yellow",
+                highlight=False,
+            )
+    wish = convert.Wish(
+        arguments.to, convert.DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer
+    )
+    for merged, destination in _merges(arguments):
+        with reading(console, destination.name, bytes_to_read(merged)) as advance:
+            notes = merge(merged, destination, wish, advance)
+        console.print(f"{destination}: {merged.description}", highlight=False)
+        for note in notes:
+            console.print(f"{destination}: {note}", highlight=False)
 
 
 def _merges(arguments: argparse.Namespace) -> list[tuple[Merge, Path]]:
+    from megarewarm.checkpoint.merge import Merge, ema_shares, interpolation_shares, last_of, mean_shares
+
     out: Path = arguments.destination
     if arguments.interpolate:
         several = len(arguments.alpha) > 1
@@ -83,4 +88,4 @@ def _merges(arguments: argparse.Namespace) -> list[tuple[Merge, Path]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,34 +4,37 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
-import sys
+from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from megarewarm.arguments import Parser
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.schema import RunConfig
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
-from megarewarm.parallel.cluster import GPUS, Plan, rank_layouts
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
+from megarewarm.parallel.gpus import GPUS
+from megarewarm.process import importing, run
+
+if TYPE_CHECKING:
+    from megarewarm.parallel.cluster import Plan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rank the layouts of a run on a cluster by a model of their step time.")
+    parser = Parser(description="Rank the layouts of a run on a cluster by a model of their step time.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="as for launch.sh")
     parser.add_argument("--gpus", type=int, required=True, help="how many")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="which")
     parser.add_argument("--most", type=int, default=10, help="layouts shown; default: %(default)s")
     arguments = parser.parse_args()
-    try:
-        config = validate(RunConfig, *read_configs(arguments.configs))
-        if config.model is None:
-            raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
-        plans = rank_layouts(config, config.model, arguments.gpus, GPUS[arguments.gpu])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    Console().print(show(plans[: arguments.most], f"{len(plans)} layouts fit on {arguments.gpus} x {arguments.gpu}"))
+    with importing():
+        from megarewarm.parallel.cluster import rank_layouts
+
+    config = validate(RunConfig, *read_configs(arguments.configs))
+    if config.model is None:
+        raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
+    plans = rank_layouts(config, config.model, arguments.gpus, GPUS[arguments.gpu])
+    make_console().print(show(plans[: arguments.most], f"{len(plans)} layouts fit on {arguments.gpus} x {arguments.gpu}"))
     best = plans[0]
     print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()))
 
@@ -60,4 +63,4 @@ def show(plans: list[Plan], title: str) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,23 +6,23 @@ from __future__ import annotations
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import datetime
-import io
-import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megarewarm.arguments import Parser
+from megarewarm.console import make_console
 from megarewarm.data.preprocess import job
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.process import EXIT_INTERRUPTED, run, say
 
 _LINES = 30.0
 """Seconds between lines of progress where there is no terminal."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def main() -> int:
+    parser = Parser(
         description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json, which says what is in them. What is written "
         "does not depend on the number of workers. A run that was cut off goes on with --resume."
     )
@@ -59,46 +59,38 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.mpi and arguments.workers:
         parser.error("--workers: with --mpi the ranks are the workers")
+    options = job.Options(
+        text_key=arguments.text_key,
+        eod_token=arguments.eod_token,
+        merges=arguments.merges,
+        append_eod=not arguments.no_eod,
+        ftfy=arguments.ftfy,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        split=job.parse_split(arguments.split) if arguments.split else None,
+        shuffle=arguments.seed if arguments.shuffle else None,
+        max_documents=arguments.max_documents,
+        strict=arguments.strict,
+    )
+    bar = _Bar(make_console(stderr=True))
     try:
-        options = job.Options(
-            text_key=arguments.text_key,
-            eod_token=arguments.eod_token,
-            merges=arguments.merges,
-            append_eod=not arguments.no_eod,
-            ftfy=arguments.ftfy,
-            format=arguments.format,
-            dtype=arguments.dtype,
-            split=job.parse_split(arguments.split) if arguments.split else None,
-            shuffle=arguments.seed if arguments.shuffle else None,
-            max_documents=arguments.max_documents,
-            strict=arguments.strict,
+        written = job.preprocess(
+            arguments.inputs,
+            arguments.tokenizer,
+            arguments.output,
+            options,
+            worker_count=arguments.workers,
+            mpi=arguments.mpi,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            tell=bar.show,
         )
-        bar = _Bar(Console(stderr=True))
-        try:
-            written = job.preprocess(
-                arguments.inputs,
-                arguments.tokenizer,
-                arguments.output,
-                options,
-                worker_count=arguments.workers,
-                mpi=arguments.mpi,
-                resume=arguments.resume,
-                overwrite=arguments.overwrite,
-                tell=bar.show,
-            )
-        finally:
-            bar.finish()
-    except UserError as error:
-        print(str(error).encode(errors="backslashreplace").decode(), file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except OSError as error:
-        print(f"{error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        print(f"stopped; the same command with --resume goes on from {arguments.output}.parts", file=sys.stderr)
-        sys.exit(130)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
+        bar.finish()
+        say(f"stopped; the same command with --resume goes on from {arguments.output}.parts")
+        return EXIT_INTERRUPTED
+    finally:
+        bar.finish()
     for output in written:
         counts = output.counts
         print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")
@@ -107,6 +99,7 @@ def main() -> None:
         for reason, count in output.skipped.items():
             print(f"left out: {count:,} records: {reason}")
         print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
+    return 0
 
 
 class _Bar:
@@ -165,4 +158,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,30 +11,32 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
-from megarewarm.parallel.connect import connect
+from megarewarm.arguments import Parser
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
 from megarewarm.parallel.launchers import read_launcher
-from megarewarm.training.replay_batch import replay_step, show
+from megarewarm.process import importing, run, say
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--step", type=int, metavar="N", help="the step, counted from 1")
     parser.add_argument("--rows", type=int, default=12, metavar="K", help="sequences that are shown; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with the text of all sequences")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     arguments = parser.parse_args()
-    launch = None
+    launch = read_launcher(os.environ)
+    with importing():
+        from megarewarm.parallel.connect import connect
+        from megarewarm.training.replay_batch import replay_step, show
+
+    console = make_console(quiet=launch.rank != 0)
     try:
-        launch = read_launcher(os.environ)
-        console = Console(quiet=launch.rank != 0, soft_wrap=not sys.stdout.isatty())
         ranks = connect(launch, arguments.device, 30.0)
         try:
             with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
@@ -47,18 +49,19 @@ def main() -> None:
                 )
         finally:
             ranks.close()
-        show(replayed, console, arguments.rows)
-        if arguments.out is not None and ranks.is_main:
-            arguments.out.write_text(json.dumps(replayed.as_json(), indent=1) + "\n", encoding="utf-8")
-            console.print(f"written: {arguments.out}", highlight=False)
-    except OSError as error:
-        print(f"{arguments.out}: can't be written ({error.strerror or error})", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
     except UserError as error:
-        if launch is None or launch.rank == 0:
-            print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        if launch.rank == 0:
+            say(str(error))
+        return error.exit_code
+    show(replayed, console, arguments.rows)
+    if arguments.out is not None and ranks.is_main:
+        try:
+            arguments.out.write_text(json.dumps(replayed.as_json(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{arguments.out}: can't be written ({error.strerror or error})") from error
+        console.print(f"written: {arguments.out}", highlight=False)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
 import os
-import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from megarewarm.arguments import Parser
 from megarewarm.config.experiment import is_experiment as names_experiment
 from megarewarm.config.load import read_configs
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
+from megarewarm.process import run
 from megarewarm.report.experiment import is_experiment
 from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
@@ -22,7 +21,7 @@ from megarewarm.report.table import summary_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Draw and compare an experiment's arms, or runs: report.html, figures as PNG, tables as CSV and JSON."
     )
     parser.add_argument(
@@ -34,22 +33,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     given: list[Path] = arguments.runs
-    try:
-        if given[0].is_file():
-            given = [_folder_of(given, arguments.quick)]
-        elif arguments.quick:
-            raise UserError("--quick goes with an experiment's YAML: give that, or the folder without --quick")
-        if experiments := [path for path in given if is_experiment(path)]:
-            if len(given) > 1:
-                raise UserError(f"{experiments[0]}: an experiment: give it alone; for single runs of it, give their folders")
-            page = report_experiment(given[0], arguments.output or given[0] / "report")
-        else:
-            together = given[0] if len(given) == 1 else Path(os.path.commonpath([run.parent for run in given]))
-            page = report(given, arguments.output or together / "report")
-            Console().print(summary_table(read_runs(given)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+    if given[0].is_file():
+        given = [_folder_of(given, arguments.quick)]
+    elif arguments.quick:
+        raise UserError("--quick goes with an experiment's YAML: give that, or the folder without --quick")
+    if experiments := [path for path in given if is_experiment(path)]:
+        if len(given) > 1:
+            raise UserError(f"{experiments[0]}: an experiment: give it alone; for single runs of it, give their folders")
+        page = report_experiment(given[0], arguments.output or given[0] / "report")
+    else:
+        together = given[0] if len(given) == 1 else Path(os.path.commonpath([run.parent for run in given]))
+        page = report(given, arguments.output or together / "report")
+        make_console().print(summary_table(read_runs(given)))
     print(page)
 
 
@@ -65,4 +60,4 @@ def _folder_of(given: list[Path], quick: bool) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,17 +10,17 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import os
 import shlex
-import sys
 
-from rich.console import Console
-
+from megarewarm.arguments import Parser
 from megarewarm.config.experiment import is_experiment, load_experiment
 from megarewarm.config.load import read_configs
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.console import make_console
+from megarewarm.errors import UserError
+from megarewarm.process import importing, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="an experiment's YAML, then overrides")
     parser.add_argument("--launcher", choices=("local", "slurm"), default="local", help="where the runs are started")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: what the GPUs, or cores and memory, hold")
@@ -32,37 +32,31 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], metavar="RUN", help="only this run, or arm with all its seeds")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it takes")
     arguments = parser.parse_intermixed_args()
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    try:
-        for name in ("jobs", "ranks"):
-            if (value := getattr(arguments, name)) is not None and value < 1:
-                raise UserError(f"--{name} {value}: expected a number above 0")
-        mapping, origins = read_configs(arguments.configs)
-        if not is_experiment(mapping):
-            raise UserError(
-                f"{arguments.configs[0]}: a single run, no experiment (no key 'experiment'); start it with launch.sh"
-            )
-        experiment = load_experiment(mapping, origins, quick=arguments.quick)
+    console = make_console()
+    for name in ("jobs", "ranks"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value}: expected a number above 0")
+    mapping, origins = read_configs(arguments.configs)
+    if not is_experiment(mapping):
+        raise UserError(f"{arguments.configs[0]}: a single run, no experiment (no key 'experiment'); start it with launch.sh")
+    experiment = load_experiment(mapping, origins, quick=arguments.quick)
+    with importing():
         from megarewarm.lab.sweep import sweep
 
-        words = [*arguments.configs, *(["--quick"] if arguments.quick else [])]
-        code = sweep(
-            experiment,
-            words,
-            console,
-            launcher=arguments.launcher,
-            jobs=arguments.jobs,
-            ranks=arguments.ranks,
-            options=shlex.split(arguments.sbatch),
-            only=arguments.only,
-            dry_run=arguments.dry_run,
-            environment=dict(os.environ),
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    sys.exit(code)
+    words = [*arguments.configs, *(["--quick"] if arguments.quick else [])]
+    return sweep(
+        experiment,
+        words,
+        console,
+        launcher=arguments.launcher,
+        jobs=arguments.jobs,
+        ranks=arguments.ranks,
+        options=shlex.split(arguments.sbatch),
+        only=arguments.only,
+        dry_run=arguments.dry_run,
+        environment=dict(os.environ),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
-import io
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 
+from megarewarm.arguments import Parser
+from megarewarm.console import make_console
 from megarewarm.data.preprocess.documents import Documents, first_bytes
 from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.process import run
 
 TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
+    parser = Parser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help=".jsonl or .txt (also .gz, .zst), .parquet, folders, patterns, -"
     )
@@ -36,26 +35,14 @@ def main() -> None:
         parser.error(f"--output {arguments.output}: expected a name that ends in {' or '.join(TRAINERS)}")
     if arguments.output.exists() and not arguments.overwrite:
         parser.error(f"--output {arguments.output} exists: choose another name or add --overwrite")
-    try:
-        documents = Documents(arguments.files, arguments.text_key)
-        console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal) as bar:
-            limit = int(arguments.sample_mb * 1e6)
-            task = bar.add_task("reading and learning", total=min(limit, documents.total_bytes) or None)
-            texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
-            tokenizer = TRAINERS[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
-            bar.update(task, total=1, completed=1)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except OSError as error:
-        print(f"{error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names need not be text
+    documents = Documents(arguments.files, arguments.text_key)
+    console = make_console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        limit = int(arguments.sample_mb * 1e6)
+        task = bar.add_task("reading and learning", total=min(limit, documents.total_bytes) or None)
+        texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
+        tokenizer = TRAINERS[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
+        bar.update(task, total=1, completed=1)
     print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
     if documents.skipped.broken:
         print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
@@ -69,4 +56,4 @@ def _megabytes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, stopped="stopped; nothing was written")

@@ -4,21 +4,21 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
-import sys
 import time
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 
-from megarewarm.errors import EXIT_BAD_INPUT, UserError
+from megarewarm.arguments import Parser
+from megarewarm.console import make_console, only_ascii
+from megarewarm.process import run
 from megarewarm.report.watch import RISE, Overview, Watch
 from megarewarm.report.watch_frame import frame
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Watch an experiment's runs, or one run, from the files they write.")
+    parser = Parser(description="Watch an experiment's runs, or one run, from the files they write.")
     parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPERIMENT", help="folder of a run or of an experiment")
     parser.add_argument("--once", action="store_true", help="print one frame and end, as where the output is no terminal")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)")
@@ -29,30 +29,27 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.every > 0:
         parser.error(f"--every {arguments.every:g}: give a number of seconds above 0")
-    console = Console(highlight=False)
-    unicode = not (arguments.ascii or console.options.ascii_only)
+    console = make_console(highlight=False)
+    unicode = not (arguments.ascii or only_ascii(console))
 
     def shown(overview: Overview, height: int | None) -> Group:
         return Group(*frame(overview, console.width, height, unicode=unicode))
 
+    watch = Watch(arguments.folder, rise=arguments.rise)
+    if arguments.once or not console.is_terminal:
+        console.print(shown(watch.look(), None))
+        return
+    overview = watch.look()
     try:
-        watch = Watch(arguments.folder, rise=arguments.rise)
-        if arguments.once or not console.is_terminal:
-            console.print(shown(watch.look(), None))
-            return
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            try:
-                while True:
-                    overview = watch.look()
-                    live.update(shown(overview, console.height - 1), refresh=True)
-                    time.sleep(arguments.every)
-            except KeyboardInterrupt:
-                pass
-        console.print(shown(overview, None))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+            while True:
+                live.update(shown(overview, console.height - 1), refresh=True)
+                time.sleep(arguments.every)
+                overview = watch.look()
+    except KeyboardInterrupt:
+        pass  # the way out of it
+    console.print(shown(overview, None))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megarewarm.config.budget import Budget
-from megarewarm.config.section import LearningRate, Positive, Section
+from megarewarm.config.section import LearningRate, Positive, Section, Seed
 
 
 class Source(Section):
@@ -128,7 +128,7 @@ class DataConfig(Section):
         description="permuted: a keyed permutation of contiguous windows, no index to build; neox, megatron: the exact "
         "sample orders of those trainers.",
     )
-    seed: int = Field(1234, ge=0, description="Seed of the order.")
+    seed: Seed = Field(1234, description="Seed of the order; below 2**32 in the orders neox and megatron, as numpy takes it.")
     blend_of_one: bool = Field(
         False,
         description="Orders neox and megatron: ask a single source for half a percent more samples than needed, as these "
@@ -153,6 +153,14 @@ class DataConfig(Section):
         description="No loss where the input is the end of a document, as what comes next can't be known from it (GPT-NeoX's "
         "eod_mask_loss); the mean is over the remaining tokens of the whole global batch.",
     )
+
+    @field_validator("seed")
+    @classmethod
+    def _check_seed(cls, seed: int, info: ValidationInfo) -> int:
+        order = info.data.get("order", "permuted")
+        if order != "permuted" and seed >= 2**32:
+            raise ValueError(f"order '{order}' shuffles as numpy does, with seeds below 2**32 (4294967296)")
+        return seed
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

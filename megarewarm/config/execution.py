@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megarewarm.config.budget import Budget
-from megarewarm.config.section import Positive, Section
+from megarewarm.config.section import Positive, Section, Seed
 
 
 class OptimizerConfig(Section):
@@ -48,7 +48,7 @@ class TrainingConfig(Section):
         description="What a layer computes again in the backward pass instead of keeping it. selective: the GELU; full: "
         "everything but its input.",
     )
-    seed: int = Field(1234, ge=0, description="Seed of initial weights and of every other random choice but the data order.")
+    seed: Seed = Field(1234, description="Seed of initial weights and of every other random choice but the data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
 
     @model_validator(mode="after")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from megarewarm.config.arms import Arm, arms_of
 from megarewarm.config.load import merge, validate
-from megarewarm.config.section import FolderName, Positive, Section
+from megarewarm.config.section import FolderName, Positive, Section, Seed
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
 
@@ -50,7 +50,7 @@ class ExperimentConfig(Section):
     title: str | None = Field(None, description="Heading of its report; null: the name.")
     folder: str | None = Field(None, description="Folder of the experiment; null: runs/NAME.")
     prepare: PrepareConfig | None = Field(None, description="Data to prepare first; null: nothing.")
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(
+    seeds: list[Seed] | None = Field(
         None,
         min_length=1,
         description="Every run once for each: training.seed and data.seed. Null: once, with the seeds of the file.",

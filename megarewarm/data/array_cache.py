@@ -6,6 +6,7 @@ else XDG_CACHE_HOME or ~/.cache, never beside the data; MEGAREWARM_CACHE set to 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -33,14 +34,15 @@ def cached(key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
     Of several processes that ask at once, one makes the arrays and the others wait for it. Where the cache can't be used, it
     says so once and the arrays are made in memory.
     """
-    folder = cache_folder()
-    if folder is None:
-        return make()
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     made: Arrays | None = None
+    folder: Path | str | None = "~/.cache"
     try:
+        folder = cache_folder()
+        if folder is None:
+            return make()
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.lock", "w") as lock:
+        with open(folder / f"{name}.lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entry = folder / name
             found = _read(entry)
@@ -61,14 +63,22 @@ def cache_folder() -> Path | None:
     """Where entries lie; None where the cache is turned off."""
     chosen = os.environ.get("MEGAREWARM_CACHE")
     if chosen is None:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megarewarm" / "orders"
+        return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "megarewarm" / "orders"
     return Path(chosen) if chosen else None
+
+
+def home() -> Path:
+    """The user's home. ``OSError`` where there is none: in a container HOME may be unset, and the user without a name."""
+    try:
+        return Path.home()
+    except (RuntimeError, KeyError) as error:
+        raise OSError(errno.ENOENT, "no home: HOME is not set and the user has no name", "~") from error
 
 
 def _read(entry: Path) -> Arrays | None:
     """The arrays of an entry; None where there is none, or not all of it."""
     try:
-        shapes = json.loads((entry / "arrays.json").read_text())
+        shapes = json.loads((entry / "arrays.json").read_text(encoding="utf-8"))
         if not isinstance(shapes, dict) or not all(map(is_name, shapes)):
             return None
         arrays = {
@@ -91,7 +101,9 @@ def _write(entry: Path, arrays: Arrays) -> None:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
                 os.fsync(file.fileno())
-        (partial / "arrays.json").write_text(json.dumps({name: array.shape for name, array in arrays.items()}))
+        (partial / "arrays.json").write_text(
+            json.dumps({name: array.shape for name, array in arrays.items()}), encoding="utf-8"
+        )
         shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
         os.rename(partial, entry)
     except BaseException:

@@ -176,7 +176,11 @@ def _parse_files(paths: Sequence[Path]) -> Generator[tuple[list[str], str] | Non
         workers = []
         for _ in range(processes):
             worker = subprocess.Popen(  # noqa: S603 - this Python with this very module
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,  # a terminal's Ctrl-C is for the caller, which ends them
             )
             stack.enter_context(worker)
             stack.callback(worker.kill)

@@ -14,6 +14,7 @@ from typing import IO
 
 from megarewarm.config.arms import Arm
 from megarewarm.errors import UserError
+from megarewarm.process import in_main_thread
 
 LAUNCHER = Path(__file__).resolve().parents[2] / "launch.sh"
 _GRACE = 120.0  # seconds that a stopped run may take to save
@@ -80,7 +81,8 @@ def run_locally(
     waiting, running = list(arms), list[Job]()
     mine = {arm.name for arm in arms}
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    watched = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in watched}
     try:
         while waiting or running:
             if received:

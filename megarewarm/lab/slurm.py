@@ -62,7 +62,12 @@ def submit(
         wave.list_file.write_text("".join(f"{arm.name}\n" for arm in wave.arms), encoding="utf-8")
         command = command_of(wave, words, jobs, options, submitted[-1].job if submitted else "")
         done = subprocess.run(  # noqa: S603 - sbatch with the words of this very command line, and no shell
-            command, capture_output=True, text=True, env=environment | {"MEGAREWARM_ROOT": str(ROOT)}, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=environment | {"MEGAREWARM_ROOT": str(ROOT)},
+            check=False,
         )
         if done.returncode:
             told = f" Submitted before: {', '.join(w.job for w in submitted)} (scancel takes them back)" if submitted else ""

@@ -15,6 +15,7 @@ from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.gpus import Gpu
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import micro_batches, stage_costs
 from megarewarm.parallel.planning import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
@@ -24,29 +25,6 @@ HALF_EFFICIENT = (768, 192)  # tokens of a micro-batch, and columns of a rank's 
 LINK_EFFICIENCY = 0.8  # share of a link's rate that collectives reach
 OVERLAPPED = 0.7  # share of the sharded data-parallel traffic that hides behind computing
 MEMORY_IN_USE = 0.92  # the rest is the allocator's and the driver's
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak dense bf16 TFLOP/s, memory in GiB and its TB/s; GB/s that one GPU sends to its host's others and to other hosts."""
-
-    tflops: float
-    memory: float
-    memory_rate: float
-    inner_rate: float
-    outer_rate: float
-    per_host: int = 8
-
-
-# Data sheets; the outer rate is that of one 400 Gbit/s (A100: 200) adapter per GPU, as DGX systems have it.
-GPUS = {
-    "a100-40gb": Gpu(312, 40, 1.55, 300, 25),
-    "a100-80gb": Gpu(312, 80, 2.0, 300, 25),
-    "h100-80gb": Gpu(989, 80, 3.35, 450, 50),
-    "h200-141gb": Gpu(989, 141, 4.8, 450, 50),
-    "b200-180gb": Gpu(2250, 180, 8.0, 900, 50),
-    "l40s-48gb": Gpu(362, 48, 0.86, 32, 12.5),
-}
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     if main:
         store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, timeout=timeout, wait_for_workers=False)
         partial = meeting_point.with_suffix(".partial")
-        partial.write_text(str(store.port))
+        partial.write_text(str(store.port), encoding="utf-8")
         partial.rename(meeting_point)
         return store
     port = _wait_for_port(meeting_point, launch, timeout)
@@ -126,7 +126,7 @@ def _meeting_point(launch: Launch) -> Path:
     parent = os.getppid()
     try:
         # field 22 of /proc/PID/stat is the start time, which tells a reused process number from the old one
-        born = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+        born = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     except OSError:
         born = "0"
     folder = Path(tempfile.gettempdir()) / f"megarewarm-{os.getuid()}"
@@ -141,7 +141,7 @@ def _wait_for_port(meeting_point: Path, launch: Launch, timeout: timedelta) -> i
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         if meeting_point.is_file():
-            return int(meeting_point.read_text())
+            return int(meeting_point.read_text(encoding="utf-8"))
         time.sleep(0.05)
     raise TimeoutError(f"the main rank did not say its port in {meeting_point}")
 

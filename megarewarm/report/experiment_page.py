@@ -50,7 +50,7 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
         names.append(picture.name)
         told.setdefault(part, []).append(picture_html(picture, svg))
         picture.figure.clear()  # its memory: there may be dozens
-    (output / ".pictures").write_text("\n".join(names))
+    (output / ".pictures").write_text("\n".join(names), encoding="utf-8")
     _write(output / "arms", [row.flat() for row in rows])
     _write(output / "runs", _flat_runs(experiment))
     _write(output / "comparisons", [comparison.flat() for comparison in compared])
@@ -62,7 +62,7 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
 def _remove_old(output: Path) -> None:
     """The pictures of an earlier report must not pass for this one's."""
     listing = output / ".pictures"
-    names = listing.read_text().split("\n") if listing.is_file() else []
+    names = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
     for name in names:
         for ending in ("png", "svg"):
             if name and "/" not in name:

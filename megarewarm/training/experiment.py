@@ -87,7 +87,7 @@ def prepare(experiment: Experiment, console: Console) -> None:
     folder = Path(experiment.config.data_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as lock:
+        with open(folder / ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _prepare(experiment.config.prepare, folder, console)
     except OSError as error:

@@ -39,7 +39,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.export = path / "huggingface"
         self.batches = path / "batches"
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     def newest_checkpoint(self, *, alone: bool = False, up_to: int | None = None) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
@@ -105,7 +105,7 @@ class RunFolder:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held as long as the run
+        self._lock = open(self.path / ".lock", "wb")  # noqa: SIM115 - held as long as the run
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def _open(self, config: RunConfig) -> None:

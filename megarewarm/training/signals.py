@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+from megarewarm.process import in_main_thread
+
 # USR1 is what Slurm is asked to send ahead of a time limit (sbatch --signal=USR1@120)
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST = 2.0  # seconds: a launcher passes on what the terminal has sent already
@@ -21,7 +23,8 @@ class StopRequest:
     """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None.
 
     Signals are counted by a thread that the C handler wakes, since the interpreter's own runs only between two instructions of
-    the main thread: a rank that waits in a collective for one that hangs would never see the second.
+    the main thread: a rank that waits in a collective for one that hangs would never see the second. In another thread than
+    the main one nothing can be watched: signals then do what the main thread has them do.
     """
 
     def __init__(self, console: Console) -> None:
@@ -31,6 +34,8 @@ class StopRequest:
         self._first = 0.0
 
     def __enter__(self) -> StopRequest:
+        if not in_main_thread():
+            return self
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         for number in _WATCHED:
@@ -41,6 +46,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._previous:
+            return
         signal.set_wakeup_fd(self._woken)
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -53,9 +53,11 @@ def export_neox(
         for rank in range(tensor_ranks):
             torch.save(_counters(config, step, tensor_ranks), target / f"mp_rank_{rank:02d}_model_states.pt")
         (target / "configs").mkdir()
-        (target / "configs" / "model.yml").write_text(json.dumps(neox_keys(config, tensor_ranks), indent=1) + "\n")
-        (new / "latest").write_text(target.name)
-        (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n")
+        (target / "configs" / "model.yml").write_text(
+            json.dumps(neox_keys(config, tensor_ranks), indent=1) + "\n", encoding="utf-8"
+        )
+        (new / "latest").write_text(target.name, encoding="utf-8")
+        (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n", encoding="utf-8")
 
 
 def _write_layer(

@@ -1,0 +1,56 @@
+"""The command line of launch.sh, and what those of tools/ share. Without other packages, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megarewarm import __version__
+from megarewarm.errors import nearest
+
+DTYPES = ("fp32", "fp16", "bf16")
+"""Of checkpoints that are written; their types are in checkpoint/convert.py."""
+
+_EPILOG = """\
+Configs are merged from left to right; words of the form section.key=value override single keys.
+Start it with any of:
+  bash launch.sh configs/quickstart.yml
+  python launch.sh configs/410m_rewarm.yml training.micro_batch=4
+  deepspeed launch.sh configs/410m_rewarm.yml
+  torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
+  deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
+The same command after an interruption continues where the run stood.
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 6 out of memory, 75 the time limit is
+up, 128 + signal when stopped by one (after both a checkpoint was saved)."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that knows what a mistyped option may have meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and ``message`` on stderr, exit with code 2."""
+        _, colon, words = message.partition("unrecognized arguments: ")
+        if colon and words.startswith("-"):
+            message += nearest(words.split()[0].partition("=")[0], self._option_string_actions)
+        super().error(message)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line. ``--local_rank`` is what the DeepSpeed launcher adds; it is read by the launcher's reader."""
+    parser = Parser(
+        prog="launch.sh",
+        description="megarewarm: continual pre-training of GPT-NeoX models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
+    parser.add_argument("--quick", action="store_true", help="an experiment in the small form that it has under 'quick'")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
+    return parser.parse_intermixed_args(list(argv))

@@ -1,0 +1,52 @@
+"""The one way to a console: what a terminal, a pipe or a log file can show, and what becomes of a run whose reader is gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import IO, Any, cast
+
+from rich.console import Console
+
+
+def make_console(*, stderr: bool = False, quiet: bool = False, highlight: bool = True, lasting: bool = False) -> Console:
+    """A console on stdout, or on ``stderr``. Long lines are not broken where nobody looks at a terminal.
+
+    ``lasting``: output that can't be written any more (a closed pipe, a full disk) is dropped: a run goes on, its folder has
+    all of it.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    file = cast("IO[str]", _Lasting(stream)) if lasting else None
+    return Console(file=file, stderr=stderr, quiet=quiet, highlight=highlight, soft_wrap=not stream.isatty())
+
+
+def only_ascii(console: Console) -> bool:
+    """Whether the console's encoding is none of Unicode's."""
+    return console.options.ascii_only
+
+
+class _Lasting:
+    """A text stream whose failures are no errors."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        # what is in the stream's buffer would be tried again at its next flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
