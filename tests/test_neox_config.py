@@ -398,7 +398,7 @@ def test_a_recorded_run_is_followed_with_its_evaluations(golden: Path, place: Pa
     assert main(["r2_rewarm_B.yml"]) == 0
     assert_followed(golden, place / "ck2")
     out = capfd.readouterr().out
-    assert "finetune: weights only" in out and "40 keys are honoured" in out and "num_workers" in out
+    assert "finetune: weights only" in out and "47 keys are honoured" in out and "num_workers" in out
     assert main(["r2_rewarm_B.yml"]) == 0  # again: it is complete, not begun anew
     assert "already complete" in capfd.readouterr().out
 
