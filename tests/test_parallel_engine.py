@@ -20,7 +20,7 @@ from tiny import config, events, quiet
 from torch.utils._python_dispatch import TorchDispatchMode
 from wire import Wire
 
-from megarewarm.config.execution import ParallelConfig
+from megarewarm.config.execution import LossScaleConfig, ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel import connect as connect_module
@@ -155,7 +155,7 @@ def test_the_loss_scale_survives_a_restart_and_can_be_reset(tmp_path: Path) -> N
 
 
 def test_the_scaler_grows_and_gives_up() -> None:
-    scaler = LossScaler(scale=4.0, window=3)
+    scaler = LossScaler(LossScaleConfig(initial=4.0, window=3))
     for finite in (True, True, False, True, True, True):
         scaler.update(finite)
     assert scaler.scale == 4.0

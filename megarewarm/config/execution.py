@@ -32,6 +32,25 @@ class OptimizerConfig(Section):
         return self
 
 
+class LossScaleConfig(Section):
+    """The loss scale of precision fp16: gradients are computed of the loss times a power of two. Without meaning in others."""
+
+    fixed: float | None = Field(None, gt=0, description="One scale for the whole run; null: dynamic, by the keys below.")
+    initial: float = Field(2.0**16, gt=0, description="The first scale.")
+    window: Positive = Field(1000, description="Finite steps in a row after which the scale doubles.")
+    hysteresis: Positive = Field(
+        1, description="Steps that are not finite (each is left out) until the scale is halved; refilled when it doubles."
+    )
+    refill: bool = Field(False, description="Refill the hysteresis after every finite step.")
+    smallest: float = Field(2.0**-6, gt=0, description="The scale below which the run ends.")
+
+    @model_validator(mode="after")
+    def _check(self) -> LossScaleConfig:
+        if self.initial < self.smallest:
+            raise ValueError(f"initial {self.initial:g} is below smallest {self.smallest:g}")
+        return self
+
+
 class TrainingConfig(Section):
     """How long and in what portions."""
 
@@ -43,6 +62,7 @@ class TrainingConfig(Section):
         description="bf16, fp16: autocast over fp32 master weights, fp16 with dynamic loss scaling. auto: bf16 on GPUs that "
         "have it, fp32 elsewhere.",
     )
+    loss_scale: LossScaleConfig = LossScaleConfig()
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="What a layer computes again in the backward pass instead of keeping it. selective: the GELU; full: "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from megarewarm.config.neox_keys import FAMILIES, HONOURED, NOT_APPLICABLE, ONLY
+from typing import Any
+
+from megarewarm.config import neox_blocks, neox_keys
 
 _HEAD = """\
 # GPT-NeoX configurations
 
 `deepspeed launch.sh 410M.yml local_setup.yml` takes GPT-NeoX's files as they are: flat keys with dashes or underscores,
 several files (a key may be in one of them only), DeepSpeed's blocks, `attention_config`. They are known by their keys. Each
-key is honoured, or listed at the start as not applicable with the reason, or refused with the reason; an unknown key is an
-error. Words of the form `section.key=value` behind the files change the translated run in [our terms](config.md), and
+key, also inside of blocks (`fp16.type`), is honoured, or listed at the start as not applicable with the reason, or refused
+with the reason; an unknown key is an error. Words of the form `section.key=value` behind the files change the translated run
+in [our terms](config.md), and
 
 ```bash
 python tools/convert_config.py 410M.yml local_setup.yml --ranks 32 --output run.yml
@@ -46,19 +49,27 @@ writes it down. What follows GPT-NeoX's rules and defaults:
 def neox_markdown() -> str:
     """The page."""
     lines = [_HEAD.rstrip("\n")]
-    lines += [f"| `{key}` | {meaning} |" for key, (_, meaning) in HONOURED.items()]
+    lines += [f"| `{key}` | {known.meaning} |" for key, known in _both("HONOURED")]
     lines += ["", "## Accepted with these values only", "", "| key | values | otherwise refused, for |", "|---|---|---|"]
-    for key, (values, reason) in ONLY.items():
+    for key, (values, reason) in _both("ONLY"):
         shown = ", ".join(f"`{_shown(value)}`" for value in dict.fromkeys(map(repr, values)))
-        lines.append(f"| `{key}` | {shown} | {reason} |")
-    lines += ["", "Refused by the beginning of their names, unless empty or false:", "", "| keys | reason |", "|---|---|"]
-    lines += [f"| `{prefix}*` | {reason} |" for prefix, reason in FAMILIES.items()]
+        lines.append(f"| `{key}` | {shown or 'none'} | {reason} |")
+    lines += ["", "## Overwritten by another key", ""]
+    lines += ["GPT-NeoX overwrites these by what the other key says. Refused where they differ from it.", ""]
+    lines += ["| key | the key that counts |", "|---|---|"]
+    lines += [f"| `{key}` | `{other}` |" for key, (_, other) in neox_keys.OVERWRITTEN.items()]
     lines += ["", "## Not applicable", "", "| keys | reason |", "|---|---|"]
-    for reason in dict.fromkeys(NOT_APPLICABLE.values()):
-        keys = ", ".join(f"`{key}`" for key, why in NOT_APPLICABLE.items() if why == reason)
+    idle = dict(_both("NOT_APPLICABLE"))
+    for reason in dict.fromkeys(idle.values()):
+        keys = ", ".join(f"`{key}`" for key, why in idle.items() if why == reason)
         lines.append(f"| {keys} | {reason} |")
     return "\n".join(lines) + "\n"
 
 
+def _both(table: str) -> list[tuple[str, Any]]:
+    """The entries of a table: top-level keys, then those inside of blocks."""
+    return [entry for tables in (neox_keys, neox_blocks) for entry in getattr(tables, table).items()]
+
+
 def _shown(value: str) -> str:
-    return {"None": "null", "True": "true", "False": "false"}.get(value, value.strip("'"))
+    return {"None": "null", "True": "true", "False": "false", "{}": "{enabled: false}"}.get(value, value.strip("'"))

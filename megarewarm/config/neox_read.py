@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarewarm.config.neox_keys import HONOURED, NOT_APPLICABLE, ONLY, is_known, refusal_of_family
+from megarewarm.config import neox_blocks, neox_keys
+from megarewarm.config.neox_keys import is_among, is_known, is_off, refusal
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError, nearest
@@ -18,12 +19,17 @@ _OURS = {*RunConfig.model_fields, "extends", "experiment", "base", "runs"} - {"o
 
 @dataclass(frozen=True)
 class NeoxFile:
-    """The merged keys of GPT-NeoX files, with underscores; where each was written; and what has no effect here, with why."""
+    """The merged keys of GPT-NeoX files, with underscores; where each was written; and what has no effect here, with why.
+
+    ``places``, ``not_applicable`` and ``honoured`` (key -> what it is here) hold the keys inside of blocks too, under dotted
+    names such as ``fp16.enabled``.
+    """
 
     values: dict[str, Any]
     places: dict[str, str]
     not_applicable: dict[str, str]
     name: str
+    honoured: dict[str, str] = field(default_factory=dict)
 
     def place(self, key: str) -> str:
         """``file:line: key`` for messages."""
@@ -62,7 +68,7 @@ def neox_files(words: Sequence[str]) -> list[Path]:
 
 
 def read_neox(files: Sequence[Path]) -> NeoxFile:
-    """All keys of ``files``, checked against GPT-NeoX's own rules and what is possible here.
+    """All keys of ``files``, at every depth, checked against GPT-NeoX's own rules and what is possible here.
 
     Raises ``UserError`` naming file, line and key: a key in two files, two files of one name, an unknown key, a wrong type, a
     value that is not possible here.
@@ -75,39 +81,82 @@ def read_neox(files: Sequence[Path]) -> NeoxFile:
         mapping, origins = read_yaml(file)
         for written, value in mapping.items():
             key, place = normalised(written), origins[(written,)]
+            if not is_known(key):
+                raise UserError(f"{place}: {written}: not a key of GPT-NeoX{_nearest(written)}")
             if key in values:
                 raise UserError(f"{place}: '{key}' is given in {places[key]} as well; GPT-NeoX merges nothing, remove one")
-            values[key], places[key] = value, place
+            values[key] = value
+            places |= {".".join((key, *path[1:])): where for path, where in origins.items() if path[:1] == (written,)}
     result = NeoxFile(values, places, {}, str(files[-1]))
-    for key, value in values.items():
-        _check(result, key, value)
+    check_keys(result)
     if "pos_emb" not in values:
-        raise UserError(f"{result.name}: 'pos_emb' is missing: {ONLY['pos_emb'][1]} (pos_emb: rotary)")
+        raise UserError(f"{result.name}: 'pos_emb' is missing: {neox_keys.ONLY['pos_emb'][1]} (pos_emb: rotary)")
     return result
 
 
-def _check(file: NeoxFile, key: str, value: Any) -> None:
-    place = file.place(key)
-    if key in HONOURED:
-        types, _ = HONOURED[key]
-        wrong_bool = isinstance(value, bool) and bool not in types
-        if value is not None and (wrong_bool or not isinstance(value, types)):
-            wanted = " or ".join(kind.__name__ for kind in types)
-            raise UserError(f"{place}: {value!r} is of type {type(value).__name__}, expected {wanted}")
-    elif key in ONLY:
-        allowed, reason = ONLY[key]
-        if not _is_among(value, allowed):
-            raise UserError(f"{place}: {value!r} can't be honoured: {reason}")
-    elif key in NOT_APPLICABLE:
-        file.not_applicable[key] = NOT_APPLICABLE[key]
-    elif (reason := refusal_of_family(key) or "") and value not in (None, False, 0):
-        raise UserError(f"{place}: {value!r} can't be honoured: {reason}")
-    elif not reason:
-        known = [*HONOURED, *NOT_APPLICABLE, *ONLY]
-        raise UserError(f"{place}: not a key of GPT-NeoX{nearest(key, known)}")
+def _nearest(written: str) -> str:
+    """The known key that is meant, in the spelling of who wrote it."""
+    known = [*neox_keys.HONOURED, *neox_keys.NOT_APPLICABLE, *neox_keys.ONLY, *neox_keys.OVERWRITTEN]
+    return nearest(written, [key.replace("_", "-") for key in known] if "-" in written else known)
 
 
-def _is_among(value: Any, allowed: tuple[Any, ...]) -> bool:
-    if isinstance(value, dict):  # a block that is switched off may say anything else
-        return not value.get("enabled", True) and any(isinstance(item, dict) for item in allowed)
-    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
+def check_keys(file: NeoxFile) -> None:
+    """Decide the fate of every key of ``file`` and note it there. Raises ``UserError`` naming file, line and key."""
+    for key, value in file.values.items():
+        _check(file, key, value)
+
+
+def _check(file: NeoxFile, path: str, value: Any, *, off: bool = False) -> None:
+    """``path``: a key, or dotted one inside of a block. ``off``: the block is switched off, so what it says has no effect."""
+    key = _in_table(path)
+    place = file.place(path)
+    tables = neox_blocks if "." in key else neox_keys
+    if key in tables.HONOURED:
+        _check_type(place, value, tables.HONOURED[key])
+        file.honoured[path] = tables.HONOURED[key].meaning
+    elif key in tables.ONLY:
+        allowed, reason = tables.ONLY[key]
+        why = refusal(key, value, file.values) if tables is neox_keys else None if is_among(value, allowed) else reason
+        if why is not None and not off:
+            raise UserError(f"{place}: {_shown(value)} can't be honoured: {why}")
+    elif key in tables.NOT_APPLICABLE:
+        if path.count(".") == 0 or path.rpartition(".")[0] not in file.not_applicable:
+            file.not_applicable[path] = tables.NOT_APPLICABLE[key]
+    elif key in neox_keys.OVERWRITTEN:
+        file.not_applicable[path] = f"GPT-NeoX overwrites it by {neox_keys.OVERWRITTEN[key][1]}"
+    else:
+        block = key.rpartition(".")[0]
+        known = [name.rpartition(".")[2] for name in _keys_of(block)]
+        hint = nearest(key.rpartition(".")[2], known) or f"; known there: {', '.join(known)}"
+        raise UserError(f"{place}: not a key of GPT-NeoX's block '{path.rpartition('.')[0]}'{hint}")
+    if key in neox_blocks.BLOCKS and value is not None:
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {_shown(value)} is of type {type(value).__name__}, expected a mapping such as fp16's")
+        for name, item in value.items():
+            _check(file, f"{path}.{name}", item, off=off or is_off(value))
+
+
+def _in_table(path: str) -> str:
+    """The name under which the tables have ``path``: blocks inside of deepspeed_extra_args are those of the top level."""
+    rest = path.removeprefix("deepspeed_extra_args.")
+    return rest if rest != path and "." in rest else path
+
+
+def _keys_of(block: str) -> list[str]:
+    names = (*neox_blocks.HONOURED, *neox_blocks.NOT_APPLICABLE, *neox_blocks.ONLY)
+    return [name for name in names if name.rpartition(".")[0] == block]
+
+
+def _check_type(place: str, value: Any, key: neox_keys.Honoured) -> None:
+    """Raise ``UserError`` for a value that GPT-NeoX does not take there; null is its own default, or false, or nothing."""
+    if value is None and key.default is not None and bool not in key.types:
+        raise UserError(f"{place}: null says nothing; leave it out for GPT-NeoX's default, {key.default!r}")
+    wrong_bool = isinstance(value, bool) and bool not in key.types
+    if value is not None and (wrong_bool or not isinstance(value, key.types)):
+        wanted = " or ".join(kind.__name__ for kind in key.types)
+        raise UserError(f"{place}: {_shown(value)} is of type {type(value).__name__}, expected {wanted}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

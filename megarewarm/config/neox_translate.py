@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megarewarm.config import neox_blocks, neox_keys
 from megarewarm.config.neox_read import NeoxFile
 from megarewarm.errors import UserError
 from megarewarm.untrusted import one_line
@@ -15,14 +16,14 @@ from megarewarm.untrusted import one_line
 _CURVES = {"linear": "linear_clipped", "cosine": "cosine", "exponential": "exponential", "constant": "constant"}
 _INIT = {"normal": "normal", "small_init": "small"}
 _OUTPUT_INIT = {"normal": "normal", "wang_init": "wang", "scaled_normal": "scaled_normal"}
-_PRECISIONS = {"fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "fp32": "fp32"}
+_PRECISIONS = {"fp16": "fp16", "float16": "fp16", "bfloat16": "bf16", "bf16": "bf16", "fp32": "fp32"}
 
 
 @dataclass(frozen=True)
 class Translation:
     """``mapping``: a run in our words, but for ``start`` and the vocabulary of a model that is loaded, for which the checkpoint
     has to be opened. ``load``: its name. ``vocabulary``: the rows that the file's tokenizer asks for. ``notes``: what a reader
-    of the file may not expect."""
+    of the file may not expect. ``idle``: honoured keys that have no effect beside the others of this file, with why."""
 
     mapping: dict[str, Any]
     load: str | None
@@ -31,6 +32,7 @@ class Translation:
     overrides_schedule: bool
     vocabulary: Callable[[], int]
     notes: list[str] = field(default_factory=list)
+    idle: dict[str, str] = field(default_factory=dict)
 
     def vocabulary_or_none(self) -> int | None:
         """The padded vocabulary that the file asks for, None where it can't be known from it."""
@@ -54,10 +56,11 @@ class _Translator:
     def __init__(self, file: NeoxFile, world_size: int) -> None:
         self._file, self._world = file, world_size
         self._notes: list[str] = []
+        self._idle: dict[str, str] = {}
         self.asked = ""  # the key that was looked up last
 
     def translate(self) -> Translation:
-        tensor, pipeline = self._get("model_parallel_size", 1), max(1, self._get("pipe_parallel_size", 0))
+        tensor, pipeline = self._get("model_parallel_size"), max(1, self._get("pipe_parallel_size"))
         if self._world % (tensor * pipeline):
             raise self._error(
                 "model_parallel_size",
@@ -67,12 +70,13 @@ class _Translator:
         self._data_ranks = self._world // (tensor * pipeline)
         self._iterations = self._require("train_iters")
         self._batch, micro = self._batches()
-        self._load = self._get("load", None)
-        save = self._get("save", None)
+        self._load = self._get("load")
+        save = self._get("save")
         name = self._name(save)
         if save is None:
             self._notes.append(f"'save' is not given: the run folder is runs/{name}")
-        mapping = {
+        precision = self._precision()
+        mapping: dict[str, Any] = {
             "name": name,
             "folder": save,
             "model": self._model(tensor),
@@ -82,32 +86,61 @@ class _Translator:
                 "budget": self._iterations,
                 "global_batch": self._batch,
                 "micro_batch": micro,
-                "precision": self._precision(),
-                "recompute": "full" if self._get("checkpoint_activations", False) else "none",
-                "seed": self._get("seed", 1234),
+                "precision": precision,
+                "recompute": "full" if self._get("checkpoint_activations") else "none",
+                "seed": self._get("seed"),
             },
             "optimizer": self._optimizer(),
-            "evaluation": {"every": self._get("eval_interval", 1000), "windows": "moving", "at_start": False},
+            "evaluation": {"every": self._get("eval_interval") or None, "windows": "moving", "at_start": False},
             "checkpoint": self._checkpoint(),
             "logging": self._logging(),
             "parallel": self._parallel(tensor, pipeline),
         }
+        if scale := self._loss_scale(precision):
+            mapping["training"]["loss_scale"] = scale
+        self._check_overwritten(micro, pipeline)
         return Translation(
             mapping=mapping,
             load=self._load,
-            finetune=bool(self._get("finetune", False)),
-            keeps_rng=not self._get("no_load_rng", False),
-            overrides_schedule=bool(self._get("override_lr_scheduler", False)),
+            finetune=bool(self._get("finetune")),
+            keeps_rng=not self._get("no_load_rng"),
+            overrides_schedule=bool(self._get("override_lr_scheduler")),
             vocabulary=lambda: self.padded_vocabulary(tensor),
             notes=self._notes,
+            idle={key: why for key, why in self._idle.items() if key in self._file.honoured},
         )
+
+    def _check_overwritten(self, micro: int, pipeline: int) -> None:
+        """Raise ``UserError`` for a key that GPT-NeoX overwrites with another value than the file gives it."""
+        counts = {
+            "lr": self._get("optimizer.params.lr"),
+            "clip_grad": self._get("gradient_clipping"),
+            "optimizer_type": str(self._get("optimizer.type")).lower(),
+            "zero_stage": self._get("zero_optimization.stage"),
+            "batch_size": micro,
+            "gas": self._file.values.get("gradient_accumulation_steps") or self._batch // (micro * self._data_ranks),
+            "is_pipe_parallel": self._get("pipe_parallel_size") >= 1,
+        }
+        for key, (default, other) in neox_keys.OVERWRITTEN.items():
+            given = self._file.values.get(key, default)
+            given = given.lower() if isinstance(given, str) else given
+            if given is not None and given != default and given != counts[key]:
+                raise self._error(
+                    key, f"{given!r} has no effect in GPT-NeoX, where {other} counts, which is {counts[key]!r}; write it there"
+                )
 
     # ---- small things ----------------------------------------------------------------------------------------------
 
-    def _get(self, key: str, default: Any) -> Any:
+    def _get(self, key: str) -> Any:
+        """The value of a key, dotted inside of a block, or GPT-NeoX's default. null is false where a switch is expected."""
         self.asked = key
-        value = self._file.values.get(key)
-        return default if value is None else value
+        known = (neox_blocks if "." in key else neox_keys).HONOURED[key]
+        value: Any = self._file.values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return known.default
+            value = value[part]
+        return False if value is None and bool in known.types else value
 
     def _require(self, key: str) -> Any:
         if self._file.values.get(key) is None:
@@ -117,8 +150,8 @@ class _Translator:
     def _error(self, key: str, what: str) -> UserError:
         return UserError(f"{self._file.place(key)}: {what}")
 
-    def _choice(self, key: str, default: str, choices: dict[str, str]) -> str:
-        value = self._get(key, default)
+    def _choice(self, key: str, choices: dict[str, str]) -> str:
+        value = self._get(key)
         if value not in choices:
             raise self._error(key, f"{value!r} can't be honoured, only {', '.join(map(repr, choices))}")
         return choices[value]
@@ -131,8 +164,9 @@ class _Translator:
 
     def _batches(self) -> tuple[int, int]:
         """(global batch, micro-batch). Any two of the three give the third by whole division; then the product is checked."""
+        self.asked = "train_micro_batch_size_per_gpu"
         total, micro, steps = (
-            self._get(key, None)
+            self._file.values.get(key)
             for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         )
         ranks = self._data_ranks
@@ -156,10 +190,12 @@ class _Translator:
     def _model(self, tensor: int) -> dict[str, Any]:
         hidden = self._require("hidden_size")
         self._check_attention()
-        ffn = self._get("intermediate_size", None)
-        if ffn is None and self._get("expansion_factor", None) is not None:
-            ffn = int(self._get("expansion_factor", 4) * hidden)
-        tanh = self._get("bias_gelu_fusion", False)
+        ffn, factor = self._get("intermediate_size"), self._get("expansion_factor")
+        if ffn is not None and factor is not None:
+            raise self._error("expansion_factor", "given beside intermediate_size; GPT-NeoX refuses both, remove one")
+        if ffn is None and factor is not None:
+            ffn = int(factor * hidden)
+        tanh = self._get("bias_gelu_fusion")
         self._notes.append(
             f"bias_gelu_fusion {str(tanh).lower()}: {'tanh' if tanh else 'exact (erf)'} GELU, whatever the checkpoint says"
         )
@@ -168,17 +204,17 @@ class _Translator:
             "hidden_size": hidden,
             "num_heads": self._require("num_attention_heads"),
             "ffn_size": ffn,
-            "max_positions": self._get("max_position_embeddings", None) or self._require("seq_length"),
-            "rotary_fraction": self._get("rotary_pct", 1.0),
-            "rotary_base": self._get("rotary_emb_base", 10000),
+            "max_positions": self._get("max_position_embeddings") or self._require("seq_length"),
+            "rotary_fraction": self._get("rotary_pct"),
+            "rotary_base": self._get("rotary_emb_base"),
             "activation": "gelu_tanh" if tanh else "gelu_erf",
-            "residual": "parallel" if self._get("gpt_j_residual", False) else "sequential",
-            "tie_embeddings": not self._get("no_weight_tying", False),
-            "attention_bias": self._get("use_bias_in_attn_linear", True),
-            "layernorm_eps": self._get("layernorm_epsilon", 1e-5),
-            "init": self._choice("init_method", "normal", _INIT),
-            "output_init": self._choice("output_layer_init_method", "scaled_normal", _OUTPUT_INIT),
-            "init_std": self._get("init_method_std", 0.02),
+            "residual": "parallel" if self._get("gpt_j_residual") else "sequential",
+            "tie_embeddings": not self._get("no_weight_tying"),
+            "attention_bias": self._get("use_bias_in_attn_linear"),
+            "layernorm_eps": self._get("layernorm_epsilon"),
+            "init": self._choice("init_method", _INIT),
+            "output_init": self._choice("output_layer_init_method", _OUTPUT_INIT),
+            "init_std": self._get("init_method_std"),
         }
         if self._load is None:
             model["vocab_size"] = self.padded_vocabulary(tensor)
@@ -186,7 +222,7 @@ class _Translator:
 
     def _check_attention(self) -> None:
         layers = self._require("num_layers")
-        given = self._get("attention_config", None)
+        given = self._get("attention_config")
         if given is None:
             return
         kinds: list[str] = []
@@ -212,14 +248,14 @@ class _Translator:
 
     def padded_vocabulary(self, tensor: int) -> int:
         """GPT-NeoX's rule: the tokenizer's size, up to a multiple of make_vocab_size_divisible_by x tensor-parallel ranks."""
-        if (given := self._get("padded_vocab_size", None)) is not None:
+        if (given := self._get("padded_vocab_size")) is not None:
             return int(given)
         size = self._tokenizer_size()
-        multiple = self._get("make_vocab_size_divisible_by", 128) * tensor
+        multiple = self._get("make_vocab_size_divisible_by") * tensor
         return math.ceil(size / multiple) * multiple
 
     def _tokenizer_size(self) -> int:
-        kind, name = self._get("tokenizer_type", "GPT2BPETokenizer"), self._get("vocab_file", None)
+        kind, name = self._get("tokenizer_type"), self._get("vocab_file")
         if kind == "CharLevelTokenizer":
             return 512
         if name is None:
@@ -249,9 +285,9 @@ class _Translator:
 
     def _data(self) -> dict[str, Any]:
         length = self._require("seq_length")
-        tokens = self._get("eval_iters", 100) * self._batch * length
-        weighted = self._get("train_data_paths", None)
-        if weighted and self._get("data_path", None):
+        tokens = self._get("eval_iters") * self._batch * length
+        weighted = self._get("train_data_paths")
+        if weighted and self._get("data_path"):
             raise self._error("data_path", "given beside train_data_paths; remove one of the two")
         sources = {part: self._sources(part) for part in ("train", "valid", "test")}
         if not sources["train"]:
@@ -261,12 +297,12 @@ class _Translator:
             for part, when in (("valid", "always"), ("test", "end"))
             if sources[part] and tokens
         ]
-        vocab_file = self._get("vocab_file", None)
-        usable = vocab_file is not None and self._get("tokenizer_type", "") == "HFTokenizer" and Path(vocab_file).is_file()
+        vocab_file = self._get("vocab_file")
+        usable = vocab_file is not None and self._get("tokenizer_type") == "HFTokenizer" and Path(vocab_file).is_file()
         return {
             "sequence_length": length,
             "order": "neox",
-            "seed": self._get("seed", 1234),
+            "seed": self._get("seed"),
             "blend_of_one": bool(weighted),
             "train": sources["train"],
             "validation": sets,
@@ -275,7 +311,7 @@ class _Translator:
         }
 
     def _masks_eod(self, tokenizer: bool) -> bool:
-        masks = bool(self._get("eod_mask_loss", False))
+        masks = bool(self._get("eod_mask_loss"))
         if masks and not tokenizer:
             raise self._error(
                 "eod_mask_loss", "the end of a document is known only of a tokenizer_type HFTokenizer whose vocab_file is there"
@@ -287,10 +323,10 @@ class _Translator:
         return masks
 
     def _sources(self, part: str) -> list[dict[str, Any]]:
-        if (path := self._get("data_path", None)) is not None:
-            split = self._get("split", "969, 30, 1").replace("/", ",")
+        if (path := self._get("data_path")) is not None:
+            split = self._get("split").replace("/", ",")
             return [{"path": path, "split": split, "part": part, "max_epochs": None}]
-        paths, weights = self._get(f"{part}_data_paths", None), self._get(f"{part}_data_weights", None)
+        paths, weights = self._get(f"{part}_data_paths"), self._get(f"{part}_data_weights")
         if not paths:
             return []
         weights = [1.0] * len(paths) if weights is None else weights
@@ -310,23 +346,23 @@ class _Translator:
     # ---- schedule and optimizer ------------------------------------------------------------------------------------
 
     def _schedule(self) -> dict[str, Any]:
-        style = self._choice("lr_decay_style", "linear", _CURVES)
-        end = self._get("lr_decay_iters", None)
+        style = self._choice("lr_decay_style", _CURVES)
+        end = self._get("lr_decay_iters")
         if end is None:
-            fraction = self._get("lr_decay_fraction", None)
+            fraction = self._get("lr_decay_fraction")
             end = self._iterations if fraction is None else math.floor(self._iterations * fraction)
         if end < 1:
             raise self._error("lr_decay_iters", f"the decay would be {end} iterations long; at least 1 is needed")
-        peak = self._optimizer_block().get("params", {}).get("lr", self._get("lr", None))
+        peak = self._get("optimizer.params.lr")
         if peak is None:
             raise UserError(f"{self._file.name}: the learning rate is missing: give optimizer.params.lr")
         schedule: dict[str, Any] = {
             "curve": style,
             "max_lr": float(peak),
-            "warmup": f"{float(self._get('warmup', 0.01) * end)!r} steps",
+            "warmup": f"{float(self._get('warmup') * end)!r} steps",
             "unclamped": True,
         }
-        floor = float(self._get("min_lr", 0.0))
+        floor = float(self._get("min_lr"))
         if style != "constant":
             return schedule | {"min_lr": floor, "length": f"{end} steps"}
         if floor > float(peak):
@@ -335,57 +371,81 @@ class _Translator:
             self._notes.append("min_lr has no effect on a constant rate")
         return schedule
 
-    def _optimizer_block(self) -> dict[str, Any]:
-        block = self._get("optimizer", {})
-        kind = str(block.get("type", "Adam"))
-        if kind.lower() not in ("adam", "adamw"):
-            raise self._error("optimizer", f"type {kind!r} can't be honoured, only 'Adam' (with decoupled weight decay)")
-        if strange := sorted(set(block) - {"type", "params"}):
-            raise self._error("optimizer", f"'{strange[0]}' is not known in it; expected type and params")
-        params = block.get("params", {})
-        for name in params:
-            if name == "weight_decay":
-                raise self._error("optimizer", "weight_decay belongs outside: GPT-NeoX reads the top-level key of that name")
-            if name not in ("lr", "betas", "eps"):
-                raise self._error("optimizer", f"params.{name} is not known; expected lr, betas, eps")
-        return dict(block)
-
     def _optimizer(self) -> dict[str, Any]:
-        params = self._optimizer_block().get("params", {})
-        clip = self._get("gradient_clipping", self._get("clip_grad", 1.0))
+        kind = self._get("optimizer.type")
+        if str(kind).lower() not in ("adam", "adamw"):
+            raise self._error(
+                "optimizer.type", f"type {kind!r} can't be honoured, only 'Adam' (with decoupled weight decay); say that"
+            )
         return {
-            "betas": params.get("betas", [0.9, 0.999]),
-            "eps": params.get("eps", 1e-8),
-            "weight_decay": self._get("weight_decay", 0.1),
-            "clip_norm": clip or None,
+            "betas": self._get("optimizer.params.betas"),
+            "eps": self._get("optimizer.params.eps"),
+            "weight_decay": self._get("weight_decay"),
+            "clip_norm": self._get("gradient_clipping") or None,
         }
 
     def _precision(self) -> str:
-        blocks = {name: self._get(name, {}) for name in ("fp16", "bf16")}
-        enabled = [name for name, block in blocks.items() if block.get("enabled", False)]
-        if len(enabled) > 1:
-            raise self._error("bf16", "fp16 and bf16 are both enabled; choose one")
-        if blocks["fp16"].get("loss_scale", 0) and "fp16" in enabled:
-            raise self._error("fp16", "a fixed loss_scale can't be honoured; set it to 0, which is dynamic")
-        given = self._get("precision", None)
-        if given is not None:
-            wanted = self._choice("precision", given, _PRECISIONS)
-            if enabled and wanted != enabled[0]:
-                raise self._error("precision", f"{given!r}, yet {enabled[0]} is enabled; make them agree")
-            return wanted
-        return enabled[0] if enabled else "fp32"
+        """What 'precision', 'fp16' and 'bf16' say together. GPT-NeoX's versions differ on contradictions; these are refused."""
+        said = {key: value for key in ("precision", "fp16.type") if (value := self._get(key)) is not None}
+        wanted = {key: self._choice(key, _PRECISIONS) for key in said}
+        fp16 = self._file.values.get("fp16") or {}
+        if fp16 and "enabled" not in fp16:
+            if wanted.get("fp16.type") != "bf16":
+                raise self._error("fp16", "'enabled' is missing in it, which GPT-NeoX asks for; add true or false")
+        elif fp16 and not self._get("fp16.enabled"):
+            if wanted.pop("fp16.type", "fp16") == "bf16" or wanted.get("precision") == "fp16":
+                raise self._error("fp16.enabled", "false, yet the file asks for 16 bits (type or precision); make them agree")
+        elif fp16:
+            wanted.setdefault("fp16.type", "fp16")
+        if self._get("bf16.enabled"):
+            wanted["bf16.enabled"] = "bf16"
+        elif self._file.values.get("bf16") and wanted.get("precision") == "bf16":
+            raise self._error("bf16.enabled", "not true, yet 'precision' is bfloat16; make them agree")
+        if len(set(wanted.values())) > 1:
+            both = " and ".join(f"{key.replace('fp16.type', 'fp16')} asks for {value}" for key, value in wanted.items())
+            raise self._error(next(reversed(wanted)).partition(".")[0], f"{both}; they contradict each other, choose one")
+        precision = next(iter(wanted.values()), "fp32")
+        if wanted.get("fp16.type") == "bf16":
+            self._notes.append(
+                "fp16.type bfloat16: bf16, as in GPT-NeoX up to 2.0, which trained Pythia 1B so; later ones don't read 'type' "
+                "and would train in fp16"
+            )
+        return precision
+
+    def _loss_scale(self, precision: str) -> dict[str, Any]:
+        """The loss scale of fp16. In DeepSpeed, hysteresis counts under ZeRO only, and a fixed scale makes the others idle."""
+        fixed = self._get("fp16.loss_scale") or None
+        used = {"fp16.loss_scale"}
+        scale: dict[str, Any] = {"fixed": fixed}
+        if fixed is None:
+            used |= {"fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.min_loss_scale"}
+            scale |= {
+                "initial": 2.0 ** self._get("fp16.initial_scale_power"),
+                "window": int(self._get("fp16.loss_scale_window")),
+                "smallest": float(self._get("fp16.min_loss_scale")),
+            }
+            if self._get("zero_optimization.stage"):
+                used |= {"fp16.hysteresis", "fp16.consecutive_hysteresis"}
+                scale |= {"hysteresis": self._get("fp16.hysteresis"), "refill": self._get("fp16.consecutive_hysteresis")}
+        others = {key for key in neox_blocks.HONOURED if key.startswith("fp16.") and key not in ("fp16.enabled", "fp16.type")}
+        for key in others - used if precision == "fp16" else others:
+            why = "in DeepSpeed it counts under ZeRO only" if fixed is None else "the loss scale is fixed"
+            self._idle[key] = why if precision == "fp16" else f"{precision} has no loss scale"
+        return scale if precision == "fp16" else {}
 
     # ---- the rest --------------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> dict[str, Any]:
-        factor = self._get("checkpoint_factor", None)
-        extra = [int(step) for step in self._get("extra_save_iters", [])]
-        scale = self._get("checkpoint_scale", "linear")
+        factor = self._get("checkpoint_factor")
+        extra = [int(step) for step in self._get("extra_save_iters") or []]
+        scale = self._get("checkpoint_scale")
         if scale not in ("linear", "log"):
             raise self._error("checkpoint_scale", f"{scale!r} is neither 'linear' nor 'log'")
         every = None
         if scale == "linear":
-            every = int(factor) if factor is not None else None
+            if factor is not None and factor != int(factor):
+                raise self._error("checkpoint_factor", f"{factor!r} is no whole number, which 'linear' needs")
+            every = int(factor) if factor else None
         elif factor is None or factor <= 1:
             raise self._error("checkpoint_scale", "'log' needs a checkpoint_factor above 1")
         else:
@@ -395,7 +455,9 @@ class _Translator:
                     raise self._error("checkpoint_factor", f"{factor!r} asks for more than 10,000 checkpoints; make it larger")
                 extra.append(int(step))
                 step *= factor
-        keep_last = self._get("keep_last_n_checkpoints", None)
+        keep_last = self._get("keep_last_n_checkpoints")
+        if keep_last is not None and keep_last < 1:
+            raise self._error("keep_last_n_checkpoints", f"{keep_last} leaves no checkpoint; keep at least 1")
         if keep_last is not None and extra:
             self._notes.append("the checkpoints of extra_save_iters stay, beside the newest keep_last_n_checkpoints")
         return {
@@ -407,21 +469,21 @@ class _Translator:
 
     def _logging(self) -> dict[str, Any]:
         logging: dict[str, Any] = {
-            "every": self._get("log_interval", 100),
-            "tensorboard": self._get("tensorboard_dir", None) is not None,
+            "every": self._get("log_interval"),
+            "tensorboard": self._get("tensorboard_dir") is not None,
         }
-        if self._get("use_wandb", False):
-            logging["wandb"] = {"project": self._get("wandb_project", "neox"), "entity": self._get("wandb_team", None)}
+        if self._get("use_wandb"):
+            logging["wandb"] = {"project": self._get("wandb_project"), "entity": self._get("wandb_team")}
         return logging
 
     def _parallel(self, tensor: int, pipeline: int) -> dict[str, Any]:
-        stage = self._get("zero_optimization", {}).get("stage", 0)
+        stage = self._get("zero_optimization.stage")
         if stage not in (0, 1, 2, 3):
-            raise self._error("zero_optimization", f"stage {stage!r} is none of 0, 1, 2, 3")
+            raise self._error("zero_optimization.stage", f"stage {stage!r} is none of 0, 1, 2, 3")
         sharding = ("none", "zero2", "zero2", "zero3")[stage] if self._data_ranks > 1 else "none"
         return {
             "tensor": tensor,
-            "sequence": self._get("sequence_parallel", False),
+            "sequence": self._get("sequence_parallel") and tensor > 1,
             "pipeline": pipeline,
             "sharding": sharding,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.config.load import apply_override, validate
-from megarewarm.config.neox_keys import HONOURED
 from megarewarm.config.neox_read import NeoxFile, read_neox
 from megarewarm.config.neox_translate import Translation, translate
 from megarewarm.config.schema import RunConfig
@@ -37,11 +37,22 @@ def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int) 
     translation = translate(file, world_size)
     start, model, notes = _start(file, translation)
     mapping: dict[str, Any] = translation.mapping | {"start": start, "model": translation.mapping["model"] | model}
-    origins: Origins = {(): file.name}
+    origins: Origins = {(): file.name} | _places(file)
     for word in overrides:
         apply_override(mapping, origins, word)
-    honoured = {key: HONOURED[key][1] for key in file.values if key in HONOURED}
-    return validate(RunConfig, mapping, origins), Account(honoured, file.not_applicable, [*translation.notes, *notes])
+    honoured = {key: meaning for key, meaning in file.honoured.items() if key not in translation.idle}
+    account = Account(honoured, file.not_applicable | translation.idle, [*translation.notes, *notes])
+    return validate(RunConfig, mapping, origins), account
+
+
+def _places(file: NeoxFile) -> Origins:
+    """Where our keys that a key of GPT-NeoX became alone were written, so that what is wrong with them is found there."""
+    places: Origins = {}
+    for key, meaning in file.honoured.items():
+        ours = meaning.split(",")[0].split(";")[0].split(":")[0]
+        if key in file.places and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", ours):
+            places.setdefault(tuple(ours.split(".")), file.place(key))
+    return places
 
 
 def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], dict[str, Any], list[str]]:

@@ -98,7 +98,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     _apply(plan, model, optimizer)
 
     watched = config.reliability
-    scaler = LossScaler() if precision == "fp16" else None
+    scaler = LossScaler(config.training.loss_scale) if precision == "fp16" else None
     stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
     if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
         scaler.restore(stored)

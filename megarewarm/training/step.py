@@ -106,7 +106,7 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> tu
 
 
 def _usable(run: Run, loss: float, norm: float) -> bool:
-    return math.isfinite(loss) and (math.isfinite(norm) or run.scaler is not None)
+    return math.isfinite(loss) and (math.isfinite(norm) or (run.scaler is not None and run.scaler.adapts))
 
 
 def _measured(loss: float, norm: float) -> str:
