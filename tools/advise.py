@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Laws fitted to an experiment's runs: python tools/advise.py EXPERIMENT_FOLDER [--upstream-within 2%] [--output FOLDER]"""
+"""What next, after an experiment: python tools/advise.py EXPERIMENT_FOLDER [--upstream-within 2%] [--all] [--output FOLDER]"""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def share(text: str) -> float:
 
 def main() -> None:
     parser = Parser(
-        description="Fit published laws to the finished runs of an experiment, and predict schedules and replay fractions that "
-        "were not tried."
+        description="Say which arm of an experiment is best, and which run is worth making next: published laws are fitted to "
+        "the finished runs, and predict only what lies between what was tried."
     )
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT_FOLDER", help="folder with experiment.json in it")
     parser.add_argument(
@@ -32,6 +32,9 @@ def main() -> None:
         metavar="SHARE",
         help="by how much of its start value the upstream loss may rise (default: 2%%)",
     )
+    parser.add_argument(
+        "--all", action="store_true", help="also show the laws and how they predicted levels that were left out"
+    )
     parser.add_argument("--output", type=Path, help="for advice.json and advice.png; default: EXPERIMENT_FOLDER/advice")
     arguments = parser.parse_args()
     try:
@@ -40,7 +43,8 @@ def main() -> None:
         raise UserError("advise.py: the scipy package is not installed; pip install scipy") from None
     with importing():
         from megarewarm.laws.advice import advise, as_json
-        from megarewarm.laws.show import draw_advice, print_advice
+        from megarewarm.laws.show import draw_advice
+        from megarewarm.laws.tell import print_advice
 
     advice = advise(arguments.experiment, arguments.upstream_within)
     output = arguments.output or arguments.experiment / "advice"
@@ -50,7 +54,7 @@ def main() -> None:
         drawn = draw_advice(advice, output / "advice.png")
     except OSError as error:
         raise UserError(f"{output}: can't be written ({error.strerror or error}): give another --output") from error
-    print_advice(advice, make_console())
+    print_advice(advice, make_console(), arguments.all)
     print(output / "advice.json", *([output / "advice.png"] if drawn else []))
 
 

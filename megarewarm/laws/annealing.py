@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megarewarm.laws.arms import Family, Floats, Trained
-from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit
+from megarewarm.laws.arms import Family, Floats, Trained, distinct_rates
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit, standard_error
+from megarewarm.laws.support import Fold, Space
 from megarewarm.schedules.annealing import learning_rate_sums
 
 MEMORIES = (0.999, 0.99, 0.97, 0.9, 0.0)
 """Candidates for lambda. The published 0.999 remembers 1,000 steps, more than a short run has."""
 
 NEEDED = 4
-"""Arms with different schedules below which nothing is fitted: one of them is held out at a time."""
+"""Different schedules below which nothing is fitted."""
 
 _BOUNDS = Bounds.of(A=(0, 20), a=(0.05, 3), x0=(0.01, 1000), C=(0, 20), B=(-20, 20), E=(0.01, 1000), b=(0.05, 3))
 _STARTS = [[0.5, 0.5, 1.0, 0.3, size, rate, 0.5] for size, rate in itertools.product((1.0, -1.0), (3.0, 50.0))]
@@ -47,6 +48,8 @@ class AnnealingLaw:
     unit: float
     area_unit: float
     trial: Trial
+    form: _Form
+    runs: tuple[Trained, ...]
 
     def change(self, rates: ArrayLike, rate_before: float | None, sum_before: float | None) -> Floats:
         """Loss minus the start checkpoint's after each step of ``rates`` (steps,), in nats per token, (steps,)."""
@@ -54,44 +57,76 @@ class AnnealingLaw:
         before = np.full(len(total), np.nan if sum_before is None else sum_before / self.unit)
         return _change(self.parameters, total / self.unit, area / self.area_unit, before)
 
+    def uncertainty(self, rates: ArrayLike, rate_before: float | None, sum_before: float | None) -> float:
+        """Standard error that the fit leaves the last of ``change``, in nats per token; infinite where it isn't identified."""
 
-def fit_annealing(family: Family, role: str) -> AnnealingLaw | None:
-    """The law fitted to all evaluations of ``role`` of the family's runs; ``None`` for fewer than four different arms.
+        def end(parameters: Floats) -> float:
+            return float(dataclasses.replace(self, parameters=parameters).change(rates, rate_before, sum_before)[-1])
 
-    lambda and the rate before the first step are those whose held-out errors are smallest.
+        return standard_error(self.form.residuals(self.runs), end, self.parameters, _BOUNDS, len(self.runs))
+
+
+def fit_annealing(family: Family, role: str, space: Space | None = None) -> AnnealingLaw | None:
+    """The law fitted to all evaluations of ``role`` of the family's runs; ``None`` for fewer than four different schedules.
+
+    lambda and the rate before the first step are those of the best fit, chosen anew whenever a level is left out.
     """
-    if len(_distinct(family)) < NEEDED:
+    if len(distinct_rates(family.runs)) < NEEDED:
         return None
+    space = Space.of_schedules(family) if space is None else space
     known = all(run.rate_before is not None for run in family.runs)
-    best: AnnealingLaw | None = None
-    for memory, own in itertools.product(MEMORIES, (True, False) if known else (True,)):
-        law = _fitted(family, role, Choice(memory, own))
-        if best is None or law.trial.error < best.trial.error:
-            best = law
-    return best
-
-
-def _fitted(family: Family, role: str, choice: Choice) -> AnnealingLaw:
-    unit = max(float(run.rates.sum()) for run in family.runs)
-    sums = {run.name: _sums(run.rates, run.rate_before, choice) for run in family.runs}
-    area_unit = max(float(np.abs(area).max()) for _, area in sums.values()) or 1.0
-    points = {run.name: _points(run, role, sums[run.name], unit, area_unit) for run in family.runs}
-    parameters, _ = _solve([points[run.name] for run in family.runs], _STARTS)
+    forms = [_Form(family, role, Choice(m, own)) for m, own in itertools.product(MEMORIES, (True, False) if known else (True,))]
+    fits = [form.solve(family.runs, _STARTS) for form in forms]
+    best = min(range(len(forms)), key=lambda index: fits[index][1])
+    folds = space.folds()
+    folds += [Fold("arm", arm, (arm,), frozenset([arm])) for arm in family.arms if not space.points]
     held = []
-    for arm in family.arms:
-        rest, _ = _solve([points[run.name] for run in family.without(arm)], [parameters])
-        left_out = family.of(arm)
-        predicted = [run.start(role) + _end(rest, points[run.name]) for run in left_out]
-        others = np.mean([run.final(role) - run.start(role) for run in family.without(arm)])
-        held.append(
-            HeldOut(
-                arm=arm,
-                measured=family.mean_final(arm, role),
-                predicted=float(np.mean(predicted)),
-                mean_of_others=float(np.mean([run.start(role) for run in left_out]) + others),
+    for fold in folds:
+        rest = [run for run in family.runs if run.arm not in fold.arms]
+        if len(distinct_rates(rest)) < NEEDED - 1:
+            continue
+        again = [form.solve(rest, [fits[index][0]]) for index, form in enumerate(forms)]
+        chosen = min(range(len(forms)), key=lambda index: again[index][1])
+        others = float(np.mean([run.final(role) - run.start(role) for run in rest]))
+        for arm in fold.arms:
+            change = float(np.mean([forms[chosen].end(again[chosen][0], run) for run in family.of(arm)]))
+            start, inside = family.mean_start(role), arm in fold.inside
+            held.append(
+                HeldOut(arm, family.mean_final(arm, role), start + change, start + others, inside, fold.along, fold.level)
             )
-        )
-    return AnnealingLaw(parameters, choice, unit, area_unit, Trial(held))
+    form, (parameters, _) = forms[best], fits[best]
+    fitted = [
+        float(np.mean([form.end(parameters, run) - (run.final(role) - run.start(role)) for run in family.of(arm)]))
+        for arm in family.arms
+    ]
+    return AnnealingLaw(
+        parameters, form.choice, form.unit, form.area_unit, Trial(held, tuple(fitted)), form, tuple(family.runs)
+    )
+
+
+class _Form:
+    """The law with lambda and the rate before the first step settled, and a family's runs as it sees them."""
+
+    def __init__(self, family: Family, role: str, choice: Choice) -> None:
+        self.choice = choice
+        self.unit = max(float(run.rates.sum()) for run in family.runs)
+        sums = {run.name: _sums(run.rates, run.rate_before, choice) for run in family.runs}
+        self.area_unit = max(float(np.abs(area).max()) for _, area in sums.values()) or 1.0
+        self._points = {run.name: _points(run, role, sums[run.name], self.unit, self.area_unit) for run in family.runs}
+
+    def solve(self, runs: Sequence[Trained], starts: Sequence[ArrayLike]) -> tuple[Floats, float]:
+        """The parameters for these runs, and the loss of the fit."""
+        return fit(self.residuals(runs), _BOUNDS, starts, evaluations=60)
+
+    def residuals(self, runs: Sequence[Trained]) -> Callable[[Floats], Floats]:
+        fields = zip(*((one.x, one.z, one.before, one.change) for one in (self._points[run.name] for run in runs)), strict=True)
+        x, z, before, change = (np.concatenate(field) for field in fields)
+        return lambda parameters: _change(parameters, x, z, before) - change
+
+    def end(self, parameters: Floats, run: Trained) -> float:
+        """The predicted change of the loss at the run's last evaluation."""
+        points = self._points[run.name]
+        return float(_change(parameters, points.x[-1:], points.z[-1:], points.before[-1:])[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +147,6 @@ def _points(run: Trained, role: str, sums: tuple[Floats, Floats], unit: float, a
     return _Points(sums[0][at] / unit, sums[1][at] / area_unit, np.full(len(at), before), losses[after] - losses[0])
 
 
-def _end(parameters: Floats, points: _Points) -> float:
-    """The predicted change at the last evaluation."""
-    return float(_change(parameters, points.x[-1:], points.z[-1:], points.before[-1:])[0])
-
-
-def _solve(points: Sequence[_Points], starts: Sequence[ArrayLike]) -> tuple[Floats, float]:
-    fields = zip(*((one.x, one.z, one.before, one.change) for one in points), strict=True)
-    x, z, before, change = (np.concatenate(field) for field in fields)
-    return fit(lambda parameters: _change(parameters, x, z, before) - change, _BOUNDS, starts, evaluations=60)
-
-
 def _change(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
     big_a, a, free, c, big_b, e, b = parameters
     x0 = np.where(np.isnan(before), free, np.maximum(before, 1e-3))
@@ -136,7 +160,3 @@ def _sums(rates: Floats, rate_before: float | None, choice: Choice) -> tuple[Flo
         return sums.total, sums.area
     sums = learning_rate_sums(np.concatenate([[rate_before], rates]), choice.memory)
     return sums.total[1:] - rate_before, sums.area[1:]
-
-
-def _distinct(family: Family) -> set[tuple[float, ...]]:
-    return {tuple(np.round(run.rates, 12)) for run in family.runs}

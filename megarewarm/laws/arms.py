@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from megarewarm.report.record import read_record
 
 Floats = NDArray[np.float64]
 
+_APART = 0.005  # nats: start losses of one seed that differ by more are of different checkpoints, whatever their names
+
 _ASIDE = ("name", "folder", "logging", "checkpoint", "evaluation", "export", "parallel", "kernels", "interpolate")
 """Sections that don't change what is learned."""
 
@@ -28,7 +31,7 @@ class Trained:
     evaluations, both (points,), steps counted from the run's start, the first the start checkpoint's.
 
     ``arm`` is the same for all seeds. ``rate_before`` and ``sum_before`` are the last learning rate and the sum of rates of
-    what it started from, ``None`` where that isn't known.
+    what it started from, ``None`` where that isn't known. A run that is not ``finite`` diverged: its losses count for nothing.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Trained:
     losses: dict[str, tuple[Floats, Floats]]
     rate_before: float | None = None
     sum_before: float | None = None
+    finite: bool = True
 
     @property
     def steps(self) -> int:
@@ -49,8 +53,13 @@ class Trained:
     @property
     def replay(self) -> float:
         """Share of the old data in what it was trained on."""
-        replay = self.config.get("replay") or {}
-        return float(replay.get("fraction") or 0.0)
+        replay = self.config.get("replay")
+        fraction = replay.get("fraction") if isinstance(replay, dict) else None
+        return float(fraction) if isinstance(fraction, int | float) else 0.0
+
+    @property
+    def tokens(self) -> float:
+        return self.steps * self.tokens_per_step
 
     def start(self, role: str) -> float:
         return float(self.losses[role][1][0])
@@ -61,9 +70,11 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Runs that differ in one thing only, apart from seeds. ``label`` names it after its first run."""
+    """Runs that differ in one thing only, apart from seeds. ``label`` names it after its first run. ``diverged`` are those of
+    arms of which some seed diverged, which are not among ``runs``."""
 
     runs: list[Trained]
+    diverged: list[Trained] = dataclasses.field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -85,10 +96,11 @@ class Family:
 
     def mean_start(self, role: str) -> float:
         """Start loss, mean over seeds."""
-        return float(np.mean([run.start(role) for run in self.runs]))
+        return float(np.mean(list({run.seed: run.start(role) for run in self.runs}.values())))
 
     def mean_final(self, arm: str, role: str) -> float:
-        return float(np.mean([run.final(role) for run in self.of(arm)]))
+        """Final loss, mean over the arm's seeds, each with its change from its own start: arms may lack seeds."""
+        return self.mean_start(role) + float(np.mean([run.final(role) - run.start(role) for run in self.of(arm)]))
 
 
 def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
@@ -120,7 +132,8 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
                 raise
             unfinished += 1
             continue
-        if not any(event["event"] == "stop" and event.get("reason") == "complete" for event in run.events[-1:]):
+        reasons = [event.get("reason") for event in run.events[-1:] if event["event"] == "stop"]
+        if not {"complete", "diverged"} & set(map(str, reasons)):
             unfinished += 1
             continue
         runs[name] = run
@@ -141,23 +154,27 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     if scratch:
         notes.append(f"{scratch} trained from scratch: the laws here are of runs that start from a checkpoint")
     if blind:
-        notes.append(
-            f"{blind} lack an evaluation of the start checkpoint (evaluation.at_start) or have a loss that is not finite"
-        )
-    if not trained:
+        notes.append(f"{blind} lack an evaluation of the start checkpoint (evaluation.at_start)")
+    if lost := [run.name for run in trained if not run.finite]:
+        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+        notes.append(f"{len(lost)} diverged ({shown}): their arms are not recommended, nor anything next to them")
+    if not any(run.finite for run in trained):
         raise UserError(f"{folder}: no finished run that started from a checkpoint: {'; '.join(notes) or 'it has no runs'}")
     return title, trained, notes
 
 
 def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Path, Run]) -> Trained | None:
     losses = {}
+    finite = run.events[-1].get("reason") == "complete"
     for role in (UPSTREAM, DOWNSTREAM):
         curve = run.curve(role)
         steps = np.array(sorted({e.step for e in run.evaluations if e.role == role}), dtype=np.float64)
         if len(curve) < 2 or len(steps) != len(curve):
             continue
-        if run.start_loss(role) is None or not np.all(np.isfinite(curve.losses)):
+        start = run.start_loss(role)
+        if start is None or not math.isfinite(start):
             return None
+        finite = finite and bool(np.all(np.isfinite(curve.losses)))
         losses[role] = (steps - run.first_step, curve.losses)
     rates = run.train["lr"]
     if not losses or not np.all(np.isfinite(rates)) or run.steps != len(rates):
@@ -175,6 +192,7 @@ def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Pat
         losses=losses,
         rate_before=rate_before,
         sum_before=sum_before,
+        finite=finite,
     )
 
 
@@ -200,36 +218,109 @@ def _ends_alike(place: Path, told: Path) -> bool:
     return place.parts[-min(3, len(told.parts)) :] == told.parts[-3:]
 
 
+def distinct_rates(runs: Sequence[Trained]) -> list[Floats]:
+    """The different learning rates (steps,) that runs were made with; what differs by rounding is the same."""
+    found: list[Floats] = []
+    for run in runs:
+        if not any(len(run.rates) == len(rates) and np.allclose(run.rates, rates, rtol=1e-4, atol=0) for rates in found):
+            found.append(run.rates)
+    return found
+
+
 def schedule_families(runs: Sequence[Trained]) -> list[Family]:
     """Families whose runs differ in the learning-rate schedule only, the largest first."""
-    return _families(runs, lambda config: config.pop("schedule", None), lambda run: tuple(np.round(run.rates, 12)))
+    return _families(runs, "schedule", lambda family: len(distinct_rates(family.runs)))
 
 
 def replay_families(runs: Sequence[Trained]) -> list[Family]:
-    """Families whose runs differ in the fraction of replay only, the largest first."""
-
-    def drop(config: dict[str, Any]) -> None:
-        config.pop("replay", None)
-
-    return _families(runs, drop, lambda run: run.replay)
+    """Families whose runs differ in the fraction of replay only, the largest first. Runs without replay are in all of them."""
+    return _families(runs, "replay", lambda family: len({round(run.replay, 4) for run in family.runs}))
 
 
-def _families(
-    runs: Sequence[Trained], drop: Callable[[dict[str, Any]], object], distinct: Callable[[Trained], Any]
-) -> list[Family]:
+def questions(runs: Sequence[Trained]) -> list[Family]:
+    """Runs whose losses can be compared: same start, same validation sets, same number of tokens; the largest first."""
+
+    def key(run: Trained) -> Any:
+        config = _plain(run)
+        data = config.get("data")
+        sets = data.get("validation") if isinstance(data, dict) else None
+        return [config.get("start"), sets, config.get("windows"), round(run.tokens), sorted(run.losses)]
+
+    found = [_without_diverged(group) for group in _grouped(runs, key)]
+    return sorted((family for family in found if family.runs), key=lambda family: -len(family.arms))
+
+
+def _families(runs: Sequence[Trained], varied: str, levels: Callable[[Family], int]) -> list[Family]:
+    def key(run: Trained) -> Any:
+        config = _plain(run)
+        value = config.pop(varied, None)
+        if varied == "replay" and isinstance(value, dict):  # where the old data come from is not what is varied
+            return [config, {k: v for k, v in value.items() if k != "fraction"}]
+        return [config, None]
+
+    groups = _grouped(runs, key)
+    if varied == "replay":
+        bare = {_text(key(run)[0]): group for group in groups for run in group[:1] if key(run)[1] is None}
+        with_replay = [group for group in groups if key(group[0])[1] is not None]
+        groups = [[*bare.get(_text(key(group[0])[0]), []), *group] for group in with_replay]
+        groups = [part for group in groups for part in _same_start(group)]
+    families = [(levels(family), family) for group in groups if (family := _without_diverged(group)).runs]
+    return [family for _, family in sorted((pair for pair in families if pair[0] > 1), key=lambda pair: -pair[0])]
+
+
+def _without_diverged(group: Sequence[Trained]) -> Family:
+    """An arm of which a seed diverged is not judged by its other seeds."""
+    lost = {run.arm for run in group if not run.finite}
+    return Family([run for run in group if run.arm not in lost], [run for run in group if run.arm in lost])
+
+
+def _plain(run: Trained) -> dict[str, Any]:
+    """The configuration without what doesn't change what is learned, nor how it is measured, and without the seed."""
+    config: dict[str, Any] = json.loads(json.dumps(run.config, default=str))
+    evaluation = config.get("evaluation")
+    windows = evaluation.get("windows") if isinstance(evaluation, dict) else None
+    for section in _ASIDE:
+        config.pop(section, None)
+    for section in ("training", "data"):
+        if isinstance(config.get(section), dict):
+            config[section].pop("seed", None)
+    replay = config.get("replay")
+    if isinstance(replay, dict) and not replay.get("fraction"):
+        config["replay"] = None
+    return config | {"windows": windows}
+
+
+def _grouped(runs: Sequence[Trained], key: Callable[[Trained], Any]) -> list[list[Trained]]:
     groups: dict[str, list[Trained]] = {}
     for run in runs:
-        config = json.loads(json.dumps(run.config, default=str))
-        for section in _ASIDE:
-            config.pop(section, None)
-        drop(config)
-        for section in ("training", "data"):
-            if isinstance(config.get(section), dict):
-                config[section].pop("seed", None)
-        text = json.dumps(config, sort_keys=True)
+        text = _text(key(run))
         if run.seed is not None:  # what is made anew for every seed is the same thing
             text = text.replace(f"seed_{run.seed}/", "seed_/")
         groups.setdefault(text, []).append(run)
-    families = [Family(group) for group in groups.values()]
-    counted = [(len({distinct(run) for run in family.runs}), family) for family in families]
-    return [family for _, family in sorted((pair for pair in counted if pair[0] > 1), key=lambda pair: -pair[0])]
+    return [part for group in groups.values() for part in _same_start(group)]
+
+
+def _same_start(group: Sequence[Trained]) -> list[list[Trained]]:
+    """The runs apart by what their start checkpoint's losses are: a path may have held another checkpoint later."""
+    parts: dict[tuple[int, ...], list[Trained]] = {}
+    for run in group:
+        place = []
+        for role in sorted(run.losses):
+            known = sorted({other.start(role) for other in group if other.seed == run.seed and role in other.losses})
+            gaps = [high - low > _APART for low, high in itertools.pairwise(known)]
+            place.append(sum(gaps[: known.index(run.start(role))]))
+        parts.setdefault(tuple(place), []).append(run)
+    return list(parts.values())
+
+
+def _text(value: Any) -> str:
+    """Equal for values that differ by rounding only."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [rounded(inner) for inner in value]
+        return f"{value:.6g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    return json.dumps(rounded(value), sort_keys=True)

@@ -59,16 +59,48 @@ def fit(
     return best
 
 
+def standard_error(
+    residuals: Callable[[Floats], Floats], predict: Callable[[Floats], float], parameters: Floats, bounds: Bounds, runs: int
+) -> float:
+    """How uncertain the fit leaves a prediction, in nats per token: by the parameters' covariance (J^T J)^-1 s^2.
+
+    Infinite where the prediction depends on a combination of parameters that the residuals don't. A parameter at a bound can't
+    move. The points of one run err together, so the ``runs`` count as so many observations.
+    """
+    free = [i for i in range(len(parameters)) if bounds.low[i] < parameters[i] < bounds.high[i]]
+    base, at = residuals(parameters), predict(parameters)
+    if not free:
+        return math.inf
+    columns, slope = [], []
+    for i in free:
+        size = max(abs(float(parameters[i])), 1e-3)
+        moved = parameters.copy()
+        step = 1e-5 * size if parameters[i] + 1e-5 * size < bounds.high[i] else -1e-5 * size
+        moved[i] += step
+        columns.append((residuals(moved) - base) / step * size)
+        slope.append((predict(moved) - at) / step * size)
+    _, singular, rows = np.linalg.svd(np.array(columns).T, full_matrices=False)
+    along = rows @ np.array(slope)
+    known = singular > 1e-9 * singular[0]
+    if np.any(np.abs(along[~known]) > 1e-3) or not known.any():
+        return math.inf
+    spread = math.sqrt(float(np.mean(np.minimum(base**2, HUBER * np.abs(base)))) * len(base) / runs)
+    return spread * float(np.linalg.norm(along[known] / singular[known]))
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """An arm that was left out of a fit: its final loss (mean over seeds) as measured, as predicted, and as the mean of the
-    other arms' would have it. ``inside`` says that arms on both sides of it were in the fit."""
+    other arms' would have it. ``inside`` says that arms on both sides of it were in the fit. ``level`` is what was left out,
+    all of it at once, ``along`` the direction that this is a level of."""
 
     arm: str
     measured: float
     predicted: float
     mean_of_others: float
     inside: bool = True
+    along: str = "arm"
+    level: str = ""
 
     @property
     def error(self) -> float:
@@ -77,32 +109,69 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What the held-out arms say of a law: root mean square errors in nats per token of its predictions, and of the mean of
-    the others, over the arms that lie inside; and the half-width of the 90 % band of a prediction, infinite for under two."""
+    """What the held-out levels say of a law: root mean square errors in nats per token of its predictions, and of the mean of
+    the others, over the arms that lie inside; and the half-width of the 90 % band of a prediction, infinite for under two.
+
+    ``fitted`` are the law's errors at the ends of the arms that it was fitted to, ``least`` a band that other families give.
+    """
 
     arms: list[HeldOut]
+    fitted: tuple[float, ...] = ()
+    least: float = 0.0
 
-    def _counted(self) -> list[HeldOut]:
+    def counted(self) -> list[HeldOut]:
+        """The arms whose errors count: those that lay inside of what was left."""
         return [arm for arm in self.arms if arm.inside]
 
     @property
     def error(self) -> float:
-        return _rms([arm.error for arm in self._counted()])
+        return _rms([arm.error for arm in self.counted()])
 
     @property
     def error_of_mean(self) -> float:
-        return _rms([arm.mean_of_others - arm.measured for arm in self._counted()])
+        return _rms([arm.mean_of_others - arm.measured for arm in self.counted()])
 
     @property
     def band(self) -> float:
-        """Student's t times the error: a new arm's error stays within it in 90 % of cases, were they normal."""
-        count = len(self._counted())
-        return float(student.ppf((1 + _CONFIDENCE) / 2, count)) * self.error if count >= 2 else math.inf
+        """Student's t times the error, in the direction that is worst, with a degree of freedom for every level left out: a new
+        arm's error stays within it in 90 % of cases, were they normal. Not below any error that was seen."""
+        counted = self.counted()
+        if len(counted) < 2:
+            return math.inf
+        seen = max(abs(error) for error in (*(arm.error for arm in counted), *self.fitted))
+        return max(seen, self.least, *(quantile(levels) * error for levels, error in self.by_direction()))
+
+    def by_direction(self) -> list[tuple[int, float]]:
+        """For every direction, how many levels of it were left out and counted, and the error over them."""
+        found: dict[str, dict[str, list[float]]] = {}
+        for arm in self.counted():
+            found.setdefault(arm.along, {}).setdefault(arm.level or arm.arm, []).append(arm.error)
+        return [(len(levels), _rms([_rms(errors) for errors in levels.values()])) for levels in found.values()]
 
     @property
     def holds(self) -> bool:
-        """Whether the law predicts arms that it hasn't seen better than their mean does."""
-        return len(self._counted()) >= 2 and self.error < self.error_of_mean
+        """Whether the law predicts what it hasn't seen: better than the others' mean does, and with a band that is narrower
+        than what lies between the arms."""
+        if len(self.counted()) < 2 or not self.error < self.error_of_mean:
+            return False
+        measured = [arm.measured for arm in self.arms]
+        return 2 * self.band < max(measured) - min(measured)
+
+
+def quantile(count: int) -> float:
+    """Student's t for the 90 % band of a value whose error is known from ``count`` others."""
+    return float(student.ppf((1 + _CONFIDENCE) / 2, count))
+
+
+def pooled(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials of one law in several families, none with a band below that of all of them together: an error that was small
+    by chance in one is no promise."""
+    rows = [row for trial in trials for row in trial.by_direction()]
+    if len(trials) < 2 or not rows:
+        return list(trials)
+    count = sum(levels for levels, _ in rows)
+    least = quantile(count) * math.sqrt(sum(levels * error**2 for levels, error in rows) / count)
+    return [dataclasses.replace(trial, least=least) for trial in trials]
 
 
 def _rms(errors: Sequence[float]) -> float:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from megarewarm.laws.arms import Family, Floats, Trained
-from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit, standard_error
+from megarewarm.laws.support import FRACTION, Space
 from megarewarm.report.read import UPSTREAM
 
 NEEDED = 5
@@ -41,11 +42,20 @@ class ReplayLaw:
     low: float
     high: float
     trial: Trial
+    runs: tuple[Trained, ...] = ()
 
     def loss(self, fractions: ArrayLike, tokens: float | None = None) -> Floats:
         """Loss at the end of runs with these replay fractions, in nats per token; the shape of ``fractions``."""
         shares = own_share(np.asarray(fractions, dtype=np.float64), self.role)
         return _law(self.parameters, np.full(shares.shape, (tokens or self.tokens) / self.unit), shares)
+
+    def uncertainty(self, fraction: float) -> float:
+        """Standard error that the fit leaves a prediction, in nats per token; infinite where it isn't identified."""
+
+        def end(parameters: Floats) -> float:
+            return float(dataclasses.replace(self, parameters=parameters).loss(np.array([fraction]))[0])
+
+        return standard_error(_residuals(self.runs, self.role, self.unit), end, self.parameters, _BOUNDS, len(self.runs))
 
 
 def own_share(fractions: ArrayLike, role: str) -> Floats:
@@ -54,34 +64,50 @@ def own_share(fractions: ArrayLike, role: str) -> Floats:
     return fractions if role == UPSTREAM else 1.0 - fractions
 
 
-def fit_replay(family: Family, role: str) -> ReplayLaw | None:
+def fit_replay(family: Family, role: str, space: Space | None = None) -> ReplayLaw | None:
     """The law fitted to the family's later evaluations of ``role``; ``None`` for fewer than five different fractions."""
-    fractions = sorted({run.replay for run in family.runs})
+    space = Space.of_replay(family) if space is None else space
+    (kind,) = space.kinds
+    fractions = space.levels(kind, FRACTION)
     if len(fractions) < NEEDED:
         return None
-    unit = max(run.steps * run.tokens_per_step for run in family.runs)
+    unit = max(run.tokens for run in family.runs)
     parameters = _solve(family.runs, role, unit, _STARTS)
     held = []
-    for fraction in fractions:
-        left_out = [run for run in family.runs if run.replay == fraction]
-        others = [run for run in family.runs if run.replay != fraction]
+    for fold in space.folds():
+        if fold.along != FRACTION:
+            continue
+        left_out = [run for run in family.runs if run.arm in fold.arms]
+        others = [run for run in family.runs if run.arm not in fold.arms]
         rest = _solve(others, role, unit, [parameters, *_STARTS[:2]])
-        share = own_share(np.array([fraction]), role)
-        end = np.array([float(np.mean([run.steps * run.tokens_per_step for run in left_out])) / unit])
-        held.append(
-            HeldOut(
-                arm=left_out[0].arm,
-                measured=float(np.mean([run.final(role) for run in left_out])),
-                predicted=float(_law(rest, end, share)[0]),
-                mean_of_others=float(np.mean([run.final(role) for run in others])),
-                inside=fractions[0] < fraction < fractions[-1],
+        start = family.mean_start(role)
+        for arm in fold.arms:
+            share = own_share(np.array([np.mean([run.replay for run in family.of(arm)])]), role)
+            end = np.array([float(np.mean([run.tokens for run in left_out])) / unit])
+            held.append(
+                HeldOut(
+                    arm=arm,
+                    measured=family.mean_final(arm, role),
+                    predicted=float(_law(rest, end, share)[0]),
+                    mean_of_others=start + float(np.mean([run.final(role) - run.start(role) for run in others])),
+                    inside=arm in fold.inside,
+                    along=fold.along,
+                    level=fold.level,
+                )
             )
-        )
-    return ReplayLaw(role, parameters, unit, unit, fractions[0], fractions[-1], Trial(held))
+    law = ReplayLaw(role, parameters, unit, unit, fractions[0], fractions[-1], Trial(held), tuple(family.runs))
+    at = [float(np.mean([run.replay for run in family.of(arm)])) for arm in family.arms]
+    ends = np.array([family.mean_final(arm, role) for arm in family.arms])
+    return dataclasses.replace(law, trial=Trial(held, tuple((law.loss(at) - ends).tolist())))
 
 
 def _solve(runs: Sequence[Trained], role: str, unit: float, starts: Sequence[ArrayLike]) -> Floats:
-    """The parameters. A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
+    """The parameters of the best fit."""
+    return fit(_residuals(runs, role, unit), _BOUNDS, starts, evaluations=100)[0]
+
+
+def _residuals(runs: Sequence[Trained], role: str, unit: float) -> Callable[[Floats], Floats]:
+    """A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
     decayed yet, which the law doesn't know, and runs are compared by their ends."""
     tokens, shares, losses, weights = [], [], [], []
     for run in runs:
@@ -94,7 +120,7 @@ def _solve(runs: Sequence[Trained], role: str, unit: float, starts: Sequence[Arr
         weight[-1] = max(1.0, len(weight) - 1.0)
         weights.append(weight)
     d, r, loss, weight = (np.concatenate(column) for column in (tokens, shares, losses, weights))
-    return fit(lambda parameters: weight * (_law(parameters, d, r) - loss), _BOUNDS, starts, evaluations=100)[0]
+    return lambda parameters: weight * (_law(parameters, d, r) - loss)
 
 
 def _law(parameters: Floats, d: Floats, r: Floats) -> Floats:
@@ -102,11 +128,15 @@ def _law(parameters: Floats, d: Floats, r: Floats) -> Floats:
     return np.asarray(big_e + big_b * r**n / d**b + c / (r + e) ** g, dtype=np.float64)
 
 
-def largest_new_share(law: ReplayLaw, limit: float) -> float | None:
+def largest_new_share(law: ReplayLaw, limit: float, gaps: Sequence[tuple[float, float]] | None = None) -> float | None:
     """The largest share of new data whose predicted upstream loss is at most ``limit``; ``None`` where no tried one has that.
 
-    Only fractions within those that were tried are looked at. The use that arXiv 2406.01375 and 2407.17467 (CMR) make of it.
+    Only fractions within those that were tried are looked at, or within ``gaps`` between two of them. The use that arXiv
+    2406.01375 and 2407.17467 (CMR) make of it.
     """
     fractions = np.linspace(law.low, law.high, 2001)
+    if gaps is not None:
+        tried = [run.replay for run in law.runs]
+        fractions = np.unique(np.concatenate([tried, *(np.linspace(low, high, 501) for low, high in gaps)]))
     fitting = fractions[law.loss(fractions) <= limit]
     return float(1.0 - fitting.min()) if len(fitting) else None

@@ -1,96 +1,31 @@
-"""Advice for people: in the terminal, and as a picture of what was predicted against what was measured."""
+"""The picture of an advice: losses against peak and replay, and what was predicted of levels left out."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from megarewarm.laws.advice import Advice, Prediction, Section
-from megarewarm.laws.fitting import Trial
+from megarewarm.laws.advice import Advice
+from megarewarm.laws.answer import Answer
+from megarewarm.laws.sections import keys_of
 from megarewarm.report import style
 from megarewarm.report.lines import short_labels
 from megarewarm.report.place import place_labels
-from megarewarm.report.read import UPSTREAM
-from megarewarm.report.words import loss_text, rate_text
+from megarewarm.report.words import rate_text
 
-FORMS = {
-    "schedule": "L(t) = L(0) + A ((S0 + S1)^-a - S0^-a) - C S2 + B (1 - (1 + E S1)^-b)  (2408.11029; 2505.07796, second-hand)",
-    "replay": "L(D, r) = E + B r^n / D^b + C / (r + e)^g   (D-CPT law, 2406.01375)",
-}
-_NAMED = 12  # arms whose names a picture has room for
+_NAMED = 12  # arms whose names a panel has room for
 _NAME_FONT = 7.0  # points
-_BEST = 8  # predictions that the terminal shows of a grid
+_GROUPS = 16  # lines of one panel
+_AXES = {"peak": "peak learning rate", "replay": "replay fraction"}
 
-
-def print_advice(advice: Advice, console: Console) -> None:
-    """Everything but the whole grid, which advice.json has."""
-    console.print(f"[bold]{advice.title}[/]", highlight=False)
-    for note in advice.notes:
-        console.print(f"  {note}", style="dim", highlight=False)
-    fitted = [section for section in advice.sections if section.laws]
-    for section in fitted:
-        console.print()
-        console.print(f"[bold]{section.kind}[/] · {', '.join(section.family.arms)}", highlight=False)
-        console.print(FORMS[section.kind], style="dim", highlight=False)
-        console.print(_held_out(section))
-        console.print(_predicted(section, advice.within))
-        for sentence in section.sentences:
-            console.print(f"- {sentence}", highlight=False)
-    for section in advice.sections:
-        if not section.laws:
-            arms = ", ".join(section.family.arms)
-            console.print(f"{section.kind} · {arms}: {'; '.join(section.sentences)}.", style="dim", highlight=False)
-
-
-def _held_out(section: Section) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title="left out, then predicted", title_justify="left"
-    )
-    table.add_column("arm", overflow="fold", min_width=16)
-    for role in section.laws:
-        for column in (role, "law", "error"):
-            table.add_column(column, justify="right", no_wrap=True)
-    rows: dict[str, list[str]] = {}
-    for law in section.laws.values():
-        for arm in law.trial.arms:
-            mark = "" if arm.inside else " *"
-            cells = [loss_text(arm.measured), loss_text(arm.predicted), f"{arm.error:+.3f}{mark}"]
-            rows.setdefault(arm.arm, []).extend(cells)
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    if any(not arm.inside for law in section.laws.values() for arm in law.trial.arms):
-        table.caption, table.caption_justify = "* lies outside the others: not counted, and nothing is predicted there", "left"
-    return table
-
-
-def _predicted(section: Section, within: float) -> Table:
-    """All replay fractions; of a grid of schedules the best within the limit, or by the mean of both losses."""
-    title, shown = "predicted final losses", section.predictions
-    if section.kind == "schedule" and len(section.laws) == 2:
-        limit = section.family.mean_start(UPSTREAM) * (1 + within)
-        allowed = [one for one in shown if one.losses[UPSTREAM] <= limit]
-        other = next(role for role in section.laws if role != UPSTREAM)
-        best = sorted(allowed, key=lambda one: one.losses[other]) or sorted(shown, key=lambda one: one.mean)
-        by = f"the best {other} within the limit" if allowed else "the best by the mean of both"
-        title = f"predicted final losses of {len(shown)} schedules: {by}, each curve and peak at its best warmup"
-        first: dict[tuple[str, float], Prediction] = {}
-        for one in best:
-            keys = one.keys["schedule"]
-            first.setdefault((keys["curve"], keys["max_lr"]), one)
-        shown = list(first.values())[:_BEST]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title=title, title_justify="left")
-    table.add_column("", overflow="fold")
-    for role, trial in section.trials.items():
-        table.add_column(f"{role} ± {trial.band:.3f}", justify="right", no_wrap=True)
-    for one in shown:
-        table.add_row(one.what, *(loss_text(one.losses[role]) for role in section.laws))
-    return table
+Settings = dict[str, Any]
+Line = list[tuple[float, float]]
 
 
 def draw_advice(advice: Advice, path: Path) -> bool:
@@ -103,91 +38,162 @@ def draw_advice(advice: Advice, path: Path) -> bool:
 
 
 def advice_figure(advice: Advice) -> Figure | None:
-    """Per fitted family and loss, held-out arms, and the predictions; None where nothing could be fitted."""
-    fitted = [section for section in advice.sections if section.laws]
-    if not fitted:
+    """Two columns, upstream and downstream; for every question a row for each axis that was varied and one for the levels left
+    out. ``None`` where no law was fitted."""
+    rows: list[tuple[Answer, str]] = []
+    for one in advice.answers:
+        if any(section.laws for section in one.sections):
+            varied = [axis for axis in _AXES if len({_settings(keys_of(run))[axis] for run in one.question.runs}) > 1]
+            rows += [(one, axis) for axis in (*varied, "left out")]
+    if not rows:
         return None
-    columns = max(len(section.laws) for section in fitted)
-    figure = style.new_figure(5.2 * columns, 7.6 * len(fitted))
-    axes = figure.subplots(2 * len(fitted), columns, squeeze=False)
-    for row in axes:
-        for axis in row:
+    columns = max(len(one.question.roles) for one, _ in rows)
+    figure = style.new_figure(5.6 * columns, 3.9 * len(rows) + 0.4)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (one, what) in zip(axes, rows, strict=True):
+        for axis, role in zip(row, one.question.roles, strict=False):
+            if what == "left out":
+                _draw_left_out(axis, one, role)
+            else:
+                _draw_losses(axis, one, role, what)
+            if len(advice.answers) > 1:
+                axis.set_title(f"{axis.get_title(loc='left')}\n{one.question.arms[0]} and {len(one.measured) - 1} more",
+                               fontsize=9, loc="left")  # fmt: skip
+            axis.tick_params(labelsize=8)
+        for axis in row[len(one.question.roles) :]:
             axis.set_visible(False)
-    for number, section in enumerate(fitted):
-        for column, role in enumerate(section.laws):
-            top, bottom = axes[2 * number][column], axes[2 * number + 1][column]
-            _draw_held_out(top, section, role)
-            _draw_predicted(bottom, section, role)
     figure.suptitle(advice.title, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
-    for number, section in enumerate(fitted):  # names go where the frames, which have their places now, leave room
-        for column, role in enumerate(section.laws):
-            _name_held_out(axes[2 * number][column], section.laws[role].trial)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    for row, (one, what) in zip(axes, rows, strict=True):  # names go where the frames, which have their places now, leave room
+        for axis, role in zip(row, one.question.roles, strict=False):
+            if what == "left out":
+                _name_left_out(axis, one, role)
     return figure
 
 
-def _draw_held_out(axis: Any, section: Section, role: str) -> None:
-    """Predicted against measured final loss of arms that the fit hadn't seen."""
-    axis.set_visible(True)
-    trial = section.laws[role].trial
-    inside = [arm for arm in trial.arms if arm.inside]
-    measured, predicted = [arm.measured for arm in inside], [arm.predicted for arm in inside]
-    ends = [min(measured + predicted), max(measured + predicted)]
-    axis.plot(ends, ends, color="0.6", linewidth=1)
-    axis.errorbar(measured, predicted, yerr=trial.band, fmt="o", color="#0072b2", ecolor="#9ecae1", capsize=2)
+def _settings(keys: dict[str, Any]) -> Settings:
+    """What tells runs apart: numbers for the axes, texts for all else. The lowest rate as a share of the peak."""
+    schedule, replay = keys["schedule"], keys["replay"]
+    peak = schedule.get("max_lr")
+    told: Settings = {"peak": float(f"{peak:.5g}") if isinstance(peak, int | float) else 0.0}
+    told["replay"] = float(replay["fraction"]) if replay else 0.0
+    for name, value in schedule.items():
+        if name not in ("max_lr", "length"):
+            share = name in ("min_lr", "constant_lr") and peak
+            told[name] = f"{value / peak:.2g} of the peak" if share else str(value)
+    return told
+
+
+def _label(settings: Settings, axis: str, varied: Sequence[str]) -> str:
+    """The line of a panel that a run belongs to: what varies beside the axis."""
+    parts = []
+    for name in varied:
+        if name != axis and name in settings:
+            value = settings[name]
+            text = f"{100 * value:.3g}%" if name == "replay" else rate_text(value) if name == "peak" else value
+            parts.append(text if name == "curve" else f"{name} {text}")
+    return ", ".join(parts)
+
+
+def _draw_losses(axis: Axes, one: Answer, role: str, along: str) -> None:
+    """Final loss against peak or replay, a colour for every setting of all else: crosses measured, lines predicted."""
+    told = [(_settings(keys_of(run)), run) for run in one.question.runs]
+    runs = sorted(told, key=lambda pair: (str(pair[0].get("curve")), pair[0]["replay"], pair[0]["peak"]))
+    names = dict.fromkeys(name for settings, _ in runs for name in settings)
+    varied = [name for name in names if len({settings.get(name) for settings, _ in runs}) > 1]
+    measured: dict[str, Line] = {}
+    for settings, run in runs:
+        change = run.final(role) - run.start(role)
+        place = (settings[along], one.question.mean_start(role) + change)
+        measured.setdefault(_label(settings, along, varied), []).append(place)
+    kind = "schedule" if along == "peak" else "replay"
+    predicted: dict[str, list[tuple[float, float, float]]] = {}
+    for section in one.sections:
+        for made in section.predictions:
+            settings = _settings(made.keys)
+            label = _label(settings, along, varied)
+            if section.kind == kind and role in made.losses and label in measured:
+                predicted.setdefault(label, []).append((settings[along], made.losses[role], made.bands[role]))
+    for index, (label, points) in enumerate(list(measured.items())[:_GROUPS]):
+        colour = style.colour(index)
+        axis.plot(*np.array(points).T, "x", color=colour, label=label or "measured", clip_on=False)
+        if label in predicted and len(predicted[label]) > 1:
+            x, y, band = np.array(sorted(predicted[label])).T
+            axis.plot(x, y, color=colour, linestyle=style.dashes(index), linewidth=1.3)
+            axis.fill_between(x, y - band, y + band, color=colour, alpha=0.1, linewidth=0)
+    _scale(axis, along, sorted({settings[along] for settings, _ in runs}))
+    how = "crosses measured, lines predicted" if predicted else "measured; the data do not suffice to predict"
+    axis.set_title(f"{role} loss against {'peak' if along == 'peak' else 'replay'}: {how}", fontsize=9, loc="left")
+    axis.set_xlabel(_AXES[along], fontsize=8)
+    axis.set_ylabel(f"final {role} loss", fontsize=8)
+    if len(measured) > 1:
+        hidden = len(measured) - _GROUPS
+        axis.legend(fontsize=6.5, frameon=False, title=f"{hidden} more not drawn" if hidden > 0 else None)
+
+
+def _scale(axis: Axes, along: str, values: list[float]) -> None:
+    """Ticks at what was tried; rates by their logarithms, fractions so that small ones lie apart."""
+    if along == "peak":
+        axis.set_xscale("log")
+        texts = [rate_text(value) for value in values]
+    else:
+        root: Callable[[Any], Any] = lambda x: np.sqrt(np.maximum(x, 0.0))  # noqa: E731
+        axis.set_xscale("function", functions=(root, np.square))
+        texts = [f"{100 * value:.3g}%" for value in values]
+    axis.minorticks_off()
+    axis.set_xticks(values, texts, fontsize=7)
+
+
+def _points(one: Answer, role: str) -> list[tuple[str, float, float, float]]:
+    """Arm, measured, predicted and band of everything that was left out inside of what was tried."""
+    return [
+        (arm.arm, arm.measured, arm.predicted, section.laws[role].trial.band)
+        for section in one.sections
+        if role in section.laws
+        for arm in section.laws[role].trial.counted()
+    ]
+
+
+def _draw_left_out(axis: Axes, one: Answer, role: str) -> None:
+    """Predicted against measured final loss of arms whose level the fit hadn't seen."""
+    for index, kind in enumerate(("schedule", "replay")):
+        points = [
+            (arm.measured, arm.predicted, section.laws[role].trial.band)
+            for section in one.sections
+            if section.kind == kind and role in section.laws
+            for arm in section.laws[role].trial.counted()
+        ]
+        if points:
+            measured, predicted, band = np.array(points).T
+            colour = style.colour(index)
+            width = np.where(np.isfinite(band), band, 0.0)
+            look: Any = {"fmt": style.marker(index), "markersize": 4, "alpha": 0.8, "capsize": 2, "elinewidth": 0.8}
+            axis.errorbar(measured, predicted, yerr=width, color=colour, label=f"law of {kind}", **look)
+    told = _points(one, role)
+    if told:
+        ends = [min(min(m, p) for _, m, p, _ in told), max(max(m, p) for _, m, p, _ in told)]
+        axis.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
+        axis.legend(fontsize=7, frameon=False)
     axis.margins(x=0.1, y=0.12)
-    axis.set_title(f"{section.kind}: {role} loss of arms left out", fontsize=9, loc="left")
+    axis.set_title(f"{role} loss of levels left out", fontsize=9, loc="left")
     axis.set_xlabel("measured", fontsize=8)
     axis.set_ylabel("predicted, 90 % band", fontsize=8)
-    axis.tick_params(labelsize=8)
 
 
-def _name_held_out(axis: Any, trial: Trial) -> None:
+def _name_left_out(axis: Axes, one: Answer, role: str) -> None:
     """The arms' names beside their points; of many arms those of the largest errors."""
-    inside = [arm for arm in trial.arms if arm.inside]
-    names = dict(zip((arm.arm for arm in inside), short_labels([arm.arm for arm in inside]), strict=True))
-    named = sorted(inside, key=lambda arm: -abs(arm.error))[:_NAMED]
-    bars = [(arm.measured, arm.predicted + trial.band * share) for arm in inside for share in np.linspace(-1, 1, 9)]
-    xs, ys = np.array([(arm.measured, arm.predicted) for arm in named]).T
+    worst: dict[str, tuple[str, float, float, float]] = {}
+    told = _points(one, role)
+    for point in told:
+        if point[0] not in worst or abs(point[2] - point[1]) > abs(worst[point[0]][2] - worst[point[0]][1]):
+            worst[point[0]] = point
+    if not worst:
+        return
+    names = dict(zip(worst, short_labels(list(worst)), strict=True))
+    named = sorted(worst.values(), key=lambda point: -abs(point[2] - point[1]))[:_NAMED]
+    bars = [(m, p + band * share) for _, m, p, band in told if math.isfinite(band) for share in np.linspace(-1, 1, 9)]
+    bars += [(m, p) for _, m, p, _ in told]
+    xs, ys = np.array([(m, p) for _, m, p, _ in named]).T
     place_labels(
-        axis, xs, ys, [names[arm.arm] for arm in named], ["black"] * len(named), points=np.array(bars), font=_NAME_FONT
+        axis, xs, ys, [names[arm] for arm, *_ in named], ["black"] * len(named), points=np.array(bars), font=_NAME_FONT
     )
-
-
-def _draw_predicted(axis: Any, section: Section, role: str) -> None:
-    """Final loss against the peak or the replay fraction, with the band; measured arms as crosses."""
-    axis.set_visible(True)
-    law, family = section.laws[role], section.family
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for one in section.predictions:
-        if section.kind == "replay":
-            lines.setdefault("predicted", []).append((one.keys["replay"]["fraction"], one.losses[role]))
-        else:
-            keys = one.keys["schedule"]
-            if keys["warmup"] == _middle_warmup(section):
-                lines.setdefault(f"{keys['curve']}, warmup {keys['warmup']}", []).append((keys["max_lr"], one.losses[role]))
-    for colour, dash, (label, points) in zip(
-        ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), ("-", "--", "-.", ":"), lines.items(), strict=False
-    ):
-        x, y = zip(*sorted(points), strict=True)
-        axis.plot(x, y, dash, color=colour, label=label)
-        axis.fill_between(
-            x, [v - law.trial.band for v in y], [v + law.trial.band for v in y], color=colour, alpha=0.1, linewidth=0
-        )
-    at = [float(run.rates.max()) if section.kind == "schedule" else run.replay for run in family.runs]
-    axis.plot(at, [run.final(role) for run in family.runs], "x", color="black", label="measured")
-    if section.kind == "schedule":
-        axis.set_xscale("log")
-        axis.minorticks_off()
-        peaks = sorted(set(at))
-        axis.set_xticks(peaks, [rate_text(peak) for peak in peaks])
-    axis.set_xlabel("peak learning rate" if section.kind == "schedule" else "replay fraction", fontsize=8)
-    axis.set_ylabel(f"final {role} loss", fontsize=8)
-    axis.set_title(f"{section.kind}: predicted {role} loss", fontsize=9, loc="left")
-    axis.legend(fontsize=7, frameon=False)
-    axis.tick_params(labelsize=8)
-
-
-def _middle_warmup(section: Section) -> str:
-    warmups = list(dict.fromkeys(one.keys["schedule"]["warmup"] for one in section.predictions))
-    return str(warmups[len(warmups) // 2])

@@ -1,0 +1,216 @@
+"""The answer to a question: the best arm that was run, and which run is worth making next, if the laws can tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from megarewarm.laws.arms import Family
+from megarewarm.laws.fitting import quantile
+from megarewarm.laws.replay import ReplayLaw, largest_new_share
+from megarewarm.laws.sections import Prediction, Section, describe
+from megarewarm.laws.support import FRACTION, Space, natural
+from megarewarm.report.read import DOWNSTREAM, UPSTREAM
+from megarewarm.report.words import loss_text, rate_text
+
+MEAN = "mean of both losses"
+_NAMED = 4  # arms named in a sentence
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """``question`` holds the arms that are compared, ``measured`` their final losses by role, ``aim`` what is lowest in
+    ``best``: a role's loss or the mean of both. ``limit`` is that of the upstream loss, ``None`` without one. ``next`` is a run
+    that wasn't made and is predicted to be better by more than its band; ``sentences`` say all of it."""
+
+    question: Family
+    sections: list[Section]
+    measured: dict[str, dict[str, float]]
+    limit: float | None
+    aim: str
+    best: str
+    next: Prediction | None
+    sentences: list[str]
+
+
+def answer(question: Family, sections: Sequence[Section], within: float) -> Answer:
+    """Judge the arms of ``question`` by their measured ends, and the sections' predictions against the best of them."""
+    measured = {arm: {role: question.mean_final(arm, role) for role in question.roles} for arm in question.arms}
+    limit = question.mean_start(UPSTREAM) * (1 + within) if UPSTREAM in question.roles else None
+    allowed = [arm for arm in measured if limit is None or measured[arm][UPSTREAM] <= limit]
+    aim = question.roles[0] if len(question.roles) == 1 else DOWNSTREAM if allowed else MEAN
+    able = allowed if aim == DOWNSTREAM else list(measured)
+    best = min(able, key=lambda arm: aimed(measured[arm], aim))
+    sentences = [_best(question, measured, best, aim, limit, within, len(able)), *_noise(question, able, best, aim)]
+    chosen, told = _next(question, sections, measured[best], best, aim, limit)
+    return Answer(question, list(sections), measured, limit, aim, best, chosen, [*sentences, *told, *_edges(question, best)])
+
+
+def aimed(losses: dict[str, float], aim: str) -> float:
+    """What is to be low: a role's loss, or the mean of both."""
+    return sum(losses.values()) / len(losses) if aim == MEAN else losses[aim]
+
+
+def _best(
+    question: Family, measured: dict[str, dict[str, float]], best: str, aim: str, limit: float | None, within: float, able: int
+) -> str:
+    losses = ", ".join(f"{role} {loss_text(loss)}" for role, loss in measured[best].items())
+    named = f"{best} ({describe(question.of(best)[0], {})}): {losses}"
+    if len(measured) == 1:
+        return f"One arm, and nothing to compare it with: {named}."
+    text = f"Best of {len(measured)} arms: {named}"
+    if len(question.roles) < 2:
+        return f"{text}; the lowest {aim} loss."
+    bound = f"within {within:.3g} of" if within >= 1 else f"within {100 * within:.3g}% of"
+    start = f"{bound} its start ({loss_text(question.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
+    if aim == MEAN:
+        return f"{text}; the lowest {aim}, {loss_text(aimed(measured[best], aim))}. No arm keeps the upstream loss {start}."
+    return f"{text}; the lowest downstream loss of the {able} that keep the upstream loss {start}."
+
+
+def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[str]:
+    """Which other arms the seeds can't tell from the best."""
+    changes = {
+        arm: [aimed({role: run.final(role) - run.start(role) for role in question.roles}, aim) for run in question.of(arm)]
+        for arm in able
+    }
+    several = [values for values in changes.values() if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    if len(able) < 2:
+        return []
+    if not freedom:
+        return ["Every arm was run with one seed, so nothing is known of how much of a difference is chance."]
+    spread = math.sqrt(sum(float(np.var(values)) * len(values) for values in several) / freedom)
+    alike = [
+        arm
+        for arm, values in changes.items()
+        if arm != best
+        and np.mean(values) - np.mean(changes[best])
+        <= quantile(freedom) * spread * math.sqrt(1 / len(values) + 1 / len(changes[best]))
+    ]
+    if not alike:
+        return []
+    return [f"Not told apart from it by the seeds: {', '.join(alike[:_NAMED])}{_more(len(alike) - _NAMED)}."]
+
+
+def _next(
+    question: Family, sections: Sequence[Section], losses: dict[str, float], best: str, aim: str, limit: float | None
+) -> tuple[Prediction | None, list[str]]:
+    """The run that is predicted to be better than the best by more than its band; else what can be said."""
+    known = [
+        one for section in sections for one in section.predictions if one.arm is None and set(one.losses) == set(question.roles)
+    ]
+    if not known:
+        return None, [_not_enough(question, sections, best)]
+    kept = known
+    if aim == DOWNSTREAM and limit is not None and len(question.roles) > 1:
+        kept = [one for one in known if one.losses[UPSTREAM] + one.bands[UPSTREAM] <= limit]
+    gains = [(aimed(losses, aim) - aimed(one.losses, aim), aimed(one.bands, aim), one) for one in kept]
+    name = aim if aim == MEAN else f"{aim} loss"
+    if better := [entry for entry in gains if entry[0] > entry[1]]:
+        gain, band, one = max(better, key=lambda entry: entry[0] - entry[1])
+        return one, [
+            f"Recommended next: {_told(one)}. Its {name} is predicted {gain:.3f} below that of {best}, more than the band of "
+            f"{band:.3f}."
+        ]
+    if open_ones := [entry for entry in gains if entry[0] > 0]:
+        gain, band, one = max(open_ones, key=lambda entry: entry[0])
+        return None, [
+            f"Of runs that weren't made, {_told(one)} is predicted lowest: {gain:.3f} below {best} in the {name}, within the "
+            f"band of {band:.3f}, so the data do not suffice to prefer it."
+        ]
+    within = "" if kept else " and to keep the upstream loss surely within the limit"
+    return None, [f"No run that wasn't made is predicted to be better{within}, within what was tried: stay with {best}."]
+
+
+def _not_enough(question: Family, sections: Sequence[Section], best: str) -> str:
+    reasons = []
+    for kind, what in (("schedule", "schedules"), ("replay", "replay fractions")):
+        same = [section for section in sections if section.kind == kind]
+        if not same:
+            continue
+        if all(not section.laws for section in same):
+            reasons.append(f"{what} (too few: {same[0].sentences[0]})")
+        else:
+            reasons.append(f"{what} (its error on levels that were left out is too large, or nothing lies between levels)")
+    told = " or ".join(reasons) if reasons else "other runs (no two arms differ in the schedule or in replay only)"
+    return f"The data do not suffice to predict {told}. Choose among the arms that were run. {_try(question, best)}"
+
+
+def _try(question: Family, best: str) -> str:
+    """What would help: the middle of the widest gap in a direction, or a direction that wasn't varied."""
+    space = Space.of_schedules(question)
+    like = [run for run in question.runs if run.arm == best]
+    kind = space.points[best].kind if best in space.points else None
+    peaks = space.levels(kind, "max_lr") if kind else []
+    fractions = Space.of_replay(question).levels((FRACTION,), FRACTION)
+    told = []
+    if len(peaks) > 1:
+        low, high = max(itertools.pairwise(peaks), key=lambda pair: pair[1] - pair[0])
+        told.append(f"schedule.max_lr {rate_text(natural('max_lr', (low + high) / 2))}")
+    if len(fractions) > 1:
+        low, high = max(itertools.pairwise(fractions), key=lambda pair: pair[1] - pair[0])
+        told.append(f"replay.fraction {(low + high) / 2:.2g}")
+    if told:
+        return f"What would help most: runs with {' and with '.join(told)}, all else as in {best}."
+    only = f"only {rate_text(float(like[0].rates.max()))} and replay {100 * like[0].replay:g}% were tried"
+    return f"What would help: a sweep over schedule.max_lr or replay.fraction ({only})."
+
+
+def _edges(question: Family, best: str) -> list[str]:
+    """Where the best arm lies at the edge of what was tried."""
+    run = question.of(best)[0]
+    told = []
+    for name, value in (("peak", lambda r: float(r.rates.max())), ("replay fraction", lambda r: r.replay)):
+        values = [value(other) for other in question.runs]
+        if max(values) <= min(values) * 1.0001:
+            continue
+        for word, end in (("highest", max(values)), ("lowest", min(values))):
+            if math.isclose(value(run), end, rel_tol=1e-4) and not (name == "replay fraction" and end == 0):
+                told.append(f"the {word} {name}")
+    if not told:
+        return []
+    return [f"{best} has {' and '.join(told)} that was tried: nothing is said of what lies beyond."]
+
+
+def share_of_new_data(section: Section, within: float) -> list[str]:
+    """The largest share of new data that keeps the upstream loss within the limit, where the law of replay holds."""
+    law = section.laws.get(UPSTREAM)
+    if not isinstance(law, ReplayLaw) or not law.trial.holds:
+        return []
+    limit = section.family.mean_start(UPSTREAM) * (1 + within)
+    gaps = section.space.between((FRACTION,), FRACTION)
+    bound = f"{100 * within:.3g}% of its start ({loss_text(section.family.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
+    share = largest_new_share(law, limit, gaps)
+    if share is None:
+        end = float(law.loss(np.array([law.high]))[0])
+        return [
+            f"No fraction up to {law.high:g} keeps the upstream loss within {bound}: at {law.high:g} it is predicted at "
+            f"{loss_text(end)} ± {law.trial.band:.3f}."
+        ]
+    careful = largest_new_share(law, limit - law.trial.band, gaps)
+    text = f"Largest share of new data with the upstream loss within {bound}: {share:.1%}, replay {1 - share:.1%}"
+    if careful is None:
+        text += f"; with the band of {law.trial.band:.3f} against it, no fraction that was tried is safe"
+    elif careful < share:
+        text += f"; replay {1 - careful:.1%} to be safe within the band of {law.trial.band:.3f}"
+    downstream = section.laws.get(DOWNSTREAM)
+    if isinstance(downstream, ReplayLaw) and downstream.trial.holds:
+        cost = float(downstream.loss(np.array([1 - share]))[0] - downstream.loss(np.array([law.low]))[0])
+        known = "more" if abs(cost) > downstream.trial.band else "no more"
+        text += f". Its cost downstream against replay {100 * law.low:g}%: {cost:+.3f}, "
+        text += f"{known} than the band of {downstream.trial.band:.3f}"
+    return [text + "."]
+
+
+def _told(prediction: Prediction) -> str:
+    losses = ", ".join(f"{role} {loss_text(loss)} ± {prediction.bands[role]:.3f}" for role, loss in prediction.losses.items())
+    return f"{prediction.what} ({losses})"
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
