@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,129 @@ def test_pieces_of_a_long_text_give_the_ids_of_the_whole(pair, text: str, size: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_bpe, "_PIECE", size)
         assert np.array_equal(fast.encode(text), ids_of(slow, text))
+
+
+# ---- any tokenizer.json: covered and equal, or left to the library -----------------------------------------------------
+
+LETTERS = "ab\u00e9 1"
+NORMALIZERS = [
+    *(None, None, {"type": "NFC"}, {"type": "NFC"}, {"type": "NFKC"}, {"type": "NFD"}, {"type": "Lowercase"}),
+    *({"type": "Strip", "strip_left": True, "strip_right": False}, {"type": "Prepend", "prepend": "a"}),
+    *({"type": "Sequence", "normalizers": [{"type": "NFC"}]}, {"type": "Sequence", "normalizers": []}),
+    {"type": "Replace", "pattern": {"String": " "}, "content": "b"},
+]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZERS = [
+    *[BYTE_LEVEL] * 6,
+    *(BYTE_LEVEL | {"add_prefix_space": True}, BYTE_LEVEL | {"use_regex": False}, BYTE_LEVEL | {"trim_offsets": False}),
+    {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": False}]},
+]
+TOKENS = [
+    "ab",
+    "a b",
+    " a",
+    "b ",
+    "abab",
+    "\u2126",
+    "\ufb01",
+    "e\u0301",
+    "\u00e9",
+    "<x>",
+    "<x><x>",
+    "A",
+    "\u1e9b\u0323",
+    "\u0301",
+    "  ",
+    "   ",
+]
+ADDED = st.fixed_dictionaries(
+    {"content": st.sampled_from(TOKENS), "normalized": st.booleans(), "special": st.booleans()},
+    optional={flag: st.just(True) for flag in ("lstrip", "rstrip", "single_word")},
+)
+CHANGES = st.sampled_from([{}] * 8 + [{"ignore_merges": True}, {"byte_fallback": True}, {"fuse_unk": True}, {"dropout": 0.0}])
+MERGES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6)
+PLAIN = st.lists(st.sampled_from([*TOKENS, *LETTERS, "\n", "\u0323", "x", ">", "\u03a9", "fi"]), max_size=14).map("".join)
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    normalizer=st.sampled_from(NORMALIZERS),
+    before=st.sampled_from(PRE_TOKENIZERS),
+    added=st.lists(ADDED, max_size=4, unique_by=lambda token: token["content"]),
+    change=CHANGES,
+    pairs=MERGES,
+    texts=st.lists(PLAIN, min_size=1, max_size=4),
+)
+def test_any_tokenizer_gives_the_ids_of_the_library(
+    small: dict[str, Any], normalizer, before, added, change, pairs, texts
+) -> None:
+    """Normalisers, pre-tokenizers, added tokens and their conditions, settings of the model, and merges appended by hand."""
+    content = json.loads(json.dumps(small))
+    model = content["model"]
+    model |= change
+    names = list(model["vocab"])
+    for i, j in pairs:  # of tokens that are there, so that some are never reached as the file says
+        token = names[-1 - i] + names[-1 - j]
+        if token not in model["vocab"]:
+            model["vocab"][token] = len(model["vocab"])
+            model["merges"].append([names[-1 - i], names[-1 - j]])
+            names.append(token)
+    content |= {"normalizer": normalizer, "pre_tokenizer": before}
+    for token in added:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False} | token
+        known = model["vocab"].get(token["content"])
+        content["added_tokens"].append(
+            {"id": len(model["vocab"]) + len(content["added_tokens"]) if known is None else known} | flags
+        )
+    text = json.dumps(content)
+    try:
+        library = tokenizers.Tokenizer.from_str(text)
+    except Exception:
+        return  # not a tokenizer
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(text)
+        file.flush()
+        found = load_tokenizer(file.name).encode_batch(texts)
+    for each, ids in zip(texts, found, strict=True):
+        assert np.array_equal(ids, ids_of(library, each)), each
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("small") / "tokenizer.json"
+    train_bpe(["abab a b ab\u00e9 ba1 aab \u03a9 fi <x> " * 9], 270, path)
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda c: c.update(encoder={"type": "new"}), "encoder, which is not known here"),
+        (lambda c: c["model"].update(cache=True), r"model\.cache, which is not known"),
+        (lambda c: c["pre_tokenizer"].update(behaviour="new"), r"pre_tokenizer\.behaviour"),
+        (lambda c: c["pre_tokenizer"].pop("add_prefix_space"), "no added space"),
+        (lambda c: c["added_tokens"][0].update(mode=1), "mode, which is not known"),
+        (lambda c: c.update(normalizer={"type": "NFC", "form": 2}), "normalizer NFC"),
+        (
+            lambda c: c["added_tokens"].append(c["added_tokens"][1] | {"id": 900, "content": "\u2126", "normalized": True}),
+            "NFC changes",
+        ),
+        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "two merges make"),
+    ],
+)
+def test_what_is_not_known_is_not_covered(tmp_path: Path, act: Callable[[dict[str, Any]], None], reason: str) -> None:
+    path = _change(tmp_path / "tokenizer.json", act)
+    with pytest.raises(NotCovered, match=reason):
+        FastBPE(json.loads(path.read_text()))
+
+
+def test_a_merge_that_is_never_reached_is_not_covered(small: dict[str, Any]) -> None:
+    """tiktoken would merge 'a' and 'bc' to 'abc' though the file merges 'ab' and 'c' only."""
+    content = json.loads(json.dumps(small))
+    content["model"]["merges"] = [["b", "c"], ["a", "b"], ["ab", "c"]]
+    content["model"]["vocab"] |= {"bc": 400, "ab": 401, "abc": 402}
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert library.encode("abc").ids == [content["model"]["vocab"]["a"], 400]
+    with pytest.raises(NotCovered, match="whose parts the earlier merges don't make"):
+        FastBPE(content)

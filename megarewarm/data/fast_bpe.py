@@ -2,15 +2,17 @@
 as fast.
 
 Covered is the structure of GPT-2's and GPT-NeoX's tokenizers: byte-level BPE with GPT-2's pattern, NFC or no normalisation,
-added tokens without flags. Anything else, and any difference on the tokenizer's own vocabulary, leaves the text to
-'tokenizers'.
+added tokens without flags that are their own NFC, and merges that are all reached from the bytes of their token. Every key of
+the file is known to be computed, or to have no effect on ids; anything else, and any difference on the tokenizer's own
+vocabulary and added tokens, leaves the text to 'tokenizers'.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +27,21 @@ _PATTERN_WITH_RUNS = (
     + _WORDS.replace("{", "{{").replace("}", "}}")
     + (r"|(?:[^\S ]| (?! ))++(?:$|(?=  ))|(?:[^\S ]| (?! ))+(?!\S)|\s")
 )
+_FORMS: tuple[Literal["NFC", "NFD", "NFKC"], ...] = ("NFC", "NFD", "NFKC")
+# Keys of the file, and the parts that do nothing to ids where no special tokens are asked for and nothing is cut or padded.
+_KEYS = {
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+}
+_OF_ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+_OF_BYTE_LEVEL = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 _PLAIN_MODEL = {
     "type": ("BPE",),
     "dropout": (None, 0, 0.0),
@@ -70,12 +87,14 @@ class FastBPE:
                 rank = ranks.setdefault(b" " * length, len(ids))
                 ids[rank:] = [self._added[" " * length], *ids[rank + 1 :]]
             normalized = [token for token in normalized if token.strip(" ")]
+        # that library's own, whose Unicode version decides which marks change places
+        self._compose = NFC().normalize_str if content.get("normalizer") is not None else None
+        if changed := [token for token in normalized if self._compose is not None and self._compose(token) != token]:
+            raise NotCovered(f"added token {changed[0]!r}, which NFC changes")
         self._ids = np.array(ids, np.uint32)
         self._ranks_of = Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy
         self._before = _alternation([token["content"] for token in added if not token.get("normalized", True)])
         self._after = _alternation(normalized)
-        # that library's own, whose Unicode version decides which marks change places
-        self._compose = NFC().normalize_str if (content.get("normalizer") or {}).get("type") == "NFC" else None
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """The ids of ``text``, (t,). Half surrogate pairs, which are no text, raise ``UnicodeEncodeError``; runs of some
@@ -120,8 +139,11 @@ class FastBPE:
         yield text[start:]
 
 
-def first_difference(fast: FastBPE, slow: Callable[[str], npt.NDArray[np.uint32]], vocabulary: Iterable[str]) -> str | None:
-    """A text on which the two differ, of words of ``vocabulary`` one after another and on lines; None where they agree."""
+def first_difference(
+    fast: FastBPE, slow: Callable[[str], npt.NDArray[np.uint32]], vocabulary: Iterable[str], others: Iterable[str] = ()
+) -> str | None:
+    """A text on which the two differ, of ``others`` and of words of ``vocabulary`` one after another and on lines; None where
+    they agree."""
     from_letter = {letter: byte for byte, letter in _letters().items()}
     texts = []
     for token in vocabulary:
@@ -134,22 +156,46 @@ def first_difference(fast: FastBPE, slow: Callable[[str], npt.NDArray[np.uint32]
             if not np.array_equal(fast.encode(text), slow(text)):
                 single = (t for t in texts[start : start + 500] if not np.array_equal(fast.encode(t), slow(t)))
                 return next(single, text[:40])
-    return None
+    return next((text for text in others if not np.array_equal(fast.encode(text), slow(text))), None)
+
+
+def texts_around(tokens: Iterable[str]) -> list[str]:
+    """Each of ``tokens`` in company, as itself, composed and decomposed: that decides where an added token begins and ends."""
+    forms = dict.fromkeys(
+        form for token in tokens for form in (token, *(unicodedata.normalize(kind, token) for kind in _FORMS))
+    )
+    return [text.format(form) for form in forms for text in ("{0}", "a{0}b", " {0} ", "{0}{0}", "e{0}\u0301\n{0}  1")]
 
 
 def _require_structure(content: dict[str, Any]) -> None:
+    _require_known("", content, _KEYS)
     normalizer = content.get("normalizer")
-    if normalizer is not None and normalizer.get("type") != "NFC":
+    if normalizer is not None and normalizer != {"type": "NFC"}:
         raise NotCovered(f"normalizer {normalizer.get('type')}")
     before = content.get("pre_tokenizer") or {}
-    if before.get("type") != "ByteLevel" or before.get("add_prefix_space") or not before.get("use_regex", True):
+    if before.get("type") != "ByteLevel" or before.get("add_prefix_space") is not False or not before.get("use_regex", True):
         raise NotCovered(f"pre-tokenizer {before.get('type')}, expected ByteLevel with GPT-2's pattern and no added space")
+    _require_known("pre_tokenizer.", before, _OF_BYTE_LEVEL)
+    model = content["model"]
+    _require_known("model.", model, {*_PLAIN_MODEL, "vocab", "merges"})
     for key, allowed in _PLAIN_MODEL.items():
-        if content["model"].get(key) not in allowed:
-            raise NotCovered(f"model.{key} {content['model'].get(key)!r}")
+        # 'type' is missing in files of the library's first versions
+        if model.get(key, "BPE" if key == "type" else None) not in allowed:
+            raise NotCovered(f"model.{key} {model.get(key)!r}")
+    contents = set()
     for token in content.get("added_tokens") or []:
+        name = token["content"]
+        _require_known(f"added token {name!r}: ", token, _OF_ADDED)
         if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
-            raise NotCovered(f"added token {token['content']!r} with conditions")
+            raise NotCovered(f"added token {name!r} with conditions")
+        if not name or name in contents or model["vocab"].get(name, token["id"]) != token["id"]:
+            raise NotCovered(f"added token {name!r}, which is empty, or has two ids")
+        contents.add(name)
+
+
+def _require_known(where: str, found: Iterable[str], known: set[str]) -> None:
+    if unknown := sorted(set(found) - known):
+        raise NotCovered(f"{where}{unknown[0]}, which is not known here")
 
 
 def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
@@ -158,6 +204,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     vocabulary = model["vocab"]
     ranks: dict[bytes, int] = {}
     ids: list[int] = []
+    parts: list[tuple[bytes, bytes]] = []
     for letter, byte in byte_of.items():
         if letter not in vocabulary:
             if byte in (0xC0, 0xC1) or byte >= 0xF5:
@@ -170,11 +217,38 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
         token = left + right
         if token not in vocabulary:
             raise NotCovered(f"merge {token!r} is not in the vocabulary")
-        data = bytes(byte_of[letter] for letter in token)
-        if data not in ranks:
-            ranks[data] = len(ids)
-            ids.append(vocabulary[token])
+        if not set(token) <= byte_of.keys():
+            raise NotCovered(f"merge {token!r}, which is not of bytes")
+        pair = bytes(byte_of[letter] for letter in left), bytes(byte_of[letter] for letter in right)
+        data = pair[0] + pair[1]
+        if data in ranks:
+            raise NotCovered(f"token {token!r}, which two merges make")
+        ranks[data] = len(ids)
+        ids.append(vocabulary[token])
+        parts.append(pair)
+    for left_bytes, right_bytes in parts:
+        if _merged(left_bytes + right_bytes, ranks) != [left_bytes, right_bytes]:
+            raise NotCovered(f"merge {left_bytes!r} {right_bytes!r}, whose parts the earlier merges don't make of its bytes")
     return ranks, ids
+
+
+def _merged(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """``data`` by the merges that come before its own. Where these are a merge's two parts, to merge whatever makes a token, as
+    tiktoken does, and to merge those two alone, as 'tokenizers' does, is the same: within the token nothing else comes to stand
+    side by side.
+    """
+    own = ranks[data]
+    parts = [data[i : i + 1] for i in range(len(data))]
+    while len(parts) > 2:
+        best, place = own, -1
+        for i in range(len(parts) - 1):
+            rank = ranks.get(parts[i] + parts[i + 1], own)
+            if rank < best:
+                best, place = rank, i
+        if place < 0:
+            break
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
 
 
 def _letters() -> dict[int, str]:

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megarewarm.data.manifest import made_by, manifest_of, refuse_other_tokenizers
 from megarewarm.data.token_file import TokenFile, TokenFileWriter, open_tokens
 from megarewarm.data.tokenizers import write_atomically
 from megarewarm.errors import UserError
@@ -40,7 +40,8 @@ def merge_token_files(
             raise UserError(f"{output}: is one of the files to be merged; choose another name")
     if not Path(output).name:
         raise UserError(f"--output '{output}': expected a prefix, as data/all, for files of that name")
-    _refuse_other_tokenizers(files)
+    made = [found for file in files if (found := made_by(file)) is not None]
+    refuse_other_tokenizers(made)
     narrow = all(file.dtype.itemsize <= 2 and file.dtype.kind == "u" for file in files)
     with TokenFileWriter(output, np.uint16 if narrow else np.int32, overwrite=overwrite) as writer:
         # what is said of an older output of that name will not hold any more
@@ -61,35 +62,16 @@ def merge_token_files(
         "dtype": writer.dtype.name,
         "merged": [str(file.path) for file in files],
     }
-    fingerprints = {manifest["tokenizer"]["fingerprint"] for _, manifest in _manifests(files)}
-    if len(fingerprints) == 1 and len(_manifests(files)) == len(files):
-        said["tokenizer"] = _manifests(files)[0][1]["tokenizer"]
+    if len(made) == len(files):
+        # of tokenizers that agree, the one with the most added tokens knows all the ids
+        fullest = max(range(len(made)), key=lambda i: len(made[i].tokenizer.added or ()))
+        told = manifest_of(files[fullest]) or {}
+        said["tokenizer"] = told["tokenizer"]
+        if len({each.end for each in made}) == 1 and told.get("eod") is not None:
+            said["eod"] = told["eod"]
     said["sha256"] = {suffix: _sha256(Path(f"{output}.{suffix}")) for suffix in ("bin", "idx")}
     write_atomically(manifest, (json.dumps(said, indent=2) + "\n").encode())
     return counts
-
-
-def _manifests(files: Sequence[TokenFile]) -> list[tuple[TokenFile, dict[str, Any]]]:
-    """The manifests that preprocessing has left beside files and that name a tokenizer."""
-    found = []
-    for file in files:
-        try:
-            said = json.loads(file.path.with_suffix(".json").read_bytes())
-            _ = said["tokenizer"]["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        found.append((file, said))
-    return found
-
-
-def _refuse_other_tokenizers(files: Sequence[TokenFile]) -> None:
-    told = _manifests(files)
-    for file, said in told:
-        if said["tokenizer"]["fingerprint"] != told[0][1]["tokenizer"]["fingerprint"]:
-            raise UserError(
-                f"{file.path} was made with the tokenizer {said['tokenizer'].get('file')}, {told[0][0].path} with "
-                f"{told[0][1]['tokenizer'].get('file')}, which gives other ids: preprocess the text of one of them again"
-            )
 
 
 def _check_ids(file: TokenFile, document: int, start: int, ids: np.ndarray) -> None:

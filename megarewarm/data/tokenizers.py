@@ -16,20 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference
+from megarewarm.data.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
+from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
+from megarewarm.data.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
 from megarewarm.errors import UserError, nearest
 
-END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
-
-_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
-# Parts of a tokenizer.json that have no influence on the ids of a text (special tokens are never added to it).
-_WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decoder")
 
 
 class Tokenizer(ABC):
@@ -54,24 +50,38 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
+    def end(self) -> End:
+        """The token that ends a document. Raises ``UserError`` where the tokenizer names none, or more than one could be it."""
+
+    @property
     def eod_id(self) -> int:
-        """Id of the token that ends a document. Raises ``UserError`` where the tokenizer has none that is known."""
+        """Its id. Raises as ``end``."""
+        return self.end.id
+
+    @abstractmethod
+    def token(self, number: int) -> str | None:
+        """The token of an id, as the vocabulary writes it; None where it has none."""
 
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 (hex) of all that decides which ids a text gets."""
+
+    @abstractmethod
+    def identity(self) -> TokenizerIdentity:
+        """The same in the parts by which two tokenizers are compared."""
 
 
 def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: str | Path | None = None) -> Tokenizer:
     """The tokenizer in a tokenizer.json, a sentencepiece .model, GPT-2's vocab.json and merges.txt, or a folder with one.
 
     ``merges`` is the file of merges of a vocab.json; without it the merges.txt (gpt2-merges.txt beside gpt2-vocab.json).
-    ``eod_token`` is the token that ends documents; without it the usual names are tried (``<|endoftext|>`` first), for
-    sentencepiece the model's own end symbol. Raises ``UserError`` for anything that isn't a tokenizer.
+    ``eod_token`` is the token that ends documents; without it the one that the tokenizer calls so: tokenizer_config.json beside
+    it, its special tokens, for sentencepiece the model's own end symbol. Raises ``UserError`` for anything that isn't a
+    tokenizer.
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file()]
+        found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
         if not found:
             raise UserError(f"{path} holds no tokenizer.json, tokenizer.model or vocab.json: name the tokenizer's file")
         path = found[0]
@@ -125,14 +135,21 @@ class _HuggingFace(Tokenizer):
 
     @cached_property
     def _fast(self) -> FastBPE | None:
-        """The fast path, compared on every 16th word of the vocabulary; None where it is not to be had, which is noted."""
+        """The fast path, compared on every 16th word of the vocabulary and around each added token; None where it is not to be
+        had, which is noted."""
+        content = json.loads(self._content)
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
         try:
-            fast = FastBPE(json.loads(self._content))
+            fast = FastBPE(content)
+            if wrong := [token for token, number in added.items() if self._tokenizer.token_to_id(token) != number]:
+                raise NotCovered(f"added token {wrong[0]!r}, to which 'tokenizers' gives another id than the file")
         except NotCovered as reason:
             self.notes.append(f"{self.path}: encoded by 'tokenizers' itself, the fast path does not cover it: {reason}")
             return None
         words = sorted(self._vocabulary)[::16]
-        if (text := first_difference(fast, lambda text: self._encode_slowly([text])[0], words)) is not None:
+        if (
+            text := first_difference(fast, lambda text: self._encode_slowly([text])[0], words, texts_around(added))
+        ) is not None:
             self.notes.append(f"{self.path}: encoded by 'tokenizers' itself, the fast path gives other ids for {text!r}")
             return None
         return fast
@@ -141,19 +158,28 @@ class _HuggingFace(Tokenizer):
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     @property
-    def eod_id(self) -> int:
-        for token in (self._eod_token,) if self._eod_token else _KNOWN_ENDS:
-            if token in self._vocabulary:
-                return self._vocabulary[token]
-        raise UserError(f"{self.path} has none of the tokens {', '.join(_KNOWN_ENDS)}: say which token ends a document")
+    def content(self) -> bytes:
+        """The tokenizer.json."""
+        return self._content
+
+    @property
+    def end(self) -> End:
+        if self._eod_token is not None:
+            return End(self._vocabulary[self._eod_token], self._eod_token, "as asked")
+        said = beside(self.path)
+        special = {str(t["content"]) for t in json.loads(self._content).get("added_tokens") or [] if t.get("special")}
+        return choose_end(self.path, self._vocabulary, special | said.special, said.named("eos_token"), str(said.file))
+
+    def token(self, number: int) -> str | None:
+        token: str | None = self._tokenizer.id_to_token(number)
+        return token
 
     def fingerprint(self) -> str:
-        content = json.loads(self._content)
-        kept = {key: value for key, value in content.items() if key not in _WITHOUT_EFFECT}
-        merges = kept.get("model", {}).get("merges")
-        if merges and isinstance(merges[0], str):  # older versions of the library write pairs as "a b"
-            kept["model"]["merges"] = [pair.split(" ") for pair in merges]
-        return _sha256(json.dumps(_without_defaults(kept), sort_keys=True).encode())
+        return fingerprint(json.loads(self._content))
+
+    def identity(self) -> TokenizerIdentity:
+        function, added = function_and_added(json.loads(self._content))
+        return TokenizerIdentity(fingerprint=self.fingerprint(), file=str(self.path), function=function, added=added)
 
 
 class _SentencePiece(Tokenizer):
@@ -166,8 +192,8 @@ class _SentencePiece(Tokenizer):
         except RuntimeError as error:
             raise UserError(f"{path} is not a sentencepiece model: {error}") from error
         self.vocab_size = self._model.get_piece_size()
-        self._eod_id = self._model.eos_id() if eod_token is None else self._model.piece_to_id(eod_token)
-        if eod_token is not None and self._model.id_to_piece(self._eod_id) != eod_token:
+        self._eod_token = eod_token
+        if eod_token is not None and self._model.id_to_piece(self._model.piece_to_id(eod_token)) != eod_token:
             raise UserError(f"{path} has no piece '{eod_token}'")
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
@@ -178,13 +204,27 @@ class _SentencePiece(Tokenizer):
         return self._model.decode(np.asarray(ids).tolist())
 
     @property
-    def eod_id(self) -> int:
-        if self._eod_id < 0:
-            raise UserError(f"{self.path} has no end-of-sentence piece: say which piece ends a document")
-        return self._eod_id
+    def end(self) -> End:
+        model = self._model
+        if self._eod_token is not None:
+            return End(model.piece_to_id(self._eod_token), self._eod_token, "as asked")
+        own = model.eos_id()
+        said = beside(self.path)
+        stated = said.named("eos_token")
+        if own >= 0 and stated in (None, model.id_to_piece(own)):
+            return End(own, model.id_to_piece(own), f"the end symbol of {self.path.name}")
+        vocabulary = {model.id_to_piece(i): i for i in range(self.vocab_size)}
+        special = {piece for piece, i in vocabulary.items() if model.is_control(i)}
+        return choose_end(self.path, vocabulary, special, stated, str(said.file))
+
+    def token(self, number: int) -> str | None:
+        return str(self._model.id_to_piece(number)) if 0 <= number < self.vocab_size else None
 
     def fingerprint(self) -> str:
         return _sha256(self._bytes)
+
+    def identity(self) -> TokenizerIdentity:
+        return TokenizerIdentity(fingerprint=self.fingerprint(), file=str(self.path), function=self.fingerprint(), added={})
 
 
 def _from_merges(vocabulary: Path, merges: str | Path | None) -> bytes:
@@ -301,16 +341,6 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _check_size(reached: int, wanted: int) -> None:
     if reached != wanted:
         raise UserError(f"the text gives {reached} tokens, not {wanted}: use more text or a smaller vocab_size")
-
-
-def _without_defaults(value: Any) -> Any:
-    """``value`` without the keys that are null, false or empty: newer versions of the library write more of them."""
-    if isinstance(value, dict):
-        kept = {key: _without_defaults(item) for key, item in value.items()}
-        return {key: item for key, item in kept.items() if not (item is None or item is False or item in ("", [], {}))}
-    if isinstance(value, list):
-        return [_without_defaults(item) for item in value]
-    return value
 
 
 def _sha256(data: bytes) -> str:

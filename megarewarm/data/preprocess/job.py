@@ -153,6 +153,7 @@ class _Job:
             eod_token=options.eod_token,
             text_key=options.text_key,
             append_eod=options.append_eod,
+            eod=self.tokenizer.eod_id if options.append_eod else None,  # raises where none is known
             ftfy=options.ftfy,
             dtype=_dtype(options, self.tokenizer).name,
             split=tuple(zip(self.names, shares, strict=True)),
@@ -162,8 +163,6 @@ class _Job:
         self._check(resume)
 
     def _check(self, resume: bool) -> None:
-        if self.options.append_eod:
-            _ = self.tokenizer.eod_id  # raises where none is known
         if self.options.ftfy and importlib.util.find_spec("ftfy") is None:
             raise UserError("--ftfy needs the package 'ftfy': pip install ftfy")
         if self.options.max_documents is not None and STDIN in self.files and len(self.files) > 1:
@@ -223,7 +222,7 @@ class _Job:
                 return self._publish()
         if not self._is_finished():
             return None
-        return [publication.written(prefix, ()) for prefix in map(self._output, self.names)]
+        return [publication.written(prefix, self._notes()) for prefix in map(self._output, self.names)]
 
     def _is_finished(self) -> bool:
         """Whether the outputs are there as this job would make them, and no work is left over."""
@@ -236,14 +235,22 @@ class _Job:
             except (OSError, ValueError):
                 return False
             counted = asdict(Counts()).keys()
-            if any(found.get(key) != value for key, value in json.loads(json.dumps(wanted)).items() if key not in counted):
-                return False
+            for key, value in json.loads(json.dumps(wanted)).items():
+                if key == "tokenizer":  # earlier versions say less of it
+                    value, found[key] = value["fingerprint"], (found.get(key) or {}).get("fingerprint")
+                if key not in counted and found.get(key, value if key == "eod" else None) != value:
+                    return False
         return True
 
     def _publish(self) -> list[Written]:
-        found = publication.publish(self.folder, self._output, self.tokenizer.notes)
+        found = publication.publish(self.folder, self._output, self._notes())
         self._unneeded = True
         return found
+
+    def _notes(self) -> list[str]:
+        """What the user should know of how it was made."""
+        end = [f"{self.tokenizer.path}: {self.tokenizer.end}"] if self.options.append_eod else []
+        return [*end, *self.tokenizer.notes]
 
     @contextmanager
     def _removed_at_the_end(self) -> Iterator[None]:
@@ -401,11 +408,8 @@ class _Job:
         return asdict(counts) | {
             "dtype": self.recipe.dtype,
             "append_eod": options.append_eod,
-            "tokenizer": {
-                "file": str(self.tokenizer.path),
-                "vocab_size": self.tokenizer.vocab_size,
-                "fingerprint": self.tokenizer.fingerprint(),
-            },
+            "eod": asdict(self.tokenizer.end) if options.append_eod else None,
+            "tokenizer": {"vocab_size": self.tokenizer.vocab_size} | self.tokenizer.identity().model_dump(),
             "text_key": options.text_key,
             "ftfy": options.ftfy,
             "part": part or None,

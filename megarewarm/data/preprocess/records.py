@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
+from megarewarm.data.end_of_document import END_OF_DOCUMENT
 from megarewarm.data.preprocess.streams import COMPRESSED, lines_between, lines_of
-from megarewarm.data.tokenizers import END_OF_DOCUMENT
 from megarewarm.errors import UserError
 
 KINDS = (".jsonl", ".json", ".txt", ".parquet")

@@ -39,7 +39,8 @@ PROGRESS = struct.Struct("<QQQ")  # bytes read, documents, tokens
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done with a document, wherever that happens. ``split``: the parts' shares by name, which sum to 1."""
+    """What is done with a document, wherever that happens. ``eod``: id of the token that ends each, None where nothing does;
+    ``split``: the parts' shares by name, which sum to 1."""
 
     tokenizer: str
     fingerprint: str
@@ -47,6 +48,7 @@ class Recipe:
     eod_token: str | None
     text_key: str
     append_eod: bool
+    eod: int | None
     ftfy: bool
     dtype: str
     split: tuple[tuple[str, float], ...]
@@ -128,7 +130,7 @@ def progress_of(folder: Path, number: int) -> tuple[int, int, int]:
 def tokenise(shard: Shard, recipe: Recipe, folder: Path, threads: int) -> Tokenised:
     """Make the files of a shard. Raises ``UserError`` for an unreadable file, and with ``strict`` for a broken record."""
     tokenizer = _tokenizer(recipe.tokenizer, recipe.eod_token, recipe.merges, recipe.fingerprint)
-    end = np.array([tokenizer.eod_id] if recipe.append_eod else [], recipe.dtype)
+    end = np.array([] if recipe.eod is None else [recipe.eod], recipe.dtype)
     # only at the very beginning of the input do a hundred broken records mean that the key or the file is wrong
     skipped = Skipped(strict=recipe.strict, may_be_hopeless=shard.number == 0)
     base = None if recipe.shuffle is None else derive_key(recipe.shuffle, shard.file)
