@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from megarewarm.arguments import parse_arguments
 from megarewarm.config.experiment import Experiment, is_experiment, load_experiment
-from megarewarm.config.load import read_configs, validate
+from megarewarm.config.load import is_file_word, read_configs, validate
 from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
 from megarewarm.console import make_console
@@ -30,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
             with importing():
                 from megarewarm.rewarm.neox_start import load_neox, show_account
 
-            overrides = [word for word in arguments.configs if Path(word) not in files]
+            overrides = [word for word in arguments.configs if not is_file_word(word)]
             run, account = load_neox(files, overrides, launch.world_size)
             show_account(account, console)
             return _run(run, launch, console, dry=arguments.dry_run)

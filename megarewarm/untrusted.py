@@ -45,6 +45,11 @@ def secrets_of(environment: Mapping[str, str] = os.environ) -> list[str]:
     return [value for name, value in environment.items() if _VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET]
 
 
+def is_secret(variable: str) -> bool:
+    """Whether the environment's ``variable`` is called as those that hold tokens and passwords are."""
+    return _VARIABLE.search(variable.upper()) is not None
+
+
 def redacted(text: str, secrets: Sequence[str] | None = None) -> str:
     """``text`` without what nobody else may read: user and password of a URL, tokens of the Hugging Face hub, and
     ``secrets``, which are those of the environment where they are not given."""

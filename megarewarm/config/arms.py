@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -326,10 +327,12 @@ def _in_order(arms: list[Arm]) -> list[Arm]:
 def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
     """``value`` with its words replaced, once: what a folder is called is no word. Raises ``UserError`` for one not known."""
     if isinstance(value, str):
-        if unknown := set(_WORD.findall(value)) - words.keys():
-            known = " and ".join(words)
-            raise UserError(f"{where}: '{sorted(unknown)[0]}' stands for nothing, {known} do; the environment is not read")
-        return _WORD.sub(lambda found: words[found[0]], value)
+        # the environment's are left for the keys that are paths
+        unknown = [word for word in sorted(set(_WORD.findall(value)) - words.keys()) if word[2:-1] not in os.environ]
+        if unknown:
+            known = ", ".join(words)
+            raise UserError(f"{where}: '{unknown[0]}' stands for nothing; {known} do, in paths the environment's variables too")
+        return _WORD.sub(lambda found: words.get(found[0], found[0]), value)
     if isinstance(value, list):
         return [_filled(item, words, where) for item in value]
     if isinstance(value, dict):

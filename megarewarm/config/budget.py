@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 
+_COUNT = r"^\s*[0-9][0-9_,]*(\.[0-9]+)?\s*[kKmMbBtT]?\s*"  # for the JSON Schema
 Unit = Literal["steps", "tokens", "percent"]
 
 _MULTIPLES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _PATTERN = re.compile(
-    r"^\s*(?P<number>\d[\d_,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<multiple>[kmbt]?)\s*(?P<unit>%|steps?|tokens?)\s*$",
+    r"^\s*(?P<number>\d[\d_,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<multiple>[kmbt]?)\s*(?P<unit>%|steps?|tokens?|)\s*$",
     re.IGNORECASE,
 )
 _HELP = "write steps as an integer (500), or '500 steps', '2.5B tokens', or a share of the run as '1%'"
+
+
+def _read(text: str) -> tuple[float, str, str] | None:
+    """(amount, unit without a plural's s, multiple) of '2.5B tokens'; None where ``text`` is of another form."""
+    match = _PATTERN.match(text)
+    if match is None:
+        return None
+    multiple = match["multiple"].lower()
+    number = float(re.sub("[_,]", "", match["number"])) * _MULTIPLES[multiple]
+    return number, match["unit"].lower().removesuffix("s"), multiple
 
 
 def _exactly(amount: float) -> str:
@@ -45,14 +66,15 @@ class Budget(BaseModel):
             if value != int(value):
                 raise ValueError(f"{value} is not a whole number of steps; {_HELP}")
             value = f"{int(value)} steps"
-        match = _PATTERN.match(value)
-        if match is None and re.fullmatch(r"\s*\d[\d_]*\s*", value):
-            match = _PATTERN.match(value + " steps")
-        if match is None:
+        read = _read(value)
+        if read is None:
             raise ValueError(f"'{value}' is not a length of training; {_HELP}")
-        amount = float(re.sub("[_,]", "", match["number"])) * _MULTIPLES[match["multiple"].lower()]
-        word = match["unit"].lower()
-        unit: Unit = "percent" if word == "%" else "steps" if word.startswith("step") else "tokens"
+        amount, word, multiple = read
+        if not word and multiple == "k":
+            raise ValueError(f"'{value}' may be steps or tokens: write '{value.strip()} steps' or '{value.strip()} tokens'")
+        if not word and not multiple and amount != int(amount):
+            raise ValueError(f"{value} is not a whole number of steps; {_HELP}")
+        unit: Unit = "percent" if word == "%" else "tokens" if word == "token" or (not word and multiple) else "steps"
         return {"amount": amount, "unit": unit}
 
     @model_validator(mode="after")
@@ -71,7 +93,10 @@ class Budget(BaseModel):
             "description": cls.__doc__ or "",
             "anyOf": [
                 {"type": "integer", "minimum": 0},
-                {"type": "string", "pattern": r"^\s*[0-9][0-9_,]*(\.[0-9]+)?\s*[kKmMbBtT]?\s*(%|steps?|tokens?)\s*$"},
+                {
+                    "type": "string",
+                    "pattern": rf"{_COUNT}(%|steps?|tokens?|)\s*$",
+                },
             ],
         }
 
@@ -98,3 +123,56 @@ class Budget(BaseModel):
         if total_steps is None:
             raise ValueError(f"{self} is a share of the training budget, which itself must be steps or tokens")
         return self.amount / 100 * total_steps
+
+
+def _no_nothing(budget: Budget) -> Budget:
+    if not budget.amount:
+        raise ValueError("0 is no interval: write null for never, 1 for every step")
+    return budget
+
+
+def _count_of(unit: str) -> Any:
+    """Reads a number of ``unit`` ('step' or 'token') written as a number or as text with or without the unit."""
+
+    def read(value: Any) -> Any:
+        found = _read(value) if isinstance(value, str) else None
+        if found is None or found[1] not in ("", unit) or found[0] != int(found[0]):
+            if isinstance(value, str):
+                example = "2M tokens" if unit == "token" else "50 steps"
+                raise ValueError(f"'{value}' is no number of {unit}s; write it as 1000 or '{example}'")
+            return value
+        return int(found[0])
+
+    return BeforeValidator(read)
+
+
+def _share(value: Any) -> Any:
+    found = _read(value) if isinstance(value, str) else None
+    return found[0] / 100 if found is not None and found[1] == "%" and not found[2] else value
+
+
+def _as_tokens(value: Any) -> Any:
+    """A bare number where only tokens can be meant."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value} tokens"
+    found = _read(value) if isinstance(value, str) else None
+    return f"{value.strip()} tokens" if found is not None and not found[1] else value
+
+
+Interval = Annotated[Budget, AfterValidator(_no_nothing)]
+"""What lies between two evaluations, checkpoints, ...: above 0. Never is null."""
+
+
+def _or_text(kind: dict[str, Any], pattern: str) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [kind, {"type": "string", "pattern": pattern}]})
+
+
+_INTEGER = {"type": "integer", "minimum": 1}
+Steps = Annotated[int, _count_of("step"), Field(gt=0), _or_text(_INTEGER, _COUNT + r"(steps?)?\s*$")]
+"""A number of steps: 50 or '50 steps'."""
+Tokens = Annotated[int, _count_of("token"), Field(gt=0), _or_text(_INTEGER, _COUNT + r"(tokens?)?\s*$")]
+"""A number of tokens: 2000000, '2M' or '2M tokens'."""
+TokenAmount = Annotated[Budget, BeforeValidator(_as_tokens), _or_text(_INTEGER, _COUNT + r"(tokens?)?\s*$")]
+"""A length where only tokens make sense: '2B', 2000000000 and '2B tokens' are the same."""
+Share = Annotated[float, BeforeValidator(_share), _or_text({"type": "number"}, r"^\s*[0-9][0-9_,]*(\.[0-9]+)?\s*%\s*$")]
+"""A share: 0.05 or '5%'."""

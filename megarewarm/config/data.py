@@ -6,20 +6,21 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from megarewarm.config.budget import Budget
+from megarewarm.config.budget import Budget, Share, TokenAmount, Tokens
+from megarewarm.config.paths import PathText
 from megarewarm.config.section import LearningRate, Positive, Section, Seed
 
 
 class Source(Section):
     """One token file (or, with ``part``, one split of it)."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="Prefix of a .bin/.idx pair, or a bare .bin file of token ids. A .bin that is in shards "
         "(NAME-00000-of-00020.bin, ...) is named as if it were whole: NAME or NAME.bin."
     )
     name: str | None = Field(None, description="Name in logs and lineage; null: the file's name.")
     weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
-    tokens: Budget | None = Field(
+    tokens: TokenAmount | None = Field(
         None,
         description="Instead of 'weight': the share as a number of tokens, such as '2B tokens', relative to the other "
         "sources', which then all give one.",
@@ -82,7 +83,7 @@ class ValidationSet(Section):
         "other", description="upstream: what the model must not forget; downstream: what it must learn."
     )
     sources: Sources = Field(description="Where its tokens come from, blended by weight.")
-    tokens: Positive = Field(
+    tokens: Tokens = Field(
         description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
     )
     when: Literal["always", "end"] = Field(
@@ -106,7 +107,7 @@ class BlendSwitch(Section):
         "changes the blend at a fifth of the peak).",
     )
     train: Sources = Field(description="The training sources from here on.")
-    replay_fraction: float | None = Field(
+    replay_fraction: Share | None = Field(
         None, ge=0, lt=1, description="Share of the samples that are replayed from here on; null: replay.fraction."
     )
 
@@ -137,7 +138,7 @@ class DataConfig(Section):
     train: Sources = Field(description="Training sources.")
     switches: list[BlendSwitch] = Field([], description="Changes of the blend during the run, in their order.")
     validation: list[ValidationSet] = Field([], description="Named validation sets.")
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None,
         description="tokenizer.json of the data; copied beside exported weights. Training needs it only to know the token that "
         "ends a document, where 'reset_at_eod' or 'mask_eod_loss' want it and 'eod' doesn't say.",
@@ -176,7 +177,9 @@ class DataConfig(Section):
 class ReplayConfig(Section):
     """A share of every batch taken from old data, compute-equivalent (arXiv 2403.08763, section 4.2)."""
 
-    fraction: float = Field(gt=0, lt=1, description="Share of the samples that are replayed; new data get the rest.")
+    fraction: Share = Field(
+        ge=0, lt=1, description="Share of the samples that are replayed (0.05 or '5%'); new data get the rest. 0: no replay."
+    )
     of: Literal["lineage"] | None = Field(
         None,
         description="lineage: what the start checkpoint was trained on, as its lineage records it: only samples that it has "
@@ -192,7 +195,7 @@ class ReplayConfig(Section):
         gt=0,
         description="of lineage: how often a sample may be replayed. Asking for more is an error; null: without limit.",
     )
-    paths: dict[str, str] = Field(
+    paths: dict[str, PathText] = Field(
         {}, description="of lineage: new places of files that have moved, by the name of the source in the lineage."
     )
 

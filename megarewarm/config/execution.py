@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megarewarm.config.budget import Budget
+from megarewarm.config.budget import Budget, Interval, Steps
 from megarewarm.config.section import Positive, Section, Seed
 
 
@@ -81,8 +81,10 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """When the validation sets are evaluated. Always also after the last step."""
 
-    every: Budget = Field(Budget(amount=1, unit="percent"), description="Interval.", validate_default=False)
-    every_in_warmup: Budget | None = Field(None, description="Interval during the warmup; null: the same.")
+    every: Interval | None = Field(
+        Budget(amount=1, unit="percent"), description="Interval; null: only at the start and the end.", validate_default=False
+    )
+    every_in_warmup: Interval | None = Field(None, description="Interval during the warmup; null: the same.")
     at_start: bool = Field(True, description="Evaluate the start checkpoint before the first step.")
     windows: Literal["fixed", "moving"] = Field(
         "fixed",
@@ -108,11 +110,11 @@ LOG_SPACED = (0, *(2**k for k in range(10)))
 class CheckpointConfig(Section):
     """When the run's own checkpoints are written, and how many stay."""
 
-    every: Budget | None = Field(
+    every: Interval | None = Field(
         Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
     )
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
-    keep_every: Budget | None = Field(None, description="Checkpoints at multiples of this stay for good.")
+    keep_every: Interval | None = Field(None, description="Checkpoints at multiples of this stay for good.")
     keep_best: str | None = Field(
         None, description="Name of a validation set: the checkpoint with the lowest loss on it stays as well."
     )
@@ -144,10 +146,10 @@ class WandbConfig(Section):
 class LoggingConfig(Section):
     """What is written during training. RUN/metrics.jsonl always is."""
 
-    every: Positive = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
+    every: Steps = Field(10, description="Steps between lines of the text log; metrics.jsonl has every step.")
     tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
     wandb: WandbConfig | None = Field(None, description="Send the metrics to Weights & Biases as well.")
-    dynamics: Budget | None = Field(
+    dynamics: Interval | None = Field(
         Budget(amount=2, unit="percent"),
         description="Interval at which norms, updates, effective learning rates and Adam's moments of each layer are measured "
         "(events 'dynamics'). It costs a few passes over the weights; null: never.",

@@ -8,7 +8,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from megarewarm.config.arms import Arm, arms_of
+from megarewarm.config.budget import Share
 from megarewarm.config.load import merge, validate
+from megarewarm.config.paths import PathTemplate, PathText
 from megarewarm.config.section import FolderName, Positive, Section, Seed
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
@@ -25,7 +27,7 @@ class TokenizerConfig(Section):
 class CorpusConfig(Section):
     """A corpus of text, tokenised into NAME_train and NAME_validation."""
 
-    from_: str | list[str] = Field(
+    from_: str | list[PathTemplate] = Field(
         alias="from",
         description="installed_prose or installed_code (documentation and code of installed Python packages), or a list of "
         ".txt / .jsonl files.",
@@ -36,10 +38,10 @@ class CorpusConfig(Section):
 class PrepareConfig(Section):
     """Token files made before the first run. What already stands with the same parameters is kept."""
 
-    folder: str | None = Field(None, description="Where the token files and the tokenizer go; null: ${folder}/data.")
+    folder: PathTemplate | None = Field(None, description="Where the token files and the tokenizer go; null: ${folder}/data.")
     tokenizer: TokenizerConfig
     corpora: dict[str, CorpusConfig] = Field(min_length=1, description="The corpora by name.")
-    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="Share of the documents held out.")
+    validation_fraction: Share = Field(0.02, gt=0, lt=0.5, description="Share of the documents held out.")
 
 
 class ExperimentConfig(Section):
@@ -48,7 +50,7 @@ class ExperimentConfig(Section):
 
     experiment: FolderName = Field(description="Name of the experiment.")
     title: str | None = Field(None, description="Heading of its report; null: the name.")
-    folder: str | None = Field(None, description="Folder of the experiment; null: runs/NAME.")
+    folder: PathText | None = Field(None, description="Folder of the experiment; null: runs/NAME.")
     prepare: PrepareConfig | None = Field(None, description="Data to prepare first; null: nothing.")
     seeds: list[Seed] | None = Field(
         None,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megarewarm.config.budget import Share
 from megarewarm.config.section import Section
 
 
@@ -26,6 +27,6 @@ class InterpolateConfig(Section):
     every validation set after the last step. The run's checkpoints stay what they are; tools/merge_checkpoints.py writes the
     one that is chosen."""
 
-    alphas: list[Annotated[float, Field(gt=-1, lt=2)]] = Field(
+    alphas: list[Annotated[Share, Field(gt=-1, lt=2)]] = Field(
         [0.2, 0.4, 0.6, 0.8], min_length=1, description="Shares of the end; beyond 0 and 1 it extrapolates."
     )

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from megarewarm.config.paths import expanded
+from megarewarm.config.problems import in_words
 from megarewarm.config.run_format import take_format
-from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml
+from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_yaml
 from megarewarm.errors import UserError, nearest
 from megarewarm.untrusted import redacted, secrets_of
 
@@ -52,7 +53,7 @@ def _parents(mapping: dict[str, Any], path: Path, where: str, seen: tuple[Path, 
     merged: dict[str, Any] = {}
     merged_origins: Origins = {}
     for parent in parents:
-        parent_path = path.parent / parent
+        parent_path = path.parent / path_text(parent, where)
         if not parent_path.is_file():
             raise UserError(f"{where}: 'extends' names {parent_path}, which does not exist")
         parent_mapping, parent_origins = _read_with_parents(parent_path, seen)
@@ -66,17 +67,30 @@ def read_configs(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
 
     Returns the merged mapping, not yet validated, and where each key came from. Raises ``UserError``.
     """
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    files = [word for word in words if is_file_word(word)]
     mapping: dict[str, Any] = {}
     origins: Origins = {}
     for file in files:
-        file_mapping, file_origins = _read_with_parents(Path(file), ())
+        file_mapping, file_origins = _read_with_parents(Path(path_text(file, "command line")), ())
         mapping = merge(mapping, file_mapping)
         origins |= file_origins
     for word in words:
         if word not in files:
             apply_override(mapping, origins, word)
     return mapping, origins
+
+
+def path_text(path: str, where: str) -> str:
+    """A path expanded, with ``UserError`` for one that can't be."""
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def is_file_word(word: str) -> bool:
+    """Whether a word of the command line names a file, rather than a key and its value. Raises ``UserError``."""
+    return "=" not in word or Path(word).is_file()
 
 
 def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None:
@@ -103,6 +117,7 @@ def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None
             else:
                 if place.get(part) is None:
                     place[part] = {}
+                    origins[tuple(path[: i + 1])] = where
                 place = place[part]
         else:
             raise UserError(f"command line: '{word}': {'.'.join(path[:i])} is a single value and has no keys below it")
@@ -148,24 +163,33 @@ def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> M
     try:
         return model.model_validate(mapping)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            path = tuple(str(part) for part in item["loc"])
-            key = ".".join(path)
-            place = _place(path, origins)
-            if item["type"] == "extra_forbidden":
-                known = known_keys(model, item["loc"][:-1])
-                section = ".".join(path[:-1])
-                hint = nearest(path[-1], known) or f"; known here: {', '.join(known)}"
-                lines.append(f"{place}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
-            elif item["type"] == "missing":
-                lines.append(f"{place}: '{key}' is missing and has no default")
-            else:
-                message = item["msg"].removeprefix("Value error, ")
-                value = item.get("input")
-                shown = f" (given: {value!r})" if isinstance(value, str | int | float | bool) else ""
-                lines.append(f"{place}: {key + ': ' if key else ''}{message}{shown}")
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+        raise UserError("\n".join(dict.fromkeys(_lines(model, error, origins)))) from None
+
+
+def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> list[str]:
+    """A line for each problem: unknown keys first, and without the missing keys that they were meant to be."""
+    unknown, others = [], []
+    meant: set[tuple[str, ...]] = set()
+    items = [(tuple(str(part) for part in item["loc"]), item) for item in error.errors()]
+    for path, item in items:
+        if item["type"] == "extra_forbidden":
+            known = known_keys(model, item["loc"][:-1])
+            section = ".".join(path[:-1])
+            hint = nearest(path[-1], known)
+            if hint:
+                meant.add((*path[:-1], hint.split("'")[1]))
+            elif len(path) == 1:
+                inside = [f"'{name}.{path[0]}'" for name in known if path[0] in known_keys(model, [name])]
+                hint = f", did you mean {' or '.join(inside)}?" if inside else ""
+            hint = hint or f"; known here: {', '.join(known)}"
+            unknown.append(f"{_place(path, origins)}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
+    for path, item in items:
+        place, key = _place(path, origins), ".".join(path)
+        if item["type"] == "missing" and path not in meant:
+            others.append(f"{place}: '{key}' is missing and has no default")
+        elif item["type"] not in ("extra_forbidden", "missing"):
+            others.append(f"{place}: {key + ': ' if key else ''}{in_words(item, known_keys(model, item['loc']))}")
+    return unknown + others
 
 
 def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets: Sequence[str]) -> None:
@@ -183,6 +207,4 @@ def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets
 def dump(config: BaseModel) -> str:
     """The resolved configuration as YAML that loads to the same configuration."""
     mapping = config.model_dump(mode="json", by_alias=True)
-    # ten times as fast where PyYAML was built with libyaml: a blend may have thousands of sources
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return str(yaml.dump(mapping, Dumper=dumper, sort_keys=False, allow_unicode=True, width=110))
+    return write_yaml(mapping)

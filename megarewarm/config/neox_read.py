@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.config import neox_blocks, neox_keys
+from megarewarm.config.load import is_file_word, path_text
 from megarewarm.config.neox_keys import is_among, is_known, is_off, refusal
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
@@ -57,7 +58,7 @@ def neox_files(words: Sequence[str]) -> list[Path]:
 
     Raises ``UserError`` where some are and others are not.
     """
-    files = [Path(word) for word in words if "=" not in word or Path(word).is_file()]
+    files = [Path(path_text(word, "command line")) for word in words if is_file_word(word)]
     if not files or not all(file.is_file() for file in files):
         return []
     dialects = [is_neox(read_yaml(file)[0], str(file)) for file in files]
@@ -78,7 +79,7 @@ def read_neox(files: Sequence[Path]) -> NeoxFile:
     for i, file in enumerate(files):
         if file.name in (other.name for other in files[:i]):
             raise UserError(f"{file}: two files are called {file.name}; GPT-NeoX merges by name, so rename one")
-        mapping, origins = read_yaml(file)
+        mapping, origins = read_yaml(file, switches=True)  # GPT-NeoX reads by PyYAML
         for written, value in mapping.items():
             key, place = normalised(written), origins[(written,)]
             if not is_known(key):

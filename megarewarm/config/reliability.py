@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_serializer, model_validator
 from pydantic.json_schema import JsonSchemaValue
 
-from megarewarm.config.budget import Budget
-from megarewarm.config.section import Positive, Section
+from megarewarm.config.budget import Budget, Interval, Steps
+from megarewarm.config.section import Section
 
 _PARTS = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?$")
 _CLOCK = re.compile(r"^(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?$")
@@ -77,12 +77,12 @@ class ReliabilityConfig(Section):
     spike_deviations: float = Field(
         6.0, gt=0, description="Standard deviations above the mean of the last 'spike_window' steps from which it is a spike."
     )
-    spike_window: int = Field(128, ge=8, description="Steps that a step is compared with; judged once half of them are there.")
-    roll_back_steps: Positive = Field(50, description="roll_back: how many steps before the spike the checkpoint has to be.")
-    give_up_after: Positive = Field(
+    spike_window: Steps = Field(128, ge=8, description="Steps that a step is compared with, once half of them are there.")
+    roll_back_steps: Steps = Field(50, description="roll_back: how many steps before the spike the checkpoint has to be.")
+    give_up_after: Steps = Field(
         10, description="Steps in a row that changed nothing (not finite, or a spike) after which the run ends as diverged."
     )
-    check_replicas: Budget | None = Field(
+    check_replicas: Interval | None = Field(
         Budget(amount=100, unit="steps"),
         description="Interval at which ranks that hold the same weights and moments compare checksums of them; before every "
         "checkpoint as well. A difference ends the run with exit code 5 and names the rank. null: never.",

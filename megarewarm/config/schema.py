@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_validator
 
-from megarewarm.config.budget import Budget
+from megarewarm.config.budget import Budget, Share
 from megarewarm.config.data import DataConfig, ReplayConfig
 from megarewarm.config.execution import (
     CheckpointConfig,
@@ -23,6 +23,7 @@ from megarewarm.config.execution import (
     TrainingConfig,
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
+from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.section import FolderName, LearningRate, Positive, Section
 
@@ -36,7 +37,7 @@ class ModelConfig(Section):
     ffn_size: Positive | None = Field(None, description="Width of the MLP; null means 4 x hidden_size.")
     vocab_size: Positive = Field(description="Rows of the embedding and of the head; every token id must be below it.")
     max_positions: Positive = Field(2048, description="Longest sequence the model is meant for.")
-    rotary_fraction: float = Field(0.25, ge=0, le=1, description="Share of each head's channels that are rotated.")
+    rotary_fraction: Share = Field(0.25, ge=0, le=1, description="Share of each head's channels that are rotated.")
     rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
     activation: Literal["gelu_tanh", "gelu_erf"] = Field(
         "gelu_tanh",
@@ -91,7 +92,7 @@ Intent = Literal["scratch", "resume", "rewarm", "branch", "continue"]
 class StartConfig(Section):
     """What this run starts from, and what of the checkpoint it keeps. ``intent`` presets the lines below it."""
 
-    from_: str | None = Field(
+    from_: PathText | None = Field(
         None,
         alias="from",
         description="A megarewarm run or checkpoint folder; a Hugging Face GPT-NeoX folder or hub name (name@revision); a "
@@ -248,7 +249,7 @@ class RunConfig(Section):
     """One training run."""
 
     name: FolderName = Field(description="Name of the run; the run folder is called after it.")
-    folder: str | None = Field(None, description="Run folder; null: runs/NAME.")
+    folder: PathText | None = Field(None, description="Run folder; null: runs/NAME.")
     model: ModelConfig | None = Field(None, description="Shape of the model; null: the start checkpoint's.")
     start: StartConfig = StartConfig()
     data: DataConfig
@@ -265,6 +266,14 @@ class RunConfig(Section):
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
+
+    @model_validator(mode="after")
+    def _no_replay(self) -> RunConfig:
+        """A fraction of 0 is no replay, so that an axis may hold it."""
+        later = any(switch.replay_fraction for switch in self.data.switches)
+        if self.replay is not None and not self.replay.fraction and not later:
+            object.__setattr__(self, "replay", None)
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

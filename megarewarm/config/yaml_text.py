@@ -21,7 +21,8 @@ _PLAIN = (str, bool, int, float, type(None))
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's floats: 1.1 reads ``1e-08`` and ``3e8`` as strings.
+    """PyYAML's safe loader with scalars as people mean them (and mostly YAML 1.2): ``1e-08`` is a number; ``0100``, ``1:30``,
+    ``2026-11-28``, ``yes`` and ``=`` are text, of which YAML 1.1 makes 64, 90, a date, true and an error.
 
     ``left``: how many more values the text may stand for: aliases of aliases make gigabytes out of a few lines.
     """
@@ -35,11 +36,53 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("its aliases stand for too many values")
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+_TAG = "tag:yaml.org,2002:"
+_RESOLVERS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+_DROPPED = {f"{_TAG}{kind}" for kind in (*_RESOLVERS, "timestamp", "value")}
+
+
+def _resolve_as_meant(kind: Any) -> None:
+    """Give a loader or dumper the rules above, so that what one writes the other reads as the same."""
+    kind.yaml_implicit_resolvers = {
+        first: [rule for rule in rules if rule[0] not in _DROPPED]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for name, (pattern, first) in _RESOLVERS.items():
+        kind.add_implicit_resolver(f"{_TAG}{name}", re.compile(f"^(?:{pattern})$"), list(first))
+
+
+_resolve_as_meant(_Loader)
+
+
+class _SwitchLoader(_Loader):
+    """Also ``yes``, ``no``, ``on`` and ``off`` are true and false, as PyYAML has it: for files that are written for it."""
+
+
+_SwitchLoader.add_implicit_resolver(
+    f"{_TAG}bool", re.compile("^(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$"), list("yYnNoO")
 )
+
+
+# ten times as fast where PyYAML was built with libyaml: a blend may have thousands of sources
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Quotes what `_Loader` or YAML 1.1 would read as something else than text."""
+
+
+for _name, (_pattern, _first) in _RESOLVERS.items():
+    _Dumper.add_implicit_resolver(f"{_TAG}{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def write_yaml(mapping: dict[str, Any]) -> str:
+    """``mapping`` as YAML that `parse_yaml`, and any reader of YAML 1.1, reads as the same."""
+    return str(yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def _value(node: yaml.Node, loader: _Loader, file: str, path: tuple[str, ...], origins: Origins) -> Any:
@@ -94,15 +137,16 @@ def _shown(node: yaml.Node) -> str:
     return repr(node.value[:80]) if isinstance(node.value, str) else f"of kind {node.tag.rpartition(':')[2][:80]!r}"
 
 
-def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], Origins]:
-    """``text`` as a dict, and the line of every key. ``file`` is the name used in messages.
+def parse_yaml(text: str, file: str, *, switches: bool = False) -> tuple[dict[str, Any], Origins]:
+    """``text`` as a dict, and the line of every key. ``file`` is the name used in messages; with ``switches`` yes, no, on and
+    off are true and false.
 
     Raises ``UserError`` for text that is not YAML, is not a mapping, or gives a key twice.
     """
     origins: Origins = {}
     loader: _Loader | None = None
     try:
-        loader = _Loader(text)
+        loader = (_SwitchLoader if switches else _Loader)(text)
         loader.left = max(_FEW, len(text))
         node = loader.get_single_node()
         if node is None:
@@ -124,15 +168,17 @@ def parse_yaml(text: str, file: str) -> tuple[dict[str, Any], Origins]:
             loader.dispose()
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], Origins]:
-    """The mapping in a YAML file and the line of every key. Raises ``UserError`` naming the file."""
+def read_yaml(path: Path, *, switches: bool = False) -> tuple[dict[str, Any], Origins]:
+    """The mapping in a YAML file and the line of every key, as of `parse_yaml`. Raises ``UserError`` naming the file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, expected a config file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read as text: {error}") from error
-    mapping, origins = parse_yaml(text, str(path))
+    mapping, origins = parse_yaml(text, str(path), switches=switches)
     if not mapping:
         raise UserError(f"{path}: the file is empty; expected the sections of a run (docs/config.md)")
     return mapping, origins

@@ -39,8 +39,9 @@ def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterat
             yield step
 
 
-def _interval(config: RunConfig, budget: Budget) -> int:
-    return max(1, round(config.steps(budget)))
+def _interval(config: RunConfig, budget: Budget | None) -> int:
+    """Steps between evaluations; more than the run has for never."""
+    return config.total_steps + 1 if budget is None else max(1, round(config.steps(budget)))
 
 
 def turns(config: RunConfig, step: int) -> list[tuple[int, bool]]:

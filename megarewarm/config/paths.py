@@ -1,0 +1,65 @@
+"""Paths as people write them: ``~`` is the home folder and ``$NAME`` the environment's, in files, words and arguments alike."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from megarewarm.untrusted import is_secret
+
+_VARIABLE = re.compile(r"\$(?:\{([^}]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
+
+
+def expanded(path: str, keep: tuple[str, ...] = ()) -> str:
+    """``path`` with ``~``, ``~user``, ``$NAME`` and ``${NAME}`` replaced, but for the names to ``keep``.
+
+    Nothing else changes, so what is expanded once stays as it is. Raises ``ValueError`` naming a variable that is not set, or
+    that by its name holds a secret, and for a home that isn't known.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] if found[1] is not None else found[2]
+        if name in keep:
+            return found[0]
+        if is_secret(name):
+            raise ValueError(f"'{path}' names the environment's variable '{name}', which holds a secret; write the path out")
+        if name not in os.environ:
+            raise ValueError(f"'{path}' names the environment's variable '{name}', which is not set; set it, or write it out")
+        return os.environ[name]
+
+    result = os.path.expanduser(_VARIABLE.sub(value, path))
+    if result.startswith("~"):
+        raise ValueError(f"'{path}' begins in a home folder that isn't known; write the path out (./~ for a folder called '~')")
+    return result
+
+
+class PathMark:
+    """In the schema: this text is a path."""
+
+
+def _template(path: str) -> str:
+    return expanded(path, ("folder", "runs"))
+
+
+PathText = Annotated[str, AfterValidator(expanded), PathMark()]
+"""A path, expanded."""
+PathTemplate = Annotated[str, AfterValidator(_template), PathMark()]
+"""A path of an experiment, expanded but for ``${folder}`` and ``${runs}``."""
+
+
+def text_argument(text: str) -> str:
+    """A path on the command line as text, for ``argparse``: shells leave ``--output=~/x`` to the program."""
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_argument(text: str) -> Path:
+    """As `text_argument`, as a path."""
+    return Path(text_argument(text))
