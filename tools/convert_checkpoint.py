@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one that SRC comes with"
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: what SRC comes with"
     )
     arguments = parser.parse_args()
     with importing():
@@ -40,9 +40,8 @@ def main() -> None:
 
     console = make_console()
     source = open_checkpoint(arguments.source)
-    tokenizer = arguments.tokenizer or source.tokenizer
     dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
-    wish = convert.Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, tokenizer)
+    wish = convert.Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, arguments.tokenizer)
     for note in source.notes:
         console.print(f"{source.name}: {note}", highlight=False)
     began = time.perf_counter()

@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
     parser.add_argument("--to", choices=("megarewarm", "hf", "neox"), default="megarewarm", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside the first")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: the first's"
+    )
     arguments = parser.parse_args()
     with importing():
         from megarewarm.checkpoint import convert

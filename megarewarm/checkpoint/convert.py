@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from megarewarm.checkpoint.export.huggingface import export
 from megarewarm.checkpoint.export.neox import export_neox
 from megarewarm.checkpoint.export.own import export_own
+from megarewarm.checkpoint.export.tokenizer_files import exported_tokenizer
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.source import OpenedCheckpoint
+from megarewarm.checkpoint.tokenizer_source import TokenizerSource, named_tokenizer
 from megarewarm.checkpoint.vocabulary import resize
 from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.config.schema import ModelConfig
@@ -27,7 +29,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be written. ``dtype`` None: as it is stored. ``vocab_size`` None: as many rows as there are."""
+    """What is to be written. ``dtype`` None: as it is stored. ``vocab_size`` None: as many rows as there are. ``tokenizer``
+    None: the one that comes with the checkpoint."""
 
     form: Form
     dtype: torch.dtype | None = None
@@ -81,19 +84,41 @@ def convert(source: OpenedCheckpoint, destination: Path, wish: Wish, advance: Ad
             raise UserError("--vocab-size: with Adam's moments in the checkpoint rows can't be changed; convert to hf first")
         notes += export_own(source, weights, config, destination, advance)
     else:
-        notes += write_weights(weights, config, destination, wish, source.lineage, step=_step(source))
+        notes += write_weights(weights, config, destination, wish, source.lineage, source.tokenizer, step=_step(source))
     return notes
 
 
 def write_weights(
-    weights: Weights, config: ModelConfig, destination: Path, wish: Wish, lineage: Lineage, *, step: int = 0
+    weights: Weights,
+    config: ModelConfig,
+    destination: Path,
+    wish: Wish,
+    lineage: Lineage,
+    tokenizer: TokenizerSource,
+    *,
+    step: int = 0,
 ) -> list[str]:
-    """Write weights alone in one of the foreign forms; notes and errors as ``convert``."""
+    """Write weights alone in one of the foreign forms, with ``tokenizer``, where the wish names none; notes and errors as
+    ``convert``."""
+    if wish.tokenizer is not None:
+        tokenizer = replace(tokenizer, file=named_tokenizer(wish.tokenizer, "--tokenizer"))
+    notes = [] if wish.form == "hf" else ["weights only: load it with 'finetune: true'"]
+    try:
+        texts = exported_tokenizer(tokenizer, config)
+    except UserError as error:
+        if wish.tokenizer is not None:
+            raise
+        texts = exported_tokenizer(replace(tokenizer, file=None), config)
+        notes.append(str(error))
     if wish.form == "hf":
-        export(weights, config, destination, tokenizer=wish.tokenizer, dtype=wish.dtype, lineage=lineage)
-        return [] if wish.tokenizer is not None else ["no tokenizer is in the folder; give one with --tokenizer"]
-    export_neox(weights, config, destination, step=step, tensor_ranks=wish.tensor_ranks, dtype=wish.dtype)
-    return ["weights only: load it with 'finetune: true'"]
+        export(weights, config, destination, tokenizer=texts, dtype=wish.dtype, lineage=lineage)
+        return [*notes, *texts.notes, *([] if texts.files else ["give one with --tokenizer"])]
+    files = {name: data for name, data in texts.files.items() if name == "tokenizer.json"}
+    ranks = wish.tensor_ranks
+    export_neox(weights, config, destination, step=step, tensor_ranks=ranks, dtype=wish.dtype, tokenizer=files)
+    if files:
+        notes.append(f"GPT-NeoX's tokenizer_type is HFTokenizer, its vocab_file {destination / 'tokenizer.json'}")
+    return notes
 
 
 def _step(source: OpenedCheckpoint) -> int:

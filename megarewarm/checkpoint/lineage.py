@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from megarewarm.data.sample_order import SamplesRead
+from megarewarm.data.tokenizer_identity import TokenizerIdentity
 
 
 class DataSeen(BaseModel):
@@ -28,6 +29,7 @@ class Stage(BaseModel):
 
     ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
+    ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,6 +45,8 @@ class Stage(BaseModel):
     data: list[DataSeen] = []
     losses: dict[str, float] = {}
     left_out: list[tuple[int, int]] = []
+    tokenizers: list[TokenizerIdentity] = []
+    eod: int | None = None
 
 
 class Lineage(BaseModel):

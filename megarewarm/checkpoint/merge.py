@@ -8,7 +8,7 @@ The result is a checkpoint whose history says what it is made of.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from megarewarm.checkpoint.convert import Wish, write_weights
 from megarewarm.checkpoint.export.own import weights_only_state, write_streaming
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.folder import checkpoints_in
-from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.checkpoint.source import open_checkpoint, tokenizers_of
 from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
+from megarewarm.data.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 
 _SHAPE = ("num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "tie_embeddings", "attention_bias", "residual")
@@ -126,6 +127,7 @@ def merge(merged: Merge, destination: Path, wish: Wish, advance: Callable[[int],
     sources = [open_checkpoint(name) for name in merged.names]
     check_alike([(source.name, source.model_config) for source in sources])
     first = sources[0]
+    refuse_other_tokenizers([made for source in sources for made in tokenizers_of(source)])
     combination = Combination([source.weights for source in sources], merged.shares)
     per_read = sum(share != 0 for share in merged.shares)
     shapes = expected_shapes(first.model_config)
@@ -143,5 +145,7 @@ def merge(merged: Merge, destination: Path, wish: Wish, advance: Callable[[int],
 
         write_streaming(destination, state, described, read)
         return []
-    tokenizer = wish.tokenizer or first.tokenizer
-    return write_weights(combination, first.model_config, destination, replace(wish, tokenizer=tokenizer), state.lineage)
+    tokenizer = first.tokenizer
+    for source in sources[1:]:
+        tokenizer = tokenizer.over(source.tokenizer)
+    return write_weights(combination, first.model_config, destination, wish, state.lineage, tokenizer)

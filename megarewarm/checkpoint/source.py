@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +21,19 @@ from megarewarm.checkpoint.own.folder import locate
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.state import TrainingState, read_state
 from megarewarm.checkpoint.own.store import Tensors
+from megarewarm.checkpoint.tokenizer_source import (
+    TokenizerSource,
+    readable_tokenizer,
+    stated_ids,
+    still_there,
+    tokenizer_files_in,
+)
 from megarewarm.checkpoint.weights import Description, Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.config.yaml_text import read_yaml
+from megarewarm.data.end_of_document import TOKENIZER_FILES
+from megarewarm.data.manifest import Made
+from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel
@@ -43,6 +54,10 @@ class CheckpointSource(Protocol):
     lineage: Lineage
     keeps: frozenset[str]
 
+    @property
+    def tokenizer(self) -> TokenizerSource:
+        """What turns text into the ids that the weights know, as far as it is known."""
+
     def load_weights(self, model: ParallelModel) -> None:
         """Fill this rank's part of the parameters. All ranks call it."""
 
@@ -52,11 +67,7 @@ class CheckpointSource(Protocol):
 
 class OpenedCheckpoint(CheckpointSource, Protocol):
     """``stored``: the parameters as they lie in the files, whole; ``weights``: in full precision, which are other files where
-    there are fp32 masters beside fp16 weights. ``tokenizer``: the tokenizer.json that comes with them."""
-
-    @property
-    def tokenizer(self) -> Path | None:
-        """None where there is none."""
+    there are fp32 masters beside fp16 weights."""
 
     @property
     def stored(self) -> Weights:
@@ -95,12 +106,34 @@ class OwnCheckpoint:
                 f"gone on from a checkpoint of megarewarm in that layout, it lost row {lost} then: docs/reliability.md"
             )
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The tokenizer that the run's configuration names, if it is still there."""
+    @cached_property
+    def tokenizer(self) -> TokenizerSource:
+        """The tokenizer that the run's configuration names, if it is still there, else that of the newest of its history that
+        has one, else one that its token files were made with."""
+        stages = self.lineage.stages
+        found = self.own_tokenizer()
+        places = [(self._run_config().get("start") or {}).get("from")]
+        for stage in reversed(stages):
+            places += [stage.started_from, stage.run if stage.intent.startswith("foreign") else None]
+        for place in dict.fromkeys(filter(None, places)):
+            if found.file is not None and found.stated:
+                break
+            with contextlib.suppress(UserError):  # it is gone
+                start = open_checkpoint(place)
+                found = found.over(start.own_tokenizer() if isinstance(start, OwnCheckpoint) else start.tokenizer)
+        made = TokenizerSource(still_there([known for stage in reversed(stages) for known in stage.tokenizers]))
+        return found.over(made)
+
+    def own_tokenizer(self) -> TokenizerSource:
+        """What the run's configuration and the newest stage say, without those before."""
+        data = self._run_config().get("data") or {}
+        stated = data.get("eod")
+        recorded = self.lineage.stages[-1].eod if self.lineage.stages else None
+        return TokenizerSource(readable_tokenizer(data.get("tokenizer")), recorded if stated is None else stated)
+
+    def _run_config(self) -> dict[str, Any]:
         config = self.folder.parent.parent / "config.yaml"
-        named = read_yaml(config)[0].get("data", {}).get("tokenizer") if config.is_file() else None
-        return Path(named) if named is not None and Path(named).is_file() else None
+        return read_yaml(config)[0] if config.is_file() else {}
 
     def verify(self, *, alone: bool = False) -> None:
         """Raise ``UserError`` naming a file that is not as it was written. All ranks call it, unless ``alone``."""
@@ -164,7 +197,9 @@ class HuggingFaceCheckpoint:
         self.model_config, self.notes = huggingface.read_model_config(folder)
         self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
         self._folder = folder
-        self.tokenizer: Path | None = folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None
+        found = tokenizer_files_in(folder)
+        stated = stated_ids(huggingface.read_json(folder / "config.json"))
+        self.tokenizer = TokenizerSource(found[0] if found else None, stated=stated)
 
     @cached_property
     def stored(self) -> Weights:
@@ -187,11 +222,13 @@ class NeoXCheckpoint:
     """A ``global_stepN`` folder of GPT-NeoX: weights, and where its optimizer's files are there, moments and fp32 masters."""
 
     format = "gpt-neox"
-    tokenizer: Path | None = None
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.stored = neox_folder.NeoXFolder(folder)
+        # an export of ours holds it; else its own configuration names it, if that file is on this machine
+        beside = tokenizer_files_in(folder.parent)
+        self.tokenizer = TokenizerSource(beside[0] if beside else readable_tokenizer(self.stored.tokenizer_file))
         self.model_config, self.notes = self.stored.model_config, self.stored.notes
         self.training, self._optimizer, notes = read_training(self.stored)
         self.notes += notes
@@ -216,7 +253,7 @@ class MegatronCheckpoint:
     """An ``iter_N`` folder of Megatron-LM in its 'torch' format: weights only."""
 
     format = "megatron-lm"
-    tokenizer: Path | None = None
+    tokenizer = TokenizerSource()
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
 
@@ -232,6 +269,26 @@ class MegatronCheckpoint:
 
     def load_tensors(self, tensors: Tensors) -> None:
         raise UserError(f"{self.name}: only weights are read from Megatron-LM's files; set start.moments to 'reset'")
+
+
+def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[Made]:
+    """By which tokenizers the data of a checkpoint's history were made; where that isn't recorded, the one that comes with it.
+
+    Of several forms of that (tokenizer.json, tokenizer.model) one that agrees with those ``known``, if there is such a one.
+    """
+    found = [
+        Made(f"{stage.run}, in the history of {source.name}, was trained on ids of the tokenizer {tokenizer.file}", tokenizer)
+        for stage in source.lineage.stages
+        for tokenizer in stage.tokenizers
+    ]
+    file = source.tokenizer.file
+    if found or file is None:
+        return found
+    for form in [file, *(other for other in tokenizer_files_in(file.parent) if file.name in TOKENIZER_FILES)]:
+        with contextlib.suppress(UserError):  # of no use to anybody, then
+            found.append(Made(f"{source.name} comes with the tokenizer {form}", load_tokenizer(form).identity()))
+    agreeing = [each for each in found if all(each.tokenizer.agrees_with(other.tokenizer) for other in known)]
+    return (agreeing or found)[:1]
 
 
 def weight_tensors(model: ParallelModel) -> Tensors:

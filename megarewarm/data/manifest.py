@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
-from megarewarm.data.token_file import TokenFile
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 from megarewarm.errors import UserError
 
@@ -23,38 +24,42 @@ class Made:
     end: int | None = None
 
 
-def manifest_of(file: TokenFile) -> dict[str, Any] | None:
-    """The manifest of a token file; None where there is none, or one that counts other tokens or documents."""
+def manifest_of(path: Path) -> dict[str, Any] | None:
+    """The manifest of the token file ``path`` (the .bin); None where there is none, or one that counts other tokens."""
     try:
-        said = json.loads(file.path.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(said, dict) or said.get("tokens", file.total_tokens) != file.total_tokens:
-        return None
-    if file.index_path is not None and said.get("documents", file.num_documents) != file.num_documents:
+        said = json.loads(path.with_suffix(".json").read_bytes())
+        if not isinstance(said, dict):
+            return None
+        if path.is_file() and "dtype" in said and said["tokens"] * np.dtype(said["dtype"]).itemsize != path.stat().st_size:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return said
 
 
-def made_by(file: TokenFile) -> Made | None:
-    """How a token file was made, as far as its manifest says."""
-    said = manifest_of(file)
+def made_by(path: Path) -> Made | None:
+    """How the token file ``path`` (the .bin) was made, as far as its manifest says."""
+    said = manifest_of(path)
     try:
         tokenizer = TokenizerIdentity.model_validate((said or {})["tokenizer"])
     except (KeyError, TypeError, ValidationError):
         return None
     end = (said or {}).get("eod")
     number = end.get("id") if isinstance(end, dict) else None
-    clause = f"{file.path} was made with the tokenizer {tokenizer.file}"
+    clause = f"{path} was made with the tokenizer {tokenizer.file}"
     return Made(clause, tokenizer, number if isinstance(number, int) else None)
 
 
 def refuse_other_tokenizers(found: Sequence[Made]) -> None:
     """Raise ``UserError`` naming the first of ``found`` whose tokenizer gives other ids than one before it."""
-    for number, one in enumerate(found):
-        for before in found[:number]:
+    kinds: list[Made] = []
+    for one in found:
+        if any(one.tokenizer == before.tokenizer for before in kinds):
+            continue
+        for before in kinds:
             if not one.tokenizer.agrees_with(before.tokenizer):
                 raise UserError(
                     f"{one.says}, {before.says}, which gives other ids: preprocess the text of one of them again, or name the "
                     f"right file (without its manifest, the .json beside it, a token file is taken as it is)"
                 )
+        kinds.append(one)

@@ -40,7 +40,7 @@ def merge_token_files(
             raise UserError(f"{output}: is one of the files to be merged; choose another name")
     if not Path(output).name:
         raise UserError(f"--output '{output}': expected a prefix, as data/all, for files of that name")
-    made = [found for file in files if (found := made_by(file)) is not None]
+    made = [found for file in files if (found := made_by(file.path)) is not None]
     refuse_other_tokenizers(made)
     narrow = all(file.dtype.itemsize <= 2 and file.dtype.kind == "u" for file in files)
     with TokenFileWriter(output, np.uint16 if narrow else np.int32, overwrite=overwrite) as writer:
@@ -65,7 +65,7 @@ def merge_token_files(
     if len(made) == len(files):
         # of tokenizers that agree, the one with the most added tokens knows all the ids
         fullest = max(range(len(made)), key=lambda i: len(made[i].tokenizer.added or ()))
-        told = manifest_of(files[fullest]) or {}
+        told = manifest_of(files[fullest].path) or {}
         said["tokenizer"] = told["tokenizer"]
         if len({each.end for each in made}) == 1 and told.get("eod") is not None:
             said["eod"] = told["eod"]

@@ -56,6 +56,16 @@ class MovingWindows:
         samples = self.windows_per_slice * self.evaluations
         mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
+        self.notes: list[str] = []
+        epochs = max(
+            count / max(part.samples_per_epoch, 1)
+            for count, part in zip(mixture.rows.counts(samples).tolist(), mixture.rows.samples, strict=True)
+        )
+        if epochs > 1:
+            self.notes.append(
+                f"validation set '{self.name}' reads its sources {epochs:.3g} times: {self.evaluations:,} evaluations of "
+                f"{self.windows_per_slice * data.sequence_length:,} tokens are asked for, and they hold no more"
+            )
 
     def fingerprint(self) -> str:
         """32 hex digits of the order of the set's windows."""

@@ -88,15 +88,17 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: st
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a tokenizer.json or a sentencepiece .model file")
     if merges is not None or path.name.endswith("vocab.json"):
-        return _HuggingFace(path, _from_merges(path, merges), eod_token)
+        return HuggingFaceTokenizer(path, _from_merges(path, merges), eod_token)
     if path.suffix == ".json":
-        return _HuggingFace(path, path.read_bytes(), eod_token)
+        return HuggingFaceTokenizer(path, path.read_bytes(), eod_token)
     if path.suffix == ".model":
         return _SentencePiece(path, eod_token)
     raise UserError(f"{path} is of no known kind: expected a tokenizer.json or a sentencepiece .model file")
 
 
-class _HuggingFace(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, or what GPT-2's two files stand for."""
+
     def __init__(self, path: Path, content: bytes, eod_token: str | None) -> None:
         super().__init__(path)
         self._content = content
@@ -161,6 +163,16 @@ class _HuggingFace(Tokenizer):
     def content(self) -> bytes:
         """The tokenizer.json."""
         return self._content
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, added ones too."""
+        return self._vocabulary
+
+    def added_around(self) -> list[str]:
+        """The tokens that are put around a text where special tokens are asked for, as transformers does."""
+        tokens: list[str] = self._tokenizer.encode("").tokens
+        return tokens
 
     @property
     def end(self) -> End:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 
@@ -17,15 +16,13 @@ from megarewarm.data.permutation import derive_key
 from megarewarm.data.samples import PermutedSamples
 from megarewarm.errors import UserError
 
-log = logging.getLogger(__name__)
-
 SEED = 20240313  # of the choice of windows: fixed, so that runs with different data.seed see the same tokens
 
 
 class ValidationWindows:
     """The first floor(tokens / s) windows of the permuted order of the set's sources, blended by weight.
 
-    At most as many as the sources hold in one epoch (or in ``max_epochs``, where that is less), which is logged.
+    At most as many as the sources hold in one epoch (or in ``max_epochs``, where that is less), which ``notes`` say.
     Neither ``data.order`` (but for the rounding of splits) nor ``data.seed`` changes them. Raises ``UserError`` where
     not one whole window is left, and for files that can't be read.
     """
@@ -49,9 +46,22 @@ class ValidationWindows:
                 f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
                 f"'tokens' ({config.tokens}) or give it longer sources"
             )
+        self.notes: list[str] = []
         if self.num_windows < wanted:
-            log.info("validation set '%s' has %d tokens, its sources hold no more", self.name, self.num_tokens)
+            self.notes.append(
+                f"validation set '{self.name}' is evaluated on {self.num_tokens:,} tokens, not on the {config.tokens:,} asked "
+                f"for: its sources hold no more{self._why(config, samples)}"
+            )
         self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
+
+    def _why(self, config: ValidationSet, samples: list[PermutedSamples]) -> str:
+        """Of several sources, which one ends first."""
+        if len(samples) == 1:
+            return ""
+        counts = self._rows.counts(self.num_windows + 1)
+        names = source_names(config.sources)
+        over = [name for name, part, n in zip(names, samples, counts, strict=True) if n > (part.num_samples or 0)]
+        return f" in these shares, '{over[0]}' is used up first" if over else ""
 
     def slice(self, number: int) -> ValidationWindows:
         """What evaluation ``number`` reads: always the same."""

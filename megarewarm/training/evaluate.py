@@ -58,14 +58,15 @@ def turns(config: RunConfig, step: int) -> list[tuple[int, bool]]:
 
 
 def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
-    """The validation sets of a run, and notes on those that are left out. Raises ``UserError``.
+    """The validation sets of a run, and notes on those that are left out, or hold less than is asked for. Raises ``UserError``.
 
     A moving set whose split gives it no documents is left out, as GPT-NeoX does: its default split of 969, 30, 1 leaves
     small files without a test set.
     """
     data = config.data
     if config.evaluation.windows == "fixed":
-        return [ValidationWindows(item, data, vocab_size) for item in data.validation], []
+        fixed = [ValidationWindows(item, data, vocab_size) for item in data.validation]
+        return [*fixed], [note for windows in fixed for note in windows.notes]
     evaluations = config.total_steps // _interval(config, config.evaluation.every) + 1
     sets: list[ValidationWindows | MovingWindows] = []
     notes = []
@@ -75,7 +76,9 @@ def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[Validation
             where = f"split '{empty[0].split}' gives its part of {empty[0].path} no documents"
             notes.append(f"validation set '{item.name}' is left out: {where}")
         else:
-            sets.append(MovingWindows(item, data, vocab_size, evaluations))
+            moving = MovingWindows(item, data, vocab_size, evaluations)
+            sets.append(moving)
+            notes += moving.notes
     return sets, notes
 
 

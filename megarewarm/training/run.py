@@ -30,6 +30,7 @@ from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights
+from megarewarm.training.texts import Texts
 
 RNG = "rng.cpu"
 
@@ -61,6 +62,7 @@ class Run:
     table_rows: list[Row]
     notes: list[str]
     history: Lineage
+    texts: Texts
     step: int
     start_weights: StartWeights | None = None
     last_lr: float = 0.0
@@ -102,6 +104,8 @@ class Run:
             data=self._data_seen(first, count),
             losses=self.losses,
             left_out=self.left_out,
+            tokenizers=self.texts.tokenizers,
+            eod=self.texts.eod,
         )
 
     def _data_seen(self, first: int, count: int) -> list[DataSeen]:
@@ -174,6 +178,7 @@ class Run:
             "tokens_per_step": config.tokens_per_step,
             "parameters": count_parameters(self.plan.model),
             "schedule": self.plan.schedule.spec(),
+            "notes": self.notes,
             "reset": [vars(row) for row in self.table_rows],
             "precision": self.precision,
             "ranks": self.ranks.world_size,

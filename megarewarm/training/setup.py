@@ -15,7 +15,6 @@ from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.forgetting import DistillConfig
 from megarewarm.data.batches import TrainingBatches, build_training_batches
 from megarewarm.data.prefetch import Prefetch
-from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.operations import choose_operations, choose_optimizer
@@ -36,6 +35,7 @@ from megarewarm.training.plan import Plan, differing_choices, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
+from megarewarm.training.texts import Texts, settle_texts, settled_end
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:
@@ -44,6 +44,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     layout = choose_layout(config.parallel, ranks.world_size)
     fit = check_fit(config, plan.model, layout)
     _check_agreement(plan, ranks)
+    texts = settle_texts(plan)
     history = plan.history
     old = replayed(config.replay, history)
     data = build_training_batches(
@@ -60,7 +61,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     _choose_algorithms(config.kernels.deterministic)
     precision = _precision(plan, ranks)
     mesh = Mesh(ranks, layout)
-    documents = _documents(plan)
+    documents = _documents(plan, texts)
     operations, remarks = choose_operations(
         config.kernels,
         plan.model,
@@ -129,11 +130,13 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             *differing_choices(config, plan.source),
             *left_out,
             *fit,
+            *texts.notes,
             *remarks,
             *about,
             *lost,
         ],
         history=history,
+        texts=texts,
         step=plan.position.step,
         start_weights=begun,
         spikes=None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations),
@@ -173,15 +176,12 @@ def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
         yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
 
 
-def _documents(plan: Plan) -> DocumentRules | None:
+def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
     """What ends a document, if that means anything to this run."""
     data = plan.config.data
     if not (data.reset_at_eod or data.mask_eod_loss):
         return None
-    eod = data.eod
-    if eod is None:
-        assert data.tokenizer is not None
-        eod = load_tokenizer(data.tokenizer).eod_id
+    eod = settled_end(plan, texts)
     if eod >= plan.model.vocab_size:
         raise UserError(
             f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "

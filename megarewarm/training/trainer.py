@@ -36,6 +36,7 @@ from megarewarm.training.signals import StopRequest
 from megarewarm.training.step import TrainingDiverged, training_step
 from megarewarm.training.step_times import StepTimes
 from megarewarm.training.summary import print_reset_table, print_start
+from megarewarm.training.texts import Texts, settle_texts
 from megarewarm.training.time_limit import TimeLimit
 
 _NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
@@ -83,7 +84,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         with StopRequest(console) as stop:
             outcome = _loop(run, folder, saver, metrics, console, stop, limit)
         if outcome.exit_code == 0:
-            _export(plan, folder, ranks, console)
+            _export(plan, run.texts, folder, ranks, console)
     return outcome
 
 
@@ -100,7 +101,10 @@ def _make_up(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, con
     """Do what the complete run of ``plan`` still owes. Raises ``UserError`` where its start can't be had any more."""
     due = gather(owed(plan))[0]  # one word for all: metrics are written by the main rank
     if due.export:
-        _export(plan, folder, ranks, console)
+        texts = settle_texts(plan)
+        for note in texts.notes:
+            console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
+        _export(plan, texts, folder, ranks, console)
     if due.alphas:
         run = build(plan, ranks)
         with ExitStack() as opened:
@@ -109,7 +113,7 @@ def _make_up(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, con
             metrics.event("stop", step=run.step, reason="complete")
 
 
-def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> None:
+def _export(plan: Plan, texts: Texts, folder: RunFolder, ranks: Ranks, console: Console) -> None:
     """Write what ``export`` asks for, from the newest checkpoint."""
     if not (plan.config.export.huggingface and ranks.is_main):
         return
@@ -117,7 +121,7 @@ def _export(plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> No
     assert newest is not None
     checkpoint = OwnCheckpoint(newest, verified=True)
     weights = ModelWeights(checkpoint.whole_model())
-    export(weights, plan.model, folder.export, tokenizer=plan.config.data.tokenizer, lineage=checkpoint.lineage)
+    export(weights, plan.model, folder.export, tokenizer=texts.exported, lineage=checkpoint.lineage)
     console.print(f"{plan.config.name}: exported to {folder.export}", highlight=False)
 
 

@@ -10,6 +10,7 @@ from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import ALL_LINES
+from megarewarm.checkpoint.tokenizer_source import TokenizerSource
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.engine import ParallelModel
@@ -19,7 +20,8 @@ from megarewarm.training.saving import is_saved
 
 @dataclass
 class NotOpened:
-    """Stands for a start checkpoint that is not on this machine; enough to show the plan, not to train."""
+    """Stands for a start checkpoint that is not on this machine; enough to show the plan, not to train. ``written_by``: the
+    plan of the run that will have written it."""
 
     name: str
     model_config: ModelConfig
@@ -28,6 +30,8 @@ class NotOpened:
     training: TrainingState | None = None
     lineage: Lineage = field(default_factory=Lineage)
     keeps: frozenset[str] = frozenset()
+    tokenizer: TokenizerSource = field(default_factory=TokenizerSource)
+    written_by: Plan | None = None
 
     def load_weights(self, model: ParallelModel) -> None:
         raise UserError(f"{self.name} was not opened")
@@ -45,7 +49,8 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
     if start is not None and not Path(start).is_dir():
         for plan in earlier:
             if (step := _step_named(start, plan)) is not None:
-                written = NotOpened(start, plan.model, "not yet written", training=_state_after(plan, step), keeps=ALL_LINES)
+                state = _state_after(plan, step)
+                written = NotOpened(start, plan.model, "not yet written", training=state, keeps=ALL_LINES, written_by=plan)
                 return make_plan(config, source=written), []
     try:
         return make_plan(config), []

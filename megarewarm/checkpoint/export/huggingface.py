@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from megarewarm import __version__
 from megarewarm.checkpoint.export.model_card import model_card
 from megarewarm.checkpoint.export.replace import new_folder
 from megarewarm.checkpoint.export.safetensors_stream import write_streaming
+from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, exported_tokenizer, write_files
 from megarewarm.checkpoint.foreign.huggingface import PREFIX, SHAPE, read_json
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.tokenizer_source import ROLES, TokenizerSource, named_tokenizer
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
-from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 
 SHARD_BYTES = 5 * 10**9
@@ -49,7 +49,7 @@ def export(
     config: ModelConfig,
     folder: str | Path,
     *,
-    tokenizer: str | Path | None = None,
+    tokenizer: ExportedTokenizer | str | Path | None = None,
     dtype: torch.dtype | None = None,
     lineage: Lineage | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -57,24 +57,22 @@ def export(
     """Write ``folder``: weights, configuration, generation configuration, tokenizer, and a model card from ``lineage``.
 
     Weights are read and written one at a time, in ``dtype`` or else the one they have; more than ``shard_bytes`` go to
-    several files. The folder appears whole or not at all, and replaces an earlier export. Raises ``UserError`` where it would
-    replace anything else, where the tokenizer is missing, and where weights do not fit ``config``.
+    several files. The folder appears whole or not at all, and replaces an earlier export. Raises ``UserError``
+    where it would replace anything else, where the tokenizer can't be exported, and where weights do not fit ``config``.
     """
     folder = Path(folder)
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise UserError(f"{tokenizer}: no such tokenizer file, so it cannot be copied into the export")
+    if not isinstance(tokenizer, ExportedTokenizer):
+        file = None if tokenizer is None else named_tokenizer(tokenizer, "the export's tokenizer")
+        tokenizer = exported_tokenizer(TokenizerSource(file), config)
     shapes = expected_shapes(config)
     check(weights, shapes)
     dtype = dtype or _common_dtype(weights)
     with new_folder(folder, _is_export) as new:
-        end_of_text = 0 if tokenizer is None else _end_of_text(Path(tokenizer))
-        _write_json(new / "config.json", _to_huggingface(config, dtype, end_of_text))
-        generation = {"_from_model_config": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        _write_json(new / "generation_config.json", generation)
+        ids = {f"{role}_token_id": tokenizer.ids[role] for role in ROLES}
+        _write_json(new / "config.json", _to_huggingface(config, dtype) | ids)
+        _write_json(new / "generation_config.json", {"_from_model_config": True, **ids})
         _write_weights(weights, shapes, dtype, new, shard_bytes)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, new / "tokenizer.json")
-            _write_json(new / "tokenizer_config.json", _tokenizer_config(Path(tokenizer), config))
+        write_files(tokenizer.files, new)
         if lineage is not None:
             name = lineage.stages[-1].run if lineage.stages else folder.name
             (new / "README.md").write_text(model_card(name, config, lineage), encoding="utf-8")
@@ -90,7 +88,7 @@ def _is_export(folder: Path) -> bool:
     return config.is_file() and str(read_json(config).get("exported_by", "")).startswith("megarewarm")
 
 
-def _to_huggingface(config: ModelConfig, dtype: torch.dtype, end_of_text: int) -> dict[str, Any]:
+def _to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -114,23 +112,9 @@ def _to_huggingface(config: ModelConfig, dtype: torch.dtype, end_of_text: int) -
             "rope_theta": config.rotary_base,
             "partial_rotary_factor": config.rotary_fraction,
         },
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _tokenizer_config(tokenizer: Path, config: ModelConfig) -> dict[str, Any]:
-    added = [token.get("content") for token in read_json(tokenizer).get("added_tokens") or []]
-    special = {name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token") if "<|endoftext|>" in added}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_positions, **special}
-
-
-def _end_of_text(tokenizer: Path) -> int:
-    """Id of ``<|endoftext|>``, which ends and begins documents; 0, as in Pythia, where the tokenizer has none."""
-    added = read_json(tokenizer).get("added_tokens") or []
-    return next((token["id"] for token in added if token.get("content") == "<|endoftext|>"), 0)
 
 
 def _write_weights(

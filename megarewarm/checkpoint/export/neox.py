@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.export.replace import new_folder
+from megarewarm.checkpoint.export.tokenizer_files import write_files
 from megarewarm.checkpoint.export.torch_stream import write_streaming
 from megarewarm.checkpoint.foreign.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
@@ -28,11 +29,13 @@ def export_neox(
     step: int = 0,
     tensor_ranks: int = 1,
     dtype: torch.dtype | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write ``folder/global_stepN`` and ``folder/latest``: weights only, to be loaded with ``finetune: true``.
 
     One parameter is held at a time. The MLP has today's names (linear1, linear2). Beside the layers there are
     ``mp_rank_YY_model_states.pt`` with the counters that GPT-NeoX asks for, and ``configs/model.yml`` with the model's keys.
+    ``tokenizer``: its files by name, to lie beside ``latest``.
     Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, and where ``folder`` holds anything else.
     """
     shapes = expected_shapes(config)
@@ -56,6 +59,7 @@ def export_neox(
         (target / "configs" / "model.yml").write_text(
             json.dumps(neox_keys(config, tensor_ranks), indent=1) + "\n", encoding="utf-8"
         )
+        write_files(tokenizer or {}, new)
         (new / "latest").write_text(target.name, encoding="utf-8")
         (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n", encoding="utf-8")
 
@@ -149,10 +153,6 @@ def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
         "use_bias_in_attn_linear": config.attention_bias,
         "activation": "gelu",
         "bias_gelu_fusion": config.activation == "gelu_tanh",
-        "make_vocab_size_divisible_by": _padding(config.vocab_size, tensor_ranks),
+        # whatever the size of the tokenizer is, it is padded to the rows that there are
+        "make_vocab_size_divisible_by": config.vocab_size // tensor_ranks,
     }
-
-
-def _padding(rows: int, tensor_ranks: int) -> int:
-    """The largest usual multiple to which GPT-NeoX may pad the tokenizer's vocabulary so that it comes to ``rows`` again."""
-    return next(multiple for multiple in (128, 64, 32, 16, 8, 4, 2, 1) if rows % (multiple * tensor_ranks) == 0)

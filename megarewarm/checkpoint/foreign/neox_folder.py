@@ -90,6 +90,12 @@ class NeoXFolder:
         self.model_config, self.notes = self._read_config()
         check(self, expected_shapes(self.model_config))
 
+    @property
+    def tokenizer_file(self) -> str | None:
+        """The file of the tokenizer that the run's own YAML names."""
+        name = self._settings.get("vocab_file")
+        return name if isinstance(name, str) else None
+
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _count_tensor_ranks(self) -> int:

@@ -1,0 +1,70 @@
+"""What turns text into the ids of a checkpoint: where its tokenizer lies, and which ids are said to begin and end texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megarewarm.data.end_of_document import TOKENIZER_FILES
+from megarewarm.data.tokenizer_identity import TokenizerIdentity
+from megarewarm.data.tokenizers import load_tokenizer
+from megarewarm.errors import UserError
+
+ROLES = ("bos", "eos", "pad")
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """``file``: the tokenizer, None where none is known; ``eod``: the id that ends the documents of the data that were trained
+    on; ``stated``: ids of 'bos', 'eos' and 'pad' in a config.json that the weights come with."""
+
+    file: Path | None = None
+    eod: int | None = None
+    stated: Mapping[str, int] = field(default_factory=dict)
+
+    def over(self, older: TokenizerSource) -> TokenizerSource:
+        """This one; what it doesn't know is taken from ``older``. An end of documents is not: other data have another."""
+        return replace(self, file=self.file or older.file, stated=self.stated or older.stated)
+
+
+def tokenizer_files_in(folder: Path) -> list[Path]:
+    """The tokenizers that lie in a folder as transformers writes it, the preferred one first."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def named_tokenizer(name: str | Path, key: str) -> Path:
+    """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` where it can't be read."""
+    try:
+        return load_tokenizer(name).path
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+def readable_tokenizer(name: object) -> Path | None:
+    """The tokenizer's file that ``name`` means, if it is there and can be read."""
+    try:
+        return load_tokenizer(name).path if isinstance(name, str) else None
+    except UserError:
+        return None
+
+
+def still_there(tokenizers: Sequence[TokenizerIdentity]) -> Path | None:
+    """The file of one of the ``tokenizers`` that token files were made with, if it is there and still the same."""
+    for known in tokenizers:
+        path = readable_tokenizer(known.file)
+        if path is not None and load_tokenizer(path).fingerprint() == known.fingerprint:
+            return path
+    return None
+
+
+def stated_ids(config: Mapping[str, Any]) -> dict[str, int]:
+    """The ids in a config.json; of several ends the first."""
+    found = {}
+    for role in ROLES:
+        value = config.get(f"{role}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            found[role] = value
+    return found
