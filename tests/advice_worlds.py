@@ -1,4 +1,4 @@
-"""Experiments whose truth is known: made by the annealing law with other numbers, or by something that no law here describes."""
+"""Experiments whose truth is known: by the annealing law with other numbers, or by something no law here describes."""
 
 from __future__ import annotations
 

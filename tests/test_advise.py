@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import advice_worlds as worlds
 import numpy as np
 import pytest
-import advice_worlds as worlds
 import test_laws_fits as made
 from matplotlib.text import Text
 from report_runs import write
 from rich.console import Console
 
 from megarewarm.errors import UserError
-from megarewarm.laws import annealing
+from megarewarm.laws import annealing, replay
 from megarewarm.laws.advice import advise, as_json
 from megarewarm.laws.arms import read_trained, replay_families, schedule_families
 from megarewarm.laws.show import advice_figure
@@ -109,6 +109,7 @@ def test_what_is_read(tmp_path: Path) -> None:
 def one_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """One lambda is tried instead of five, which is all that a test has time for."""
     monkeypatch.setattr(annealing, "MEMORIES", (0.95,))
+    monkeypatch.setattr(replay, "_STARTS", replay._STARTS[:2])
 
 
 PEAKS = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -164,11 +165,11 @@ def test_the_picture_says_which_replay_and_its_lines_pass_the_crosses(tmp_path: 
     advice = advise(worlds.experiment(tmp_path / "trial", arms, worlds.annealing))
     figure = advice_figure(advice)
     assert figure is not None and len(figure.axes) == 6
-    peak, replay = figure.axes[0], figure.axes[2]
-    legend = peak.get_legend()
+    peaks, shares = figure.axes[0], figure.axes[2]
+    legend = peaks.get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()][:2] == ["replay 0%", "replay 2%"]
-    crosses = [line for line in replay.lines if line.get_marker() == "x"]
-    curves = [line for line in replay.lines if line.get_marker() == "None"]
+    crosses = [line for line in shares.lines if line.get_marker() == "x"]
+    curves = [line for line in shares.lines if line.get_marker() == "None"]
     assert len(crosses) == len(curves) == 2
     band = max(trial.band for section in advice.sections for trial in section.trials.values() if section.laws)
     for cross, curve in zip(crosses, curves, strict=True):

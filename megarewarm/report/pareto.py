@@ -28,8 +28,8 @@ def comparable(rows: Sequence[ArmRow]) -> list[list[ArmRow]]:
     """The arms whose forgetting and adaptation mean the same: on the same validation sets, from the same start, after as many
     tokens.
 
-    Only arms with both numbers in every seed; one that diverged in some seed is not judged by the others. Stages of chains, which
-    start from each other, are left out, as are groups of one.
+    Only arms with both numbers; one that diverged in some seed is not judged by the others. Stages of chains, which start from
+    each other, are left out, as are groups of one.
     """
     found: list[list[ArmRow]] = []
     for row in rows:
