@@ -119,7 +119,7 @@ def test_no_claim_that_the_data_contradict(tmp_path: Path) -> None:
     ]
     text = "\n".join(summarise(runs))
     assert "The highest peak" not in text
-    assert "a forgot most (+0.500 upstream)." in text and "a learned most (−0.500 downstream)." in text
+    assert "a forgot most (+0.500 upstream)." in text and "a learned most (adaptation +0.500 downstream)." in text
     assert "no steady trend" in text and "throughout" not in text
     tied = [made(tmp_path, "d", 1e-4, 2.5, 1.5), made(tmp_path, "e", 2e-4, 2.502, 1.499)]
     text = "\n".join(summarise(tied))

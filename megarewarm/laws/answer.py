@@ -69,6 +69,8 @@ def _best(
     start = f"{bound} its start ({loss_text(question.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
     if aim == MEAN:
         return f"{text}; the lowest {aim}, {loss_text(aimed(measured[best], aim))}. No arm keeps the upstream loss {start}."
+    if able == 1:
+        return f"{text}; the only one that keeps the upstream loss {start}."
     return f"{text}; the lowest downstream loss of the {able} that keep the upstream loss {start}."
 
 

@@ -31,7 +31,8 @@ class Trained:
     evaluations, both (points,), steps counted from the run's start, the first the start checkpoint's.
 
     ``arm`` is the same for all seeds. ``rate_before`` and ``sum_before`` are the last learning rate and the sum of rates of
-    what it started from, ``None`` where that isn't known. A run that is not ``finite`` diverged: its losses count for nothing.
+    what it started from, ``None`` where that isn't known. A run that is not ``finite`` diverged: its losses count for nothing,
+    and it may have ended before the steps that were ``planned``, where those are known.
     """
 
     name: str
@@ -45,10 +46,12 @@ class Trained:
     rate_before: float | None = None
     sum_before: float | None = None
     finite: bool = True
+    planned: int | None = None
 
     @property
     def steps(self) -> int:
-        return len(self.rates)
+        """What was planned; of a finished run that is what was trained."""
+        return len(self.rates) if self.finite or self.planned is None else self.planned
 
     @property
     def replay(self) -> float:
@@ -193,6 +196,7 @@ def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Pat
         rate_before=rate_before,
         sum_before=sum_before,
         finite=finite,
+        planned=total - run.first_step if isinstance(total := run.start.get("total_steps"), int) else None,
     )
 
 

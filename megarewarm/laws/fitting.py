@@ -154,8 +154,13 @@ class Trial:
         than what lies between the arms."""
         if len(self.counted()) < 2 or not self.error < self.error_of_mean:
             return False
+        return 2 * self.band < self.range
+
+    @property
+    def range(self) -> float:
+        """What lies between the best and the worst arm, in nats per token."""
         measured = [arm.measured for arm in self.arms]
-        return 2 * self.band < max(measured) - min(measured)
+        return max(measured) - min(measured) if measured else 0.0
 
 
 def quantile(count: int) -> float:

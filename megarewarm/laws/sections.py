@@ -22,6 +22,7 @@ from megarewarm.schedules.schedule import Schedule
 
 _ROUND = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # replay fractions that people use
 _KEYS = {"warmup_steps": "warmup"}  # as a run's file names them, where the record of a schedule has another name
+_BAND = 1.645  # standard errors on each side of 90 %
 _LEARNED = 0.005  # nats: an upstream loss that ended less below its start was not learned, which is noise
 
 
@@ -96,17 +97,17 @@ def _predictions(section: Section) -> tuple[list[Prediction], list[str]]:
     further = _ROUND if section.kind == "replay" else ()
     for point in [point for kind in section.space.kinds for point in section.space.candidates(kind, further)] if laws else []:
         arm = section.space.arm_at(point)
-        losses = {}
+        losses, bands = {}, {}
         for role, law in laws.items():
             value, error = _value(section, role, law, point)
-            if arm is None and not 1.645 * error <= law.trial.band:
+            band = max(law.trial.band, _BAND * error)
+            if not 2 * band < law.trial.range:
                 vague += 1
-            elif not possible(section.family, role, value, law.trial.band):
+            elif not possible(section.family, role, value, band):
                 impossible += 1
             else:
-                losses[role] = value
+                losses[role], bands[role] = value, band
         if losses:
-            bands = {role: laws[role].trial.band for role in losses}
             found.append(Prediction(_what(section, point), _keys(section, point), losses, bands, arm))
     sentences = []
     if impossible:

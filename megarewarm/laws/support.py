@@ -53,7 +53,7 @@ def schedule_point(run: Trained) -> Point | None:
     """Where the run's schedule lies; ``None`` where its rates are not those of the schedule that it tells of."""
     try:
         schedule = Schedule.from_spec(run.schedule)
-        rates = schedule.values(np.arange(run.steps))
+        rates = schedule.values(np.arange(len(run.rates)))
     except (UserError, TypeError, ValueError, AttributeError):
         return None
     if not np.abs(rates - run.rates).sum() <= _WRONG * run.rates.sum():

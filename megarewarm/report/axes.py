@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,10 +38,12 @@ def number_of(axis: str, value: Any) -> float | None:
     if isinstance(value, str):
         text = value.strip()
         try:
-            return float(text.removesuffix("%"))
+            value = float(text.removesuffix("%"))
         except ValueError:
             return None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(f"{value:.9g}")  # 0.1 + 0.2 is 0.3
 
 
 def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]] | None:

@@ -23,6 +23,7 @@ _Column = NDArray[np.float64]
 
 _WIDTH = 11.0
 _EARLY = 0.1  # the share of the tokens that the left column enlarges
+_AT_END = 0.97  # of the axis: a curve that ends before is not joined to its label, which would look like more of it
 _POINTS = 1200  # more points than this are not visible on a page
 
 
@@ -131,7 +132,8 @@ def describe_named(named: Sequence[tuple[str, Run]]) -> str:
         parts = [f"peak LR {rate_text(run.peak_lr)}"]
         for role in (UPSTREAM, DOWNSTREAM):
             if len(curve := run.curve(role)):
-                parts.append(f"{role} loss {curve.losses[0]:.2f} to {curve.losses[-1]:.2f}")
+                first, last = (f"{x:.2f}" if math.isfinite(x) else "diverged" for x in curve.losses[[0, -1]].tolist())
+                parts.append(f"{role} loss {first} to {last}")
         ends.append(f"{label}: {', '.join(parts)}")
     return "Line charts of learning rate, upstream loss and downstream loss against tokens. " + "; ".join(ends) + "."
 
@@ -148,7 +150,8 @@ def curves_figure(
     above, gap, below = 0.42, 0.68, 0.55
     total = above + sum(heights) + gap * len(roles) + below
     longest = max(len("start checkpoint"), *(len(line.label) for line in lines))
-    label_width = 0.55 + 0.076 * (longest + 6)
+    early_end = any(line.run.tokens < _AT_END * max(other.run.tokens for other in lines) for line in lines)
+    label_width = 0.55 + 0.076 * (longest + (15 if early_end else 6))
     left, right = 0.1, 1 - label_width / _WIDTH
     early = not stages and _has_early_detail(lines)
     with style.style():
@@ -286,7 +289,8 @@ def _starts(lines: Sequence[Line], role: str) -> list[tuple[str, float]]:
 
 
 def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> None:
-    """Name and final loss of every run, right of the axes, in the order of the losses, joined to the ends by hairlines.
+    """Name and final loss of every run, right of the axes, in the order of the losses, joined to the ends by hairlines; of one
+    that ended early where it did so, without a hairline.
 
     The start checkpoint's loss is a dashed line with a label among them.
     """
@@ -303,6 +307,8 @@ def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> No
         if len(curve):
             loss = float(curve.losses[-1])
             end = "diverged" if not math.isfinite(loss) else f"{loss:.2f}" + (" ↑" if loss > high else "")
+            short = curve.tokens[-1] < _AT_END * edge
+            end += f" at {tokens_text(float(curve.tokens[-1]))}" if short else ""
             text, loss = f"{line.label}  {end}", loss if math.isfinite(loss) else math.inf
             ends.append((loss, float(curve.tokens[-1]), text, line.colour))
     ends.sort(key=lambda end: end[0])
@@ -316,7 +322,7 @@ def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> No
         axes.annotate(
             text, (tokens, min(loss, high)), xytext=(1 + 0.25 / axes.get_position().width / _WIDTH, place),
             textcoords="axes fraction", va="center", ha="left", fontsize=9, color=style.for_text(colour),
-            annotation_clip=False, arrowprops=joined if loss <= high else None,
+            annotation_clip=False, arrowprops=joined if loss <= high and tokens >= _AT_END * edge else None,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from megarewarm.report.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.experiment import Experiment
 from megarewarm.report.pareto import comparable, front
 from megarewarm.report.seeds import LEVEL, Difference
-from megarewarm.report.words import MINUS, loss_text, signed_text, tokens_text
+from megarewarm.report.words import MINUS, SAME, loss_text, signed_text, tokens_text
 
 _NAMES = {"upstream_after": "upstream loss", "downstream_after": "downstream loss"}
 
@@ -152,19 +152,21 @@ def _early_rise(rows: Sequence[ArmRow]) -> list[str]:
     sentences = []
     for role in ("upstream", "downstream"):
         able = [row for row in rows if row.kind == "continued" and row.arm.chain is None]
-        risen = [row for row in able if (row.mean(f"{role}_rise") or 0.0) > 0]
+        risen = [row for row in able if (row.mean(f"{role}_rise") or 0.0) > SAME]
         if not risen:
             continue
         back = [row for row in risen if row.values[f"{role}_recovered_tokens"] and not _never(row, role)]
         highest = max(risen, key=lambda row: row.mean(f"{role}_rise") or 0.0)
         rise, at = highest.mean(f"{role}_rise"), highest.mean(f"{role}_rise_tokens")
-        text = f"The {role} loss rose above its start in {len(risen)} of {_count(len(able), 'arm')}, most in {highest.name}: "
+        most = "most in" if len(risen) > 1 else "in"
+        text = f"The {role} loss rose above its start in {len(risen)} of {_count(len(able), 'arm')}, {most} {highest.name}: "
         text += f"{signed_text(rise)} after {tokens_text(at or 0.0)} tokens. "
         if not back:
             text += "In none of them did it come back to the start in every seed."
         else:
             quick, slow = (pick(_recovered(row, role) for row in back) for pick in (min, max))
-            span = tokens_text(quick) if quick == slow else f"{tokens_text(quick)} to {tokens_text(slow)}"
+            first, last = tokens_text(quick), tokens_text(slow)
+            span = first if first == last else f"{first} to {last}"
             text += f"It came back in every seed in {len(back)} of these, after {span} tokens on average."
         sentences.append(text)
     return sentences
@@ -191,8 +193,12 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
         if reached:
             ranked = sorted(reached, key=lambda row: row.mean("tokens_saved") or 0.0)
             least, most = ranked[0], ranked[-1]
-            text += f"; {most.name} saved most tokens on the way ({_tokens(most)})"
-            text += f", {least.name} least ({_tokens(least)})" if least is not most else ""
+            if len(reached) == 1:
+                text += f"; {most.name} saved {_tokens(most)} tokens on the way"
+            elif _tokens(least) != _tokens(most):
+                text += f"; {most.name} saved most tokens on the way ({_tokens(most)}), {least.name} least ({_tokens(least)})"
+            else:
+                text += f"; each saved {_tokens(most)} tokens on the way"
         sentences.append(f"{text}.")
     return sentences
 

@@ -49,7 +49,8 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One run in numbers; ``label`` is its name, made unique within the report."""
+    """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses
+    compare only where they are the same."""
 
     label: str
     kind: Kind
@@ -59,6 +60,7 @@ class Row:
     tokens: float
     upstream: Change
     downstream: Change
+    sets: tuple[str, ...] = ()
 
     @property
     def forgetting(self) -> float | None:
@@ -112,6 +114,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
             tokens=run.tokens,
             upstream=change_of(run, UPSTREAM),
             downstream=change_of(run, DOWNSTREAM),
+            sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
         )
         for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)
     ]
@@ -190,6 +193,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of a setting are the same; numbers may differ by rounding."""
+    if isinstance(one, int | float) and isinstance(other, int | float) and not isinstance(one, bool | type(None)):
+        return one == other or math.isclose(one, other, rel_tol=1e-5)
+    return bool(one == other)
+
+
+def same_length(one: float, other: float) -> bool:
+    """Whether two numbers of tokens are close enough for the losses after them to be compared."""
+    return abs(one - other) <= 0.01 * max(one, other)
+
+
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """The config keys that are not the same in all runs, each with its value in every run (``None`` where absent)."""
     flats = [flatten(run.config) if run.config else {} for run in runs]
@@ -197,6 +212,6 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for key in keys:
         values = [flat.get(key) for flat in flats]
-        if key not in _NOT_A_SETTING and any(value != values[0] for value in values):
+        if key not in _NOT_A_SETTING and not all(same_value(value, values[0]) for value in values):
             found[key] = values
     return found

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from megarewarm.report import style
 from megarewarm.report.arms import ArmRow
 from megarewarm.report.axes import error_bars
+from megarewarm.report.measures import same_length
 from megarewarm.report.place import place_labels
 from megarewarm.report.seeds import Spread
 from megarewarm.report.tradeoff import signed_tick
@@ -24,15 +25,29 @@ _BASELINE = 4  # black in the palette
 
 
 def comparable(rows: Sequence[ArmRow]) -> list[list[ArmRow]]:
-    """The arms whose forgetting and adaptation mean the same: on the same validation sets and from the same start.
+    """The arms whose forgetting and adaptation mean the same: on the same validation sets, from the same start, after as many
+    tokens.
 
-    Only arms with both numbers; stages of chains, which start from each other, are left out, as are groups of one.
+    Only arms with both numbers; one that diverged in some seed is not judged by the others. Stages of chains, which start from
+    each other, are left out, as are groups of one.
     """
-    found: dict[object, list[ArmRow]] = {}
+    found: list[list[ArmRow]] = []
     for row in rows:
-        if row.arm.chain is None and row.mean("forgetting") is not None and row.mean("adaptation") is not None:
-            found.setdefault((row.arm.sets, row.arm.start), []).append(row)
-    return [group for group in found.values() if len(group) > 1]
+        if row.arm.chain is not None or row.mean("forgetting") is None or row.mean("adaptation") is None:
+            continue
+        if any(row.spread(f"{role}_after").others for role in ("upstream", "downstream")):
+            continue
+        like = [group for group in found if _alike(group[0], row)]
+        if like:
+            like[0].append(row)
+        else:
+            found.append([row])
+    return [group for group in found if len(group) > 1]
+
+
+def _alike(one: ArmRow, other: ArmRow) -> bool:
+    lengths = (one.mean("tokens") or 0.0, other.mean("tokens") or 0.0)
+    return one.arm.sets == other.arm.sets and one.arm.start == other.arm.start and same_length(*lengths)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:

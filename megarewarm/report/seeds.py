@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 LEVEL = 0.95
 
+_ROUNDING = 1e-6  # relative to losses of some nats, far below what any seed changes
+
 # Quantiles 0.975 of Student's t for 1 to 10 degrees of freedom; above, the series below is exact to four digits.
 _T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 
@@ -82,8 +84,8 @@ class Difference:
 
     @property
     def established(self) -> bool:
-        """Whether the 95 % interval excludes 0. Never for one seed."""
-        return self.margin is not None and abs(self.mean) > self.margin
+        """Whether the 95 % interval excludes 0. Never for one seed, nor for what is rounding."""
+        return self.margin is not None and abs(self.mean) > max(self.margin, _ROUNDING)
 
 
 def paired(arm: Mapping[int | None, float], reference: Mapping[int | None, float]) -> Difference | None:

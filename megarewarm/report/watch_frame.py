@@ -175,8 +175,9 @@ def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
     text = Text(f"{len(runs)} {state}", style=_STYLES[state])
     if state == "done":
         for role, name in (("upstream", " · lowest up"), ("downstream", ", down")):
-            ended = [(loss, run.name) for run in runs if (loss := getattr(run, role).newest) is not None]
-            if ended:
+            losses = [(getattr(run, role).newest, run.name) for run in runs]
+            ended = [(loss, name) for loss, name in losses if loss is not None and math.isfinite(loss)]
+            if len(runs) > 1 and ended:
                 loss, best = min(ended)
                 text.append(f"{name} {_loss(loss)} ", style="dim").append(_short(best, max(8, (width - 40) // 2)))
         return text

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megarewarm.report.measures import Row, differences, labels, rows
+from megarewarm.report.measures import Change, Row, differences, labels, rows, same_length, same_value
 from megarewarm.report.read import Run
 
 # Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
@@ -15,8 +15,11 @@ SAME = 0.005
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
+_SAME_RATE = 0.005  # of the rate: what differs by less is written with the same digits
+
 _COMPARISONS = 2  # as many sentences on one setting as a reader takes in
 
+_LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
 _LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
 
 
@@ -71,12 +74,16 @@ def _overview(table: Sequence[Row]) -> list[str]:
     if not continued:
         return [
             f"{row.label} trained {tokens_text(row.tokens)} tokens in {row.steps:,} steps from scratch"
-            + (f" and ended at an upstream loss of {loss_text(row.upstream.after)}." if row.upstream.after else ".")
+            + (
+                f" and ended at an upstream loss of {loss_text(row.upstream.after)}."
+                if row.upstream.after is not None and math.isfinite(row.upstream.after)
+                else "."
+            )
             for row in table
         ]
     each = " each" if len(continued) > 1 else ""
     shortest, longest = (pick(continued, key=lambda row: row.tokens) for pick in (min, max))
-    if longest.tokens - shortest.tokens <= 0.01 * longest.tokens:
+    if same_length(shortest.tokens, longest.tokens):
         span = f"for {longest.steps:,} steps ({tokens_text(longest.tokens)} tokens){each}"
     else:
         span = f"for {tokens_text(shortest.tokens)} ({shortest.label}) to {tokens_text(longest.tokens)} tokens"
@@ -91,16 +98,44 @@ def _overview(table: Sequence[Row]) -> list[str]:
 
 
 def _extremes(table: Sequence[Row]) -> list[str]:
-    """Who forgot and who learned most, in one breath with the highest peak where that is the same run."""
+    """Who forgot and who learned most, among runs that can be compared; a run without any such has its own numbers told."""
+    changed = [row for row in table if row.forgetting is not None or row.adaptation is not None]
+    if len(changed) < 2:
+        return [text for row in changed if (text := _own(row))]
+    groups: list[list[Row]] = []
+    for row in changed:
+        like = [group for group in groups if group[0].sets == row.sets and same_length(group[0].tokens, row.tokens)]
+        if like:
+            like[0].append(row)
+        else:
+            groups.append([row])
+    sentences = []
+    for group in groups:
+        of = ""
+        if len(groups) > 1:
+            of = f"Of the {len(group)} runs over {tokens_text(group[0].tokens)} tokens on {_sets(group[0])}: "
+        if len(group) > 1:
+            lost = [row for row in table if row.diverged and same_length(row.tokens, group[0].tokens)]
+            of += f"Without {_names(lost)}, which diverged: " if lost else ""
+            sentences += [f"{of}{text}" for text in _superlatives(group)]
+        elif text := _own(group[0]):
+            sentences.append(text)
+    return sentences
+
+
+def _sets(row: Row) -> str:
+    return ", ".join(dict.fromkeys(row.sets))
+
+
+def _superlatives(table: Sequence[Row]) -> list[str]:
+    """Who forgot and who learned most of comparable runs, in one breath with the highest peak where that is the same run."""
     forgot, learned = _first(table, "forgetting"), _first(table, "adaptation")
-    if sum(row.forgetting is not None or row.adaptation is not None for row in table) < 2:
-        return [text for row in table if (text := _own(row))]
     claims = []
     if forgot and (forgot.forgetting or 0.0) > SAME:
         claims.append((forgot, f"forgot most ({signed_text(forgot.forgetting)} upstream)"))
     if learned and (learned.adaptation or 0.0) > SAME:
         claims.append((learned, f"learned most ({_downstream(learned)} downstream)"))
-    loudest = _first([row for row in table if row.kind == "continued"], "peak_lr", gap=0.0)
+    loudest = _first([row for row in table if row.kind == "continued"], "peak_lr", share=_SAME_RATE)
     together = [claim for row, claim in claims if row is loudest]
     sentences = []
     if loudest and together:
@@ -133,15 +168,26 @@ def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
     for setting in by_setting:
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(table):
-            rest = [repr(values[index]) for key, values in different.items() if _setting(key) != setting]
+            rest = [_spelt(values[index]) for key, values in different.items() if _setting(key) != setting]
             if row.kind == "continued" and runs[index].config:
                 groups.setdefault(repr(rest), []).append(index)
         keys = by_setting[setting]
-        compared = [group for group in groups.values() if len({repr([different[key][i] for key in keys]) for i in group}) > 1]
+        told = groups.values() if setting in _LENGTHS else [_of_one_length(group, table) for group in groups.values()]
+        compared = [group for group in told if any(not _alike(group[0], i, keys, different) for i in group)]
         for group in compared[:_COMPARISONS]:
             if text := _compare(setting, keys, group, different, table):
                 sentences.append(text)
     return sentences
+
+
+def _of_one_length(group: Sequence[int], table: Sequence[Row]) -> list[int]:
+    """Those of the runs that trained as far as the longest: one that was stopped ends elsewhere for that reason alone."""
+    most = max(table[index].tokens for index in group)
+    return [index for index in group if same_length(table[index].tokens, most)]
+
+
+def _alike(one: int, other: int, keys: Sequence[str], different: dict[str, list[Any]]) -> bool:
+    return all(same_value(different[key][one], different[key][other]) for key in keys)
 
 
 def _compare(
@@ -171,10 +217,12 @@ def _compare(
         text = " → ".join((signed_text if name == "forgetting" else loss_text)(number) for number in exact)
         if max(exact) - min(exact) < SAME:
             text += f" (equal within {SAME:g})"
-        elif numeric and len(exact) > 2:
+        elif numeric and len(exact) > 2 and not any(same_value(values[a], values[b]) for a, b in itertools.pairwise(group)):
             steps = [b - a for a, b in itertools.pairwise(exact)]
-            rises, falls = all(step > 0 for step in steps), all(step < 0 for step in steps)
-            text += " (rising throughout)" if rises else " (falling throughout)" if falls else " (no steady trend)"
+            if all(step > 0 for step in steps) or all(step < 0 for step in steps):
+                text += " (rising throughout)" if steps[0] > 0 else " (falling throughout)"
+            elif max(steps) > SAME and min(steps) < -SAME:
+                text += " (no steady trend)"
         results.append(f"{name} {text}")
     if not results:
         return ""
@@ -196,7 +244,7 @@ def _setting(key: str) -> str:
 def _early_rise(table: Sequence[Row]) -> list[str]:
     sentences = []
     for role in ("upstream", "downstream"):
-        risen = []
+        risen: list[tuple[float, Row, Change]] = []
         for row in table:
             change = row.upstream if role == "upstream" else row.downstream
             if change.peak_rise is None or change.difference is None:
@@ -209,8 +257,10 @@ def _early_rise(table: Sequence[Row]) -> list[str]:
         peak = f"{signed_text(rise)} after {tokens_text(change.peak_tokens or 0)} tokens"
         end = f"{signed_text(change.difference)} at the end"
         runs = _some([row for _, row, _ in risen])
+        most = len(risen) > 1 and sorted(other for other, *_ in risen)[-2] < rise - SAME
+        which = f"highest in {row.label}" if most else f"in {row.label}" if len(risen) > 1 else ""
         sentences.append(
-            f"The {role} loss first rose and then came down in {runs}; highest in {row.label}: {peak}, {end}."
+            f"The {role} loss first rose and then came down in {runs}{f'; {which}' if which else ''}: {peak}, {end}."
             if len(table) > 1
             else f"The {role} loss first rose and then came down: {peak}, {end}."
         )
@@ -222,10 +272,10 @@ def _scratch(table: Sequence[Row]) -> list[str]:
     continued = [row for row in table if row.kind == "continued" and row.downstream.after is not None]
     for row in table:
         after = row.downstream.after
-        others = [other for other in continued if other.tokens <= row.tokens * 1.001]
-        if row.kind != "scratch" or after is None or not others:
+        others = [other for other in continued if other.tokens <= row.tokens * 1.001 and other.sets == row.sets]
+        if row.kind != "scratch" or after is None or not math.isfinite(after) or not others:
             continue
-        better = sum((other.downstream.after or 0.0) < after for other in others)
+        better = sum((other.downstream.after or 0.0) < after - SAME for other in others)
         ended = f"{better} of the {len(others)}" if 0 < better < len(others) else "none" if not better else "all"
         sentences.append(
             f"{row.label}, trained from scratch, reached a downstream loss of {loss_text(after)}; of the runs that "
@@ -252,17 +302,27 @@ def _incidents(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _first(table: Sequence[Row], measure: str, lowest: bool = False, gap: float = SAME) -> Row | None:
-    """The row that stands out at the upper (or lower) end by more than ``gap``; ``None`` where there is none."""
+def _first(table: Sequence[Row], measure: str, lowest: bool = False, share: float | None = None) -> Row | None:
+    """The row that stands out at the upper (or lower) end by more than ``SAME``, or by a ``share`` of its value; ``None``
+    where there is none."""
     ranked = [row for row in table if getattr(row, measure) is not None]
     ranked.sort(key=lambda row: getattr(row, measure), reverse=not lowest)
-    if len(ranked) < 2 or abs(getattr(ranked[0], measure) - getattr(ranked[1], measure)) <= gap:
+    if len(ranked) < 2:
+        return None
+    first, second = (getattr(row, measure) for row in ranked[:2])
+    if abs(first - second) <= (SAME if share is None else share * max(abs(first), abs(second))):
         return None
     return ranked[0]
 
 
 def _downstream(row: Row) -> str:
-    return signed_text(None if row.adaptation is None else -row.adaptation)
+    """With the sign that adaptation has in the table: a fall of the loss is positive."""
+    return f"adaptation {signed_text(row.adaptation)}"
+
+
+def _spelt(value: Any) -> str:
+    """The same for values that differ by rounding."""
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def _value_text(value: Any) -> str:
