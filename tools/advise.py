@@ -6,11 +6,11 @@ from __future__ import annotations
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import sys
-from pathlib import Path
 
 import orjson
 from rich.console import Console
 
+from megarewarm.config.paths import path_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         description="Fit published laws to the finished runs of an experiment, and predict schedules and replay fractions that "
         "were not tried."
     )
-    parser.add_argument("experiment", type=Path, metavar="EXPERIMENT_FOLDER", help="folder with experiment.json in it")
+    parser.add_argument("experiment", type=path_argument, metavar="EXPERIMENT_FOLDER", help="folder with experiment.json in it")
     parser.add_argument(
         "--upstream-within",
         type=share,
@@ -32,7 +32,7 @@ def main() -> None:
         metavar="SHARE",
         help="by how much of its start value the upstream loss may rise (default: 2%%)",
     )
-    parser.add_argument("--output", type=Path, help="for advice.json and advice.png; default: EXPERIMENT_FOLDER/advice")
+    parser.add_argument("--output", type=path_argument, help="for advice.json, advice.png; default: EXPERIMENT_FOLDER/advice")
     arguments = parser.parse_args()
     try:
         import scipy  # noqa: F401

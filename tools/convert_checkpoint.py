@@ -11,7 +11,6 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -19,13 +18,16 @@ from rich.filesize import decimal
 from megarewarm.checkpoint.convert import DTYPES, Wish, bytes_to_read, convert
 from megarewarm.checkpoint.progress import reading
 from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.config.paths import path_argument, text_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC")
-    parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
+    parser.add_argument("source", type=text_argument, metavar="SRC")
+    parser.add_argument(
+        "destination", metavar="DST", type=path_argument, help="a new folder, or an earlier conversion to replace"
+    )
     parser.add_argument("--to", required=True, choices=("hf", "neox", "megarewarm"), help="the form to write")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
     parser.add_argument(
@@ -33,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one that SRC comes with"
+        "--tokenizer", type=path_argument, metavar="FILE", help="hf: tokenizer.json; default: the one that SRC comes with"
     )
     arguments = parser.parse_args()
     console = Console(soft_wrap=not sys.stdout.isatty())

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megarewarm.config.load import dump
 from megarewarm.config.neox_read import neox_files
+from megarewarm.config.paths import path_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.rewarm.neox_start import load_neox, show_account
 
@@ -19,8 +20,8 @@ from megarewarm.rewarm.neox_start import load_neox, show_account
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="GPT-NeoX files, merged as GPT-NeoX does")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, for the global batch; default: %(default)s")
+    parser.add_argument("--output", type=path_argument, metavar="FILE", help="default: standard output")
+    parser.add_argument("--ranks", type=int, help="ranks of the run, for the global batch; default: as few as the files need")
     arguments = parser.parse_args()
     try:
         files = neox_files(arguments.configs)

@@ -7,12 +7,15 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 from pathlib import Path
 
+from megarewarm.config.paths import path_argument
 from megarewarm.schedules.gallery import draw_gallery
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw every learning-rate curve into one picture.")
-    parser.add_argument("picture", nargs="?", type=Path, default=Path("docs/schedules.png"), help="default: %(default)s")
+    parser.add_argument(
+        "picture", nargs="?", type=path_argument, default=Path("docs/schedules.png"), help="default: %(default)s"
+    )
     picture = parser.parse_args().picture
     draw_gallery(picture)
     print(picture)

@@ -12,14 +12,15 @@ from rich.console import Console
 from megarewarm.checkpoint import inspection
 from megarewarm.checkpoint.progress import reading
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
+from megarewarm.config.paths import text_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what is in a checkpoint of any form that megarewarm reads.")
-    parser.add_argument("checkpoint", help="folder or hub name, as for start.from")
+    parser.add_argument("checkpoint", type=text_argument, help="folder or hub name, as for start.from")
     parser.add_argument("--norms", action="store_true", help="root mean square and largest magnitude of every parameter")
-    parser.add_argument("--diff", metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
+    parser.add_argument("--diff", type=text_argument, metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
     parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     arguments = parser.parse_args()

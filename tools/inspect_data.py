@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from megarewarm.config.paths import text_argument
 from megarewarm.data.inspection import Lengths, first_difference, lengths, verify
 from megarewarm.data.token_file import BARE_DTYPES, open_tokens
 from megarewarm.data.tokenizers import load_tokenizer
@@ -20,12 +21,16 @@ from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what is in a .bin/.idx pair, or in a bare .bin.")
-    parser.add_argument("prefix", metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
+    parser.add_argument("prefix", type=text_argument, metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
     parser.add_argument("--dtype", choices=BARE_DTYPES, help="of a bare .bin")
-    parser.add_argument("--tokenizer", help="to show text, and to check ids against: tokenizer.json or a sentencepiece .model")
+    parser.add_argument(
+        "--tokenizer",
+        type=text_argument,
+        help="to show text and check ids: tokenizer.json, sentencepiece .model",
+    )
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
     parser.add_argument("--verify", action="store_true", help="read everything and check every invariant of the format")
-    parser.add_argument("--compare", metavar="OTHER", help="what first differs from another token file")
+    parser.add_argument("--compare", type=text_argument, metavar="OTHER", help="what first differs from another token file")
     arguments = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal need not know every sign

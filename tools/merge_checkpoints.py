@@ -30,21 +30,22 @@ from megarewarm.checkpoint.merge import (
     merge,
 )
 from megarewarm.checkpoint.progress import reading
+from megarewarm.config.paths import path_argument, text_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("destination", metavar="OUT", type=Path)
+    parser.add_argument("destination", metavar="OUT", type=path_argument)
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--mean", nargs="+", metavar="CHECKPOINT")
-    how.add_argument("--last", nargs=2, metavar=("K", "RUN"))
-    how.add_argument("--ema", nargs="+", metavar="DECAY CHECKPOINT")
-    how.add_argument("--interpolate", nargs=2, metavar=("START", "END"))
+    how.add_argument("--mean", type=text_argument, nargs="+", metavar="CHECKPOINT")
+    how.add_argument("--last", type=text_argument, nargs=2, metavar=("K", "RUN"))
+    how.add_argument("--ema", type=text_argument, nargs="+", metavar="DECAY CHECKPOINT")
+    how.add_argument("--interpolate", type=text_argument, nargs=2, metavar=("START", "END"))
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
     parser.add_argument("--to", choices=("megarewarm", "hf", "neox"), default="megarewarm", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="hf: tokenizer.json; default: the one beside the first")
+    parser.add_argument("--tokenizer", type=path_argument, metavar="FILE", help="hf: tokenizer.json; default: the first one's")
     arguments = parser.parse_args()
     console = Console(soft_wrap=not sys.stdout.isatty())
     try:

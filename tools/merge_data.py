@@ -6,11 +6,11 @@ from __future__ import annotations
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megarewarm.config.paths import path_argument, text_argument
 from megarewarm.data.merge import merge_token_files
 from megarewarm.data.token_file import open_tokens
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
@@ -18,8 +18,8 @@ from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the documents of several .bin/.idx pairs into one, in the order given.")
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="name of a .bin/.idx pair without suffix")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the new pair's name, without suffix")
+    parser.add_argument("prefixes", type=text_argument, nargs="+", metavar="PREFIX", help="name of a pair without suffix")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="PREFIX", help="the new pair's name")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     arguments = parser.parse_args()
     try:

@@ -9,11 +9,11 @@ import datetime
 import io
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megarewarm.config.paths import path_argument, text_argument
 from megarewarm.data.preprocess import job
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 
@@ -28,15 +28,19 @@ def main() -> None:
     )
     parser.add_argument(
         "inputs",
+        type=text_argument,
         nargs="+",
         metavar="INPUT",
         help=".jsonl or .txt (also with .gz or .zst added), .parquet, folders of them, quoted patterns, - for .jsonl on stdin",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="tokenizer.json, sentencepiece .model, GPT-2 vocab.json, or a folder"
+        "--tokenizer",
+        type=text_argument,
+        required=True,
+        help="tokenizer.json, sentencepiece .model, vocab.json, or a folder",
     )
-    parser.add_argument("--merges", help="GPT-2's merges.txt; default: the one beside vocab.json")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the files' name, without suffix")
+    parser.add_argument("--merges", type=text_argument, help="GPT-2's merges.txt; default: the one beside vocab.json")
+    parser.add_argument("--output", required=True, type=path_argument, metavar="PREFIX", help="the files' name, without suffix")
     parser.add_argument("--text-key", default="text", help="key or column of the text, dots divide nested keys; default: text")
     parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, as <|endoftext|>")
     eod = parser.add_mutually_exclusive_group()

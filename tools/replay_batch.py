@@ -12,11 +12,11 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megarewarm.config.paths import path_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.parallel.connect import connect
 from megarewarm.parallel.launchers import read_launcher
@@ -25,10 +25,10 @@ from megarewarm.training.replay_batch import replay_step, show
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="the folder of a run")
     parser.add_argument("--step", type=int, metavar="N", help="the step, counted from 1")
     parser.add_argument("--rows", type=int, default=12, metavar="K", help="sequences that are shown; default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with the text of all sequences")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help="write everything as JSON, all sequences as text")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     arguments = parser.parse_args()
     launch = None

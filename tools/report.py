@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megarewarm.config.experiment import is_experiment as names_experiment
 from megarewarm.config.load import read_configs
+from megarewarm.config.paths import path_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.report.experiment import is_experiment
 from megarewarm.report.experiment_page import report_experiment
@@ -26,11 +27,11 @@ def main() -> None:
         description="Draw and compare an experiment's arms, or runs: report.html, figures as PNG, tables as CSV and JSON."
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="FOLDER", help="an experiment's folder or its YAML, or folders of runs"
+        "runs", nargs="+", type=path_argument, metavar="FOLDER", help="an experiment's folder or its YAML, or folders of runs"
     )
     parser.add_argument("--quick", action="store_true", help="with an experiment's YAML: the folder that --quick trained in")
     parser.add_argument(
-        "--output", type=Path, help="default: FOLDER/report, or report/ beside the runs where there are several"
+        "--output", type=path_argument, help="default: FOLDER/report, or report/ beside the runs where there are several"
     )
     arguments = parser.parse_args()
     given: list[Path] = arguments.runs

@@ -7,11 +7,11 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import io
 import sys
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 
+from megarewarm.config.paths import path_argument, text_argument
 from megarewarm.data.preprocess.documents import Documents, first_bytes
 from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
@@ -22,10 +22,14 @@ TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=".jsonl or .txt (also .gz, .zst), .parquet, folders, patterns, -"
+        "files",
+        type=text_argument,
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl, .txt (also .gz, .zst), .parquet, folders, patterns, -",
     )
     parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
-    parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")
+    parser.add_argument("--output", required=True, type=path_argument, help=".json: byte-level BPE, .model: sentencepiece")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text, dots divide nested keys; default: %(default)s"
     )

@@ -7,11 +7,11 @@ import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 
+from megarewarm.config.paths import path_argument
 from megarewarm.errors import EXIT_BAD_INPUT, UserError
 from megarewarm.report.watch import RISE, Overview, Watch
 from megarewarm.report.watch_frame import frame
@@ -19,7 +19,7 @@ from megarewarm.report.watch_frame import frame
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Watch an experiment's runs, or one run, from the files they write.")
-    parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPERIMENT", help="folder of a run or of an experiment")
+    parser.add_argument("folder", type=path_argument, metavar="RUN_OR_EXPERIMENT", help="folder of a run or of an experiment")
     parser.add_argument("--once", action="store_true", help="print one frame and end, as where the output is no terminal")
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)")
     parser.add_argument(
