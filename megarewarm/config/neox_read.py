@@ -112,7 +112,7 @@ def _check(file: NeoxFile, path: str, value: Any, *, off: bool = False) -> None:
     key = _in_table(path)
     place = file.place(path)
     tables = neox_blocks if "." in key else neox_keys
-    if key in tables.ONLY:
+    if key in tables.ONLY and key in neox_blocks.BLOCKS:
         _check_inside(file, path, value, off=True)  # a misspelt key is the cause, where there is one
     if key in tables.HONOURED:
         _check_type(place, value, tables.HONOURED[key])
