@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megarewarm import __version__
 from megarewarm.errors import nearest
@@ -25,8 +26,22 @@ Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas
 up, 128 + signal when stopped by one (after both a checkpoint was saved)."""
 
 
+def path_text(text: str) -> str:
+    """A path on the command line as text, for ``argparse``: shells leave ``--output=~/x`` to the program."""
+    from megarewarm.config.paths import expanded
+
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows what a mistyped option may have meant."""
+    """An argument parser that knows what a mistyped option may have meant, and expands whatever has the type ``Path``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register("type", Path, lambda text: Path(path_text(text)))
 
     def error(self, message: str) -> NoReturn:
         """Print usage and ``message`` on stderr, exit with code 2."""

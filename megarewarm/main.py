@@ -30,9 +30,10 @@ def main(argv: Sequence[str]) -> int:
                 from megarewarm.rewarm.neox_start import load_neox, show_account
 
             overrides = [word for word in arguments.configs if not is_file_word(word)]
-            run, account = load_neox(files, overrides, launch.world_size)
+            alone = arguments.dry_run and launch.world_size == 1  # not under a launcher: as many ranks as the file needs
+            run, account = load_neox(files, overrides, None if alone else launch.world_size)
             show_account(account, console)
-            return _run(run, launch, console, dry=arguments.dry_run)
+            return _run(run, launch, console, dry=arguments.dry_run, world_size=account.ranks)
         mapping, origins = read_configs(arguments.configs)
         if is_experiment(mapping):
             experiment = load_experiment(mapping, origins, quick=arguments.quick)
@@ -53,12 +54,12 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
 
 
-def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool) -> int:
+def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool, world_size: int | None = None) -> int:
     if dry:
         with importing():
             from megarewarm.training.dry_run import show_run
 
-        return show_run(run, console, world_size=launch.world_size)
+        return show_run(run, console, world_size=world_size or launch.world_size)
     return _train(run, launch, console)
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from megarewarm.arguments import DTYPES, Parser
+from megarewarm.arguments import DTYPES, Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.process import importing, run
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC")
+    parser.add_argument("source", type=path_text, metavar="SRC")
     parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
     parser.add_argument("--to", required=True, choices=("hf", "neox", "megarewarm"), help="the form to write")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")

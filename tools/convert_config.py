@@ -19,7 +19,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="GPT-NeoX files, merged as GPT-NeoX does")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the run, for the global batch; default: %(default)s")
+    parser.add_argument("--ranks", type=int, help="ranks of the run, for the global batch; default: as few as the files need")
     arguments = parser.parse_args()
     files = neox_files(arguments.configs)
     if not files:

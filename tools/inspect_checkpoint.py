@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
 from megarewarm.process import importing, run
@@ -12,9 +12,9 @@ from megarewarm.process import importing, run
 
 def main() -> None:
     parser = Parser(description="Show what is in a checkpoint of any form that megarewarm reads.")
-    parser.add_argument("checkpoint", help="folder or hub name, as for start.from")
+    parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("--norms", action="store_true", help="root mean square and largest magnitude of every parameter")
-    parser.add_argument("--diff", metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
+    parser.add_argument("--diff", type=path_text, metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
     parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     arguments = parser.parse_args()

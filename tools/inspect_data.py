@@ -8,7 +8,7 @@ import find_megarewarm  # noqa: F401  # isort: skip
 from rich.filesize import decimal
 from rich.table import Table
 
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console, only_ascii
 from megarewarm.data.inspection import Lengths, first_difference, lengths, verify
 from megarewarm.data.token_file import BARE_DTYPES, open_tokens
@@ -19,12 +19,12 @@ from megarewarm.process import run
 
 def main() -> None:
     parser = Parser(description="Show what is in a .bin/.idx pair, or in a bare .bin.")
-    parser.add_argument("prefix", metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
+    parser.add_argument("prefix", type=path_text, metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
     parser.add_argument("--dtype", choices=BARE_DTYPES, help="of a bare .bin")
-    parser.add_argument("--tokenizer", help="to show text, and to check ids against: tokenizer.json or a sentencepiece .model")
+    parser.add_argument("--tokenizer", type=path_text, help="to show text and check ids: a tokenizer.json or .model")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
     parser.add_argument("--verify", action="store_true", help="read everything and check every invariant of the format")
-    parser.add_argument("--compare", metavar="OTHER", help="what first differs from another token file")
+    parser.add_argument("--compare", type=path_text, metavar="OTHER", help="what first differs from another token file")
     arguments = parser.parse_args()
     console = make_console()
     file = open_tokens(arguments.prefix, dtype=arguments.dtype)

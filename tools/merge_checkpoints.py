@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import DTYPES, Parser
+from megarewarm.arguments import DTYPES, Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
 from megarewarm.process import importing, run
@@ -30,10 +30,10 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("destination", metavar="OUT", type=Path)
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--mean", nargs="+", metavar="CHECKPOINT")
-    how.add_argument("--last", nargs=2, metavar=("K", "RUN"))
-    how.add_argument("--ema", nargs="+", metavar="DECAY CHECKPOINT")
-    how.add_argument("--interpolate", nargs=2, metavar=("START", "END"))
+    how.add_argument("--mean", type=path_text, nargs="+", metavar="CHECKPOINT")
+    how.add_argument("--last", type=path_text, nargs=2, metavar=("K", "RUN"))
+    how.add_argument("--ema", type=path_text, nargs="+", metavar="DECAY CHECKPOINT")
+    how.add_argument("--interpolate", type=path_text, nargs=2, metavar=("START", "END"))
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
     parser.add_argument("--to", choices=("megarewarm", "hf", "neox"), default="megarewarm", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")

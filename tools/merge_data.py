@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.data.merge import merge_token_files
 from megarewarm.data.token_file import open_tokens
@@ -19,7 +19,7 @@ from megarewarm.process import run
 
 def main() -> None:
     parser = Parser(description="Write the documents of several .bin/.idx pairs into one, in the order given.")
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="name of a .bin/.idx pair without suffix")
+    parser.add_argument("prefixes", type=path_text, nargs="+", metavar="PREFIX", help="name of a pair without suffix")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the new pair's name, without suffix")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     arguments = parser.parse_args()

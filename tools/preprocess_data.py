@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.data.preprocess import job
 from megarewarm.process import EXIT_INTERRUPTED, run, say
@@ -28,14 +28,15 @@ def main() -> int:
     )
     parser.add_argument(
         "inputs",
+        type=path_text,
         nargs="+",
         metavar="INPUT",
         help=".jsonl or .txt (also with .gz or .zst added), .parquet, folders of them, quoted patterns, - for .jsonl on stdin",
     )
     parser.add_argument(
-        "--tokenizer", required=True, help="tokenizer.json, sentencepiece .model, GPT-2 vocab.json, or a folder"
+        "--tokenizer", type=path_text, required=True, help="tokenizer.json, sentencepiece .model, GPT-2 vocab.json, or a folder"
     )
-    parser.add_argument("--merges", help="GPT-2's merges.txt; default: the one beside vocab.json")
+    parser.add_argument("--merges", type=path_text, help="GPT-2's merges.txt; default: the one beside vocab.json")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the files' name, without suffix")
     parser.add_argument("--text-key", default="text", help="key or column of the text, dots divide nested keys; default: text")
     parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, as <|endoftext|>")

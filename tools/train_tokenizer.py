@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.data.preprocess.documents import Documents, first_bytes
 from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
@@ -21,7 +21,11 @@ TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
 def main() -> None:
     parser = Parser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=".jsonl or .txt (also .gz, .zst), .parquet, folders, patterns, -"
+        "files",
+        type=path_text,
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl, .txt (also .gz, .zst), .parquet, folders, patterns, -",
     )
     parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
     parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")

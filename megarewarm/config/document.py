@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.experiment import ExperimentConfig
+from megarewarm.config.paths import PathMark
 from megarewarm.config.reliability import Duration
 from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.config.schema import RunConfig
@@ -26,7 +27,11 @@ itself; several files on the command line merge from left to right; `section.key
 (`data.train.0.weight=2` reaches into a list). Mappings merge key by key, lists and values replace. An unknown key is an
 error. A file with the key `experiment` holds several runs (last section).
 
-A *length of training* is written as steps (`500` or `500 steps`), tokens (`2.5B tokens`) or a share of the run (`1%`).
+A *length of training* is written as steps (`500` or `500 steps`), tokens (`2.5B tokens`, `2.5B`) or a share of the run (`1%`).
+Where only tokens make sense `10M` and `10M tokens` are the same; a *share* may be `0.05` or `5%`. An interval is above 0;
+null is never. In a *path* `~` is the home folder and `$NAME` or `${NAME}` the environment's; one that is not set is refused.
+Relative paths are relative to the working directory. Without quotes, `yes`, `no`, `on` and `off` are text where text is
+expected and switches elsewhere; `0100` is a hundred, `23:30:00`, `1:30` and `2026-11-28` are text.
 
 Editors that know the YAML language server check and complete these files with
 `# yaml-language-server: $schema=../docs/config.schema.json` in their first line.
@@ -36,7 +41,9 @@ Editors that know the YAML language server check and complete these files with
 def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _type_name(get_args(annotation)[0])
+        return (
+            "path" if any(isinstance(mark, PathMark) for mark in get_args(annotation)) else _type_name(get_args(annotation)[0])
+        )
     if origin is Literal:
         return " \\| ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, types.UnionType):
@@ -97,7 +104,8 @@ def _section(model: type[BaseModel]) -> str:
     ]
     for name, field in model.model_fields.items():
         meaning = (field.description or _first_line(field.annotation)).replace("|", "\\|")
-        lines.append(f"| `{field.alias or name}` | {_type_name(field.annotation)} | {_default(field)} | {meaning} |")
+        kind = "path" if any(isinstance(mark, PathMark) for mark in field.metadata) else _type_name(field.annotation)
+        lines.append(f"| `{field.alias or name}` | {kind} | {_default(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

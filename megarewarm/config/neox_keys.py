@@ -101,6 +101,9 @@ HONOURED: dict[str, Honoured] = {
     }.items()
 }
 
+PATHS = frozenset(words("data_path train_data_paths valid_data_paths test_data_paths vocab_file save load"))
+"""Honoured keys that are paths, or lists of them."""
+
 # ---- without effect on what is computed here: listed at the start with the reason -----------------------------------
 
 _LAUNCH = "ranks are started by deepspeed, torchrun, srun or mpirun, with their own options"

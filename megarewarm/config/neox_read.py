@@ -112,6 +112,8 @@ def _check(file: NeoxFile, path: str, value: Any, *, off: bool = False) -> None:
     key = _in_table(path)
     place = file.place(path)
     tables = neox_blocks if "." in key else neox_keys
+    if key in tables.ONLY and key in neox_blocks.BLOCKS:
+        _check_inside(file, path, value, off=True)  # a misspelt key is the cause, where there is one
     if key in tables.HONOURED:
         _check_type(place, value, tables.HONOURED[key])
         file.honoured[path] = tables.HONOURED[key].meaning
@@ -130,11 +132,20 @@ def _check(file: NeoxFile, path: str, value: Any, *, off: bool = False) -> None:
         known = [name.rpartition(".")[2] for name in _keys_of(block)]
         hint = nearest(key.rpartition(".")[2], known) or f"; known there: {', '.join(known)}"
         raise UserError(f"{place}: not a key of GPT-NeoX's block '{path.rpartition('.')[0]}'{hint}")
-    if key in neox_blocks.BLOCKS and value is not None:
-        if not isinstance(value, dict):
-            raise UserError(f"{place}: {_shown(value)} is of type {type(value).__name__}, expected a mapping such as fp16's")
-        for name, item in value.items():
-            _check(file, f"{path}.{name}", item, off=off or is_off(value))
+    if key not in tables.ONLY:
+        _check_inside(file, path, value, off=off)
+
+
+def _check_inside(file: NeoxFile, path: str, value: Any, *, off: bool) -> None:
+    """The keys of a block; of anything else there is nothing to check."""
+    if path.removeprefix("deepspeed_extra_args.") not in neox_blocks.BLOCKS or value is None:
+        return
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{file.place(path)}: {_shown(value)} is of type {type(value).__name__}, expected a mapping such as fp16's"
+        )
+    for name, item in value.items():
+        _check(file, f"{path}.{name}", item, off=off or is_off(value))
 
 
 def _in_table(path: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.config import neox_blocks, neox_keys
+from megarewarm.config.load import path_text
 from megarewarm.config.neox_read import NeoxFile
 from megarewarm.errors import UserError
 from megarewarm.untrusted import one_line
@@ -40,6 +41,19 @@ class Translation:
             return self.vocabulary()
         except UserError:
             return None
+
+
+def ranks_asked(file: NeoxFile) -> int:
+    """The least number of ranks that ``file`` can be trained on: what it says itself, or what its layout and batch need."""
+    given = file.values
+    if isinstance(said := given.get("global_num_gpus"), int) and said > 0:
+        return said
+    sizes = [given.get(key) for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    data = 1
+    if all(isinstance(size, int) and size > 0 for size in sizes):
+        total, micro, steps = sizes
+        data = max(1, total // (micro * steps))
+    return data * max(1, given.get("model_parallel_size") or 1) * max(1, given.get("pipe_parallel_size") or 1)
 
 
 def translate(file: NeoxFile, world_size: int) -> Translation:
@@ -140,6 +154,9 @@ class _Translator:
             if not isinstance(value, dict) or part not in value:
                 return known.default
             value = value[part]
+        if value is not None and key in neox_keys.PATHS:
+            where = self._file.place(key)
+            return [path_text(str(path), where) for path in value] if isinstance(value, list) else path_text(value, where)
         return False if value is None and bool in known.types else value
 
     def _require(self, key: str) -> Any:

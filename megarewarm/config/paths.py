@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -50,16 +48,3 @@ PathText = Annotated[str, AfterValidator(expanded), PathMark()]
 """A path, expanded."""
 PathTemplate = Annotated[str, AfterValidator(_template), PathMark()]
 """A path of an experiment, expanded but for ``${folder}`` and ``${runs}``."""
-
-
-def text_argument(text: str) -> str:
-    """A path on the command line as text, for ``argparse``: shells leave ``--output=~/x`` to the program."""
-    try:
-        return expanded(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def path_argument(text: str) -> Path:
-    """As `text_argument`, as a path."""
-    return Path(text_argument(text))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megarewarm.config.load import apply_override, validate
 from megarewarm.config.neox_read import NeoxFile, read_neox
-from megarewarm.config.neox_translate import Translation, translate
+from megarewarm.config.neox_translate import Translation, ranks_asked, translate
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
@@ -21,27 +21,29 @@ from megarewarm.errors import UserError
 
 @dataclass(frozen=True)
 class Account:
-    """What became of a GPT-NeoX configuration: key -> meaning here, key -> why it has no effect, and remarks."""
+    """What became of a GPT-NeoX configuration: key -> meaning here, key -> why it has no effect, remarks, its ranks."""
 
     honoured: dict[str, str]
     not_applicable: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    ranks: int = 1
 
 
-def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int) -> tuple[RunConfig, Account]:
-    """The run that GPT-NeoX ``files`` ask for on ``world_size`` ranks, and the account of every key.
+def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int | None) -> tuple[RunConfig, Account]:
+    """The run that GPT-NeoX ``files`` ask for on ``world_size`` ranks (None: as few as it takes), and the account of every key.
 
     ``overrides``: words ``section.key=value`` in our terms, applied last. Raises ``UserError``.
     """
     file = read_neox(files)
-    translation = translate(file, world_size)
+    ranks = ranks_asked(file) if world_size is None else world_size
+    translation = translate(file, ranks)
     start, model, notes = _start(file, translation)
     mapping: dict[str, Any] = translation.mapping | {"start": start, "model": translation.mapping["model"] | model}
     origins: Origins = {(): file.name} | _places(file)
     for word in overrides:
         apply_override(mapping, origins, word)
     honoured = {key: meaning for key, meaning in file.honoured.items() if key not in translation.idle}
-    account = Account(honoured, file.not_applicable | translation.idle, [*translation.notes, *notes])
+    account = Account(honoured, file.not_applicable | translation.idle, [*translation.notes, *notes], ranks)
     return validate(RunConfig, mapping, origins), account
 
 
@@ -102,7 +104,10 @@ def _begins_here(folder: Path) -> bool:
 
 def show_account(account: Account, console: Console) -> None:
     """Every key of the files: how many are honoured, and one line for each that has no effect, with the reason."""
-    console.print(f"GPT-NeoX configuration: {len(account.honoured)} keys are honoured (docs/neox_config.md)", highlight=False)
+    ranks = f"; for {account.ranks} ranks" if account.ranks > 1 else ""
+    console.print(
+        f"GPT-NeoX configuration: {len(account.honoured)} keys are honoured (docs/neox_config.md){ranks}", highlight=False
+    )
     if account.not_applicable:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         table.add_column(overflow="fold", ratio=1)
