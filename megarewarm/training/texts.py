@@ -43,7 +43,7 @@ def settle_texts(plan: Plan) -> Texts:
     found = [*_named(config), *trained, *held_out]
     refuse_other_tokenizers([*found, *_of_start(plan, found)])
     notes = []
-    if missing := [*unknown, *unknown_too]:
+    if missing := list(dict.fromkeys([*unknown, *unknown_too])):
         notes.append(
             f"{len(missing)} of the token files have no manifest beside them ({missing[0]}): whether they were made with the "
             f"same tokenizer as the rest can't be checked"
@@ -124,7 +124,7 @@ def _end(config: RunConfig, trained: Sequence[Made], paths: Sequence[str]) -> tu
     said = {made.end: path for made, path in zip(trained, paths, strict=True) if made.end is not None}
     wanted = config.data.eod
     if wanted is not None:
-        for number, path in said.items():
+        for end, path in said.items():
             if end != wanted:
                 raise UserError(
                     f"data.eod: {wanted}, but the documents of {path} end with id {end}, as its manifest says; set data.eod to "
