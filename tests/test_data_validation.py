@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -91,13 +90,14 @@ def test_the_ranks_cover_each_window_once(paths, count, world, micro_batch):
         assert sum(sizes) == len(shares[rank])
 
 
-def test_capped_at_one_epoch_of_every_source(paths, caplog):
-    with caplog.at_level(logging.INFO):
-        assert windows([{"path": paths[0]}], 10**9).num_windows == 100
-    assert "'held_out' has 400 tokens" in caplog.text
+def test_capped_at_one_epoch_of_every_source(paths):
+    assert windows([{"path": paths[0]}], 10**9).num_windows == 100
+    (note,) = windows([{"path": paths[0]}], 10**9).notes
+    assert "'held_out' is evaluated on 400 tokens, not on the 1,000,000,000 asked for" in note
+    assert windows([{"path": paths[0]}], 403).notes == []  # whole windows, as asked
     # a has 100 windows, b 201: at equal weights a is used up first.
     made = windows([{"path": paths[0]}, {"path": paths[1]}], 10**9)
-    assert made.num_windows == 200
+    assert made.num_windows == 200 and "'a' is used up first" in made.notes[0]
     starts = [row[0] for row in rows(made)]
     assert len(set(starts)) == 200 and set(range(0, 400, S)) < set(starts)
     assert windows([{"path": paths[0], "max_epochs": 0.25}], 10**9).num_windows == 25

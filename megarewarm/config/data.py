@@ -84,7 +84,8 @@ class ValidationSet(Section):
     )
     sources: Sources = Field(description="Where its tokens come from, blended by weight.")
     tokens: Tokens = Field(
-        description="How many tokens are evaluated, rounded down to whole sequences; capped by what the sources hold."
+        description="How many tokens are evaluated, rounded down to whole sequences; where the sources hold less, a note at "
+        "the start says how many."
     )
     when: Literal["always", "end"] = Field(
         "always", description="always: at every evaluation; end: only after the last step, as a test set."
@@ -140,10 +141,13 @@ class DataConfig(Section):
     validation: list[ValidationSet] = Field([], description="Named validation sets.")
     tokenizer: PathText | None = Field(
         None,
-        description="tokenizer.json of the data; copied beside exported weights. Training needs it only to know the token that "
-        "ends a document, where 'reset_at_eod' or 'mask_eod_loss' want it and 'eod' doesn't say.",
+        description="Tokenizer of the data: a tokenizer.json, GPT-2's vocab.json, a sentencepiece .model, or a folder with "
+        "one. It is compared with those of the token files and of the start, says which token ends a document where neither "
+        "'eod' nor the manifests do, and goes beside exported weights; null: for the export the start's, or the token files'.",
     )
-    eod: int | None = Field(None, ge=0, description="Id of the token that ends a document; null: the tokenizer's.")
+    eod: int | None = Field(
+        None, ge=0, description="Id of the token that ends a document; null: the manifests' or the tokenizer's."
+    )
     reset_at_eod: bool = Field(
         False,
         description="Attention stays within documents, and positions begin anew in each (Megatron-LM's reset_attention_mask "

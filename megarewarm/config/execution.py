@@ -133,7 +133,7 @@ class CheckpointConfig(Section):
 class ExportConfig(Section):
     """What is written after the last step, beside the run's own checkpoints."""
 
-    huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads.")
+    huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads, with the tokenizer.")
 
 
 class WandbConfig(Section):

@@ -90,6 +90,7 @@ def _page(runs: Sequence[Run], table: Sequence[Row], pictures: Sequence[_Picture
         _numbers(table),
         *(_section(picture) for picture in pictures if picture.name not in first),
         _starts(runs, table),
+        _notes(runs, table),
         _settings(runs, table),
         '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
         "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
@@ -191,6 +192,19 @@ def _starts(runs: Sequence[Run], table: Sequence[Row]) -> str:
         "<h2>Starts</h2>\n"
         f'<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _notes(runs: Sequence[Run], table: Sequence[Row]) -> str:
+    """What each run said at its start, such as validation sets that hold less than was asked for."""
+    said: dict[str, list[str]] = {}
+    for run, row in zip(runs, table, strict=True):
+        notes = run.start.get("notes")
+        for note in notes if isinstance(notes, list) else ():
+            said.setdefault(str(note), []).append(row.label)
+    if not said:
+        return ""
+    lines = "".join(f"<li>{escape(', '.join(labels))}: {breakable(note)}</li>" for note, labels in said.items())
+    return f"<h2>Notes at the start</h2>\n<ul>{lines}</ul>"
 
 
 def _choice(line: Any) -> str:

@@ -27,9 +27,12 @@ from megarewarm.report.words import tokens_text
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
+from megarewarm.training.evaluate import open_validation
 from megarewarm.training.experiment import chosen_arms
+from megarewarm.training.notes import logged_notes
 from megarewarm.training.plan import Plan
 from megarewarm.training.summary import print_reset_table
+from megarewarm.training.texts import settle_texts
 from megarewarm.training.unwritten import NotOpened, plan_ahead
 
 
@@ -48,6 +51,11 @@ def missing_files(config: RunConfig) -> list[str]:
 def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
     """Print everything about one run. Returns exit code 0; raises ``UserError`` for a config that could not run."""
     plan, missing = plan_ahead(config)
+    absent = missing_files(config)
+    notes = settle_texts(plan).notes
+    if not absent:
+        with logged_notes() as logged:
+            notes = [*notes, *open_validation(plan.config, plan.model.vocab_size)[1], *logged]
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
     if world_size == 1:  # not under a launcher
@@ -62,7 +70,9 @@ def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
         console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
     console.print()
     console.print(_curve(plan, width=min(100, console.width)), highlight=False, markup=False)
-    for problem in [*missing, *missing_files(config)]:
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    for problem in [*missing, *absent]:
         console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
     return 0
 
@@ -86,6 +96,7 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
     plans: dict[str, Plan] = {}
     for arm in experiment.arms:
         plans[arm.name] = plan_ahead(arm.config, list(plans.values()))[0]
+        settle_texts(plans[arm.name])
     shown: dict[str, Plan] = {}
     for arm in chosen:
         plan, run = plans[arm.name], arm.config

@@ -19,8 +19,11 @@ from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
+from megarewarm.training.plan import Plan
 from megarewarm.training.run_folder import RunFolder
+from megarewarm.training.texts import settle_texts
 from megarewarm.training.trainer import train
+from megarewarm.training.unwritten import plan_ahead
 
 
 def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
@@ -43,6 +46,18 @@ def check_folders(experiment: Experiment) -> None:
         RunFolder(Path(arm.config.run_folder)).check(arm.config, experiment=experiment.folder)
 
 
+def check_texts(experiment: Experiment) -> None:
+    """Raise ``UserError`` where a run's data, or what it starts from, have different tokenizers, or its export can't be made:
+    before the first of the runs trains."""
+    plans: list[Plan] = []
+    for arm in experiment.arms:
+        plans.append(plan_ahead(arm.config, plans)[0])
+        try:
+            settle_texts(plans[-1])
+        except UserError as error:
+            raise UserError(f"{arm.name}: {error}") from error
+
+
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
     """The runs in order, or those named in ``only``. Returns the exit code of the first that was stopped, 0 when all are
     complete.
@@ -55,6 +70,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
         write_record(experiment)
         prepare(experiment, console)
     ranks.barrier()
+    check_texts(experiment)
     folders = []
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")

@@ -35,7 +35,7 @@ from megarewarm.training.plan import Plan, differing_choices, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
-from megarewarm.training.texts import Texts, settle_texts, settled_end
+from megarewarm.training.texts import Texts, settle_texts
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:
@@ -181,7 +181,8 @@ def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
     data = plan.config.data
     if not (data.reset_at_eod or data.mask_eod_loss):
         return None
-    eod = settled_end(plan, texts)
+    eod = texts.eod
+    assert eod is not None
     if eod >= plan.model.vocab_size:
         raise UserError(
             f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "

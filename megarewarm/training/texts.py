@@ -38,37 +38,29 @@ def settle_texts(plan: Plan) -> Texts:
     where a tokenizer that is named can't be read, or not be exported. Reads manifests and tokenizers only.
     """
     config, data = plan.config, plan.config.data
-    trained, seen_by_tokenizer, unknown = _made(_training_sources(config))
+    trained, paths, unknown = _made(_training_sources(config))
     held_out, _, unknown_too = _made([source for item in data.validation for source in item.sources])
     found = [*_named(config), *trained, *held_out]
     refuse_other_tokenizers([*found, *_of_start(plan, found)])
     notes = []
-    if missing := [*unknown, *unknown_too]:
+    if missing := list(dict.fromkeys([*unknown, *unknown_too])):
         notes.append(
             f"{len(missing)} of the token files have no manifest beside them ({missing[0]}): whether they were made with the "
             f"same tokenizer as the rest can't be checked"
         )
-    eod, more = _end(config, trained, seen_by_tokenizer)
+    eod, more = _end(config, trained, paths)
+    if eod is None and (data.reset_at_eod or data.mask_eod_loss):
+        assert data.tokenizer is not None
+        end = load_tokenizer(data.tokenizer).end
+        eod, more = end.id, [*more, f"{data.tokenizer}: {end}"]
     exported = None
     if config.export.huggingface:
         source = _to_export(plan, eod, trained)
         exported = exported_tokenizer(source, plan.model)
         if source.file is not None:
-            end = exported.ids["eos"]
-            notes.append(f"the export will have the tokenizer {source.file}, in which id {end} ends a text")
+            notes.append(f"the export will have the tokenizer {source.file}, in which id {exported.ids['eos']} ends a text")
         notes += exported.notes
     return Texts(_distinct(trained), eod, exported, [*notes, *more])
-
-
-def settled_end(plan: Plan, texts: Texts) -> int:
-    """The id that ends a document: ``data.eod``, else what the manifests say, else what ``data.tokenizer`` calls so."""
-    data = plan.config.data
-    if texts.eod is not None:
-        return texts.eod
-    assert data.tokenizer is not None
-    end = load_tokenizer(data.tokenizer).end
-    texts.notes.append(f"{data.tokenizer}: {end}")
-    return end.id
 
 
 def config_tokenizers(config: RunConfig) -> list[Made]:

@@ -25,6 +25,7 @@ from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.interpolation import interpolate
 from megarewarm.training.metrics import Metrics, check_loggers
+from megarewarm.training.notes import logged_notes
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
@@ -72,7 +73,9 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
             _make_up(config, plan, folder, ranks, console)
             return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
         check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
-        run = build(plan, ranks)
+        with logged_notes() as logged:
+            run = build(plan, ranks)
+        run.notes += logged
         check_roll_back(run)
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         metrics = _open(run, config, folder, opened)
