@@ -210,5 +210,5 @@ def test_who_diverged_is_not_passed_over_in_silence(tmp_path: Path) -> None:
         made(tmp_path, "c", 4e-3, math.nan, math.nan),
     ]
     text = "\n".join(summarise(runs))
-    assert "Without c, which diverged: b forgot most (+0.500 upstream)." in text
+    assert "Without c, which diverged: b forgot most (+0.500 upstream)." in text and "The highest peak" not in text
     assert "nan" not in text and "inf" not in text and "nan" not in describe_curves(runs)
