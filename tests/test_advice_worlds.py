@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megarewarm.laws import annealing, replay
 from megarewarm.laws.advice import Advice, advise
 from megarewarm.laws.arms import Family, Trained, questions, read_trained, replay_families
-from megarewarm.laws.fitting import HeldOut, Trial, pooled
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, at_bounds, pooled, standard_error
 from megarewarm.laws.sections import Prediction, possible
 from megarewarm.laws.support import Point, Space
 
@@ -205,3 +205,20 @@ def test_bands_cover_every_error_that_was_seen() -> None:
     assert two_ways.band == pytest.approx(0.1 * 2.919986, rel=1e-5)
     lucky, other = pooled([Trial([arm("a", 0.001), arm("b", 0.001)]), Trial([arm("a", 0.2), arm("b", 0.2)])])
     assert lucky.band > 0.2 and other.band > 0.2
+
+
+def test_parameters_at_bounds_and_open_predictions() -> None:
+    bounds = Bounds.of(A=(0, 20), a=(0.05, 3), B=(-20, 20))
+    assert at_bounds(np.array([1.0, 0.05, 20.0]), bounds, {"a": "A"}) == ("a", "B")
+    assert at_bounds(np.array([0.0, 0.05, 0.0]), bounds, {"a": "A"}) == ()  # a term that isn't there
+    held = [HeldOut("a", 2.0, 2.01, 5.0), HeldOut("b", 3.0, 3.01, 5.0)]
+    assert Trial(held).holds and not Trial(held, stuck=("a",)).holds
+    x = np.linspace(0, 1, 20)
+    noise = np.random.default_rng(1).normal(0, 0.005, 20)
+    both = Bounds.of(p=(-9, 9), q=(-9, 9))
+    # only p + q is known: so is its double, but not p alone
+    sure, open_one = (
+        standard_error(lambda v: (v[0] + v[1]) * x - 2 * x + noise, one, np.array([1.0, 1.0]), both, 20)
+        for one in (lambda v: float(2 * (v[0] + v[1])), lambda v: float(v[0]))
+    )
+    assert 0 < sure < 0.02 and open_one == np.inf

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from report_runs import ARMS, TOKENS_PER_STEP, config, eval_line, lines, train_line, write, write_arms
 
+from megarewarm.report.draw import describe_curves
 from megarewarm.report.measures import differences, flatten, kinds, labels, rows
 from megarewarm.report.page import report
 from megarewarm.report.read import Run, read_run, read_runs
@@ -168,3 +169,46 @@ def test_unequal_lengths_are_told(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_spelling(function: Any, value: float | None, text: str) -> None:
     assert function(value) == text
+
+
+def test_a_tie_in_the_peak_by_rounding_is_no_highest(tmp_path: Path) -> None:
+    """0.0019999997 is 2e-3: neither is the highest, and the trend over both is none."""
+    runs = [made(tmp_path, "a", 0.0019999997, 2.1, 1.9), made(tmp_path, "b", 2e-3, 2.5, 1.5)]
+    text = "\n".join(summarise(runs))
+    assert "The highest peak LR" not in text and "b forgot most (+0.500 upstream)." in text
+    assert "differ in peak LR" not in text and differences(runs) == {}
+    runs.append(made(tmp_path, "c", 4e-3, 2.7, 1.3))
+    text = "\n".join(summarise(runs))
+    assert "The highest peak LR, 4e-3 in c" in text and "throughout" not in text and "steady" not in text
+
+
+def test_runs_of_different_lengths_are_not_ranked_together(tmp_path: Path) -> None:
+    def longer(name: str, up: float, down: float) -> Run:
+        events = [{"event": "start", "name": name, "from": "base"}]
+        events += [eval_line(0, "u", "upstream", 2.0), eval_line(0, "d", "downstream", 2.0)]
+        events += [train_line(step, 1e-3, 3.0) for step in (1, 2, 3)]
+        events += [eval_line(3, "u", "upstream", up), eval_line(3, "d", "downstream", down)]
+        return read_run(write(tmp_path / name, events, {"name": name, "schedule": {"max_lr": 1e-3}}))
+
+    runs = [
+        made(tmp_path, "a", 1e-3, 2.1, 1.9),
+        made(tmp_path, "b", 1e-3, 2.2, 1.8),
+        longer("c", 2.9, 1.1),
+        longer("d", 2.5, 1.5),
+    ]
+    text = "\n".join(summarise(runs))
+    assert "Of the 2 runs over 524k tokens on u, d: b forgot most (+0.200 upstream)." in text
+    assert "Of the 2 runs over 1.57M tokens on u, d: c learned most (adaptation +0.900 downstream)." in text
+    alone = "\n".join(summarise([runs[0], runs[2]]))
+    assert "most" not in alone and "least" not in alone and "c: its upstream loss went from 2.000 to 2.900" in alone
+
+
+def test_who_diverged_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, "a", 1e-3, 2.1, 1.9),
+        made(tmp_path, "b", 2e-3, 2.5, 1.5),
+        made(tmp_path, "c", 4e-3, math.nan, math.nan),
+    ]
+    text = "\n".join(summarise(runs))
+    assert "Without c, which diverged: b forgot most (+0.500 upstream)." in text and "The highest peak" not in text
+    assert "nan" not in text and "inf" not in text and "nan" not in describe_curves(runs)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megarewarm.laws.arms import Family, Floats, Trained, distinct_rates
-from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit, standard_error
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, at_bounds, fit, standard_error
 from megarewarm.laws.support import Fold, Space
 from megarewarm.schedules.annealing import learning_rate_sums
 
@@ -24,6 +24,7 @@ NEEDED = 4
 """Different schedules below which nothing is fitted."""
 
 _BOUNDS = Bounds.of(A=(0, 20), a=(0.05, 3), x0=(0.01, 1000), C=(0, 20), B=(-20, 20), E=(0.01, 1000), b=(0.05, 3))
+_TERMS = {"a": "A", "x0": "A", "E": "B", "b": "B"}
 _STARTS = [[0.5, 0.5, 1.0, 0.3, size, rate, 0.5] for size, rate in itertools.product((1.0, -1.0), (3.0, 50.0))]
 
 
@@ -99,9 +100,9 @@ def fit_annealing(family: Family, role: str, space: Space | None = None) -> Anne
         float(np.mean([form.end(parameters, run) - (run.final(role) - run.start(role)) for run in family.of(arm)]))
         for arm in family.arms
     ]
-    return AnnealingLaw(
-        parameters, form.choice, form.unit, form.area_unit, Trial(held, tuple(fitted)), form, tuple(family.runs)
-    )
+    fixed = ["x0"] if all(run.sum_before is not None for run in family.runs) else []
+    trial = Trial(held, tuple(fitted), stuck=at_bounds(parameters, _BOUNDS, _TERMS, fixed))
+    return AnnealingLaw(parameters, form.choice, form.unit, form.area_unit, trial, form, tuple(family.runs))
 
 
 class _Form:

@@ -17,6 +17,7 @@ HUBER = 0.01
 """Residuals beyond this, in nats per token, count linearly: a stability gap's spike shall not bend the whole curve."""
 
 _CONFIDENCE = 0.9
+_NO_TERM = 1e-3  # nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,20 @@ def standard_error(
     return spread * float(np.linalg.norm(along[known] / singular[known]))
 
 
+def at_bounds(parameters: Floats, bounds: Bounds, terms: dict[str, str], fixed: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the parameters that ran to a bound: the data want a law that lies beyond. ``terms``: the amplitude that each
+    shape parameter belongs to, next to 0 of which it says nothing. An amplitude of 0 is a term that isn't needed."""
+    place = dict(zip(bounds.names, zip(parameters, bounds.low, bounds.high, strict=True), strict=True))
+    found = []
+    for name, (value, low, high) in place.items():
+        if name in fixed or (name in terms and abs(place[terms[name]][0]) < _NO_TERM):
+            continue
+        below = low != 0 and value <= low + 1e-3 * abs(low)
+        if below or value >= high - 1e-3 * abs(high):
+            found.append(name)
+    return tuple(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
     """An arm that was left out of a fit: its final loss (mean over seeds) as measured, as predicted, and as the mean of the
@@ -112,12 +127,14 @@ class Trial:
     """What the held-out levels say of a law: root mean square errors in nats per token of its predictions, and of the mean of
     the others, over the arms that lie inside; and the half-width of the 90 % band of a prediction, infinite for under two.
 
-    ``fitted`` are the law's errors at the ends of the arms that it was fitted to, ``least`` a band that other families give.
+    ``fitted`` are the law's errors at the ends of the arms that it was fitted to, ``least`` a band that other families give,
+    ``stuck`` the parameters that ran to their bounds.
     """
 
     arms: list[HeldOut]
     fitted: tuple[float, ...] = ()
     least: float = 0.0
+    stuck: tuple[str, ...] = ()
 
     def counted(self) -> list[HeldOut]:
         """The arms whose errors count: those that lay inside of what was left."""
@@ -150,9 +167,9 @@ class Trial:
 
     @property
     def holds(self) -> bool:
-        """Whether the law predicts what it hasn't seen: better than the others' mean does, and with a band that is narrower
-        than what lies between the arms."""
-        if len(self.counted()) < 2 or not self.error < self.error_of_mean:
+        """Whether the law predicts what it hasn't seen: better than the others' mean does, with a band that is narrower than
+        half of what lies between the arms, and with parameters inside of their bounds."""
+        if self.stuck or len(self.counted()) < 2 or not self.error < self.error_of_mean:
             return False
         return 2 * self.band < self.range
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megarewarm.laws.arms import Family, Floats, Trained
-from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit, standard_error
+from megarewarm.laws.fitting import Bounds, HeldOut, Trial, at_bounds, fit, standard_error
 from megarewarm.laws.support import FRACTION, Space
 from megarewarm.report.read import UPSTREAM
 
@@ -25,6 +25,7 @@ SETTLED = 0.25
 """Share of a run after which its evaluations count: before that the loss is the re-warming's, which the law doesn't know."""
 
 _BOUNDS = Bounds.of(E=(0, 20), B=(0, 10), n=(0.01, 5), b=(0.01, 2), C=(0, 10), e=(1e-3, 2), g=(0.01, 3))
+_TERMS = {"n": "B", "b": "B", "e": "C", "g": "C"}
 _STARTS = [
     [2.0, size, 0.5, decay, 0.3, shift, 0.5] for size, decay, shift in itertools.product((0.3, 1.5), (0.1, 0.5), (0.02, 0.3))
 ]
@@ -98,7 +99,8 @@ def fit_replay(family: Family, role: str, space: Space | None = None) -> ReplayL
     law = ReplayLaw(role, parameters, unit, unit, fractions[0], fractions[-1], Trial(held), tuple(family.runs))
     at = [float(np.mean([run.replay for run in family.of(arm)])) for arm in family.arms]
     ends = np.array([family.mean_final(arm, role) for arm in family.arms])
-    return dataclasses.replace(law, trial=Trial(held, tuple((law.loss(at) - ends).tolist())))
+    stuck = at_bounds(parameters, _BOUNDS, _TERMS)
+    return dataclasses.replace(law, trial=Trial(held, tuple((law.loss(at) - ends).tolist()), stuck=stuck))
 
 
 def _solve(runs: Sequence[Trained], role: str, unit: float, starts: Sequence[ArrayLike]) -> Floats:

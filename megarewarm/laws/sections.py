@@ -218,6 +218,8 @@ def _trust(section: Section) -> list[str]:
         text = f"{role}: {counted} {'level' if counted == 1 else 'levels'} left out inside of what was tried"
         if counted:
             text += f", error {trial.error:.3f}, that of the others' mean {trial.error_of_mean:.3f}, band ± {trial.band:.3f}"
+        if trial.stuck:
+            text += f", parameters at their bounds: {', '.join(trial.stuck)}"
         verdict = "predictions hold within the band" if trial.holds else f"the data do not suffice to predict {what}"
         sentences.append(f"{text}: {verdict}.")
     return sentences

@@ -117,7 +117,7 @@ def _extremes(table: Sequence[Row]) -> list[str]:
         if len(group) > 1:
             lost = [row for row in table if row.diverged and same_length(row.tokens, group[0].tokens)]
             of += f"Without {_names(lost)}, which diverged: " if lost else ""
-            sentences += [f"{of}{text}" for text in _superlatives(group)]
+            sentences += [f"{of}{text}" for text in _superlatives(group, lost)]
         elif text := _own(group[0]):
             sentences.append(text)
     return sentences
@@ -127,15 +127,16 @@ def _sets(row: Row) -> str:
     return ", ".join(dict.fromkeys(row.sets))
 
 
-def _superlatives(table: Sequence[Row]) -> list[str]:
-    """Who forgot and who learned most of comparable runs, in one breath with the highest peak where that is the same run."""
+def _superlatives(table: Sequence[Row], lost: Sequence[Row]) -> list[str]:
+    """Who forgot and who learned most of comparable runs, in one breath with the highest peak where that is the same run and no
+    peak of those that diverged, ``lost``, is higher."""
     forgot, learned = _first(table, "forgetting"), _first(table, "adaptation")
     claims = []
     if forgot and (forgot.forgetting or 0.0) > SAME:
         claims.append((forgot, f"forgot most ({signed_text(forgot.forgetting)} upstream)"))
     if learned and (learned.adaptation or 0.0) > SAME:
         claims.append((learned, f"learned most ({_downstream(learned)} downstream)"))
-    loudest = _first([row for row in table if row.kind == "continued"], "peak_lr", share=_SAME_RATE)
+    loudest = _first([row for row in (*table, *lost) if row.kind == "continued"], "peak_lr", share=_SAME_RATE)
     together = [claim for row, claim in claims if row is loudest]
     sentences = []
     if loudest and together:
