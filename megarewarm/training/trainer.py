@@ -140,7 +140,6 @@ def _loop(
     measure_after = dynamics_steps(config, plan.origin.step)
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
     compared_after = replica_checks(config, first)
-    due = False  # a checkpoint
     times = StepTimes(config.reliability, gather(socket.gethostname()))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
@@ -159,7 +158,7 @@ def _loop(
             metrics.event(
                 "train",
                 step=step,
-                tokens=step * config.tokens_per_step,
+                tokens=plan.tokens(step),
                 loss=result.loss,
                 lr=lr,
                 lr_sum=lr_sum,
@@ -187,7 +186,7 @@ def _loop(
                 console.print(f"{config.name}: {line}", style="yellow", highlight=False)
             if step in measure_after and result.changed:
                 groups = measure(run.model, run.optimizer, run.start_weights)
-                log_dynamics(metrics, step, step * config.tokens_per_step, groups)
+                log_dynamics(metrics, step, plan.tokens(step), groups)
             if (logged := progress.step(step, result.loss, lr, rate)) is not None:
                 metrics.text(logged)
             for number, last in turns(config, step) if step in evaluate_after else ():
@@ -197,15 +196,16 @@ def _loop(
             if failed:
                 saver.wait()
             stopping |= out_of_time and step < total
-            due |= is_saved(config, step)
+            run.due |= is_saved(config, step)
             # not while steps fail one after another, if that may be the weights': it would take the place of an earlier one
-            sound = run.unchanged == 0 or (stopping and run.is_finite())
-            saving = answered.went_back or step == total or (sound and (stopping or due))
+            planned = answered.went_back or step == total or (run.due and run.unchanged == 0)
+            saving = planned or (stopping and (run.unchanged == 0 or run.is_finite()))
             if saving or step in compared_after:
                 _compare_replicas(run, metrics)
+            if planned:
+                run.due = False
             if saving:
-                saver.save(run.state(), run.tensors())
-                due = False
+                saver.save(run.state(interim=not planned), run.tensors())
             if stopping or answered.went_back or step == total:
                 saver.wait()
             _log_saved(saver, metrics, limit)
@@ -288,9 +288,7 @@ def _evaluate_all(
         loss, tokens = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
         name = windows.name
         run.losses[name] = run.measured[name] = loss
-        metrics.event(
-            "eval", step=step, tokens=step * config.tokens_per_step, name=name, role=windows.role, loss=loss, over=tokens
-        )
+        metrics.event("eval", step=step, tokens=run.plan.tokens(step), name=name, role=windows.role, loss=loss, over=tokens)
         metrics.scalars(step, {f"validation/{name}": loss})
         start = run.start_losses.get(name)
         shown.append(f"{name} {loss:.4f}" + (f" ({loss - start:+.4f})" if start is not None else ""))
