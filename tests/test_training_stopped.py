@@ -18,6 +18,7 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import read_state
+from megarewarm.config.grid import Grid
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.read import read_run
@@ -147,7 +148,7 @@ def test_a_course_that_was_given_up_is_not_gone_back_to(tmp_path: Path, monkeypa
 
 
 def test_checkpoints_of_a_stop_take_nobodys_place() -> None:
-    keep = Retention(2, keep_every=20, best_on="old")
+    keep = Retention(2, keep_every=Grid(20), best_on="old")
     losses: dict[int, float | None] = {5: 1.0, 10: 3.0, 15: 2.0, 18: 0.5, 20: 4.0, 25: math.nan, 27: None}
     assert keep.staying(losses, frozenset({18, 27})) == {5, 20, 25, 27}
     assert keep.staying({**losses, 30: None}, frozenset({18, 27})) == {5, 20, 25, 30}

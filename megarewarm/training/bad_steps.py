@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megarewarm.errors import UserError
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.run import Run, take_back
 from megarewarm.training.run_folder import RunFolder
-from megarewarm.training.saving import save_interval
+from megarewarm.training.saving import saves
 from megarewarm.training.step import StepResult, TrainingDiverged
 
 
@@ -96,15 +97,15 @@ def check_roll_back(run: Run) -> None:
     settings = config.reliability
     if settings.spikes != "roll_back":
         return
-    every = save_interval(config)
+    every = saves(config)
     if every is None:
         raise UserError("reliability.spikes: 'roll_back' goes back to a checkpoint: set checkpoint.every")
-    reach = (config.checkpoint.keep_last - 1) * every
+    reach = math.floor((config.checkpoint.keep_last - 1) * every.interval)
     if reach < settings.roll_back_steps:
         raise UserError(
             f"reliability.roll_back_steps: {settings.roll_back_steps} steps before a spike there may be no checkpoint: "
-            f"{config.checkpoint.keep_last} are kept, every {every} steps, which reaches {reach} back; raise "
-            f"checkpoint.keep_last to {-(-settings.roll_back_steps // every) + 1}, or lower roll_back_steps"
+            f"{config.checkpoint.keep_last} are kept, every {every}, which reaches {reach} back; raise "
+            f"checkpoint.keep_last to {math.ceil(settings.roll_back_steps / every.interval) + 1}, or lower roll_back_steps"
         )
 
 

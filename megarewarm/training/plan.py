@@ -174,6 +174,12 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
     training = own.training
     assert training is not None
     config = settle_model(config, own)
+    rule = RunFolder(Path(config.run_folder)).rule_of_intervals()
+    if rule is not None and rule != config.intervals:
+        own.notes.append(
+            f"intervals: '{rule}', as when this run was begun: it evaluates and saves at the same steps as until now"
+        )
+        config = config.model_copy(update={"intervals": rule})
     step, schedule_position, samples = training.start_position
     origin = Position(step, schedule_position, samples, 0)
     done = training.tokens_counted

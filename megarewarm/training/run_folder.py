@@ -73,6 +73,12 @@ class RunFolder:
             remedy = other if experiment is not None else alone
             raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
 
+    def rule_of_intervals(self) -> str | None:
+        """``intervals`` of the run that the folder holds: 'rounded' where it is older than the key; None without a run."""
+        if not self.config_file.is_file():
+            return None
+        return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
+
     def lock(self, *, main: bool) -> None:
         """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
 

@@ -75,7 +75,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         run = build(plan, ranks)
         check_roll_back(run)
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
-        metrics = _open(run, config, folder, opened)
+        metrics = _open(run, _as_begun(config, plan), folder, opened)
         _announce(run, metrics, console)
         saver = opened.enter_context(
             Saver(folder.checkpoints, retention(plan.config), asynchronous=plan.config.checkpoint.asynchronous)
@@ -86,6 +86,11 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         if outcome.exit_code == 0:
             _export(plan, run.texts, folder, ranks, console)
     return outcome
+
+
+def _as_begun(config: RunConfig, plan: Plan) -> RunConfig:
+    """``config`` as it is written down: with the run's own rule for intervals."""
+    return config.model_copy(update={"intervals": plan.config.intervals})
 
 
 def _open(run: Run, config: RunConfig, folder: RunFolder, opened: ExitStack) -> Metrics:
@@ -108,7 +113,7 @@ def _make_up(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, con
     if due.alphas:
         run = build(plan, ranks)
         with ExitStack() as opened:
-            metrics = _open(run, config, folder, opened)
+            metrics = _open(run, _as_begun(config, plan), folder, opened)
             interpolate(run, metrics, console, due.alphas)
             metrics.event("stop", step=run.step, reason="complete")
 
@@ -139,7 +144,7 @@ def _loop(
     sums = plan.learning_rate_sums()
     measure_after = dynamics_steps(config, plan.origin.step)
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
-    compared_after = replica_checks(config, first)
+    compared_after = set(replica_checks(config, first))
     times = StepTimes(config.reliability, gather(socket.gethostname()))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
@@ -227,13 +232,12 @@ def _loop(
     return Outcome(folder.path, total, run.losses)
 
 
-def replica_checks(config: RunConfig, first: int) -> range:
+def replica_checks(config: RunConfig, first: int) -> list[int]:
     """The steps after which replicas are compared, besides those that are saved."""
     every = config.reliability.check_replicas
     if every is None:
-        return range(0)
-    interval = max(1, round(config.steps(every)))
-    return range(first + interval - first % interval, config.total_steps + 1, interval)
+        return []
+    return [step for step in config.grid(every).points(config.total_steps) if step > first]
 
 
 def _compare_replicas(run: Run, metrics: Metrics) -> None:
