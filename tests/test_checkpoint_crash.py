@@ -28,6 +28,7 @@ from megarewarm.checkpoint.own.integrity import find_damage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.state import TrainingState, read_state
+from megarewarm.config.grid import Grid
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
@@ -56,7 +57,7 @@ def go_on(folder: Path, steps: int, *, asynchronous: bool = False) -> int:
         store.load(newest, held)
         for name, tensor in tensors_of(step).items():
             assert torch.equal(held[name], tensor), f"{newest}: {name}"
-    with Saver(folder, Retention(keep_last=2, keep_every=10), asynchronous=asynchronous) as saver:
+    with Saver(folder, Retention(keep_last=2, keep_every=Grid(10)), asynchronous=asynchronous) as saver:
         for _ in range(steps):
             step += 1
             saver.save(state_of(step), tensors_of(step))

@@ -15,6 +15,7 @@ from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.config.execution import LOG_SPACED
+from megarewarm.config.grid import Grid
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
@@ -32,7 +33,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 )
 def test_rules(steps, losses, keep_last, keep_every, for_good, best_on) -> None:  # type: ignore[no-untyped-def]
     table = {step: losses[step] for step in steps}
-    staying = Retention(keep_last, keep_every, for_good, best_on).staying(table)
+    staying = Retention(keep_last, None if keep_every is None else Grid(keep_every), for_good, best_on).staying(table)
     assert staying <= steps and max(steps) in staying
     measured = [loss for loss in table.values() if loss is not None]
     for step in steps:
@@ -45,7 +46,7 @@ def test_rules(steps, losses, keep_last, keep_every, for_good, best_on) -> None:
 
 def test_removing_as_it_goes_is_removing_at_the_end() -> None:
     """The best of those that stayed is the best of all: nothing that a later rule wants has gone before."""
-    rules = Retention(2, 6, frozenset({3}), "old")
+    rules = Retention(2, Grid(6), frozenset({3}), "old")
     losses = {step: float((step * 7) % 11) for step in range(1, 40)}
     standing: dict[int, float | None] = {}
     for step, loss in losses.items():
@@ -88,7 +89,8 @@ def test_the_beginning_can_be_continued(tmp_path: Path) -> None:
     ("checkpoint", "says"),
     [
         ({"keep_best": "nowhere"}, r"keep_best: there is no validation set 'nowhere' \(there are: old, new\)"),
-        ({"keep_best": "old", "every": 7}, "keep_best: no step before the last is both evaluated and saved"),
+        ({"keep_best": "old", "every": None}, "keep_best: no step before the last is both evaluated and saved; give a shorter"),
+        ({"keep_best": "old", "every": 20}, "keep_best: no step before the last is both evaluated and saved; give a shorter"),
         ({"every": 5, "keep_every": 8}, "keep_every: 8 steps is no multiple of checkpoint.every"),
         ({"every": None, "keep_every": 8}, "no multiple of checkpoint.every .only the end"),
     ],

@@ -19,14 +19,15 @@ from megarewarm.config.data import DataConfig, ReplayConfig, Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.batches import build_training_batches
 from megarewarm.data.phases import Phase
+from megarewarm.data.row_samples import RowSamples
 from megarewarm.data.sample_order import SampleOrder, SamplesRead
-from megarewarm.data.samples import MegatronSamples, NeoxSamples, PermutedSamples
-from megarewarm.data.seen_samples import SeenSamples, union
+from megarewarm.data.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.data.seen_samples import SeenPart, SeenSamples, union
 from megarewarm.data.token_file import open_tokens
 from megarewarm.errors import UserError
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.replay import replayed, seen_sources
+from megarewarm.rewarm.replay import history_to_replay, replayed, seen_sources
 from megarewarm.training import trainer
 from megarewarm.training.plan import make_plan
 from megarewarm.training.setup import build
@@ -55,7 +56,7 @@ def test_seen_samples_are_those_of_the_ranges_counted_around(file, ranges, first
     original = PermutedSamples(open_tokens(file).view(), 16, 9, None)
     seen = union(ranges)
     numbers = [i for begin, last in seen for i in range(begin, last)]
-    samples = SeenSamples(original, seen, first, None)
+    samples = SeenSamples([original], [seen], (0, numbers[first % len(numbers)]), None)
     expected = [numbers[(first + i) % len(numbers)] for i in range(count)]
     out = np.empty((count, 17), np.int64)
     samples.fill(np.arange(count), out)
@@ -72,7 +73,11 @@ def test_a_shuffled_order_is_found_again(file, kind, wanted):
     history = Lineage(stages=[stage("one", seen("text", file, order, 0, 40))])
     (source,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), history)
     again = source.open(64, 16)
-    assert all(np.array_equal(again.sample(i), samples.sample(i)) for i in range(40))
+    if samples.num_epochs == 1:
+        assert all(np.array_equal(again.sample(i), samples.sample(i)) for i in range(40))
+    else:  # of text that two of them hold only the first is replayed
+        told = again.read_between(0, 1).ranges[0][0]
+        assert np.array_equal(again.sample(0), samples.sample(told)) and again.samples_per_epoch <= 40
 
 
 def seen(name: str, path: str, order: SampleOrder, first: int, last: int, again: bool = False) -> DataSeen:
@@ -104,20 +109,123 @@ def test_the_papers_proportions_of_a_third_stage():
     assert (old.name, recent.name) == ("replay of pile", "replay of new")
     total = old.weight + recent.weight
     assert 0.05 * old.weight / total == pytest.approx(0.038125) and 0.05 * recent.weight / total == pytest.approx(0.011875)
-    assert old.first == 5 and recent.first == 0, "the second replay of the Pile goes on where the first ended"
-    assert old.seen == ((0, 300),) and recent.seen == ((0, 95),)
+    assert old.ended == (0, 5) and recent.ended is None, "the second replay of the Pile goes on where the first ended"
+    assert old.parts == (SeenPart(pile, ((0, 300),)),) and recent.parts == (SeenPart(new, ((0, 95),)),)
 
 
-def test_stages_that_went_on_in_the_same_data_are_one_pool():
+def test_all_that_was_read_of_a_file_is_one_pool():
+    """Also where stages read it in two orders, or under two names."""
     one, two = an_order(1), an_order(2)
     again = stage("c", seen("a", "A", one, 20, 50), seen("replay of a", "A", one, 40, 50, again=True))
-    history = Lineage(stages=[stage("a", seen("a", "A", one, 0, 50)), stage("b", seen("a", "A", two, 0, 9)), again])
-    pools = seen_sources(ReplayConfig(fraction=0.05, of="lineage"), history)
-    assert [(pool.name, pool.seen, pool.first) for pool in pools] == [
-        ("replay of a in a", ((0, 50),), 0),  # what follows the last sample is the first
-        ("replay of a in b", ((0, 9),), 0),
-    ]
-    assert [pool.weight for pool in pools] == [90 * 16, 9 * 16]
+    history = Lineage(stages=[stage("a", seen("a", "A", one, 0, 50)), stage("b", seen("z", "A", two, 0, 9)), again])
+    (pool,) = seen_sources(ReplayConfig(fraction=0.05, of="lineage", paths={"z": "elsewhere"}), history)
+    assert (pool.name, pool.ended, pool.weight, pool.path) == ("replay of a", (0, 50), 99 * 16, "elsewhere")
+    assert pool.parts == (SeenPart(one, ((0, 50),)), SeenPart(two, ((0, 9),)))
+
+
+@st.composite
+def readings(draw):
+    """What some stages read of one file: views, orders, epochs and ranges of all kinds."""
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        documents = draw(st.sampled_from([(0, 40), (0, 40), (5, 40), (0, 21)]))
+        key = draw(st.integers(1, 3))
+        kind = draw(st.sampled_from(["permuted", "permuted", "neox", "megatron"]))
+        first = draw(st.integers(0, 350))
+        found.append((kind, documents, key, first, first + draw(st.integers(1, 300))))
+    return found
+
+
+def opened(path: str, kind: str, documents: tuple[int, int], key: int, last: int) -> Samples:
+    view = open_tokens(path).view(*documents)
+    if kind == "permuted":
+        return PermutedSamples(view, 16, key, None)
+    return (NeoxSamples if kind == "neox" else MegatronSamples)(view, 16, key, last)
+
+
+def inputs_of(samples: Samples, index: int) -> list[int]:
+    """The places in the file of the tokens that a sample gives to the model."""
+    starts, lengths = samples.pieces(np.array([index]))
+    places = [start + i for start, length in zip(starts.tolist(), lengths.tolist(), strict=True) for i in range(length)]
+    return places[:16]
+
+
+@settings(max_examples=40, deadline=None)
+@given(readings())
+def test_the_samples_of_a_lineage_are_a_set(file, stages):
+    """No token is replayed twice, nothing that was not read, nothing that could be is missing; in the order of the reading."""
+    data, expected, taken = [], [], set()
+    for kind, documents, key, first, last in stages:
+        samples = opened(file, kind, documents, key, last)
+        data.append(stage("x", seen("text", file, samples.sample_order(), first, last)))
+    for order in dict.fromkeys(item.data[0].read.order for item in data):
+        ranges = union([item.data[0].read.ranges[0] for item in data if item.data[0].read.order == order])
+        samples = next(
+            opened(file, *each[:3], each[4])
+            for each, item in zip(stages, data, strict=True)
+            if item.data[0].read.order == order
+        )
+        for index in (i for begin, end in ranges for i in range(begin, end)):
+            places = inputs_of(samples, index)
+            if not taken & set(places):
+                expected.append(samples.sample(index))
+                taken |= set(places)
+    (source,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), Lineage(stages=data))
+    again = source.open(64, 16)
+    assert again.samples_per_epoch == len(expected) == again.num_samples
+    out = np.empty((len(expected), 17), np.int64)
+    again.fill(np.arange(len(expected)), out)
+    assert np.array_equal(out, np.stack(expected))
+    # a later replay goes on where this one ended, and around
+    count = max(1, len(expected) // 3)
+    read = again.read_between(0, count)
+    replay = DataSeen(name="replay", path=file, fingerprint=source.fingerprint, samples=count, tokens=16 * count, read=read)
+    (later,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), Lineage(stages=[*data, stage("y", replay)]))
+    following = later.open(64, 16)
+    assert np.array_equal(following.sample(0), expected[count % len(expected)])
+    assert np.array_equal(following.sample(len(expected) - 1), expected[count - 1])
+
+
+def test_an_order_of_one_epoch_needs_no_list(file):
+    """What earlier versions replayed of it is what is replayed now, under the same fingerprint: runs in progress go on."""
+    original = PermutedSamples(open_tokens(file).view(), 16, 9, None)
+    samples = SeenSamples([original], [((0, 40),)], (0, 7))
+    assert samples.order == f"replay of {original.sample_order().model_dump_json()} [(0, 40)] from 7"
+    epochs = SeenSamples([original], [((0, 3 * original.samples_per_epoch),)])
+    assert epochs.samples_per_epoch == original.samples_per_epoch
+
+
+def test_rows_are_a_set_too(tmp_path):
+    rows = np.arange(30 * 17, dtype=np.uint16)
+    rows.tofile(tmp_path / "rows.bin")
+    view = open_tokens(str(tmp_path / "rows.bin"), dtype="uint16").view()
+    samples = SeenSamples([RowSamples(view, 16, 0, None), RowSamples(view, 16, 20, None)], [((0, 25),), ((0, 20),)])
+    assert [int(samples.sample(i)[0]) // 17 for i in range(samples.samples_per_epoch)] == list(range(30))
+
+
+def test_what_left_out_steps_read_is_told_or_refused():
+    order = an_order(1)
+    old = Stage(run="old", intent="rewarm", steps=10, data=[seen("a", "A", order, 0, 50)], left_out=[(3, 3), (5, 8)])
+    with pytest.raises(UserError, match=r"stage 'old' left out steps \(3, 5 to 8\), and its checkpoint, written by an earlier"):
+        seen_sources(ReplayConfig(fraction=0.05, of="lineage"), Lineage(stages=[old]))
+    new = old.model_copy(update={"data": [old.data[0].model_copy(update={"left_out": 10})]})
+    (pool,) = seen_sources(ReplayConfig(fraction=0.05, of="lineage"), Lineage(stages=[new]))
+    assert pool.weight == 40 * 16
+
+
+def test_a_run_that_goes_on_in_its_data_has_its_trunks_lineage():
+    first, second, third = (Stage(run=name, intent="rewarm", goes_on=False) for name in "abc")
+    further = Stage(run="d", intent="resume", goes_on=True)
+    unsaid = Stage(run="e", intent="branch")
+
+    def names(*stages, goes_on):
+        return "".join(stage.run for stage in history_to_replay(stages, goes_on=goes_on).stages)
+
+    assert names(first, second, third, goes_on=False) == "abc"
+    assert names(first, second, third, goes_on=True) == "ab"
+    assert names(first, second, further, goes_on=True) == "a"
+    assert names(first, second, further, unsaid, goes_on=True) == "a"
+    assert names(first, further, third, goes_on=False) == "adc"
 
 
 def test_what_was_never_recorded_is_refused_or_named():

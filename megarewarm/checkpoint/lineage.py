@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from megarewarm.data.sample_order import SamplesRead
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 
+Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A measured number, which may be NaN or infinite; revisions up to November 2026 wrote null for these."""
+
 
 class DataSeen(BaseModel):
     """What one stage read of one source. ``fingerprint`` identifies the tokens, wherever the file lies; ``read`` says which
-    samples they were (checkpoints of earlier versions don't)."""
+    samples they were, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions know nothing of
+    these: null, and all that was read is in ``read``.)"""
 
     model_config = ConfigDict(frozen=True)
 
@@ -22,6 +27,7 @@ class DataSeen(BaseModel):
     samples: int
     tokens: int
     read: SamplesRead | None = None
+    left_out: int | None = None
 
 
 class Stage(BaseModel):
@@ -30,9 +36,10 @@ class Stage(BaseModel):
     ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
+    ``goes_on``: it read on where the stage before it stood in the same data (null: not recorded).
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     run: str
     intent: str
@@ -43,16 +50,17 @@ class Stage(BaseModel):
     max_lr: float | None = None
     last_lr: float | None = None
     data: list[DataSeen] = []
-    losses: dict[str, float] = {}
+    losses: dict[str, Loss] = {}
     left_out: list[tuple[int, int]] = []
     tokenizers: list[TokenizerIdentity] = []
     eod: int | None = None
+    goes_on: bool | None = None
 
 
 class Lineage(BaseModel):
     """All stages, oldest first. The last one is the run that wrote the checkpoint."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     stages: list[Stage] = []
 

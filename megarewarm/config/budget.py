@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -123,6 +124,12 @@ class Budget(BaseModel):
         if total_steps is None:
             raise ValueError(f"{self} is a share of the training budget, which itself must be steps or tokens")
         return self.amount / 100 * total_steps
+
+    def exactly_in_steps(self, tokens_per_step: int, total_steps: int) -> Fraction:
+        """The same without any rounding: 33.3% is 333 thousandths."""
+        amount = Fraction(repr(self.amount))
+        whole = {"steps": Fraction(1), "tokens": Fraction(1, tokens_per_step), "percent": Fraction(total_steps, 100)}
+        return amount * whole[self.unit]
 
 
 def _no_nothing(budget: Budget) -> Budget:

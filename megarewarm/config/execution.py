@@ -116,7 +116,9 @@ class CheckpointConfig(Section):
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
     keep_every: Interval | None = Field(None, description="Checkpoints at multiples of this stay for good.")
     keep_best: str | None = Field(
-        None, description="Name of a validation set: the checkpoint with the lowest loss on it stays as well."
+        None,
+        description="Name of a validation set: the checkpoint with the lowest loss on it stays as well. The sets are then "
+        "evaluated at every save of 'every', too.",
     )
     extra_steps: list[Annotated[int, Field(ge=0)]] | Literal["log_spaced"] = Field(
         [],

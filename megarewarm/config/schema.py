@@ -23,6 +23,7 @@ from megarewarm.config.execution import (
     TrainingConfig,
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
+from megarewarm.config.grid import Grid
 from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.section import FolderName, LearningRate, Positive, Section
@@ -266,6 +267,12 @@ class RunConfig(Section):
     kernels: KernelsConfig = KernelsConfig()
     parallel: ParallelConfig = ParallelConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
+    intervals: Literal["exact", "rounded"] = Field(
+        "exact",
+        description="How intervals that are shares of the run, or tokens, become steps. exact: the k-th time is after "
+        "round(k x interval) steps, so that every time of '20%' is one of '10%' in a run of any length. rounded: the interval "
+        "is rounded to whole steps first, as earlier versions did; a run that one of these began keeps it.",
+    )
 
     @model_validator(mode="after")
     def _no_replay(self) -> RunConfig:
@@ -317,3 +324,11 @@ class RunConfig(Section):
     def steps(self, budget: Budget) -> float:
         """``budget`` in optimizer steps of this run, unrounded."""
         return budget.in_steps(self.tokens_per_step, self.total_steps)
+
+    def grid(self, interval: Budget | None) -> Grid:
+        """The steps, counted from where the interval begins, at which ``interval`` is over once more; None is never."""
+        if interval is None:
+            return Grid(self.total_steps + 1)
+        if self.intervals == "rounded":
+            return Grid(round(self.steps(interval)))
+        return Grid(interval.exactly_in_steps(self.tokens_per_step, self.total_steps))

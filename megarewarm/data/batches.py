@@ -52,11 +52,24 @@ class TrainingBatches:
         counts = self._rows.counts(first_sample + count) - self._rows.counts(first_sample)
         return dict(zip(self.names, (counts * self.sequence_length).tolist(), strict=True))
 
-    def samples_read(self, first_sample: int, count: int) -> list[SamplesRead]:
-        """Of each source, which of its samples are in [first_sample, first_sample + count), for a lineage."""
-        self._check_range(first_sample, count)
-        bounds = zip(self._rows.counts(first_sample).tolist(), self._rows.counts(first_sample + count).tolist(), strict=True)
-        return [samples.read_between(first, last) for samples, (first, last) in zip(self._rows.samples, bounds, strict=True)]
+    def samples_read(self, ranges: Sequence[tuple[int, int]]) -> list[tuple[SamplesRead, int]]:
+        """Of each source, which of its samples are in the ``ranges`` [first, last) of positions, and how many."""
+        for first, last in ranges:
+            self._check_range(first, last - first)
+        bounds = [(self._rows.counts(first), self._rows.counts(last)) for first, last in ranges]
+        found = []
+        for i, samples in enumerate(self._rows.samples):
+            mine = [(int(first[i]), int(last[i])) for first, last in bounds if first[i] < last[i]]
+            reads = [samples.read_between(first, last) for first, last in mine] or [samples.read_between(0, 0)]
+            last_order = reads[-1].order
+            joined: list[tuple[int, int]] = []
+            for first, last in (each for read in reads if read.order == last_order for each in read.ranges):
+                if joined and joined[-1][1] == first:
+                    first = joined.pop()[0]
+                joined.append((first, last))
+            read = reads[-1].model_copy(update={"ranges": tuple(joined)})
+            found.append((read, sum(last - first for first, last in mine)))
+        return found
 
     def fingerprint(self, before: int | None = None) -> str:
         """32 hex digits of all that decides which tokens stand at which position: files, splits, weights, order, seed.

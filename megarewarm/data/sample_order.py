@@ -29,7 +29,8 @@ class SampleOrder(BaseModel):
 class SamplesRead(BaseModel):
     """The samples [first, last) of each of ``ranges``, in the order they were read.
 
-    ``again``: they were read as a replay of an earlier stage's samples, so the ranges are those of that stage's order.
+    ``again``: they were read as a replay of an earlier stage's samples, so the ranges are those of that stage's order; of
+    several orders, the one that was read last. Samples within such a range that another order had before were passed over.
     """
 
     model_config = ConfigDict(frozen=True)

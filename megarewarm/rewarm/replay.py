@@ -3,23 +3,25 @@
 The accounting is compute-equivalent: the run's token budget stays what it is, so replaying a share x means that only
 (1 - x) of the budget are new tokens.
 
-``of: lineage`` replays what the start checkpoint's lineage records: pools of samples that were truly read, one for each order
-of each file, by the number of tokens seen of it. Replays count: after 300B tokens of the Pile and 100B of new data with 5%
-replay, a third stage takes Pile and new data as 305 : 95, which is what that paper did. A pool is replayed in the order in
-which it was first read, going on where the last replay of it ended.
+``of: lineage`` replays what the start checkpoint's lineage records: pools of samples that were truly trained on, one for each
+file, by the number of tokens seen of it. Replays count: after 300B tokens of the Pile and 100B of new data with 5% replay, a
+third stage takes Pile and new data as 305 : 95, which is what that paper did. A pool is a set: a sample that was read twice, in
+another stage, order or epoch, is in it once, and what a skipped step has read is not. It is replayed in the order in which it
+was first read, going on where the last replay of it ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
-from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
 from megarewarm.data.mixture import open_view
 from megarewarm.data.phases import AnySource
 from megarewarm.data.sample_order import SampleOrder
-from megarewarm.data.seen_samples import SeenSource, union
+from megarewarm.data.seen_samples import SeenPart, SeenSource, union
 from megarewarm.errors import UserError
 
 
@@ -50,21 +52,47 @@ def replayed(replay: ReplayConfig | None, history: Lineage) -> list[AnySource]:
 
 @dataclass
 class _Pool:
-    """All that was read of one order of one file."""
+    """All that was read of one file, order by order. ``ended``: the order and index at which the last replay ended."""
 
-    name: str
+    names: list[str]
     run: str
     path: str
     fingerprint: str
-    order: SampleOrder
-    ranges: list[tuple[int, int]] = field(default_factory=list)
+    ranges: dict[SampleOrder, list[tuple[int, int]]] = field(default_factory=dict)
     tokens: int = 0
-    next: int | None = None
+    ended: tuple[SampleOrder, int] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def parts(self) -> tuple[SeenPart, ...]:
+        return tuple(SeenPart(order, seen) for order, ranges in self.ranges.items() if (seen := union(ranges)))
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """(part, index) of ``ended``."""
+        orders = [part.order for part in self.parts]
+        return None if self.ended is None or self.ended[0] not in orders else (orders.index(self.ended[0]), self.ended[1])
+
+
+def history_to_replay(stages: Sequence[Stage], *, goes_on: bool) -> Lineage:
+    """What 'lineage' means to a run that follows on ``stages``.
+
+    ``goes_on``: it reads on in the data of the last one (resume, branch). Then these are its data too, and they were blended
+    from what was there before that stage, or before the first of several that went on in the same data.
+    """
+    before = list(stages)
+    while goes_on and before:
+        last = before.pop()
+        goes_on = last.intent in ("resume", "branch") if last.goes_on is None else last.goes_on
+    return Lineage(stages=before)
 
 
 def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
     """One source for each pool of ``history``, weighted by the tokens seen of it, replays included."""
-    pools: dict[tuple[str, SampleOrder], _Pool] = {}
+    pools: dict[str, _Pool] = {}
     for stage in history.stages:
         if (not stage.data and not replay.sources) or any(seen.samples and seen.read is None for seen in stage.data):
             raise UserError(
@@ -72,22 +100,29 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
                 f"it has read; give what it was trained on as replay.sources (with 'tokens' seen of each, beside 'of: lineage' "
                 f"if later stages are recorded)"
             )
+        if stage.left_out and any(seen.samples and seen.left_out is None for seen in stage.data):
+            raise UserError(
+                f"replay of lineage: stage '{stage.run}' left out steps ({_steps(stage)}), and its checkpoint, written by an "
+                f"earlier megarewarm, doesn't say which samples these were; give what it was trained on as replay.sources "
+                f"instead of 'of: lineage'"
+            )
         for seen in stage.data:
             if seen.read is None or not seen.samples:
                 continue
-            order = seen.read.order
-            first = _Pool(seen.name, stage.run, seen.path, seen.fingerprint, order)
-            pool = pools.setdefault((seen.fingerprint, order), first)
-            pool.tokens += seen.tokens
+            order, trained_on = seen.read.order, seen.tokens - (seen.left_out or 0) * seen.read.order.sequence_length
+            pool = pools.setdefault(seen.fingerprint, _Pool([], stage.run, seen.path, seen.fingerprint))
+            pool.tokens += trained_on
             if seen.read.again:
-                pool.next = seen.read.ranges[-1][1]
-            else:
-                pool.ranges += seen.read.ranges
-                pool.path = seen.path  # the newest place of the file
-    if unknown := sorted(set(replay.paths) - {pool.name for pool in pools.values()}):
-        raise UserError(
-            f"replay.paths: the lineage has no source '{unknown[0]}', but {', '.join(sorted({p.name for p in pools.values()}))}"
-        )
+                if seen.read.ranges:
+                    pool.ended = order, seen.read.ranges[-1][1]
+                continue
+            pool.names += [seen.name]
+            pool.ranges.setdefault(order, []).extend(seen.read.ranges)
+            pool.path = seen.path  # the newest place of the file
+    pools = {key: pool for key, pool in pools.items() if any(part.seen for part in pool.parts)}
+    known = sorted({name for pool in pools.values() for name in pool.names})
+    if unknown := sorted(set(replay.paths) - set(known)):
+        raise UserError(f"replay.paths: the lineage has no source '{unknown[0]}', but {', '.join(known)}")
     if not pools:
         raise UserError("replay of lineage: the start checkpoint has read nothing yet; give replay.sources instead")
     names = [pool.name for pool in pools.values()]
@@ -95,11 +130,10 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
         SeenSource(
             name=f"replay of {pool.name}" + (f" in {pool.run}" if names.count(pool.name) > 1 else ""),
             pool=pool.name,
-            path=replay.paths.get(pool.name, pool.path),
+            path=next((replay.paths[name] for name in pool.names if name in replay.paths), pool.path),
             fingerprint=pool.fingerprint,
-            order=pool.order,
-            seen=union(pool.ranges),
-            first=_rank(union(pool.ranges), pool.next),
+            parts=pool.parts,
+            ended=pool.place,
             weight=float(pool.tokens),
             max_epochs=replay.max_epochs,
         )
@@ -107,12 +141,8 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
     ]
 
 
-def _rank(ranges: Sequence[tuple[int, int]], index: int | None) -> int:
-    """How many numbers of the ascending ``ranges`` lie below ``index``; 0 where that is all of them: around to the start."""
-    if index is None:
-        return 0
-    below = sum(max(0, min(last, index) - first) for first, last in ranges)
-    return below % sum(last - first for first, last in ranges)
+def _steps(stage: Stage) -> str:
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in stage.left_out[:4])
 
 
 def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> None:
@@ -132,11 +162,11 @@ def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> 
         if isinstance(source, Source):
             view = open_view(source, data, vocab_size)
             name, fingerprint = source.name or source.path, view.file.fingerprint()
-            first, last = view.first_document, view.last_document
+            spans = [(view.first_document, view.last_document)]
         else:
             name, fingerprint = source.name, source.fingerprint
-            first, last = source.order.first_document, source.order.last_document
-        for item, view in held_out:
+            spans = [(part.order.first_document, part.order.last_document) for part in source.parts]
+        for (item, view), (first, last) in product(held_out, spans):
             if view.file.fingerprint() == fingerprint and first < view.last_document and view.first_document < last:
                 raise UserError(
                     f"validation set '{item}' (upstream) and '{name}', which is replayed, both read documents "

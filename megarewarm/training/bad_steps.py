@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from megarewarm.checkpoint.own.saver import Saver
+from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.errors import UserError
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.run import Run, take_back
 from megarewarm.training.run_folder import RunFolder
-from megarewarm.training.saving import save_interval
+from megarewarm.training.saving import saves
 from megarewarm.training.step import StepResult, TrainingDiverged
 
 
@@ -30,6 +33,8 @@ def answer(run: Run, result: StepResult, folder: RunFolder, saver: Saver, metric
     All ranks call it. Raises ``TrainingDiverged`` where the run has to end; the event is written then.
     """
     settings, step = run.plan.config.reliability, run.step
+    if not result.changed and result.fault in (None, "transient"):  # fp16's gradients overflowed
+        _leave_out(run, step, step)
     if result.fault is None:
         run.unchanged = 0
         return Answer([])
@@ -92,25 +97,27 @@ def check_roll_back(run: Run) -> None:
     settings = config.reliability
     if settings.spikes != "roll_back":
         return
-    every = save_interval(config)
+    every = saves(config)
     if every is None:
         raise UserError("reliability.spikes: 'roll_back' goes back to a checkpoint: set checkpoint.every")
-    reach = (config.checkpoint.keep_last - 1) * every
+    reach = math.floor((config.checkpoint.keep_last - 1) * every.interval)
     if reach < settings.roll_back_steps:
         raise UserError(
             f"reliability.roll_back_steps: {settings.roll_back_steps} steps before a spike there may be no checkpoint: "
-            f"{config.checkpoint.keep_last} are kept, every {every} steps, which reaches {reach} back; raise "
-            f"checkpoint.keep_last to {-(-settings.roll_back_steps // every) + 1}, or lower roll_back_steps"
+            f"{config.checkpoint.keep_last} are kept, every {every}, which reaches {reach} back; raise "
+            f"checkpoint.keep_last to {math.ceil(settings.roll_back_steps / every.interval) + 1}, or lower roll_back_steps"
         )
 
 
 def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
     """Weights and optimizer of the newest checkpoint that is old enough; its step, or None where there is none yet.
 
-    The count of steps, and with it data and schedule, stay where they are.
+    The count of steps, and with it data and schedule, stay where they are. A checkpoint that only a stop has left does not
+    count, for the undisturbed run has none there; nor does one of a course that has been given up since.
     """
     saver.wait()
-    found, _ = folder.newest_checkpoint(up_to=run.step - run.plan.config.reliability.roll_back_steps)
+    oldest = run.step - run.plan.config.reliability.roll_back_steps
+    found, _ = folder.newest_checkpoint(up_to=oldest, counts=lambda path: _is_behind(run, path))
     if found is None:
         return None
     source = OwnCheckpoint(found, verified=True)
@@ -120,6 +127,17 @@ def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
     if run.spikes is not None:
         run.spikes.clear()
     return source.training.step
+
+
+def _is_behind(run: Run, checkpoint: Path) -> bool:
+    """Whether the undisturbed run has the checkpoint, too, and the run's weights went on from it: the steps up to it that they
+    lack are those that it lacks."""
+    try:
+        state = read_state(checkpoint)
+    except UserError:
+        return True  # that it is damaged is found with the others
+    lacking = [(first, min(last, state.step)) for first, last in run.left_out if first <= state.step]
+    return not state.interim and lacking == list(state.lineage.stages[-1].left_out)
 
 
 def _leave_out(run: Run, first: int, last: int) -> None:

@@ -159,7 +159,7 @@ def _print_data(plan: Plan, console: Console) -> None:
     config = plan.config
     notes = []
     try:
-        old = replayed(config.replay, plan.history)
+        old = replayed(config.replay, plan.history_to_replay)
     except UserError as error:
         if not isinstance(plan.source, NotOpened):
             raise
@@ -176,7 +176,8 @@ def _print_data(plan: Plan, console: Console) -> None:
         for j, source in enumerate(phase.sources if last > first else ()):
             name = source.name or Path(source.path).name
             if isinstance(source, SeenSource):
-                name += f" ({sum(b - a for a, b in source.seen) * source.order.sequence_length:,} tokens seen)"
+                read = sum((b - a) * part.order.sequence_length for part in source.parts for a, b in part.seen)
+                name += f" ({read:,} tokens seen)"
             tokens = source.weight * (last - first) * config.data.sequence_length
             shown.add_row("" if j else f"{step + 1:,}", name, f"{100 * source.weight:.4g} %", f"{tokens:,.0f}")
     console.print(shown, highlight=False)

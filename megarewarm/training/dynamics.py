@@ -32,8 +32,8 @@ def dynamics_steps(config: RunConfig, first: int) -> set[int]:
     """The steps that are measured: every ``logging.dynamics`` from step ``first`` on, and the last."""
     if config.logging.dynamics is None:
         return set()
-    interval = max(1, round(config.steps(config.logging.dynamics)))
-    return {*range(first + interval, config.total_steps + 1, interval), config.total_steps}
+    points = config.grid(config.logging.dynamics).points(config.total_steps - first)
+    return {*(first + point for point in points), config.total_steps}
 
 
 def group_of(name: str) -> str:

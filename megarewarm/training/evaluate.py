@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.budget import Budget
 from megarewarm.config.execution import EvaluationConfig
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.mixture import open_view
@@ -24,24 +23,21 @@ def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterat
     """The steps after which the validation sets are evaluated, ascending, the last step always among them.
 
     ``first`` is the run's first step minus one; during the warmup (until step ``warmup_end``) ``every_in_warmup`` holds.
-    Moving windows are evaluated at multiples of ``every``, whatever the first step, for that is what numbers their slices.
+    Fixed windows are evaluated at every save as well, where the best checkpoint is to be kept. Moving windows are evaluated at
+    multiples of ``every`` only, whatever the first step, for that is what numbers their slices.
     """
     settings: EvaluationConfig = config.evaluation
     total = config.total_steps
     if settings.at_start:
         yield first
-    every = _interval(config, settings.every)
-    in_warmup = _interval(config, settings.every_in_warmup) if settings.every_in_warmup is not None else every
+    every = config.grid(settings.every)
+    in_warmup = config.grid(settings.every_in_warmup) if settings.every_in_warmup is not None else every
     zero = 0 if settings.windows == "moving" else first
-    for step in range(first + 1, total + 1):
-        interval = in_warmup if step <= warmup_end else every
-        if (step - zero) % interval == 0 or step == total:
-            yield step
-
-
-def _interval(config: RunConfig, budget: Budget | None) -> int:
-    """Steps between evaluations; more than the run has for never."""
-    return config.total_steps + 1 if budget is None else max(1, round(config.steps(budget)))
+    steps = {zero + point for point in every.points(total - zero) if zero + point > warmup_end}
+    steps |= {zero + point for point in in_warmup.points(min(total, math.floor(warmup_end)) - zero)}
+    if config.checkpoint.keep_best is not None and config.checkpoint.every is not None and settings.windows == "fixed":
+        steps |= set(config.grid(config.checkpoint.every).points(total))
+    yield from sorted({step for step in steps if step > first} | {total})
 
 
 def turns(config: RunConfig, step: int) -> list[tuple[int, bool]]:
@@ -52,9 +48,10 @@ def turns(config: RunConfig, step: int) -> list[tuple[int, bool]]:
     """
     if config.evaluation.windows == "fixed":
         return [(0, step == config.total_steps)]
-    every = _interval(config, config.evaluation.every)
-    regular = [(step // every - 1, False)] if step % every == 0 else []
-    return regular + ([(config.total_steps // every, True)] if step == config.total_steps else [])
+    every = config.grid(config.evaluation.every)
+    number = every.number(step)
+    regular = [(number - 1, False)] if number is not None else []
+    return regular + ([(every.count(config.total_steps), True)] if step == config.total_steps else [])
 
 
 def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
@@ -67,7 +64,7 @@ def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[Validation
     if config.evaluation.windows == "fixed":
         fixed = [ValidationWindows(item, data, vocab_size) for item in data.validation]
         return [*fixed], [note for windows in fixed for note in windows.notes]
-    evaluations = config.total_steps // _interval(config, config.evaluation.every) + 1
+    evaluations = config.grid(config.evaluation.every).count(config.total_steps) + 1
     sets: list[ValidationWindows | MovingWindows] = []
     notes = []
     for item in data.validation:

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from megarewarm.config.execution import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXACT = 2**24
+"""torch's fused AdamW counts in fp32, where the next whole number is 2 away from here on. The count is kept beside it, and
+given to it rounded: what it takes for the count is off by 2^-24 of it at most."""
 
 
 def decays(name: str) -> bool:
@@ -101,8 +104,11 @@ class AdamW:
                 assert gradients is not None
                 gradients.scale_(scale)
             self.torch.step()
+            self._completed += 1
+            if self._completed > _EXACT:  # where torch's own count stands still
+                self.set_completed_steps(self._completed)
             return
-        steps = self.completed_steps + 1
+        steps = self._completed + 1
         for factor, held, launch in self._together:
             found = [p.grad for p in held]
             launch.step([g for g in found if g is not None], step=steps, lr=lr * factor, scale=scale)
@@ -132,12 +138,13 @@ class AdamW:
     @property
     def completed_steps(self) -> int:
         """Adam's step count, which sets the bias correction; equal for all parameters."""
-        if self.kind != "torch":
+        if self.kind == "apex":
             return int(self.torch.param_groups[0]["step"])
-        return int(next(iter(self.torch.state.values()))["step"])
+        return self._completed
 
     def set_completed_steps(self, steps: int) -> None:
         """Set Adam's step count for every parameter."""
+        self._completed = steps
         if self.kind != "torch":  # one count for each group, a number
             for group in self.torch.param_groups:
                 group["step"] = steps

@@ -13,6 +13,7 @@ from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
+from megarewarm.rewarm.replay import history_to_replay
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule, build_schedule
@@ -25,6 +26,7 @@ class Plan:
 
     ``origin`` is where the run began, ``position`` where it stands; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
+    ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were.
     """
 
     config: RunConfig
@@ -34,6 +36,7 @@ class Plan:
     origin: Position
     position: Position
     resumed: bool
+    origin_tokens: int = 0
 
     @property
     def model(self) -> ModelConfig:
@@ -47,6 +50,25 @@ class Plan:
             return Lineage()
         stages = self.source.lineage.stages
         return Lineage(stages=stages[:-1] if self.resumed else stages)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run reads on in the data of the stage before it."""
+        if self.source is None or self.source.training is None:
+            return False
+        if not self.resumed:
+            return self.policy.data == "continue"
+        told = self.source.lineage.stages[-1].goes_on
+        return self.origin.samples > 0 if told is None else told
+
+    @property
+    def history_to_replay(self) -> Lineage:
+        """The stages that 'replay of: lineage' means."""
+        return history_to_replay(self.history.stages, goes_on=self.goes_on)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all steps up to ``step`` of the loop's counter: the x axis of the logs."""
+        return self.origin_tokens + (step - self.origin.step) * self.config.tokens_per_step
 
     def schedule_position(self, step: int) -> int:
         """Position in the schedule once ``step`` steps of the run are completed."""
@@ -130,15 +152,38 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_t
             f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
             f"the budget or set start.iteration to 'restart'"
         )
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False)
+    before = origin.step * config.tokens_per_step
+    if origin.step and training is not None and (told := training.tokens_counted) is not None:
+        before = told
+    _require_same_tokens(config, origin.step, before)
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before)
+
+
+def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
+    """A budget in tokens counts all steps alike, those before the start as well."""
+    budget, each = config.training.budget, config.tokens_per_step
+    if budget.unit == "tokens" and tokens != step * each:
+        steps = step + max(0, round((budget.amount - tokens) / each))
+        raise UserError(
+            f"training.budget: '{budget}' is counted in steps of {each:,} tokens, and the {step:,} steps that the checkpoint "
+            f"has done had {tokens:,} tokens in all; give it in steps: with {steps:,} steps the whole comes to {budget}"
+        )
 
 
 def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
     training = own.training
     assert training is not None
     config = settle_model(config, own)
+    rule = RunFolder(Path(config.run_folder)).rule_of_intervals()
+    if rule is not None and rule != config.intervals:
+        own.notes.append(
+            f"intervals: '{rule}', as when this run was begun: it evaluates and saves at the same steps as until now"
+        )
+        config = config.model_copy(update={"intervals": rule})
     step, schedule_position, samples = training.start_position
     origin = Position(step, schedule_position, samples, 0)
+    done = training.tokens_counted
+    before = step * config.tokens_per_step if done is None else done - (training.step - step) * config.tokens_per_step
     return Plan(
         config=config,
         source=own,
@@ -147,6 +192,7 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
         origin=origin,
         position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
         resumed=True,
+        origin_tokens=before,
     )
 
 

@@ -45,7 +45,8 @@ class Run:
     ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
     waited for data; ``distilled``: the teacher's term of the newest step, a mean per target. ``start_weights``: what the run
     began with, where something has a use for it. ``spikes``: None where none are looked for; ``unchanged``: how many of the
-    last steps in a row changed nothing; ``left_out``: ranges of steps that are not in the weights.
+    last steps in a row changed nothing; ``due``: a save was to be made and waits for a step that did; ``left_out``: ranges of
+    steps that are not in the weights.
     """
 
     plan: Plan
@@ -74,6 +75,7 @@ class Run:
     distilled: float = 0.0
     spikes: SpikeDetector | None = None
     unchanged: int = 0
+    due: bool = False
     left_out: list[tuple[int, int]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -106,11 +108,18 @@ class Run:
             left_out=self.left_out,
             tokenizers=self.texts.tokenizers,
             eod=self.texts.eod,
+            goes_on=plan.goes_on,
         )
 
     def _data_seen(self, first: int, count: int) -> list[DataSeen]:
         tokens = self.data.tokens_per_source(first, count)
         length = self.plan.config.data.sequence_length
+        ranges, begin = [], first
+        for lost, last in self.left_out:
+            ranges.append((begin, self.plan.samples(lost - 1)))
+            begin = self.plan.samples(last)
+        ranges.append((begin, first + count))
+        reads = self.data.samples_read(ranges)
         return [
             DataSeen(
                 name=name,
@@ -119,18 +128,17 @@ class Run:
                 samples=tokens[name] // length,
                 tokens=tokens[name],
                 read=read,
+                left_out=tokens[name] // length - trained_on,
             )
-            for name, source, read in zip(
-                self.data.names, self.data.describe(), self.data.samples_read(first, count), strict=True
-            )
+            for name, source, (read, trained_on) in zip(self.data.names, self.data.describe(), reads, strict=True)
         ]
 
     def _own_state(self) -> TrainingState:
         assert self.plan.source is not None and self.plan.source.training is not None
         return self.plan.source.training
 
-    def state(self) -> TrainingState:
-        """Everything of the run that is a counter, as it stands now."""
+    def state(self, *, interim: bool = False) -> TrainingState:
+        """Everything of the run that is a counter, as it stands now. ``interim``: it is saved only because the run stops."""
         plan = self.plan
         stage = self.stage()
         return TrainingState(
@@ -150,7 +158,11 @@ class Run:
             start_losses=self.start_losses,
             measured=self.measured,
             loss_scale=self.scaler.state() if self.scaler is not None else None,
-            recent=RecentSteps(**(self.spikes.state() if self.spikes is not None else {}), unchanged=self.unchanged),
+            recent=RecentSteps(
+                **(self.spikes.state() if self.spikes is not None else {}), unchanged=self.unchanged, due=self.due
+            ),
+            interim=interim,
+            step_tokens=plan.tokens(self.step),
         )
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:

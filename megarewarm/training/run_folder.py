@@ -41,13 +41,15 @@ class RunFolder:
         self.batches = path / "batches"
         self._lock: IO[bytes] | None = None
 
-    def newest_checkpoint(self, *, alone: bool = False, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+    def newest_checkpoint(
+        self, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
+    ) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
 
-        ``up_to``: the latest step that counts. All ranks call it, unless ``alone``. Raises ``UserError`` where there are
-        checkpoints and all are damaged.
+        ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. All ranks call it, unless ``alone``.
+        Raises ``UserError`` where there are checkpoints and all are damaged.
         """
-        return newest_whole(self.checkpoints, alone=alone, up_to=up_to)
+        return newest_whole(self.checkpoints, alone=alone, up_to=up_to, counts=counts)
 
     def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
         """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
@@ -70,6 +72,12 @@ class RunFolder:
             alone = f"give this run another 'name', or continue the old one in a new run with start.from={self.path}"
             remedy = other if experiment is not None else alone
             raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
+
+    def rule_of_intervals(self) -> str | None:
+        """``intervals`` of the run that the folder holds: 'rounded' where it is older than the key; None without a run."""
+        if not self.config_file.is_file():
+            return None
+        return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
 
     def lock(self, *, main: bool) -> None:
         """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.

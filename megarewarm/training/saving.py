@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.config.execution import LOG_SPACED
+from megarewarm.config.grid import Grid
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.training.evaluate import evaluation_steps
 
 
-def save_interval(config: RunConfig) -> int | None:
-    """Steps between saves; None where only the end is saved."""
+def saves(config: RunConfig) -> Grid | None:
+    """The steps after which the run saves, counted from 0; None where only the end is saved."""
     every = config.checkpoint.every
-    return None if every is None else max(1, round(config.steps(every)))
+    return None if every is None else config.grid(every)
 
 
 def extra_steps(config: RunConfig) -> frozenset[int]:
@@ -23,15 +24,14 @@ def extra_steps(config: RunConfig) -> frozenset[int]:
 
 def is_saved(config: RunConfig, step: int) -> bool:
     """Whether a checkpoint is written after ``step``."""
-    every = save_interval(config)
-    regular = every is not None and step > 0 and step % every == 0
-    return regular or step == config.total_steps or step in extra_steps(config)
+    every = saves(config)
+    return (every is not None and every.number(step) is not None) or step == config.total_steps or step in extra_steps(config)
 
 
 def retention(config: RunConfig) -> Retention:
     """Which of the run's checkpoints stay."""
     settings = config.checkpoint
-    keep_every = None if settings.keep_every is None else max(1, round(config.steps(settings.keep_every)))
+    keep_every = None if settings.keep_every is None else config.grid(settings.keep_every)
     return Retention(settings.keep_last, keep_every, extra_steps(config), settings.keep_best)
 
 
@@ -41,14 +41,14 @@ def check_saving(config: RunConfig, first: int, warmup_end: float) -> None:
     ``first`` is the run's first step minus one, ``warmup_end`` the last step of the warmup.
     """
     settings = config.checkpoint
-    every = save_interval(config)
+    every = saves(config)
     if settings.keep_every is not None:
         keep_every = retention(config).keep_every
         assert keep_every is not None
-        if every is None or keep_every % every:
+        if every is None or not keep_every.is_multiple_of(every):
             raise UserError(
-                f"checkpoint.keep_every: {keep_every} steps is no multiple of checkpoint.every "
-                f"({'only the end' if every is None else f'{every} steps'}), so nothing is saved there; make it one"
+                f"checkpoint.keep_every: {keep_every} is no multiple of checkpoint.every "
+                f"({'only the end' if every is None else every}), so nothing is saved there; make it one"
             )
     if settings.keep_best is None:
         return
@@ -59,7 +59,8 @@ def check_saving(config: RunConfig, first: int, warmup_end: float) -> None:
         )
     total = config.total_steps
     if not any(is_saved(config, step) for step in evaluation_steps(config, first, warmup_end) if step < total):
+        moving = "make checkpoint.every a multiple of evaluation.every, for moving windows are evaluated only there"
         raise UserError(
-            "checkpoint.keep_best: no step before the last is both evaluated and saved; make checkpoint.every a multiple of "
-            "evaluation.every"
+            "checkpoint.keep_best: no step before the last is both evaluated and saved; "
+            + (moving if config.evaluation.windows == "moving" and every is not None else "give a shorter checkpoint.every")
         )

@@ -46,7 +46,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     _check_agreement(plan, ranks)
     texts = settle_texts(plan)
     history = plan.history
-    old = replayed(config.replay, history)
+    old = replayed(config.replay, plan.history_to_replay)
     data = build_training_batches(
         config.data,
         training_phases(config, plan.schedule, plan.origin, old),
@@ -148,7 +148,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         run.last_lr, run.max_lr = stage.last_lr or 0.0, stage.max_lr or 0.0
         run.left_out = list(stage.left_out)
         recent = plan.source.training.recent or RecentSteps()
-        run.unchanged = recent.unchanged
+        run.unchanged, run.due = recent.unchanged, recent.due
         if run.spikes is not None:
             run.spikes.restore(recent.losses, recent.norms)
     _assert_applied(run)

@@ -78,7 +78,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         run.notes += logged
         check_roll_back(run)
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
-        metrics = _open(run, config, folder, opened)
+        metrics = _open(run, _as_begun(config, plan), folder, opened)
         _announce(run, metrics, console)
         saver = opened.enter_context(
             Saver(folder.checkpoints, retention(plan.config), asynchronous=plan.config.checkpoint.asynchronous)
@@ -89,6 +89,11 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         if outcome.exit_code == 0:
             _export(plan, run.texts, folder, ranks, console)
     return outcome
+
+
+def _as_begun(config: RunConfig, plan: Plan) -> RunConfig:
+    """``config`` as it is written down: with the run's own rule for intervals."""
+    return config.model_copy(update={"intervals": plan.config.intervals})
 
 
 def _open(run: Run, config: RunConfig, folder: RunFolder, opened: ExitStack) -> Metrics:
@@ -111,7 +116,7 @@ def _make_up(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, con
     if due.alphas:
         run = build(plan, ranks)
         with ExitStack() as opened:
-            metrics = _open(run, config, folder, opened)
+            metrics = _open(run, _as_begun(config, plan), folder, opened)
             interpolate(run, metrics, console, due.alphas)
             metrics.event("stop", step=run.step, reason="complete")
 
@@ -142,8 +147,7 @@ def _loop(
     sums = plan.learning_rate_sums()
     measure_after = dynamics_steps(config, plan.origin.step)
     evaluate_after = set(evaluation_steps(config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
-    compared_after = replica_checks(config, first)
-    due = False  # a checkpoint
+    compared_after = set(replica_checks(config, first))
     times = StepTimes(config.reliability, gather(socket.gethostname()))
     if not plan.resumed and first in evaluate_after:
         _evaluate_all(run, first, metrics, console, "at the start", number=0, last=False)
@@ -162,7 +166,7 @@ def _loop(
             metrics.event(
                 "train",
                 step=step,
-                tokens=step * config.tokens_per_step,
+                tokens=plan.tokens(step),
                 loss=result.loss,
                 lr=lr,
                 lr_sum=lr_sum,
@@ -190,7 +194,7 @@ def _loop(
                 console.print(f"{config.name}: {line}", style="yellow", highlight=False)
             if step in measure_after and result.changed:
                 groups = measure(run.model, run.optimizer, run.start_weights)
-                log_dynamics(metrics, step, step * config.tokens_per_step, groups)
+                log_dynamics(metrics, step, plan.tokens(step), groups)
             if (logged := progress.step(step, result.loss, lr, rate)) is not None:
                 metrics.text(logged)
             for number, last in turns(config, step) if step in evaluate_after else ():
@@ -200,15 +204,16 @@ def _loop(
             if failed:
                 saver.wait()
             stopping |= out_of_time and step < total
-            due |= is_saved(config, step)
+            run.due |= is_saved(config, step)
             # not while steps fail one after another, if that may be the weights': it would take the place of an earlier one
-            sound = run.unchanged == 0 or (stopping and run.is_finite())
-            saving = answered.went_back or step == total or (sound and (stopping or due))
+            planned = answered.went_back or step == total or (run.due and run.unchanged == 0)
+            saving = planned or (stopping and (run.unchanged == 0 or run.is_finite()))
             if saving or step in compared_after:
                 _compare_replicas(run, metrics)
+            if planned:
+                run.due = False
             if saving:
-                saver.save(run.state(), run.tensors())
-                due = False
+                saver.save(run.state(interim=not planned), run.tensors())
             if stopping or answered.went_back or step == total:
                 saver.wait()
             _log_saved(saver, metrics, limit)
@@ -230,13 +235,12 @@ def _loop(
     return Outcome(folder.path, total, run.losses)
 
 
-def replica_checks(config: RunConfig, first: int) -> range:
+def replica_checks(config: RunConfig, first: int) -> list[int]:
     """The steps after which replicas are compared, besides those that are saved."""
     every = config.reliability.check_replicas
     if every is None:
-        return range(0)
-    interval = max(1, round(config.steps(every)))
-    return range(first + interval - first % interval, config.total_steps + 1, interval)
+        return []
+    return [step for step in config.grid(every).points(config.total_steps) if step > first]
 
 
 def _compare_replicas(run: Run, metrics: Metrics) -> None:
@@ -291,9 +295,7 @@ def _evaluate_all(
         loss, tokens = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
         name = windows.name
         run.losses[name] = run.measured[name] = loss
-        metrics.event(
-            "eval", step=step, tokens=step * config.tokens_per_step, name=name, role=windows.role, loss=loss, over=tokens
-        )
+        metrics.event("eval", step=step, tokens=run.plan.tokens(step), name=name, role=windows.role, loss=loss, over=tokens)
         metrics.scalars(step, {f"validation/{name}": loss})
         start = run.start_losses.get(name)
         shown.append(f"{name} {loss:.4f}" + (f" ({loss - start:+.4f})" if start is not None else ""))

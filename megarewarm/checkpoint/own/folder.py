@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.retention import Retention
-from megarewarm.checkpoint.own.state import STATE_FILE, read_state
+from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, read_state
 from megarewarm.checkpoint.own.store import PARTIAL
 from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
@@ -29,13 +30,16 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
 
 
-def newest_whole(folder: Path, *, alone: bool = False, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+def newest_whole(
+    folder: Path, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` of which every byte is as it was written, and a note on each that was passed over.
 
-    ``up_to``: the latest step that counts. None where there are no checkpoints. All ranks call it, unless ``alone``. Raises
-    ``UserError`` where there are some and all are damaged, and where the ranks see different ones.
+    ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. None where there are no checkpoints. All
+    ranks call it, unless ``alone``. Raises ``UserError`` where there are some and all are damaged, and where the ranks see
+    different ones.
     """
-    found = [(step, path) for step, path in checkpoints_in(folder) if up_to is None or step <= up_to]
+    found = [(step, path) for step, path in checkpoints_in(folder) if (up_to is None or step <= up_to) and counts(path)]
     steps = [step for step, _ in found]
     seen = [steps] if alone else gather(steps)
     if any(other != steps for other in seen):
@@ -84,8 +88,10 @@ def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
     for leftover in folder.glob(f"*{PARTIAL}"):
         shutil.rmtree(leftover)
     found = dict(checkpoints_in(folder))
-    losses = {s: _loss(path, retention.best_on) for s, path in found.items() if s <= step}
-    staying = retention.staying(losses)
+    states = {s: _state(path) for s, path in found.items() if s <= step}
+    losses = {s: None if state is None else state.measured.get(retention.best_on or "") for s, state in states.items()}
+    interim = frozenset(s for s, state in states.items() if state is not None and state.interim)
+    staying = retention.staying(losses, interim)
     for other, checkpoint in found.items():
         if other not in staying:
             # renamed first, so that a kill during the removal leaves nothing that looks like a checkpoint
@@ -94,10 +100,9 @@ def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
             shutil.rmtree(doomed)
 
 
-def _loss(checkpoint: Path, name: str | None) -> float | None:
-    if name is None:
-        return None
+def _state(checkpoint: Path) -> TrainingState | None:
+    """None where it can't be read."""
     try:
-        return read_state(checkpoint).measured.get(name)
+        return read_state(checkpoint)
     except UserError:
         return None

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megarewarm.config.grid import Grid
 
 
 @dataclass(frozen=True)
 class Retention:
-    """``keep_last``: how many of the newest stay. ``for_good``: steps that are never removed; ``keep_every``: so are its
-    multiples. ``best_on``: the validation set whose lowest loss stays as well."""
+    """``keep_last``: how many of the newest stay. ``for_good``: steps that are never removed; ``keep_every``: nor are its
+    points. ``best_on``: the validation set whose lowest loss stays as well.
+
+    A checkpoint that was written because the run was stopped counts for none of these: it stays while it is the newest, so
+    that a run that was stopped keeps those that the undisturbed one has.
+    """
 
     keep_last: int
-    keep_every: int | None = None
+    keep_every: Grid | None = None
     for_good: frozenset[int] = frozenset()
     best_on: str | None = None
 
     def keeps_for_good(self, step: int) -> bool:
         """Whether the checkpoint of ``step`` stays however many follow."""
-        return step in self.for_good or (self.keep_every is not None and step % self.keep_every == 0)
+        return step in self.for_good or (
+            self.keep_every is not None and (step == 0 or self.keep_every.number(step) is not None)
+        )
 
-    def staying(self, losses: Mapping[int, float | None]) -> set[int]:
-        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None where not measured there.
+    def staying(self, losses: Mapping[int, float | None], interim: frozenset[int] = frozenset()) -> set[int]:
+        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None where not measured there;
+        ``interim``: those that were written because the run was stopped.
 
-        The newest always stays; of equally good ones the oldest is the best.
+        The newest always stays; of equally good ones the oldest is the best. A loss that is not finite is none.
         """
-        newest = sorted(losses)[-max(self.keep_last, 1) :]
-        measured = [(loss, step) for step, loss in losses.items() if loss is not None]
+        planned = sorted(losses.keys() - interim)
+        newest = [*planned[-max(self.keep_last, 1) :], *sorted(losses)[-1:]]
+        measured = [(loss, step) for step in planned if (loss := losses[step]) is not None and math.isfinite(loss)]
         best = [min(measured)[1]] if self.best_on is not None and measured else []
-        return {*newest, *best, *(step for step in losses if self.keeps_for_good(step))}
+        return {*newest, *best, *(step for step in planned if self.keeps_for_good(step))}

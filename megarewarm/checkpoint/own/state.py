@@ -1,4 +1,7 @@
-"""``state.json``: every counter of a run that is not a tensor, readable by people."""
+"""``state.json``: every counter of a run that is not a tensor, readable by people.
+
+Losses may be NaN or infinite. JSON has no such numbers: they are written as the texts "NaN", "Infinity" and "-Infinity".
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.lineage import Lineage, Loss
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 
@@ -16,13 +19,15 @@ STATE_FILE = "state.json"
 
 
 class RecentSteps(BaseModel):
-    """Losses and gradient norms of the last steps, and how many in a row changed nothing."""
+    """Losses and gradient norms of the last steps, how many in a row changed nothing, and whether a save was due that waits
+    for a step that did."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
-    losses: list[float] = []
-    norms: list[float] = []
+    losses: list[Loss] = []
+    norms: list[Loss] = []
     unchanged: int = 0
+    due: bool = False
 
 
 class _Format(BaseModel):
@@ -37,10 +42,11 @@ class TrainingState(BaseModel):
     ``schedule``: the whole curve. ``start_position``: (step, schedule position, samples) at which the run began, so that a
     resumed run continues all three. ``measured``: validation losses of this very step. ``recent``: what the judgement of the
     next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
-    of them.
+    of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
+    counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     format: int = FORMAT
     run: str
@@ -56,11 +62,25 @@ class TrainingState(BaseModel):
     model: ModelConfig
     lineage: Lineage
     start_position: tuple[int, int, int]
-    start_losses: dict[str, float] = {}
-    measured: dict[str, float] = {}
+    start_losses: dict[str, Loss] = {}
+    measured: dict[str, Loss] = {}
     loss_scale: dict[str, float] | None = None
     recent: RecentSteps | None = None
     keeps: frozenset[str] | None = None
+    interim: bool = False
+    step_tokens: int | None = None
+
+    @property
+    def tokens_counted(self) -> int | None:
+        """``step_tokens``, or where it was not recorded what the lineage says; None where it doesn't."""
+        if self.step_tokens is not None:
+            return self.step_tokens
+        steps, tokens = 0, 0
+        for stage in reversed(self.lineage.stages):
+            steps, tokens = steps + stage.steps, tokens + stage.tokens
+            if steps >= self.step:
+                break
+        return tokens if steps == self.step else None
 
 
 def write_state(checkpoint: Path, state: TrainingState) -> None:
