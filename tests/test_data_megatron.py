@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
+import operator
 import types
 import warnings
 from importlib import import_module
@@ -16,7 +19,9 @@ from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig
 from megarewarm.data.batches import build_training_batches
+from megarewarm.data.blend import greedy_blend, normalised
 from megarewarm.data.merge import merge_token_files
+from megarewarm.data.mixture import _wanted
 from megarewarm.data.phases import Phase
 from megarewarm.data.samples import MegatronSamples
 from megarewarm.data.split import PARTS, split_documents
@@ -39,7 +44,8 @@ def megatron() -> types.SimpleNamespace:
     pytest.importorskip("megatron.core", reason="megatron-core is not installed: pip install megatron-core")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks for apex and for Transformer Engine
-        names = ("indexed_dataset", "gpt_dataset", "blended_megatron_dataset_builder", "utils")
+        names = ["indexed_dataset", "gpt_dataset", "blended_megatron_dataset_builder", "utils", "helpers_cpp"]
+        names.append("blended_megatron_dataset_config")
         return types.SimpleNamespace(**{name: import_module(f"megatron.core.datasets.{name}") for name in names})
 
 
@@ -234,7 +240,72 @@ def test_blends_of_parts_of_files_are_theirs(tmp_path_factory, megatron, weights
         for path, weight in zip(paths, weights, strict=True)
     ]
     data = DataConfig(sequence_length=s, order="megatron", seed=seed, train=sources)
-    rows = build_training_batches(data, [Phase(0, with_replay(data.train, [], 0))], total_samples=total, vocab_size=2**31).rows(
-        0, total
-    )
+    rows = build_training_batches(
+        data, [Phase(0, with_replay(data.train, [], 0, data.order))], total_samples=total, vocab_size=2**31
+    ).rows(0, total)
     assert np.array_equal(rows, text(build()[0])[:total])
+
+
+def decimal_weights(random: np.random.Generator) -> list[float]:
+    """Weights as people write them, often equal ones, which tie."""
+    count, digits = int(random.integers(1, 41)), int(random.choice([1, 2, 3, 6]))
+    weights = np.maximum(random.random(count), 10.0**-digits).round(digits)
+    return (np.full(count, weights[0]) if random.random() < 0.3 else weights).tolist()
+
+
+def their_picks(megatron, shares: list[float], size: int) -> tuple[np.ndarray, np.ndarray]:
+    source, index = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    megatron.helpers_cpp.build_blending_indices(source, index, np.array(shares), len(shares), size, False)
+    return source, index
+
+
+def test_decimal_weights_tie_as_theirs(megatron):
+    """Both trainers use this one rule; they add up the weights differently, and each divides twice."""
+    random, apart = np.random.default_rng(0), 0
+    for _ in range(1500):
+        weights = decimal_weights(random)
+        shares = megatron.utils.normalize(weights)
+        theirs = their_picks(megatron, megatron.utils.normalize(shares), 300)
+        ours = normalised(weights, "megatron")
+        assert ours == shares
+        assert all(map(np.array_equal, greedy_blend(ours, 300), theirs)), weights
+        total = functools.reduce(operator.add, weights)  # GPT-NeoX's get_normalized_weights_and_num_samples ...
+        once = np.array([weight / total for weight in weights])
+        neox = their_picks(megatron, (once / np.sum(once)).tolist(), 300)  # ... and its BlendableDataset
+        assert all(map(np.array_equal, greedy_blend(normalised(weights, "neox"), 300), neox)), weights
+        apart += not np.array_equal(theirs[0], neox[0])
+    assert apart > 50  # or the difference between the two would not have been tried
+
+
+def test_samples_asked_of_each_source_are_theirs(megatron):
+    random = np.random.default_rng(1)
+    sizes = megatron.blended_megatron_dataset_builder._get_size_per_split_per_dataset
+    for _ in range(1500):
+        weights, total = decimal_weights(random), int(random.integers(1, 10**7))
+        sources = [{"path": f"x{i}", "weight": weight, "max_epochs": None} for i, weight in enumerate(weights)]
+        for order in ("megatron", "neox"):
+            data = DataConfig(sequence_length=8, order=order, train=sources, blend_of_one=True)
+            phase = Phase(0, with_replay(data.train, [], 0, data.order))
+            found = _wanted(data, [phase], [total], [np.arange(len(weights))], len(weights))
+            if order == "megatron":
+                theirs = [size for size, _, _ in sizes(megatron.utils.normalize(weights), [total, 0, 0], surplus=0.005)]
+            else:
+                added = functools.reduce(operator.add, weights)
+                theirs = [math.ceil(total * (weight / added) * 1.005) for weight in weights]
+            assert found == theirs, (order, weights, total)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shares=st.lists(st.one_of(st.integers(0, 1000), st.integers(0, 10**6).map(lambda n: n / 1000)), min_size=1, max_size=3),
+    documents=st.integers(0, 10**8),
+)
+def test_splits_of_any_shares_are_theirs(megatron, shares, documents):
+    if not sum(shares):
+        return
+    split = ",".join(map(str, shares))
+    config = megatron.blended_megatron_dataset_config
+    matrix = config.convert_split_vector_to_split_matrix(config.parse_and_normalize_split(split))
+    theirs = [tuple(round(edge * float(documents)) for edge in edges) if edges else None for edges in matrix]
+    for part, found, expected in zip(PARTS, split_documents(split, documents, "megatron").values(), theirs, strict=True):
+        assert found == expected or (expected is None and found[0] == found[1]), (part, split)

@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megarewarm.errors import UserError
+
+Order = Literal["permuted", "neox", "megatron"]
 
 MAX_PERIOD = 2**20
 
@@ -40,10 +42,26 @@ class AnyBlend(Protocol):
         """How many of the first ``positions`` samples each source gives, (sources,)."""
 
 
+def normalised(weights: Sequence[float], order: Order) -> list[float]:
+    """``weights`` over their sum, in float64, as the trainer of ``order`` adds them up: the last bits decide at ties.
+
+    Megatron-LM takes numpy's sum, which adds in pairs from 8 numbers on; GPT-NeoX adds from left to right, and so do we. Both
+    divide once more by numpy's sum before they blend: ``greedy_blend`` does.
+    """
+    if order == "megatron":
+        values = np.array(weights, np.float64)
+        return (values / values.sum()).tolist()
+    total = 0.0
+    for weight in weights:  # not sum(), which compensates for rounding from Python 3.12 on
+        total += weight
+    return [weight / total for weight in weights]
+
+
 def greedy_blend(weights: Sequence[float], size: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
     """The first ``size`` picks of the rule in float64, bit for bit those of GPT-NeoX and Megatron-LM.
 
-    Returns (source, index within source), each (size,). ``weights`` are normalised by their sum, as both trainers do.
+    Returns (source, index within source), each (size,). ``weights`` are shares that the trainer has ``normalised`` already; as
+    in both trainers, they are divided by numpy's sum of them once more.
     """
     shares = np.array(weights, np.float64)
     source = _greedy(shares / shares.sum(), 1, size)

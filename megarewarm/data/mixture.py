@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.config.data import DataConfig, Source
-from megarewarm.data.blend import AnyBlend, Blend, GreedyTable
+from megarewarm.data.blend import AnyBlend, Blend, GreedyTable, normalised
 from megarewarm.data.blended_rows import BlendedRows
 from megarewarm.data.permutation import derive_key
 from megarewarm.data.phases import AnySource, Phase, PhasedBlend, all_sources
@@ -165,11 +165,10 @@ def _wanted(
         return [lengths[0]]
     wanted = [0] * sources
     for phase, length, mine in zip(phases, lengths, places, strict=True):
-        total = sum(each.weight for each in phase.sources)
-        if math.isclose(total, 1.0, rel_tol=1e-12):
-            total = 1.0  # shares already: to divide them once more could change their last bit, and by it the epochs
-        for source, place in zip(phase.sources, mine.tolist(), strict=True):
-            share = source.weight / total
+        weights = [each.weight for each in phase.sources]
+        # shares already? To divide them once more could change their last bit, and by it the epochs
+        shares = weights if math.isclose(math.fsum(weights), 1.0, rel_tol=1e-12) else normalised(weights, data.order)
+        for share, place in zip(shares, mine.tolist(), strict=True):
             if data.order == "neox":
                 wanted[place] += math.ceil(length * share * 1.005)
             else:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.blend import normalised
 from megarewarm.data.mixture import lay_out
 from megarewarm.data.phases import Phase
 from megarewarm.errors import UserError
@@ -51,8 +52,8 @@ class MovingWindows:
                 f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
                 f"'tokens' ({config.tokens})"
             )
-        total = sum(source.weight for source in config.sources)
-        sources = [source.with_weight(source.weight / total) for source in config.sources]
+        shares = normalised([source.weight for source in config.sources], data.order)
+        sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
         samples = self.windows_per_slice * self.evaluations
         mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)

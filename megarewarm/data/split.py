@@ -22,7 +22,7 @@ def split_documents(split: str, num_documents: int, rule: Rule = "neox") -> dict
     non-negative numbers, and where GPT-NeoX's shift would push a boundary below document 0.
     """
     shares = _shares(split)
-    total = sum(shares)
+    total = shares[0] + shares[1] + shares[2]
     fractions = [share / total for share in shares]
     if rule == "megatron":
         bounds = [round(edge * num_documents) for edge in itertools.accumulate(fractions, initial=0.0)]

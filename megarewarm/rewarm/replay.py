@@ -18,6 +18,7 @@ from itertools import product
 
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
+from megarewarm.data.blend import Order, normalised
 from megarewarm.data.mixture import open_view
 from megarewarm.data.phases import AnySource
 from megarewarm.data.sample_order import SampleOrder
@@ -25,19 +26,22 @@ from megarewarm.data.seen_samples import SeenPart, SeenSource, union
 from megarewarm.errors import UserError
 
 
-def with_replay(new: Sequence[AnySource], old: Sequence[AnySource], fraction: float) -> list[AnySource]:
+def with_replay(
+    new: Sequence[AnySource], old: Sequence[AnySource], fraction: float, order: Order = "permuted"
+) -> list[AnySource]:
     """All training sources with weights that sum to 1: ``new`` share 1 - fraction, the replayed ones, ``old``, share fraction.
 
-    Within each group the weights keep their proportions (Ibrahim et al. 2024: D1 gets (1 - x)B, replay xB).
+    Within each group the weights keep their proportions (Ibrahim et al. 2024: D1 gets (1 - x)B, replay xB). They are divided by
+    their sum as the trainer of ``order`` divides them.
     """
     if not old or not fraction:
-        return _scaled(new, 1.0)
-    return _scaled(new, 1.0 - fraction) + _scaled(old, fraction)
+        return _scaled(new, 1.0, order)
+    return _scaled(new, 1.0 - fraction, order) + _scaled(old, fraction, order)
 
 
-def _scaled(sources: Sequence[AnySource], share: float) -> list[AnySource]:
-    total = sum(source.weight for source in sources)
-    return [source.with_weight(source.weight / total * share) for source in sources]
+def _scaled(sources: Sequence[AnySource], share: float, order: Order) -> list[AnySource]:
+    shares = normalised([source.weight for source in sources], order)
+    return [source.with_weight(part * share) for source, part in zip(sources, shares, strict=True)]
 
 
 def replayed(replay: ReplayConfig | None, history: Lineage) -> list[AnySource]:

@@ -22,7 +22,7 @@ def training_phases(config: RunConfig, schedule: Schedule, origin: Position, old
     Raises ``UserError`` for switches that never happen, or not in their order.
     """
     fraction = config.replay.fraction if config.replay is not None else 0.0
-    phases = [Phase(0, with_replay(config.data.train, old, fraction))]
+    phases = [Phase(0, with_replay(config.data.train, old, fraction, config.data.order))]
     for number, switch in enumerate(config.data.switches):
         step = switch_step(switch, config, schedule, origin, f"data.switches.{number}")
         first = origin.samples + (step - origin.step) * config.training.global_batch
@@ -34,7 +34,7 @@ def training_phases(config: RunConfig, schedule: Schedule, origin: Position, old
                 else f"data.switches.0 takes place before the first step (after step {step}): give its sources as data.train"
             )
         share = fraction if switch.replay_fraction is None else switch.replay_fraction
-        phases.append(Phase(first, with_replay(switch.train, old, share)))
+        phases.append(Phase(first, with_replay(switch.train, old, share, config.data.order)))
     return phases
 
 
