@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-Era = Literal["none", "modern", "modern_rigid", "bf16", "pythia", "pythia_rigid"]
+Era = Literal["none", "fp16_flat", "bf16_unsharded", "modern", "modern_rigid", "bf16", "pythia", "pythia_rigid"]
 LAYERS, HIDDEN, HEADS, VOCABULARY = 2, 32, 4, 32
 
 
@@ -35,6 +35,9 @@ class Shape:
     dtype: torch.dtype = torch.float16
     parallel_residual: bool = True
     tied: bool = False
+    decays: bool = True  # without weight decay there is one group
+    round_robin: bool = False  # parameters are dealt to the ranks before they are laid out
+    alignment: int = 1  # elements to a multiple of which each parameter is padded
 
 
 def whole_model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -171,11 +174,25 @@ def _mlp(tensors: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
 
 
 def _write_rank(folder, shape, model_rank, rank, names, parts, masters, moments) -> None:  # type: ignore[no-untyped-def]
-    groups = [[n for n in names if decays(n)], [n for n in names if not decays(n)]]
+    stage = int(shape.pipe == 2 and model_rank >= shape.tensor)
+    if shape.tied and stage:
+        names = ["0.word_embeddings.weight", *names]  # DeepSpeed registers tied modules first
+    groups = [[n for n in names if decays(n)], [n for n in names if not decays(n)]] if shape.decays else [list(names)]
+    if shape.round_robin:
+        groups = [[n for first in range(shape.data) for n in group[first :: shape.data]] for group in groups]
+    paddings = [[-parts[n].numel() % shape.alignment for n in group] for group in groups]
     prefix = "" if shape.pipe else "sequential."
     shapes = [_mlp({prefix + n: parts[n].shape for n in group}, shape) for group in groups]
     flat_masters, flat_first, flat_second = (
-        [torch.cat([part(n, source[n], rank, shape.tensor, divide=divide).flatten() for n in group]) for group in groups]
+        [
+            torch.cat(
+                [
+                    torch.nn.functional.pad(part(n, source[n], rank, shape.tensor, divide=divide).flatten(), (0, padding))
+                    for n, padding in zip(group, padded, strict=True)
+                ]
+            )
+            for group, padded in zip(groups, paddings, strict=True)
+        ]
         for source, divide in ((masters, shape.parallel_residual), (moments[0], False), (moments[1], False))
     )
     with foreign_classes() as (scaler, old_scaler):
@@ -201,16 +218,27 @@ def _write_rank(folder, shape, model_rank, rank, names, parts, masters, moments)
         }
         if shape.era == "none":
             client["optimizer"] = _torch_form(flat_first, flat_second, groups, parts, cut=True)
+        elif shape.era == "fp16_flat":
+            inner = _torch_form(flat_first, flat_second, [[None] for _ in groups], None, cut=False)
+            client["optimizer"] = {"optimizer_state_dict": inner, "fp32_groups_flat": flat_masters, "clip_grad": 1.0}
+            client["optimizer"] |= {"dynamic_loss_scale": True, "cur_scale": 4096.0, "cur_iter": 7}
+        elif shape.era == "bf16_unsharded":
+            masters_, first, second = flat_masters, flat_first, flat_second
+            client["optimizer"] = _bf16_unsharded(shape, 0, masters_, first, second, groups, parts)
         elif not shape.era.startswith("pythia"):
             client["param_shapes"] = shapes
         torch.save(client, folder / f"mp_rank_{model_rank:02d}_model_states.pt")
-        for data_rank in range(shape.data) if shape.era != "none" else ():
+        for data_rank in range(shape.data) if shape.era not in ("none", "fp16_flat") else ():
             if shape.era.startswith("pythia"):
                 content = _pythia(shape, data_rank, flat_masters, flat_first, flat_second, shapes, old_scaler())
+            elif shape.era == "bf16_unsharded":
+                state = _bf16_unsharded(shape, data_rank, flat_masters, flat_first, flat_second, groups, parts)
+                content = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.19.8"}
             else:
                 content = _modern(shape, data_rank, flat_masters, flat_first, flat_second, scaler())
+                content["optimizer_state_dict"]["param_alignment_paddings"] = paddings
             name = f"zero_pp_rank_{data_rank}_mp_rank_{model_rank:02d}_optim_states.pt"
-            torch.save(content, folder / ("bf16_" * (shape.era == "bf16") + name))
+            torch.save(content, folder / ("bf16_" * shape.era.startswith("bf16") + name))
 
 
 def _torch_form(first, second, groups, parts, *, cut) -> dict[str, Any]:  # type: ignore[no-untyped-def]
@@ -222,11 +250,34 @@ def _torch_form(first, second, groups, parts, *, cut) -> dict[str, Any]:  # type
             pieces = [flat[group][position : position + size] for flat in (first, second)]
             if cut:
                 pieces = [piece.view(parts[name].shape) for piece in pieces]
-            state[number] = {"step": 6, "exp_avg": pieces[0].clone(), "exp_avg_sq": pieces[1].clone()}
+            # DeepSpeed's FusedAdam counts on the last parameter of a group alone
+            step = 6 if name == names[-1] else 0
+            state[number] = {"step": step, "exp_avg": pieces[0].clone(), "exp_avg_sq": pieces[1].clone()}
             held.append(number)
             number, position = number + 1, position + size
-        param_groups.append({"params": held, "lr": 1e-4})
+        param_groups.append({"params": held, "lr": 1e-4, "step": 0})
     return {"state": state, "param_groups": param_groups}
+
+
+def _bf16_unsharded(shape, data_rank, masters, first, second, groups, parts) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+    """DeepSpeed's BF16_Optimizer, which names the parameters of each partition where ZeRO is off."""
+    mine = [[_share(flat, data_rank, shape.data) for flat in source] for source in (masters, first, second)]
+    maps = []
+    for flat, group in zip(masters, groups, strict=True):
+        size, begin, held = math.ceil(flat.numel() / shape.data), 0, {}
+        for name in group:
+            end = begin + parts[name].numel()
+            if begin < (data_rank + 1) * size and end > data_rank * size:
+                held[name] = {"numel": end - begin, "start": begin - data_rank * size}
+            begin = end
+        maps.append(held)
+    return {
+        "base_optimizer_state": _torch_form(mine[1], mine[2], [[None] for _ in groups], None, cut=False),
+        "single_partition_of_fp32_groups": mine[0],
+        "partition_count": [shape.data] * len(groups),
+        "param_slice_mappings": maps,
+        "ds_version": "0.19.8",
+    }
 
 
 def _share(flat: Tensor, rank: int, ranks: int) -> Tensor:
@@ -238,7 +289,7 @@ def _share(flat: Tensor, rank: int, ranks: int) -> Tensor:
 def _modern(shape, rank, masters, first, second, scaler) -> dict[str, Any]:  # type: ignore[no-untyped-def]
     mine = [[_share(flat, rank, shape.data) for flat in source] for source in (masters, first, second)]
     if shape.era == "modern_rigid":
-        base: Any = _torch_form(mine[1], mine[2], [[None], [None]], None, cut=False)
+        base: Any = _torch_form(mine[1], mine[2], [[None] for _ in mine[1]], None, cut=False)
     else:
         base = [{"exp_avg": a, "exp_avg_sq": b, "step": 6} for a, b in zip(mine[1], mine[2], strict=True)]
     return {
@@ -250,7 +301,8 @@ def _modern(shape, rank, masters, first, second, scaler) -> dict[str, Any]:  # t
             "base_optimizer_state": base,
             "single_partition_of_fp32_groups": mine[0],
             "zero_stage": 1,
-            "partition_count": [shape.data, shape.data],
+            "base_optimizer_state_step": 0,  # of the group, which FusedAdam never raises
+            "partition_count": [shape.data] * len(mine[0]),
             "ds_version": "0.16.5",
         },
         "ds_config": {},

@@ -69,6 +69,19 @@ SHAPES = {
     "rigid": Shape(era="modern_rigid", data=2, tensor=2),
     "bf16": Shape(era="bf16", data=2, dtype=torch.bfloat16),
     "fp32 without zero": Shape(era="none", dtype=torch.float32, tensor=2),
+    "fp32 without zero, no pipeline": Shape(era="none", dtype=torch.float32, pipe=0),
+    "fp32 without zero, 2 stages, 2 tensor": Shape(era="none", dtype=torch.float32, pipe=2, tensor=2),
+    "fp32 without zero, 2 stages, tied": Shape(era="none", dtype=torch.float32, pipe=2, tied=True, parallel_residual=False),
+    "fp32 without zero, 2 stages, one group": Shape(era="none", dtype=torch.float32, pipe=2, decays=False),
+    "fp16 without zero": Shape(era="fp16_flat"),
+    "fp16 without zero, 2 stages, tied, 2 tensor": Shape(era="fp16_flat", pipe=2, tied=True, tensor=2),
+    "fp16 without zero, one group": Shape(era="fp16_flat", pipe=0, decays=False),
+    "bf16 without zero, 2 stages": Shape(era="bf16_unsharded", pipe=2, dtype=torch.bfloat16),
+    "bf16 without zero, 3 data": Shape(era="bf16_unsharded", data=3, tensor=2, dtype=torch.bfloat16),
+    "one group, 2 data": Shape(data=2, decays=False),
+    "tied, 2 stages": Shape(pipe=2, tied=True, data=2),
+    "round robin": Shape(pipe=0, data=3, round_robin=True),
+    "aligned": Shape(pipe=0, data=2, alignment=48, era="modern_rigid"),
     "pythia": Shape(era="pythia", data=4, legacy_mlp=True),
     "pythia, intervals": Shape(era="pythia", data=3, tensor=2, legacy_mlp=True, per_communication=700),
     "pythia, rigid": Shape(era="pythia_rigid", data=2, legacy_mlp=True, per_communication=1000),
@@ -79,10 +92,13 @@ SHAPES = {
 def written(place: Path, shape: Shape) -> tuple[Path, dict, dict, tuple]:  # type: ignore[type-arg]
     # masters that fp16 can't hold, so that it shows which of the two was read; powers of two as divisors keep bits
     masters = whole_model(1)
+    if shape.tied:
+        masters = {name: tensor for name, tensor in masters.items() if "final_linear" not in name}
     weights = {name: tensor.to(shape.dtype) for name, tensor in masters.items()}
     if shape.era == "none":
         masters = weights
     moments = (whole_model(2), {name: tensor.square() for name, tensor in whole_model(3).items()})
+    moments = tuple({name: each[name] for name in masters} for each in moments)
     return theirs.write(place, shape, weights, masters, moments), weights, masters, moments
 
 
@@ -98,7 +114,9 @@ def assert_read(folder: Path, shape: Shape, weights: dict, masters: dict, moment
             assert torch.equal(source._optimizer.read(what, our_name(name)), values[name]), (what, name)
     state = source.training
     assert (state.step, state.optimizer_step, state.schedule_position, state.samples) == (7, 6, 6, 28)
-    assert state.loss_scale == (None if shape.era in ("none", "bf16") else {"scale": 4096.0, "finite_steps": 0})
+    assert state.loss_scale == (
+        None if shape.era in ("none", "bf16", "bf16_unsharded") else {"scale": 4096.0, "finite_steps": 0}
+    )
     assert state.schedule == {"curve": "cosine", "max_lr": 3e-4, "min_lr": 3e-5}
     assert source.model_config.activation == "gelu_tanh"
     assert source.model_config.residual == ("parallel" if shape.parallel_residual else "sequential")
@@ -358,7 +376,7 @@ def _breakage() -> dict[str, tuple[object, str]]:
         ),
         "other positions": (
             lambda folder: (folder / "configs/model.yml").write_text("{num_attention_heads: 4, pos_emb: alibi}"),
-            r"pos_emb is 'alibi', only 'rotary'",
+            r"model.yml: pos_emb is 'alibi', under which the weights are another model",
         ),
     }
 

@@ -12,6 +12,7 @@ from tiny import events, quiet
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.rewarm.neox_start import load_neox
 from megarewarm.training.trainer import train
 
 
@@ -72,3 +73,18 @@ def test_exported_weights_are_those_gpt_neox_ended_with(golden: Path, tmp_path: 
             keys = torch.arange(192).view(4, 3, 16)[:, 1].flatten()
             ours[name][keys], tensor[keys] = 0.0, 0.0
         torch.testing.assert_close(ours[name], tensor.float(), rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_checkpoint_without_zero_goes_on_as_gpt_neox_does(golden: Path, tmp_path: Path) -> None:
+    """Steps 11 to 20 after a checkpoint whose Adam's step is counted on the last parameter alone; measured: 1e-6."""
+    recorded = golden.parent / "neox_real"
+    if not recorded.is_dir():
+        pytest.skip("MEGAREWARM_TEST_DATA has no neox_real/")
+    text = (recorded / "n7/run.yml").read_text()
+    for mark, place in (("@DATA@", golden), ("@SAVE@", tmp_path / "run"), ("@LOAD@", recorded / "n7")):
+        text = text.replace(mark, str(place))
+    (tmp_path / "n7.yml").write_text(text)
+    config, _ = load_neox([tmp_path / "n7.yml"], [], 1)
+    outcome = train(config, Ranks(0, 1, torch.device("cpu")), quiet())
+    ours = {str(line["step"]): line["loss"] for line in events(outcome.folder, "train")}
+    assert ours == pytest.approx(json.loads((recorded / "losses.json").read_text())["n7"]["losses"], abs=2e-5)

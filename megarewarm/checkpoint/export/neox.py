@@ -16,6 +16,7 @@ from megarewarm.checkpoint.export.torch_stream import write_streaming
 from megarewarm.checkpoint.foreign.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
+from megarewarm.config.yaml_text import write_yaml
 from megarewarm.errors import UserError
 
 MARK = "megarewarm.json"
@@ -36,7 +37,8 @@ def export_neox(
     One parameter is held at a time. The MLP has today's names (linear1, linear2). Beside the layers there are
     ``mp_rank_YY_model_states.pt`` with the counters that GPT-NeoX asks for, and ``configs/model.yml`` with the model's keys.
     ``tokenizer``: its files by name, to lie beside ``latest``.
-    Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, and where ``folder`` holds anything else.
+    Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, where GPT-NeoX has no key for its shape,
+    and where ``folder`` holds anything else.
     """
     shapes = expected_shapes(config)
     check(weights, shapes)
@@ -45,6 +47,7 @@ def export_neox(
     for name, shape in shapes.items():
         require_divisible(name, shape, tensor_ranks, _kind(name, config))
     stored = weights.describe()
+    keys = neox_keys(config, tensor_ranks)
     with new_folder(folder, lambda there: (there / MARK).is_file()) as new:
         target = new / f"global_step{step}"
         target.mkdir()
@@ -56,9 +59,7 @@ def export_neox(
         for rank in range(tensor_ranks):
             torch.save(_counters(config, step, tensor_ranks), target / f"mp_rank_{rank:02d}_model_states.pt")
         (target / "configs").mkdir()
-        (target / "configs" / "model.yml").write_text(
-            json.dumps(neox_keys(config, tensor_ranks), indent=1) + "\n", encoding="utf-8"
-        )
+        (target / "configs" / "model.yml").write_text(write_yaml(keys), encoding="utf-8")
         write_files(tokenizer or {}, new)
         (new / "latest").write_text(target.name, encoding="utf-8")
         (new / MARK).write_text(json.dumps({"format": "gpt-neox", "tensor_ranks": tensor_ranks}) + "\n", encoding="utf-8")
@@ -132,7 +133,12 @@ def _counters(config: ModelConfig, step: int, tensor_ranks: int) -> dict[str, An
 
 
 def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
-    """The model in GPT-NeoX's keys, as its YAML wants them."""
+    """The model in GPT-NeoX's keys, of the types that its reader insists on.
+
+    Raises ``UserError`` for a rotary base that is no whole number, which GPT-NeoX can't be given.
+    """
+    if config.rotary_base != int(config.rotary_base):
+        raise UserError(f"model.rotary_base {config.rotary_base!r}: GPT-NeoX's rotary_emb_base is a whole number; export to hf")
     return {
         "pipe_parallel_size": 1,
         "model_parallel_size": tensor_ranks,
@@ -146,7 +152,7 @@ def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
         "layernorm_epsilon": config.layernorm_eps,
         "pos_emb": "rotary",
         "rotary_pct": config.rotary_fraction,
-        "rotary_emb_base": config.rotary_base,
+        "rotary_emb_base": int(config.rotary_base),
         "no_weight_tying": not config.tie_embeddings,
         "gpt_j_residual": config.residual == "parallel",
         "output_layer_parallelism": "column",

@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megarewarm.checkpoint.foreign.huggingface_keys import KEYS, ROPE_KEYS
 from megarewarm.checkpoint.foreign.pickles import read_pickle
+from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config, unreadable
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
@@ -26,7 +28,8 @@ from megarewarm.untrusted import is_name
 PREFIX = "gpt_neox."
 # Causal masks and rotary frequencies that older versions stored; fp16 ones are too coarse to be of use.
 _BUFFERS = re.compile(r"attention\.(bias|masked_bias|rotary_emb\.inv_freq)$|^rotary_emb\.inv_freq$")
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+# in the order in which transformers looks for them
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ACTIVATIONS = {
     "gelu": "gelu_erf",
     "gelu_python": "gelu_erf",
@@ -53,16 +56,11 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, list[str]]:
         raise UserError(f"{path}: model_type is {raw.get('model_type')!r}, only 'gpt_neox' can be loaded")
     if missing := [key for key in SHAPE.values() if raw.get(key) is None]:
         raise UserError(f"{path}: missing {', '.join(repr(key) for key in missing)}")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise UserError(f"{path}: rope_type is {kind!r}, only unscaled rotary embeddings ('default') can be loaded")
+    refuse_other_functions(str(path), raw, KEYS)
+    fraction, base = _rotary(path, raw)
     activation = raw.get("hidden_act", "gelu")
     if activation not in _ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    if raw.get("quantization_config"):
-        raise UserError(f"{path}: the weights are quantized ('quantization_config'): take the unquantized model")
     head_dim = raw.get("head_dim")
     if head_dim is not None and head_dim * raw["num_attention_heads"] != raw["hidden_size"]:
         raise UserError(f"{path}: head_dim {head_dim} is not hidden_size / num_attention_heads")
@@ -70,8 +68,8 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, list[str]]:
         str(path),
         **{ours: raw[theirs] for ours, theirs in SHAPE.items()},
         max_positions=raw.get("max_position_embeddings", 2048),
-        rotary_fraction=_first(rope.get("partial_rotary_factor"), raw.get("rotary_pct"), 0.25),
-        rotary_base=_first(rope.get("rope_theta"), raw.get("rotary_emb_base"), 10000.0),
+        rotary_fraction=fraction,
+        rotary_base=base,
         activation=_ACTIVATIONS[activation],
         residual="parallel" if raw.get("use_parallel_residual", True) else "sequential",
         tie_embeddings=raw.get("tie_word_embeddings", False),
@@ -80,6 +78,30 @@ def read_model_config(folder: str | Path) -> tuple[ModelConfig, list[str]]:
         init_std=raw.get("initializer_range", 0.02),
     )
     return config, _notes(raw, activation)
+
+
+def _rotary(path: Path, raw: Mapping[str, Any]) -> tuple[float, float]:
+    """(share of a head's channels, base). Versions of transformers look in different places, which have to agree."""
+    places = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        block = raw.get(key) or {}
+        if not isinstance(block, Mapping):
+            raise UserError(f"{path}: {key} is {block!r}, expected a mapping")
+        kind = block.get("rope_type") or block.get("type") or "default"
+        if kind != "default":
+            raise UserError(f"{path}: {key}: rope_type is {kind!r}, only unscaled rotary embeddings ('default') can be loaded")
+        refuse_other_functions(f"{path}: {key}", block, ROPE_KEYS)
+        places[key] = block
+    found = []
+    for within, keys, default in (
+        ("partial_rotary_factor", ("rotary_pct", "partial_rotary_factor"), 0.25),
+        ("rope_theta", ("rotary_emb_base", "rope_theta"), 10000.0),
+    ):
+        said = {f"{place}.{within}": block.get(within) for place, block in places.items()} | {key: raw.get(key) for key in keys}
+        if not any(said[place] is not None for place in said if place != keys[1]):
+            said["transformers' default"] = default  # no version reads the second key where the others are missing
+        found.append(float(require_agreement(str(path), within, said)))
+    return found[0], found[1]
 
 
 SHAPE = {
@@ -110,9 +132,17 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights in ``folder``: safetensors, or else .bin. Raises ``UserError`` where there are none."""
-    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
-        raise UserError(f"{folder}: no weights found; expected one of {', '.join(WEIGHT_FILES)}")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: transformers adds the adapter that it describes to the weights; merge the two "
+            f"(peft: merge_and_unload, save_pretrained), or remove the file to load the weights without it"
+        )
+    there = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not there:
+        zero = "; its weights are in DeepSpeed's files alone: write them with zero_to_fp32.py beside them"
+        zero = zero if (folder / "latest").is_file() else ""
+        raise UserError(f"{folder}: no weights found; expected one of {', '.join(WEIGHT_FILES)}{zero}")
+    found = there[0]
     if found.suffix != ".json":
         return [found]
     index = read_json(found).get("weight_map")
@@ -201,10 +231,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
     return value
-
-
-def _first(*values: Any) -> Any:
-    return next(value for value in values if value is not None)
 
 
 def first_line(error: BaseException) -> str:

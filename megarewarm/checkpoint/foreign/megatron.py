@@ -6,6 +6,7 @@ its names are read, with the layers of every pipeline rank and any tensor-parall
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megarewarm.checkpoint.foreign.megatron_keys import KEYS
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
+from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, make_model_config
 from megarewarm.config.schema import ModelConfig
@@ -93,9 +96,9 @@ class MegatronFolder:
                 if (stage, rank) not in files:
                     raise UserError(f"{folder}: no folder of tensor rank {rank}, pipeline rank {stage}; copy it as well")
         first = read_pickle(files[0, 0])
-        args = first.get("args")
-        self._args: Mapping[str, Any] = args.values if isinstance(args, Record) else vars(args) if args is not None else {}
+        self._args = _arguments(first)
         self._version = float(first.get("checkpoint_version", 0))
+        self._legacy = not any(key.startswith("decoder.") for key in first.get("model") or ())
         # our name -> [(file, path of keys in it) of each tensor rank]
         self._parts: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
         self._headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -115,6 +118,9 @@ class MegatronFolder:
             raise UserError(f"{file}: written with a virtual pipeline; save it without --num-layers-per-virtual-pipeline-stage")
         if not isinstance(loaded.get("model"), Mapping):
             raise UserError(f"{file}: no 'model' in it")
+        for key, value in _arguments(loaded).items():
+            if key in KEYS.read or key in KEYS.only:
+                require_agreement(str(file), key, {"the file of rank 0": self._args.get(key), "this one": value})
         layers = 0
         for keys, tensor in _tensors(loaded["model"], ("model",)):
             name, layer = _our_name(keys, file)
@@ -135,47 +141,31 @@ class MegatronFolder:
 
     def _read_config(self) -> ModelConfig:
         args = self._args
-        refused = {
-            "position_embedding_type": ("rope", "rotary"),
-            "normalization": ("LayerNorm",),
-            "swiglu": (False,),
-            "squared_relu": (False,),
-            "apply_layernorm_1p": (False,),
-            "rotary_interleaved": (False,),
-            "num_experts": (None,),
-            "multi_latent_attention": (False,),
-        }
-        for key, allowed in refused.items():
-            if key in args and args[key] not in allowed:
-                raise UserError(f"{self.where}: {key} is {args[key]!r}, which GPT-NeoX does not have (it has {allowed[0]!r})")
-        if args.get("group_query_attention") and args.get("num_query_groups") != args.get("num_attention_heads"):
-            raise UserError(f"{self.where}: group_query_attention, which GPT-NeoX does not have")
-        # today's models say it by the type, older ones by the flag, which stays false beside the type
-        if args.get("position_embedding_type") is None and args.get("use_rotary_position_embeddings") is False:
-            raise UserError(f"{self.where}: learned positions, only rotary ones can be loaded")
         if args.get("num_attention_heads") is None:
             raise UserError(f"{self.where}: 'args' in its files has no num_attention_heads; save it with Megatron-LM >= 2")
         if self._layers == 0:
             raise UserError(f"{self.where}: no transformer layers in it")
-        if not args:
-            self.notes.append("no 'args' in its files: rotary positions and LayerNorm are assumed")
-        h = self._headers["layers.0.input_layernorm.weight"][0][0]
-        rows = self._shape(EMBEDDING)[0]
-        tanh = bool(args.get("bias_gelu_fusion") or args.get("openai_gelu"))  # the fused kernel computes the approximation
+        refuse_other_functions(self.where, args, KEYS)
+        self._refuse_other_shapes()
+        heads = int(args["num_attention_heads"])
+        # today's models have the kernel's approximation with bias_gelu_fusion alone; openai_gelu is of the older ones
+        tanh = bool(args.get("bias_gelu_fusion") or (self._legacy and args.get("openai_gelu")))
         self.notes.append(
-            f"sequential residual, as in Megatron-LM, and {'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion and "
-            f"openai_gelu; give 'model' to say otherwise"
+            f"sequential residual, as in Megatron-LM, and {'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion"
+            f"{' and openai_gelu' if self._legacy else ''}; give 'model' to say otherwise"
         )
-        if args.get("untie_embeddings_and_output_weights") is False and HEAD in self._parts:
-            # the last pipeline stage holds a copy of tied embeddings
-            del self._parts[HEAD], self._headers[HEAD]
+        self.notes += [
+            f"{key} {args[key]} is not used: megarewarm trains without dropout"
+            for key in ("attention_dropout", "hidden_dropout")
+            if args.get(key)
+        ]
         return make_model_config(
             self.where,
             num_layers=self._layers,
-            hidden_size=h,
-            num_heads=args["num_attention_heads"],
+            hidden_size=self._hidden,
+            num_heads=heads,
             ffn_size=self._shape("layers.0.mlp.dense_h_to_4h.weight")[0],
-            vocab_size=rows,
+            vocab_size=self._shape(EMBEDDING)[0],
             max_positions=args.get("max_position_embeddings") or args.get("seq_length") or 2048,
             rotary_fraction=float(args.get("rotary_percent", 1.0)),
             rotary_base=float(args.get("rotary_base", 10000)),
@@ -185,6 +175,49 @@ class MegatronFolder:
             attention_bias="layers.0.attention.query_key_value.bias" in self._parts,
             layernorm_eps=float(args.get("norm_epsilon", args.get("layernorm_epsilon", 1e-5))),
         )
+
+    @property
+    def _hidden(self) -> int:
+        return int(self._headers["layers.0.input_layernorm.weight"][0][0])
+
+    def _refuse_other_shapes(self) -> None:
+        """Refuse what 'args' say of positions and heads that is not so here, and shapes that are not those of the tensors."""
+        args, heads = self._args, self._args["num_attention_heads"]
+        positions = args.get("position_embedding_type")
+        if positions not in (None, "rope", "rotary") and not (
+            positions == "learned_absolute" and args.get("use_rotary_position_embeddings")
+        ):
+            raise UserError(f"{self.where}: position_embedding_type is {positions!r}, only rotary ones ('rope') can be loaded")
+        # today's models say it by the type, older ones by the flag, which stays false beside the type
+        if positions is None and args.get("use_rotary_position_embeddings") is False:
+            raise UserError(f"{self.where}: learned positions, only rotary ones can be loaded")
+        groups = args.get("num_query_groups")
+        if args.get("group_query_attention") and groups not in (None, heads):
+            raise UserError(
+                f"{self.where}: group_query_attention with {groups} num_query_groups, expected {heads}: every head here has "
+                f"its own keys and values"
+            )
+        scale, channels = args.get("softmax_scale"), self._hidden / heads
+        if scale is not None and not math.isclose(scale, channels**-0.5, rel_tol=1e-6):
+            raise UserError(
+                f"{self.where}: softmax_scale is {scale!r}, expected {channels**-0.5:.6g}, 1 / sqrt(head's channels)"
+            )
+        held = {
+            "num_layers": self._layers,
+            "hidden_size": self._hidden,
+            "kv_channels": self._hidden // heads,
+            "ffn_hidden_size": self._shape("layers.0.mlp.dense_h_to_4h.weight")[0],
+            "padded_vocab_size": self._shape(EMBEDDING)[0],
+            "tensor_model_parallel_size": self._tensor,
+            "pipeline_model_parallel_size": self._pipeline,
+        }
+        for key, value in held.items():
+            require_agreement(self.where, key, {"'args'": args.get(key), "the tensors": value})
+        untied = args.get("untie_embeddings_and_output_weights")
+        if untied is False and HEAD in self._parts:  # the last pipeline stage holds a copy of tied embeddings
+            del self._parts[HEAD], self._headers[HEAD]
+        elif untied and HEAD not in self._parts:
+            raise UserError(f"{self.where}: untie_embeddings_and_output_weights is True, yet output_layer.weight is not there")
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return whole_shape(self._headers[name][0], len(self._parts[name]), kind_of(name, biases_added=False))
@@ -213,6 +246,11 @@ class MegatronFolder:
         if self._version == 0:  # [q, k, v][head][channel]
             return part.view(3, heads, -1, *rest).transpose(0, 1).reshape(part.shape)
         return part.view(heads, -1, 3, *rest).transpose(1, 2).reshape(part.shape)  # [head][channel][q, k, v]
+
+
+def _arguments(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+    args = loaded.get("args")
+    return args.values if isinstance(args, Record) else args if isinstance(args, Mapping) else {}
 
 
 def _tensors(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[tuple[str, ...], Tensor]]:

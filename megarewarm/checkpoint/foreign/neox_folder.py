@@ -16,13 +16,16 @@ from torch import Tensor
 
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
+from megarewarm.checkpoint.foreign.recorded_keys import require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
 from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, check, expected_shapes, make_model_config
+from megarewarm.config.neox_function import another_function
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+_ZERO3_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _STEP = re.compile(r"global_step(\d+)")
 _IGNORED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|_extra_state)$")
 _MLP = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_h."}
@@ -42,7 +45,13 @@ def find(path: Path) -> Path | None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and any(_LAYER_FILE.fullmatch(f.name) or _RANK_FILE.fullmatch(f.name) for f in path.iterdir())
+    names = [file.name for file in path.iterdir()] if path.is_dir() else []
+    if any(_ZERO3_FILE.fullmatch(name) for name in names):
+        raise UserError(
+            f"{path}: written with ZeRO stage 3, which leaves each rank a part of every parameter; only stages 0, 1 and 2 can "
+            f"be read: write the weights with DeepSpeed's zero_to_fp32.py, or train on with stage 1 in GPT-NeoX and save again"
+        )
+    return any(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name) for name in names)
 
 
 def our_name(name: str, layers: int) -> str | None:
@@ -52,6 +61,8 @@ def our_name(name: str, layers: int) -> str | None:
     number, _, rest = name.removeprefix("sequential.").partition(".")
     if name.startswith("tied_modules.embed."):
         number, rest = "0", name.removeprefix("tied_modules.embed.")
+    if not number.isdecimal():
+        raise UserError(f"'{name}' is not a parameter of a GPT-NeoX model")
     position = int(number)
     for theirs, ours in _MLP.items():
         if rest.startswith(theirs):
@@ -131,11 +142,16 @@ class NeoXFolder:
             for key, tensor in tensors.items()
             if isinstance(tensor, Tensor)
         ]
-        positions = [
-            int((prefix + key).removeprefix("sequential.").split(".")[0])
-            for _, _, prefix, key, _ in found
-            if key.endswith("input_layernorm.weight")
+        numbered = [
+            (prefix + key).removeprefix("sequential.").split(".")[0] for _, _, prefix, key, _ in found if _is_first(key)
         ]
+        positions = [int(number) for number in numbered if number.isdecimal()]
+        for _, path, prefix, key, _ in found:
+            if not (prefix + key).removeprefix("sequential.")[:1].isdecimal() and not key.startswith("tied_modules."):
+                raise UserError(
+                    f"{path}: '{key}' is no name of GPT-NeoX's, so this is a DeepSpeed folder of another program; where that "
+                    f"was transformers' Trainer, give the folder above, with config.json"
+                )
         if not positions:
             raise UserError(f"{self.folder}: no transformer layer with an input_layernorm in it; is it a GPT-NeoX model?")
         self.layers = max(positions) - 1
@@ -173,6 +189,9 @@ class NeoXFolder:
         self._agree()
         if "rotary_pct" in settings:
             fraction = float(settings["rotary_pct"])
+            if self._rotary_dims is not None:
+                dims = {"configs/*.yml": int(h // heads * fraction), "the tensor rotary_emb.inv_freq": self._rotary_dims}
+                require_agreement(self.where, "the number of rotated channels", dims)
         elif self._rotary_dims is not None:
             fraction = self._rotary_dims / (h // heads)
         else:
@@ -183,12 +202,6 @@ class NeoXFolder:
                 "no configs/*.yml in the checkpoint: parallel residual and tanh GELU are assumed, as in Pythia; give 'model' "
                 "to say otherwise"
             )
-        if settings.get("pos_emb", "rotary") != "rotary":
-            raise UserError(f"{self.folder}: pos_emb is {settings['pos_emb']!r}, only 'rotary' models can be loaded")
-        if settings.get("norm", "layernorm") != "layernorm":
-            raise UserError(f"{self.folder}: norm is {settings['norm']!r}, only 'layernorm' models can be loaded")
-        if settings.get("activation", "gelu") != "gelu":
-            raise UserError(f"{self.folder}: activation is {settings['activation']!r}, only 'gelu' models can be loaded")
         self.parallel_residual = bool(settings.get("gpt_j_residual", not settings))
         tanh = bool(settings.get("bias_gelu_fusion", not settings))
         kind = kind_of("embed_in.weight", biases_added=False)
@@ -214,11 +227,25 @@ class NeoXFolder:
         return config, notes
 
     def _agree(self) -> None:
-        """What is recorded has to be what the files hold: those that were not copied show here."""
-        args = _mapping(self.state.get("args"))
-        layers = self._settings.get("num_layers", args.get("num_layers"))
+        """What is recorded has to be what the files hold: those that were not copied, or are of another model, show here."""
+        settings, args = self._settings, _mapping(self.state.get("args"))
+        layers = settings.get("num_layers", args.get("num_layers"))
         if layers is not None and int(layers) != self.layers:
             raise UserError(f"{self.folder}: it had {layers} layers, its files hold {self.layers}; copy all layer_* files")
+        held = {
+            "hidden_size": self._headers["layers.0.input_layernorm.weight"][0][0],
+            "padded_vocab_size": whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, "rows")[0],
+            "model_parallel_size": self.tensor_ranks,
+        }
+        for key in {**held, **dict.fromkeys(("num_attention_heads", "max_position_embeddings"))}:
+            said = {"configs/*.yml": settings.get(key), "'args' in mp_rank_*": args.get(key), "the tensors": held.get(key)}
+            require_agreement(self.where, key, said)
+        for file in self.rank_files.values():
+            other = read_pickle(file)
+            for key in ("iteration", "args"):
+                one, two = self.state.get(key), other.get(key)
+                if not isinstance(two, Record):
+                    require_agreement(str(file), key, {"the file of the first rank": one, "this one": two})
         if self._settings.get("no_weight_tying") and HEAD not in self._parts:
             name = f"layer_{self.layers + 4:02d}-model_00-model_states.pt"
             raise UserError(f"{self.folder / name}: the head (final_linear.weight) is missing; copy the file as well")
@@ -253,9 +280,17 @@ class NeoXFolder:
         return merge(parts, kind_of(name, biases_added=self.parallel_residual))
 
 
+def _is_first(key: str) -> bool:
+    return key.endswith("input_layernorm.weight")
+
+
 def _settings(folder: Path) -> dict[str, Any]:
-    """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores."""
+    """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores.
+
+    Raises ``UserError`` for keys under which the weights are another function, and where two files contradict each other.
+    """
     merged: dict[str, Any] = {}
+    places: dict[str, Path] = {}
     beside = sorted(folder.glob("*.y*ml"))  # where published checkpoints have them
     for path in sorted((folder / "configs").glob("*.y*ml")) or beside:
         try:
@@ -263,7 +298,21 @@ def _settings(folder: Path) -> dict[str, Any]:
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
         if isinstance(read, Mapping):
-            merged |= {str(key).replace("-", "_"): value for key, value in read.items()}
+            for written, value in read.items():
+                key = str(written).replace("-", "_")
+                if key in merged and merged[key] != value:
+                    raise UserError(
+                        f"{path}: {key} is {value!r}, and {merged[key]!r} in {places[key].name}: of two models; remove one"
+                    )
+                merged[key], places[key] = value, path
+    for key, value in merged.items():
+        if (reason := another_function(key, value, merged)) is not None:
+            raise UserError(f"{places[key]}: {key} is {value!r}, under which the weights are another model: {reason}")
+    if merged and "pos_emb" not in merged:
+        raise UserError(
+            f"{next(iter(places.values()))}: 'pos_emb' is missing, so the keys of the model are in another file (its default "
+            f"is 'learned'); copy all of the run's YAML files, or write 'pos_emb: rotary' and the rest of the model's keys"
+        )
     return merged
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, our_name
+from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder
+from megarewarm.checkpoint.foreign.neox_groups import (
+    Member,
+    groups_by_stage,
+    masters_of,
+    pieces_of,
+    recorded_groups,
+    steps_of,
+)
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge
 from megarewarm.errors import UserError
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_FLAT = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_groups", "fp32_groups_flat")
-_NOT_DECAYED = re.compile(r"(\.bias|layernorm\.weight|layer_norm\.weight)$")
 
 What = Literal["master", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
@@ -51,8 +57,8 @@ class NeoXOptimizer:
         self._read_files()
         # name -> where it lies, by tensor rank
         self._where: dict[str, dict[int, _Slice]] = {}
-        for rank in self._states:
-            self._index(rank)
+        for rank, groups in self._groups().items():
+            self._index(rank, groups)
         missing = sorted(set(folder.describe()) - set(self._where))
         if missing:
             raise UserError(
@@ -62,13 +68,18 @@ class NeoXOptimizer:
     @property
     def has_masters(self) -> bool:
         """Whether fp32 masters are there (not for training in fp32 without ZeRO, whose weights are masters themselves)."""
-        first = next(iter(self._states.values()))[0]
-        return next(_segments_of(first, 0, "master"), None) is not None
+        return masters_of(next(iter(self._states.values()))[0]) is not None
 
     @property
     def completed_steps(self) -> int | None:
-        """Adam's step count, None where the files don't say."""
-        return _step_of(next(iter(self._states.values()))[0])
+        """Adam's step count, None where the files don't say. Raises ``UserError`` where parameters have different ones."""
+        counts = {count for states in self._states.values() for state in states for count in steps_of(state)}
+        if len(counts) > 1:
+            raise UserError(
+                f"{self._folder.where}: Adam's step count is {min(counts):,} for some parameters and {max(counts):,} for "
+                f"others; copy all files of one checkpoint, or set start.moments and start.optimizer_step to 'reset'"
+            )
+        return counts.pop() if counts else None
 
     @property
     def loss_scale(self) -> float | None:
@@ -99,6 +110,7 @@ class NeoXOptimizer:
                 state = read_pickle(file).get("optimizer")
                 if not isinstance(state, Mapping):
                     raise UserError(f"{folder}: holds no optimizer state (no *_optim_states.pt); set start.moments to 'reset'")
+                self._require_whole(file, state)
                 self._states[rank] = [state]
             return
         for rank, files in sorted(found.items()):
@@ -121,15 +133,25 @@ class NeoXOptimizer:
         if lacking := sorted(expected - set(self._states)):
             raise UserError(f"{folder}: no optimizer files of model rank {lacking[0]}; copy zero_pp_rank_*_mp_rank_*")
 
+    def _require_whole(self, file: Path, state: Mapping[str, Any]) -> None:
+        """Refuse a state that is one of several partitions, the others of which are in no file."""
+        counts = state.get("partition_count")
+        count = max(counts) if isinstance(counts, list) else int(counts or 1)
+        if count > 1:
+            raise UserError(
+                f"{file}: holds one of {count} partitions of the optimizer; the *_optim_states.pt of the others are missing; "
+                f"copy them, or set start.moments to 'reset'"
+            )
+
     # ---- where each parameter lies ---------------------------------------------------------------------------------
 
-    def _index(self, rank: int) -> None:
+    def _index(self, rank: int, groups: list[list[Member]]) -> None:
         tensor_rank = rank % self._folder.tensor_ranks
-        for group, members in enumerate(self._groups(rank)):
+        for group, members in enumerate(groups):
             first = 0
-            for name, shape in members:
+            for name, shape, padding in members:
                 self._where.setdefault(name, {})[tensor_rank] = _Slice(rank, group, first, shape)
-                first += math.prod(shape)
+                first += math.prod(shape) + padding
             for what in ("master", *MOMENTS):
                 held = sum(segment.numel() for segment in self._segments(rank, group, what))
                 if held and held < first:
@@ -138,42 +160,24 @@ class NeoXOptimizer:
                         f", its parameters have {first:,}; a file is of another run or cut off"
                     )
 
-    def _groups(self, rank: int) -> list[list[tuple[str, tuple[int, ...]]]]:
-        """(our name, shape of this rank's part) of the parameters of each group, in order."""
-        stored = self._shapes.get(rank)
-        if stored is None and rank in self._folder.rank_files:
-            stored = read_pickle(self._folder.rank_files[rank]).get("param_shapes")
-        layers = self._folder.layers
-        if isinstance(stored, Sequence):
-            return [
-                [(name, tuple(shape)) for key, shape in group.items() if (name := our_name(key, layers)) is not None]
-                for group in stored
-            ]
-        if isinstance(stored, Mapping):
-            members = [(name, tuple(s)) for key, s in stored.items() if (name := our_name(key, layers)) is not None]
-        else:
-            tensor_rank = rank % self._folder.tensor_ranks
-            members = [(name, self._folder.part_shape(name)) for name in self._folder.names(tensor_rank)]
-        if self._group_count(rank) == 1:
-            return [members]
-        return [
-            [item for item in members if not _NOT_DECAYED.search(item[0])],
-            [item for item in members if _NOT_DECAYED.search(item[0])],
-        ]
-
-    def _group_count(self, rank: int) -> int:
-        state = self._states[rank][0]
-        for key in _FLAT:
-            if key in state:
-                return len(state[key])
-        inner = state.get("optimizer_state_dict", state)
-        return len(inner["param_groups"]) if "param_groups" in inner else 2
+    def _groups(self) -> dict[int, list[list[Member]]]:
+        """The parameters of each group of each model rank, in order."""
+        found = {}
+        for rank, states in self._states.items():
+            stored = self._shapes.get(rank)
+            if stored is None and rank in self._folder.rank_files:
+                stored = read_pickle(self._folder.rank_files[rank]).get("param_shapes")
+            groups = recorded_groups(stored, states, self._folder, rank)
+            if groups is None:
+                return groups_by_stage(self._states, self._folder)
+            found[rank] = groups
+        return found
 
     # ---- values ----------------------------------------------------------------------------------------------------
 
     def _segments(self, rank: int, group: int, what: What) -> list[Tensor]:
         """The flat tensor of a group in pieces: interval by interval, in each the data-parallel ranks."""
-        by_rank = [list(_segments_of(state, group, what)) for state in self._states[rank]]
+        by_rank = [pieces_of(state, group, what) for state in self._states[rank]]
         intervals = max(len(segments) for segments in by_rank)
         return [segments[i].flatten() for i in range(intervals) for segments in by_rank if i < len(segments)]
 
@@ -188,44 +192,6 @@ class NeoXOptimizer:
             position += segment.numel()
         flat = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return flat.detach().view(where.shape).float()  # masters were saved as parameters
-
-
-def _segments_of(state: Mapping[str, Any], group: int, what: What) -> Iterator[Tensor]:
-    """The pieces of one data-parallel rank, in order."""
-    if what == "master":
-        for key in (
-            "single_partition_of_fp32_groups",
-            "local_sub_partitions_of_fp32_groups",
-            "fp32_groups_flat",
-            "fp32_groups",
-        ):
-            if key in state:
-                held = state[key][group]
-                yield from [held] if isinstance(held, Tensor) else held
-                return
-        return
-    inner = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
-    if isinstance(inner, Mapping):  # torch's own form
-        for index in inner["param_groups"][group]["params"]:
-            if index in inner["state"]:
-                yield inner["state"][index][what]
-        return
-    held = inner[group]  # the lean form: by group, or by group and sub-partition
-    for item in [held] if isinstance(held, Mapping) else held:
-        yield item[what]
-
-
-def _step_of(state: Mapping[str, Any]) -> int | None:
-    if state.get("base_optimizer_state_step") is not None:
-        return int(state["base_optimizer_state_step"])
-    inner = state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
-    candidates: list[Any] = []
-    if isinstance(inner, Mapping):
-        candidates += [item.get("step") for item in inner["state"].values()] + [g.get("step") for g in inner["param_groups"]]
-    else:
-        for held in inner:
-            candidates += [item.get("step") for item in ([held] if isinstance(held, Mapping) else held)]
-    return next((int(step) for step in candidates if step is not None), None)
 
 
 def _first(*values: Any) -> Any:

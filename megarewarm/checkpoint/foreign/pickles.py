@@ -12,6 +12,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -89,7 +90,7 @@ def read_pickle(path: Path) -> Any:
         zipped = zipfile.is_zipfile(path)
         names |= set(_globals(path)) if zipped else set()
         records = [(_record(name), name) for name in sorted(names) if name.startswith(_RECORDS)]
-        with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
+        with _only(records):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, yet others of its checkpoint are there; copy it as well") from error
@@ -108,6 +109,19 @@ def read_pickle(path: Path) -> Any:
     if not isinstance(loaded, Mapping):
         raise unreadable(path, "PyTorch file", f"it holds no mapping but a {type(loaded).__name__}")
     return loaded
+
+
+@contextmanager
+def _only(records: list[tuple[type[Record], str]]) -> Iterator[None]:
+    """While it lasts torch takes ``records`` and nothing that another library (transformers, DeepSpeed) told it to trust."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(records)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def _globals(path: Path) -> Iterator[str]:
