@@ -170,7 +170,7 @@ def _compute(
     tokens, width = hidden.shape
     kind = exact(dtype)
     head = weight[:rows].to(dtype)
-    loss = hidden.new_zeros((), dtype=kind)
+    loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty((tokens, width) if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=kind)
     if need_weight:
@@ -206,7 +206,7 @@ def _compute(
             torch.mm(dz, head, out=grad_hidden[part]).masked_fill_(ignored, 0)
         if need_weight:
             accumulate(grad_weight[:rows], dz, x, first=start == 0)
-    return loss, grad_hidden, grad_weight
+    return loss.to(kind), grad_hidden, grad_weight
 
 
 def _shapes(

@@ -151,7 +151,7 @@ def _compute(
     """Both losses (2,), gradients of hidden (t, h) in ``dtype`` and of weight (v, h) in fp32, empty where not needed."""
     kind = exact(dtype)
     head, wanted_head = weight[:rows].to(dtype), teacher_weight[:rows].to(dtype)
-    parts = hidden.new_zeros(2, dtype=kind)
+    parts = hidden.new_zeros(2, dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=kind)
     if need_weight:
@@ -176,7 +176,7 @@ def _compute(
             torch.mm(dz, head, out=grad_hidden[part])
         if need_weight:
             accumulate(grad_weight[:rows], dz, x.masked_fill(ignored, 0), first=start == 0)
-    return parts, grad_hidden, grad_weight
+    return parts.to(kind), grad_hidden, grad_weight
 
 
 def _shapes(

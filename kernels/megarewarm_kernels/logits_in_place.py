@@ -79,7 +79,7 @@ def compute(
     # Padding rows are multiplied too, as far as they make the rows of logits aligned: their gradient is 0.
     columns = min(weight.shape[0], width_of(valid))
     head = weight[:columns].to(dtype)
-    loss = hidden.new_zeros((), dtype=torch.float32)
+    loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
     if need_weight:
@@ -106,7 +106,7 @@ def compute(
             torch.mm(logits, head, out=grad_hidden[part])
         if need_weight:
             accumulate(grad_weight[:columns], logits, x, first=start == 0)
-    return loss, grad_hidden, grad_weight
+    return loss.float(), grad_hidden, grad_weight
 
 
 def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:

@@ -120,7 +120,7 @@ def _compute(
     """The loss, and the gradients of ``hidden`` (this rank's part) and of ``weight``, in plain PyTorch."""
     kind = exact(dtype)
     head = weight[:valid].to(dtype)
-    loss = hidden.new_zeros((), dtype=kind)
+    loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=kind)
     for start in range(0, hidden.shape[0], chunk):
@@ -144,4 +144,4 @@ def _compute(
             grad_hidden[part] = torch.mm(dz, head).masked_fill_(ignored[:, None], 0)
         if need_weight:
             grad_weight[:valid] += (dz.t() @ x).to(kind)
-    return loss, grad_hidden, grad_weight
+    return loss.to(kind), grad_hidden, grad_weight

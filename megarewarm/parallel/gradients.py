@@ -7,7 +7,7 @@ holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import Placement
+
+ROW = 256
+"""Values that are added up in fp32; the sums of such rows are added up in fp64."""
 
 
 class Gradients(Protocol):
@@ -55,8 +58,7 @@ class OwnGradients:
             assert parameter.grad is not None, name
 
     def norm(self) -> float:
-        norms = torch._foreach_norm(self._all())
-        return float(torch.linalg.vector_norm(torch.stack(list(norms)).double()))
+        return math.sqrt(float(squared_norm(self._all())))
 
     def scale_(self, factor: float) -> None:
         torch._foreach_mul_(self._all(), factor)
@@ -115,10 +117,11 @@ class FlatGradients:
 
     def norm(self) -> float:
         if self._mesh.layout.model == 1:
-            return float(torch.linalg.vector_norm(self.flat))
+            return math.sqrt(float(squared_norm([self.flat])))
         # of what another rank counts only whether it is finite: here, too, it is what the optimizer will use
         counted = 1.0 if self._mesh.tensor_rank == 0 else 0.0
-        squares = _square(self._divided) + counted * _square(self._whole) + 0.0 * _square(self._copies)
+        parts = (self._divided, 1.0), (self._whole, counted), (self._copies, 0.0)
+        squares = torch.stack([factor * squared_norm([part]) for part, factor in parts]).sum()
         dist.all_reduce(squares)
         return math.sqrt(float(squares) / self._mesh.layout.data)
 
@@ -165,7 +168,7 @@ class ShardedGradients:
         for name in self._local:
             kind = _kind(self._placements[name], name in self._copies)
             counted = kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0)
-            squares += (1.0 if counted else 0.0) * _square(self._grad(name))  # not finite is seen wherever it is
+            squares += (1.0 if counted else 0.0) * squared_norm([self._grad(name)])  # not finite is seen wherever it is
         dist.all_reduce(squares)
         return math.sqrt(float(squares) / self._mesh.layout.replicate)
 
@@ -185,5 +188,20 @@ def _kind(placement: Placement, copy: bool) -> int:
     return 0 if placement.dim is not None else 2 if placement.partial else 1
 
 
-def _square(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values).double().square()
+def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of the squares of all values of fp32 ``tensors`` on one device, () fp64, right to some 1e-9 at any size.
+
+    A CPU's norm of a whole tensor is added up in a few fp32 numbers, which loses 1e-3 at 2e7 values; rows of ``ROW`` cost a
+    quarter more. A GPU's operation for many tensors adds up short pieces as it is.
+    """
+    given = [tensor.detach() for tensor in tensors]
+    total = given[0].new_zeros((), dtype=torch.float64)
+    held = [tensor for tensor in given if tensor.numel()]
+    if held and held[0].is_cuda:
+        return torch.stack(list(torch._foreach_norm(held))).double().square_().sum()
+    for tensor in held:
+        flat = tensor.reshape(-1)
+        whole = flat.numel() - flat.numel() % ROW
+        total += torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1).double().square_().sum()
+        total += flat[whole:].double().square_().sum()
+    return total

@@ -15,13 +15,13 @@ from torch import Tensor
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.gradients import ROW
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.optimizer import AdamW
 
 ALL = "all"
 _SLICE = 2**22  # values at a time: what is computed on the way takes some 16 MiB a piece
 _CACHED = 2**18  # on a CPU, where that stays in its caches
-_ROW = 256  # values that are added up in fp32; rows are added up in fp64
 _LIFT = 2.0**40  # the squares of second moments as they are would be no fp32 numbers
 _SUMS = 7  # values; squares of weights, change, both moments, distance; effective learning rates
 
@@ -106,9 +106,9 @@ def _sums(weights: Tensor, first: Tensor, second: Tensor, start: Tensor | None, 
 
 def _slices(count: int, size: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, length of a row): ``count`` values in slices of ``size``, each whole rows, the rest a row of its own."""
-    whole = count - count % _ROW
+    whole = count - count % ROW
     for begin in range(0, whole, size):
-        yield begin, min(begin + size, whole), _ROW
+        yield begin, min(begin + size, whole), ROW
     if whole < count:
         yield whole, count, count - whole
 
