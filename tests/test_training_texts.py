@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from megarewarm.checkpoint.convert import Wish, convert
 from megarewarm.checkpoint.merge import Merge, merge
 from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.config.experiment import load_experiment
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 from megarewarm.data.tokenizers import load_tokenizer, train_bpe
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training.dry_run import show_run
+from megarewarm.training.dry_run import show_experiment, show_run
+from megarewarm.training.experiment import run_experiment
 from megarewarm.training.trainer import train
 
 TEXT = ["the learning rate is warmed up again, and then decays over the new data; " * 9]
@@ -359,3 +361,22 @@ def test_what_is_logged_far_below_is_a_note(tmp_path: Path, monkeypatch: pytest.
         array_cache.cached({"a": 1}, lambda: {"x": np.zeros(1)})
     assert len(notes) == 1 and "can't keep the order of samples" in notes[0]
     assert isinstance(start["notes"], list)
+
+
+def test_a_chain_of_two_tokenizers_is_refused_before_its_first_run(two: tuple[Path, Path, Path]) -> None:
+    place, a, b = two
+    said(place / "old", a)
+    said(place / "new", b)
+    base = config(place).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    data = {name: {"train": [{"path": str(place / name), "max_epochs": None}], "validation": []} for name in ("old", "new")}
+    del base["name"], base["folder"]
+    stages = [
+        {"name": "first", "data": data["old"]},
+        {"name": "second", "model": None, "data": data["new"], "start": {"from": "${folder}/first", "intent": "rewarm"}},
+    ]
+    mapping = {"experiment": "chain", "folder": str(place / "chain"), "base": base, "runs": stages}
+    experiment = load_experiment(mapping, {}, quick=False)
+    for act in (lambda: show_experiment(experiment, tiny.quiet()), lambda: run_experiment(experiment, ALONE, tiny.quiet())):
+        with pytest.raises(UserError, match=r"old\.bin was made with .*, .*new\.bin was made|new\.bin was .*, .*old\.bin was"):
+            act()
+    assert not list(place.glob("chain/*/checkpoints"))

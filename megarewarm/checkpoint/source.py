@@ -23,6 +23,7 @@ from megarewarm.checkpoint.own.state import TrainingState, read_state
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.tokenizer_source import (
     TokenizerSource,
+    loaded,
     readable_tokenizer,
     stated_ids,
     still_there,
@@ -33,7 +34,6 @@ from megarewarm.config.schema import ModelConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.end_of_document import TOKENIZER_FILES
 from megarewarm.data.manifest import Made
-from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel
@@ -286,7 +286,7 @@ def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[
         return found
     for form in [file, *(other for other in tokenizer_files_in(file.parent) if file.name in TOKENIZER_FILES)]:
         with contextlib.suppress(UserError):  # of no use to anybody, then
-            found.append(Made(f"{source.name} comes with the tokenizer {form}", load_tokenizer(form).identity()))
+            found.append(Made(f"{source.name} comes with the tokenizer {form}", loaded(form).identity()))
     agreeing = [each for each in found if all(each.tokenizer.agrees_with(other.tokenizer) for other in known)]
     return (agreeing or found)[:1]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megarewarm.data.end_of_document import TOKENIZER_FILES
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
-from megarewarm.data.tokenizers import load_tokenizer
+from megarewarm.data.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
 
 ROLES = ("bos", "eos", "pad")
@@ -34,10 +35,27 @@ def tokenizer_files_in(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
+def loaded(path: str | Path) -> Tokenizer:
+    """The tokenizer at ``path``, loaded once as long as its file stays as it is. Raises ``UserError`` as ``load_tokenizer``."""
+    found = Path(path)
+    if found.is_dir() and (files := tokenizer_files_in(found)):
+        found = files[0]
+    try:
+        stamp = found.stat()
+    except OSError:
+        return load_tokenizer(path)
+    return _loaded(str(found), stamp.st_mtime_ns, stamp.st_size)
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: str, modified: int, size: int) -> Tokenizer:
+    return load_tokenizer(path)
+
+
 def named_tokenizer(name: str | Path, key: str) -> Path:
     """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` where it can't be read."""
     try:
-        return load_tokenizer(name).path
+        return loaded(name).path
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
@@ -45,7 +63,7 @@ def named_tokenizer(name: str | Path, key: str) -> Path:
 def readable_tokenizer(name: object) -> Path | None:
     """The tokenizer's file that ``name`` means, if it is there and can be read."""
     try:
-        return load_tokenizer(name).path if isinstance(name, str) else None
+        return loaded(name).path if isinstance(name, str) else None
     except UserError:
         return None
 
@@ -54,7 +72,7 @@ def still_there(tokenizers: Sequence[TokenizerIdentity]) -> Path | None:
     """The file of one of the ``tokenizers`` that token files were made with, if it is there and still the same."""
     for known in tokenizers:
         path = readable_tokenizer(known.file)
-        if path is not None and load_tokenizer(path).fingerprint() == known.fingerprint:
+        if path is not None and loaded(path).fingerprint() == known.fingerprint:
             return path
     return None
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, exported_tokenizer
 from megarewarm.checkpoint.source import tokenizers_of
-from megarewarm.checkpoint.tokenizer_source import TokenizerSource, named_tokenizer, still_there
+from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded, named_tokenizer, still_there
 from megarewarm.config.data import Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.manifest import Made, made_by, refuse_other_tokenizers
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
-from megarewarm.data.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.training.plan import Plan
 from megarewarm.training.unwritten import NotOpened
@@ -51,7 +50,7 @@ def settle_texts(plan: Plan) -> Texts:
     eod, more = _end(config, trained, paths)
     if eod is None and (data.reset_at_eod or data.mask_eod_loss):
         assert data.tokenizer is not None
-        end = load_tokenizer(data.tokenizer).end
+        end = loaded(data.tokenizer).end
         eod, more = end.id, [*more, f"{data.tokenizer}: {end}"]
     exported = None
     if config.export.huggingface:
@@ -79,7 +78,7 @@ def _named(config: RunConfig) -> list[Made]:
     if name is None:
         return []
     path = named_tokenizer(name, "data.tokenizer")
-    return [Made(f"data.tokenizer is {path}", load_tokenizer(path).identity())]
+    return [Made(f"data.tokenizer is {path}", loaded(path).identity())]
 
 
 def _made(sources: Sequence[Source]) -> tuple[list[Made], list[str], list[str]]:

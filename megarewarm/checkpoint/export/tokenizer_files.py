@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megarewarm.checkpoint.tokenizer_source import TokenizerSource
+from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded
 from megarewarm.config.schema import ModelConfig
 from megarewarm.data.end_of_document import TOKENIZER_FILES, beside
-from megarewarm.data.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from megarewarm.data.tokenizers import HuggingFaceTokenizer
 from megarewarm.errors import UserError
 
 _COPIED = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -47,7 +47,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
     """What an export of ``model`` with the tokenizer of ``source`` will hold. Raises ``UserError`` where that can't be."""
     if source.file is None:
         return _without(source)
-    tokenizer = load_tokenizer(source.file)
+    tokenizer = loaded(source.file)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise UserError(
             f"{source.file}: a sentencepiece model can't be exported as the tokenizer.json that transformers reads; convert it "
