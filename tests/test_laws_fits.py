@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarewarm.laws import annealing, replay
 from megarewarm.laws.annealing import Choice, _sums, fit_annealing
 from megarewarm.laws.arms import Family, Trained
 from megarewarm.laws.fitting import Bounds, HeldOut, Trial, fit
@@ -89,6 +90,24 @@ def test_sums_are_those_of_the_definition(rates: list[float], before: float, mem
     total, area = _sums(values, before, Choice(memory, own))
     assert np.allclose(total, np.cumsum(values), rtol=0, atol=1e-15)
     assert np.allclose(area, areas(values, memory, values[0] if own else before), rtol=0, atol=1e-12)
+
+
+def test_slopes_are_those_of_differences() -> None:
+    """Of both laws, at points where every term counts; a fixed S1 of before has none."""
+    rng = np.random.default_rng(3)
+    x, z = rng.uniform(0.1, 1, 9), rng.normal(0, 1, 9)
+    before = np.array([np.nan] * 6 + [0.4] * 3)
+    for function, slopes, at in (
+        (
+            lambda p: annealing._change(p, x, z, before),
+            lambda p: annealing._slopes(p, x, z, before),
+            [0.5, 0.6, 0.8, 0.3, -1.2, 4.0, 0.7],
+        ),
+        (lambda p: replay._law(p, x, x[::-1]), lambda p: replay._slopes(p, x, x[::-1]), [2.0, 0.5, 0.7, 0.4, 0.3, 0.1, 0.6]),
+    ):
+        point = np.array(at)
+        moved = [(function(point + step) - function(point - step)) / 2e-6 for step in 1e-6 * np.eye(7)]
+        assert np.allclose(np.array(moved).T, slopes(point), rtol=1e-6, atol=1e-8)
 
 
 # Replay

@@ -117,12 +117,17 @@ class _Form:
 
     def solve(self, runs: Sequence[Trained], starts: Sequence[ArrayLike]) -> tuple[Floats, float]:
         """The parameters for these runs, and the loss of the fit."""
-        return fit(self.residuals(runs), _BOUNDS, starts, evaluations=60)
+        x, z, before, _ = self._columns(runs)
+        return fit(self.residuals(runs), _BOUNDS, starts, evaluations=60, slopes=lambda p: _slopes(p, x, z, before))
 
     def residuals(self, runs: Sequence[Trained]) -> Callable[[Floats], Floats]:
-        fields = zip(*((one.x, one.z, one.before, one.change) for one in (self._points[run.name] for run in runs)), strict=True)
-        x, z, before, change = (np.concatenate(field) for field in fields)
+        x, z, before, change = self._columns(runs)
         return lambda parameters: _change(parameters, x, z, before) - change
+
+    def _columns(self, runs: Sequence[Trained]) -> tuple[Floats, Floats, Floats, Floats]:
+        told = [self._points[run.name] for run in runs]
+        x, z, before, change = (np.concatenate([getattr(one, name) for one in told]) for name in ("x", "z", "before", "change"))
+        return x, z, before, change
 
     def end(self, parameters: Floats, run: Trained) -> float:
         """The predicted change of the loss at the run's last evaluation."""
@@ -152,6 +157,18 @@ def _change(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
     big_a, a, free, c, big_b, e, b = parameters
     x0 = np.where(np.isnan(before), free, np.maximum(before, 1e-3))
     return np.asarray(big_a * ((x0 + x) ** -a - x0**-a) - c * z + big_b * (1 - (1 + e * x) ** -b), dtype=np.float64)
+
+
+def _slopes(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
+    """The derivatives of ``_change`` by its parameters, (points, 7)."""
+    big_a, a, free, _, big_b, e, b = parameters
+    unknown = np.isnan(before)
+    x0 = np.where(unknown, free, np.maximum(before, 1e-3))
+    after, start, shifted = (x0 + x) ** -a, x0**-a, (1 + e * x) ** -b
+    by_a = big_a * (start * np.log(x0) - after * np.log(x0 + x))
+    by_x0 = np.where(unknown, big_a * a * (start / x0 - after / (x0 + x)), 0.0)
+    by_e, by_b = big_b * b * x * shifted / (1 + e * x), big_b * shifted * np.log1p(e * x)
+    return np.stack([after - start, by_a, by_x0, -z, 1 - shifted, by_e, by_b], axis=1)
 
 
 def _sums(rates: Floats, rate_before: float | None, choice: Choice) -> tuple[Floats, Floats]:

@@ -35,9 +35,14 @@ class Bounds:
 
 
 def fit(
-    residuals: Callable[[Floats], Floats], bounds: Bounds, starts: Sequence[ArrayLike], evaluations: int = 200
+    residuals: Callable[[Floats], Floats],
+    bounds: Bounds,
+    starts: Sequence[ArrayLike],
+    evaluations: int = 200,
+    slopes: Callable[[Floats], Floats] | None = None,
 ) -> tuple[Floats, float]:
-    """The parameters (parameters,) with the least Huber loss of ``residuals`` (points,), and that loss.
+    """The parameters (parameters,) with the least Huber loss of ``residuals`` (points,), and that loss. ``slopes`` are the
+    residuals' derivatives (points, parameters), found by differences where not given.
 
     The best of the local minima found from ``starts``. Raises ValueError without a start.
     """
@@ -47,6 +52,7 @@ def fit(
         found = least_squares(
             residuals,
             inside,
+            jac=slopes or "2-point",
             bounds=(bounds.low, bounds.high),
             loss="huber",
             f_scale=HUBER,

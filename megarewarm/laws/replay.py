@@ -105,11 +105,20 @@ def fit_replay(family: Family, role: str, space: Space | None = None) -> ReplayL
 
 def _solve(runs: Sequence[Trained], role: str, unit: float, starts: Sequence[ArrayLike]) -> Floats:
     """The parameters of the best fit."""
-    return fit(_residuals(runs, role, unit), _BOUNDS, starts, evaluations=100)[0]
+    d, r, _, weight = _columns(runs, role, unit)
+    slopes: Callable[[Floats], Floats] = lambda p: weight[:, None] * _slopes(p, d, r)  # noqa: E731
+    return fit(_residuals(runs, role, unit), _BOUNDS, starts, evaluations=100, slopes=slopes)[0]
 
 
 def _residuals(runs: Sequence[Trained], role: str, unit: float) -> Callable[[Floats], Floats]:
-    """A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
+    d, r, loss, weight = _columns(runs, role, unit)
+    return lambda parameters: weight * (_law(parameters, d, r) - loss)
+
+
+def _columns(runs: Sequence[Trained], role: str, unit: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """Tokens, own shares, losses and weights of the later evaluations, (points,) each.
+
+    A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
     decayed yet, which the law doesn't know, and runs are compared by their ends."""
     tokens, shares, losses, weights = [], [], [], []
     for run in runs:
@@ -122,12 +131,21 @@ def _residuals(runs: Sequence[Trained], role: str, unit: float) -> Callable[[Flo
         weight[-1] = max(1.0, len(weight) - 1.0)
         weights.append(weight)
     d, r, loss, weight = (np.concatenate(column) for column in (tokens, shares, losses, weights))
-    return lambda parameters: weight * (_law(parameters, d, r) - loss)
+    return d, r, loss, weight
 
 
 def _law(parameters: Floats, d: Floats, r: Floats) -> Floats:
     big_e, big_b, n, b, c, e, g = parameters
     return np.asarray(big_e + big_b * r**n / d**b + c / (r + e) ** g, dtype=np.float64)
+
+
+def _slopes(parameters: Floats, d: Floats, r: Floats) -> Floats:
+    """The derivatives of ``_law`` by its parameters, (points, 7)."""
+    _, big_b, n, b, c, e, g = parameters
+    old, new = r**n / d**b, (r + e) ** -g
+    by_n = big_b * old * np.log(np.where(r > 0, r, 1.0))
+    columns = [np.ones_like(old), old, by_n, -big_b * old * np.log(d), new, -c * g * new / (r + e), -c * new * np.log(r + e)]
+    return np.stack(columns, axis=1)
 
 
 def largest_new_share(law: ReplayLaw, limit: float, gaps: Sequence[tuple[float, float]] | None = None) -> float | None:
