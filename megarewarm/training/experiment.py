@@ -21,6 +21,7 @@ from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.trainer import train
+from megarewarm.training.unwritten import check_ahead
 
 
 def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
@@ -55,6 +56,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
         write_record(experiment)
         prepare(experiment, console)
     ranks.barrier()
+    check_ahead([arm.config for arm in experiment.arms] if not only else [])
     folders = []
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")
