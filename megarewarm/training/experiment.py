@@ -19,12 +19,9 @@ from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
-from megarewarm.training.owed import is_trained
-from megarewarm.training.plan import Plan
+from megarewarm.training.check_ahead import check_ahead
 from megarewarm.training.run_folder import RunFolder
-from megarewarm.training.texts import settle_texts
 from megarewarm.training.trainer import train
-from megarewarm.training.unwritten import plan_ahead
 
 
 def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
@@ -47,21 +44,6 @@ def check_folders(experiment: Experiment) -> None:
         RunFolder(Path(arm.config.run_folder)).check(arm.config, experiment=experiment.folder)
 
 
-def check_texts(experiment: Experiment, chosen: Sequence[Arm]) -> None:
-    """Raise ``UserError`` where the data of a run, or what it starts from, have different tokenizers, or its export can't be
-    made: before the first of those ``chosen`` trains."""
-    plans: list[Plan] = []
-    names = {arm.name for arm in chosen}
-    for arm in experiment.arms:
-        try:
-            plans.append(plan_ahead(arm.config, plans)[0])
-            if arm.name in names and not is_trained(plans[-1]):
-                settle_texts(plans[-1])
-        except UserError as error:
-            if arm.name in names:
-                raise UserError(f"{arm.name}: {error}") from error
-
-
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
     """The runs in order, or those named in ``only``. Returns the exit code of the first that was stopped, 0 when all are
     complete.
@@ -74,7 +56,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
         write_record(experiment)
         prepare(experiment, console)
     ranks.barrier()
-    check_texts(experiment, arms)
+    check_ahead([arm.config for arm in experiment.arms], {arm.config.name for arm in arms})
     folders = []
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")

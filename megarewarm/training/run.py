@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
+from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
@@ -28,6 +28,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import Row
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan
+from megarewarm.training.run_data import data_seen
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights
 from megarewarm.training.texts import Texts
@@ -92,8 +93,7 @@ class Run:
     def stage(self) -> Stage:
         """This run's line in the lineage, as it stands now."""
         plan = self.plan
-        first = plan.samples(plan.origin.step)
-        count = plan.samples(self.step) - first
+        count = plan.samples(self.step) - plan.samples(plan.origin.step)
         return Stage(
             run=plan.config.name,
             intent=plan.policy.intent if not plan.resumed else self._own_state().intent,
@@ -103,35 +103,13 @@ class Run:
             schedule=plan.schedule.spec(),
             max_lr=self.max_lr,
             last_lr=self.last_lr,
-            data=self._data_seen(first, count),
+            data=data_seen(plan, self.data, self.step, self.left_out),
             losses=self.losses,
             left_out=self.left_out,
             tokenizers=self.texts.tokenizers,
             eod=self.texts.eod,
             goes_on=plan.goes_on,
         )
-
-    def _data_seen(self, first: int, count: int) -> list[DataSeen]:
-        tokens = self.data.tokens_per_source(first, count)
-        length = self.plan.config.data.sequence_length
-        ranges, begin = [], first
-        for lost, last in self.left_out:
-            ranges.append((begin, self.plan.samples(lost - 1)))
-            begin = self.plan.samples(last)
-        ranges.append((begin, first + count))
-        reads = self.data.samples_read(ranges)
-        return [
-            DataSeen(
-                name=name,
-                path=str(source["path"]),
-                fingerprint=str(source["fingerprint"]),
-                samples=tokens[name] // length,
-                tokens=tokens[name],
-                read=read,
-                left_out=tokens[name] // length - trained_on,
-            )
-            for name, source, (read, trained_on) in zip(self.data.names, self.data.describe(), reads, strict=True)
-        ]
 
     def _own_state(self) -> TrainingState:
         assert self.plan.source is not None and self.plan.source.training is not None

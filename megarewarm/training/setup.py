@@ -13,7 +13,7 @@ from megarewarm.checkpoint.own.state import RecentSteps
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.forgetting import DistillConfig
-from megarewarm.data.batches import TrainingBatches, build_training_batches
+from megarewarm.data.batches import TrainingBatches
 from megarewarm.data.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
@@ -26,13 +26,12 @@ from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh, choose_layout
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.replay import check_apart, replayed
 from megarewarm.rewarm.reset import table
-from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
+from megarewarm.training.run_data import open_data
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
 from megarewarm.training.texts import Texts, settle_texts
@@ -46,15 +45,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     _check_agreement(plan, ranks)
     texts = settle_texts(plan)
     history = plan.history
-    old = replayed(config.replay, plan.history_to_replay)
-    data = build_training_batches(
-        config.data,
-        training_phases(config, plan.schedule, plan.origin, old),
-        total_samples=plan.samples(config.total_steps),
-        vocab_size=plan.model.vocab_size,
-    )
-    _check_data_position(plan, data)
-    check_apart(config.data, old, plan.model.vocab_size)
+    data = open_data(plan)
     validation, left_out = open_validation(config, plan.model.vocab_size)
 
     torch.manual_seed(config.training.seed + ranks.rank)
@@ -197,19 +188,6 @@ def _check_agreement(plan: Plan, ranks: Ranks) -> None:
         raise UserError(
             f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} stands at step "
             f"{plan.position.step}); the run folder must lie on a file system that all hosts share"
-        )
-
-
-def _check_data_position(plan: Plan, data: TrainingBatches) -> None:
-    if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
-        return
-    stored, ours = plan.source.training.data_fingerprint, data.fingerprint(before=plan.source.training.samples)
-    if stored and stored != ours:  # other programs' checkpoints don't say what they read
-        what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
-        remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
-        raise UserError(
-            f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
-            f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
         )
 
 

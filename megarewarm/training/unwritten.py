@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource
 from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.data.batches import TrainingBatches
 from megarewarm.errors import UserError
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.training.owed import is_trained
 from megarewarm.training.plan import Plan, make_plan
+from megarewarm.training.run_data import data_seen, open_data
 from megarewarm.training.saving import is_saved
 
 
@@ -46,8 +49,10 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
     A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says. Raises ``UserError``.
     """
     start = config.start.from_
-    if start is not None and not Path(start).is_dir():
+    if start is not None:
         for plan in earlier:
+            if Path(start).is_dir() and (Path(start) != Path(plan.config.run_folder) or is_trained(plan)):
+                continue  # it stands; the folder of a run that is in progress means a checkpoint that doesn't yet
             if (step := _step_named(start, plan)) is not None:
                 state = _state_after(plan, step)
                 written = NotOpened(start, plan.model, "not yet written", training=state, keeps=ALL_LINES, written_by=plan)
@@ -81,18 +86,39 @@ def _step_named(start: str, plan: Plan) -> int | None:
 
 
 def _state_after(plan: Plan, step: int) -> TrainingState:
+    data = _data_of(plan)
+    stage = Stage(
+        run=plan.config.name,
+        intent=plan.policy.intent,
+        started_from=plan.config.start.from_,
+        steps=step - plan.origin.step,
+        tokens=(step - plan.origin.step) * plan.config.tokens_per_step,
+        schedule=plan.schedule.spec(),
+        data=[] if data is None else data_seen(plan, data, step),
+        goes_on=plan.goes_on,
+    )
     return TrainingState(
         run=plan.config.name,
         intent=plan.policy.intent,
         step=step,
-        tokens=step * plan.config.tokens_per_step,
+        tokens=stage.tokens,
         optimizer_step=plan.position.optimizer_step + step - plan.position.step,
         schedule_position=plan.schedule_position(step),
         schedule=plan.schedule.spec(),
         last_lr=plan.lr(step),
         samples=plan.samples(step),
-        data_fingerprint="",
+        data_fingerprint="" if data is None else data.fingerprint(before=plan.samples(step)),
         model=plan.model,
-        lineage=Lineage(),
+        lineage=plan.history.extended(stage),
         start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
+        step_tokens=plan.tokens(step),
     )
+
+
+def _data_of(plan: Plan) -> TrainingBatches | None:
+    """The data of a planned run; None where they are not there yet, or can't be had for another reason, which its own start
+    says."""
+    try:
+        return open_data(plan)
+    except UserError:
+        return None

@@ -1,0 +1,68 @@
+"""The training data of a planned run, opened and checked against what the run starts from, and what it has read of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megarewarm.checkpoint.lineage import DataSeen
+from megarewarm.data.batches import TrainingBatches, build_training_batches
+from megarewarm.errors import UserError
+from megarewarm.rewarm.replay import check_apart, replayed
+from megarewarm.rewarm.switches import training_phases
+from megarewarm.training.plan import Plan
+
+
+def open_data(plan: Plan) -> TrainingBatches:
+    """All samples of the run, replays among them.
+
+    Raises ``UserError`` for files that can't be read or hold too little, where the lineage doesn't say what is to be replayed,
+    where the position in the data has no meaning in these, and where a held-out set is trained on.
+    """
+    config = plan.config
+    old = replayed(config.replay, plan.history_to_replay)
+    data = build_training_batches(
+        config.data,
+        training_phases(config, plan.schedule, plan.origin, old),
+        total_samples=plan.samples(config.total_steps),
+        vocab_size=plan.model.vocab_size,
+    )
+    _check_position(plan, data)
+    check_apart(config.data, old, plan.model.vocab_size)
+    return data
+
+
+def _check_position(plan: Plan, data: TrainingBatches) -> None:
+    if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
+        return
+    stored, ours = plan.source.training.data_fingerprint, data.fingerprint(before=plan.source.training.samples)
+    if stored and stored != ours:  # other programs' checkpoints don't say what they read
+        what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
+        remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
+        raise UserError(
+            f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
+            f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
+        )
+
+
+def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[tuple[int, int]] = ()) -> list[DataSeen]:
+    """What the run has read of each source once ``step`` steps are done, of which those ``left_out`` are not in the weights."""
+    first, end = plan.samples(plan.origin.step), plan.samples(step)
+    tokens = data.tokens_per_source(first, end - first)
+    length = plan.config.data.sequence_length
+    ranges, begin = [], first
+    for lost, last in left_out:
+        ranges.append((begin, plan.samples(lost - 1)))
+        begin = plan.samples(last)
+    ranges.append((begin, end))
+    return [
+        DataSeen(
+            name=name,
+            path=str(source["path"]),
+            fingerprint=str(source["fingerprint"]),
+            samples=tokens[name] // length,
+            tokens=tokens[name],
+            read=read,
+            left_out=tokens[name] // length - trained_on,
+        )
+        for name, source, (read, trained_on) in zip(data.names, data.describe(), data.samples_read(ranges), strict=True)
+    ]
