@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "megarewarm.untrusted": 0,
     "megarewarm.errors": 0,
+    "megarewarm.file_lock": 0,
     "megarewarm.config": 0,
     "megarewarm.report": 0,
     "megarewarm_kernels": 0,
@@ -28,7 +29,7 @@ FLOORS = {
     "tools": 7,
     "megarewarm.main": 6,
 }
-FOR_ALL = ("megarewarm.errors", "megarewarm.untrusted")
+FOR_ALL = ("megarewarm.errors", "megarewarm.untrusted", "megarewarm.file_lock")
 SOURCES = sorted(
     path
     for folder in ("megarewarm", "kernels", "tools")

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference
 from megarewarm.errors import UserError, nearest
+from megarewarm.file_lock import sync
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -277,7 +278,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
