@@ -46,12 +46,17 @@ def test_made_once_and_mapped(folder: Path) -> None:
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "empty", "value", "dtype"])
 def test_an_entry_that_is_not_whole_is_made_again(folder: Path, harm: str) -> None:
     cached({"seed": 1}, arrays)
     (file,) = folder.glob("*/a.npy")
     if harm == "remove":
         file.unlink()
+    elif harm in ("value", "dtype"):  # a bit of a number, or the header's letter for signed integers
+        content = bytearray(file.read_bytes())
+        place = -17 if harm == "value" else content.index(b"<i8") + 1
+        content[place] = content[place] ^ 4 if harm == "value" else ord("u")
+        file.write_bytes(content)
     else:
         os.truncate(file, 0 if harm == "empty" else 500)
     assert_same(cached({"seed": 1}, arrays), arrays())

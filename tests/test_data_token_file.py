@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.data import index_file, token_file
+from megarewarm.data.index_file import HEADER
 from megarewarm.data.token_file import TokenFileWriter, dtype_for, open_tokens
 from megarewarm.errors import UserError
 
@@ -204,18 +206,35 @@ def test_bin_of_another_size_is_refused(tmp_path, size, word):
         open_tokens(prefix)
 
 
-def test_gap_far_inside_a_long_index_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_file, "CHECK_WHOLE", 10)
-    count = 70 * 4096
+@pytest.mark.parametrize("block", [7, index_file.CHECK_WHOLE])
+def test_damage_anywhere_in_a_long_index_is_found(tmp_path, monkeypatch, block):
+    """Any size or pointer, wherever it lies between the blocks in which they are looked at, with its place in the file."""
+    monkeypatch.setattr(index_file, "CHECK_WHOLE", block)
+    count = 3 * 2**18 + 5 if block > 7 else 100
+    prefix = write_pair(tmp_path / "x", [[1]] * count)
+    index, random = tmp_path / "x.idx", np.random.default_rng(0)
+    assert open_tokens(prefix).num_documents == count
+    whole = index.read_bytes()
+    edges = [0, 1, block - 1, block, count - 2, count - 1]
+    for document in [*edges, *random.integers(0, count, 10).tolist()]:
+        for where, kind in ((HEADER.size + 4 * document, "<i"), (HEADER.size + 4 * count + 8 * document, "<q")):
+            (right,) = struct.unpack_from(kind, whole, where)
+            for wrong in (right + 1, right - 1, -5, right + 2**30):
+                damaged = bytearray(whole)
+                struct.pack_into(kind, damaged, where, wrong)
+                index.write_bytes(damaged)
+                # a wrong size is known by where the next document begins, and at the end by the length of the .bin
+                with pytest.raises(UserError, match=r"sequence (starts|\d+ (starts at byte|has -))|its index ends at") as told:
+                    open_tokens(prefix)
+                found = re.search(r"sequence (\d+)", str(told.value))
+                if kind == "<q" and "its index" not in str(told.value) and found:
+                    assert int(found[1]) == document and f"its byte {where})" in str(told.value)
+
+
+def test_documents_in_another_order_are_refused(tmp_path):
+    count = 1000
     pointers = [2 * i for i in range(count)]
-    assert open_tokens(write_pair(tmp_path / "x", [[1]] * count, pointers=pointers)).total_tokens == count
-    with monkeypatch.context() as patch:  # between two blocks of a check of all pointers
-        patch.setattr(index_file, "CHECK_WHOLE", count)
-        later = pointers[: 2**18] + [pointer + 2 for pointer in pointers[2**18 :]]
-        with pytest.raises(UserError, match=f"sequence {2**18} starts at byte {2**19 + 2}, expected {2**19}"):
-            open_tokens(write_pair(tmp_path / "y", [[1]] * count, pointers=later))
-    # All but the ends are in another order: a subset or shuffle of documents over one .bin.
-    pointers[1:-1] = pointers[-2:0:-1]
+    pointers[1:-1] = pointers[-2:0:-1]  # all but the ends: a subset or shuffle of documents over one .bin
     with pytest.raises(UserError, match="only files without gaps"):
         open_tokens(write_pair(tmp_path / "x", [[1]] * count, pointers=pointers))
 

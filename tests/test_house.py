@@ -16,6 +16,7 @@ FLOORS = {
     "megarewarm.process": 0,
     "megarewarm.console": 0,
     "megarewarm.arguments": 0,
+    "megarewarm.file_lock": 0,
     "megarewarm.config": 0,
     "megarewarm.report": 0,
     "megarewarm_kernels": 0,
@@ -31,7 +32,7 @@ FLOORS = {
     "tools": 7,
     "megarewarm.main": 6,
 }
-FOR_ALL = ("megarewarm.errors", "megarewarm.untrusted", "megarewarm.process", "megarewarm.console")
+FOR_ALL = ("megarewarm.errors", "megarewarm.untrusted", "megarewarm.process", "megarewarm.console", "megarewarm.file_lock")
 SOURCES = sorted(
     path
     for folder in ("megarewarm", "kernels", "tools")

@@ -58,10 +58,35 @@ SLURM = {
         ({}, Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none")),
         # one task of an allocation: sbatch runs the script itself with SLURM_PROCID=0
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5", "SLURM_NTASKS": "8"}, Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none")),
+        # PMI-2 of Slurm names no local ranks, Slurm does
+        (SLURM | {"PMI_RANK": "9", "PMI_SIZE": "16"}, Launch(9, 16, 1, 1, "gpu07", 29500 + 3456, "slurm")),
+        # a script that each of two tasks runs, and that starts four ranks
+        (
+            SLURM
+            | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+            | {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07"},
+            Launch(5, 8, 1, 4, "gpu07", 29500, "environment"),
+        ),
+        (
+            SLURM | {"SLURM_DISTRIBUTION": "arbitrary", "SLURM_ARBITRARY_NODELIST": "gpu08,gpu07"},
+            Launch(9, 16, 1, 1, "gpu08", 29500 + 3456, "slurm"),
+        ),
         # torchrun inside a Slurm step: the nearer launcher counts
         (SLURM | TORCHRUN, Launch(5, 8, 1, 4, "node0", 29400, "torchrun")),
     ],
-    ids=["torchrun", "deepspeed", "openmpi", "mpich", "slurm", "none", "sbatch", "torchrun in slurm"],
+    ids=[
+        "torchrun",
+        "deepspeed",
+        "openmpi",
+        "mpich",
+        "slurm",
+        "none",
+        "sbatch",
+        "pmi2",
+        "own starter",
+        "by hand",
+        "torchrun in slurm",
+    ],
 )
 def test_each_launcher_is_understood(environ: dict[str, str], expected: Launch) -> None:
     assert read_launcher(environ) == expected
@@ -77,6 +102,18 @@ def test_deepspeeds_argument_stands_in_for_a_missing_local_rank() -> None:
     [
         (TORCHRUN | {"RANK": "x"}, "RANK is 'x', expected a whole number"),
         (TORCHRUN | {"RANK": "8"}, "8"),
+        (
+            SLURM | {"RANK": "0", "WORLD_SIZE": "16"},
+            "WORLD_SIZE=16 contradict SLURM_PROCID=9",
+        ),
+        (SLURM | {"RANK": "0", "WORLD_SIZE": "1"}, "contradict SLURM_PROCID=9"),
+        (OPENMPI | {"RANK": "0", "WORLD_SIZE": "4"}, "contradict OMPI_COMM_WORLD_RANK=3"),
+        (MPICH | {"RANK": "0", "WORLD_SIZE": "2"}, "contradict PMI_RANK=1"),
+        ({"RANK": "3"}, "RANK is set to 3 and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set to 2 and RANK is not"),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, "rank 3 does not lie in a world of 1"),
+        (TORCHRUN | {"LOCAL_RANK": "4"}, "LOCAL_RANK=4, LOCAL_WORLD_SIZE=4"),
+        (SLURM | {"SLURM_DISTRIBUTION": "arbitrary"}, "export MASTER_ADDR"),
         (OPENMPI | {"OMPI_COMM_WORLD_SIZE": "many"}, "OMPI_COMM_WORLD_SIZE is 'many'"),
     ],
 )

@@ -436,6 +436,7 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
     monkeypatch.delenv("SLURM_GPUS_PER_TASK", raising=False)
     monkeypatch.delenv("SLURM_GPU_BIND", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     launch = Launch(5, 8, 1, 4, "node1", 29500, "slurm")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert connect_module._device(launch, "auto") == torch.device("cuda", 1)
@@ -445,3 +446,6 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
     assert connect_module._device(launch, "cuda") == torch.device("cuda", 0)
     assert connect_module._device(launch, "cpu") == torch.device("cpu")
+    monkeypatch.delenv("SLURM_GPUS_PER_TASK")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # by a script, whatever the launcher
+    assert connect_module._device(Launch(1, 4, 1, 4, "127.0.0.1", 29500, "openmpi"), "auto") == torch.device("cuda", 0)

@@ -7,18 +7,19 @@ else XDG_CACHE_HOME or ~/.cache, never beside the data; MEGAREWARM_CACHE set to 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megarewarm.file_lock import FileLock, sync
 from megarewarm.untrusted import is_name
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,7 @@ def cached(key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
         if folder is None:
             return make()
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{name}.lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / f"{name}.lock", wait=True):
             entry = folder / name
             found = _read(entry)
             if found is None:
@@ -76,18 +76,28 @@ def home() -> Path:
 
 
 def _read(entry: Path) -> Arrays | None:
-    """The arrays of an entry; None where there is none, or not all of it."""
+    """The arrays of an entry; None where there is none, or where a byte of it is not as it was written."""
     try:
-        shapes = json.loads((entry / "arrays.json").read_text(encoding="utf-8"))
-        if not isinstance(shapes, dict) or not all(map(is_name, shapes)):
+        told = json.loads((entry / "arrays.json").read_text(encoding="utf-8"))
+        if not isinstance(told, dict) or not all(map(is_name, told)):
             return None
-        arrays = {
-            name: np.load(entry / f"{name}.npy", mmap_mode="r" if shape[0] else None, allow_pickle=False)
-            for name, shape in shapes.items()
-        }
+        arrays = {}
+        for name, (shape, checksum) in told.items():
+            if _checksum(entry / f"{name}.npy") != checksum:
+                return None
+            arrays[name] = np.load(entry / f"{name}.npy", mmap_mode="r" if shape[0] else None, allow_pickle=False)
     except (FileNotFoundError, ValueError, EOFError, TypeError, LookupError, SyntaxError):  # what damaged files lead to
         return None
-    return arrays if {name: list(array.shape) for name, array in arrays.items()} == shapes else None
+    return arrays if all(list(arrays[name].shape) == shape for name, (shape, _) in told.items()) else None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32: against disks, not people; 1 s for 1 to 3 GB, where making an order of that size takes a minute."""
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def _write(entry: Path, arrays: Arrays) -> None:
@@ -100,10 +110,9 @@ def _write(entry: Path, arrays: Arrays) -> None:
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array, allow_pickle=False)
                 file.flush()
-                os.fsync(file.fileno())
-        (partial / "arrays.json").write_text(
-            json.dumps({name: array.shape for name, array in arrays.items()}), encoding="utf-8"
-        )
+                sync(file.fileno())
+        told = {name: (array.shape, _checksum(partial / f"{name}.npy")) for name, array in arrays.items()}
+        (partial / "arrays.json").write_text(json.dumps(told), encoding="utf-8")
         shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
         os.rename(partial, entry)
     except BaseException:

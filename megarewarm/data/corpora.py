@@ -32,6 +32,7 @@ from megarewarm.data.preprocess.records import EMPTY
 from megarewarm.data.preprocess.shard import Counts
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe, write_atomically
 from megarewarm.errors import UserError, nearest
+from megarewarm.file_lock import sync
 
 PROSE = "installed_prose"
 CODE = "installed_code"
@@ -301,7 +302,7 @@ class _Text:
                 )
         for file, partial, path in zip(self._files, self._parts, self.paths, strict=True):
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
             os.replace(partial, path)
         digests = [{"sha256": digest.hexdigest()} for digest in self._hashes]
         return {part: self._counts[i] | digests[i] for i, part in enumerate(PARTS)}

@@ -31,6 +31,7 @@ from megarewarm.data.index_file import (
     ranges,
 )
 from megarewarm.errors import UserError
+from megarewarm.file_lock import sync, sync_folder
 
 BARE_DTYPES = ("uint16", "uint32", "int32")
 
@@ -219,8 +220,8 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
 
     ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, uint16 for a ``vocab_size``
     of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent pair: missing files,
-    another format, float data, sizes that don't fit, pointers with gaps between the documents. All pointers of up to
-    4 Mi documents are checked, 64 blocks of larger files.
+    another format, float data, sizes that don't fit, pointers with gaps between the documents. Every size and pointer is
+    checked; of the ids, see ``check_vocabulary``.
     """
     text = os.fspath(path)
     prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
@@ -367,11 +368,7 @@ class TokenFileWriter:
         idx_path.unlink(missing_ok=True)
         os.replace(self._parts[0], bin_path)
         os.replace(self._parts[1], idx_path)
-        folder = os.open(self.prefix.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.prefix.parent)
 
     def _refuse_existing(self) -> None:
         for suffix in ("bin", "idx"):
@@ -382,4 +379,4 @@ class TokenFileWriter:
 
 def _sync(file: IO[bytes]) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    sync(file.fileno())

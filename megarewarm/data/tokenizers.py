@@ -24,6 +24,7 @@ from megarewarm.data.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, En
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
 from megarewarm.errors import UserError, nearest
+from megarewarm.file_lock import sync
 
 PADDING = "<|padding|>"
 
@@ -329,7 +330,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

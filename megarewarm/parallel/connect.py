@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import re
 import socket
 import stat
 import struct
@@ -16,8 +18,16 @@ import torch
 import torch.distributed as dist
 
 from megarewarm.errors import EXIT_RANK_LOST, UserError
+from megarewarm.file_lock import identity
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.ranks import Ranks
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+
+
+def _shown() -> str:
+    """What hides GPUs from this process, in words."""
+    return "".join(f" ({key}={os.environ[key]})" for key in _VISIBLE if key in os.environ)
 
 
 class RanksDidNotMeet(UserError):
@@ -52,6 +62,8 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
         )
         # a rank that ends at once, on bad input, would close connections that others are still making
         _wait_for_all(store, launch, timeout, "connected")
+        if launch.rank == 0 and launch.local_world_size == launch.world_size and launch.launcher != "torchrun":
+            _meeting_point(launch).unlink(missing_ok=True)
     except (RuntimeError, dist.DistError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RanksDidNotMeet(
@@ -87,12 +99,15 @@ def _device(launch: Launch, device: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # Slurm's --gpus-per-task and --gpu-bind show each task its own GPU only, as number 0
-    own = launch.launcher == "slurm" and count == 1 and {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"} & os.environ.keys()
+    bound = {"SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_NTASKS_PER_GPU", "SLURM_TRES_PER_TASK"} & os.environ.keys()
+    # so does a script that exports CUDA_VISIBLE_DEVICES for each task
+    named = any(len(os.environ.get(key, "").strip(",").split(",")) == 1 and os.environ.get(key) for key in _VISIBLE)
+    own = count == 1 and (named or (launch.launcher == "slurm" and bool(bound)))
     number = 0 if own else launch.local_rank
     if number >= count:
         raise UserError(
             f"training.device: rank {launch.rank} needs GPU {number} of host {socket.gethostname()}, which has "
-            f"{count}; start fewer ranks there or set it to cpu"
+            f"{count}{_shown()}; start fewer ranks there or set it to cpu"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
@@ -112,6 +127,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
         )
     meeting_point = _meeting_point(launch)
     if main:
+        meeting_point.unlink(missing_ok=True)  # of an earlier run under the same launcher
         store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, timeout=timeout, wait_for_workers=False)
         partial = meeting_point.with_suffix(".partial")
         partial.write_text(str(store.port), encoding="utf-8")
@@ -122,28 +138,61 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def _meeting_point(launch: Launch) -> Path:
-    """A file that all ranks of this job on this host agree on and no other job uses: named after their common parent."""
-    parent = os.getppid()
-    try:
-        # field 22 of /proc/PID/stat is the start time, which tells a reused process number from the old one
-        born = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    except OSError:
-        born = "0"
+    """A file that all ranks of this job on this host agree on and no other job uses: named after the step of Slurm or the job
+    of Open MPI, else after the process that launched them, which is their parent or that of scripts between."""
+    job = _job_of(launch)
     folder = Path(tempfile.gettempdir()) / f"megarewarm-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(f"{folder}: is no folder, or others may write in it; remove it or set TMPDIR to another folder")
-    return folder / f"port-{parent}-{born}-{launch.master_port}-{launch.world_size}"
+    return folder / f"port-{job}-{launch.master_port}-{launch.world_size}"
+
+
+def _job_of(launch: Launch) -> str:
+    if launch.launcher == "slurm" and "SLURM_JOB_ID" in os.environ:
+        return "-".join(["slurm", *(re.sub(r"\W", "_", os.environ.get(key, "0")) for key in _SLURM_STEP)])
+    if launch.launcher == "openmpi" and os.environ.get("PMIX_NAMESPACE"):
+        return "pmix-" + re.sub(r"\W", "_", os.environ["PMIX_NAMESPACE"])
+    launcher = os.getppid()
+    # what lies between is scripts: they were started with the variables of this rank, their launcher was not
+    while (above := _parent(launcher)) and _is_of_this_rank(launcher):
+        launcher = above
+    return f"{launcher}-{identity(launcher)['born'] or 0}"
+
+
+_SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+_RANK_KEYS = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "RANK", "WORLD_SIZE")
+
+
+def _is_of_this_rank(process: int) -> bool:
+    try:
+        words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    mine = {f"{key}={os.environ[key]}".encode() for key in _RANK_KEYS if key in os.environ}
+    return bool(mine) and mine <= set(words)
+
+
+def _parent(process: int) -> int:
+    """Number of a process's parent; 0 where it can't be seen, as above a container's first one."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _wait_for_port(meeting_point: Path, launch: Launch, timeout: timedelta) -> int:
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        if meeting_point.is_file():
-            return int(meeting_point.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):
+            port = int(meeting_point.read_text(encoding="utf-8"))
+            socket.create_connection(("127.0.0.1", port), 5).close()  # not what an earlier run left that was killed
+            return port
         time.sleep(0.05)
-    raise TimeoutError(f"the main rank did not say its port in {meeting_point}")
+    raise TimeoutError(
+        f"the main rank did not say its port in {meeting_point}: it was not started by the same launcher, or has another TMPDIR"
+    )
 
 
 def interface_towards(host: str) -> str | None:

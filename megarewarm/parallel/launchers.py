@@ -33,11 +33,14 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
     ``argv_local_rank`` is the ``--local_rank`` that the DeepSpeed launcher adds. Variables that torchrun and deepspeed set
     win over those of an MPI or Slurm job around them. Raises ``UserError`` for variables that contradict each other.
     """
+    _refuse_half(environ)
     if "RANK" in environ and "WORLD_SIZE" in environ:
         launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed" if "CROSS_SIZE" in environ else "environment"
         local_default = argv_local_rank if argv_local_rank is not None else _number(environ, "RANK")
         local_rank = _number(environ, "LOCAL_RANK", local_default)
         world = _number(environ, "WORLD_SIZE")
+        if launcher == "environment":
+            _refuse_stale(environ, _number(environ, "RANK"), world)
         # a launcher that names no local size has put all ranks on this host if the master is this host
         unnamed = world if environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1", "::1") else 1
         local_size = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", unnamed))
@@ -51,7 +54,9 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
             "OMPI_COMM_WORLD_LOCAL_RANK",
             "OMPI_COMM_WORLD_LOCAL_SIZE",
         )
-    if "PMI_RANK" in environ and "PMI_SIZE" in environ:
+    # srun --mpi=pmi2 and cray_shasta set these as well, and Slurm knows more: which tasks lie on which host
+    pmi_of_slurm = environ.get("PMI_SIZE") == environ.get("SLURM_STEP_NUM_TASKS") and "MPI_LOCALNRANKS" not in environ
+    if "PMI_RANK" in environ and "PMI_SIZE" in environ and not pmi_of_slurm:
         return _mpi(environ, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     if "SLURM_PROCID" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
         nodes = hosts(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost")
@@ -63,10 +68,47 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
             world,
             _number(environ, "SLURM_LOCALID", 0),
             world if len(nodes) == 1 else 1,
-            nodes[0],
+            _slurm_master(environ, nodes),
             DEFAULT_PORT + _number(environ, "SLURM_JOB_ID", 0) % 10_000,
         )
     return Launch(0, 1, 0, 1, "127.0.0.1", _number(environ, "MASTER_PORT", DEFAULT_PORT), "none")
+
+
+def _refuse_half(environ: Mapping[str, str]) -> None:
+    """RANK without WORLD_SIZE, or the reverse, would start every process as a run of its own."""
+    for one, other, harmless in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
+        if one in environ and other not in environ and environ[one] != harmless:
+            raise UserError(f"{one} is set to {environ[one]} and {other} is not: set both, or unset {one}")
+
+
+def _refuse_stale(environ: Mapping[str, str], rank: int, world: int) -> None:
+    """RANK and WORLD_SIZE that nobody's launcher set, beside a launcher that says otherwise: exported before it started us."""
+    places = (
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    )
+    for rank_key, size_key in places:
+        if rank_key not in environ or size_key not in environ:
+            continue
+        tasks = _number(environ, size_key)
+        # several ranks that each task starts for itself are a multiple of the tasks, and lie in their order
+        share = world // tasks if tasks > 0 else 0
+        if tasks > 1 and (not share or share * tasks != world or rank // share != _number(environ, rank_key)):
+            raise UserError(
+                f"RANK={rank} and WORLD_SIZE={world} contradict {rank_key}={environ[rank_key]} and {size_key}={tasks}: they "
+                f"were exported before the launcher started this process; unset RANK, WORLD_SIZE and LOCAL_RANK"
+            )
+
+
+def _slurm_master(environ: Mapping[str, str], nodes: list[str]) -> str:
+    """The host of rank 0, the first of Slurm's list unless the tasks were placed by hand."""
+    if len(nodes) > 1 and environ.get("SLURM_DISTRIBUTION") == "arbitrary" and not environ.get("MASTER_ADDR"):
+        ordered = hosts(environ.get("SLURM_ARBITRARY_NODELIST", ""))
+        if not ordered:
+            raise UserError("srun placed the tasks by a list of hosts, so task 0's host is unknown: export MASTER_ADDR=HOST")
+        return ordered[0]
+    return nodes[0]
 
 
 def hosts(nodelist: str) -> list[str]:
@@ -129,6 +171,14 @@ def _launch(
 ) -> Launch:
     if not 0 <= rank < world_size:
         raise UserError(f"launcher {launcher}: rank {rank} does not lie in a world of {world_size}")
-    addr = environ.get("MASTER_ADDR") or master_addr or "127.0.0.1"
+    if not local_rank >= 0:
+        raise UserError(f"launcher {launcher}: local rank {local_rank} is below 0")
+    named = {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= environ.keys() and launcher in ("torchrun", "environment")
+    if named and (local_rank >= local_world_size or local_world_size > world_size):
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size} and WORLD_SIZE={world_size} contradict each other: "
+            f"unset those that were exported before the launcher started this process"
+        )
+    addr = (environ.get("MASTER_ADDR") or master_addr or "127.0.0.1").removeprefix("[").removesuffix("]")
     port = _number(environ, "MASTER_PORT", master_port)
     return Launch(rank, world_size, local_rank, local_world_size, addr, port, launcher)

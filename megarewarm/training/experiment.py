@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megarewarm.config.experiment import Experiment, PrepareConfig
 from megarewarm.config.experiment_record import check_record, write_record
 from megarewarm.data.corpora import prepare_corpora
 from megarewarm.errors import UserError, nearest
+from megarewarm.file_lock import FileLock
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
@@ -89,8 +89,7 @@ def prepare(experiment: Experiment, console: Console) -> None:
     folder = Path(experiment.config.data_folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / ".lock", wait=True):
             _prepare(experiment.config.prepare, folder, console)
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error}); set prepare.folder to another place") from error

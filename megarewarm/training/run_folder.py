@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,6 +16,7 @@ from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
+from megarewarm.file_lock import FileLock
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
@@ -39,7 +39,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.export = path / "huggingface"
         self.batches = path / "batches"
-        self._lock: IO[bytes] | None = None
+        self._lock: FileLock | None = None
 
     def newest_checkpoint(
         self, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
@@ -113,8 +113,7 @@ class RunFolder:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        self._lock = open(self.path / ".lock", "wb")  # noqa: SIM115 - held as long as the run
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = FileLock(self.path / ".lock")
 
     def _open(self, config: RunConfig) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ A checkpoint is a folder that appears by a rename once it is whole: tensors, ``s
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import warnings
@@ -30,6 +29,7 @@ from megarewarm.checkpoint.own.state import TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
+from megarewarm.file_lock import sync, sync_folder
 from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
 
@@ -92,7 +92,7 @@ def write(
             _remove(replaced)
             final.rename(replaced)
         partial.rename(final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
         _remove(final.with_name(f"{final.name}-replaced{PARTIAL}"))
 
     try:
@@ -143,16 +143,8 @@ def _sync_tree(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                sync(handle.fileno())
+    sync_folder(folder)
 
 
 def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from megarewarm.data.index_file import CODES, HEADER, MAGIC, ranges
 from megarewarm.data.preprocess.shard import Tokenised, stem
+from megarewarm.file_lock import sync
 
 _PIECE = 2**26  # bytes of ids in a piece
 _BLOCK = 2**20  # documents, or 8 of them bytes, in memory at a time
@@ -121,7 +121,7 @@ def write(piece: Piece) -> int:
 def sha256(path: Path) -> str:
     """Of a whole file, after it has been brought onto the disk."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,7 +8,6 @@ written depends on the input, the tokenizer and the options alone, not on how ma
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import json
@@ -32,6 +31,7 @@ from megarewarm.data.preprocess.shard import Counts, Recipe, Shard, Tokenised, f
 from megarewarm.data.token_file import dtype_for
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, write_atomically
 from megarewarm.errors import UserError
+from megarewarm.file_lock import FileLock
 
 PARTS = ("train", "valid", "test")
 _EXAMPLES = 5
@@ -278,14 +278,12 @@ class _Job:
         self._made = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(self.folder / "lock", "ab")  # noqa: SIM115 - held to the end
+            lock = FileLock(self.folder / "lock")
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is in use by another run: wait for it, or choose another name") from error
         except OSError as error:
             raise UserError(f"{self.folder} can't be made: {error.strerror}: choose another place for the output") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"{self.folder} is in use by another run: wait for it, or choose another name") from error
             if was_there and not resume and not self.overwrite:
                 raise UserError(
                     f"{self.folder} holds the work of a run that did not end: add --resume to go on, or --overwrite to begin "
@@ -299,7 +297,7 @@ class _Job:
                     f"options, or --overwrite instead of --resume to begin again"
                 )
             for old in self.folder.iterdir():
-                if old.name != "lock" and (before is None or old.suffix in (".progress", ".part")):
+                if not old.name.startswith("lock") and (before is None or old.suffix in (".progress", ".part")):
                     old.unlink()
             write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
             yield

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import struct
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from megarewarm.data.preprocess.documents import Skipped
 from megarewarm.data.preprocess.records import Span, records
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, write_atomically
 from megarewarm.errors import UserError
+from megarewarm.file_lock import sync
 
 _BATCH = 2**21  # characters that are encoded together
 _BLOCK = 2**21  # tokens that are written together where order is kept
@@ -280,7 +280,7 @@ class _Writer:
         self._flush()
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         return self._runs
 
     def close(self) -> None:

@@ -1,0 +1,176 @@
+"""One process at a time in a folder, also on file systems that have no locks.
+
+Lustre without ``-o flock``, some FUSE and parallel file systems refuse ``flock``. There a file names who is in: its process is
+looked for on the same machine; on another one nobody can tell, which is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+log = logging.getLogger(__name__)
+
+# what file systems answer that have no locks, or whose lock service does not run
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOTTY, errno.EPERM}
+# what they answer where another process has it: EACCES where flock is made of the locks of POSIX
+_TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
+# what they answer that can't sync a folder or a file; any other error means that the data may not be on the disk
+_NO_SYNC = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+
+
+class FileLock:
+    """An exclusive lock at ``path``, a file that is made for it; use it in a ``with`` statement or ``close`` it.
+
+    Raises ``BlockingIOError`` where another process has it, unless ``wait``; ``OSError`` where the file can't be made. Where
+    the file system has no locks, a warning says what guards the folder instead.
+    """
+
+    def __init__(self, path: Path, *, wait: bool = False) -> None:
+        self._owner: Path | None = None
+        self._file: IO[bytes] = open(path, "ab")  # noqa: SIM115 - held until close
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if error.errno in _TAKEN:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process has it", str(path)) from error
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._own(path.with_name(f"{path.name}.owner"), error, wait)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def locked(self) -> bool:
+        """Whether the file system itself keeps others out."""
+        return self._owner is None
+
+    def _own(self, owner: Path, error: OSError, wait: bool) -> None:
+        me, waited_for = identity(os.getpid()), False
+        while not _made(owner, me):
+            other = _read(owner)
+            if other is not None and _is_alive(other):
+                if not wait:
+                    raise BlockingIOError(errno.EWOULDBLOCK, f"process {other['process']} on this machine has it", str(owner))
+                time.sleep(0.2)
+                continue
+            if other is not None and not _is_near(other):
+                log.warning(
+                    "%s: process %s on %s was in this folder and did not say that it left: make sure that it has ended",
+                    owner,
+                    other["process"],
+                    other["host"],
+                )
+            with contextlib.suppress(FileNotFoundError):
+                owner.unlink()
+            waited_for = True
+        if waited_for:
+            time.sleep(0.5)  # another process may have found the old name as well, and have put its own in place of ours
+            if _read(owner) != me:
+                return self._own(owner, error, wait)
+        self._owner = owner
+        log.warning(
+            "%s: this file system has no locks (%s): a second process is noticed on this machine only; don't start another one "
+            "in this folder elsewhere",
+            owner.parent,
+            error.strerror,
+        )
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._owner is not None and _read(self._owner) == identity(os.getpid()):
+            with contextlib.suppress(OSError):
+                self._owner.unlink()
+        self._file.close()
+
+    def __enter__(self) -> FileLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def sync(descriptor: int) -> None:
+    """``fsync`` of a file or folder, where the file system has it. Raises ``OSError`` for what means that data may be lost."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """``sync`` of a folder, so that the names in it stay; not all file systems open one."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        return
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+Owner = dict[str, str | int]
+
+
+def identity(process: int) -> Owner:
+    """The process among all that were ever started: a number alone is used again, and counted anew in each container."""
+    said: Owner = {"host": socket.gethostname(), "process": process, "boot": "", "namespace": "", "born": ""}
+    with contextlib.suppress(OSError):
+        said["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        said["namespace"] = os.readlink("/proc/self/ns/pid")
+        # field 22 of /proc/PID/stat is the start time
+        said["born"] = (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
+    return said
+
+
+def _is_near(other: Owner) -> bool:
+    """Whether its process, if it lives, can be seen from here."""
+    me = identity(os.getpid())
+    return all(other[key] == me[key] for key in ("host", "boot", "namespace"))
+
+
+def _is_alive(other: Owner) -> bool:
+    return _is_near(other) and Path(f"/proc/{other['process']}").exists() and identity(int(other["process"])) == other
+
+
+def _made(owner: Path, me: Owner) -> bool:
+    try:
+        # O_EXCL is the one thing that every file system does for one process only
+        descriptor = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    with open(descriptor, "w") as file:
+        file.write(json.dumps(me))
+    return True
+
+
+def _read(owner: Path) -> Owner | None:
+    """Who is named there; None where nobody is, after a moment for one who is about to write."""
+    for _ in range(5):
+        try:
+            said = json.loads(owner.read_bytes())
+            if isinstance(said, dict) and said.keys() >= {"host", "process", "boot", "namespace", "born"}:
+                return {key: said[key] for key in ("host", "process", "boot", "namespace", "born")}
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            pass
+        time.sleep(0.1)
+    return None
