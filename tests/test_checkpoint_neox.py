@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -421,3 +422,32 @@ def test_an_export_that_cannot_be_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists and is not an export"):
         export_neox(source, source.model_config, tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
+
+
+def test_the_configuration_that_we_write_is_read_by_gpt_neox(tmp_path: Path) -> None:
+    """Its reader is plain PyYAML, for which 1e-05 is text, and it insists on the types of its own arguments."""
+    folder, *_ = written(tmp_path / "theirs", Shape(era="none", dtype=torch.float32))
+    source = NeoXFolder(folder)
+    for number, (eps, base, share) in enumerate(((1e-5, 10000.0, 0.25), (1e-12, 500000.0, 1.0), (0.5, 1e16, 0.5))):
+        shape = source.model_config.model_copy(update={"layernorm_eps": eps, "rotary_base": base, "rotary_fraction": share})
+        export_neox(source, shape, tmp_path / f"ours{number}")
+        text = (tmp_path / f"ours{number}/global_step0/configs/model.yml").read_text()
+        read = yaml.safe_load(text)
+        assert (read["layernorm_epsilon"], read["rotary_emb_base"], read["rotary_pct"]) == (eps, base, share), text
+        defaults = _defaults_of_gpt_neox()
+        for key, value in read.items():
+            wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}[defaults.get(key, type(value).__name__)]
+            assert isinstance(value, wanted) and (isinstance(value, bool) == (wanted is bool)), (key, value)
+        assert type(read["rotary_emb_base"]) is int
+        assert NeoXFolder(tmp_path / f"ours{number}/global_step0").model_config == shape
+    odd = source.model_config.model_copy(update={"rotary_base": 10000.5})
+    with pytest.raises(UserError, match=r"rotary_base 10000\.5: GPT-NeoX's rotary_emb_base is a whole number"):
+        export_neox(source, odd, tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()
+
+
+def _defaults_of_gpt_neox() -> dict[str, str]:
+    """Key -> type of its default, where that says the type."""
+    recorded = Path(os.environ.get("MEGAREWARM_TEST_DATA", "")) / "neox_real" / "neox_fields.json"
+    fields = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    return {key: type(value).__name__ for key, value in fields.items() if isinstance(value, bool | int | float | str)}

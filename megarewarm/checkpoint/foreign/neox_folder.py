@@ -305,9 +305,8 @@ def _settings(folder: Path) -> dict[str, Any]:
                         f"{path}: {key} is {value!r}, and {merged[key]!r} in {places[key].name}: of two models; remove one"
                     )
                 merged[key], places[key] = value, path
-    for key, value in merged.items():
-        if (reason := another_function(key, value, merged)) is not None:
-            raise UserError(f"{places[key]}: {key} is {value!r}, under which the weights are another model: {reason}")
+    for key, reason in another_function(merged).items():
+        raise UserError(f"{places[key]}: {key} is {merged[key]!r}, under which the weights are another model: {reason}")
     if merged and "pos_emb" not in merged:
         raise UserError(
             f"{next(iter(places.values()))}: 'pos_emb' is missing, so the keys of the model are in another file (its default "
