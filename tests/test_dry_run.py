@@ -86,3 +86,36 @@ def _alone():  # type: ignore[no-untyped-def]
     from megarewarm.parallel.connect import connect
 
     return connect(Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"), "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["parallel.data=3"], "training.global_batch: 8 sequences can't be shared evenly by 3 data-parallel ranks"),
+        (["parallel.tensor=4"], "parallel.tensor: 4 ranks can't share model.num_heads 2 evenly"),
+        (["parallel.tensor=2", "model.ffn_size=33"], "parallel.tensor: 2 ranks can't share model.ffn_size 33 evenly"),
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=15"],
+            "parallel.sequence: 2 tensor ranks can't share data.sequence_length 15 evenly",
+        ),
+        (["parallel.pipeline=2", "parallel.schedule=zero_bubble"], "parallel.pipeline: 4 stages for 2 layers"),
+        (["parallel.pipeline=2", "parallel.stages_per_rank=2"], "parallel.stages_per_rank: 2 with schedule '1f1b'"),
+    ],
+)
+def test_a_layout_that_can_not_run_is_refused(
+    anywhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path)))
+    assert main([str(tmp_path / "run.yml"), *words, "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_empty_micro_batches_are_told(anywhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, parallel={"pipeline": 2})))
+    words = ["training.micro_batch=8", "--dry-run"]
+    assert main([str(tmp_path / "run.yml"), *words]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "'1f1b' on 2 pipeline ranks runs 2 micro-batches, the batch fills 1; the others are empty" in shown
+    assert main([str(tmp_path / "run.yml"), "training.micro_batch=4", "--dry-run"]) == 0
+    assert "are empty" not in capsys.readouterr().out

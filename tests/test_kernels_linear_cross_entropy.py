@@ -342,3 +342,14 @@ def test_logits_exist_once_and_in_the_dtype_of_the_products(chunk: int) -> None:
     with Buffers(chunk, 192) as seen, torch.no_grad():
         compute(hidden, weight, targets, 0, 190, -100, 0.1, chunk, torch.bfloat16, True, True)
     assert [(x.dtype, x.untyped_storage().nbytes()) for x in seen.found.values()] == [(torch.bfloat16, chunk * 192 * 2)]
+
+
+def test_the_loss_of_many_chunks_has_all_its_digits() -> None:
+    """One token a chunk: a sum in fp32 would be off by some 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6000, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    targets = torch.randint(7, (6000,), generator=generator)
+    logits = hidden.double() @ weight.double().t()
+    wanted = float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    found, _ = linear_cross_entropy(hidden, weight, targets, memory_budget=1)
+    assert float(found) == pytest.approx(wanted, rel=1.5e-7)

@@ -75,7 +75,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "interleaved_tensor": ({"pipeline": 2, "tensor": 2, "schedule": "interleaved"}, {"training": {"micro_batch": 2}}),
         "zero3": ({"sharding": "zero3"}, {}),
         "hybrid": ({"sharding": "zero2", "shard_ranks": 2}, {}),
-        "tensor_zero3": ({"tensor": 2, "sharding": "zero3"}, {"model": {"vocab_size": 68}}),
+        "tensor_zero3": ({"tensor": 2, "sharding": "zero3"}, {"model": {"vocab_size": 69}}),
         "pipeline_zero2": ({"pipeline": 2, "sharding": "zero2"}, {"training": {"micro_batch": 2}}),
         "interleaved": (
             {"pipeline": 4, "schedule": "interleaved"},
@@ -91,7 +91,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "all_sequence": ({"tensor": 2, "sequence": True, "pipeline": 2}, {"training": {"micro_batch": 1}}),
         "all_zero2": (
             {"tensor": 2, "pipeline": 2, "sharding": "zero2"},
-            {"model": {"vocab_size": 68}, "training": {"micro_batch": 2}},
+            {"model": {"vocab_size": 69}, "training": {"micro_batch": 2}},
         ),
         "data": ({}, {"training": {"micro_batch": 1}}),
     },

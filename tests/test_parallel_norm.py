@@ -10,10 +10,14 @@ import torch
 from distributed import run_ranks
 from tiny import config
 
+from megarewarm.parallel.gradients import FlatGradients, OwnGradients, squared_norm
+from megarewarm.parallel.mesh import Layout, Mesh
+from megarewarm.parallel.placement import Placement
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.plan import make_plan
 from megarewarm.training.setup import build
 
+ALONE = Ranks(0, 1, torch.device("cpu"))
 LAYOUTS = {
     "tensor": {"tensor": 2},
     "tensor_sequence": {"tensor": 2, "sequence": True},
@@ -48,6 +52,23 @@ def _norms(ranks: Ranks, place: str, layouts: dict[str, dict[str, object]]) -> d
         assert run.model.gradients.norm() == clean
         found[name] = clean, unseen
     return found
+
+
+def test_the_norm_of_many_values_has_all_its_digits() -> None:
+    """A fp32 sum in few parts loses 1e-3 here; both storages of gradients measure the same."""
+    values = torch.full((20_000_123,), 1e-3)
+    values[::3] = -3e-3
+    wanted = math.sqrt(sum(float(part.double().square().sum()) for part in values.split(2**20)))
+    parameter = torch.nn.Parameter(torch.empty_like(values))
+    parameter.grad = values
+    flat = FlatGradients({"w": parameter}, {"w": Placement("w", tuple(values.shape), None, 0, 1, False)}, Mesh(ALONE, Layout()))
+    parameter.grad.copy_(values)
+    assert flat.norm() == pytest.approx(wanted, rel=5e-7)
+    parameter.grad = values
+    assert OwnGradients({"w": parameter}).norm() == pytest.approx(wanted, rel=5e-7)
+    pieces = [values[:100], values[100:100], values[100:5000], values[5000:]]
+    assert float(squared_norm(pieces)) == pytest.approx(wanted**2, rel=5e-7)
+    assert math.isinf(float(squared_norm([torch.tensor([1.0, math.inf])]))) and float(squared_norm([values[:0]])) == 0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from tiny import config
+from tiny import config, mapping
 from torch import Tensor
 from wire import Wire
 
+from megarewarm.config.load import merge, validate
+from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.cluster import rank_layouts
+from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.gpus import GPUS
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
 from megarewarm.parallel.ranks import Ranks
@@ -22,6 +25,11 @@ from megarewarm.training.setup import build
 from megarewarm.training.step import training_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+CLUSTER: dict[str, Any] = {
+    "model": {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "vocab_size": 50432, "max_positions": 2048},
+    "data": {"sequence_length": 2048},
+    "training": {"global_batch": 512, "micro_batch": 1},
+}
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 128},
     "wide": {"num_layers": 4, "hidden_size": 192, "num_heads": 4, "vocab_size": 512},
@@ -167,17 +175,17 @@ def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, layo
 
 
 def test_layouts_are_ranked_by_time_and_fit(tmp_path: Path) -> None:
-    settings = config(
-        tmp_path,
-        model={"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "vocab_size": 50432, "max_positions": 2048},
-        data={"sequence_length": 2048},
-        training={"global_batch": 512, "micro_batch": 1},
-    )
+    settings = config(tmp_path, **CLUSTER)
     assert settings.model is not None
     plans = rank_layouts(settings, settings.model, 64, GPUS["a100-40gb"])
     seconds = [round(plan.seconds, 4) for plan in plans]
     assert seconds == sorted(seconds)
     assert all(plan.memory < 40 * 2**30 and 0 < plan.mfu < 0.65 and 0 <= plan.bubble < 1 for plan in plans)
     assert all(plan.layout.data * plan.layout.model == 64 for plan in plans)
+    for plan in plans[::50]:  # none is recommended that would be refused
+        keys = {"parallel": {}, "training": {}}
+        for key, value in plan.keys.items():
+            keys[key.split(".")[0]][key.split(".")[1]] = value
+        check_fit(validate(RunConfig, merge(mapping(tmp_path, **CLUSTER), keys), {}), settings.model, plan.layout)
     more = rank_layouts(settings, settings.model, 64, GPUS["h100-80gb"])
     assert more[0].seconds < plans[0].seconds and len(more) > len(plans)

@@ -90,6 +90,7 @@ class ParallelModel:
         self._has_last = count - 1 in numbers
         self._sharded = parallel.sharding != "none" and layout.data > 1
         self._head: nn.Module | None = None
+        self._head_shard: nn.Parameter | None = None
         if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._sharded:
             # the two ends of a V share the matrix itself, but fully_shard can't divide one that two modules hold
             embedding = self._modules[0].get_parameter("embed_in.weight")
@@ -116,6 +117,9 @@ class ParallelModel:
                 if mesh.ranks.world_size == 1
                 else FlatGradients(self.parameters, self.placements, mesh, copies, reduce_copies)
             )
+        for name, local in self.parameters.items():
+            if self.placements[name].slice(local.detach(), *self._shard_of_all).local.numel() < local.numel():
+                local.detach().zero_()  # loading a checkpoint leaves padding as it is
         self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
         if self._sharded:
             self.gradients = ShardedGradients(self._named(), self.parameters, self.placements, mesh, copies, reduce_copies)
@@ -219,17 +223,17 @@ class ParallelModel:
 
     def _add_head_gradient(self) -> None:
         """What the head that follows the embedding contributes to the gradient of both."""
-        assert self._head is not None
-        gradient, total = self._head.weight.grad, self.parameters["embed_in.weight"].grad
+        assert self._head_shard is not None
+        gradient, total = self._head_shard.grad, self.parameters["embed_in.weight"].grad
         assert isinstance(gradient, DTensor) and total is not None
         total.add_(gradient.to_local())
-        self._head.weight.grad = None
+        self._head_shard.grad = None
 
     def _follow(self) -> None:
         """Before computing: the V's head takes over the embedding."""
-        if self._head is not None:
-            assert isinstance(self._head.weight, DTensor)
-            self._head.weight.to_local().detach().copy_(self.parameters["embed_in.weight"].detach())
+        if self._head_shard is not None:
+            assert isinstance(self._head_shard, DTensor)
+            self._head_shard.to_local().detach().copy_(self.parameters["embed_in.weight"].detach())
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype
@@ -241,6 +245,8 @@ class ParallelModel:
             for layer in _layers(module):
                 fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
             fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
+        # kept here: while it is gathered, the module has the whole one in its place
+        self._head_shard = self._head.get_parameter("weight") if self._head is not None else None
         self.parameters = {
             name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
             for name, parameter in self._named().items()

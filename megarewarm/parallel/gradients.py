@@ -189,7 +189,7 @@ def _kind(placement: Placement, copy: bool) -> int:
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The sum of the squares of all values of fp32 ``tensors`` on one device, () fp64, right to some 1e-9 at any size.
+    """The sum of the squares of all values of fp32 ``tensors`` on one device, () fp64, right to some 1e-7 at any size.
 
     A CPU's norm of a whole tensor is added up in a few fp32 numbers, which loses 1e-3 at 2e7 values; rows of ``ROW`` cost a
     quarter more. A GPU's operation for many tensors adds up short pieces as it is.

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 _TENSORS = ("embed_in.weight", "embed_out.weight")
-_MOST_RANKS = 1024  # that any layout is thought to have had along one axis
+_MOST_RANKS = 1024  # that the layout is thought to have had
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def true_places(rows: int, named: Sequence[tuple[int, int]]) -> tuple[list[tuple
     No right layout names such places (tried for vocabularies to 700 and the usual ones, up to 16 tensor ranks x 64 shards).
     """
     named = list(named)
-    if len(named) < 3 or named != sorted(named):
-        return None
+    if not 3 <= len(named) <= _MOST_RANKS or named != sorted(named) or len({count for _, count in named[:-1]}) == 1:
+        return None  # all but the last are equal: torch's rule applied once
     shard = named[0][1]  # of the first tensor rank, whose rows are all its own
     if shard < 2:
         return None
