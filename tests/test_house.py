@@ -15,7 +15,7 @@ FLOORS = {
     "megarewarm.errors": 0,
     "megarewarm.process": 0,
     "megarewarm.console": 0,
-    "megarewarm.arguments": 0,
+    "megarewarm.arguments": 1,
     "megarewarm.config": 0,
     "megarewarm.report": 0,
     "megarewarm_kernels": 0,
