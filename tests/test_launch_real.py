@@ -83,7 +83,7 @@ def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -
     assert not (place / f"bad_{launcher}" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpirun"])
 def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None:
     """Each rank has a parent of its own, as with a site's wrapper or a container's command."""
     if not (BIN / launcher).exists():
@@ -91,7 +91,7 @@ def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None
     script = place / "wrap.sh"
     script.write_text(f'#!/bin/bash\nexport OMP_NUM_THREADS=1\n"{sys.executable}" "{ROOT}/launch.sh" "$@"\nexit $?\n')
     script.chmod(0o755)
-    words = [str(BIN / "mpirun"), "-n", "2"] if launcher == "mpirun" else [*command("torchrun")[:-1], "--no-python"]
+    words = [str(BIN / launcher), "-n", "2"]
     config = write_config(place, f"wrapped_{launcher}", training={"budget": 3}, parallel={"timeout_minutes": 0.5})
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MASTER_"))}
     result = subprocess.run(
