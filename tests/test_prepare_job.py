@@ -24,8 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megarewarm.data.preprocess import assembly, job, records, shard
-from megarewarm.data.preprocess.job import Options, parse_split, preprocess
+from megarewarm.data.preprocess.job import Options, preprocess
 from megarewarm.data.preprocess.records import BAD_JSON, EMPTY, NO_TEXT, input_files
+from megarewarm.data.split import parse_split
 from megarewarm.data.token_file import open_tokens
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError

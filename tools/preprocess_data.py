@@ -68,7 +68,7 @@ def main() -> int:
         ftfy=arguments.ftfy,
         format=arguments.format,
         dtype=arguments.dtype,
-        split=job.parse_split(arguments.split) if arguments.split else None,
+        split=parse_split(arguments.split) if arguments.split else None,
         shuffle=arguments.seed if arguments.shuffle else None,
         max_documents=arguments.max_documents,
         strict=arguments.strict,

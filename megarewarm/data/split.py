@@ -13,6 +13,17 @@ Part = Literal["train", "valid", "test"]
 PARTS: tuple[Part, Part, Part] = ("train", "valid", "test")
 
 
+def parse_split(text: str) -> tuple[float, ...]:
+    """Shares of train, valid and test: "0.98,0.01,0.01". Raises ``UserError``."""
+    try:
+        shares = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        shares = ()
+    if not 2 <= len(shares) <= 3 or min(shares) <= 0:
+        raise UserError(f"--split {text}: expected two or three shares above 0, as 0.98,0.01,0.01 (train, valid, test)")
+    return tuple(share / sum(shares) for share in shares)
+
+
 def split_documents(split: str, num_documents: int, rule: Rule = "neox") -> dict[Part, tuple[int, int]]:
     """Document ranges [first, last) of the three parts of a file, by the rounding of GPT-NeoX or of Megatron-LM.
 

@@ -28,12 +28,12 @@ from megarewarm.data.preprocess.documents import BadInput
 from megarewarm.data.preprocess.publication import Written
 from megarewarm.data.preprocess.records import STDIN, input_files, spans_of
 from megarewarm.data.preprocess.shard import Counts, Recipe, Shard, Tokenised, finished, progress_of, tokenise
+from megarewarm.data.split import PARTS
 from megarewarm.data.token_file import dtype_for
 from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, write_atomically
 from megarewarm.errors import UserError
 from megarewarm.file_lock import FileLock
 
-PARTS = ("train", "valid", "test")
 _EXAMPLES = 5
 
 
@@ -109,17 +109,6 @@ def preprocess(
 @contextmanager
 def _given(ranks: workers.Workers) -> Iterator[workers.Workers]:
     yield ranks
-
-
-def parse_split(text: str) -> tuple[float, ...]:
-    """Shares of train, valid and test: "0.98,0.01,0.01". Raises ``UserError``."""
-    try:
-        shares = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        shares = ()
-    if not 2 <= len(shares) <= 3 or min(shares) <= 0:
-        raise UserError(f"--split {text}: expected two or three shares above 0, as 0.98,0.01,0.01 (train, valid, test)")
-    return tuple(share / sum(shares) for share in shares)
 
 
 class _Job:
