@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.data.preprocess import job
+from megarewarm.data.split import parse_split
 from megarewarm.process import EXIT_INTERRUPTED, run, say
 
 _LINES = 30.0
