@@ -22,6 +22,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 from megarewarm.data.tokenizers import load_tokenizer, train_bpe
 from megarewarm.errors import UserError
+from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.dry_run import show_experiment, show_run
 from megarewarm.training.experiment import run_experiment
@@ -29,6 +30,7 @@ from megarewarm.training.trainer import train
 
 TEXT = ["the learning rate is warmed up again, and then decays over the new data; " * 9]
 ALONE = Ranks(0, 1, torch.device("cpu"))
+ALONE_LAUNCH = Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none")
 ROWS = 300  # of the model: more than the tokenizer's ids
 
 
@@ -71,7 +73,7 @@ def run(config: RunConfig) -> str:
 
 def dry(config: RunConfig) -> str:
     console = tiny.quiet()
-    show_run(config, console)
+    show_run(config, console, ALONE_LAUNCH)
     return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
@@ -376,7 +378,10 @@ def test_a_chain_of_two_tokenizers_is_refused_before_its_first_run(two: tuple[Pa
     ]
     mapping = {"experiment": "chain", "folder": str(place / "chain"), "base": base, "runs": stages}
     experiment = load_experiment(mapping, {}, quick=False)
-    for act in (lambda: show_experiment(experiment, tiny.quiet()), lambda: run_experiment(experiment, ALONE, tiny.quiet())):
+    for act in (
+        lambda: show_experiment(experiment, tiny.quiet(), ALONE_LAUNCH),
+        lambda: run_experiment(experiment, ALONE, tiny.quiet()),
+    ):
         with pytest.raises(UserError, match=r"old\.bin was made with .*, .*new\.bin was made|new\.bin was .*, .*old\.bin was"):
             act()
     assert not list(place.glob("chain/*/checkpoints"))

@@ -19,8 +19,8 @@ from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
-from megarewarm.training.check_ahead import check_ahead
-from megarewarm.training.run_folder import RunFolder
+from megarewarm.training.checks_ahead import check_runs
+from megarewarm.training.inputs import check_place
 from megarewarm.training.trainer import train
 
 
@@ -41,7 +41,7 @@ def check_folders(experiment: Experiment) -> None:
     """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
     check_record(experiment)
     for arm in experiment.arms:
-        RunFolder(Path(arm.config.run_folder)).check(arm.config, experiment=experiment.folder)
+        check_place(arm.config, experiment=experiment.folder)
 
 
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
@@ -56,7 +56,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
         write_record(experiment)
         prepare(experiment, console)
     ranks.barrier()
-    check_ahead([arm.config for arm in experiment.arms], {arm.config.name for arm in arms})
+    check_runs([arm.config for arm in experiment.arms], {arm.name for arm in arms}, ranks.world_size, lambda _: ranks.device)
     folders = []
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")

@@ -53,7 +53,9 @@ def settle_texts(plan: Plan) -> Texts:
         end = loaded(data.tokenizer).end
         eod, more = end.id, [*more, f"{data.tokenizer}: {end}"]
     exported = None
-    if config.export.huggingface:
+    if isinstance(plan.source, NotOpened) and plan.source.written_by is None and data.tokenizer is None:
+        notes.append(f"which tokenizer the data and the export should have shows when {plan.source.name} is here")
+    elif config.export.huggingface:
         source = _to_export(plan, eod, trained)
         exported = exported_tokenizer(source, plan.model)
         if source.file is not None:
