@@ -95,8 +95,8 @@ def test_the_laboratorys_chain_of_data_sets_runs(tmp_path: Path, capsys: pytest.
 
 
 def small_chain(place: Path, *changes: tuple[str, str]) -> Path:
-    """docs/laboratory.md's example of stages and a release, with a small model, few steps, and files in ``place``. ``changes``: of
-    words in its text."""
+    """docs/laboratory.md's example of stages and a release, with a small model, few steps, and files in ``place``. ``changes``:
+    of words in its text."""
     page = (ROOT / "docs" / "laboratory.md").read_text(encoding="utf-8")
     (example,) = (text for text in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL) if "three_data_sets" in text)
     for name in ("first", "second"):
