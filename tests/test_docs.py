@@ -122,8 +122,9 @@ def small_chain(place: Path, *changes: tuple[str, str]) -> Path:
         (("replay: {fraction: 0.05, of: lineage}\n    training", "training"), "run 'release': .*was trained on other data"),
         (
             ("intent: continue}\n        replay: {fraction: 0.05", "intent: continue}\n        replay: {fraction: 0.95"),
-            "may be replayed",
+            "run 'release': .*was trained on other data",
         ),
+        (("budget: 20 steps", "budget: 20000 steps"), "run 'trunk-first': source 'first' gives"),
         (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "goes on at the rate at which the checkpoint stands"),
     ],
 )
