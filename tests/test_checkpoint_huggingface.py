@@ -89,6 +89,28 @@ def test_what_we_export_transformers_loads(tmp_path: Path, changes: dict[str, An
         assert torch.equal(parameter, dict(model.named_parameters())[name][: len(parameter)]), name
 
 
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_the_configuration_that_we_write_is_read_without_a_warning(
+    tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    config = ModelConfig(**(SHAPE | changes | {"layernorm_eps": 1e-12, "rotary_base": 5e5}))
+    export(ModelWeights(NeoX(config)), config, tmp_path / "out")
+    logging.enable_propagation()
+    try:
+        read = AutoConfig.from_pretrained(tmp_path / "out")
+    finally:
+        logging.disable_propagation()
+    assert not [record.message for record in caplog.records if record.name.startswith("transformers")]
+    assert (read.layer_norm_eps, read.rope_parameters["rope_theta"]) == (1e-12, 5e5)
+    assert read.rope_parameters["partial_rotary_factor"] == config.rotary_fraction
+    assert read_model_config(tmp_path / "out")[0] == config.model_copy(
+        update={"init": "small", "output_init": "wang", "ffn_size": config.mlp_size}
+    )
+
+
 def test_a_large_export_goes_to_several_files(tmp_path: Path) -> None:
     config = ModelConfig(**SHAPE)
     model = NeoX(config)

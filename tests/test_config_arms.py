@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.experiment import Experiment, load_experiment
@@ -58,6 +58,7 @@ def test_an_axis_of_labels_sets_several_keys() -> None:
     assert (low.config.schedule.min_lr, high.config.schedule.min_lr) == (pytest.approx(1e-5), 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), st.integers(1, 3), st.integers(1, 3))
 def test_names_and_folders_are_unique_and_starts_come_first(seeds: list[int], rates: int, layers: int) -> None:
     axes = {

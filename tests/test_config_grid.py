@@ -92,7 +92,8 @@ def test_what_was_the_rule_is_still_there(tmp_path: Path) -> None:
 def test_a_run_that_an_earlier_version_began_keeps_its_steps(tmp_path: Path) -> None:
     """27 steps and 10 %: 3, 6, 9, ... when the interval was rounded, 3, 5, 8, ... now."""
     settings = {
-        "training": {"budget": 27},
+        "model": {"num_layers": 1},
+        "training": {"budget": 27, "global_batch": 2, "micro_batch": 2},
         "evaluation": {"every": "10%"},
         "checkpoint": {"every": 9},
         "logging": {"dynamics": None},

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from test_config import MINIMAL, ROOT, load, refusal
@@ -45,6 +45,7 @@ def test_scalars_are_what_people_mean(tmp_path: Path, text: str, value: Any) -> 
     assert read == value and type(read) is type(value)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=12) | st.from_regex(r"\A[-+0-9.:_eExobTtZ~=<]{1,10}\Z") | st.sampled_from(["no", "On", "null", "<<"]))
 def test_text_stays_text_when_it_is_written_and_read(text: str) -> None:
     """Whatever number, date or switch it looks like, to us and to a reader of YAML 1.1."""
@@ -164,6 +165,7 @@ def test_paths_of_experiments_are_expanded_beside_their_own_words(monkeypatch: p
     assert experiment.config.prepare is not None and str(experiment.config.prepare.corpora["a"].from_[0]).startswith("/")
 
 
+@settings(deadline=None)
 @given(st.text("ab~/$.{}", max_size=10))
 def test_what_is_expanded_once_stays_as_it_is(text: str) -> None:
     try:

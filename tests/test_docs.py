@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+from tiny import write_tokens
 
 from megarewarm.config.document import json_schema, markdown
 from megarewarm.config.experiment import is_experiment, load_experiment
 from megarewarm.config.load import merge, read_configs, validate
 from megarewarm.config.schema import RunConfig
+from megarewarm.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -81,3 +83,55 @@ def test_the_laboratorys_examples_are_valid_experiments(tmp_path: Path) -> None:
     assert {"peak_1.5e-4_1pct", "reset_second", "trunk-first", "trunk-second", "release"} <= set(names)
     named = set(re.findall(r"\b((?:configs|tools|docs|tests|benchmarks)/[\w./]+\.(?:yml|py|md|png))", page))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_laboratorys_chain_of_data_sets_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trunk, stages and release, word for word but small: what is planned is what the later starts accept."""
+    experiment = small_chain(tmp_path)
+    assert main([str(experiment)]) == 0
+    for name in ("trunk-first", "trunk-second", "release"):
+        assert list((tmp_path / "e" / name / "checkpoints").glob("step_*"))
+
+
+def small_chain(place: Path, *changes: tuple[str, str]) -> Path:
+    """docs/laboratory.md's example of stages and a release, with a small model, few steps, and files in ``place``. ``changes``:
+    of words in its text."""
+    page = (ROOT / "docs" / "laboratory.md").read_text(encoding="utf-8")
+    (example,) = (text for text in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL) if "three_data_sets" in text)
+    for name in ("first", "second"):
+        write_tokens(place / name, len(name))
+        example = example.replace(f"data/{name}", str(place / name))
+    small = """  model: {num_layers: 1, hidden_size: 16, num_heads: 2, vocab_size: 64, max_positions: 16}
+  data: {sequence_length: 16}
+  logging: {tensorboard: false, dynamics: null}
+"""
+    example = example.replace("  extends: configs/410m_rewarm.yml\n", small)
+    example = example.replace("budget: 10B tokens", "budget: 20 steps, global_batch: 2, micro_batch: 2")
+    example = example.replace("budget: 2B tokens", "budget: 5 steps").replace("base:", f"folder: {place / 'e'}\nbase:", 1)
+    for old, new in changes:
+        assert old in example
+        example = example.replace(old, new)
+    (place / "e.yml").write_text(example)
+    return place / "e.yml"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("replay: {fraction: 0.05, of: lineage}\n    training", "training"), "run 'release': .*was trained on other data"),
+        (
+            ("intent: continue}\n        replay: {fraction: 0.05", "intent: continue}\n        replay: {fraction: 0.95"),
+            "run 'release': .*was trained on other data",
+        ),
+        (("budget: 20 steps", "budget: 20000 steps"), "run 'trunk-first': source 'first' gives"),
+        (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "goes on at the rate at which the checkpoint stands"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first_trains(
+    tmp_path: Path, change: tuple[str, str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = small_chain(tmp_path, change)
+    assert main([str(experiment)]) == 2
+    assert re.search(says, " ".join(capsys.readouterr().err.split()))
+    assert not list((tmp_path / "e").glob("*/metrics.jsonl"))

@@ -101,7 +101,7 @@ class OwnCheckpoint:
         if (rows := store.misplaced_rows(folder)) is not None:
             lost = ", ".join(map(str, rows.unread))
             self.notes.append(
-                f"{folder}: an old revision misplaced rows {rows.first} to {rows.last} of the vocabulary (tensor ranks with "
+                f"in {folder} an old revision misplaced rows {rows.first} to {rows.last} of the vocabulary (tensor ranks with "
                 f"sharding; embedding, head and moments); they are read where they belong. If that run had itself begun or "
                 f"gone on from a checkpoint of megarewarm in that layout, it lost row {lost} then: docs/reliability.md"
             )

@@ -55,7 +55,8 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
                 continue  # it stands; the folder of a run that is in progress means a checkpoint that doesn't yet
             if (step := _step_named(start, plan)) is not None:
                 state = _state_after(plan, step)
-                written = NotOpened(start, plan.model, "not yet written", training=state, keeps=ALL_LINES, written_by=plan)
+                written = NotOpened(start, plan.model, "not yet written", training=state, lineage=state.lineage)
+                written.keeps, written.written_by = ALL_LINES, plan
                 return make_plan(config, source=written), []
     try:
         return make_plan(config), []

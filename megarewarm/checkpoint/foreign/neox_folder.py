@@ -48,8 +48,9 @@ def _is_checkpoint(path: Path) -> bool:
     names = [file.name for file in path.iterdir()] if path.is_dir() else []
     if any(_ZERO3_FILE.fullmatch(name) for name in names):
         raise UserError(
-            f"{path}: written with ZeRO stage 3, which leaves each rank a part of every parameter; only stages 0, 1 and 2 can "
-            f"be read: write the weights with DeepSpeed's zero_to_fp32.py, or train on with stage 1 in GPT-NeoX and save again"
+            f"{path}: written with ZeRO stage 3, whose files hold a part of every parameter; only stages 0, 1 and 2 can be "
+            f"read: make whole weights with DeepSpeed's zero_to_fp32.py, and save them as {{'module': weights}} in "
+            f"mp_rank_00_model_states.pt of another folder, with configs/ beside it"
         )
     return any(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name) for name in names)
 

@@ -42,7 +42,8 @@ def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimiz
     has_files = any(file.name.endswith("optim_states.pt") for file in folder.folder.iterdir())
     stored = folder.state.get("optimizer")
     if not has_files and not (isinstance(stored, Mapping) and stored):
-        return None, None, ["weights only: there are no optimizer files in it"]
+        universal = "; its optimizer is in DeepSpeed's universal form, which is not read" * (folder.folder / "zero").is_dir()
+        return None, None, [f"weights only: there are no optimizer files in it{universal}"]
     optimizer = NeoXOptimizer(folder)
     saved = folder.state
     iteration = next((saved[key] for key in ("iteration", "total_iters", "global_steps") if saved.get(key) is not None), None)

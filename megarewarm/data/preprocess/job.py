@@ -142,7 +142,7 @@ class _Job:
             eod_token=options.eod_token,
             text_key=options.text_key,
             append_eod=options.append_eod,
-            eod=self.tokenizer.eod_id if options.append_eod else None,  # raises where none is known
+            eod=self.tokenizer.eod_id if options.append_eod else None,
             ftfy=options.ftfy,
             dtype=_dtype(options, self.tokenizer).name,
             split=tuple(zip(self.names, shares, strict=True)),
@@ -218,17 +218,16 @@ class _Job:
         if self.folder.exists():
             return False
         for name in self.names:
-            wanted = self._manifest(name, Counts())
+            wanted = json.loads(json.dumps(self._manifest(name, Counts())))
             try:
                 found = json.loads(Path(f"{self._output(name)}.json").read_bytes())
-            except (OSError, ValueError):
+                # earlier versions say less of the tokenizer, and nothing of the end
+                same = wanted.pop("tokenizer")["fingerprint"] == found["tokenizer"]["fingerprint"]
+            except (OSError, ValueError, KeyError, TypeError):
                 return False
-            counted = asdict(Counts()).keys()
-            for key, value in json.loads(json.dumps(wanted)).items():
-                if key == "tokenizer":  # earlier versions say less of it
-                    value, found[key] = value["fingerprint"], (found.get(key) or {}).get("fingerprint")
-                if key not in counted and found.get(key, value if key == "eod" else None) != value:
-                    return False
+            compared = wanted.keys() - asdict(Counts()).keys() - ({"eod"} - found.keys())
+            if not same or any(found.get(key) != wanted[key] for key in compared):
+                return False
         return True
 
     def _publish(self) -> list[Written]:
@@ -237,9 +236,7 @@ class _Job:
         return found
 
     def _notes(self) -> list[str]:
-        """What the user should know of how it was made."""
-        end = [f"{self.tokenizer.path}: {self.tokenizer.end}"] if self.options.append_eod else []
-        return [*end, *self.tokenizer.notes]
+        return [*([f"{(of := self.tokenizer).path}: {of.end}"] if self.options.append_eod else []), *self.tokenizer.notes]
 
     @contextmanager
     def _removed_at_the_end(self) -> Iterator[None]:
