@@ -156,7 +156,7 @@ def _made(owner: Path, me: Owner) -> bool:
         descriptor = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
-    with open(descriptor, "w") as file:
+    with open(descriptor, "w", encoding="ascii") as file:
         file.write(json.dumps(me))
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,11 @@ def test_the_start_has_the_same_tokenizer(two: tuple[Path, Path, Path]) -> None:
     place, a, b = two
     for name in ("new", "old"):
         said(place / name, a)
-    run(config(place, export={"huggingface": True}, folder=str(place / "first"), data={"tokenizer": str(a)}))
+    often = {"every": 1}
+    first = config(
+        place, export={"huggingface": True}, folder=str(place / "first"), data={"tokenizer": str(a)}, checkpoint=often
+    )
+    run(first)
     for name in ("new", "old"):
         said(place / name, b)
     again = {"model": None, "folder": str(place / "second")}
@@ -156,7 +161,8 @@ def test_the_start_has_the_same_tokenizer(two: tuple[Path, Path, Path]) -> None:
     fresh = {"from": str(place / "first/huggingface"), "weights": "initialise"}
     assert "which gives other ids" not in dry(config(place, start=fresh, **again))
     # its own run, too: a held-out file made anew in the meantime
-    refused_again = config(place, folder=str(place / "first"), training={"budget": 2})
+    shutil.rmtree(place / "first/checkpoints/step_2")
+    refused_again = config(place, folder=str(place / "first"), checkpoint=often)
     with pytest.raises(UserError, match="which gives other ids"):
         dry(refused_again)
     with pytest.raises(UserError, match=r"in the history of .*, which gives other ids"):
@@ -175,7 +181,9 @@ def test_what_is_not_known_is_said_once(two: tuple[Path, Path, Path]) -> None:
     (place / "new.json").write_text(
         json.dumps({"tokens": 3, "dtype": "uint16", "tokenizer": {"fingerprint": "of another file"}})
     )
-    assert "2 of the token files have no manifest" in dry(config(place, data={"tokenizer": str(a)}))
+    assert "2 of the token files have no manifest" in dry(
+        config(place, data={"tokenizer": str(a)}, folder=str(place / "fresh"))
+    )
 
 
 def test_other_forms_and_added_tokens_are_the_same_tokenizer(golden: Path, tmp_path: Path) -> None:
@@ -342,6 +350,7 @@ def test_a_short_validation_set_is_said_everywhere(tmp_path: Path) -> None:
             tmp_path,
             data={"validation": [sets[0] | {"sources": [{"path": str(tmp_path / "old"), "max_epochs": None}]}]},
             evaluation={"windows": "moving"},
+            folder=str(tmp_path / "moving"),
         )
     )
     assert "reads its sources" in moving

@@ -36,7 +36,7 @@ def prepared_folder(experiment: Experiment) -> Path | None:
 
 def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
     """A line for each token file of the run that is not on this machine, but for those to be ``prepared``."""
-    sources = [source for source in _sources(config) if not _is_here(source) and not _is_below(source, prepared)]
+    sources = [source for source in _sources(config) if not _is_here(source) and not _is_below(source.path, prepared)]
     return list(dict.fromkeys(f"{Path(source.path).absolute()}: no such token file (.bin) here" for source in sources))
 
 
@@ -56,17 +56,23 @@ def check_ahead(
     """
     config = plan.config
     absent = [*missing, *missing_files(config, prepared)]
+    tokenizer = _missing_tokenizer(config)
+    if tokenizer is not None and allow_missing and not _is_below(tokenizer, prepared):
+        absent.append(f"{tokenizer.absolute()}: no such tokenizer here")
     device = _device(config, choose, absent, allow_missing)
     check_training(plan)
     if missing and not allow_missing:
         raise UserError(missing[0])
     unknown = isinstance(plan.source, NotOpened) and plan.source.written_by is None
-    complete = all(map(_is_here, _sources(config))) and not unknown
+    later = tokenizer is not None and (allow_missing or _is_below(tokenizer, prepared))
+    complete = all(map(_is_here, _sources(config))) and not unknown and not later
     with logged_notes() as logged:
         if complete or (absent and not allow_missing):
             notes = open_inputs(plan, world_size, device).notes
         else:
-            notes = [*check_fit(config, plan.model, choose_layout(config.parallel, world_size)), *settle_texts(plan).notes]
+            notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
+            if not later:
+                notes += settle_texts(plan).notes
             for source in filter(_is_here, _sources(config)):
                 open_view(source, config.data, plan.model.vocab_size)
     return absent, [*notes, *logged]
@@ -110,5 +116,11 @@ def _is_here(source: Source) -> bool:
     return bool(find_bin(source.path.removesuffix(".bin").removesuffix(".idx")))
 
 
-def _is_below(source: Source, folder: Path | None) -> bool:
-    return folder is not None and Path(source.path).is_relative_to(folder)
+def _missing_tokenizer(config: RunConfig) -> Path | None:
+    """``data.tokenizer`` where it is not on this machine."""
+    name = config.data.tokenizer
+    return Path(name) if name is not None and not Path(name).exists() else None
+
+
+def _is_below(path: str | Path, folder: Path | None) -> bool:
+    return folder is not None and Path(path).is_relative_to(folder)
