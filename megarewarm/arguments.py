@@ -66,6 +66,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="of --dry-run: files and GPUs that are not here are listed, not refused"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
     return parser.parse_intermixed_args(list(argv))

@@ -8,6 +8,8 @@ from typing import IO, Any, cast
 
 from rich.console import Console
 
+from megarewarm.process import EXIT_CLOSED_PIPE
+
 
 def make_console(*, stderr: bool = False, quiet: bool = False, highlight: bool = True, lasting: bool = False) -> Console:
     """A console on stdout, or on ``stderr``. Long lines are not broken where nobody looks at a terminal.
@@ -17,12 +19,20 @@ def make_console(*, stderr: bool = False, quiet: bool = False, highlight: bool =
     """
     stream = sys.stderr if stderr else sys.stdout
     file = cast("IO[str]", _Lasting(stream)) if lasting else None
-    return Console(file=file, stderr=stderr, quiet=quiet, highlight=highlight, soft_wrap=not stream.isatty())
+    return _Console(file=file, stderr=stderr, quiet=quiet, highlight=highlight, soft_wrap=not stream.isatty())
 
 
 def only_ascii(console: Console) -> bool:
     """Whether the console's encoding is none of Unicode's."""
     return console.options.ascii_only
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output has seen enough."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_CLOSED_PIPE)
 
 
 class _Lasting:

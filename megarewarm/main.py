@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         launch = read_launcher(os.environ, arguments.local_rank)
         console = make_console(quiet=launch.rank != 0, lasting=not arguments.dry_run)
+        if arguments.allow_missing and not arguments.dry_run:
+            raise UserError("--allow-missing goes with --dry-run: a run needs its files")
         if files := neox_files(arguments.configs):
             with importing():
                 from megarewarm.rewarm.neox_start import load_neox, show_account
@@ -33,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
             alone = arguments.dry_run and launch.world_size == 1  # not under a launcher: as many ranks as the file needs
             run, account = load_neox(files, overrides, None if alone else launch.world_size)
             show_account(account, console)
-            return _run(run, launch, console, dry=arguments.dry_run, world_size=account.ranks)
+            return _run(run, launch, console, arguments, world_size=account.ranks)
         mapping, origins = read_configs(arguments.configs)
         if is_experiment(mapping):
             experiment = load_experiment(mapping, origins, quick=arguments.quick)
@@ -41,11 +44,11 @@ def main(argv: Sequence[str]) -> int:
                 with importing():
                     from megarewarm.training.dry_run import show_experiment
 
-                return show_experiment(experiment, console, arguments.only)
+                return show_experiment(experiment, console, launch, arguments.only, allow_missing=arguments.allow_missing)
             return _train(experiment, launch, console, arguments.only)
         if arguments.quick or arguments.only:
             raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
-        return _run(validate(RunConfig, mapping, origins), launch, console, dry=arguments.dry_run)
+        return _run(validate(RunConfig, mapping, origins), launch, console, arguments)
     except UserError as error:
         # ranks that are not connected: one voice per node, the others would only repeat it
         if launch is None or launch.local_rank == 0:
@@ -54,12 +57,12 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
 
 
-def _run(run: RunConfig, launch: Launch, console: Console, *, dry: bool, world_size: int | None = None) -> int:
-    if dry:
+def _run(run: RunConfig, launch: Launch, console: Console, arguments: argparse.Namespace, world_size: int | None = None) -> int:
+    if arguments.dry_run:
         with importing():
             from megarewarm.training.dry_run import show_run
 
-        return show_run(run, console, world_size=world_size or launch.world_size)
+        return show_run(run, console, launch, world_size, allow_missing=arguments.allow_missing)
     return _train(run, launch, console)
 
 

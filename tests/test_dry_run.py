@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_bad_input import without_notes
 from tiny import config, mapping, quiet
 
 from megarewarm.main import main
@@ -27,8 +28,13 @@ def anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(ROOT / "configs" / "410m_rewarm.yml"), "--dry-run"]) == 0
+    words = [str(ROOT / "configs" / "410m_rewarm.yml"), "--dry-run"]
+    assert main(words) == 2
+    told = capsys.readouterr()
+    assert main([*words, "--allow-missing"]) == 0
     shown = capsys.readouterr().out
+    assert told.out == without_notes(shown) and told.err.count("\n") == 1 and "EleutherAI/pythia-410m" in told.err
+    shown = " ".join(shown.split())
     for expected in [
         "405,334,016",  # parameters
         "131,296 of 2,260,992 tokens",
@@ -38,7 +44,7 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
         "first lr 2.285e-07",  # 3e-4 / 1312.96 steps of warmup
         "17.4 GiB",
         "learning rate",
-        "not here, needed to train: data/pile/validation",
+        f"needed to train: {anywhere}/data/pile/validation: no such token file",
     ]:
         assert expected in shown, expected
     # 6 x (302e6 matrix weights + head 50304 x 1024) + 6 x 24 x 1024 x 2048, times the tokens
@@ -48,7 +54,7 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_layouts_are_shown_per_rank(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["parallel.pipeline=4", "parallel.tensor=2", "parallel.data=8"]
-    assert main([str(ROOT / "configs" / "410m_rewarm.yml"), *words, "--dry-run"]) == 0
+    assert main([str(ROOT / "configs" / "410m_rewarm.yml"), *words, "--dry-run", "--allow-missing"]) == 0
     shown = capsys.readouterr().out
     assert "per rank: 64 ranks, pipeline 4 x data 8 x tensor 2; 35 micro-batches" in shown
     rows = [line.split() for line in shown.splitlines() if line[:2] in ("0 ", "1 ", "2 ", "3 ")]
@@ -78,7 +84,7 @@ def test_a_run_that_has_begun_is_shown_where_it_stands(
 
 
 def test_what_could_not_run_is_refused(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(ROOT / "configs" / "410m_rewarm.yml"), "start.moments=keep", "--dry-run"]) == 2
+    assert main([str(ROOT / "configs" / "410m_rewarm.yml"), "start.moments=keep", "--dry-run", "--allow-missing"]) == 2
     assert "start.moments: 'keep' can't be honoured" in capsys.readouterr().err
 
 

@@ -65,7 +65,7 @@ def commands(place: Path, out: Path) -> dict[str, list[str]]:
         "merge_data": command("tools/merge_data.py", place / "old", place / "new", "--output", out / "both"),
         "inspect_data": command("tools/inspect_data.py", place / "old"),
         "train_tokenizer": command(
-            "tools/train_tokenizer.py", place / "text.txt", "--vocab-size", 300, "--output", out / "tokenizer.json"
+            "tools/train_tokenizer.py", place / "text.txt", "--vocab-size", 280, "--output", out / "tokenizer.json"
         ),
         "report": command("tools/report.py", run, "--output", out / "report"),
         "watch": command("tools/watch.py", run, "--once"),
@@ -149,7 +149,7 @@ def test_closed_streams(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["launch", "dry run", "convert_checkpoint", "report", "watch", "plan_layout"])
-@pytest.mark.parametrize("after", [0.15, 0.4, 1.0])
+@pytest.mark.parametrize("after", [0.3, 1.0])
 def test_ctrl_c(place: Path, tmp_path: Path, name: str, after: float) -> None:
     """At any moment after Python itself has started: while modules are imported and later."""
     words = commands(place, tmp_path)[name]

@@ -31,7 +31,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the small form that the file has under 'quick'")
     parser.add_argument("--only", action="append", default=[], metavar="RUN", help="only this run, or arm with all its seeds")
     parser.add_argument("--dry-run", action="store_true", help="show what would be done and what it takes")
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="of --dry-run: list files that are not here, refuse nothing"
+    )
     arguments = parser.parse_intermixed_args()
+    if arguments.allow_missing and not arguments.dry_run:
+        parser.error("--allow-missing goes with --dry-run: runs need their files")
     console = make_console()
     for name in ("jobs", "ranks"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -54,6 +59,7 @@ def main() -> int:
         options=shlex.split(arguments.sbatch),
         only=arguments.only,
         dry_run=arguments.dry_run,
+        allow_missing=arguments.allow_missing,
         environment=dict(os.environ),
     )
 

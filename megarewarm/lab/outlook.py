@@ -14,13 +14,15 @@ from rich.table import Table
 from megarewarm.config.arms import Arm
 from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.experiment import Experiment
+from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
+from megarewarm.parallel.launchers import Launch
 from megarewarm.report.follow import Follower
 from megarewarm.report.words import tokens_text
-from megarewarm.training.dry_run import missing_files
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
 from megarewarm.training.progress import duration
+from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.unwritten import plan_ahead
 
 State = Literal["done", "begun", "waiting"]
@@ -46,15 +48,16 @@ class Prospect:
     missing: tuple[str, ...]
 
 
-def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
-    """What lies ahead of ``arms``. Every run of the experiment is planned, so whatever can't start is refused here.
+def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int = 1) -> list[Prospect]:
+    """What lies ahead of ``arms``, of ``ranks`` processes each. Every run of the experiment is planned.
 
-    Raises ``UserError`` for a run whose start is neither here nor made by another run, and for what a plan refuses.
+    Raises ``UserError`` for a run whose start is neither here nor made by another run, for what a plan refuses, and for what
+    the start of one of ``arms`` would be refused for, but for files that are not here.
     """
     plans: list[Plan] = []
     found = []
     wanted = {arm.name for arm in arms}
-    prepared = Path(experiment.config.data_folder) if experiment.config.prepare is not None else None
+    prepared = prepared_folder(experiment)
     for arm in experiment.arms:
         plan, missing = plan_ahead(arm.config, plans)
         plans.append(plan)
@@ -66,11 +69,16 @@ def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
         state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
         if is_trained(plan) and not owed(plan):
             state = "done"
+        else:
+            try:
+                launch = Launch(0, ranks, 0, ranks, "127.0.0.1", 0, "none")
+                check_start(plan, ranks_of(config, ranks), missing, launch, allow_missing=True, prepared=prepared)
+            except UserError as error:
+                raise UserError(f"{arm.name}: {error}") from error
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length)
         rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]
-        files = [line for line in missing_files(config) if prepared is None or not _is_below(line, prepared)]
         found.append(
             Prospect(
                 arm=arm,
@@ -80,14 +88,10 @@ def prospects(experiment: Experiment, arms: Sequence[Arm]) -> list[Prospect]:
                 flops=(total - done) * config.tokens_per_step * per_token,
                 disk=_STATE_BYTES * count_parameters(plan.model) * (config.checkpoint.keep_last + _extra(arm)),
                 flops_per_second=statistics.median(rates) * per_token if rates else None,
-                missing=(*missing, *files),
+                missing=(*missing, *missing_files(config, prepared)),
             )
         )
     return found
-
-
-def _is_below(line: str, folder: Path) -> bool:
-    return Path(line.partition(":")[0]).is_relative_to(folder)
 
 
 def _extra(arm: Arm) -> int:

@@ -40,16 +40,17 @@ def sweep(
     only: Sequence[str],
     dry_run: bool,
     environment: dict[str, str],
+    allow_missing: bool = False,
 ) -> int:
     """Carry out what of ``experiment`` is not done. ``words`` name it to launch.sh; the rest is as on tools/sweep.py's command
     line. Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
-    found = prospects(experiment, arms)
+    found = prospects(experiment, arms, ranks if launcher == "local" else 1)
     at_once = jobs or (fitting_jobs(found, ranks) if launcher == "local" else len(found))
     show_outlook(experiment, found, at_once, console)
     missing = {line: prospect for prospect in reversed(found) if prospect.state != "done" for line in prospect.missing}
-    if missing and not dry_run:
+    if missing and not allow_missing:
         raise UserError("\n".join(f"{prospect.arm.name}: {line}" for line, prospect in missing.items()))
     for line, prospect in missing.items():
         console.print(f"not here, needed to train: {prospect.arm.name}: {line}", style="yellow", highlight=False)

@@ -41,7 +41,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
 
     Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when the ranks don't meet in time.
     """
-    chosen = _device(launch, device)
+    chosen = choose_device(launch, device)
     if launch.world_size == 1:
         return Ranks(0, 1, chosen, began=launch.began)
     timeout = timedelta(minutes=timeout_minutes)
@@ -92,7 +92,8 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: s
     store.set(f"all_{what}", "yes")
 
 
-def _device(launch: Launch, device: str) -> torch.device:
+def choose_device(launch: Launch, device: str) -> torch.device:
+    """The device of this rank. Raises ``UserError`` where it isn't there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -10,6 +10,7 @@ from pathlib import Path
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import OwnCheckpoint
+from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.run import Run, take_back
@@ -91,9 +92,8 @@ def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
     return str(path)
 
 
-def check_roll_back(run: Run) -> None:
+def check_roll_back(config: RunConfig) -> None:
     """Raise ``UserError`` for a roll-back that would find no checkpoint."""
-    config = run.plan.config
     settings = config.reliability
     if settings.spikes != "roll_back":
         return

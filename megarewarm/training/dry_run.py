@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved configuration, sizes, costs, the reset table and the LR curve. Nothing is trained or written."""
+"""``--dry-run``: the resolved configuration, sizes, costs, the reset table and the LR curve. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.table import Table
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
-from megarewarm.data.file_bytes import find_bin
+from megarewarm.console import only_ascii
 from megarewarm.data.seen_samples import SeenSource
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters, training_flops_per_token
-from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.parallel.pipeline import micro_batches
 from megarewarm.parallel.planning import Work, memory_of, parts, traffic_of
@@ -27,64 +27,73 @@ from megarewarm.report.words import tokens_text
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
-from megarewarm.training.evaluate import open_validation
-from megarewarm.training.experiment import chosen_arms
+from megarewarm.training.experiment import check_folders, chosen_arms
+from megarewarm.training.inputs import check_place
 from megarewarm.training.notes import logged_notes
+from megarewarm.training.owed import is_trained
 from megarewarm.training.plan import Plan
+from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.summary import print_reset_table
-from megarewarm.training.texts import settle_texts
 from megarewarm.training.unwritten import NotOpened, plan_ahead
 
 
-def missing_files(config: RunConfig) -> list[str]:
-    """A line for each token file of the run that is not on this machine."""
-    old = config.replay.sources or [] if config.replay is not None else []
-    switched = [source for switch in config.data.switches for source in switch.train]
-    sources = [*config.data.train, *switched, *old, *(s for v in config.data.validation for s in v.sources)]
-    missing = []
-    for source in sources:
-        if not find_bin(source.path.removesuffix(".bin").removesuffix(".idx")):
-            missing.append(f"{source.path}: no such token file (.bin) here")
-    return list(dict.fromkeys(missing))
+def show_run(
+    config: RunConfig, console: Console, launch: Launch, world_size: int | None = None, *, allow_missing: bool = False
+) -> int:
+    """Print everything about one run, on ``world_size`` ranks where that is known. Returns exit code 0.
 
-
-def show_run(config: RunConfig, console: Console, world_size: int = 1) -> int:
-    """Print everything about one run. Returns exit code 0; raises ``UserError`` for a config that could not run."""
+    Raises ``UserError`` for whatever its start would be refused for, after all that can be shown is shown; with
+    ``allow_missing`` files, start checkpoints and GPUs that this machine lacks are only listed.
+    """
+    check_place(config)
     plan, missing = plan_ahead(config)
-    absent = missing_files(config)
-    notes = settle_texts(plan).notes
-    if not absent:
-        with logged_notes() as logged:
-            notes = [*notes, *open_validation(plan.config, plan.model.vocab_size)[1], *logged]
+    world_size = ranks_of(config, world_size or launch.world_size)
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
-    if world_size == 1:  # not under a launcher
-        world_size = _ranks_needed(config)
+    refusal, absent, notes = None, list[str](), list[str]()
+    if not is_trained(plan):
+        try:
+            with logged_notes() as logged:
+                absent, notes = check_start(plan, world_size, missing, launch, allow_missing=allow_missing)
+            notes = list(dict.fromkeys([*notes, *logged]))
+        except UserError as error:
+            refusal, absent = error, [*missing, *missing_files(plan.config)]
+    try:
+        _show_plan(plan, console, world_size)
+    except UserError as error:
+        refusal = refusal or error
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    for problem in absent:
+        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+    if refusal is not None:
+        raise refusal
+    return 0
+
+
+def _show_plan(plan: Plan, console: Console, world_size: int) -> None:
+    config = plan.config
     _print_costs(plan, console, world_size)
     console.print()
     _print_data(plan, console)
     console.print()
     rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
     print_reset_table(rows, console, lambda line: None)
-    if plan.resumed:
+    if is_trained(plan):
+        console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
+    elif plan.resumed:
         console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
     console.print()
-    console.print(_curve(plan, width=min(100, console.width)), highlight=False, markup=False)
-    for note in notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
-    for problem in [*missing, *absent]:
-        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
-    return 0
+    console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
 
 
-def _ranks_needed(config: RunConfig) -> int:
-    parallel = config.parallel
-    return parallel.pipeline * parallel.tensor * (parallel.data or 1)
-
-
-def show_experiment(experiment: Experiment, console: Console, only: Sequence[str] = ()) -> int:
-    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0."""
+def show_experiment(
+    experiment: Experiment, console: Console, launch: Launch, only: Sequence[str] = (), *, allow_missing: bool = False
+) -> int:
+    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0; raises as ``show_run``."""
     chosen = chosen_arms(experiment, only)
+    check_folders(experiment)
+    prepared = prepared_folder(experiment)
     seeds = Counter(arm.arm for arm in chosen)
     overview = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
     overview.add_column("run", overflow="fold")
@@ -94,9 +103,18 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
         overview.add_column(heading, justify="right", no_wrap=True)
     tokens, petaflops = 0, 0.0
     plans: dict[str, Plan] = {}
+    absent: dict[str, None] = {}
+    refusal: UserError | None = None
     for arm in experiment.arms:
-        plans[arm.name] = plan_ahead(arm.config, list(plans.values()))[0]
-        settle_texts(plans[arm.name])
+        plans[arm.name], missing = plan_ahead(arm.config, list(plans.values()))
+        if arm not in chosen or is_trained(plans[arm.name]):
+            continue
+        plan, world_size = plans[arm.name], ranks_of(arm.config, launch.world_size)
+        try:
+            found, _ = check_start(plan, world_size, missing, launch, allow_missing=allow_missing, prepared=prepared)
+        except UserError as error:
+            refusal, found = refusal or error, [*missing, *missing_files(arm.config, prepared)]
+        absent |= dict.fromkeys(found)
     shown: dict[str, Plan] = {}
     for arm in chosen:
         plan, run = plans[arm.name], arm.config
@@ -106,7 +124,6 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
         if arm.arm in shown:
             continue
         shown[arm.arm] = plan
-        check_fit(run, plan.model, choose_layout(run.parallel, _ranks_needed(run)))
         overview.add_row(
             arm.arm,
             Path(run.start.from_).name if run.start.from_ else "scratch",
@@ -122,11 +139,15 @@ def show_experiment(experiment: Experiment, console: Console, only: Sequence[str
     for name, plan in shown.items():
         console.print()
         console.print(name, style="bold")
-        console.print(_curve(plan, width=min(80, console.width), height=6), highlight=False, markup=False)
+        console.print(_curve(plan, console, width=min(80, console.width), height=6), highlight=False, markup=False)
+    for problem in absent:
+        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+    if refusal is not None:
+        raise refusal
     return 0
 
 
-def _curve(plan: Plan, *, width: int, height: int = 12) -> str:
+def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str:
     first, total = plan.origin.step, plan.config.total_steps
     count = max(2, min(total - first, 4 * width))
     steps = [first + 1 + round(i * (total - first - 1) / (count - 1)) for i in range(count)]
@@ -137,6 +158,7 @@ def _curve(plan: Plan, *, width: int, height: int = 12) -> str:
         height=height,
         x_label="step",
         y_label="learning rate",
+        unicode=not only_ascii(console),
     )
 
 
@@ -189,7 +211,6 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
     """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
-    remarks = check_fit(config, plan.model, layout)
     on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
     work = Work(
         plan.model,
@@ -220,8 +241,6 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
         )
     console.print()
     console.print(ranks, highlight=False)
-    for remark in remarks:
-        console.print(remark, style="yellow", highlight=False)
 
 
 def _bytes(size: float) -> str:

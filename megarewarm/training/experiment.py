@@ -20,7 +20,7 @@ from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
 from megarewarm.training.check_ahead import check_ahead
-from megarewarm.training.run_folder import RunFolder
+from megarewarm.training.inputs import check_place
 from megarewarm.training.trainer import train
 
 
@@ -41,7 +41,7 @@ def check_folders(experiment: Experiment) -> None:
     """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
     check_record(experiment)
     for arm in experiment.arms:
-        RunFolder(Path(arm.config.run_folder)).check(arm.config, experiment=experiment.folder)
+        check_place(arm.config, experiment=experiment.folder)
 
 
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:

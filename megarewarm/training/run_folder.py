@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,16 @@ class RunFolder:
             return None
         return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
 
+    def check_writable(self) -> None:
+        """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Writes nothing."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+        if number:
+            raise self._refused(OSError(number, os.strerror(number), str(there)))
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place")
+
     def lock(self, *, main: bool) -> None:
         """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
 
@@ -101,7 +112,7 @@ class RunFolder:
         except BlockingIOError:
             problem = f"{self.path}: another process is training in this folder; wait for it or set 'name'"
         except OSError as error:
-            problem = f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place"
+            problem = str(self._refused(error))
         problem = gather(problem)[0]
         if problem is not None:
             self.close()

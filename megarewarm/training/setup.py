@@ -4,74 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import torch
 
 from megarewarm.checkpoint.own.state import RecentSteps
-from megarewarm.checkpoint.source import OpenedCheckpoint
-from megarewarm.checkpoint.weights import check, expected_shapes
-from megarewarm.config.forgetting import DistillConfig
 from megarewarm.data.batches import TrainingBatches
 from megarewarm.data.prefetch import Prefetch
 from megarewarm.errors import UserError
-from megarewarm.model.documents import DocumentRules
-from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import DTYPES, ParallelModel
-from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.loss_scaler import LossScaler
-from megarewarm.parallel.mesh import Mesh, choose_layout
+from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import table
-from megarewarm.training.evaluate import open_validation
+from megarewarm.training.inputs import open_inputs
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan, differing_choices, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
-from megarewarm.training.run_data import open_data
 from megarewarm.training.spikes import SpikeDetector
-from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start, start_source
-from megarewarm.training.texts import Texts, settle_texts
+from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:
     """Build the run. Files are opened and checked before a model is made. Raises ``UserError``; writes nothing."""
     config = plan.config
-    layout = choose_layout(config.parallel, ranks.world_size)
-    fit = check_fit(config, plan.model, layout)
     _check_agreement(plan, ranks)
-    texts = settle_texts(plan)
-    history = plan.history
-    data = open_data(plan)
-    validation, left_out = open_validation(config, plan.model.vocab_size)
+    inputs = open_inputs(plan, ranks.world_size, ranks.device)
+    data, precision = inputs.data, inputs.precision
 
     torch.manual_seed(config.training.seed + ranks.rank)
     _choose_algorithms(config.kernels.deterministic)
-    precision = _precision(plan, ranks)
-    mesh = Mesh(ranks, layout)
-    documents = _documents(plan, texts)
-    operations, remarks = choose_operations(
-        config.kernels,
-        plan.model,
-        ranks.device,
-        DTYPES[precision],
-        documents=documents is not None and documents.reset,
-    )
-    kind, about = choose_optimizer(config.kernels, ranks.device)
+    mesh = Mesh(ranks, inputs.layout)
     model = ParallelModel(
         plan.model,
         mesh,
         parallel=config.parallel,
         training=config.training,
-        operations=operations,
+        operations=inputs.operations,
         compile_layers=config.kernels.use == "compile",
         loss_memory=config.kernels.logit_bytes(ranks.device.type),
         sequence_length=config.data.sequence_length,
         precision=precision,
-        documents=documents,
+        documents=inputs.documents,
     )
     begun: StartWeights | None = None
     lost: list[str] = []
@@ -85,8 +62,11 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     if not plan.resumed and keeps_start(config):
         begun = copy_weights(model)
     if config.distill is not None:
-        model.teacher = _teacher(plan, config.distill, ranks.device, DTYPES[precision])
-    optimizer = AdamW(model.parameters, config.optimizer, kind, plan.model.num_layers)
+        assert inputs.teacher is not None
+        taught = settle_model(config, inputs.teacher).model
+        assert taught is not None
+        model.teacher = Teacher(config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[precision])
+    optimizer = AdamW(model.parameters, config.optimizer, inputs.optimizer, plan.model.num_layers)
     _apply(plan, model, optimizer)
 
     watched = config.reliability
@@ -103,7 +83,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         optimizer=optimizer,
         data=data,
         batches=Prefetch(_batches(plan, data, mesh)),
-        validation=validation,
+        validation=inputs.validation,
         precision=precision,
         scaler=scaler,
         table_rows=table(
@@ -115,19 +95,15 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             config.training.seed,
             scaler.scale if scaler is not None else None,
         ),
-        operations=operations,
+        operations=inputs.operations,
         notes=[
             *(plan.source.notes if plan.source else []),
             *differing_choices(config, plan.source),
-            *left_out,
-            *fit,
-            *texts.notes,
-            *remarks,
-            *about,
+            *inputs.notes,
             *lost,
         ],
-        history=history,
-        texts=texts,
+        history=plan.history,
+        texts=inputs.texts,
         step=plan.position.step,
         start_weights=begun,
         spikes=None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations),
@@ -146,40 +122,10 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     return run
 
 
-def _teacher(plan: Plan, settings: DistillConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """The frozen model of what the run started from, which a resumed run reads again."""
-    try:
-        source = start_source(plan)
-        if source is None:
-            raise UserError("its weights were not loaded (start.weights: initialise)")
-        opened = cast(OpenedCheckpoint, source)
-        check(opened.weights, expected_shapes(opened.model_config))
-    except UserError as error:
-        raise UserError(f"distill: the start checkpoint is the teacher and can't be read: {error}") from error
-    config = settle_model(plan.config, opened).model
-    assert config is not None
-    return Teacher(settings, config, opened.weights.read, device, dtype)
-
-
 def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
     size = plan.config.training.global_batch
     for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
         yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
-
-
-def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
-    """What ends a document, if that means anything to this run."""
-    data = plan.config.data
-    if not (data.reset_at_eod or data.mask_eod_loss):
-        return None
-    eod = texts.eod
-    assert eod is not None
-    if eod >= plan.model.vocab_size:
-        raise UserError(
-            f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "
-            f"documents of the data"
-        )
-    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)
 
 
 def _check_agreement(plan: Plan, ranks: Ranks) -> None:
@@ -197,16 +143,6 @@ def _choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory before it is written
     torch.use_deterministic_algorithms(deterministic)
-
-
-def _precision(plan: Plan, ranks: Ranks) -> str:
-    wanted = plan.config.training.precision
-    able = ranks.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if wanted == "bf16" and not able:
-        raise UserError("training.precision: this GPU has no bf16; set it to fp16 or fp32")
-    if wanted == "auto":
-        return "bf16" if ranks.device.type == "cuda" and able else "fp32"
-    return wanted
 
 
 def _apply(plan: Plan, model: ParallelModel, optimizer: AdamW) -> None:

@@ -20,18 +20,19 @@ from megarewarm.errors import EXIT_TIME_LIMIT
 from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
-from megarewarm.training.bad_steps import answer, check_roll_back
+from megarewarm.training.bad_steps import answer
 from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
+from megarewarm.training.inputs import check_place, check_training
 from megarewarm.training.interpolation import interpolate
-from megarewarm.training.metrics import Metrics, check_loggers
+from megarewarm.training.metrics import Metrics
 from megarewarm.training.notes import logged_notes
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan, make_plan
 from megarewarm.training.progress import RunProgress, duration
 from megarewarm.training.run import Run
 from megarewarm.training.run_folder import RunFolder
-from megarewarm.training.saving import check_saving, extra_steps, is_saved, retention
+from megarewarm.training.saving import extra_steps, is_saved, retention
 from megarewarm.training.setup import build
 from megarewarm.training.signals import StopRequest
 from megarewarm.training.step import TrainingDiverged, training_step
@@ -60,9 +61,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` where too many steps changed
     nothing, ``ReplicasDiffer`` where ranks that should hold the same weights don't.
     """
-    check_loggers(config.logging)
-    folder = RunFolder(Path(config.run_folder))
-    folder.check(config)
+    folder = check_place(config)
     with ExitStack() as opened:
         opened.callback(folder.close)
         folder.lock(main=ranks.is_main)
@@ -72,11 +71,10 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
             console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
             _make_up(config, plan, folder, ranks, console)
             return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
-        check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
+        check_training(plan)
         with logged_notes() as logged:
             run = build(plan, ranks)
         run.notes += logged
-        check_roll_back(run)
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         metrics = _open(run, _as_begun(config, plan), folder, opened)
         _announce(run, metrics, console)
