@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny import config, mapping, quiet, write_tokens
 
 from megarewarm.config.load import merge
+from megarewarm.errors import UserError
 from megarewarm.main import main
+from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.mesh import choose_layout
+from megarewarm.training.plan import make_plan
 from megarewarm.training.trainer import train
 
 Change = Callable[[Path], Any]
@@ -68,6 +74,44 @@ def no_checkpoint(place: Path) -> dict[str, Any]:
     return {"start": {"from": str(place / "empty")}}
 
 
+def no_index(place: Path) -> dict[str, Any]:
+    shutil.copy(place / "new.bin", place / "alone.bin")
+    return {"data": {"train": [{"path": str(place / "alone"), "max_epochs": 9}]}}
+
+
+def no_config(place: Path) -> None:
+    (place / "tiny").mkdir()
+    (place / "tiny" / "metrics.jsonl").write_text("")
+
+
+def changed_data(place: Path) -> dict[str, Any]:
+    from test_training_resume import ALONE
+
+    settings = {"checkpoint": {"every": 2}, "training": {"budget": 4}}
+    train(config(place, **settings), ALONE, quiet())
+    shutil.rmtree(place / "tiny" / "checkpoints" / "step_4")
+    for suffix in ("bin", "idx"):
+        (place / f"new.{suffix}").unlink()
+    write_tokens(place / "new", 5)
+    return settings
+
+
+def few_to_replay(place: Path) -> dict[str, Any]:
+    write_tokens(place / "few", 1, documents=1)
+    return {"replay": {"fraction": 0.5, "sources": [{"path": str(place / "few")}]}}
+
+
+def narrow_weights(place: Path) -> dict[str, Any]:
+    """A Hugging Face folder whose tensors are not those of its config."""
+    from safetensors.torch import load_file, save_file
+    from test_training_resume import ALONE
+
+    train(config(place, folder=str(place / "up"), training={"budget": 1}, export={"huggingface": True}), ALONE, quiet())
+    file = place / "up" / "huggingface" / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "final_layer_norm" not in name}, file, {"format": "pt"})
+    return {"start": {"from": str(place / "up" / "huggingface")}}
+
+
 CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
     "missing token file": ({"data": {"train": [{"path": "nowhere/data"}]}}, r"nowhere/data.*"),
     "truncated bin": (truncated, r"new\.bin"),
@@ -95,6 +139,31 @@ CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
     ),
     "ranks that are not there": ({"parallel": {"tensor": 2}}, r"parallel: pipeline 1 x tensor 2 = 2 ranks.*started 1"),
     "sequence without tensor": ({"parallel": {"sequence": True}}, r"sequence: true needs tensor ranks"),
+    "no index": (no_index, r"alone"),
+    "a folder of a run without its config": (no_config, r"tiny: holds a run without config\.yaml"),
+    "another file in the place of the data": (changed_data, r"position in the data.*put the old files back"),
+    "too few to replay": (few_to_replay, r"source 'few' gives \d+ samples"),
+    "replay of what is held out": (
+        {"replay": {"fraction": 0.5, "sources": [{"path": "PLACE/old", "max_epochs": 9}]}},
+        r"validation set 'old' \(upstream\) and .*, which is replayed, both read",
+    ),
+    "tensors that are not the config's": (narrow_weights, r"missing tensor .*final"),
+    "best of a set that is not there": ({"checkpoint": {"keep_best": "x"}}, r"keep_best: there is no validation set 'x'"),
+    "best that can't be": ({"checkpoint": {"keep_best": "new", "every": None}}, r"keep_best"),
+    "kept that is not saved": ({"checkpoint": {"keep_every": 7}}, r"keep_every: 7 steps is no multiple"),
+    "roll back to nowhere": (
+        {"reliability": {"spikes": "roll_back", "roll_back_steps": 90}},
+        r"roll_back_steps: 90 steps before a spike there may be no checkpoint",
+    ),
+    "no such tokenizer": ({"data": {"mask_eod_loss": True, "tokenizer": "PLACE/no.json"}}, r"no\.json"),
+    "an end of documents outside": ({"data": {"mask_eod_loss": True, "eod": 64}}, r"data\.eod: 64 is outside"),
+    "no such logger": ({"logging": {"wandb": {"project": "x"}}}, r"wandb package is not installed"),
+    "no teacher": ({"distill": {"kind": "logits", "weight": 0.5}}, r"distill"),
+    "a seed that numpy doesn't take": ({"data": {"order": "neox", "seed": 2**32}}, r"data\.seed"),
+    "a switch to what is not there": (
+        {"data": {"switches": [{"at": "50%", "train": [{"path": "PLACE/absent"}]}]}},
+        r"absent",
+    ),
     "invalid YAML": ("training: [unclosed\n", r"run\.yml:\d+"),
     "not a mapping": ("- a\n- b\n", r"run\.yml.*"),
     "an empty file": ("", r"run\.yml.*"),
@@ -113,14 +182,72 @@ def test_one_line_exit_code_2_nothing_touched(tmp_path: Path, capfd: pytest.Capt
         settings = merge(settings, yaml.safe_load(yaml.safe_dump(made).replace("PLACE", str(tmp_path))))
     (tmp_path / "run.yml").write_text(made if isinstance(made, str) else yaml.safe_dump(settings))
     capfd.readouterr()
+    if "cuda" in case and torch.cuda.is_available():
+        pytest.skip("there is one")
     before = snapshot(tmp_path)
     assert main([str(tmp_path / "run.yml")]) == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err, err
-    import re
-
     assert re.search(message, err), err
     assert snapshot(tmp_path) == before
+    if case == "ranks that are not there":
+        return  # a dry run of one process shows the run on as many ranks as it needs
+    assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 2
+    assert capfd.readouterr().err == err
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "message"),
+    [
+        ({"parallel": {"tensor": 3}, "model": {"num_heads": 4}}, 3, "parallel.tensor: 3 ranks can't share model.num_heads 4"),
+        ({"parallel": {"pipeline": 3}}, 3, "parallel.pipeline: 3 stages for 2 layers"),
+        ({"parallel": {"data": 3}}, 3, "training.global_batch: 8 sequences can't be shared evenly by 3"),
+        ({"training": {"device": "cuda"}}, 1, "training.device: rank 0 needs GPU 0"),
+    ],
+)
+def test_what_the_ranks_would_refuse(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], ranks: int, message: str
+) -> None:
+    """The start asks the same function once its ranks have met; the layouts' own tests start them."""
+    if "device" in message and torch.cuda.is_available():
+        pytest.skip("there is one")
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, **changes)))
+    assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 2
+    told = capfd.readouterr().err
+    assert told.startswith(message) and told.count("\n") == 1
+    if ranks == 1:
+        assert main([str(tmp_path / "run.yml")]) == 2
+        assert capfd.readouterr().err == told
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            run = config(tmp_path, **changes)
+            check_fit(run, make_plan(run).model, choose_layout(run.parallel, ranks))
+
+
+def without_notes(shown: str) -> str:
+    """Notes come from checks, of which a refused dry run makes no more than its start does."""
+    return "".join(line for line in shown.splitlines(keepends=True) if not line.startswith("note: "))
+
+
+def test_missing_files_are_refused_unless_they_may_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All are listed; what is here is checked all the same."""
+    settings = mapping(tmp_path)
+    settings["data"]["train"].append({"path": "absent"})
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
+    words = [str(tmp_path / "run.yml"), "data.validation.1.sources.0.path=gone", "--dry-run"]
+    assert main(words) == 2
+    refused = capfd.readouterr()
+    assert main([*words, "--allow-missing"]) == 0
+    allowed = capfd.readouterr()
+    assert refused.out == without_notes(allowed.out) and allowed.err == ""
+    for name in ("absent", "gone"):
+        assert f"not here, needed to train: {Path(name).absolute()}: no such token file (.bin) here" in allowed.out
+    assert refused.err.count("\n") == 1 and str(Path("absent").absolute()) in refused.err
+    truncated(tmp_path)
+    assert main([*words, "--allow-missing"]) == 2
+    assert "new.bin" in capfd.readouterr().err
+    assert main([str(tmp_path / "run.yml"), "--allow-missing"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,8 +261,6 @@ def test_one_line_exit_code_2_nothing_touched(tmp_path: Path, capfd: pytest.Capt
     ],
 )
 def test_words_of_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    import re
-
     (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path)))
     before = snapshot(tmp_path)
     assert main([word.replace("RUN", str(tmp_path / "run.yml")) for word in words]) == 2

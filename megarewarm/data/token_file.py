@@ -228,14 +228,14 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
     bin_path, idx_path = Path(prefix + ".bin"), Path(prefix + ".idx")
     content = open_bin(prefix)
     if content is None:
-        raise UserError(f"{bin_path} does not exist: give the prefix of a .bin/.idx pair or the name of a .bin of ids")
+        raise UserError(f"{bin_path.absolute()} does not exist: give the prefix of a .bin/.idx pair, or a .bin of ids")
     if idx_path.is_file():
         index = open_index(idx_path)
         if dtype is not None and np.dtype(dtype) != index.dtype:
             raise UserError(f"{idx_path} says the ids are {index.dtype.name}, not {dtype}: leave out 'dtype'")
         return TokenFile(content, index.dtype, _check_bin_size(content, index), index)
     if not text.endswith(".bin"):
-        raise UserError(f"{idx_path} does not exist: if {bin_path.name} is a bare file of ids, write '{bin_path}'")
+        raise UserError(f"{idx_path.absolute()} does not exist: if {bin_path.name} is a bare file of ids, write '{bin_path}'")
     return _open_bare(content, dtype, vocab_size)
 
 

@@ -21,10 +21,10 @@ from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.report.follow import Follower
 from megarewarm.report.words import tokens_text
-from megarewarm.training.checks_ahead import check_ahead, missing_files, prepared_folder, ranks_of
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
 from megarewarm.training.progress import duration
+from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.unwritten import plan_ahead
 
 State = Literal["done", "begun", "waiting"]
@@ -74,7 +74,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int = 1) -> li
         else:
             try:
                 choose = partial(choose_device, Launch(0, ranks, 0, ranks, "127.0.0.1", 0, "none"))
-                check_ahead(plan, ranks_of(config, ranks), missing, choose, allow_missing=True, prepared=prepared)
+                check_start(plan, ranks_of(config, ranks), missing, choose, allow_missing=True, prepared=prepared)
             except UserError as error:
                 raise UserError(f"{arm.name}: {error}") from error
         done = plan.position.step - plan.origin.step if plan.resumed else 0

@@ -30,11 +30,11 @@ from megarewarm.report.words import tokens_text
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
-from megarewarm.training.checks_ahead import check_ahead, missing_files, prepared_folder, ranks_of
 from megarewarm.training.experiment import check_folders, chosen_arms
 from megarewarm.training.inputs import check_place
 from megarewarm.training.owed import is_trained
 from megarewarm.training.plan import Plan
+from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.summary import print_reset_table
 from megarewarm.training.unwritten import NotOpened, plan_ahead
 
@@ -56,7 +56,7 @@ def show_run(
     refusal, absent, notes = None, list[str](), list[str]()
     if not is_trained(plan):
         try:
-            absent, notes = check_ahead(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
+            absent, notes = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
         except UserError as error:
             refusal, absent = error, [*missing, *missing_files(plan.config)]
     try:
@@ -112,7 +112,7 @@ def show_experiment(
             continue
         plan, world_size = plans[arm.name], ranks_of(arm.config, launch.world_size)
         try:
-            found, _ = check_ahead(
+            found, _ = check_start(
                 plan,
                 world_size,
                 missing,

@@ -19,8 +19,8 @@ from megarewarm.report.experiment_page import report_experiment
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
 from megarewarm.report.table import summary_table
-from megarewarm.training.checks_ahead import check_runs
 from megarewarm.training.inputs import check_place
+from megarewarm.training.start_checks import check_runs
 from megarewarm.training.trainer import train
 
 

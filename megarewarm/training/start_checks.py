@@ -40,7 +40,7 @@ def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
     return list(dict.fromkeys(f"{Path(source.path).absolute()}: no such token file (.bin) here" for source in sources))
 
 
-def check_ahead(
+def check_start(
     plan: Plan,
     world_size: int,
     missing: list[str],
@@ -89,7 +89,7 @@ def check_runs(
             plan, missing = plan_ahead(config, plans)
             plans.append(plan)
             if config.name in chosen and not is_trained(plan):
-                check_ahead(plan, world_size, missing, choose)
+                check_start(plan, world_size, missing, choose)
         except UserError as error:
             if config.name in chosen:
                 raise UserError(f"run '{config.name}': {error}") from error
