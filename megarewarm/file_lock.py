@@ -60,7 +60,7 @@ class FileLock:
         me, waited_for = identity(os.getpid()), False
         while not _made(owner, me):
             other = _read(owner)
-            if other is not None and _is_alive(other):
+            if other is not None and is_alive(other):
                 if not wait:
                     raise BlockingIOError(errno.EWOULDBLOCK, f"process {other['process']} on this machine has it", str(owner))
                 time.sleep(0.2)
@@ -146,8 +146,13 @@ def _is_near(other: Owner) -> bool:
     return all(other[key] == me[key] for key in ("host", "boot", "namespace"))
 
 
-def _is_alive(other: Owner) -> bool:
-    return _is_near(other) and Path(f"/proc/{other['process']}").exists() and identity(int(other["process"])) == other
+def is_alive(other: Owner) -> bool:
+    """Whether the process of that ``identity`` lives and can be seen from here; more keys than those don't matter."""
+    return (
+        _is_near(other)
+        and Path(f"/proc/{other['process']}").exists()
+        and (identity(int(other["process"])).items() <= other.items())
+    )
 
 
 def _made(owner: Path, me: Owner) -> bool:

@@ -15,7 +15,8 @@ from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
 from megarewarm.console import make_console
 from megarewarm.errors import EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_RANK_LOST, EXIT_REPLICAS_DIFFER, UserError
-from megarewarm.parallel.launchers import Launch, read_launcher
+from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.meeting_place import WillNotCome, launch_of_process
 from megarewarm.process import first_line, importing, is_out_of_memory, say
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     launch: Launch | None = None
     try:
-        launch = read_launcher(os.environ, arguments.local_rank)
+        launch = launch_of_process(arguments.local_rank)
         console = make_console(quiet=launch.rank != 0, lasting=not arguments.dry_run)
         if arguments.allow_missing and not arguments.dry_run:
             raise UserError("--allow-missing goes with --dry-run: a run needs its files")
@@ -51,9 +52,14 @@ def main(argv: Sequence[str]) -> int:
         return _run(validate(RunConfig, mapping, origins), launch, console, arguments)
     except UserError as error:
         # ranks that are not connected: one voice per node, the others would only repeat it
-        if launch is None or launch.local_rank == 0:
+        if launch is None or launch.local_rank == 0 or isinstance(error, WillNotCome):
             prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
             say(f"{prefix}{error}")
+        if launch is None:
+            with importing():
+                from megarewarm.parallel.connect import tell_main_rank
+
+            tell_main_rank(str(error), os.environ)
         return error.exit_code
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import pytest
 import yaml
 from test_training_resume import wait_for_step
 from tiny import events, mapping
+
+from megarewarm.parallel.connect import interface_towards
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -83,7 +86,7 @@ def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -
     assert not (place / f"bad_{launcher}" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("launcher", ["mpirun"])
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
 def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None:
     """Each rank has a parent of its own, as with a site's wrapper or a container's command."""
     if not (BIN / launcher).exists():
@@ -91,7 +94,7 @@ def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None
     script = place / "wrap.sh"
     script.write_text(f'#!/bin/bash\nexport OMP_NUM_THREADS=1\n"{sys.executable}" "{ROOT}/launch.sh" "$@"\nexit $?\n')
     script.chmod(0o755)
-    words = [str(BIN / launcher), "-n", "2"]
+    words = [str(BIN / launcher), *{"mpirun": ["-n", "2"], "torchrun": ["--nproc-per-node", "2", "--no-python"]}[launcher]]
     config = write_config(place, f"wrapped_{launcher}", training={"budget": 3}, parallel={"timeout_minutes": 0.5})
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MASTER_"))}
     result = subprocess.run(
@@ -245,3 +248,75 @@ def test_a_rank_that_hangs_ends_the_job_by_name(place: Path) -> None:
     output += process.communicate(timeout=60)[0]
     assert process.returncode != 0
     assert "rank 0 waits no longer for rank 1 (last heard of in step" in output, output
+
+
+def start_together(path: str, *environs: dict[str, str]) -> list[tuple[int, str, float]]:
+    """One process for each environment, started by this one: exit code, last line and seconds of each."""
+    shared = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MASTER_"))}
+    shared |= {"OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(environs)) as pool:
+
+        def one(environ: dict[str, str]) -> tuple[int, str, float]:
+            words = [sys.executable, "launch.sh", path]
+            done = subprocess.run(
+                words, cwd=ROOT, env=shared | environ, capture_output=True, text=True, timeout=120, check=False
+            )
+            return done.returncode, (done.stderr.strip().splitlines() or [""])[-1], time.monotonic() - began
+
+        return list(pool.map(one, environs))
+
+
+def rank(number: int, world: int = 2, **more: str) -> dict[str, str]:
+    return {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)} | more
+
+
+def slurm(number: int, job: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": str(number), "SLURM_JOB_ID": str(job)}
+
+
+@pytest.mark.parametrize(
+    ("exported", "address"), [(0, "localhost"), (1, "localhost"), (0, "127.0.0.2")], ids=["main", "other", "other host"]
+)
+def test_a_rank_that_refuses_to_start_ends_all(place: Path, exported: int, address: str) -> None:
+    """RANK exported before srun: the task that it is true of would wait for the other one until the timeout."""
+    path = write_config(place, "exported", parallel={"timeout_minutes": 2})
+    job, port = os.getpid() % 100_000, str(30_000 + os.getpid() % 20_000)
+    ended = start_together(path, *(rank(exported, MASTER_ADDR=address, MASTER_PORT=port) | slurm(task, job) for task in (0, 1)))
+    assert [code for code, _, _ in ended] == [2, 2]
+    wrong = f"RANK={exported} and WORLD_SIZE=2 contradict SLURM_PROCID={1 - exported}"
+    assert all(wrong in line for _, line, _ in ended), ended
+    assert max(seconds for _, _, seconds in ended) < 60
+
+
+@pytest.mark.parametrize("twice", [0, 1])
+def test_two_processes_of_one_rank_are_refused(place: Path, twice: int) -> None:
+    path = write_config(place, "twice", parallel={"timeout_minutes": 2})
+    ranks = [rank(number, 3, MASTER_ADDR="localhost") for number in ((0, 0) if twice == 0 else (0, 1, 1))]
+    ended = start_together(path, *ranks)
+    assert all(code == 2 for code, _, _ in ended), ended
+    assert any(f"are rank {twice} of 3" in line for _, line, _ in ended) and max(s for _, _, s in ended) < 60, ended
+
+
+def test_ranks_with_other_folders_for_temporary_files_meet(place: Path) -> None:
+    path = write_config(place, "tmpdirs", training={"budget": 3}, parallel={"timeout_minutes": 0.5})
+    for number in (0, 1):
+        (place / f"tmp{number}").mkdir()
+    ended = start_together(path, *(rank(n, MASTER_ADDR="localhost", TMPDIR=str(place / f"tmp{n}")) for n in (0, 1)))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]"])
+def test_ranks_meet_at_an_address_of_ipv6(place: Path, address: str) -> None:
+    if not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("this machine has no IPv6")
+    path = write_config(place, "six", training={"budget": 3}, parallel={"timeout_minutes": 0.5})
+    hosts = {
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(30_001 + os.getpid() % 20_000),
+    }
+    ended = start_together(path, *(rank(n) | hosts for n in (0, 1)))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert interface_towards("::1") == "lo" == interface_towards("127.0.0.1")

@@ -431,6 +431,32 @@ def test_the_main_rank_has_spoken_before_another_one_ends() -> None:
     assert told == [0]
 
 
+def _meet(words: dict[int, tuple[str, str]]) -> dict[int, str]:
+    """What each rank is told when these (refusal, GPU) meet."""
+    store, said = dist.HashStore(), {}
+
+    def one(rank: int) -> None:
+        launch = Launch(rank, len(words), rank, len(words), "127.0.0.1", 29500, "environment")
+        try:
+            connect_module._wait_for_all(store, launch, timedelta(seconds=20), "here", connect_module._Word(*words[rank]))
+            said[rank] = ""
+        except UserError as error:
+            said[rank] = str(error)
+
+    with ThreadPoolExecutor(len(words)) as pool:
+        list(pool.map(one, words))
+    return said
+
+
+def test_ranks_with_one_gpu_between_them_or_none_are_told_at_once() -> None:
+    assert set(_meet({0: ("", "GPU-a"), 1: ("", "GPU-b"), 2: ("", "")}).values()) == {""}
+    (shared,) = set(_meet({0: ("", "GPU-a"), 1: ("", "GPU-b"), 2: ("", "GPU-b")}).values())
+    assert shared.startswith("ranks 1 and 2 would share one GPU (GPU-b)")
+    for refusing in (0, 1):
+        words = {rank: ("no such GPU" if rank == refusing else "", "") for rank in (0, 1)}
+        assert set(_meet(words).values()) == {"no such GPU"}
+
+
 def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)

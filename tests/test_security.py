@@ -29,8 +29,9 @@ from megarewarm.data import array_cache
 from megarewarm.errors import UserError
 from megarewarm.laws.arms import read_trained
 from megarewarm.main import main
-from megarewarm.parallel.connect import _meeting_point
+from megarewarm.parallel import meeting_place
 from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.meeting_place import _meeting_point
 from megarewarm.report.experiment import read_experiment
 from megarewarm.report.page import report
 from megarewarm.report.watch import planned_runs
@@ -257,6 +258,7 @@ def test_names_of_runs_are_text_on_the_page(tmp_path: Path) -> None:
 
 def test_the_meeting_point_in_a_shared_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(meeting_place, "_PLACE", str(tmp_path))
     launch = Launch(0, 2, 0, 2, "127.0.0.1", 1, "none")
     folder = tmp_path / f"megarewarm-{os.getuid()}"
     elsewhere = tmp_path / "elsewhere"

@@ -25,6 +25,7 @@ from megarewarm.data.tokenizers import load_tokenizer, train_bpe
 from megarewarm.errors import UserError
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training import texts
 from megarewarm.training.dry_run import show_experiment, show_run
 from megarewarm.training.experiment import run_experiment
 from megarewarm.training.trainer import train
@@ -394,3 +395,16 @@ def test_a_chain_of_two_tokenizers_is_refused_before_its_first_run(two: tuple[Pa
         with pytest.raises(UserError, match=r"old\.bin was made with .*, .*new\.bin was made|new\.bin was .*, .*old\.bin was"):
             act()
     assert not list(place.glob("chain/*/checkpoints"))
+
+
+def test_what_is_not_checked_of_large_files_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(tmp_path)
+    train(run, ALONE, tiny.quiet())
+    (start,) = tiny.events(Path(run.run_folder), "start")
+    assert not any("only samples" in note for note in start["notes"])
+    monkeypatch.setattr(texts, "SCAN_WHOLE", 1)
+    again = run.model_copy(update={"name": "again", "folder": str(tmp_path / "again")})
+    train(again, ALONE, tiny.quiet())
+    (start,) = tiny.events(tmp_path / "again", "start")
+    (said,) = [note for note in start["notes"] if "of their ids only samples are checked now" in note]
+    assert run.data.train[0].path.removesuffix(".bin") in said

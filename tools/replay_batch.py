@@ -10,7 +10,6 @@ from __future__ import annotations
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
 import json
-import os
 from pathlib import Path
 
 from rich.progress import Progress
@@ -18,7 +17,7 @@ from rich.progress import Progress
 from megarewarm.arguments import Parser
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
-from megarewarm.parallel.launchers import read_launcher
+from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.process import importing, run, say
 
 
@@ -30,7 +29,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with the text of all sequences")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     arguments = parser.parse_args()
-    launch = read_launcher(os.environ)
+    launch = launch_of_process()
     with importing():
         from megarewarm.parallel.connect import connect
         from megarewarm.training.replay_batch import replay_step, show

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,8 @@ def unreadable(path: Path, kind: str, reason: str) -> UserError:
         return UserError(
             f"{path}: a pointer of Git LFS, not the file itself: run 'git lfs pull' in the clone it is from, and copy it"
         )
+    if os.strerror(errno.ENODEV) in reason:
+        return UserError(f"{path}: its file system can't map files into memory ({reason}); copy it to another one")
     return UserError(f"{path}: not a readable {kind} ({reason}); copy it again")
 
 

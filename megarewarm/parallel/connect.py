@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
-import re
 import socket
-import stat
 import struct
-import tempfile
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megarewarm.errors import EXIT_RANK_LOST, UserError
-from megarewarm.file_lock import identity
-from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.launchers import DEFAULT_PORT, LOOPBACK, Launch
+from megarewarm.parallel.meeting_place import forget_port, named_job, refusal, say_port, wait_for_port
 from megarewarm.parallel.ranks import Ranks
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
@@ -41,7 +41,13 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
 
     Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when the ranks don't meet in time.
     """
-    chosen = choose_device(launch, device)
+    chosen, refused = torch.device("cpu"), ""
+    try:
+        chosen = choose_device(launch, device)
+    except UserError as error:
+        if launch.world_size == 1:
+            raise
+        refused = str(error)  # said through the store: the others would wait for this rank
     if launch.world_size == 1:
         return Ranks(0, 1, chosen, began=launch.began)
     timeout = timedelta(minutes=timeout_minutes)
@@ -52,7 +58,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             os.environ["GLOO_SOCKET_IFNAME"] = name
     try:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store(launch, timeout))
-        _wait_for_all(store, launch, timeout, "here")
+        _wait_for_all(store, launch, timeout, "here", _Word(refused, _gpu(chosen)))
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=store,
@@ -61,35 +67,95 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             timeout=timeout,
         )
         # a rank that ends at once, on bad input, would close connections that others are still making
-        _wait_for_all(store, launch, timeout, "connected")
+        _wait_for_all(store, launch, timeout, "connected", _Word())
         if launch.rank == 0 and launch.local_world_size == launch.world_size and launch.launcher != "torchrun":
-            _meeting_point(launch).unlink(missing_ok=True)
+            forget_port(launch)
     except (RuntimeError, dist.DistError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RanksDidNotMeet(
             f"the {launch.world_size} ranks did not meet (rank {launch.rank} of launcher {launch.launcher}, on host "
-            f"{socket.gethostname()}, master {launch.master_addr}:{launch.master_port}): {first}; check that every rank was "
+            f"{socket.gethostname()}, master {_address(launch)}): {first}; check that every rank was "
             f"started and that the master's port is free and reachable"
         ) from error
     return Ranks(launch.rank, launch.world_size, chosen, launch.launcher, store, launch.began)
 
 
-def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str) -> None:
-    """Return once every rank is so far. Raises ``TimeoutError`` naming those that are not."""
-    store.set(f"{what}/{launch.rank}", socket.gethostname())
+def tell_main_rank(why: str, environ: Mapping[str, str]) -> None:
+    """``refuse`` for the main rank on another host, by the store that it serves at MASTER_ADDR; for 10 s at most."""
+    address = environ.get("MASTER_ADDR", "").removeprefix("[").removesuffix("]")
+    if not address or address in LOOPBACK or named_job() is None:  # without a name, the store may be another job's
+        return
+    with contextlib.suppress(RuntimeError, dist.DistError, ValueError):
+        port = int(environ.get("MASTER_PORT", DEFAULT_PORT))
+        store = dist.TCPStore(address, port, None, False, timeout=timedelta(seconds=10), wait_for_workers=False)
+        attempt = f"attempt{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        dist.PrefixStore(attempt, store).set(f"refused/{named_job()}", why)
+
+
+def _address(launch: Launch) -> str:
+    host = f"[{launch.master_addr}]" if ":" in launch.master_addr else launch.master_addr
+    return f"{host}:{launch.master_port}"
+
+
+class _Word(NamedTuple):
+    """What a rank tells the main rank: why it won't start, and which GPU it takes (empty: nothing, none)."""
+
+    refused: str = ""
+    gpu: str = ""
+
+
+def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str, word: _Word) -> None:
+    """Return once every rank is so far. Raises ``TimeoutError`` naming those that are not, and ``UserError`` on every rank
+    where one refuses or two can't go together."""
+    refused = f"refused/{named_job()}"
+    # torchrun may start its ranks anew on the same store, and numbers them itself
+    if launch.launcher != "torchrun" and store.add(f"claims_{what}/{launch.rank}", 1) > 1:
+        store.set(refused, f"two processes are rank {launch.rank} of {launch.world_size}: give each one its own RANK")
+    store.set(f"{what}/{launch.rank}", json.dumps(word))
     if launch.rank != 0:
         store.wait([f"all_{what}"], timeout)
+        if why := store.get(f"all_{what}").decode():
+            raise UserError(why)
         return
-    missing = list(range(launch.world_size))
+    words: dict[int, _Word] = {}
     deadline = time.monotonic() + timeout.total_seconds()
-    while missing := [rank for rank in missing if not store.check([f"{what}/{rank}"])]:
+    why = ""
+    while not why and (missing := [rank for rank in range(launch.world_size) if rank not in words]):
         if time.monotonic() > deadline:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise TimeoutError(
                 f"no word from rank{'s' * (len(missing) > 1)} {shown} in {timeout.total_seconds() / 60:g} minutes"
             )
         time.sleep(0.05)
-    store.set(f"all_{what}", "yes")
+        for rank in missing:
+            if store.check([f"{what}/{rank}"]):
+                words[rank] = _Word(*json.loads(store.get(f"{what}/{rank}")))
+        why = _conflict(words) or refusal() or (store.get(refused).decode() if store.check([refused]) else "")
+    store.set(f"all_{what}", why)
+    if why:
+        time.sleep(2)  # the store is this process's: who has come hears it
+        raise UserError(why)
+
+
+def _conflict(words: Mapping[int, _Word]) -> str:
+    """Why ranks that have come can't begin; empty where they can."""
+    owner: dict[str, int] = {}
+    for rank, word in words.items():
+        if word.refused:
+            return word.refused
+        if word.gpu and owner.setdefault(word.gpu, rank) != rank:
+            return (
+                f"ranks {owner[word.gpu]} and {rank} would share one GPU ({word.gpu}): give each rank its own, by LOCAL_RANK "
+                f"or CUDA_VISIBLE_DEVICES, or start fewer ranks on the host"
+            )
+    return ""
+
+
+def _gpu(device: torch.device) -> str:
+    """What tells a GPU from all others, on whatever host and however it is numbered there; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))  # torch of before 2.5 has none
 
 
 def choose_device(launch: Launch, device: str) -> torch.device:
@@ -126,82 +192,23 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
         return dist.TCPStore(
             launch.master_addr, launch.master_port, launch.world_size, serves, timeout=timeout, wait_for_workers=False
         )
-    meeting_point = _meeting_point(launch)
     if main:
-        meeting_point.unlink(missing_ok=True)  # of an earlier run under the same launcher
         store = dist.TCPStore("127.0.0.1", 0, launch.world_size, True, timeout=timeout, wait_for_workers=False)
-        partial = meeting_point.with_suffix(".partial")
-        partial.write_text(str(store.port), encoding="utf-8")
-        partial.rename(meeting_point)
+        say_port(launch, store.port)
         return store
-    port = _wait_for_port(meeting_point, launch, timeout)
+    port = wait_for_port(launch, timeout)
     return dist.TCPStore("127.0.0.1", port, launch.world_size, False, timeout=timeout, wait_for_workers=False)
-
-
-def _meeting_point(launch: Launch) -> Path:
-    """A file that all ranks of this job on this host agree on and no other job uses: named after the step of Slurm or the job
-    of Open MPI, else after the process that launched them, which is their parent or that of scripts between."""
-    job = _job_of(launch)
-    folder = Path(tempfile.gettempdir()) / f"megarewarm-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise UserError(f"{folder}: is no folder, or others may write in it; remove it or set TMPDIR to another folder")
-    return folder / f"port-{job}-{launch.master_port}-{launch.world_size}"
-
-
-def _job_of(launch: Launch) -> str:
-    if launch.launcher == "slurm" and "SLURM_JOB_ID" in os.environ:
-        return "-".join(["slurm", *(re.sub(r"\W", "_", os.environ.get(key, "0")) for key in _SLURM_STEP)])
-    if launch.launcher == "openmpi" and os.environ.get("PMIX_NAMESPACE"):
-        return "pmix-" + re.sub(r"\W", "_", os.environ["PMIX_NAMESPACE"])
-    launcher = os.getppid()
-    # what lies between is scripts: they were started with the variables of this rank, their launcher was not
-    while (above := _parent(launcher)) and _is_of_this_rank(launcher):
-        launcher = above
-    return f"{launcher}-{identity(launcher)['born'] or 0}"
-
-
-_SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-_RANK_KEYS = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "RANK", "WORLD_SIZE")
-
-
-def _is_of_this_rank(process: int) -> bool:
-    try:
-        words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    mine = {f"{key}={os.environ[key]}".encode() for key in _RANK_KEYS if key in os.environ}
-    return bool(mine) and mine <= set(words)
-
-
-def _parent(process: int) -> int:
-    """Number of a process's parent; 0 where it can't be seen, as above a container's first one."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _wait_for_port(meeting_point: Path, launch: Launch, timeout: timedelta) -> int:
-    deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):
-            port = int(meeting_point.read_text(encoding="utf-8"))
-            socket.create_connection(("127.0.0.1", port), 5).close()  # not what an earlier run left that was killed
-            return port
-        time.sleep(0.05)
-    raise TimeoutError(
-        f"the main rank did not say its port in {meeting_point}: it was not started by the same launcher, or has another TMPDIR"
-    )
 
 
 def interface_towards(host: str) -> str | None:
     """Name of the network interface by which this host reaches ``host``, or None where that can't be told."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # a datagram socket sends nothing by connecting
-            own = probe.getsockname()[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # a datagram socket sends nothing by connecting
+            own = probe.getsockname()[0].partition("%")[0]
+            if family == socket.AF_INET6:
+                return _interface_of_6(own)
             for _, name in socket.if_nameindex():
                 try:
                     # SIOCGIFADDR: struct ifreq with the name in, the IPv4 address out at byte 20
@@ -212,4 +219,13 @@ def interface_towards(host: str) -> str | None:
                     return name
     except OSError:
         pass
+    return None
+
+
+def _interface_of_6(address: str) -> str | None:
+    """The interface that has this IPv6 address: Linux lists them as 32 hex digits, four numbers and the name."""
+    digits = socket.inet_pton(socket.AF_INET6, address).hex()
+    for line in Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines():
+        if line.startswith(digits):
+            return line.split()[-1]
     return None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from megarewarm.errors import UserError
 
 DEFAULT_PORT = 29500
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
         if launcher == "environment":
             _refuse_stale(environ, _number(environ, "RANK"), world)
         # a launcher that names no local size has put all ranks on this host if the master is this host
-        unnamed = world if environ.get("MASTER_ADDR", "localhost") in ("localhost", "127.0.0.1", "::1") else 1
+        unnamed = world if environ.get("MASTER_ADDR", "localhost") in LOOPBACK else 1
         local_size = _number(environ, "LOCAL_WORLD_SIZE", _number(environ, "LOCAL_SIZE", unnamed))
         return _launch(environ, launcher, _number(environ, "RANK"), world, local_rank, local_size)
     if "OMPI_COMM_WORLD_RANK" in environ:

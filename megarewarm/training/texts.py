@@ -13,6 +13,7 @@ from megarewarm.config.data import Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.manifest import Made, made_by, refuse_other_tokenizers
+from megarewarm.data.token_file import SCAN_WHOLE
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 from megarewarm.errors import UserError
 from megarewarm.training.plan import Plan
@@ -47,6 +48,7 @@ def settle_texts(plan: Plan) -> Texts:
             f"{len(missing)} of the token files have no manifest beside them ({missing[0]}): whether they were made with the "
             f"same tokenizer as the rest can't be checked"
         )
+    notes += _sampled([*_training_sources(config), *(source for item in data.validation for source in item.sources)])
     eod, more = _end(config, trained, paths)
     if eod is None and (data.reset_at_eod or data.mask_eod_loss):
         assert data.tokenizer is not None
@@ -62,6 +64,17 @@ def settle_texts(plan: Plan) -> Texts:
             notes.append(f"the export will have the tokenizer {source.file}, in which id {exported.ids['eos']} ends a text")
         notes += exported.notes
     return Texts(_distinct(trained), eod, exported, [*notes, *more])
+
+
+def _sampled(sources: Sequence[Source]) -> list[str]:
+    prefixes = dict.fromkeys(source.path.removesuffix(".bin").removesuffix(".idx") for source in sources)
+    large = [prefix for prefix in prefixes if sum(shard.stat().st_size for shard in find_bin(prefix)) > SCAN_WHOLE]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of the token files have more than {SCAN_WHOLE // 2**20} MiB ({large[0]}): of their ids only samples are "
+        f"checked now, each batch when it is read; 'tools/inspect_data.py --verify' reads everything"
+    ]
 
 
 def config_tokenizers(config: RunConfig) -> list[Made]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, read_state
-from megarewarm.checkpoint.own.store import PARTIAL
+from megarewarm.checkpoint.own.store import PARTIAL, remove
 from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
 
@@ -86,7 +85,7 @@ def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
     Checkpoints of later steps are damaged ones that the run went back from: they go as well.
     """
     for leftover in folder.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     found = dict(checkpoints_in(folder))
     states = {s: _state(path) for s, path in found.items() if s <= step}
     losses = {s: None if state is None else state.measured.get(retention.best_on or "") for s, state in states.items()}
@@ -97,7 +96,7 @@ def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
             # renamed first, so that a kill during the removal leaves nothing that looks like a checkpoint
             doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
             checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            remove(doomed)
 
 
 def _state(checkpoint: Path) -> TrainingState | None:

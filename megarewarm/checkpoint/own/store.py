@@ -5,6 +5,8 @@ A checkpoint is a folder that appears by a rename once it is whole: tensors, ``s
 
 from __future__ import annotations
 
+import errno
+import logging
 import pickle
 import shutil
 import warnings
@@ -33,9 +35,12 @@ from megarewarm.file_lock import sync, sync_folder
 from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
 
+log = logging.getLogger(__name__)
+
 Tensors = dict[str, Tensor | Slice]
 """Tensors of a checkpoint by name: whole ones, which are equal on all ranks, or this rank's slices."""
 PARTIAL = ".partial"
+_LEFT = "-left"
 
 
 @contextmanager
@@ -79,7 +84,7 @@ def write(
 
     def prepare() -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
+        remove(partial)
         partial.mkdir()
 
     def finish(digests: Mapping[str, str]) -> None:
@@ -89,11 +94,11 @@ def write(
         _sync_tree(partial)
         if final.exists():
             replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
-            _remove(replaced)
+            remove(replaced)
             final.rename(replaced)
         partial.rename(final)
         sync_folder(final.parent)
-        _remove(final.with_name(f"{final.name}-replaced{PARTIAL}"))
+        remove(final.with_name(f"{final.name}-replaced{PARTIAL}"))
 
     try:
         together(prepare if rank == 0 else _nothing, group)
@@ -134,9 +139,25 @@ def _cause(error: dcp.CheckpointException) -> BaseException:
     return error
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
+def remove(folder: Path) -> None:
+    """Remove a folder that no longer counts, if it is there.
+
+    On NFS a file that a process still has open stays in it as ``.nfs...`` until that closes it, and other file systems call it
+    busy: then the rest is removed, and the folder goes with the next checkpoint. Raises ``OSError`` for any other reason.
+    """
+    try:
         shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        log.warning("%s: not removed yet (%s): a file in it is still open, on this host or another", folder, error.strerror)
+        if _LEFT not in folder.stem:
+            # its name is needed for the next one
+            number = next(n for n in range(10**6) if not folder.with_name(f"{folder.stem}{_LEFT}{n}{PARTIAL}").exists())
+            folder.rename(folder.with_name(f"{folder.stem}{_LEFT}{number}{PARTIAL}"))
 
 
 def _sync_tree(folder: Path) -> None:

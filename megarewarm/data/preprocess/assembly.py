@@ -7,6 +7,7 @@ ever in memory, and the result does not depend on who wrote what.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -206,4 +207,11 @@ def _keys(source: Source) -> npt.NDArray[np.uint64]:
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    try:
+        return np.memmap(path, dtype, "r")
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return np.fromfile(path, dtype)  # some FUSE file systems can't map files
