@@ -154,6 +154,9 @@ def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
     missing = experiment(tmp_path, [{"name": "a", "data": {"train": [{"path": str(tmp_path / "none")}]}}])
     (prospect,) = prospects(missing, missing.arms)
     assert prospect.state == "waiting" and "none: no such token file" in prospect.missing[0]
+    uneven = experiment(tmp_path, [{"name": "a", "training": {"global_batch": 3}, "parallel": {"data": 2}}])
+    with pytest.raises(UserError, match=r"a: training.global_batch: 3 sequences can't be shared evenly by 2"):
+        prospects(uneven, uneven.arms)
     unsaved = [{"name": "a", "checkpoint": {"every": None}}, *runs(b="a/checkpoints/step_7")]
     whole = experiment(tmp_path, unsaved)
     with pytest.raises(UserError, match="run 'a' saves no checkpoint of that name"):
@@ -208,10 +211,7 @@ def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.launch
 def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Path) -> None:
-    chosen = [*runs(a=None, b="a@50%"), {"name": "bad", "schedule": {"max_lr": 1e38}, "reliability": {"give_up_after": 1}}]
-    with pytest.raises(UserError, match=r"bad: training.global_batch: 3 sequences can't be shared"):
-        unfit = {"name": "bad", "training": {"global_batch": 3}, "parallel": {"data": 2}}
-        said(experiment(tmp_path, [*runs(a=None), unfit]), dry_run=True)
+    chosen = [*runs(a=None, b="a@50%"), {"name": "bad", "schedule": {"max_lr": 1e30}, "reliability": {"non_finite": "stop"}}]
     whole = experiment(tmp_path, chosen)
     arms: list[Arm] = whole.arms
     assert "0 of 3 runs are done" in said(whole, dry_run=True) and not (tmp_path / "e").exists()

@@ -251,7 +251,7 @@ def test_out_of_memory_is_a_line_with_what_to_do(
 
 
 def test_what_memory_that_is_out_looks_like() -> None:
-    for action in (lambda: torch.empty(2**60), lambda: np.empty(2**58), lambda: bytearray(2**62)):
+    for action in (lambda: torch.empty(2**60), lambda: np.empty(2**50), lambda: bytearray(2**62)):
         with pytest.raises((RuntimeError, MemoryError)) as told:
             action()
         assert is_out_of_memory(told.value)
@@ -269,18 +269,13 @@ def test_a_run_in_a_thread(tmp_path: Path) -> None:
     assert codes == [0]
 
 
-STAMPED = ("setup.py", "constraints.txt", "tests/requirements.txt", "tests/requirements_source.txt")
-"""What tells an old .venv from a new one."""
-
-
 def test_tools_without_their_packages_use_the_environment_beside_them(tmp_path: Path) -> None:
     """A checkout, a Python without packages, and a .venv that has them or isn't there."""
     checkout = tmp_path / "checkout"
     (checkout / "tools").mkdir(parents=True)
-    (checkout / "tests").mkdir()
-    for name in ("launch.sh", "tools/report.py", "tools/find_megarewarm.py", "tools/environment.sh", *STAMPED):
+    for name in ("launch.sh", "tools/report.py", "tools/find_megarewarm.py", "tools/environment.sh"):
         shutil.copy(ROOT / name, checkout / name)
-    for name in ("megarewarm", "kernels"):
+    for name in ("megarewarm", "kernels", "setup.py", "constraints.txt", "tests"):
         (checkout / name).symlink_to(ROOT / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     bare = {"PATH": f"{tmp_path / 'bare' / 'bin'}:/usr/bin:/bin", "PYTHONPATH": ""}

@@ -50,8 +50,8 @@ class Prospect:
     missing: tuple[str, ...]
 
 
-def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int = 1) -> list[Prospect]:
-    """What lies ahead of ``arms``, of ``ranks`` processes each. Every run of the experiment is planned.
+def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = None) -> list[Prospect]:
+    """What lies ahead of ``arms``, of ``ranks`` processes each (None: what their files need). Every run is planned.
 
     Raises ``UserError`` for a run whose start is neither here nor made by another run, for what a plan refuses, and for what
     the start of one of ``arms`` would be refused for, but for files that are not here.
@@ -73,8 +73,8 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int = 1) -> li
             state = "done"
         else:
             try:
-                choose = partial(choose_device, Launch(0, ranks, 0, ranks, "127.0.0.1", 0, "none"))
-                check_start(plan, ranks_of(config, ranks), missing, choose, allow_missing=True, prepared=prepared)
+                choose = partial(choose_device, Launch(0, 1, 0, 1, "127.0.0.1", 0, "none"))
+                check_start(plan, ranks or ranks_of(config, 1), missing, choose, allow_missing=True, prepared=prepared)
             except UserError as error:
                 raise UserError(f"{arm.name}: {error}") from error
         done = plan.position.step - plan.origin.step if plan.resumed else 0

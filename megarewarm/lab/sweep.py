@@ -46,7 +46,7 @@ def sweep(
     line. Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
-    found = prospects(experiment, arms, ranks if launcher == "local" else 1)
+    found = prospects(experiment, arms, ranks if launcher == "local" else None)
     at_once = jobs or (fitting_jobs(found, ranks) if launcher == "local" else len(found))
     show_outlook(experiment, found, at_once, console)
     missing = {line: prospect for prospect in reversed(found) if prospect.state != "done" for line in prospect.missing}
