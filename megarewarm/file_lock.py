@@ -124,6 +124,20 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file: under its name there is the old content or the new, never a part of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            sync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 Owner = dict[str, str | int]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
+from megarewarm.file_lock import write_atomically
 
 FILE = "experiment.json"
 FORMAT = 1
@@ -65,11 +65,8 @@ def write_record(experiment: Experiment) -> Path:
     """Write the file, whole or not at all. Raises ``UserError`` as ``check_record``, and where it can't be written."""
     check_record(experiment)
     path = Path(experiment.folder) / FILE
-    partial = path.with_name(f".{FILE}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(record_of(experiment), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomically(path, f"{json.dumps(record_of(experiment), indent=1)}\n".encode())
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error}); set 'folder' to another place") from error
     return path

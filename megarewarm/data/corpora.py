@@ -30,9 +30,9 @@ from megarewarm.data.preprocess.job import preprocess
 from megarewarm.data.preprocess.python_source import split_source, strip_doctests
 from megarewarm.data.preprocess.records import EMPTY
 from megarewarm.data.preprocess.shard import Counts
-from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe, write_atomically
+from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError, nearest
-from megarewarm.file_lock import sync
+from megarewarm.file_lock import sync, write_atomically
 
 PROSE = "installed_prose"
 CODE = "installed_code"

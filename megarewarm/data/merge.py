@@ -11,8 +11,8 @@ import numpy as np
 
 from megarewarm.data.manifest import made_by, manifest_of, refuse_other_tokenizers
 from megarewarm.data.token_file import TokenFile, TokenFileWriter, open_tokens
-from megarewarm.data.tokenizers import write_atomically
 from megarewarm.errors import UserError
+from megarewarm.file_lock import write_atomically
 
 _BLOCK = 2**22  # tokens in memory at a time, or one document, if that is longer
 _DOCUMENTS = 2**20

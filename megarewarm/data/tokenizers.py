@@ -24,7 +24,7 @@ from megarewarm.data.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, En
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
 from megarewarm.errors import UserError, nearest
-from megarewarm.file_lock import sync
+from megarewarm.file_lock import write_atomically
 
 PADDING = "<|padding|>"
 
@@ -320,20 +320,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> To
     _check_size(library.SentencePieceProcessor(model_proto=model.content).get_piece_size(), vocab_size)
     write_atomically(path, model.content)
     return load_tokenizer(path)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file: under its name there is the old content or the new, never a part of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            sync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class _Buffer:

@@ -154,14 +154,14 @@ def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> 
 
     The loss on them would fall because they are trained on, not because little is forgotten.
     """
+    if not old:
+        return
     held_out = [
         (item.name, open_view(source, data, vocab_size))
         for item in data.validation
         if item.role == "upstream"
         for source in item.sources
     ]
-    if not held_out:
-        return
     for source in old:
         if isinstance(source, Source):
             view = open_view(source, data, vocab_size)

@@ -151,9 +151,3 @@ class AdamW:
             return
         for parameter, state in self.torch.state.items():
             state["step"] = torch.full((), float(steps), dtype=torch.float32, device=parameter.device)
-
-    def reset_moments(self, which: tuple[str, ...] = MOMENTS) -> None:
-        """Set the named moments to zero."""
-        for state in self.torch.state.values():
-            for moment in which:
-                state[moment].zero_()

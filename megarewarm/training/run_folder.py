@@ -17,7 +17,7 @@ from megarewarm.config.run_format import RUN_FORMAT, take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
-from megarewarm.file_lock import FileLock
+from megarewarm.file_lock import FileLock, write_atomically
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
@@ -130,9 +130,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._take_lock()
-        partial = self.config_file.with_suffix(".partial")
-        partial.write_text(f"format: {RUN_FORMAT}\n{dump(config)}", encoding="utf-8")
-        os.replace(partial, self.config_file)
+        write_atomically(self.config_file, f"format: {RUN_FORMAT}\n{dump(config)}".encode())
 
     def close(self) -> None:
         """Give the lock back."""

@@ -30,9 +30,9 @@ from megarewarm.data.preprocess.records import STDIN, input_files, spans_of
 from megarewarm.data.preprocess.shard import Counts, Recipe, Shard, Tokenised, finished, progress_of, tokenise
 from megarewarm.data.split import PARTS
 from megarewarm.data.token_file import dtype_for
-from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, write_atomically
+from megarewarm.data.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
-from megarewarm.file_lock import FileLock
+from megarewarm.file_lock import FileLock, write_atomically
 
 _EXAMPLES = 5
 

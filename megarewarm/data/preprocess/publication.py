@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.data.preprocess.shard import Counts
-from megarewarm.data.tokenizers import write_atomically
+from megarewarm.file_lock import write_atomically
 
 _PLAN = "publication.json"
 

@@ -24,9 +24,9 @@ import numpy.typing as npt
 from megarewarm.data.permutation import derive_key, mix
 from megarewarm.data.preprocess.documents import Skipped
 from megarewarm.data.preprocess.records import Span, records
-from megarewarm.data.tokenizers import Tokenizer, load_tokenizer, write_atomically
+from megarewarm.data.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
-from megarewarm.file_lock import sync
+from megarewarm.file_lock import sync, write_atomically
 
 _BATCH = 2**21  # characters that are encoded together
 _BLOCK = 2**21  # tokens that are written together where order is kept
