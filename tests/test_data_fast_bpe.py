@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from megarewarm.data import fast_bpe
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, first_difference
 from megarewarm.data.tokenizers import load_tokenizer, train_bpe
+from megarewarm.errors import UserError
 
 SENTENCES = [
     "def f(x):\n    return x  # the value, it's 42\n\n\n\treturn\r\n" * 3,
@@ -241,7 +242,11 @@ def test_any_tokenizer_gives_the_ids_of_the_library(
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         file.write(text)
         file.flush()
-        found = load_tokenizer(file.name).encode_batch(texts)
+        try:
+            found = load_tokenizer(file.name).encode_batch(texts)
+        except UserError as error:  # an added token that ends within a character after NFC, say
+            assert "'tokenizers' itself fails" in str(error)
+            return
     for each, ids in zip(texts, found, strict=True):
         assert np.array_equal(ids, ids_of(library, each)), each
 

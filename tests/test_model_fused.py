@@ -100,7 +100,7 @@ def losses_of(run: RunConfig) -> list[float]:
 def test_a_run_with_fused_operations_follows_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = losses_of(config(tmp_path, folder=str(tmp_path / "plain")))
     for name, forced in (("all", FUSED), ("norms", dataclasses.replace(FUSED, gelu="reference"))):
-        monkeypatch.setattr("megarewarm.training.setup.choose_operations", lambda *_, forced=forced, **__: (forced, []))
+        monkeypatch.setattr("megarewarm.training.inputs.choose_operations", lambda *_, forced=forced, **__: (forced, []))
         run = config(tmp_path, folder=str(tmp_path / name), training={"recompute": "full" if name == "all" else "none"})
         assert losses_of(run) == pytest.approx(plain, rel=1e-4)
 

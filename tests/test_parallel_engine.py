@@ -465,13 +465,13 @@ def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     launch = Launch(5, 8, 1, 4, "node1", 29500, "slurm")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert connect_module._device(launch, "auto") == torch.device("cuda", 1)
+    assert connect_module.choose_device(launch, "auto") == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"rank 5 needs GPU 1 of host .* which has 1"):
-        connect_module._device(launch, "cuda")
+        connect_module.choose_device(launch, "cuda")
     monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
-    assert connect_module._device(launch, "cuda") == torch.device("cuda", 0)
-    assert connect_module._device(launch, "cpu") == torch.device("cpu")
+    assert connect_module.choose_device(launch, "cuda") == torch.device("cuda", 0)
+    assert connect_module.choose_device(launch, "cpu") == torch.device("cpu")
     monkeypatch.delenv("SLURM_GPUS_PER_TASK")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # by a script, whatever the launcher
-    assert connect_module._device(Launch(1, 4, 1, 4, "127.0.0.1", 29500, "openmpi"), "auto") == torch.device("cuda", 0)
+    assert connect_module.choose_device(Launch(1, 4, 1, 4, "127.0.0.1", 29500, "openmpi"), "auto") == torch.device("cuda", 0)

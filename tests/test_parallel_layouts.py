@@ -14,7 +14,7 @@ from tiny import config, events, quiet
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.model.fused import Operations
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training import setup
+from megarewarm.training import inputs
 from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -116,10 +116,10 @@ def _settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[st
 
 
 def _train_all(ranks: Ranks, place: str, layouts: dict[str, Layout]) -> None:
-    usual = setup.choose_operations
+    usual = inputs.choose_operations
     for name, (parallel, changes) in layouts.items():
         # on a CPU these compute their definitions: the layout is what is tested
-        setup.choose_operations = (lambda *_, **__: (FUSED, [])) if changes.get("fused") else usual
+        inputs.choose_operations = (lambda *_, **__: (FUSED, [])) if changes.get("fused") else usual
         train(_settings(Path(place), name, parallel, changes), ranks, quiet())
 
 

@@ -38,7 +38,7 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
 def test_numbers_are_those_of_the_weights(
     tmp_path: Path, kind: str, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dynamics, "_CACHED", 2 * dynamics._ROW)
+    monkeypatch.setattr(dynamics, "_CACHED", 2 * dynamics.ROW)
     settings = config(tmp_path, optimizer={"weight_decay": weight_decay}, kernels={"optimizer": kind})
     run = build(make_plan(settings), ALONE)
     begun = weights_of(run)

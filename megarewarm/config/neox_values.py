@@ -31,7 +31,11 @@ class NeoxValues:
             value = value[part]
         if value is not None and key in neox_keys.PATHS:
             where = self.file.place(key)
-            return [path_text(str(path), where) for path in value] if isinstance(value, list) else path_text(value, where)
+            if not isinstance(value, list):
+                return path_text(value, where)
+            if other := [path for path in value if not isinstance(path, str)]:
+                raise UserError(f"{where}: {other[0]!r} is no path; expected a list of paths")
+            return [path_text(path, where) for path in value]
         return False if value is None and bool in known.types else value
 
     def require(self, key: str) -> Any:

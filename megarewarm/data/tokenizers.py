@@ -133,7 +133,12 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._encode_slowly([text])[0]
 
     def _encode_slowly(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's own, which no class of Python's names
+                raise
+            raise UserError(f"{self.path}: 'tokenizers' itself fails on a text with this tokenizer ({error})") from error
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     @cached_property
