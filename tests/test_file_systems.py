@@ -31,15 +31,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def run(shim: Path, config: Path, fails: dict[str, int], *more: str) -> subprocess.CompletedProcess[str]:
+def run(shim: Path, config: Path, fails: dict[str, int], under: str = "") -> subprocess.CompletedProcess[str]:
     environ = os.environ | {
         "LD_PRELOAD": str(shim),
         "FAILS": " ".join(f"{name}={number}" for name, number in fails.items()),
-        "FAILS_UNDER": str(config.parent),
+        "FAILS_UNDER": str(config.parent / under),
         "MEGAREWARM_CACHE": str(config.parent / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    words = [sys.executable, "launch.sh", str(config), *more]
+    words = [sys.executable, "launch.sh", str(config)]
     return subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -69,7 +69,7 @@ def test_a_run_goes_on_and_is_resumed(tmp_path: Path, shim: Path, fails: dict[st
 
 
 def test_a_disk_that_may_have_lost_data_ends_the_run(tmp_path: Path, shim: Path) -> None:
-    ended = run(shim, config(tmp_path), {"fsync": errno.EIO})
+    ended = run(shim, config(tmp_path), {"fsync": errno.EIO}, under="lacking/checkpoints")
     assert ended.returncode == 2 and "step_2: the checkpoint could not be written" in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr
 

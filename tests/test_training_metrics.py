@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_full_disk_is_named_and_closing_adds_nothing(tmp_path: Path, name: str
 def test_a_disk_that_is_full_at_the_start_is_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    run.config_file.with_suffix(".partial").symlink_to(FULL)
+    run.config_file.with_name(f"config.yaml.{os.getpid()}.part").symlink_to(FULL)
     with pytest.raises(UserError, match=r"run: can't be written \(.*No space left on device.*\); make room"):
         run.open(config(tmp_path), main=True)
 
