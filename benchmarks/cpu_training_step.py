@@ -47,7 +47,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
         precision="fp32",
     )
     model.initialize(1)
-    optimizer = AdamW(model.parameters, OptimizerConfig())
+    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig())
 
     def step(rows: Any) -> float:
         model.gradients.zero()
@@ -68,6 +68,7 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from megarewarm.model.initialize import initial_value
+    from megarewarm.model.parameters import cards
 
     config = model_config(arguments)
     model = GPTNeoXForCausalLM(
@@ -84,10 +85,11 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
             attn_implementation="sdpa",
         )
     )
+    every = cards(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             name = name.removeprefix("gpt_neox.").replace("lm_head.", "embed_out.")
-            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 1))
+            parameter.copy_(initial_value(every[name], config, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(rows: Any) -> float:

@@ -56,7 +56,7 @@ def sides(arguments: argparse.Namespace, device: Any) -> dict[str, Callable[[], 
     )
     model.initialize(1)
     start = copy_weights(model)
-    optimizer = AdamW(model.parameters, OptimizerConfig())
+    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig())
     rows = np.random.default_rng(0).integers(
         arguments.vocabulary, size=(arguments.batch, arguments.sequence + 1), dtype=np.int64
     )

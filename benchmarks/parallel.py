@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
+from megarewarm.model.parameters import cards
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.pipeline import Order, Pipeline, my_stages, rank_of, stages_per_rank
@@ -57,8 +58,8 @@ def plain_step() -> Callable[[np.ndarray], float]:
     model = NeoX(SMALL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), SMALL, 1))
-    optimizer = AdamW(dict(model.named_parameters()), OptimizerConfig())
+            parameter.copy_(initial_value(cards(SMALL)[name], SMALL, 1))
+    optimizer = AdamW(dict(model.named_parameters()), cards(SMALL), OptimizerConfig())
 
     def step(rows: np.ndarray) -> float:
         tokens = torch.from_numpy(rows)
@@ -85,7 +86,7 @@ def engine_step(config: ModelConfig, ranks: Ranks, parallel: ParallelConfig, lay
         precision="fp32",
     )
     model.initialize(1)
-    optimizer = AdamW(model.parameters, OptimizerConfig())
+    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig())
     tokens = rows * config.max_positions
 
     def step(batch: np.ndarray) -> float:

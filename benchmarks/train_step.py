@@ -89,7 +89,7 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
         loss_memory=kernels.logit_bytes(device.type),
     )
     model.initialize(1)
-    optimizer = AdamW(model.parameters, OptimizerConfig(), kind)
+    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig(), kind)
 
     def step(rows: Any) -> float:
         model.gradients.zero()
@@ -109,6 +109,7 @@ def theirs(arguments: argparse.Namespace, compiled: bool) -> tuple[Callable[[Any
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     from megarewarm.model.initialize import initial_value
+    from megarewarm.model.parameters import cards
 
     config = shape(arguments)
     model = GPTNeoXForCausalLM(
@@ -126,10 +127,11 @@ def theirs(arguments: argparse.Namespace, compiled: bool) -> tuple[Callable[[Any
             attn_implementation="sdpa",
         )
     ).to(arguments.device)
+    every = cards(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             name = name.removeprefix("gpt_neox.").replace("lm_head.", "embed_out.")
-            parameter.copy_(initial_value(name, tuple(parameter.shape), config, 1))
+            parameter.copy_(initial_value(every[name], config, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     forward = torch.compile(model) if compiled else model
 

@@ -101,3 +101,16 @@ def test_no_marks_of_unfinished_work() -> None:
     for path in SOURCES:
         found = [line for line in path.read_text().splitlines() if marks.search(line)]
         assert not found, f"{path}: {found}"
+
+
+def test_what_a_parameter_is_stands_on_its_card() -> None:
+    """Nothing is guessed from a parameter's name; other programs' names have their own tables."""
+    guess = re.compile(
+        r"""(layer_?norm|\bbias|embed_(in|out)|dense|query_key_value)\w*(\.weight|\.bias)?"[),]* *in name|"""
+        r"""name\.(endswith|startswith)\(\(?"(\.?bias|layers|embed|final|\.?weight)"""
+    )
+    for path in SOURCES:
+        if path.name == "parameters.py":
+            continue
+        found = [line.strip() for line in path.read_text().splitlines() if guess.search(line)]
+        assert not found, f"{path}: {found}; ask model/parameters.py"

@@ -21,6 +21,7 @@ from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import FusedLayer, FusedMLP, Operations, fuse
 from megarewarm.model.neox import NeoX
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.model.parameters import cards
 from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.recompute import recompute
@@ -203,8 +204,9 @@ def test_apex_is_used_where_it_is_really_there(monkeypatch: pytest.MonkeyPatch) 
         if kind == "apex":
             monkeypatch.setattr("megarewarm.training.optimizer.fused_adam", lambda: FusedAdam)
         torch.manual_seed(0)
-        parameters = {"a.weight": nn.Parameter(torch.randn(5, 3)), "a.bias": nn.Parameter(torch.randn(5))}
-        optimizer = AdamW(parameters, settings, kind)
+        every = cards(ModelConfig(num_layers=1, hidden_size=4, num_heads=1, vocab_size=5, rotary_fraction=0.5))
+        parameters = {"embed_in.weight": nn.Parameter(torch.randn(5, 3)), "final_layer_norm.bias": nn.Parameter(torch.randn(5))}
+        optimizer = AdamW(parameters, every, settings, kind)
         optimizer.set_completed_steps(7)
         for _ in range(3):
             for parameter in parameters.values():

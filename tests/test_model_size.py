@@ -18,9 +18,9 @@ from megarewarm.config.load import read_configs
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.initialize import initialize
 from megarewarm.model.neox import NeoX
+from megarewarm.model.parameters import cards
 from megarewarm.model.size import (
     activation_bytes,
-    count_non_embedding,
     count_parameters,
     peak_tflops,
     training_flops_per_token,
@@ -42,7 +42,8 @@ PYTHIA = {
 def test_presets_have_pythias_sizes(name: str) -> None:
     mapping, _ = read_configs([str(ROOT / "configs" / "pythia" / f"{name}.yml")])
     config = ModelConfig(**mapping["model"])
-    assert (count_parameters(config), count_non_embedding(config)) == PYTHIA[name]
+    tables = sum(card.numel for card in cards(config).values() if card.has_vocabulary)
+    assert (count_parameters(config), count_parameters(config) - tables) == PYTHIA[name]
 
 
 @given(
@@ -70,6 +71,9 @@ def test_parameters_are_counted_as_the_module_has_them(
     )
     with torch.device("meta"):
         model = NeoX(config)
+    assert [(name, card.shape) for name, card in cards(config).items()] == [
+        (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()
+    ]
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -19,6 +19,8 @@ from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState, read_state, write_state
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.execution import OptimizerConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.parameters import cards
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
@@ -107,7 +109,8 @@ def test_adams_count_goes_on_where_float32_has_no_whole_numbers() -> None:
     """Beyond 2**24 the count and the bias correction are those of float64, also where moments decay over millions of steps."""
     settings = OptimizerConfig(betas=(0.9, 0.99999999), eps=1e-12, weight_decay=0.0)
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = AdamW({"x": parameter}, settings)
+    every = cards(ModelConfig(num_layers=1, hidden_size=4, num_heads=1, vocab_size=5, rotary_fraction=0.5))
+    optimizer = AdamW({"final_layer_norm.weight": parameter}, every, settings)
     begun = 2**24 - 2
     optimizer.set_completed_steps(begun)
     weight, first, second = 1.0, 0.0, 0.0

@@ -23,6 +23,7 @@ from wire import Wire
 from megarewarm.config.execution import LossScaleConfig, ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import cards
 from megarewarm.parallel import connect as connect_module
 from megarewarm.parallel import engine as engine_module
 from megarewarm.parallel.launchers import Launch
@@ -318,7 +319,7 @@ def test_parts_of_a_parameter_make_the_whole() -> None:
     shape = ModelConfig(num_layers=1, hidden_size=24, num_heads=6, vocab_size=17, rotary_fraction=0.5)
     whole = torch.arange(17 * 24, dtype=torch.float32).view(17, 24)
     for ranks in (1, 2, 3):
-        placed = [place("embed_in.weight", (17, 24), shape, rank, ranks, False) for rank in range(ranks)]
+        placed = [place(cards(shape)["embed_in.weight"], rank, ranks, False) for rank in range(ranks)]
         parts = [torch.full(p.local_shape, -1.0) for p in placed]
         for p, part in zip(placed, parts, strict=True):
             p.fill(part, whole)

@@ -12,9 +12,11 @@ from distributed import run_ranks
 from tiny import config, events, quiet
 
 from megarewarm.config.execution import OptimizerConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import dynamics, trainer
-from megarewarm.training.dynamics import dynamics_steps, group_of, measure
+from megarewarm.training.dynamics import dynamics_steps, measure
 from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run import Run
@@ -51,7 +53,7 @@ def test_numbers_are_those_of_the_weights(
         found = measure(run.model, run.optimizer, run.start_weights)
         assert list(found) == GROUPS
         for group, numbers in found.items():
-            names = [name for name in after if group in (group_of(name), "all")]
+            names = [name for name in after if group in (run.model.cards[name].group, "all")]
 
             def flat(tensors: dict[str, torch.Tensor], names: list[str] = names) -> torch.Tensor:
                 return torch.cat([tensors[name].flatten().double() for name in names])
@@ -71,12 +73,13 @@ def test_numbers_are_those_of_the_weights(
 def test_moments_of_tiny_gradients_are_no_zeros() -> None:
     """Squares of second moments under 1e-19 are under fp32's smallest numbers."""
     weights = torch.nn.Parameter(torch.ones(1000))
-    optimizer = AdamW({"layers.0.weight": weights}, OptimizerConfig(), num_layers=1)
+    every = cards(ModelConfig(num_layers=1, hidden_size=4, num_heads=1, vocab_size=5, rotary_fraction=0.5))
+    optimizer = AdamW({EMBEDDING: weights}, every, OptimizerConfig())
     moments = optimizer.moments()
-    moments["exp_avg_sq", "layers.0.weight"].fill_(1e-24)
+    moments["exp_avg_sq", EMBEDDING].fill_(1e-24)
     optimizer.set_completed_steps(5)
-    first, second = (moments[moment, "layers.0.weight"] for moment in ("exp_avg", "exp_avg_sq"))
-    sums = dynamics._sums(weights.detach(), first, second, None, optimizer, "layers.0.weight")
+    first, second = (moments[moment, EMBEDDING] for moment in ("exp_avg", "exp_avg_sq"))
+    sums = dynamics._sums(weights.detach(), first, second, None, optimizer, EMBEDDING)
     assert float(sums[4].sqrt()) == pytest.approx(1e-24 * 1000**0.5, rel=1e-6)
 
 

@@ -20,10 +20,12 @@ from megarewarm.checkpoint.convert import Wish
 from megarewarm.checkpoint.merge import Merge, interpolation_shares, merge
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
+from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import cards
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import interpolation, trainer
-from megarewarm.training.optimizer import AdamW, decays, rate_factor
+from megarewarm.training.optimizer import AdamW, rate_factor
 from megarewarm.training.run import Run
 from megarewarm.training.trainer import train
 
@@ -160,19 +162,20 @@ def test_layer_decay_is_a_group_with_its_own_rate(place: Path) -> None:
     torch.manual_seed(0)
     names = [
         "embed_in.weight",
-        "layers.0.mlp.weight",
+        "layers.0.mlp.dense_h_to_4h.weight",
         "layers.0.input_layernorm.bias",
-        "layers.1.mlp.weight",
+        "layers.1.mlp.dense_h_to_4h.weight",
         "embed_out.weight",
     ]
+    every = cards(ModelConfig(num_layers=2, hidden_size=4, num_heads=1, vocab_size=3, rotary_fraction=0.5))
     mine = {name: nn.Parameter(torch.randn(4, 3)) for name in names}
     theirs = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in mine.items()}
     settings = OptimizerConfig(layer_decay=0.5)
     factors = dict(zip(names, (0.125, 0.25, 0.25, 0.5, 1.0), strict=True))
-    assert {name: rate_factor(name, 2, 0.5) for name in names} == factors
-    ours = AdamW(mine, settings, num_layers=2)
+    assert {name: rate_factor(every[name], 2, 0.5) for name in names} == factors
+    ours = AdamW(mine, every, settings)
     peer = torch.optim.AdamW(
-        [{"params": [p], "weight_decay": 0.1 if decays(name) else 0.0, "name": name} for name, p in theirs.items()],
+        [{"params": [p], "weight_decay": 0.0 if name.endswith("bias") else 0.1, "name": name} for name, p in theirs.items()],
         betas=settings.betas,
         eps=settings.eps,
     )

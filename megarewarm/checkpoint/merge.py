@@ -23,8 +23,10 @@ from megarewarm.checkpoint.weights import Description, Weights, check, expected_
 from megarewarm.config.schema import ModelConfig
 from megarewarm.data.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 
-_SHAPE = ("num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "tie_embeddings", "attention_bias", "residual")
+# formats name the activation of one model differently
+_SAME_FUNCTION = tuple(key for key in FUNCTION_KEYS if key != "activation")
 
 
 def mean_shares(count: int) -> list[float]:
@@ -74,7 +76,7 @@ def check_alike(models: Sequence[tuple[str, ModelConfig]]) -> None:
     """Raise ``UserError`` naming what differs between the models of several checkpoints."""
     (first, one), *others = models
     for name, other in others:
-        for key in _SHAPE:
+        for key in (*SHAPE_KEYS, *_SAME_FUNCTION):
             if getattr(one, key) != getattr(other, key):
                 raise UserError(
                     f"{name}: {key} is {getattr(other, key)}, in {first} it is {getattr(one, key)}; only checkpoints of "

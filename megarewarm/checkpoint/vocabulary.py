@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, Weights
+from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.config.schema import ModelConfig
+from megarewarm.model.parameters import EMBEDDING, HEAD
 
 
 class ResizedVocabulary:

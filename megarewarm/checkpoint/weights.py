@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 
-HEAD, EMBEDDING = "embed_out.weight", "embed_in.weight"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -79,10 +79,7 @@ def make_model_config(where: str, **values: Any) -> ModelConfig:
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model, in the model's order."""
-    from megarewarm.model.neox import NeoX
-
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in NeoX(config).named_parameters()}
+    return {name: card.shape for name, card in cards(config).items()}
 
 
 def check(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -123,7 +120,7 @@ def fill(weights: Weights, shapes: Mapping[str, tuple[int, ...]], take: Callable
 
 def in_order(names: Iterable[str], config: ModelConfig) -> list[str]:
     """``names`` in the order of the model's parameters; unknown ones last."""
-    order = {name: i for i, name in enumerate(expected_shapes(config))}
+    order = {name: i for i, name in enumerate(cards(config))}
     return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
 

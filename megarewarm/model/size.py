@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from megarewarm.config.schema import ModelConfig
+from megarewarm.model.parameters import cards
 
 # Dense bf16 tensor rates without sparsity, in TFLOP/s, from the vendors' data sheets; the first name contained wins.
 _PEAKS = {
@@ -25,27 +26,23 @@ _PEAKS = {
 
 def count_parameters(model: ModelConfig) -> int:
     """Number of parameters: equal to what the module holds without layout padding."""
-    h, ffn = model.hidden_size, model.mlp_size
-    bias = 4 * h if model.attention_bias else 0
-    layer = 4 * h * h + bias + 2 * h * ffn + ffn + h + 4 * h
-    embeddings = model.vocab_size * h * (1 if model.tie_embeddings else 2)
-    return embeddings + model.num_layers * layer + 2 * h
+    return sum(card.numel for card in cards(model).values())
 
 
-def count_non_embedding(model: ModelConfig) -> int:
-    """Parameters without embedding and head matrices, the N of most scaling laws."""
-    return count_parameters(model) - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing.
+
+    2 per matrix weight, and causal attention: 2 (QK^T) + 2 (PV) per pair of positions and channel, half of the pairs.
+    """
+    layer = sum(card.numel for card in cards(model).values() if card.layer == 0 and card.is_matrix)
+    h = model.hidden_size
+    return 2.0 * layer + 2.0 * h * sequence_length, 2.0 * model.vocab_size * h
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token: 6 per matrix weight, and causal attention.
-
-    Matrix weights are those of the layers and of the head; the embedding is a lookup. Attention costs 2 (QK^T) + 2 (PV)
-    FLOPs per pair of positions and channel forward, twice that backward; causal masking halves the pairs: 6 L h s a token.
-    """
-    h = model.hidden_size
-    weights = model.num_layers * (4 * h * h + 2 * h * model.mlp_size) + model.vocab_size * h
-    return 6.0 * weights + 6.0 * model.num_layers * h * sequence_length
+    """FLOPs of forward and backward, which costs twice as much, for one token; see ``stage_costs``."""
+    layer, head = stage_costs(model, sequence_length)
+    return 3.0 * (model.num_layers * layer + head)
 
 
 def peak_tflops(gpu_name: str) -> float | None:

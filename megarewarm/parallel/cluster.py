@@ -13,11 +13,11 @@ from typing import Any
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
-from megarewarm.model.size import training_flops_per_token
+from megarewarm.model.size import stage_costs, training_flops_per_token
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.gpus import Gpu
 from megarewarm.parallel.mesh import Layout
-from megarewarm.parallel.pipeline import micro_batches, stage_costs
+from megarewarm.parallel.pipeline import micro_batches
 from megarewarm.parallel.planning import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
 
 MATMUL_EFFICIENCY = 0.65  # share of the peak that large bf16 matrix products reach, with what stands between them

@@ -22,6 +22,8 @@ from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations, fuse
 from megarewarm.model.initialize import initial_value
 from megarewarm.model.neox import LOSS_MEMORY, NeoX
+from megarewarm.model.parameters import EMBEDDING, cards
+from megarewarm.model.size import stage_costs
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
@@ -66,16 +68,15 @@ class ParallelModel:
         layout = mesh.layout
         with torch.device("meta"):
             model = NeoX(config)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self.cards = cards(config)
+        self.shapes = {name: card.shape for name, card in self.cards.items()}
 
         sequence = layout.tensor > 1 and parallel.sequence
         self._tensor: tensor.TensorRanks | None = None
         if mesh.tensor is not None:
             self._tensor = tensor.TensorRanks(mesh.tensor, sequence)
             tensor.shard(model, self._tensor)
-        self.placements = {
-            name: place(name, shape, config, mesh.tensor_rank, layout.tensor, sequence) for name, shape in self.shapes.items()
-        }
+        self.placements = {name: place(card, mesh.tensor_rank, layout.tensor, sequence) for name, card in self.cards.items()}
 
         fuse(model.layers, operations)
 
@@ -84,7 +85,7 @@ class ParallelModel:
         if layout.pipeline > 1:
             per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
             count = layout.pipeline * per_rank
-            cut = pipeline.balance(config.num_layers, count, *pipeline.stage_costs(config, sequence_length))
+            cut = pipeline.balance(config.num_layers, count, *stage_costs(config, sequence_length))
             numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
             self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
         self._has_last = count - 1 in numbers
@@ -93,7 +94,7 @@ class ParallelModel:
         self._head_shard: nn.Parameter | None = None
         if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._sharded:
             # the two ends of a V share the matrix itself, but fully_shard can't divide one that two modules hold
-            embedding = self._modules[0].get_parameter("embed_in.weight")
+            embedding = self._modules[0].get_parameter(EMBEDDING)
             self._head = self._modules[-1].embed_in = _Matrix(embedding)
         for module in self._modules:
             module.to_empty(device=mesh.device)
@@ -155,7 +156,7 @@ class ParallelModel:
     def initialize(self, seed: int) -> None:
         """Draw the initial weights: those of the model on one device, whatever the layout."""
         for name in self.parameters:
-            self.fill(name, initial_value(name, self.placements[name].shape, self.config, seed))
+            self.fill(name, initial_value(self.cards[name], self.config, seed))
 
     def fill(self, name: str, whole: Tensor) -> None:
         """Copy this rank's part of parameter ``name``, given whole, if it holds one."""
@@ -203,7 +204,7 @@ class ParallelModel:
     def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
         """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
         layout = self.mesh.layout
-        name = "embed_in.weight"
+        name = EMBEDDING
         if self._head is not None:
             return frozenset(), self._add_head_gradient
         if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
@@ -224,7 +225,7 @@ class ParallelModel:
     def _add_head_gradient(self) -> None:
         """What the head that follows the embedding contributes to the gradient of both."""
         assert self._head_shard is not None
-        gradient, total = self._head_shard.grad, self.parameters["embed_in.weight"].grad
+        gradient, total = self._head_shard.grad, self.parameters[EMBEDDING].grad
         assert isinstance(gradient, DTensor) and total is not None
         total.add_(gradient.to_local())
         self._head_shard.grad = None
@@ -233,7 +234,7 @@ class ParallelModel:
         """Before computing: the V's head takes over the embedding."""
         if self._head_shard is not None:
             assert isinstance(self._head_shard, DTensor)
-            self._head_shard.to_local().detach().copy_(self.parameters["embed_in.weight"].detach())
+            self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype

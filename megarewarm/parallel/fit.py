@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
+from megarewarm.model.size import stage_costs
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.mesh import Layout
 
@@ -21,7 +22,7 @@ def check_fit(config: RunConfig, model: ModelConfig, layout: Layout) -> list[str
     if layout.pipeline == 1:
         return []
     stages = layout.pipeline * pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
-    pipeline.balance(model.num_layers, stages, *pipeline.stage_costs(model, length))
+    pipeline.balance(model.num_layers, stages, *stage_costs(model, length))
     share = training.global_batch // layout.data
     filled = -(-share // training.micro_batch)
     count = pipeline.micro_batches(parallel, share, training.micro_batch)

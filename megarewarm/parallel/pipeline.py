@@ -15,17 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megarewarm.config.execution import ParallelConfig
-from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX, positions_of, settled
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
-
-
-def stage_costs(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing."""
-    h = config.hidden_size
-    return 2.0 * (4 * h * h + 2 * h * config.mlp_size) + 2.0 * h * sequence_length, 2.0 * config.vocab_size * h
 
 
 def balance(layers: int, stages: int, layer_cost: float, head_cost: float) -> list[range]:

@@ -1,7 +1,7 @@
 """Where each parameter lies: which part of it a rank holds, and the whole that the parts make.
 
-Names and shapes are those of the model on one device. The rules are one table; everything that cuts a tensor, puts one
-together, counts one or saves one asks it.
+Names and shapes are those of the model on one device, and a parameter's card says what tensor ranks share; everything that
+cuts a tensor, puts one together, counts one or saves one asks here.
 """
 
 from __future__ import annotations
@@ -11,20 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarewarm.config.schema import ModelConfig
-
-# What each parameter's name ends with -> the dimension that tensor parallelism divides.
-_DIVIDED = {
-    "query_key_value.weight": 0,
-    "query_key_value.bias": 0,
-    "dense_h_to_4h.weight": 0,
-    "dense_h_to_4h.bias": 0,
-    "attention.dense.weight": 1,
-    "mlp.dense_4h_to_h.weight": 1,
-    "embed_in.weight": 0,
-    "embed_out.weight": 0,
-}
-_VOCABULARY = ("embed_in.weight", "embed_out.weight")
+from megarewarm.model.parameters import Card
 
 
 @dataclass(frozen=True)
@@ -96,14 +83,12 @@ class Placement:
             mine.local.copy_(mine.of(whole))
 
 
-def place(name: str, shape: tuple[int, ...], config: ModelConfig, rank: int, ranks: int, sequence: bool) -> Placement:
-    """The placement of parameter ``name``. ``sequence``: with sequence parallelism.
+def place(card: Card, rank: int, ranks: int, sequence: bool) -> Placement:
+    """The placement of a parameter. ``sequence``: with sequence parallelism.
 
     Partial are the parameters used on a part of the work only. The layers' norms feed this rank's heads and MLP columns;
     with sequence parallelism the biases that are added after the sum and the last norm see this rank's positions only.
     """
-    dim = next((dim for ending, dim in _DIVIDED.items() if name.endswith(ending)), None) if ranks > 1 else None
-    if name in _VOCABULARY:
-        shape = (config.vocab_size, *shape[1:])
-    partial = ranks > 1 and dim is None and (sequence or "layernorm" in name)
-    return Placement(name, tuple(shape), dim, rank, ranks, partial)
+    dim = card.divided if ranks > 1 else None
+    partial = ranks > 1 and dim is None and (sequence or (card.role == "norm" and card.layer is not None))
+    return Placement(card.name, card.shape, dim, rank, ranks, partial)

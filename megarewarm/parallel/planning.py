@@ -11,9 +11,9 @@ from typing import Literal
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig
-from megarewarm.model.size import activation_bytes
+from megarewarm.model.size import activation_bytes, stage_costs
 from megarewarm.parallel.mesh import Layout
-from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stage_costs, stages_per_rank
+from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per_rank
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import Layer, NeoX, Positions
+from megarewarm.model.parameters import cards
 from megarewarm.parallel.collectives import (
     Group,
     copy_to_group,
@@ -71,10 +72,11 @@ def shard(model: NeoX, ranks: TensorRanks) -> None:
     """Replace the parts of ``model`` (on the meta device) by their shares. Parameter names stay, padded rows appear."""
     model.embed_in = ShardedEmbedding(model.embed_in, ranks)  # type: ignore[assignment]
     model.layers = nn.ModuleList(ShardedLayer(layer, ranks) for layer in model.layers)  # type: ignore[arg-type]
+    every = cards(model.config)
     for module_name, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{module_name}.{name}".removeprefix(".")
-            placement = place(full, tuple(parameter.shape), model.config, ranks.rank, ranks.size, ranks.sequence)
+            placement = place(every[full], ranks.rank, ranks.size, ranks.sequence)
             setattr(module, name, nn.Parameter(parameter.new_empty(placement.local_shape)))
 
 

@@ -36,21 +36,15 @@ def dynamics_steps(config: RunConfig, first: int) -> set[int]:
     return {*(first + point for point in points), config.total_steps}
 
 
-def group_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: 'embed_in', 'layers.0', ..., 'final_layer_norm' or 'embed_out'."""
-    first, second, *_ = name.split(".")
-    return f"{first}.{second}" if first == "layers" else first
-
-
 def measure(model: ParallelModel, optimizer: AdamW, start: Mapping[str, Tensor] | None) -> Groups:
-    """The dynamics of the step that ``optimizer`` has just made, by ``group_of`` the parameters, and of 'all' of them.
+    """The dynamics of the step that ``optimizer`` has just made, by ``Card.group``, and of 'all' of them.
 
     ``weight_norm``, ``first_moment_norm`` and ``second_moment_norm`` are 2-norms after the step, ``update_ratio`` the norm of
     the step's change over the weights', ``effective_lr`` the mean of lr / (sqrt(v) + eps) over the values, v corrected for its
     bias, ``distance`` the norm of weights minus ``start`` (absent where that is None). Each value of the model counts once,
     whatever the layout; embeddings that are tied are 'embed_in'. All ranks call it, and get the same numbers.
     """
-    names = list(dict.fromkeys(group_of(name) for name in model.shapes))
+    names = list(dict.fromkeys(card.group for card in model.cards.values()))
     sums = torch.zeros(len(names), _SUMS, dtype=torch.float64, device=model.mesh.device)
     moments = optimizer.moments()
     for name, parameter in model.parameters.items():
@@ -60,7 +54,7 @@ def measure(model: ParallelModel, optimizer: AdamW, start: Mapping[str, Tensor] 
         first, second = (model.counted(name, moments[moment, name]) for moment in ("exp_avg", "exp_avg_sq"))
         assert first is not None and second is not None
         begun = model.counted(name, start[name]) if start is not None else None
-        sums[names.index(group_of(name))] += _sums(weights, first, second, begun, optimizer, name)
+        sums[names.index(model.cards[name].group)] += _sums(weights, first, second, begun, optimizer, name)
     total = torch.tensor(all_reduce_sums(sums.flatten().tolist()), dtype=torch.float64).view(-1, _SUMS)
     rows = {**dict(zip(names, total, strict=True)), ALL: total.sum(0)}
     return {group: _numbers(row, start is not None) for group, row in rows.items()}

@@ -14,6 +14,7 @@ from megarewarm_kernels.apex import fused_adam
 from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
+from megarewarm.model.parameters import Card
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = 2**24
@@ -21,21 +22,14 @@ _EXACT = 2**24
 given to it rounded: what it takes for the count is off by 2^-24 of it at most."""
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter: to matrices, embeddings and head among them, not to norms and biases."""
-    return not (name.endswith(".bias") or "layernorm" in name or "layer_norm" in name)
-
-
-def rate_factor(name: str, num_layers: int, layer_decay: float) -> float:
+def rate_factor(card: Card, num_layers: int, layer_decay: float) -> float:
     """Share of the learning rate at which the parameter trains: layer_decay^(L - i) in layer i of L, ^(L + 1) in the embedding.
 
     Layer-wise learning-rate decay (Clark et al., ELECTRA, arXiv 2003.10555, appendix).
     """
-    if layer_decay == 1.0 or name.startswith(("final_layer_norm", "embed_out")):
-        return 1.0
-    if name.startswith("layers."):
-        return layer_decay ** (num_layers - int(name.split(".")[1]))
-    return layer_decay ** (num_layers + 1)
+    if card.layer is not None:
+        return float(layer_decay ** (num_layers - card.layer))
+    return float(layer_decay ** (num_layers + 1)) if card.role == "embedding" else 1.0
 
 
 class Scaled(Protocol):
@@ -52,17 +46,18 @@ class AdamW:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch", num_layers: int = 0
+        self, parameters: Mapping[str, nn.Parameter], cards: Mapping[str, Card], config: OptimizerConfig, kind: str = "torch"
     ) -> None:
-        """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``kind``: "torch",
-        "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for NVIDIA's FusedAdam, which must be
-        there. ``num_layers``: of the whole model, for ``layer_decay``."""
+        """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``cards``: of the
+        whole model. ``kind``: "torch", "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for
+        NVIDIA's FusedAdam, which must be there."""
         self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
-        factors = {name: rate_factor(name, num_layers, config.layer_decay) for name in parameters}
+        layers = 1 + max((card.layer for card in cards.values() if card.layer is not None), default=-1)
+        factors = {name: rate_factor(cards[name], layers, config.layer_decay) for name in parameters}
         kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for name, parameter in sorted(parameters.items(), key=lambda item: not decays(item[0])):
-            kinds.setdefault((decays(name), factors[name]), []).append(parameter)
+        for name, parameter in sorted(parameters.items(), key=lambda item: not cards[item[0]].decays):
+            kinds.setdefault((cards[name].decays, factors[name]), []).append(parameter)
         present = [
             {"params": held, "weight_decay": config.weight_decay if decayed else 0.0, "factor": factor}
             for (decayed, factor), held in kinds.items()
@@ -89,7 +84,7 @@ class AdamW:
                     [p.detach() for p in held.values()],
                     first,
                     second,
-                    decays=[config.weight_decay if decays(name) else 0.0 for name in held],
+                    decays=[config.weight_decay if cards[name].decays else 0.0 for name in held],
                     betas=config.betas,
                     eps=config.eps,
                 )

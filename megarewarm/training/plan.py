@@ -13,6 +13,7 @@ from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.rewarm.replay import history_to_replay
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
@@ -101,7 +102,7 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
                 f"{source.name}"
             )
         return settled
-    for key in ("num_layers", "hidden_size", "num_heads", "mlp_size", "vocab_size", "tie_embeddings", "attention_bias"):
+    for key in SHAPE_KEYS:
         ours, theirs = getattr(config.model, key), getattr(stored, key)
         if ours != theirs:
             name = "ffn_size" if key == "mlp_size" else key
@@ -116,11 +117,10 @@ def differing_choices(config: RunConfig, source: CheckpointSource | None) -> lis
     """Model keys that leave the shapes alone but change the function, where the config overrides the checkpoint."""
     if source is None or config.model is None:
         return []
-    keys = ("activation", "residual", "rotary_fraction", "rotary_base", "layernorm_eps")
     return [
         f"model.{key}: the checkpoint {source.name} says {getattr(source.model_config, key)}, this run uses "
         f"{getattr(config.model, key)}"
-        for key in keys
+        for key in FUNCTION_KEYS
         if getattr(config.model, key) != getattr(source.model_config, key)
     ]
 

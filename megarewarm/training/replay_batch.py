@@ -24,7 +24,6 @@ from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.read import Run as RecordedRun
 from megarewarm.report.read import read_run
-from megarewarm.training.dynamics import group_of
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run import Run
 from megarewarm.training.run_folder import RunFolder
@@ -131,7 +130,7 @@ def _column(recorded: RecordedRun, name: str) -> dict[int, float | None]:
 def _groups(run: Run) -> dict[str, dict[str, float]]:
     """Norms of weights and gradients, and how many values are not finite, of each part of the model; each value counted
     once."""
-    names = list(dict.fromkeys(group_of(name) for name in run.model.shapes))
+    names = list(dict.fromkeys(card.group for card in run.model.cards.values()))
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
     scale = run.scaler.scale if run.scaler is not None else 1.0
     for name, parameter in run.model.parameters.items():
@@ -143,8 +142,8 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
         assert gradient is not None
         for i, values in enumerate((weights, gradient / scale)):
             finite = values.isfinite()
-            sums[names.index(group_of(name)), i] += float(values.where(finite, 0).double().square().sum())
-            sums[names.index(group_of(name)), 2 + i] += float((~finite).sum())
+            sums[names.index(run.model.cards[name].group), i] += float(values.where(finite, 0).double().square().sum())
+            sums[names.index(run.model.cards[name].group), 2 + i] += float((~finite).sum())
     total = torch.tensor(all_reduce_sums(sums.flatten().tolist())).view(-1, 4).tolist()
     return {
         name: {

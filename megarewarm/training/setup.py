@@ -66,7 +66,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         taught = settle_model(config, inputs.teacher).model
         assert taught is not None
         model.teacher = Teacher(config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[precision])
-    optimizer = AdamW(model.parameters, config.optimizer, inputs.optimizer, plan.model.num_layers)
+    optimizer = AdamW(model.parameters, model.cards, config.optimizer, inputs.optimizer)
     _apply(plan, model, optimizer)
 
     watched = config.reliability

@@ -18,9 +18,10 @@ from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, expo
 from megarewarm.checkpoint.foreign.huggingface import PREFIX, SHAPE, read_json
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.tokenizer_source import ROLES, TokenizerSource, named_tokenizer
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, Weights, check, expected_shapes
+from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.neox import NeoX
+from megarewarm.model.parameters import HEAD, cards
 
 SHARD_BYTES = 5 * 10**9
 
@@ -31,11 +32,8 @@ class ModelWeights:
     where = "the model"
 
     def __init__(self, model: NeoX) -> None:
-        vocabulary = model.config.vocab_size
-        self._tensors = {
-            name: parameter.detach()[:vocabulary] if name in (EMBEDDING, HEAD) else parameter.detach()
-            for name, parameter in model.named_parameters()
-        }
+        rows = {name: card.shape[0] for name, card in cards(model.config).items()}
+        self._tensors = {name: parameter.detach()[: rows[name]] for name, parameter in model.named_parameters()}
 
     def describe(self) -> Mapping[str, Description]:
         return {name: Description(tuple(t.shape), t.dtype, name) for name, t in self._tensors.items()}

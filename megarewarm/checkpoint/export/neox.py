@@ -13,11 +13,12 @@ from torch import Tensor
 from megarewarm.checkpoint.export.replace import new_folder
 from megarewarm.checkpoint.export.tokenizer_files import write_files
 from megarewarm.checkpoint.export.torch_stream import write_streaming
-from megarewarm.checkpoint.foreign.tensor_parts import Kind, kind_of, part_shape, require_divisible, split
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Weights, check, expected_shapes
+from megarewarm.checkpoint.foreign.tensor_parts import Sharing, part_shape, require_divisible, sharing_of, split
+from megarewarm.checkpoint.weights import Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.config.yaml_text import write_yaml
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import EMBEDDING, HEAD
 
 MARK = "megarewarm.json"
 
@@ -45,7 +46,7 @@ def export_neox(
     if config.num_heads % tensor_ranks:
         raise UserError(f"--tp {tensor_ranks}: the {config.num_heads} heads can't be shared evenly; choose a divisor of them")
     for name, shape in shapes.items():
-        require_divisible(name, shape, tensor_ranks, _kind(name, config))
+        require_divisible(name, shape, tensor_ranks, _sharing(name, config))
     stored = weights.describe()
     keys = neox_keys(config, tensor_ranks)
     with new_folder(folder, lambda there: (there / MARK).is_file()) as new:
@@ -78,17 +79,15 @@ def _write_layer(
 
     def part(theirs: str) -> Tensor:
         name = names[theirs]
-        return split(weights.read(name).to(dtypes[theirs]), ranks, _kind(name, config), name)[rank]
+        return split(weights.read(name).to(dtypes[theirs]), ranks, _sharing(name, config), name)[rank]
 
     stored = weights.describe()
-    shapes = {
-        theirs: (part_shape(stored[name].shape, ranks, _kind(name, config)), dtypes[theirs]) for theirs, name in names.items()
-    }
-    write_streaming(path, shapes, part)
+    parts = {theirs: part_shape(stored[name].shape, ranks, _sharing(name, config)) for theirs, name in names.items()}
+    write_streaming(path, {theirs: (shape, dtypes[theirs]) for theirs, shape in parts.items()}, part)
 
 
-def _kind(name: str, config: ModelConfig) -> Kind:
-    return kind_of(name, biases_added=config.residual == "parallel")
+def _sharing(name: str, config: ModelConfig) -> Sharing:
+    return sharing_of(name, biases_added=config.residual == "parallel")
 
 
 def _files(config: ModelConfig) -> Iterator[tuple[int, dict[str, str]]]:

@@ -19,10 +19,11 @@ from torch import Tensor
 from megarewarm.checkpoint.foreign.huggingface_keys import KEYS, ROPE_KEYS
 from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, fill, make_model_config, unreadable
+from megarewarm.checkpoint.weights import Description, expected_shapes, fill, make_model_config, unreadable
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
+from megarewarm.model.parameters import HEAD
 from megarewarm.untrusted import is_name
 
 PREFIX = "gpt_neox."
@@ -203,18 +204,13 @@ def load_weights(folder: str | Path, model: NeoX) -> None:
     Rows of a padded vocabulary become zero. Otherwise as ``weights.fill``.
     """
     parameters = dict(model.named_parameters())
-    vocabulary = model.config.vocab_size
-    shapes = {
-        name: (vocabulary, *parameter.shape[1:]) if name in (EMBEDDING, HEAD) else tuple(parameter.shape)
-        for name, parameter in parameters.items()
-    }
 
     def take(name: str, tensor: Tensor) -> None:
         parameters[name][: len(tensor)].copy_(tensor)
         parameters[name][len(tensor) :].zero_()
 
     with torch.no_grad():
-        fill(HuggingFaceWeights(folder), shapes, take)
+        fill(HuggingFaceWeights(folder), expected_shapes(model.config), take)
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from megarewarm.checkpoint.foreign.megatron_keys import KEYS
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
-from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, make_model_config
+from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
+from megarewarm.checkpoint.weights import Description, make_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import EMBEDDING, HEAD, kind_of
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -220,7 +221,7 @@ class MegatronFolder:
             raise UserError(f"{self.where}: untie_embeddings_and_output_weights is True, yet output_layer.weight is not there")
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        return whole_shape(self._headers[name][0], len(self._parts[name]), kind_of(name, biases_added=False))
+        return whole_shape(self._headers[name][0], len(self._parts[name]), sharing_of(name, biases_added=False))
 
     def describe(self) -> Mapping[str, Description]:
         return {
@@ -234,8 +235,8 @@ class MegatronFolder:
             value = read_pickle(file)
             for key in keys:
                 value = value[key]
-            parts.append(self._heads_in_order(value) if "query_key_value" in name else value)
-        return merge(parts, kind_of(name, biases_added=False))
+            parts.append(self._heads_in_order(value) if kind_of(name).by_head else value)
+        return merge(parts, sharing_of(name, biases_added=False))
 
     def _heads_in_order(self, part: Tensor) -> Tensor:
         """QKV rows as [head][q, k, v][channel], which older versions stored in other orders."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import require_agreement
-from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge, whole_shape
-from megarewarm.checkpoint.weights import EMBEDDING, HEAD, Description, check, expected_shapes, make_model_config
+from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
+from megarewarm.checkpoint.weights import Description, check, expected_shapes, make_model_config
 from megarewarm.config.neox_function import another_function
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import EMBEDDING, HEAD
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -205,7 +206,7 @@ class NeoXFolder:
             )
         self.parallel_residual = bool(settings.get("gpt_j_residual", not settings))
         tanh = bool(settings.get("bias_gelu_fusion", not settings))
-        kind = kind_of("embed_in.weight", biases_added=False)
+        kind = sharing_of(EMBEDDING, biases_added=False)
         rows = whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, kind)[0]
         up = whole_shape(self._headers["layers.0.mlp.dense_h_to_4h.weight"][0], self.tensor_ranks, kind)[0]
         notes.append(f"{'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion" if settings else "tanh GELU")
@@ -269,7 +270,7 @@ class NeoXFolder:
         found = {}
         for name, (shape, dtype) in self._headers.items():
             file, key = self._parts[name][0]
-            kind = kind_of(name, biases_added=self.parallel_residual)
+            kind = sharing_of(name, biases_added=self.parallel_residual)
             found[name] = Description(whole_shape(shape, len(self._parts[name]), kind), dtype, f"{key} in {file.name}")
         return found
 
@@ -278,7 +279,7 @@ class NeoXFolder:
         for path, key in self._parts[name]:
             loaded = read_pickle(path)
             parts.append((loaded if self._layer_files else loaded["module"])[key])
-        return merge(parts, kind_of(name, biases_added=self.parallel_residual))
+        return merge(parts, sharing_of(name, biases_added=self.parallel_residual))
 
 
 def _is_first(key: str) -> bool:

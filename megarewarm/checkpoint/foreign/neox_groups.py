@@ -8,20 +8,18 @@ before it, as many as its state has values for. Embeddings that are tied come fi
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, our_name
-from megarewarm.checkpoint.weights import EMBEDDING
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import EMBEDDING, cards, kind_of
 
 Member = tuple[str, tuple[int, ...], int]
 """A parameter's name here, the shape of the tensor rank's part, and the padding that follows it in the flat tensor."""
 
-_NOT_DECAYED = re.compile(r"(\.bias|layernorm\.weight|layer_norm\.weight)$")
 _MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_groups", "fp32_groups_flat", "fp32_groups")
 
 
@@ -85,10 +83,10 @@ def groups_by_stage(states: Mapping[int, Sequence[Mapping[str, Any]]], folder: N
 def _modules(folder: NeoXFolder, tensor_rank: int) -> list[list[Member]]:
     """The parameters by module of GPT-NeoX's sequence: embedding, each layer, the last norm, the head."""
     modules: dict[str, list[Member]] = {}
+    every = cards(folder.model_config)
     for name in folder.names(tensor_rank):
-        module = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
-        modules.setdefault(module, []).append((name, folder.part_shape(name), 0))
-    order = ["embed_in", *(f"layers.{i}" for i in range(folder.layers)), "final_layer_norm", "embed_out"]
+        modules.setdefault(every[name].group, []).append((name, folder.part_shape(name), 0))
+    order = dict.fromkeys(card.group for card in every.values())
     return [modules[module] for module in order if module in modules]
 
 
@@ -126,7 +124,7 @@ def _divided(members: list[Member], groups: int) -> list[list[Member]]:
     """Without weight decay GPT-NeoX makes one group; groups that are empty on a rank are left out."""
     if groups == 1:
         return [members]
-    parts = [[m for m in members if not _NOT_DECAYED.search(m[0])], [m for m in members if _NOT_DECAYED.search(m[0])]]
+    parts = [[m for m in members if kind_of(m[0]).decays is decays] for decays in (True, False)]
     return [part for part in parts if part]
 
 

@@ -28,7 +28,7 @@ from megarewarm.checkpoint.foreign.neox_groups import (
     steps_of,
 )
 from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
-from megarewarm.checkpoint.foreign.tensor_parts import kind_of, merge
+from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of
 from megarewarm.errors import UserError
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -94,7 +94,7 @@ class NeoXOptimizer:
         """A moment or the master of parameter ``name``, whole, fp32."""
         by_rank = self._where[name]
         parts = [self._part(what, by_rank[rank]) for rank in sorted(by_rank)]
-        kind = kind_of(name, biases_added=what == "master" and self._folder.parallel_residual)
+        kind = sharing_of(name, biases_added=what == "master" and self._folder.parallel_residual)
         return merge(parts, kind)
 
     # ---- files -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-_TENSORS = ("embed_in.weight", "embed_out.weight")
+from megarewarm.model.parameters import EMBEDDING, HEAD
+
 _MOST_RANKS = 1024  # that the layout is thought to have had
 
 
@@ -76,7 +77,7 @@ def mend(metadata: Metadata) -> Misplaced | None:
     """Write the true places into ``metadata``, and say which rows were misplaced; None where none were."""
     found: Misplaced | None = None
     for name, entry in metadata.state_dict_metadata.items():
-        if not name.endswith(_TENSORS) or not isinstance(entry, TensorStorageMetadata) or len(entry.size) != 2:
+        if not name.endswith((EMBEDDING, HEAD)) or not isinstance(entry, TensorStorageMetadata) or len(entry.size) != 2:
             continue
         chunks = sorted(entry.chunks, key=lambda chunk: chunk.offsets)
         if any(chunk.sizes[1] != entry.size[1] for chunk in chunks):
