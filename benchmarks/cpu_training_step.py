@@ -33,10 +33,10 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     import torch
 
     from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
+    from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
-    from megarewarm.training.optimizer import AdamW
 
     model = ParallelModel(
         model_config(arguments),

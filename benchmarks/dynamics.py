@@ -31,11 +31,11 @@ def sides(arguments: argparse.Namespace, device: Any) -> dict[str, Callable[[], 
 
     from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
     from megarewarm.config.schema import ModelConfig
+    from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
     from megarewarm.training.dynamics import measure
-    from megarewarm.training.optimizer import AdamW
     from megarewarm.training.start_weights import copy_weights
 
     torch.set_num_threads(arguments.threads)

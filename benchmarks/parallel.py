@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.parameters import cards
+from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.pipeline import Order, Pipeline, my_stages, rank_of, stages_per_rank
 from megarewarm.parallel.planning import Work, parts, traffic_of
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training.optimizer import AdamW
 
 # ---- overhead -----------------------------------------------------------------------------------------------------------
 

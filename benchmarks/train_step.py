@@ -68,10 +68,10 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
 
     from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
     from megarewarm.model.operations import choose_operations, choose_optimizer
+    from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import DTYPES, ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
-    from megarewarm.training.optimizer import AdamW
 
     device, config, kernels = torch.device(arguments.device), shape(arguments), KernelsConfig(use=use)
     precision = "bf16"

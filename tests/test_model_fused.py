@@ -22,10 +22,10 @@ from megarewarm.model.fused import FusedLayer, FusedMLP, Operations, fuse
 from megarewarm.model.neox import NeoX
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.parameters import cards
+from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.recompute import recompute
-from megarewarm.training.optimizer import AdamW
 from megarewarm.training.trainer import train
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -202,7 +202,7 @@ def test_apex_is_used_where_it_is_really_there(monkeypatch: pytest.MonkeyPatch) 
     results = []
     for kind in ("torch", "triton", "apex"):
         if kind == "apex":
-            monkeypatch.setattr("megarewarm.training.optimizer.fused_adam", lambda: FusedAdam)
+            monkeypatch.setattr("megarewarm.optimizers.adamw.fused_adam", lambda: FusedAdam)
         torch.manual_seed(0)
         every = cards(ModelConfig(num_layers=1, hidden_size=4, num_heads=1, vocab_size=5, rotary_fraction=0.5))
         parameters = {"embed_in.weight": nn.Parameter(torch.randn(5, 3)), "final_layer_norm.bias": nn.Parameter(torch.randn(5))}
@@ -215,7 +215,7 @@ def test_apex_is_used_where_it_is_really_there(monkeypatch: pytest.MonkeyPatch) 
         gradients = OwnGradients(parameters)
         optimizer.step(1e-2, gradients, 0.5)
         assert optimizer.completed_steps == 11 and optimizer.kind == kind
-        results.append([*parameters.values(), *optimizer.moments().values()])
+        results.append([*parameters.values(), *optimizer.state().values()])
     for one, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(one, other)

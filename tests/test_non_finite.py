@@ -21,6 +21,7 @@ from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.parameters import cards
+from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.page import report
 from megarewarm.report.read import read_run
@@ -28,7 +29,6 @@ from megarewarm.report.table import summary_table
 from megarewarm.report.watch import Watch
 from megarewarm.report.watch_frame import frame
 from megarewarm.training import interpolation, trainer
-from megarewarm.training.optimizer import AdamW
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

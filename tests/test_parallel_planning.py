@@ -78,7 +78,7 @@ def _measured_memory(run: Run) -> dict[str, float]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = run.model._modules[0](rows[:, :-1])
     held[hidden.untyped_storage().data_ptr()] = hidden.nbytes
-    moments = run.optimizer.moments().values()
+    moments = run.optimizer.state().values()
     return {
         "weights": sum(p.nbytes for p in run.model.parameters.values()),
         "gradients": gradients,

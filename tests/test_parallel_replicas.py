@@ -64,7 +64,7 @@ def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any
     def step(run: Any, lr: float) -> Any:
         result = original(run, lr)
         if run.step == 11 and ranks.rank == flipped:
-            held = run.model.parameters[name].data if moment is None else run.optimizer.moments()[moment, name]
+            held = run.model.parameters[name].data if moment is None else run.optimizer.state()[moment, name]
             held.view(-1).view(torch.int32)[3] ^= 1 << 20
         return result
 

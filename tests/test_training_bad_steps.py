@@ -111,12 +111,12 @@ def test_weights_that_are_left_out_are_those_of_a_run_without_the_step(tmp_path:
         if run.step != 6:
             return original(run, lr)
         before = {name: tensor.detach().clone() for name, tensor in run.model.parameters.items()}
-        moments = {key: tensor.clone() for key, tensor in run.optimizer.moments().items()}
+        moments = {key: tensor.clone() for key, tensor in run.optimizer.state().items()}
         result = original(run, lr)
         for name, tensor in before.items():
             run.model.parameters[name].data.copy_(tensor)
         for key, tensor in moments.items():
-            run.optimizer.moments()[key].copy_(tensor)
+            run.optimizer.state()[key].copy_(tensor)
         run.optimizer.set_completed_steps(6)
         return result
 

@@ -14,10 +14,10 @@ from tiny import config, events, quiet
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, cards
+from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import dynamics, trainer
 from megarewarm.training.dynamics import dynamics_steps, measure
-from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
@@ -49,7 +49,7 @@ def test_numbers_are_those_of_the_weights(
         before, lr = weights_of(run), run.plan.lr(step)
         training_step(run, lr)
         run.step = step
-        after, moments = weights_of(run), run.optimizer.moments()
+        after, moments = weights_of(run), run.optimizer.state()
         found = measure(run.model, run.optimizer, run.start_weights)
         assert list(found) == GROUPS
         for group, numbers in found.items():
@@ -75,11 +75,10 @@ def test_moments_of_tiny_gradients_are_no_zeros() -> None:
     weights = torch.nn.Parameter(torch.ones(1000))
     every = cards(ModelConfig(num_layers=1, hidden_size=4, num_heads=1, vocab_size=5, rotary_fraction=0.5))
     optimizer = AdamW({EMBEDDING: weights}, every, OptimizerConfig())
-    moments = optimizer.moments()
+    moments = optimizer.state()
     moments["exp_avg_sq", EMBEDDING].fill_(1e-24)
     optimizer.set_completed_steps(5)
-    first, second = (moments[moment, EMBEDDING] for moment in ("exp_avg", "exp_avg_sq"))
-    sums = dynamics._sums(weights.detach(), first, second, None, optimizer, EMBEDDING)
+    sums = optimizer.sums(EMBEDDING, weights.detach(), {what: tensor for (what, _), tensor in moments.items()}, None)
     assert float(sums[4].sqrt()) == pytest.approx(1e-24 * 1000**0.5, rel=1e-6)
 
 

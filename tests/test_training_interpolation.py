@@ -23,9 +23,9 @@ from megarewarm.config.execution import OptimizerConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import cards
+from megarewarm.optimizers.adamw import AdamW, rate_factor
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import interpolation, trainer
-from megarewarm.training.optimizer import AdamW, rate_factor
 from megarewarm.training.run import Run
 from megarewarm.training.trainer import train
 

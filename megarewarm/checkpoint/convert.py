@@ -21,6 +21,8 @@ from megarewarm.checkpoint.vocabulary import resize
 from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.optimizer_state import state_bytes
+from megarewarm.model.size import count_parameters
 
 Form = Literal["hf", "neox", "megarewarm"]
 Advance = Callable[[int], None]
@@ -59,7 +61,7 @@ def bytes_to_read(source: OpenedCheckpoint, wish: Wish) -> int:
     """What ``convert`` will read and report."""
     size = sum(item.nbytes for item in _weights_for(source, wish).describe().values())
     if wish.form == "megarewarm" and source.training is not None:
-        return size + 2 * sum(item.numel * 4 for item in source.stored.describe().values())
+        return size + round(state_bytes(source.training.optimizer, source.model_config) * count_parameters(source.model_config))
     return size * (wish.tensor_ranks if wish.form == "neox" else 1)
 
 

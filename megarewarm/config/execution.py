@@ -11,10 +11,18 @@ from megarewarm.config.section import Positive, Section, Seed
 
 
 class OptimizerConfig(Section):
-    """AdamW. Norms and biases are not decayed; embeddings and the head are (as GPT-NeoX)."""
+    """The update. Norms and biases are not decayed; embeddings and the head are (as GPT-NeoX)."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, or muon: the layers' matrices move along their orthogonalised momentum (arXiv 2502.16982), the "
+        "rest by AdamW, at the same rates. Training on with another optimizer than before costs quality (arXiv 2605.10468, "
+        "2605.06654).",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the root of the second moment.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Decay rate of Muon's momentum. Of kind muon only.")
+    orthogonal_steps: Positive = Field(5, description="Newton-Schulz steps that orthogonalise it. Of kind muon only.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
     layer_decay: float = Field(
         1.0,
@@ -29,6 +37,8 @@ class OptimizerConfig(Section):
     def _check(self) -> OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
+        if self.kind != "muon" and (self.momentum, self.orthogonal_steps) != (0.95, 5):
+            raise ValueError("momentum and orthogonal_steps are of kind 'muon'; set optimizer.kind, or remove them")
         return self
 
 

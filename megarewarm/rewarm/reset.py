@@ -14,6 +14,7 @@ from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource
 from megarewarm.config.schema import Intent, StartConfig
 from megarewarm.errors import UserError
+from megarewarm.model.optimizer_state import state_kinds
 from megarewarm.schedules.schedule import Schedule
 
 
@@ -146,7 +147,7 @@ def table(
     nothing = "-" if source is None else "not stored"
     had = {
         "weights": f"{source.name} ({source.format})" if source else "-",
-        "moments": f"exp_avg, exp_avg_sq after {old.optimizer_step:,} steps" if old else nothing,
+        "moments": f"{state_kinds(old.optimizer)} after {old.optimizer_step:,} steps" if old else nothing,
         "optimizer_step": f"{old.optimizer_step:,}" if old else nothing,
         "schedule": f"{old.schedule['curve']} at {old.schedule_position:,}, last lr {old.last_lr:.4g}" if old else nothing,
         "iteration": f"{old.step:,}" if old else nothing,
@@ -154,7 +155,7 @@ def table(
         "rng": "state" if source is not None and "rng" in source.keeps else nothing,
         "loss_scale": (f"{old.loss_scale['scale']:g}" if old.loss_scale else "none") if old else nothing,
     }
-    moments = {"keep": "both kept", "reset": "zero", "keep_second": "exp_avg zero, exp_avg_sq kept"}
+    moments = {"keep": "kept", "reset": "zero", "keep_second": "exp_avg_sq kept, others zero"}
     has = {
         "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
         "moments": moments[policy.moments],

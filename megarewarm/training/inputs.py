@@ -26,7 +26,7 @@ from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.bad_steps import check_roll_back
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.metrics import check_loggers
-from megarewarm.training.plan import Plan, settle_model
+from megarewarm.training.plan import Plan, differing_choices, other_optimizer, settle_model
 from megarewarm.training.run_data import open_data
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.saving import check_saving
@@ -84,7 +84,8 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     if not isinstance(plan.source, NotOpened):  # what isn't written yet is checked when it is
         _check_weights(plan)
         teacher = _teacher(plan) if config.distill is not None else None
-    notes = [*left_out, *fit, *texts.notes, *remarks, *about]
+    choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
+    notes = [*(plan.source.notes if plan.source else []), *choices, *left_out, *fit, *texts.notes, *remarks, *about]
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 

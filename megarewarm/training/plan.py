@@ -125,6 +125,30 @@ def differing_choices(config: RunConfig, source: CheckpointSource | None) -> lis
     ]
 
 
+def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[str]:
+    """A note where the checkpoint was, or may have been, trained with another optimizer than this run's."""
+    kind = config.optimizer.kind
+    if source is None or (source.training is None and kind == "adamw"):
+        return []
+    before = source.training.optimizer if source.training is not None else None
+    if before == kind:
+        return []
+    said = f"{source.name} was trained with {before}" if before else f"if {source.name} was trained with Adam"
+    return [
+        f"optimizer.kind: {kind}; {said}{'' if before else ', as Pythia and most models were'}: another optimizer than before "
+        f"costs quality and forgets more (arXiv 2605.10468, 2605.06654)"
+    ]
+
+
+def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
+    """Raise ``UserError`` where moments of another optimizer are to be kept."""
+    if policy.moments != "reset" and training is not None and training.optimizer != config.optimizer.kind:
+        raise UserError(
+            f"start.moments: '{policy.moments}' can't be honoured, the checkpoint's are those of {training.optimizer} and "
+            f"optimizer.kind is {config.optimizer.kind}; set start.moments to 'reset' (intent 'rewarm' does so)"
+        )
+
+
 def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
     """The plan of ``config``: the run's own newest checkpoint if there is one, else what ``start`` names.
 
@@ -141,6 +165,7 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_t
     policy = resolve(config.start, source)
     config = settle_model(config, source)
     training = source.training if source is not None else None
+    _require_same_optimizer(config, policy, training)
     origin = start_position(policy, training)
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":

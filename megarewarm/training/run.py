@@ -20,13 +20,13 @@ from megarewarm.data.prefetch import Prefetch
 from megarewarm.data.validation import ValidationWindows
 from megarewarm.model.fused import Operations
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
+from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import Row
-from megarewarm.training.optimizer import AdamW
 from megarewarm.training.plan import Plan
 from megarewarm.training.run_data import data_seen
 from megarewarm.training.spikes import SpikeDetector
@@ -54,7 +54,7 @@ class Run:
     ranks: Ranks
     mesh: Mesh
     model: ParallelModel
-    optimizer: AdamW
+    optimizer: Optimizer
     data: TrainingBatches
     batches: Prefetch[Batch]
     validation: list[ValidationWindows | MovingWindows]
@@ -86,7 +86,7 @@ class Run:
 
     def is_finite(self) -> bool:
         """Whether all weights and moments are, on every rank. All ranks call it."""
-        held = (*self.model.parameters.values(), *self.optimizer.moments().values())
+        held = (*self.model.parameters.values(), *self.optimizer.state().values())
         wrong = not all(bool(torch.isfinite(values).all()) for values in held)
         return sum(all_reduce_sums([wrong])) == 0
 
@@ -141,6 +141,7 @@ class Run:
             ),
             interim=interim,
             step_tokens=plan.tokens(self.step),
+            optimizer=plan.config.optimizer.kind,
         )
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
@@ -182,9 +183,9 @@ class Run:
         }
 
 
-def moment_tensors(model: ParallelModel, optimizer: AdamW) -> Tensors:
-    """Adam's moments under the names they have in a checkpoint; writing to them changes the optimizer's state."""
-    return {f"optimizer.{moment}.{name}": model.whole(name, tensor) for (moment, name), tensor in optimizer.moments().items()}
+def moment_tensors(model: ParallelModel, optimizer: Optimizer) -> Tensors:
+    """What the optimizer keeps, under the names they have in a checkpoint; writing to them changes the optimizer's state."""
+    return {f"optimizer.{what}.{name}": model.whole(name, tensor) for (what, name), tensor in optimizer.state().items()}
 
 
 def take_back(run: Run, source: OwnCheckpoint) -> None:

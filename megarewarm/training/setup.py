@@ -13,6 +13,7 @@ from megarewarm.data.batches import TrainingBatches
 from megarewarm.data.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
+from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import DTYPES, ParallelModel
@@ -21,8 +22,7 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import table
 from megarewarm.training.inputs import open_inputs
-from megarewarm.training.optimizer import AdamW
-from megarewarm.training.plan import Plan, differing_choices, settle_model
+from megarewarm.training.plan import Plan, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start
@@ -66,7 +66,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         taught = settle_model(config, inputs.teacher).model
         assert taught is not None
         model.teacher = Teacher(config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[precision])
-    optimizer = AdamW(model.parameters, model.cards, config.optimizer, inputs.optimizer)
+    optimizer = make_optimizer(model, config.optimizer, inputs.optimizer)
     _apply(plan, model, optimizer)
 
     watched = config.reliability
@@ -96,12 +96,8 @@ def build(plan: Plan, ranks: Ranks) -> Run:
             scaler.scale if scaler is not None else None,
         ),
         operations=inputs.operations,
-        notes=[
-            *(plan.source.notes if plan.source else []),
-            *differing_choices(config, plan.source),
-            *inputs.notes,
-            *lost,
-        ],
+        # loading may have added to the source's
+        notes=list(dict.fromkeys([*inputs.notes, *(plan.source.notes if plan.source else []), *lost])),
         history=plan.history,
         texts=inputs.texts,
         step=plan.position.step,
@@ -145,11 +141,9 @@ def _choose_algorithms(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def _apply(plan: Plan, model: ParallelModel, optimizer: AdamW) -> None:
+def _apply(plan: Plan, model: ParallelModel, optimizer: Optimizer) -> None:
     """The reset table, last: what is kept is loaded, what is not is zero."""
-    wanted = {"keep": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg_sq",), "reset": ()}[plan.policy.moments]
-    kept = {name: t for name, t in moment_tensors(model, optimizer).items() if name.split(".")[1] in wanted}
-    tensors = dict(kept)
+    tensors = {name: t for name, t in moment_tensors(model, optimizer).items() if _is_kept(plan, name.split(".")[1])}
     rng = torch.get_rng_state()
     if plan.policy.rng == "keep":
         tensors[RNG] = rng
@@ -162,18 +156,22 @@ def _apply(plan: Plan, model: ParallelModel, optimizer: AdamW) -> None:
     optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
 
 
+def _is_kept(plan: Plan, state: str) -> bool:
+    return plan.policy.moments == "keep" or (plan.policy.moments == "keep_second" and state == "exp_avg_sq")
+
+
 def _assert_applied(run: Run) -> None:
     """The run stands where the table says, seen from the objects that will be used, not from the plan."""
     plan = run.plan
     first_lr = plan.schedule.lr(plan.position.schedule)
-    moments = run.optimizer.moments()
-    zero = {"reset": ("exp_avg", "exp_avg_sq"), "keep_second": ("exp_avg",), "keep": ()}[plan.policy.moments]
     checks = {
         "every parameter group has the schedule's first learning rate": np.allclose(
             run.optimizer.lrs, first_lr, rtol=1e-9, atol=0
         ),
         "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
-        "reset moments are zero": not any(bool(t.any()) for (moment, _), t in moments.items() if moment in zero),
+        "reset moments are zero": not any(
+            bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
+        ),
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),
     }

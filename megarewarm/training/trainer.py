@@ -245,7 +245,7 @@ def _compare_replicas(run: Run, metrics: Metrics) -> None:
     if run.plan.config.reliability.check_replicas is None:
         return
     try:
-        check_replicas(run.model, run.optimizer.moments())
+        check_replicas(run.model, run.optimizer.state())
     except ReplicasDiffer as error:
         metrics.event("alarm", step=run.step, kind="replicas", message=str(error))
         metrics.event("stop", step=run.step, reason="replicas differ")

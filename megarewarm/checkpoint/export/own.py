@@ -19,6 +19,8 @@ from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.optimizer_state import states_of
+from megarewarm.model.parameters import cards
 
 _RNG = "rng.cpu"
 
@@ -57,8 +59,8 @@ def export_own(
     check(weights, shapes)
     names = {f"model.{name}": shape for name, shape in shapes.items()}
     if training is not None:
-        for moment in ("exp_avg", "exp_avg_sq"):
-            names |= {f"optimizer.{moment}.{name}": shape for name, shape in shapes.items()}
+        for name, card in cards(config).items():
+            names |= {f"optimizer.{what}.{name}": card.shape for what in states_of(training.optimizer, card)}
     described: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
     if "rng" in source.keeps:
         described[_RNG] = torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")

@@ -43,7 +43,8 @@ class TrainingState(BaseModel):
     resumed run continues all three. ``measured``: validation losses of this very step. ``recent``: what the judgement of the
     next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
     of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
-    counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded.
+    counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded. ``optimizer``: the
+    kind whose state is kept.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -69,6 +70,7 @@ class TrainingState(BaseModel):
     keeps: frozenset[str] | None = None
     interim: bool = False
     step_tokens: int | None = None
+    optimizer: str = "adamw"
 
     @property
     def tokens_counted(self) -> int | None:

@@ -5,8 +5,9 @@ The update is PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from megarewarm_kernels import AdamWTensors
@@ -15,11 +16,20 @@ from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.model.parameters import Card
+from megarewarm.optimizers.gradients import Scaled
+from megarewarm.optimizers.sums import SUMS, norms, slices
 
+_LIFT = 2.0**40  # the squares of second moments as they are would be no fp32 numbers
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = 2**24
 """torch's fused AdamW counts in fp32, where the next whole number is 2 away from here on. The count is kept beside it, and
 given to it rounded: what it takes for the count is off by 2^-24 of it at most."""
+
+
+def rate_factors(cards: Mapping[str, Card], layer_decay: float) -> dict[str, float]:
+    """``rate_factor`` of every parameter of a model."""
+    layers = 1 + max((card.layer for card in cards.values() if card.layer is not None), default=-1)
+    return {name: rate_factor(card, layers, layer_decay) for name, card in cards.items()}
 
 
 def rate_factor(card: Card, num_layers: int, layer_decay: float) -> float:
@@ -30,12 +40,6 @@ def rate_factor(card: Card, num_layers: int, layer_decay: float) -> float:
     if card.layer is not None:
         return float(layer_decay ** (num_layers - card.layer))
     return float(layer_decay ** (num_layers + 1)) if card.role == "embedding" else 1.0
-
-
-class Scaled(Protocol):
-    """Gradients that can be multiplied by a number."""
-
-    def scale_(self, factor: float) -> None: ...
 
 
 class AdamW:
@@ -53,8 +57,8 @@ class AdamW:
         NVIDIA's FusedAdam, which must be there."""
         self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
-        layers = 1 + max((card.layer for card in cards.values() if card.layer is not None), default=-1)
-        factors = {name: rate_factor(cards[name], layers, config.layer_decay) for name in parameters}
+        every = rate_factors(cards, config.layer_decay)
+        factors = {name: every[name] for name in parameters}
         kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
         for name, parameter in sorted(parameters.items(), key=lambda item: not cards[item[0]].decays):
             kinds.setdefault((cards[name].decays, factors[name]), []).append(parameter)
@@ -114,17 +118,12 @@ class AdamW:
         for group in self.torch.param_groups:
             group["lr"] = lr * group["factor"]
 
-    def settings(self, name: str) -> tuple[float, float]:
-        """The learning rate and the weight decay that hold for parameter ``name`` now."""
-        group = self._groups[name]
-        return group["lr"], group["weight_decay"]
-
     @property
     def lrs(self) -> list[float]:
         """The learning rate in each group, its factor taken out."""
         return [group["lr"] / group["factor"] for group in self.torch.param_groups]
 
-    def moments(self) -> dict[tuple[str, str], Tensor]:
+    def state(self) -> dict[tuple[str, str], Tensor]:
         """The moments by (moment, parameter's name); writing to them changes the state."""
         return {
             (moment, name): self.torch.state[parameter][moment] for parameter, name in self.names.items() for moment in MOMENTS
@@ -146,3 +145,29 @@ class AdamW:
             return
         for parameter, state in self.torch.state.items():
             state["step"] = torch.full((), float(steps), dtype=torch.float32, device=parameter.device)
+
+    def sums(self, name: str, weights: Tensor, state: Mapping[str, Tensor], start: Tensor | None) -> Tensor:
+        """As ``Optimizer.sums``. Moments and weights after a step say what it did: with a = lr m / (sqrt(v) + eps), the moments
+        corrected for their bias, w' = (1 - lr d) w - a (Loshchilov & Hutter 2019), so w' - w = -(lr d w' + a) / (1 - lr d)."""
+        lr, decay = self._groups[name]["lr"], self._groups[name]["weight_decay"]
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = self.config.betas
+        steps, eps = self.completed_steps, self.config.eps
+        mean, root = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
+        # lr / (sqrt(v) / root + eps) = lr root q, q = 1 / (sqrt(v) + root eps); the factors that all values share come last
+        factors = [1.0, lr * root / (mean * (1 - lr * decay)), 1.0, 1 / _LIFT, 1.0]
+        total = weights.new_zeros(SUMS - 1, dtype=torch.float64)
+        for begin, end, row in slices(weights):
+            w, m, v = (values[begin:end].view(-1, row) for values in (weights, first, second))
+            q = v.sqrt().add_(root * eps).reciprocal_()
+            rates = q.sum(1)
+            change = q.mul_(m).add_(w, alpha=decay * mean / root)
+            lengths = [norms(w), norms(change), norms(m), norms(torch.mul(v, _LIFT, out=change))]
+            if start is not None:
+                lengths.append(norms(torch.sub(w, start[begin:end].view(-1, row).to(w.device), out=change)))
+            else:
+                lengths.append(torch.zeros_like(lengths[0]))
+            squares = torch.stack(lengths).double().square_().sum(1)
+            total += torch.cat([squares, rates.sum(dtype=torch.float64).view(1)])
+        scale = torch.tensor([*(factor**2 for factor in factors), lr * root], dtype=torch.float64, device=total.device)
+        return torch.cat([total.new_full((1,), weights.numel()), total * scale])

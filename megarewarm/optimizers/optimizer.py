@@ -1,0 +1,58 @@
+"""What training asks of an optimizer, and the one place that makes the one that ``optimizer.kind`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from megarewarm.config.execution import OptimizerConfig
+from megarewarm.optimizers.adamw import AdamW
+from megarewarm.optimizers.gradients import Scaled
+from megarewarm.optimizers.muon import Muon
+from megarewarm.parallel.engine import ParallelModel
+
+
+class Optimizer(Protocol):
+    """The parameters of a model and what is kept of each. All ranks call every method alike."""
+
+    kind: str
+    """What carries out the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
+
+    def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
+        """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
+        that takes a pass of its own. Gradients are undefined afterwards."""
+
+    def set_lr(self, lr: float) -> None:
+        """Write ``lr`` where the next step would read it."""
+
+    @property
+    def lrs(self) -> list[float]:
+        """The learning rates that stand there, layer-wise factors taken out."""
+
+    def state(self) -> dict[tuple[str, str], Tensor]:
+        """Tensors of the parameters' shapes by (what, parameter's name), see ``states_of``; writing to them changes it."""
+
+    @property
+    def completed_steps(self) -> int:
+        """Steps whose gradients are in the state; sets the bias correction."""
+
+    def set_completed_steps(self, steps: int) -> None:
+        """Set it for every parameter."""
+
+    def sums(self, name: str, weights: Tensor, state: Mapping[str, Tensor], start: Tensor | None) -> Tensor:
+        """Sums over the values of one parameter after a step, (7,) fp64: their number; squares of weights, of the change, of
+        first and second moments, and of the distance from ``start``; effective learning rates. All tensors are flat, parts of
+        those here that this rank counts; ``state`` by what it is."""
+
+
+_MAKERS: dict[str, Callable[[ParallelModel, OptimizerConfig, str], Optimizer]] = {
+    "adamw": lambda model, config, kind: AdamW(model.parameters, model.cards, config, kind),
+    "muon": Muon,
+}
+
+
+def make_optimizer(model: ParallelModel, config: OptimizerConfig, kind: str = "torch") -> Optimizer:
+    """The optimizer that ``config`` names over all parameters of ``model``. ``kind``: see ``Optimizer.kind``."""
+    return _MAKERS[config.kind](model, config, kind)
