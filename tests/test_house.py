@@ -10,29 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {
-    "megarewarm.untrusted": 0,
-    "megarewarm.errors": 0,
-    "megarewarm.process": 0,
-    "megarewarm.console": 0,
-    "megarewarm.file_lock": 0,
-    "megarewarm.arguments": 1,
-    "megarewarm.config": 0,
-    "megarewarm.report": 0,
-    "megarewarm_kernels": 0,
-    "megarewarm.model": 1,
-    "megarewarm.data": 1,
-    "megarewarm.schedules": 1,
-    "megarewarm.laws": 2,
-    "megarewarm.parallel": 2,
-    "megarewarm.checkpoint": 3,
-    "megarewarm.rewarm": 4,
-    "megarewarm.training": 5,
-    "megarewarm.lab": 6,
-    "tools": 7,
-    "megarewarm.main": 6,
-}
-FOR_ALL = ("megarewarm.errors", "megarewarm.untrusted", "megarewarm.process", "megarewarm.console", "megarewarm.file_lock")
+
+
+def _table() -> tuple[dict[str, int], tuple[str, ...]]:
+    """(the floor of each room, the modules that every room may import), from the table in docs/architecture.md."""
+    floors: dict[str, int] = {}
+    for row in re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE):
+        for path in re.findall(r"`([^`]+)`", row[1]):
+            floors[path.removeprefix("kernels/").removesuffix("/").removesuffix(".py").replace("/", ".")] = int(row[0])
+    single = {name for name, floor in floors.items() if floor == 0 and (ROOT / f"{name.replace('.', '/')}.py").is_file()}
+    return floors, tuple(sorted(single))
+
+
+FLOORS, FOR_ALL = _table()
 SOURCES = sorted(
     path
     for folder in ("megarewarm", "kernels", "tools")
@@ -77,6 +67,11 @@ def test_imports_go_down_the_floors(path: Path) -> None:
             continue
         allowed = FLOORS[there] < FLOORS[here] or there in FOR_ALL
         assert allowed, f"{path}:{line}: {here} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[there]})"
+
+
+def test_the_table_names_rooms_that_there_are() -> None:
+    there = {room(module_of(path)) for path in SOURCES} | {"launch.sh"}
+    assert set(FLOORS) == there
 
 
 def test_kernels_stand_alone_and_report_knows_no_training() -> None:
