@@ -42,7 +42,6 @@ class Prospect:
 
     arm: Arm
     state: State
-    steps_done: int
     tokens: int
     flops: float
     disk: float
@@ -85,7 +84,6 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
             Prospect(
                 arm=arm,
                 state=state,
-                steps_done=done,
                 tokens=(total - done) * config.tokens_per_step,
                 flops=(total - done) * config.tokens_per_step * per_token,
                 disk=_STATE_BYTES * count_parameters(plan.model) * (config.checkpoint.keep_last + _extra(arm)),

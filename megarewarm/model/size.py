@@ -32,11 +32,6 @@ def count_parameters(model: ModelConfig) -> int:
     return embeddings + model.num_layers * layer + 2 * h
 
 
-def count_non_embedding(model: ModelConfig) -> int:
-    """Parameters without embedding and head matrices, the N of most scaling laws."""
-    return count_parameters(model) - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-
-
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token: 6 per matrix weight, and causal attention.
 

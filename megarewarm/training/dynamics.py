@@ -16,7 +16,6 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import ROW
-from megarewarm.training.metrics import Metrics
 from megarewarm.training.optimizer import AdamW
 
 ALL = "all"
@@ -116,10 +115,3 @@ def _slices(count: int, size: int) -> Iterator[tuple[int, int, int]]:
 def _norms(rows: Tensor) -> Tensor:
     """The norm of each row: short enough for fp32."""
     return torch.linalg.vector_norm(rows, dim=1)
-
-
-def log_dynamics(metrics: Metrics, step: int, tokens: int, groups: Groups) -> None:
-    """Write ``groups`` as an event, and for TensorBoard."""
-    metrics.event("dynamics", step=step, tokens=tokens, groups=groups)
-    shown = {f"{measured}/{group}": value for group, numbers in groups.items() for measured, value in numbers.items()}
-    metrics.scalars(step, {f"dynamics_{key}": value for key, value in shown.items()})

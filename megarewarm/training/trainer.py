@@ -21,7 +21,7 @@ from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
 from megarewarm.training.bad_steps import answer
-from megarewarm.training.dynamics import dynamics_steps, log_dynamics, measure
+from megarewarm.training.dynamics import dynamics_steps, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
 from megarewarm.training.inputs import check_place, check_training
 from megarewarm.training.interpolation import interpolate
@@ -176,9 +176,6 @@ def _loop(
                 **({"distill_loss": run.distilled} if run.model.teacher is not None else {}),
                 **run.utilisation(rate),
             )
-            scalars = {"loss": result.loss, "lr": lr, "grad_norm": result.norm, "tokens_per_s": rate}
-            scalars |= {"lr_sum": lr_sum, "annealing_area": area}
-            metrics.scalars(step, {f"train/{name}": value for name, value in scalars.items()})
             try:
                 answered = answer(run, result, folder, saver, metrics)
             except TrainingDiverged:
@@ -192,7 +189,7 @@ def _loop(
                 console.print(f"{config.name}: {line}", style="yellow", highlight=False)
             if step in measure_after and result.changed:
                 groups = measure(run.model, run.optimizer, run.start_weights)
-                log_dynamics(metrics, step, plan.tokens(step), groups)
+                metrics.event("dynamics", step=step, tokens=plan.tokens(step), groups=groups)
             if (logged := progress.step(step, result.loss, lr, rate)) is not None:
                 metrics.text(logged)
             for number, last in turns(config, step) if step in evaluate_after else ():
@@ -294,7 +291,6 @@ def _evaluate_all(
         name = windows.name
         run.losses[name] = run.measured[name] = loss
         metrics.event("eval", step=step, tokens=run.plan.tokens(step), name=name, role=windows.role, loss=loss, over=tokens)
-        metrics.scalars(step, {f"validation/{name}": loss})
         start = run.start_losses.get(name)
         shown.append(f"{name} {loss:.4f}" + (f" ({loss - start:+.4f})" if start is not None else ""))
     if shown:
