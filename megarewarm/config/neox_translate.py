@@ -109,7 +109,7 @@ class _Translator(NeoxValues):
         }
         if scale := loss_scale_of(self, precision):
             mapping["training"]["loss_scale"] = scale
-        self._check_overwritten(micro, pipeline)
+        self._check_overwritten(micro)
         return Translation(
             mapping=mapping,
             load=self._load,
@@ -121,7 +121,7 @@ class _Translator(NeoxValues):
             idle={key: why for key, why in self.idle.items() if key in self.file.honoured},
         )
 
-    def _check_overwritten(self, micro: int, pipeline: int) -> None:
+    def _check_overwritten(self, micro: int) -> None:
         """Raise ``UserError`` for a key that GPT-NeoX overwrites with another value than the file gives it."""
         counts = {
             "lr": self.get("optimizer.params.lr"),

@@ -20,10 +20,9 @@ from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.report.follow import Follower
-from megarewarm.report.words import tokens_text
+from megarewarm.report.words import duration_text, tokens_text
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
-from megarewarm.training.progress import duration
 from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.unwritten import plan_ahead
 
@@ -129,7 +128,8 @@ def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, c
     if left and rates:
         seconds = max(flops / statistics.median(rates) / jobs, longest_chain(left, statistics.median(rates)))
         console.print(
-            f"about {duration(seconds)} at the rate at which its runs have trained so far, {jobs} at a time", highlight=False
+            f"about {duration_text(seconds)} at the rate at which its runs have trained so far, {jobs} at a time",
+            highlight=False,
         )
     elif left:
         console.print("how long that takes is known once its first run has trained for some steps", highlight=False)

@@ -94,9 +94,6 @@ class Family:
     def of(self, arm: str) -> list[Trained]:
         return [run for run in self.runs if run.arm == arm]
 
-    def without(self, arm: str) -> list[Trained]:
-        return [run for run in self.runs if run.arm != arm]
-
     def mean_start(self, role: str) -> float:
         """Start loss, mean over seeds."""
         return float(np.mean(list({run.seed: run.start(role) for run in self.runs}.values())))

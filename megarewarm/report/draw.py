@@ -19,8 +19,6 @@ from megarewarm.report.place import spread
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Curve, Run
 from megarewarm.report.words import rate_text, tokens_text
 
-_Column = NDArray[np.float64]
-
 _WIDTH = 11.0
 _EARLY = 0.1  # the share of the tokens that the left column enlarges
 _AT_END = 0.97  # of the axis: a curve that ends before is not joined to its label, which would look like more of it

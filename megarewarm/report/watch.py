@@ -19,7 +19,7 @@ from megarewarm.errors import UserError
 from megarewarm.report.follow import Follower
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM
 from megarewarm.report.record import read_record
-from megarewarm.report.words import loss_text, rate_text
+from megarewarm.report.words import duration_text, loss_text, rate_text
 
 State = Literal["diverged", "stalled", "running", "stopped", "waiting", "done"]
 STATES: tuple[State, ...] = ("diverged", "stalled", "running", "stopped", "waiting", "done")
@@ -376,14 +376,3 @@ def _work(view: RunView, in_tokens: bool) -> float:
 def _median(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.median(finite) if finite else None
-
-
-def duration_text(seconds: float | None) -> str:
-    """95 -> '1m35s', 4000 -> '1h07m', 200000 -> '2d07h'; a question mark for none."""
-    if seconds is None or not math.isfinite(seconds):
-        return "?"
-    whole = max(0, round(seconds))
-    for size, unit, small, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // small:02d}{below}"
-    return f"{whole}s"

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megarewarm.report.words import duration_text
+
 
 class RunProgress:
     """Shows the steps of one run. On a terminal a live bar; in a log file a line every ``every`` steps."""
@@ -50,7 +52,7 @@ class RunProgress:
             return None
         elapsed = time.monotonic() - self._started
         left = elapsed / max(1, step - self._first) * (self._total - step)
-        line = f"{self._title}: step {step}/{self._total}  {numbers}  left {duration(left)}"
+        line = f"{self._title}: step {step}/{self._total}  {numbers}  left {duration_text(left)}"
         if self._bar is None:
             self._console.print(line, highlight=False)
         return line
@@ -62,10 +64,3 @@ class RunProgress:
 
 def _rate(tokens_per_second: float) -> str:
     return f"{tokens_per_second / 1000:.1f}k" if tokens_per_second >= 1000 else f"{tokens_per_second:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """``h:mm:ss`` or ``m:ss``."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -20,6 +20,7 @@ from megarewarm.errors import EXIT_TIME_LIMIT
 from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
+from megarewarm.report.words import duration_text
 from megarewarm.training.bad_steps import answer
 from megarewarm.training.dynamics import dynamics_steps, measure
 from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
@@ -29,7 +30,7 @@ from megarewarm.training.metrics import Metrics
 from megarewarm.training.notes import logged_notes
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan, make_plan
-from megarewarm.training.progress import RunProgress, duration
+from megarewarm.training.progress import RunProgress
 from megarewarm.training.run import Run
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.saving import extra_steps, is_saved, retention
@@ -218,7 +219,7 @@ def _loop(
     interpolate(run, metrics, console)
     metrics.event("stop", step=total, reason="complete")
     shown = ", ".join(f"{name} {loss:.4f}" for name, loss in run.losses.items())
-    elapsed = duration(time.monotonic() - run.started)
+    elapsed = duration_text(time.monotonic() - run.started)
     console.print(f"[bold]{config.name}[/]: complete in {elapsed}{': ' + shown if shown else ''}", highlight=False)
     if run.waited > _NOTICEABLE_WAIT * (time.monotonic() - run.started):
         share = 100 * run.waited / (time.monotonic() - run.started)
