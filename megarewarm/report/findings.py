@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megarewarm.report.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.experiment import Experiment
+from megarewarm.report.measures import same_length
 from megarewarm.report.pareto import comparable, front
 from megarewarm.report.seeds import LEVEL, Difference
 from megarewarm.report.words import MINUS, SAME, counted, listed, loss_text, signed_text, tokens_text
@@ -84,7 +85,8 @@ def _main(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
 
 
 def _groups(compared: Sequence[Comparison]) -> list[str]:
-    """One sentence for every sweep: who differs from its reference in what, who can't be told apart from it."""
+    """One sentence for every sweep: who differs from its reference in what, who can't be told apart from it. Arms of another
+    length are only named."""
     by_group: dict[tuple[str, str], list[Comparison]] = {}
     for comparison in compared:
         if comparison.measure in _NAMES:
@@ -92,12 +94,18 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
     sentences = []
     for (group, reference), inside in by_group.items():
         where = {CHAINS: "Chains", "": "Single arms"}.get(group, f"Sweep {group}")
+        if other := {c.arm: c.tokens for c in inside if not c.same_length}:
+            lengths = listed(f"{arm} ({tokens_text(own)})" for arm, (own, _) in other.items())
+            each = tokens_text(next(iter(other.values()))[1])
+            sentences.append(f"{where}: not compared with {reference} ({each} tokens), for another length: {lengths}.")
+        inside = [c for c in inside if c.same_length]
         known = [c for c in inside if c.difference.margin is not None]
         if not known:
             told = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "downstream_after"]
             ups = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "upstream_after"]
             parts = [f"{name} {', '.join(t)}" for name, t in (("upstream", ups), ("downstream", told)) if t]
-            sentences.append(f"{where}, against {reference}, one seed: {'; '.join(parts)}.")
+            if parts:
+                sentences.append(f"{where}, against {reference}, one seed: {'; '.join(parts)}.")
             continue
         parts = []
         for measure, name in _NAMES.items():
@@ -123,7 +131,7 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
 
 
 def _by_chance(compared: Sequence[Comparison]) -> list[str]:
-    count = sum(c.difference.margin is not None and c.measure in _NAMES for c in compared)
+    count = sum(c.difference.margin is not None and c.same_length and c.measure in _NAMES for c in compared)
     if count < 10:
         return []
     expected = round(count * (1 - LEVEL))
@@ -185,7 +193,10 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
     able = [row for row in rows if row.values.get("tokens_saved") and row.arm.chain is None]
     sentences = []
     for scratch in dict.fromkeys(row.scratch for row in able):
-        same = [row for row in able if row.scratch == scratch]
+        tokens = next((row.mean("tokens") or 0.0 for row in rows if row.name == scratch), 0.0)
+        same = [row for row in able if row.scratch == scratch and _as_long(row, tokens)]
+        if not same:
+            continue
         reached = [row for row in same if not row.spread("tokens_saved").others]
         text = (
             f"{len(reached)} of {counted(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
@@ -201,6 +212,12 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
                 text += f"; each saved {_tokens(most)} tokens on the way"
         sentences.append(f"{text}.")
     return sentences
+
+
+def _as_long(row: ArmRow, tokens: float) -> bool:
+    """Whether the arm got where the one from scratch ended, or had as many ``tokens`` for it."""
+    own = row.mean("tokens") or 0.0
+    return not row.spread("tokens_saved").others or own > tokens or same_length(own, tokens)
 
 
 def _tokens(row: ArmRow) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megarewarm.report.measures import Change, Row, differences, labels, rows, same_length, same_value
+from megarewarm.report.measures import LENGTHS, Change, Row, differences, labels, rows, same_length, same_value
 from megarewarm.report.read import Run
 
 # Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
@@ -19,7 +19,6 @@ _SAME_RATE = 0.005  # of the rate: what differs by less is written with the same
 
 _COMPARISONS = 2  # as many sentences on one setting as a reader takes in
 
-_LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
 _LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
 
 
@@ -195,7 +194,7 @@ def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
             if row.kind == "continued" and runs[index].config:
                 groups.setdefault(repr(rest), []).append(index)
         keys = by_setting[setting]
-        told = groups.values() if setting in _LENGTHS else [_of_one_length(group, table) for group in groups.values()]
+        told = groups.values() if setting in LENGTHS else [_of_one_length(group, table) for group in groups.values()]
         compared = [group for group in told if any(not _alike(group[0], i, keys, different) for i in group)]
         for group in compared[:_COMPARISONS]:
             if text := _compare(setting, keys, group, different, table):
