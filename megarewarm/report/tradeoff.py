@@ -63,8 +63,11 @@ def caption_tradeoff(table: Sequence[Row]) -> str:
     unlike += ["validation sets"] if len({row.sets for row in drawn}) > 1 else []
     if unlike:
         text += f" The runs have different {listed(unlike)}: only those compare that have the same."
-    left_out = [row.label for row in table if row.kind != "pretraining" and row not in drawn]
-    return text + (f" Without a point, for want of a start checkpoint's losses: {', '.join(left_out)}." if left_out else "")
+    left_out = [row for row in table if row.kind != "pretraining" and row not in drawn]
+    for why, lost in (("for a loss that is not finite", True), ("for want of a start checkpoint's losses", False)):
+        if names := [row.label for row in left_out if row.diverged == lost]:
+            text += f" Without a point, {why}: {', '.join(names)}."
+    return text
 
 
 def describe_tradeoff(table: Sequence[Row]) -> str:
