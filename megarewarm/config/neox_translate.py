@@ -247,7 +247,7 @@ class _Translator(NeoxValues):
                 f"{self.file.name}: 'vocab_file' is missing: the vocabulary's size can't be known (or give padded_vocab_size)"
             )
         if not Path(name).is_file():
-            raise self.error("vocab_file", f"{name}: no such file, so the vocabulary's size can't be known")
+            raise self.error("vocab_file", f"{Path(name).absolute()}: no such file, so the vocabulary's size can't be known")
         if kind == "HFTokenizer":
             from tokenizers import Tokenizer
 
