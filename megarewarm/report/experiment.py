@@ -137,7 +137,7 @@ def read_experiment(folder: Path | str) -> Experiment:
     folder = Path(folder)
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{folder.absolute()}: no {FILE}: give the folder of an experiment that was started, or folders of runs")
+        raise UserError(f"{folder.absolute()}: no {FILE}: give the folder of an experiment that was started, or those of runs")
     try:
         record = read_record(folder)
         entries = [_entry(folder, entry) for entry in record["runs"]]
