@@ -23,7 +23,7 @@ def tokenizer_size(values: NeoxValues) -> int:
             f"{values.file.name}: 'vocab_file' is missing: the vocabulary's size can't be known (or give padded_vocab_size)"
         )
     if not Path(name).is_file():
-        raise values.error("vocab_file", f"{name}: no such file, so the vocabulary's size can't be known")
+        raise values.error("vocab_file", f"{Path(name).absolute()}: no such file, so the vocabulary's size can't be known")
     if kind == "HFTokenizer":
         from tokenizers import Tokenizer
 

@@ -45,6 +45,7 @@ class MovingWindows:
         self.name = config.name
         self.role = config.role
         self.when = config.when
+        self.sequence_length = data.sequence_length
         self.windows_per_slice = config.tokens // data.sequence_length
         self.evaluations = evaluations if config.when == "always" else 1
         if self.windows_per_slice < 1:
@@ -67,6 +68,11 @@ class MovingWindows:
                 f"validation set '{self.name}' reads its sources {epochs:.3g} times: {self.evaluations:,} evaluations of "
                 f"{self.windows_per_slice * data.sequence_length:,} tokens are asked for, and they hold no more"
             )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose loss one evaluation evaluates."""
+        return self.windows_per_slice * self.sequence_length
 
     def fingerprint(self) -> str:
         """32 hex digits of the order of the set's windows."""

@@ -88,7 +88,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: st
             raise UserError(f"{path} holds no tokenizer.json, tokenizer.model or vocab.json: name the tokenizer's file")
         path = found[0]
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a tokenizer.json or a sentencepiece .model file")
+        raise UserError(f"{path.absolute()} does not exist: give a tokenizer.json or a sentencepiece .model file")
     if merges is not None or merges_beside(path) is not None:
         return HuggingFaceTokenizer(path, _from_merges(path, merges), eod_token)
     if path.suffix == ".json":
@@ -251,7 +251,8 @@ def _from_merges(vocabulary: Path, merges: str | Path | None) -> bytes:
     library = _library("tokenizers")
     other = merges_beside(vocabulary) if merges is None else Path(merges)
     if other is None or not other.is_file():
-        raise UserError(f"{other} does not exist: give the file of merges that belongs to {vocabulary}")
+        where = other.absolute() if other is not None else vocabulary.absolute().parent / "merges.txt"
+        raise UserError(f"{where} does not exist: give the file of merges that belongs to {vocabulary}")
     try:
         tokenizer = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(other)))
     except Exception as error:  # the library raises plain Exception for a file it can't read

@@ -21,6 +21,7 @@ from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.report.follow import Follower
 from megarewarm.report.words import duration_text, tokens_text
+from megarewarm.training.evaluation_cost import evaluation_cost, tokens_asked
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
 from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
@@ -35,8 +36,8 @@ _STATE_BYTES = 12  # a parameter with both moments, fp32
 class Prospect:
     """A run, how far it is and what the rest of it takes.
 
-    ``flops`` of the remaining steps; ``disk`` in bytes, of the checkpoints that stay at its end; ``flops_per_second`` as far as
-    it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
+    ``flops`` of the remaining steps and evaluations; ``disk`` in bytes, of the checkpoints that stay at its end;
+    ``flops_per_second`` as far as it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
     """
 
     arm: Arm
@@ -78,13 +79,16 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length)
+        cost = evaluation_cost(plan, tokens_asked(config))
+        step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated, too
+        evaluated = 0 if cost is None or state == "done" else cost.after(step)
         rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]
         found.append(
             Prospect(
                 arm=arm,
                 state=state,
                 tokens=(total - done) * config.tokens_per_step,
-                flops=(total - done) * config.tokens_per_step * per_token,
+                flops=((total - done) * config.tokens_per_step + evaluated / 3) * per_token,
                 disk=_STATE_BYTES * count_parameters(plan.model) * (config.checkpoint.keep_last + _extra(arm)),
                 flops_per_second=statistics.median(rates) * per_token if rates else None,
                 missing=(*missing, *missing_files(config, prepared)),

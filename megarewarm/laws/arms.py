@@ -111,7 +111,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     """
     path = folder / "experiment.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no experiment.json: give the folder of an experiment (runs/NAME) that has been started")
+        raise UserError(f"{folder.absolute()}: no experiment.json: give the folder of an experiment that has been started")
     try:
         told = read_record(folder)
         entries = [(str(r["name"]), str(r["arm"]), r.get("seed"), folder / r["folder"]) for r in told["runs"]]

@@ -204,7 +204,7 @@ def planned_runs(folder: Path) -> tuple[str, list[Planned]]:
     if (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file():
         return folder.resolve().name, [Planned(folder.resolve().name, folder)]
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give a run's folder or an experiment's")
+        raise UserError(f"{folder.absolute()}: no such folder: give a run's folder or an experiment's")
     runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     if not runs:
         raise UserError(f"{folder}: neither experiment.json nor metrics.jsonl in it: give a run's folder or an experiment's")
@@ -268,7 +268,8 @@ def _state(follower: Follower, silent: float, pace: float | None, *roles: Losses
         return "diverged"
     if follower.stop is not None:
         total = follower.total_steps
-        return "done" if reason == "complete" or (total is not None and (follower.step or 0) >= total) else "stopped"
+        trained = total is not None and (follower.step or 0) >= total and follower.stop.get("evaluated", True)
+        return "done" if reason == "complete" or trained else "stopped"
     limit = _STARTING_SECONDS
     if pace is not None and follower.recent:
         limit = max(_SILENT_SECONDS, _SILENT_STEPS * pace, _SILENT_GAPS * follower.longest_gap)

@@ -34,6 +34,8 @@ from megarewarm.training.start_weights import start_source
 from megarewarm.training.texts import Texts, settle_texts
 from megarewarm.training.unwritten import NotOpened
 
+_HIGHEST_USUAL = 1e-2  # of peak learning rates
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -84,7 +86,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     if not isinstance(plan.source, NotOpened):  # what isn't written yet is checked when it is
         _check_weights(plan)
         teacher = _teacher(plan) if config.distill is not None else None
-    notes = [*left_out, *fit, *texts.notes, *remarks, *about]
+    notes = [*left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 
@@ -104,6 +106,13 @@ def settle_precision(config: RunConfig, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and able else "fp32"
     return wanted
+
+
+def _unusual(config: RunConfig) -> list[str]:
+    peak = config.schedule.max_lr
+    if peak <= _HIGHEST_USUAL:
+        return []
+    return [f"schedule.max_lr {peak:g} is above {_HIGHEST_USUAL:g}; Pythia's peaks are 1.2e-4 (12B) to 1e-3 (14M)"]
 
 
 def _check_weights(plan: Plan) -> None:

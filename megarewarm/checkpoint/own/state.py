@@ -19,8 +19,8 @@ STATE_FILE = "state.json"
 
 
 class RecentSteps(BaseModel):
-    """Losses and gradient norms of the last steps, how many in a row changed nothing, and whether a save was due that waits
-    for a step that did."""
+    """Losses and gradient norms of the last steps, how many in a row changed nothing, whether a save was due that waits for a
+    step that did, and whether the run was stopped before the evaluation after its newest step was whole."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -28,6 +28,7 @@ class RecentSteps(BaseModel):
     norms: list[Loss] = []
     unchanged: int = 0
     due: bool = False
+    unevaluated: bool = False
 
 
 class _Format(BaseModel):
