@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from megarewarm.data.file_bytes import AnyBytes, open_bin
 from megarewarm.data.index_file import (
+    CHECK_WHOLE,
     CODES,
     HEADER,
     MAGIC,
@@ -36,7 +38,7 @@ from megarewarm.file_lock import sync, sync_folder
 BARE_DTYPES = ("uint16", "uint32", "int32")
 
 KEEP_STARTS = 2**22  # documents whose starts are kept in memory once they are asked for in any order
-SCAN_WHOLE = 256 * 2**20  # bytes of tokens up to which check_vocabulary reads everything
+SCAN_WHOLE = 256 * 2**20  # bytes of tokens up to which check_vocabulary and checksum read everything
 
 
 class TokenFile:
@@ -156,6 +158,15 @@ class TokenFile:
         Hashed are the dtype, the numbers of documents and tokens, the sizes and the tokens; of both the whole up to 4
         MiB, above that 64 evenly spaced blocks of 64 KiB with the first and the last, so that the cost stays constant.
         """
+        return self._fingerprint
+
+    def checksum(self) -> str:
+        """CRC-32, 8 hex digits, of all sizes and all ids; of the ids of files above 256 MiB only samples, as
+        ``check_vocabulary`` takes them. Files of one fingerprint and checksum differ at most outside of these."""
+        return self._checksum
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.dtype.name} {self.num_documents} {self.total_tokens}".encode())
         if self._index:
@@ -164,6 +175,21 @@ class TokenFile:
         for first, last in blocks(self.total_tokens, 2**16 // self.dtype.itemsize, SAMPLED_BLOCKS):
             digest.update(self.read(first, last - first).tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _checksum(self) -> str:
+        found = 0
+        for first, last in ranges(self.num_documents, CHECK_WHOLE):
+            found = zlib.crc32(self.document_sizes(first, last).tobytes(), found)
+        for first, last in self._looked_at():
+            found = zlib.crc32(self.read(first, last - first).tobytes(), found)
+        return f"{found:08x}"
+
+    def _looked_at(self) -> list[tuple[int, int]]:
+        """The ranges of tokens that a start reads: all of them, or samples of a large file."""
+        whole = self.total_tokens * self.dtype.itemsize <= SCAN_WHOLE
+        block = (2**22 if whole else 2**18) // self.dtype.itemsize
+        return ranges(self.total_tokens, block) if whole else blocks(self.total_tokens, block, SAMPLED_BLOCKS)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ``UserError`` naming file, position and id where an id does not lie in [0, vocab_size).
@@ -174,10 +200,7 @@ class TokenFile:
         limits = np.iinfo(self.dtype)
         if limits.min >= 0 and limits.max < vocab_size:
             return
-        whole = self.total_tokens * self.dtype.itemsize <= SCAN_WHOLE
-        block = (2**22 if whole else 2**18) // self.dtype.itemsize
-        count = -(-self.total_tokens // block) if whole else SAMPLED_BLOCKS
-        for first, last in blocks(self.total_tokens, block, count):
+        for first, last in self._looked_at():
             ids = self.read(first, last - first)
             if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
                 position = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
