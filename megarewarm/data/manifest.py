@@ -33,13 +33,13 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
         said = json.loads(manifest.read_bytes())
         if not isinstance(said, dict):
             return None
-        counted = said["tokens"] * np.dtype(said["dtype"]).itemsize if said.keys() >= {"tokens", "dtype"} else None
+        counted = int(said["tokens"]) * np.dtype(said["dtype"]).itemsize if said.keys() >= {"tokens", "dtype"} else None
     except (OSError, ValueError, TypeError):
         return None
     size = sum(part.stat().st_size for part in find_bin(str(path.with_suffix(""))))
     if counted is not None and size and size != counted:
         raise UserError(
-            f"{manifest}: says {said['tokens']:,} tokens of {said['dtype']}, {counted} bytes; {path.name} has {size}: it is "
+            f"{manifest}: says {said['tokens']} tokens of {said['dtype']}, {counted} bytes; {path.name} has {size}: it is "
             f"{'truncated' if size < counted else 'too long'}, or another file; copy both again, or remove the manifest if the "
             f"token file is right"
         )

@@ -32,6 +32,7 @@ from megarewarm.data.index_file import (
     open_index,
     ranges,
 )
+from megarewarm.data.manifest import manifest_of
 from megarewarm.errors import UserError
 from megarewarm.file_lock import sync, sync_folder
 
@@ -241,10 +242,10 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
 
     Where PREFIX.bin is not there but its shards are (PREFIX-00000-of-00020.bin and so on), they are read as one file.
 
-    ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, uint16 for a ``vocab_size``
-    of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent pair: missing files,
-    another format, float data, sizes that don't fit, pointers with gaps between the documents. Every size and pointer is
-    checked; of the ids, see ``check_vocabulary``.
+    ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, what its manifest says, or else
+    uint16 for a ``vocab_size`` of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent
+    pair: missing files, another format, float data, sizes that don't fit, pointers with gaps between the documents; and
+    where a bare file's manifest says otherwise. Every size and pointer is checked; of the ids, see ``check_vocabulary``.
     """
     text = os.fspath(path)
     prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
@@ -264,6 +265,11 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
 
 def _open_bare(content: AnyBytes, dtype: str | None, vocab_size: int | None) -> TokenFile:
     path, size = content.path, content.size
+    said = (manifest_of(path) or {}).get("dtype")
+    if said in BARE_DTYPES and dtype in BARE_DTYPES and np.dtype(said).itemsize != np.dtype(dtype).itemsize:
+        raise UserError(f"{path}: its manifest says that the ids are {said}, 'dtype' is {dtype}: leave out 'dtype'")
+    if dtype is None and said in BARE_DTYPES:
+        dtype = said
     if dtype is None:
         if vocab_size is None:
             raise UserError(f"{path} has no .idx with the type of its ids: give 'dtype' ({', '.join(BARE_DTYPES)})")
