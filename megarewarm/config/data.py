@@ -31,7 +31,7 @@ class Source(Section):
     part: Literal["train", "valid", "test"] = Field("train", description="Which part of 'split' to read.")
     dtype: Literal["uint16", "uint32", "int32"] | None = Field(
         None,
-        description="Type of the ids in a bare .bin; null: its manifest's, else uint16 for vocabularies up to 65536, else uint32.",
+        description="Of the ids in a bare .bin; null: its manifest's, or uint16 for vocabularies up to 65536, else uint32.",
     )
     layout: Literal["documents", "rows"] = Field(
         "documents",
