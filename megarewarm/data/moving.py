@@ -38,7 +38,8 @@ class MovingWindows:
     """A set of ``evaluations`` slices of floor(tokens / s) windows each, in the order ``data.order`` gives them.
 
     The order is that of a training run of that many samples, with ``data.seed``; ``max_epochs`` of the sources holds.
-    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read.
+    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read. ``files``: what each
+    source's file holds.
     """
 
     def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int, evaluations: int) -> None:
@@ -58,6 +59,7 @@ class MovingWindows:
         samples = self.windows_per_slice * self.evaluations
         mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
+        self.files = self._rows.files()
         self.notes: list[str] = []
         epochs = max(
             count / max(part.samples_per_epoch, 1)

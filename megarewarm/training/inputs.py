@@ -27,7 +27,7 @@ from megarewarm.training.bad_steps import check_roll_back
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.metrics import check_loggers
 from megarewarm.training.plan import Plan, settle_model
-from megarewarm.training.run_data import open_data
+from megarewarm.training.run_data import check_held_out, open_data
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.saving import check_saving
 from megarewarm.training.start_weights import start_source
@@ -76,6 +76,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     texts = settle_texts(plan)
     data = open_data(plan)
     validation, left_out = open_validation(config, plan.model.vocab_size)
+    check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
     operations, remarks = choose_operations(

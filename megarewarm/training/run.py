@@ -147,6 +147,7 @@ class Run:
             ),
             interim=interim,
             step_tokens=plan.tokens(self.step),
+            held_out={windows.name: windows.files for windows in self.validation},
         )
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, read_state
-from megarewarm.checkpoint.own.store import PARTIAL, remove
+from megarewarm.checkpoint.own.store import PARTIAL, remove, set_aside
 from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
 
@@ -94,9 +94,8 @@ def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced
     staying = retention.staying(losses, interim)
     for other, checkpoint in found.items():
         if other not in staying and other != replaced:
-            # renamed first, so that a kill during the removal leaves nothing that looks like a checkpoint
             doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
-            checkpoint.rename(doomed)
+            set_aside(checkpoint, doomed)
             remove(doomed)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage, Loss
 from megarewarm.config.schema import ModelConfig
+from megarewarm.data.file_identity import FileIdentity
 from megarewarm.errors import UserError
 
 FORMAT = 2
@@ -44,7 +45,8 @@ class TrainingState(BaseModel):
     resumed run continues all three. ``measured``: validation losses of this very step. ``recent``: what the judgement of the
     next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
     of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
-    counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded.
+    counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded. ``held_out``: the
+    files of each validation set; none where it was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -70,6 +72,7 @@ class TrainingState(BaseModel):
     keeps: frozenset[str] | None = None
     interim: bool = False
     step_tokens: int | None = None
+    held_out: dict[str, list[FileIdentity]] = {}
 
     @property
     def tokens_counted(self) -> int | None:
