@@ -88,6 +88,8 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
         _check_weights(plan)
         teacher = _teacher(plan) if config.distill is not None else None
     notes = [*left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
+    if teacher is not None and config.start.intent in ("resume", "branch"):
+        notes.append(f"distill: the teacher is {teacher.name} itself, not what the run that goes on here began from")
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 

@@ -145,7 +145,7 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
             finite = values.isfinite()
             sums[names.index(group_of(name)), i] += float(values.where(finite, 0).double().square().sum())
             sums[names.index(group_of(name)), 2 + i] += float((~finite).sum())
-    total = torch.tensor(all_reduce_sums(sums.flatten().tolist())).view(-1, 4).tolist()
+    total = torch.tensor(all_reduce_sums(sums.flatten().tolist()), dtype=torch.float64).view(-1, 4).tolist()
     return {
         name: {
             "weight_norm": math.sqrt(weights),
