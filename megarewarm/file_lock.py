@@ -12,6 +12,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -136,6 +137,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a whole file another name, also on another file system: there by a copy beside it, which then gets the name."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            shutil.copyfile(source, part)
+            with open(part, "rb") as file:
+                sync(file.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+        source.unlink()
 
 
 Owner = dict[str, str | int]

@@ -121,10 +121,6 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
 
 
 def _out_of_memory(error: BaseException, run: RunConfig, where: str) -> str:
-    training = run.training
-    remedies = [f"lower training.micro_batch (now {training.micro_batch})"] if training.micro_batch > 1 else []
-    remedies += ["set training.recompute to full"] if training.recompute != "full" else []
-    remedies += ["divide the model with parallel.sharding, tensor or pipeline"]
-    return (
-        f"{run.name}: out of memory on {where}: {first_line(error)}; {', or '.join(remedies)} (--dry-run shows what is needed)"
-    )
+    from megarewarm.training.memory import remedies
+
+    return f"{run.name}: out of memory on {where}: {first_line(error)}; {remedies(run)} (--dry-run shows what is needed)"

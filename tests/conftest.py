@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # a busy one takes any time for any example
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,9 @@ import pytest
 from advice_worlds import ArmSpec, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
+from megarewarm.errors import UserError
 from megarewarm.laws import annealing, replay
 from megarewarm.laws.advice import Advice, advise
 from megarewarm.laws.arms import Family, Trained, questions, read_trained, replay_families
@@ -36,9 +41,28 @@ GRIDS: dict[str, list[ArmSpec]] = {
     "curves": [*grid(P4), *grid((1e-3, 2e-3), curve="constant")],
     "diverged": [*grid((*P4, 8e-3)), *grid((16e-3,), fate="diverged")],
     "stopped": [*grid(P4), *grid((8e-3,), fate="stopped")],
+    "two levels of each": grid(P4[:2], (0.0, 0.1), (0.0, 0.5)),
+    "tokens only": [arm for steps in (40, 60, 80, 100, 120) for arm in grid(P4[:1], steps=steps)],
+    "tokens with replay": [ArmSpec(1e-3, replay=r, steps=s) for r, s in zip(R5, (40, 60, 80, 100, 120), strict=True)],
+    "peak with replay": [ArmSpec(p, replay=r) for p, r in zip((*P4, 8e-3), R5, strict=True)],
+    "peak with warmup": [ArmSpec(p, w) for p, w in zip((*P4, 8e-3), (0.0, 0.02, 0.05, 0.1, 0.2), strict=True)],
+    "a chain": [ArmSpec(1e-3, start=start) for start in ("elsewhere/step_9", "seed_1/one", "seed_1/two/checkpoints/step_80")],
+    "only seeds": [dataclasses.replace(arm, seed=seed) for arm in grid(P4[:1]) for seed in (1, 2, 3, 4)],
     "seeds": [dataclasses.replace(arm, seed=seed) for arm in grid(P4) for seed in (1, 2)],
 }
-NOISE = {"seeds": 0.03}
+NOISE = {"seeds": 0.03, "only seeds": 0.03}
+SILENT = (
+    "two peaks",
+    "one arm",
+    "a small grid",
+    "two levels of each",
+    "tokens only",
+    "tokens with replay",
+    "peak with replay",
+    "peak with warmup",
+    "a chain",
+    "only seeds",
+)  # what tells nothing of runs that weren't made
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +80,8 @@ def spec_of(keys: dict[str, Any], like: ArmSpec) -> ArmSpec:
 
 
 def inside(one: ArmSpec, arms: list[ArmSpec]) -> bool:
-    """Whether arms of the same curve, budget and start lie on both sides in every direction, at three levels or more."""
+    """Whether arms of the same curve, budget and start lie on both sides in every direction, at three levels or more, and
+    around it in all of them together."""
     same = [a for a in arms if (a.curve, a.steps, a.start, a.fate) == (one.curve, one.steps, one.start, "complete")]
     for name in ("peak", "warmup", "replay"):
         levels = sorted({getattr(arm, name) for arm in same})
@@ -64,7 +89,13 @@ def inside(one: ArmSpec, arms: list[ArmSpec]) -> bool:
         tried = any(abs(value - level) <= 1e-4 * max(abs(level), 1e-2) for level in levels)
         if not tried and not (len(levels) >= 3 and levels[0] < value < levels[-1]):
             return False
-    return bool(same)
+    if not same:
+        return False
+    corners = np.array([[np.log(arm.peak), arm.warmup, arm.replay, 1.0] for arm in same])
+    place = np.array([np.log(one.peak), one.warmup, one.replay, 1.0])
+    found = linprog(np.zeros(len(same)), A_ub=np.vstack([corners.T, -corners.T]),
+                           b_ub=np.concatenate([place + 1e-3, 1e-3 - place]))  # fmt: skip
+    return bool(found.status == 0)
 
 
 def predictions(advice: Advice, arms: list[ArmSpec]) -> list[tuple[Prediction, ArmSpec, list[str]]]:
@@ -103,8 +134,12 @@ def test_promises(tmp_path: Path, name: str, world: str) -> None:
             recommended = worlds.end(truth, spec_of(answer.next.keys, best))
             loss, of_best = (np.mean([ends[role] for role in roles]) for ends in (recommended, worlds.end(truth, best)))
             assert loss <= of_best + max(answer.next.bands.values())
-    if name in ("two peaks", "one arm", "a small grid"):
-        assert not predictions(advice, arms)
+    if name in SILENT:
+        assert not predictions(advice, arms) and all(answer.next is None for answer in advice.answers)
+        assert all("The data do not suffice" in " ".join(answer.sentences) for answer in advice.answers)
+    if name in ("tokens only", "tokens with replay", "a chain"):
+        assert all(len(answer.measured) == 1 for answer in advice.answers)
+        assert {answer.best for answer in advice.answers} == {arm.arm for arm in arms}
     if name in ("budgets", "starts"):
         assert len(advice.answers) == 2 and "losses are compared within each only" in " ".join(advice.notes)
 
@@ -124,6 +159,74 @@ def test_the_seed_that_diverged_takes_its_arm_with_it(tmp_path: Path) -> None:
     (answer,) = advice.answers
     assert answer.best != arms[-1].arm and arms[-1].arm not in answer.measured
     assert "1 diverged" in " ".join(advice.notes)
+
+
+LOST = "diverged or have a loss that is not finite"
+# what of a run is wrong, as a change of the loss (role, step) or of the line, and what is said of it
+BROKEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any] | None]]] = {
+    "last": (LOST, lambda line: line | {"loss": None} if line["event"] == "eval" and line["step"] == worlds.STEPS else line),
+    "middle": (LOST, lambda line: line | {"loss": None} if line["event"] == "eval" and line["step"] == 30 else line),
+    "one role": (LOST, lambda line: line | {"loss": math.inf} if line.get("role") == "downstream" and line["step"] else line),
+    "start": ("started where", lambda line: line | {"loss": math.nan} if line.get("role") and not line["step"] else line),
+    "no start": ("without an evaluation", lambda line: None if line.get("role") and not line["step"] else line),
+    "only the start": ("without an evaluation", lambda line: None if line.get("role") and line["step"] else line),
+    "rates": ("learning rates", lambda line: line | {"lr": None} if line["event"] == "train" and line["step"] == 7 else line),
+    "a step": ("with steps", lambda line: None if line["event"] == "train" and line["step"] == 7 else line),
+    "no end": ("not finished", lambda line: None if line["event"] == "stop" else line),
+    "stopped": ("not finished", lambda line: line | {"reason": "signal 15"} if line["event"] == "stop" else line),
+    "diverged": (LOST, lambda line: line | {"reason": "diverged"} if line["event"] == "stop" else line),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("every", [False, True])
+def test_no_run_with_broken_numbers_is_fitted_and_each_is_named(tmp_path: Path, what: str, every: bool) -> None:
+    why, change = BROKEN[what]
+    arms = grid((*P4, 8e-3))
+    root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
+    for arm in arms if every else arms[-1:]:
+        path = root / arm.arm / "metrics.jsonl"
+        kept = [new for line in path.read_text().splitlines() if (new := change(json.loads(line))) is not None]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    if every:
+        with pytest.raises(UserError, match=f"no finished run .*{why}.*{arms[0].arm}.*and 1 more"):
+            advise(root)
+        return
+    advice = advise(root)
+    (answer,) = advice.answers
+    assert [*answer.measured] == [arm.arm for arm in arms[:-1]]
+    told = [note for note in advice.notes if arms[-1].arm in note]
+    assert len(told) == 1 and why in told[0] and told[0].startswith("1 ")
+    whole = advise(worlds.experiment(tmp_path / "w", arms[:-1], worlds.annealing)).answers[0]
+    made = [{p.what: p.losses for section in one.sections for p in section.predictions} for one in (answer, whole)]
+    gone = {} if why != LOST else {what: losses for what, losses in made[1].items() if what not in made[0]}
+    assert made[0] and made[0] | gone == made[1]  # as if it were not there, but for what lies next to an arm that diverged
+
+
+def test_a_loss_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+    """Of one role only: the other is compared, and that the runs lack this one is said."""
+    arms = grid(P4)
+    root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
+    for arm in arms:
+        path = root / arm.arm / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        late = [line for line in lines if line.get("role") != "downstream" or line["step"] == worlds.STEPS]
+        path.write_text("".join(json.dumps(line) + "\n" for line in late))
+    advice = advise(root)
+    assert advice.answers[0].question.roles == ["upstream"]
+    assert f"Nothing is said of the downstream loss of {arms[0].arm}" in " ".join(advice.notes)
+
+
+def test_sets_that_are_evaluated_less_often_leave_the_steps_where_all_were(tmp_path: Path) -> None:
+    arms = grid(P4)
+    root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
+    for arm in arms:
+        path = root / arm.arm / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rare = [line | {"name": "rare"} for line in lines if line.get("role") == "upstream" and line["step"] % 20 == 0]
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], *rare, lines[-1]]))
+    _, runs, notes = read_trained(root)
+    assert notes == [] and runs[0].losses["upstream"][0].tolist() == [0, 20, 40, 60, 80]
 
 
 def test_arms_that_lack_a_seed_are_compared_by_their_change() -> None:

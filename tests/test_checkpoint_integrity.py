@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import config, quiet
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from megarewarm.checkpoint.own import store
+from megarewarm.checkpoint.own import store, tensor_index
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
@@ -106,6 +106,18 @@ def test_an_index_that_wants_to_run_something_is_refused(checkpoint: Path, tmp_p
     with pytest.raises(UserError, match="system"):
         store.load(checkpoint, {"model.embed_in.weight": torch.empty(64, 32)})
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_is_read_once_for_all_tensors(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 83,000 slices takes ten seconds."""
+    read: list[object] = []
+    usual = tensor_index.read_index
+    monkeypatch.setattr(tensor_index, "read_index", lambda file: read.append(file) or usual(file))
+    tensor_index._mended.cache_clear()
+    weights = OwnCheckpoint(checkpoint).weights
+    whole = OwnCheckpoint(checkpoint).whole_model().state_dict()
+    assert all(torch.equal(weights.read(name), whole[name]) for name in weights.describe()) and len(whole) > 9
+    assert len(read) == 1
 
 
 def _ranks_agree(ranks: Ranks, folder: str) -> tuple[str | None, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,7 @@ def test_documentation_is_up_to_date_and_names_every_key() -> None:
     assert (ROOT / "docs/config.md").read_text() == markdown(), "run: python tools/document_config.py"
     assert (ROOT / "docs/config.schema.json").read_text() == json_schema(), "run: python tools/document_config.py"
     assert all(f"| `{key}` |" in markdown() for key in ModelConfig.model_fields)
+    assert not re.search(r"^ |typing|<class|pydantic", markdown(), re.MULTILINE)  # what only Python means, or indents
 
 
 def test_json_schema_judges_as_the_loader_does() -> None:

@@ -122,7 +122,7 @@ def test_quick_is_shorter_elsewhere_and_laid_over_the_file() -> None:
     [
         (
             "sweeps: [{name: a, axes: {schedule.max_rl: [1]}}]",
-            "axis 'schedule.max_rl' names no key of a run, did you mean 'max_lr'",
+            "axis 'schedule.max_rl' names no key of a run, did you mean 'schedule.max_lr'",
         ),
         ("sweeps: [{name: a, axes: {peak: [1, 2]}}]", "axis 'peak' names no key of a run"),
         ("sweeps: [{name: a, axes: {schedule.max_lr: 1e-3}}]", "expected a list of values"),

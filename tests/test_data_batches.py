@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -213,18 +214,12 @@ def test_names(paths):
         build([{"path": paths[0]}, {"path": paths[0] + ".idx"}], 20)
 
 
-def test_description(paths):
-    (line,) = build([{"path": paths[0], "max_epochs": 1.5}], 20).describe()
-    assert line == {
-        "name": "a",
-        "path": paths[0] + ".bin",
-        "fingerprint": open_tokens(paths[0]).fingerprint(),
-        "tokens": 401,
-        "order": "permuted",
-        "samples_per_epoch": 100,
-        "samples": 150,
-        "epochs": 1.5,
-    }
+def test_what_files_are_known_by(paths):
+    (file,) = build([{"path": paths[0], "max_epochs": 1.5}], 20).files
+    opened = open_tokens(paths[0])
+    assert (file.path, file.fingerprint) == (paths[0] + ".bin", opened.fingerprint())
+    ids = Path(paths[0] + ".bin").read_bytes()
+    assert file.checksum == f"{zlib.crc32(ids, zlib.crc32(opened.sizes.tobytes())):08x}" and file.sha256 is None
 
 
 def test_sources_without_samples_and_bare_files_with_split(paths, tmp_path):

@@ -27,6 +27,7 @@ from megarewarm.lab import sweep as lab_sweep
 from megarewarm.lab.local import run_locally
 from megarewarm.lab.outlook import longest_chain, prospects
 from megarewarm.lab.slurm import command_of, waves
+from megarewarm.model.size import training_flops_per_token
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.experiment import check_folders, chosen_arms
 from megarewarm.training.trainer import train
@@ -181,6 +182,9 @@ def test_costs_follow_from_the_steps_left(tmp_path: Path) -> None:
     whole = experiment(tmp_path, runs(a=None, b="a", c=None))
     found = prospects(whole, whole.arms)
     assert [p.tokens for p in found] == [20 * 8 * 16] * 3 and len({p.flops for p in found}) == 1
+    per_token = training_flops_per_token(whole.arms[0].config.model, 16)
+    evaluated = 5 * 2 * 256  # at the start and after every fifth step, both sets
+    assert found[0].flops == pytest.approx((20 * 8 * 16 + evaluated / 3) * per_token)
     assert longest_chain(found, found[0].flops) == pytest.approx(2.0)  # a, then b; c at the same time
     assert chosen_arms(whole, ["b"]) == [whole.arms[1]]
     with pytest.raises(UserError, match="--only d: no run of experiment 'e'"):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from test_checkpoint_convert import tool
 from test_checkpoint_neox import written
 from tiny import events, quiet, write_tokens
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from megarewarm.config import neox_blocks
 from megarewarm.config.neox_document import neox_markdown
@@ -28,6 +30,7 @@ from megarewarm.config.neox_keys import HONOURED, NOT_APPLICABLE, ONLY, OVERWRIT
 from megarewarm.config.neox_read import NeoxFile, neox_files, read_neox
 from megarewarm.config.neox_translate import translate
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
@@ -332,6 +335,61 @@ def test_the_vocabulary_is_padded_as_there(tmp_path: Path, tensor: int, rows: in
     values = {k: v for k, v in SMALL.items() if k != "padded_vocab_size"}
     values |= {"vocab_file": str(vocabulary), "tokenizer_type": "GPT2BPETokenizer", "model_parallel_size": tensor}
     assert translate(as_file(values), tensor).mapping["model"]["vocab_size"] == rows
+
+
+HERE = ("tokenizer.json", "gpt2-vocab.json", "gpt2-merges.txt", "other.txt", "sp.model", "v.json")
+TOKENIZERS: dict[str, tuple[str, str | None, str | None, str | None]] = {
+    # tokenizer_type, vocab_file, merge_file, what is said where data.tokenizer is not vocab_file
+    "tokenizer.json": ("HFTokenizer", "tokenizer.json", None, None),
+    "gone": ("HFTokenizer", "gone.json", None, "there is no such file"),
+    "GPT-2's two files": ("GPT2BPETokenizer", "gpt2-vocab.json", "gpt2-merges.txt", None),
+    "other merges": ("GPT2BPETokenizer", "gpt2-vocab.json", "other.txt", "looked for in .*gpt2-merges.txt; copy .*other.txt"),
+    "merges gone": ("GPT2BPETokenizer", "gpt2-vocab.json", "gone.txt", "its merge_file .*gone.txt is not there"),
+    "no merges": ("GPT2BPETokenizer", "gpt2-vocab.json", None, "not given as merge_file"),
+    "another name": ("GPT2BPETokenizer", "v.json", "gpt2-merges.txt", "ends in vocab.json"),
+    "sentencepiece": ("SPMTokenizer", "sp.model", None, None),
+    "sentencepiece by another name": ("SPMTokenizer", "other.txt", None, "the ending .model"),
+    "GPT-2 with padding": ("HFGPT2Tokenizer", "gpt2-vocab.json", None, "the ids of a HFGPT2Tokenizer"),
+    "tiktoken": ("TiktokenTokenizer", "other.txt", None, "the ids of a TiktokenTokenizer"),
+    "characters": ("CharLevelTokenizer", None, None, None),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_that_a_file_names_is_taken_or_why_not_is_said(tmp_path: Path, name: str) -> None:
+    kind, vocabulary, merges, why = TOKENIZERS[name]
+    for file in HERE:
+        (tmp_path / file).write_text("")
+    values = SMALL | {"tokenizer_type": kind}
+    for key, file in (("vocab_file", vocabulary), ("merge_file", merges)):
+        values |= {} if file is None else {key: str(tmp_path / file)}
+    made = translate(as_file(values), 1)
+    assert made.mapping["data"]["tokenizer"] == (str(tmp_path / vocabulary) if vocabulary and why is None else None)
+    notes = [note for note in made.notes if note.startswith("vocab_file")]
+    assert len(notes) == (why is not None) and all(re.search(str(why), note) for note in notes)
+    known = why is None and kind in ("HFTokenizer", "GPT2BPETokenizer")
+    with nullcontext() if known else pytest.raises(UserError, match=r"f.yml.*the end of a document is known only of"):
+        assert translate(as_file(values | {"eod_mask_loss": True}), 1).mapping["data"]["mask_eod_loss"]
+
+
+def test_gpt2s_two_files_are_what_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against transformers' own reader of the two files."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["the warm rates of old runs", " are warmed again, and again; 12 of 30 times.\n", "Ein \u00e4lterer Lauf"]
+    model = json.loads(train_bpe(texts, 290, tmp_path / "whole.json").path.read_text())["model"]
+    Path("gpt2-vocab.json").write_text(json.dumps(model["vocab"]))
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    Path("gpt2-merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
+    write_tokens(tmp_path / "data", 1, vocabulary=290)
+    files = {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "gpt2-vocab.json", "merge_file": "gpt2-merges.txt"}
+    Path("n.yml").write_text(yaml.safe_dump(SMALL | files | {"padded_vocab_size": 320, "train_iters": 1, "save": "run"}))
+    assert main(["n.yml", "export.huggingface=true"]) == 0
+    ours, theirs = AutoTokenizer.from_pretrained("run/huggingface"), GPT2TokenizerFast("gpt2-vocab.json", "gpt2-merges.txt")
+    for text in [*texts, "old again 30", "<|endoftext|>"]:
+        assert ours(text).input_ids == theirs(text).input_ids
+    assert (
+        ours.eos_token_id == theirs.eos_token_id == json.loads(Path("run/huggingface/config.json").read_text())["eos_token_id"]
+    )
 
 
 def test_weighted_paths_become_blends() -> None:

@@ -191,8 +191,8 @@ PAIRS: dict[str, tuple[Any, str, Any, dict[str, Any]]] = {
     "zero_optimization.stage": (1, "parallel.sharding", "zero2", {"ranks": 2}),
 }
 ELSEWHERE = {  # followed in test_neox_config.py, or refused there but for one value
-    "attention_config", "optimizer.type", "eod_mask_loss", "vocab_file", "tokenizer_type", "finetune", "no_load_rng",
-    "override_lr_scheduler",
+    "attention_config", "optimizer.type", "eod_mask_loss", "vocab_file", "merge_file", "tokenizer_type", "finetune",
+    "no_load_rng", "override_lr_scheduler",
 }  # fmt: skip
 
 

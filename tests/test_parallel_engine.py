@@ -53,18 +53,17 @@ def losses(folder: Path) -> list[float]:
 
 def _halves(ranks: Ranks, place_: str, parallel: dict[str, Any]) -> None:
     """As a user's second command on other ranks: the run's own checkpoint is the start."""
-    train(_changing(Path(place_), 20, parallel), ranks, quiet())
+    train(_changing(Path(place_), parallel), ranks, quiet())
 
 
-def _changing(place_: Path, budget: int, parallel: dict[str, Any], name: str = "changing") -> Any:
-    # the length of the schedule is fixed, so that a shorter budget stops in the middle of the same curve
+def _changing(place_: Path, parallel: dict[str, Any], name: str = "changing") -> Any:
     return config(
         place_,
         name=name,
         folder=str(place_ / name),
         model=MODEL | {"vocab_size": 66},
-        training={"budget": 20, "micro_batch": 2},
-        checkpoint={"every": 4, "keep_last": 9},
+        training={"budget": 10, "micro_batch": 2},
+        checkpoint={"every": 2, "keep_last": 9},
         parallel=parallel,
     )
 
@@ -77,21 +76,21 @@ def _keep_until(folder: Path, step: int) -> None:
 
 
 def test_a_run_continues_its_curve_in_any_other_layout(tmp_path: Path) -> None:
-    train(_changing(tmp_path, 20, {}, "whole"), ALONE, quiet())
-    train(_changing(tmp_path, 20, {}), ALONE, quiet())
+    train(_changing(tmp_path, {}, "whole"), ALONE, quiet())
+    train(_changing(tmp_path, {}), ALONE, quiet())
     journey: list[tuple[int, int, dict[str, Any]]] = [
-        (16, 4, {"tensor": 2, "pipeline": 2}),
-        (12, 2, {"sharding": "zero3"}),
-        (8, 2, {"pipeline": 2, "schedule": "zero_bubble"}),
-        (4, 4, {"tensor": 2, "sequence": True, "sharding": "zero2"}),
+        (8, 4, {"tensor": 2, "pipeline": 2}),
+        (6, 2, {"sharding": "zero3"}),
+        (4, 2, {"pipeline": 2, "schedule": "zero_bubble"}),
+        (2, 4, {"tensor": 2, "sequence": True, "sharding": "zero2"}),
     ]
     for left, world_size, parallel in journey:
         _keep_until(tmp_path / "changing", left)
         run_ranks(_halves, world_size, str(tmp_path), parallel)
         assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5), parallel
-    assert [line["step"] for line in events(tmp_path / "changing", "resume")] == [16, 12, 8, 4]
-    _keep_until(tmp_path / "changing", 8)  # back to one process, from what four ranks wrote
-    train(_changing(tmp_path, 20, {}), ALONE, quiet())
+    assert [line["step"] for line in events(tmp_path / "changing", "resume")] == [8, 6, 4, 2]
+    _keep_until(tmp_path / "changing", 4)  # back to one process, from what four ranks wrote
+    train(_changing(tmp_path, {}), ALONE, quiet())
     assert losses(tmp_path / "changing") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -112,7 +111,7 @@ def _low(ranks: Ranks, place_: str, precision: str) -> list[float]:
             Path(place_),
             folder=f"{place_}/{precision}_{name}",
             model=MODEL,
-            training={"precision": precision},
+            training={"precision": precision, "budget": 10},
             parallel=parallel,
         )
         train(settings, ranks, quiet())
@@ -121,7 +120,7 @@ def _low(ranks: Ranks, place_: str, precision: str) -> list[float]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_in_layouts(tmp_path: Path, precision: str) -> None:
-    exact = train(config(tmp_path, folder=str(tmp_path / "fp32"), model=MODEL), ALONE, quiet())
+    exact = train(config(tmp_path, folder=str(tmp_path / "fp32"), model=MODEL, training={"budget": 10}), ALONE, quiet())
     run_ranks(_low, 2, str(tmp_path), precision)
     for name in ("pipeline", "tensor", "zero2"):
         found = losses(tmp_path / f"{precision}_{name}")

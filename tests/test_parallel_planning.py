@@ -10,6 +10,8 @@ import torch
 from distributed import run_ranks
 from tiny import config, mapping
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from wire import Wire
 
 from megarewarm.config.load import merge, validate
@@ -33,6 +35,7 @@ CLUSTER: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 128},
     "wide": {"num_layers": 4, "hidden_size": 192, "num_heads": 4, "vocab_size": 512},
+    "tied": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 1024, "tie_embeddings": True},
     "deep": {"num_layers": 12, "hidden_size": 96, "num_heads": 4, "vocab_size": 64},
 }
 
@@ -56,7 +59,14 @@ def _work(run: Run) -> Work:
     training = run.plan.config.training
     share = training.global_batch // run.mesh.layout.data
     length = run.plan.config.data.sequence_length
-    return Work(run.plan.model, length, training.micro_batch, -(-share // training.micro_batch), training.recompute)
+    return Work(
+        run.plan.model,
+        length,
+        training.micro_batch,
+        -(-share // training.micro_batch),
+        training.recompute,
+        optimizer=run.plan.config.optimizer.kind,
+    )
 
 
 def _measured_memory(run: Run) -> dict[str, float]:
@@ -122,10 +132,51 @@ def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[
             assert planned == pytest.approx(measured, rel=0.1), what
 
 
-def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Planned and real bytes of weights, gradients and moments of every layout, weights gathered as they are in a step."""
     found = []
     for parallel in layouts:
-        run = _build(place, "wide", ranks, parallel, micro_batch=2)
+        run = _build(place, size, ranks, parallel, micro_batch=1)
+        run.batches.close()
+        asked, mesh = run.plan.config.parallel, run.mesh
+        part = parts(_work(run), asked, mesh.layout)[mesh.pipeline_rank]
+        planned = memory_of(part, mesh.pipeline_rank, _work(run), asked, mesh.layout)
+        run.model.forward_backward(run.data.rows(0, run.plan.config.training.global_batch // mesh.layout.data))
+        modules = [inner for module in run.model._modules for inner in module.modules()]
+        for module in modules:
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        stored = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
+        parts_of = [p.to_local() if isinstance(p, DTensor) else p for p in stored]
+        weights = sum(p.nbytes for p in parts_of)
+        own = [p.grad for p in stored if p.grad is not None]
+        gradients = sum((g.to_local() if isinstance(g, DTensor) else g).nbytes for g in own)
+        if asked.sharding != "none":
+            for module in modules:
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+            weights += sum(p.nbytes for p in {id(p): p for m in modules for p in m.parameters(recurse=False)}.values())
+        moments = sum(moment.nbytes for moment in run.optimizer.state().values())
+        for what, real in (("weights", weights), ("gradients", gradients), ("optimizer", moments)):
+            found.append((f"{what}, {parallel}", getattr(planned, what), real))
+    return found
+
+
+@pytest.mark.parametrize("size", ["tied", "small"])
+def test_planned_memory_of_pipelines_is_there(tmp_path: Path, size: str) -> None:
+    orders = ("1f1b", "interleaved", "zero_bubble")
+    layouts = [{"pipeline": 2, "schedule": order, "sharding": "zero2"} for order in orders]
+    layouts += [{"pipeline": 2, "schedule": "zero_bubble", "tensor": 2}, {"pipeline": 2, "schedule": "zero_bubble"}]
+    config(tmp_path)
+    for rank, found in enumerate(run_ranks(_held, 4, str(tmp_path), size, layouts)):
+        for what, planned, real in found:
+            assert planned == pytest.approx(real, rel=0.02), f"rank {rank}, {what}"
+
+
+def _sent(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    found = []
+    for parallel in layouts:
+        run = _build(place, size, ranks, parallel, micro_batch=2)
         training_step(run, 1e-3)
         run.step += 1
         with Wire() as wire:
@@ -138,10 +189,11 @@ def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layouts"),
+    ("world_size", "size", "layouts"),
     [
         (
             2,
+            "wide",
             [
                 {},
                 {"tensor": 2},
@@ -155,6 +207,17 @@ def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple
         ),
         (
             4,
+            "tied",
+            [
+                {"pipeline": 2},
+                {"pipeline": 2, "schedule": "interleaved", "sharding": "zero2"},
+                {"pipeline": 2, "schedule": "zero_bubble", "sharding": "zero2"},
+                {"pipeline": 2, "schedule": "zero_bubble", "tensor": 2},
+            ],
+        ),
+        (
+            4,
+            "wide",
             [
                 {},
                 {"tensor": 2},
@@ -166,10 +229,10 @@ def _sent(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple
         ),
     ],
 )
-def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, layouts: list[dict[str, Any]]) -> None:
+def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, size: str, layouts: list[dict[str, Any]]) -> None:
     """Planned is the analytical minimum; what is sent beside it are a few numbers a step."""
     config(tmp_path)
-    for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), layouts)):
+    for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), size, layouts)):
         for layout, planned, sent in found:
             assert sent == pytest.approx(planned, rel=0.05), f"rank {rank}, {layout}"
 

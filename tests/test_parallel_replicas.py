@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import config, events, mapping, quiet
 
+from megarewarm.config.load import merge
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, _holders, checksum
@@ -54,28 +56,39 @@ def test_which_ranks_hold_the_same() -> None:
 
 
 MATRIX = "layers.1.mlp.dense_h_to_4h.weight"
+FLIPPED, STEPS = 6, 8
 
 
 def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any], name: str, moment: str | None) -> str | None:
-    """Train, with a bit of a parameter or its moment flipped on rank ``flipped`` after step 12; the message that ends the
-    run."""
+    """Train, with a bit of a parameter or its moment flipped on rank ``flipped`` after step ``FLIPPED``; the message that ends
+    the run."""
     original = trainer.training_step
 
     def step(run: Any, lr: float) -> Any:
         result = original(run, lr)
-        if run.step == 11 and ranks.rank == flipped:
+        if run.step == FLIPPED - 1 and ranks.rank == flipped:
             held = run.model.parameters[name].data if moment is None else run.optimizer.state()[moment, name]
             held.view(-1).view(torch.int32)[3] ^= 1 << 20
         return result
 
     trainer.training_step = step
     try:
-        train(config(Path(place), **changes), ranks, quiet())
+        short = {"training": {"budget": STEPS}, "evaluation": {"every": 4}, "checkpoint": {"every": 4}}
+        train(config(Path(place), **merge(short, changes)), ranks, quiet())
     except ReplicasDiffer as error:
         return str(error)
     finally:
         trainer.training_step = original
     return None
+
+
+def _train_and_go_on(ranks: Ranks, *args: Any) -> tuple[str | None, list[str], str | None]:
+    """What ended the run with a flipped bit, the checkpoints it left, and what ended the same command after it."""
+    ended = _train(ranks, *args)
+    dist.barrier()
+    left = sorted(path.name for path in Path(args[0], "tiny/checkpoints").iterdir())
+    dist.barrier()
+    return ended, left, _train(ranks, args[0], None, *args[2:])
 
 
 NORM = "layers.0.input_layernorm.weight"
@@ -96,7 +109,7 @@ TIED = {"model": {"tie_embeddings": True}, "parallel": {"pipeline": 2}, "trainin
             "ranks 1 on {host}, 3 on {host} should be equal and differ in layers.1.mlp",
         ),
         # seen before it reaches the weights, so that no checkpoint has it
-        (2, {"checkpoint": {"every": 4}}, MATRIX, "exp_avg_sq", "should be equal and differ in exp_avg_sq of layers.1.mlp"),
+        (2, {"checkpoint": {"every": 3}}, MATRIX, "exp_avg_sq", "should be equal and differ in exp_avg_sq of layers.1.mlp"),
         (
             2,
             {"parallel": {"tensor": 2, "sequence": True}},
@@ -112,19 +125,17 @@ def test_a_flipped_bit_ends_the_run_and_is_not_saved(
     tmp_path: Path, world_size: int, changes: dict[str, Any], name: str, moment: str | None, named: str
 ) -> None:
     host = socket.gethostname()
-    every = changes.get("checkpoint", {"every": 5})["every"]
+    every = changes.get("checkpoint", {"every": 4})["every"]
     mapping(tmp_path)  # the token files, before the ranks look for them
-    messages = run_ranks(_train, world_size, str(tmp_path), 1, changes, name, moment)
-    assert len(set(messages)) == 1 and messages[0] is not None
-    assert named.format(host=host) in messages[0]
+    answers = run_ranks(_train_and_go_on, world_size, str(tmp_path), 1, changes, name, moment)
+    message, left, after = answers[0]
+    assert answers == [answers[0]] * world_size and message is not None
+    assert named.format(host=host) in message
+    assert left == [f"step_{step}" for step in range(every, FLIPPED, every)] != []
     folder = tmp_path / "tiny"
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == sorted(
-        f"step_{step}" for step in range(every, 12, every)
-    )
-    assert events(folder, "stop")[-1]["reason"] == "replicas differ"
+    assert [line["reason"] for line in events(folder, "stop")] == ["replicas differ", "complete"]
     # the same command goes on from the last checkpoint, to the end
-    assert run_ranks(_train, world_size, str(tmp_path), None, changes, name, moment) == [None] * world_size
-    assert (folder / "checkpoints/step_20").is_dir()
+    assert after is None and (folder / f"checkpoints/step_{STEPS}").is_dir()
 
 
 def test_the_ends_of_a_pipeline_stay_equal_with_three_replicas(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
-from experiment_runs import entry, write_grid, write_record, write_run
+from experiment_runs import STEPS, entry, write_grid, write_record, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import PolyCollection
@@ -19,7 +20,7 @@ from matplotlib.image import imread
 from test_report_page import assert_legible, boxes, check, run_tool
 
 from megarewarm.report import draw, panels, style
-from megarewarm.report.arm_table import SCRIPT, content_hash
+from megarewarm.report.arm_table import SCRIPT, comparisons_html, content_hash
 from megarewarm.report.arms import arm_rows, comparisons
 from megarewarm.report.axes import axis_lines, draw_axis, number_of
 from megarewarm.report.experiment import Experiment, read_experiment
@@ -63,6 +64,64 @@ def two_arms(folder: Path, ends: dict[int, float], base: float = 2.5) -> Path:
             entries.append(plan)
             write_run(folder, plan, [2.0, 2.8, up], [3.0, 2.5, 2.0])
     return write_record(folder, entries)
+
+
+@pytest.mark.parametrize("place", ["single", "sweep", "chain"])
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_ends_of_other_lengths_are_not_compared(tmp_path: Path, place: str, seeds: tuple[int, ...], factor: float) -> None:
+    """Wherever arms meet their reference: 'other' ends far lower, after ``factor`` times as many tokens."""
+    entries = []
+    for seed in seeds:
+        for arm, end, length in (("main", 2.5, 1.0), ("same", 2.2, 1.0), ("other", 1.5, factor)):
+            keys: dict[str, Any] = {"after": ["start"], "steps": round(STEPS * length)}
+            if place == "sweep":
+                keys |= {"group": "g", "axes": {"training.micro_batch": length}}
+            if place == "chain":  # the last of two stages: what counts is the whole
+                first = entry(f"{arm}-1", seed, chain=arm, stage=0, steps=STEPS // 2)
+                entries.append(first)
+                write_run(tmp_path, first, [9.0, 2.0], [9.0, 3.0])
+                keys |= {"chain": arm, "stage": 1, "after": [f"{arm}-1"], "steps": round(STEPS * (1.5 * length - 0.5))}
+            plan = entry(arm, seed, **keys)
+            entries.append(plan)
+            write_run(tmp_path, plan, [2.0, 2.8, end + 0.01 * seed], [3.0, 2.5, 2.0])
+    text = said(write_record(tmp_path, entries))
+    claims = "\n".join(line for line in text.splitlines() if "against main" in line)
+    assert "same" in claims, text
+    assert ("other" in claims) == (factor == 1), text
+    assert ("not compared with main" in text and "for another length: other (" in text) == (factor != 1)
+    experiment = read_experiment(tmp_path)
+    told = comparisons(experiment, arm_rows(experiment))
+    page = comparisons_html(told)
+    row = re.search(r"<tr><td class=\"text\">[^<]*</td><th scope=\"row\">other</th>.*?</tr>", page)
+    assert row is not None and (" against " in row[0]) == (factor != 1)
+    assert ("<b>" in row[0]) == (factor == 1 and len(seeds) > 1)
+    assert {one.flat()["same_length"] for one in told if one.arm == "other"} == {factor == 1}
+
+
+def test_points_of_an_axis_are_joined_within_one_length(tmp_path: Path) -> None:
+    def lines(axis: str) -> dict[str, list[float]]:
+        entries = []
+        for number, (value, length) in enumerate(((1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0))):
+            plan = entry(f"arm_{number}", 1, after=["start"], steps=round(STEPS * length), group="g", axes={axis: value})
+            entries.append(plan)
+            write_run(tmp_path / axis, plan, [2.0, 2.5], [3.0, 2.5])
+        rows = arm_rows(read_experiment(write_record(tmp_path / axis, entries)))
+        found = axis_lines(rows, "g")
+        assert found is not None
+        return {line.label: line.values for line in found[1]}
+
+    assert lines("data.shards") == {"410k tokens": [1, 2, 3], "819k tokens": [4]}
+    assert lines("training.budget") == {"": [1, 2, 3, 4]}  # there the length is what is varied
+
+
+def test_a_shorter_arm_is_not_blamed_for_not_reaching_the_one_from_scratch(tmp_path: Path) -> None:
+    entries = []
+    for arm, length, down in (("start", 1.0, 3.0), ("scratch", 1.0, 2.4), ("long", 1.0, 2.5), ("short", 0.5, 2.6)):
+        plan = entry(arm, 1, after=["start"] if arm in ("long", "short") else [], steps=round(STEPS * length))
+        entries.append(plan)
+        write_run(tmp_path, plan, [2.0, 2.5], [3.0, down])
+    assert "0 of 1 arm came as low downstream as scratch" in said(write_record(tmp_path, entries))
 
 
 def test_a_difference_is_claimed_only_where_it_exceeds_the_seeds_spread(tmp_path: Path) -> None:

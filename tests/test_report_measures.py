@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from report_runs import ARMS, TOKENS_PER_STEP, config, eval_line, lines, train_line, write, write_arms
 
+from megarewarm.report import tradeoff
 from megarewarm.report.draw import describe_curves
 from megarewarm.report.measures import differences, flatten, kinds, labels, rows
 from megarewarm.report.page import report
@@ -212,3 +213,24 @@ def test_who_diverged_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     text = "\n".join(summarise(runs))
     assert "Without c, which diverged: b forgot most (+0.500 upstream)." in text and "The highest peak" not in text
     assert "nan" not in text and "inf" not in text and "nan" not in describe_curves(runs)
+
+
+@pytest.mark.parametrize("unlike", [(), ("length",), ("start",), ("sets",), ("length", "start", "sets")])
+def test_the_picture_of_forgetting_says_which_points_compare(tmp_path: Path, unlike: tuple[str, ...]) -> None:
+    runs = []
+    for number in range(3):
+        odd = number == 2
+        events = [event | {"name": f"code_{odd}"} if odd and "sets" in unlike and event.get("name") == "code" else event
+                  for event in lines("rewarm", 100 if odd and "length" in unlike else 200)]  # fmt: skip
+        events[0]["name"] = f"run_{number}"
+        if odd and "start" in unlike:
+            events[0]["from"] = "elsewhere/checkpoints/step_9"
+        runs.append(read_run(write(tmp_path / f"run_{number}", events, config("rewarm") | {"name": f"run_{number}"})))
+    caption = tradeoff.caption_tradeoff(rows(runs))
+    for what, words in (("length", "numbers of tokens"), ("start", "starts"), ("sets", "validation sets")):
+        assert (words in caption.partition("compare")[0]) == (what in unlike)
+    figure = tradeoff.draw_tradeoff(runs, rows(runs))
+    assert figure is not None
+    named = sorted(text.get_text() for text in figure.axes[0].texts if text.get_text().startswith("run_"))
+    assert len(named) == 3 and all(" · " in text for text in named) == ("length" in unlike)
+    assert [text.endswith(" · 52.4M") for text in named] == [False, False, "length" in unlike]

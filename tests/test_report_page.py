@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
-from report_runs import config, eval_line, lines, train_line, write, write_arms
+from report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write, write_arms
 
 from megarewarm.report import draw, style, tradeoff
 from megarewarm.report.lines import short_labels
@@ -23,6 +23,7 @@ from megarewarm.report.measures import rows
 from megarewarm.report.page import report
 from megarewarm.report.place import spread
 from megarewarm.report.read import read_runs
+from megarewarm.report.words import tokens_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,7 +159,8 @@ def boxes(figure: Figure) -> list[tuple[str, np.ndarray]]:
             low, high = inside[0] if tick in axes.xaxis.get_major_ticks() else inside[1]
             if low <= tick.get_loc() <= high and tick.label1.get_visible():
                 texts.append(tick.label1)
-        texts += [axes.xaxis.label, axes.yaxis.label, axes.title, axes._right_title, *axes.texts]  # type: ignore[attr-defined]
+        titles = (axes.title, axes._left_title, axes._right_title)  # type: ignore[attr-defined]
+        texts += [axes.xaxis.label, axes.yaxis.label, *titles, *axes.texts]
         texts += legend.get_texts() if (legend := axes.get_legend()) else []
     for legend in figure.legends:
         texts += legend.get_texts()
@@ -190,10 +192,30 @@ def renamed(folder: Path, name: str, arm: str, steps: int, offset: float) -> Pat
     return write(folder / name, events, config(arm, steps) | {"name": name})
 
 
+def diverged(folder: Path) -> Path:
+    """A run of 60 steps whose losses are not finite after 44."""
+    lost = [event | {"loss": None} if event.get("loss") and event["step"] > 44 else event for event in lines("rewarm", 60)]
+    return write(folder, [lost[0] | {"name": "diverged"}, *lost[1:]], config("rewarm", 60) | {"name": "diverged"})
+
+
+def test_where_and_that_a_run_diverged_is_said_in_the_pictures(tmp_path: Path) -> None:
+    runs = read_runs([diverged(tmp_path / "lost"), renamed(tmp_path, "sound", "rewarm", 60, 0.0)])
+    caption = tradeoff.caption_tradeoff(rows(runs))
+    assert caption.endswith("Without a point, for a loss that is not finite: diverged.")
+    figure = draw.draw_curves(runs)
+    assert figure is not None
+    first = 48 * TOKENS_PER_STEP  # the evaluation after step 44
+    said = {text.get_text() for axes in figure.axes for text in axes.texts if text.get_text().startswith("diverged")}
+    assert said == {f"diverged  diverged at {tokens_text(first)}"}
+
+
 def test_nothing_written_overlaps_or_is_cut_off(arms: list[Path], tmp_path: Path) -> None:
     many = ["constant_min", "rewarm_half", "rewarm", "rewarm_double", "no_warmup", "prose_again"] * 2
     crowd = [renamed(tmp_path, f"pythia410m_slimpajama_{arm}_{i}", arm, 60, 0.02 * i) for i, arm in enumerate(many)]
-    for folders in (arms, arms[3:4], arms[:1], crowd):
+    lengths = (("rewarm", 60), ("rewarm_half", 60), ("rewarm_double", 30), ("no_warmup", 90))
+    mixed = [renamed(tmp_path, f"german_from_the_last_checkpoint_{arm}_{n}", arm, n, 0.0) for arm, n in lengths]
+    mixed.append(diverged(tmp_path / "diverged"))
+    for folders in (arms, arms[3:4], arms[:1], crowd, mixed):
         runs = read_runs(folders)
         with style.style():
             drawn = [draw.draw_curves(runs), draw.draw_pretraining(runs), draw.draw_sets(runs)]

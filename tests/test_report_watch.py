@@ -19,8 +19,9 @@ from report_runs import TOKENS_PER_STEP, eval_line, lines, train_line, write
 from megarewarm.errors import UserError
 from megarewarm.report.follow import Follower
 from megarewarm.report.read import read_run
-from megarewarm.report.watch import Losses, RunView, Watch, duration_text
+from megarewarm.report.watch import Losses, RunView, Watch
 from megarewarm.report.watch_frame import frame, sparkline
+from megarewarm.report.words import duration_text
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = 1_800_000_000.0

@@ -179,7 +179,9 @@ def test_the_samples_of_a_lineage_are_a_set(file, stages):
     # a later replay goes on where this one ended, and around
     count = max(1, len(expected) // 3)
     read = again.read_between(0, count)
-    replay = DataSeen(name="replay", path=file, fingerprint=source.fingerprint, samples=count, tokens=16 * count, read=read)
+    replay = DataSeen(
+        name="replay", path=file, fingerprint=source.file.fingerprint, samples=count, tokens=16 * count, read=read
+    )
     (later,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), Lineage(stages=[*data, stage("y", replay)]))
     following = later.open(64, 16)
     assert np.array_equal(following.sample(0), expected[count % len(expected)])

@@ -39,9 +39,9 @@ class Faults:
         self.count = 0
         original = ParallelModel.forward_backward
 
-        def damaged(model: ParallelModel, rows: Any, loss_scale: float = 1.0) -> tuple[float, float]:
+        def damaged(model: ParallelModel, rows: Any, **options: Any) -> tuple[float, float]:
             self.count += 1
-            loss, targets = original(model, rows, loss_scale)
+            loss, targets = original(model, rows, **options)
             match calls.get(self.count):
                 case "gradient":
                     parameter = next(iter(model.parameters.values()))

@@ -21,6 +21,7 @@ from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training.inputs import open_inputs
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.setup import build
@@ -108,6 +109,18 @@ def test_data_parallel_ranks_in_every_sharding_compute_the_run_of_one(place: Pat
                 for name in (f"two_{kind}_{sharding}", f"one_{kind}")
             ]
             assert terms[0] == pytest.approx(terms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("intent", ["rewarm", "resume", "branch"])
+def test_who_goes_on_elsewhere_is_told_whom_the_teacher_is(place: Path, intent: str) -> None:
+    start = {"from": str(place / "up/checkpoints/step_10"), "intent": intent}
+    plan = make_plan(
+        settings(
+            place, f"told_{intent}", "logits", start=start, data={"train": [{"path": str(place / "old"), "max_epochs": 9}]}
+        )
+    )
+    told = [note for note in open_inputs(plan, 1, torch.device("cpu")).notes if "the teacher is" in note]
+    assert len(told) == (intent != "rewarm") and all(str(place / "up/checkpoints/step_10") in note for note in told)
 
 
 def test_what_can_not_be_distilled_is_refused(place: Path, tmp_path: Path) -> None:

@@ -114,10 +114,11 @@ def test_what_was_lost_after_the_last_step_is_made_up_for(
             patched.setattr(trainer, "training_step", step_and_signal)
             assert train(wanted, ALONE, quiet()).exit_code == 128 + signal.SIGTERM
         else:
-            measured = interpolation.evaluate
+            measured, measurements = interpolation.evaluate, list[Any]()
 
             def evaluate_or_die(*words: Any) -> Any:
-                if len(events(place / name, "interpolation")) == 3:
+                measurements.append(words)
+                if len(measurements) == 4:
                     raise KeyboardInterrupt
                 return measured(*words)
 

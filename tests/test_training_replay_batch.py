@@ -7,6 +7,8 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from tiny import config, events, quiet
 from megarewarm.data.token_file import open_tokens
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training.replay_batch import replay_step, show
+from megarewarm.training.replay_batch import _groups, replay_step, show
 from megarewarm.training.trainer import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +72,20 @@ def test_without_a_step_the_newest_bad_one_is_taken(tmp_path: Path, monkeypatch:
     broken = replay_step(folder, 7, ALONE)
     assert math.isnan(broken.norm) and sum(group["bad_gradients"] for group in broken.groups.values()) == 1
     assert broken.as_json()["norm"] is None and json.loads(json.dumps(broken.as_json(), allow_nan=False))
+
+
+def test_norms_beyond_fp32_squares_and_large_counts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of 3e20 is finite, its square no fp32 number; nor is 2^24 + 1."""
+    weight = torch.nn.Parameter(torch.full((2,), 2e19))
+    weight.grad = torch.tensor([3e20, torch.inf])
+    shapes = {"embed_in.weight": (2,)}
+    model: Any = SimpleNamespace(shapes=shapes, parameters={"embed_in.weight": weight}, counted=lambda name, values: values)
+    several = 2**24 + 1  # ranks
+    monkeypatch.setattr("megarewarm.training.replay_batch.all_reduce_sums", lambda sums: [several * value for value in sums])
+    (found,) = _groups(SimpleNamespace(model=model, scaler=None)).values()  # type: ignore[arg-type]
+    assert found["bad_gradients"] == several
+    assert found["grad_norm"] == pytest.approx(3e20 * several**0.5, rel=1e-6)
+    assert found["weight_norm"] == pytest.approx(2e19 * (2 * several) ** 0.5, rel=1e-6)
 
 
 def test_steps_and_folders_that_are_not_there(trained: Path, tmp_path: Path) -> None:

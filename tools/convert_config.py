@@ -25,7 +25,7 @@ def main() -> None:
     if not files:
         missing = [name for name in arguments.configs if not Path(name).is_file()]
         what = "no such file" if missing else "no key of GPT-NeoX in it"
-        raise UserError(f"{(missing or arguments.configs)[0]}: {what}; expected a configuration of GPT-NeoX")
+        raise UserError(f"{Path((missing or arguments.configs)[0]).absolute()}: {what}; expected a configuration of GPT-NeoX")
     run, account = load_neox(files, [], arguments.ranks)
     text = dump(run)
     if arguments.output is None:

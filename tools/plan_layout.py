@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -33,33 +34,51 @@ def main() -> None:
     config = validate(RunConfig, *read_configs(arguments.configs))
     if config.model is None:
         raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
-    plans = rank_layouts(config, config.model, arguments.gpus, GPUS[arguments.gpu])
-    make_console().print(show(plans[: arguments.most], f"{len(plans)} layouts fit on {arguments.gpus} x {arguments.gpu}"))
+    gpus = arguments.gpus
+    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu])
+    console = make_console()
+    fit = f"{len(plans):,} layouts fit on {gpus} x {arguments.gpu}"
+    console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
+    console.print(fitted(plans[: arguments.most], gpus, console.width))
     best = plans[0]
-    print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()))
+    console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)
 
 
-def show(plans: list[Plan], title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
-    headings = "pipeline data tensor sharding recompute micro-batch memory bubble step tokens/s MFU"
-    for heading in headings.split():
-        table.add_column(heading, justify="left" if heading in ("sharding", "recompute") else "right", no_wrap=True)
-    for plan in plans:
-        layout = plan.layout
-        table.add_row(
-            f"{layout.pipeline}",
-            f"{layout.data}",
-            f"{layout.tensor}{' seq' if plan.keys.get('parallel.sequence') else ''}",
-            str(plan.keys["parallel.sharding"]),
-            str(plan.keys["training.recompute"]),
-            str(plan.keys["training.micro_batch"]),
-            f"{plan.memory / 2**30:.1f} GiB",
-            f"{plan.bubble:.0%}",
-            f"{plan.seconds:.2f} s",
-            f"{plan.tokens_per_second / 1e3:,.0f}k",
-            f"{plan.mfu:.0%}",
-        )
+COLUMNS: dict[str, Callable[[Plan, int], str]] = {
+    "pipe": lambda plan, gpus: f"{plan.layout.pipeline}",
+    "data": lambda plan, gpus: f"{plan.layout.data}",
+    "tensor": lambda plan, gpus: f"{plan.layout.tensor}{' seq' if plan.keys.get('parallel.sequence') else ''}",
+    "shard": lambda plan, gpus: str(plan.keys["parallel.sharding"]),
+    "recomp.": lambda plan, gpus: str(plan.keys["training.recompute"]),
+    "micro": lambda plan, gpus: str(plan.keys["training.micro_batch"]),
+    "GiB": lambda plan, gpus: f"{plan.memory / 2**30:.1f}",
+    "bubble": lambda plan, gpus: f"{plan.bubble:.0%}",
+    "s/step": lambda plan, gpus: f"{plan.seconds:#.3g}" if plan.seconds < 100 else f"{plan.seconds:,.0f}",
+    "tok/s": lambda plan, gpus: f"{plan.tokens_per_second / 1e3:,.0f}k",
+    "MFU": lambda plan, gpus: f"{plan.mfu:.0%}",
+    "hours": lambda plan, gpus: _hours(plan.hours),
+    "GPU-h": lambda plan, gpus: _hours(plan.hours * gpus),
+}
+DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # where the terminal is narrow, in this order
+
+
+def fitted(plans: list[Plan], gpus: int, width: int) -> Table:
+    """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as ``width`` shows whole."""
+    cells = {name: [cell(plan, gpus) for plan in plans] for name, cell in COLUMNS.items()}
+    for name in DISPENSABLE:
+        if sum(1 + max(map(len, (heading, *column))) for heading, column in cells.items()) - 1 <= width:
+            break
+        del cells[name]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in cells:
+        table.add_column(name, justify="left" if name in ("shard", "recomp.") else "right", no_wrap=True)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours < 100 else f"{hours:,.0f}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from megarewarm.data.file_identity import FileIdentity
 from megarewarm.data.sample_order import SamplesRead
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 
@@ -14,20 +15,23 @@ Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None 
 """A measured number, which may be NaN or infinite; revisions up to November 2026 wrote null for these."""
 
 
-class DataSeen(BaseModel):
-    """What one stage read of one source. ``fingerprint`` identifies the tokens, wherever the file lies; ``read`` says which
-    samples they were, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions know nothing of
+class DataSeen(FileIdentity):
+    """What one stage read of one source, and what identifies its tokens, wherever the file lies. ``read`` says which samples
+    they were, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions know nothing of
     these: null, and all that was read is in ``read``.)"""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    path: str
-    fingerprint: str
     samples: int
     tokens: int
     read: SamplesRead | None = None
     left_out: int | None = None
+
+    @property
+    def file(self) -> FileIdentity:
+        """What it read of, alone."""
+        return FileIdentity.model_validate(self.model_dump(include=set(FileIdentity.model_fields)))
 
 
 class Stage(BaseModel):

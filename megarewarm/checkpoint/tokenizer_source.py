@@ -55,7 +55,7 @@ def _loaded(path: str, modified: int, size: int) -> Tokenizer:
 def named_tokenizer(name: str | Path, key: str) -> Path:
     """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` where it can't be read."""
     if not Path(name).exists():
-        raise UserError(f"{name}: no such tokenizer file or folder, which {key} names")
+        raise UserError(f"{Path(name).absolute()}: no such tokenizer file or folder, which {key} names")
     try:
         return loaded(name).path
     except UserError as error:

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.execution import LOG_SPACED
-from megarewarm.config.load import known_keys, merge, validate
+from megarewarm.config.load import merge, validate
 from megarewarm.config.schema import RunConfig
+from megarewarm.config.unknown_keys import known_keys, meant
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError, nearest
 from megarewarm.untrusted import is_name
@@ -136,9 +137,10 @@ def _axis(key: str, values: Any, where: str) -> list[_Choice]:
     for i in range(len(path)):
         known = known_keys(section, path[:i])
         if path[i] not in known:
-            hint = nearest(path[i], known) or (f"; known there: {', '.join(known)}" if known else "")
+            found = meant(section, path[: i + 1])
+            hint = f", did you mean {' or '.join(map(repr, found))}?" if found else f"; known there: {', '.join(known)}."
             raise UserError(
-                f"{where}: axis '{key}' names no key of a run{hint}. An axis is a key such as schedule.max_lr with its values, "
+                f"{where}: axis '{key}' names no key of a run{hint} An axis is a key such as schedule.max_lr with its values, "
                 f"or any name with labels that each hold keys"
             )
     labelled = values.items() if isinstance(values, dict) else [(_label(value, where), value) for value in values]

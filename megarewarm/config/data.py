@@ -30,7 +30,8 @@ class Source(Section):
     )
     part: Literal["train", "valid", "test"] = Field("train", description="Which part of 'split' to read.")
     dtype: Literal["uint16", "uint32", "int32"] | None = Field(
-        None, description="Type of the ids in a bare .bin; null: uint16 for vocabularies up to 65536, else uint32."
+        None,
+        description="Of the ids in a bare .bin; null: its manifest's, or uint16 for vocabularies up to 65536, else uint32.",
     )
     layout: Literal["documents", "rows"] = Field(
         "documents",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -54,14 +55,18 @@ def _type_name(annotation: Any) -> str:
     if origin is tuple:
         return f"{len(get_args(annotation))} numbers"
     if origin is dict:
-        return f"mapping of names to {_type_name(get_args(annotation)[1])}"
+        value = get_args(annotation)[1]
+        return "mapping" if value is Any else f"mapping of names to {_type_name(value)}"
     if annotation is Duration:
         return "time"
     if annotation is Budget:
         return "length of training"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}.get(annotation, str(annotation))
+    plain = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    if annotation not in plain:
+        raise ValueError(f"a key of type {annotation}, which has no name for people yet")
+    return plain[annotation]
 
 
 def _default(field: FieldInfo) -> str:
@@ -97,7 +102,7 @@ def _section(model: type[BaseModel]) -> str:
     lines = [
         f"## {model.__name__}",
         "",
-        (model.__doc__ or "").strip(),
+        _text(model),
         "",
         "| key | value | default | meaning |",
         "|---|---|---|---|",
@@ -109,15 +114,19 @@ def _section(model: type[BaseModel]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _text(model: type[BaseModel]) -> str:
+    return inspect.getdoc(model) or ""
+
+
 def _first_line(annotation: Any) -> str:
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return (candidate.__doc__ or "").strip().splitlines()[0]
+            return _text(candidate).splitlines()[0]
     raise ValueError(f"a key of type {annotation} has no description")
 
 
 def markdown() -> str:
-    """The text of docs/config.md. Raises ``ValueError`` for a key without a description."""
+    """The text of docs/config.md. Raises ``ValueError`` for a key without a description, or of a type that has no name here."""
     sections: list[type[BaseModel]] = []
     _models_below(RunConfig, sections)
     _models_below(ExperimentConfig, sections)

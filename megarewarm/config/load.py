@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from megarewarm.config.paths import expanded
 from megarewarm.config.problems import in_words
 from megarewarm.config.run_format import take_format
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.unknown_keys import foreign_meaning, known_keys, meant
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_yaml
 from megarewarm.errors import UserError, nearest
 from megarewarm.untrusted import redacted, secrets_of
@@ -55,7 +56,7 @@ def _parents(mapping: dict[str, Any], path: Path, where: str, seen: tuple[Path, 
     for parent in parents:
         parent_path = path.parent / path_text(parent, where)
         if not parent_path.is_file():
-            raise UserError(f"{where}: 'extends' names {parent_path}, which does not exist")
+            raise UserError(f"{where}: 'extends' names {parent_path.absolute()}, which does not exist")
         parent_mapping, parent_origins = _read_with_parents(parent_path, seen)
         merged = merge(merged, parent_mapping)
         merged_origins |= parent_origins
@@ -68,6 +69,8 @@ def read_configs(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
     Returns the merged mapping, not yet validated, and where each key came from. Raises ``UserError``.
     """
     files = [word for word in words if is_file_word(word)]
+    for file in files:
+        _check_there(file, words)
     mapping: dict[str, Any] = {}
     origins: Origins = {}
     for file in files:
@@ -78,6 +81,25 @@ def read_configs(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
         if word not in files:
             apply_override(mapping, origins, word)
     return mapping, origins
+
+
+def _check_there(file: str, words: Sequence[str]) -> None:
+    """Raise ``UserError`` for a word that is taken for a config file and names none, saying what it may be instead."""
+    path = Path(path_text(file, "command line"))
+    if path.exists():
+        return
+    at = words.index(file)
+    apart = any(word.endswith("=") for word in words[max(at - 1, 0) : at]) or any(w[:1] == "=" for w in words[at + 1 : at + 2])
+    if apart or file.rpartition(".")[2] in known_keys(RunConfig, file.split(".")[:-1]):
+        raise UserError(
+            f"command line: '{file}' is no config file; a key and its value are one word, without spaces, such as "
+            f"training.budget=10"
+        )
+    beside = {entry.stem: entry.name for entry in path.parent.glob("*.y*ml")} if path.parent.is_dir() else {}
+    stem = path.stem if path.suffix in (".yml", ".yaml") else path.name
+    hint = nearest(stem, beside)  # the end of a name is alike in all of them
+    found = f", did you mean '{beside[hint.split(chr(39))[1]]}'?" if hint else ""
+    raise UserError(f"{path.absolute()}: no such config file{found}")
 
 
 def path_text(path: str, where: str) -> str:
@@ -124,31 +146,6 @@ def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None
     origins[tuple(path)] = where
 
 
-def known_keys(model: Any, path: Sequence[str | int]) -> list[str]:
-    """Names of the keys that the schema knows at ``path`` (the parent of an unknown key)."""
-    current: Any = model
-    for part in path:
-        while get_origin(current) in (Union, types.UnionType):
-            current = next((arg for arg in get_args(current) if arg is not type(None)), None)
-        if get_origin(current) is list:
-            current = get_args(current)[0]
-            continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return []
-        by_alias = {field.alias or name: field for name, field in current.model_fields.items()}
-        field = by_alias.get(str(part))
-        if field is None:
-            return []
-        current = field.annotation
-    while get_origin(current) in (Union, types.UnionType):
-        current = next((arg for arg in get_args(current) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
-    if get_origin(current) is list:
-        current = get_args(current)[0]
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return [field.alias or name for name, field in current.model_fields.items()]
-    return []
-
-
 def _place(path: tuple[str, ...], origins: Origins) -> str:
     """Where ``path`` or the closest key above it was written."""
     for length in range(len(path), -1, -1):
@@ -169,23 +166,21 @@ def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> M
 def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> list[str]:
     """A line for each problem: unknown keys first, and without the missing keys that they were meant to be."""
     unknown, others = [], []
-    meant: set[tuple[str, ...]] = set()
+    instead: set[tuple[str, ...]] = set()
     items = [(tuple(str(part) for part in item["loc"]), item) for item in error.errors()]
     for path, item in items:
         if item["type"] == "extra_forbidden":
-            known = known_keys(model, item["loc"][:-1])
-            section = ".".join(path[:-1])
-            hint = nearest(path[-1], known)
-            if hint:
-                meant.add((*path[:-1], hint.split("'")[1]))
-            elif len(path) == 1:
-                inside = [f"'{name}.{path[0]}'" for name in known if path[0] in known_keys(model, [name])]
-                hint = f", did you mean {' or '.join(inside)}?" if inside else ""
-            hint = hint or f"; known here: {', '.join(known)}"
+            section, known = ".".join(path[:-1]), known_keys(model, item["loc"][:-1])
+            found = meant(model, path)
+            instead |= {tuple(key.split(".")) for key in found}
+            beside = [key.rpartition(".")[2] if key.rpartition(".")[0] == section else key for key in found]
+            hint = f", did you mean {' or '.join(map(repr, beside))}" if found else f"; known here: {', '.join(known)}"
+            if found:
+                hint += f"{f' ({what})' if (what := foreign_meaning(model, path[-1])) else ''}?"
             unknown.append(f"{_place(path, origins)}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
     for path, item in items:
         place, key = _place(path, origins), ".".join(path)
-        if item["type"] == "missing" and path not in meant:
+        if item["type"] == "missing" and path not in instead:
             others.append(f"{place}: '{key}' is missing and has no default")
         elif item["type"] not in ("extra_forbidden", "missing"):
             others.append(f"{place}: {key + ': ' if key else ''}{in_words(item, known_keys(model, item['loc']))}")

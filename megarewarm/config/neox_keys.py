@@ -80,8 +80,13 @@ HONOURED: dict[str, Honoured] = {
         "valid_data_weights": ((list,), None, "weight of each source of 'valid'"),
         "test_data_weights": ((list,), None, "weight of each source of 'test'"),
         "split": ((str,), "969, 30, 1", "split of each source"),
-        "vocab_file": ((str,), None, "data.tokenizer, where it is a tokenizer.json"),
-        "tokenizer_type": ((str,), "GPT2BPETokenizer", "how the tokenizer's size is read, where nothing is loaded"),
+        "vocab_file": (
+            (str,),
+            None,
+            "data.tokenizer: a tokenizer.json, a .model, GPT-2's vocab.json; a note for others",
+        ),
+        "merge_file": ((str,), None, "data.tokenizer: the merges.txt beside GPT-2's vocab_file; elsewhere a note"),
+        "tokenizer_type": ((str,), "GPT2BPETokenizer", "what vocab_file is; how its size is read, where nothing is loaded"),
         "eval_interval": ((int,), 1000, "evaluation.every; 0 is never"),
         "eval_iters": ((int,), 100, "tokens of the validation sets, in global batches"),
         "checkpoint_factor": (_NUMBER, None, "checkpoint.every"),
@@ -101,7 +106,7 @@ HONOURED: dict[str, Honoured] = {
     }.items()
 }
 
-PATHS = frozenset(words("data_path train_data_paths valid_data_paths test_data_paths vocab_file save load"))
+PATHS = frozenset(words("data_path train_data_paths valid_data_paths test_data_paths vocab_file merge_file save load"))
 """Honoured keys that are paths, or lists of them."""
 
 # ---- without effect on what is computed here: listed at the start with the reason -----------------------------------
@@ -164,7 +169,6 @@ _BY_REASON: dict[str, str] = {
     ),
     "GPT-NeoX reads it nowhere: its LayerNorm has biases": "use_bias_in_norms",
     "token files are read where they are needed": "use_shared_fs num_workers mmap_warmup",
-    "token files are read without a tokenizer": "merge_file",
     "checkpoints have checksums that are verified when they are loaded": "checkpoint_validation_with_forward_pass",
     "checkpoints always hold the random state": "no_save_rng",
     "samples are cut out of the stream of documents, as 'packed' always does": "allow_chopped",

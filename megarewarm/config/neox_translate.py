@@ -11,6 +11,7 @@ from typing import Any
 from megarewarm.config import neox_keys
 from megarewarm.config.neox_precision import loss_scale_of, precision_of
 from megarewarm.config.neox_read import NeoxFile
+from megarewarm.config.neox_tokenizer import KNOWN_ENDS, tokenizer_size, usable_tokenizer
 from megarewarm.config.neox_values import NeoxValues
 from megarewarm.errors import UserError
 from megarewarm.untrusted import one_line
@@ -109,7 +110,7 @@ class _Translator(NeoxValues):
         }
         if scale := loss_scale_of(self, precision):
             mapping["training"]["loss_scale"] = scale
-        self._check_overwritten(micro, pipeline)
+        self._check_overwritten(micro)
         return Translation(
             mapping=mapping,
             load=self._load,
@@ -121,7 +122,7 @@ class _Translator(NeoxValues):
             idle={key: why for key, why in self.idle.items() if key in self.file.honoured},
         )
 
-    def _check_overwritten(self, micro: int, pipeline: int) -> None:
+    def _check_overwritten(self, micro: int) -> None:
         """Raise ``UserError`` for a key that GPT-NeoX overwrites with another value than the file gives it."""
         counts = {
             "lr": self.get("optimizer.params.lr"),
@@ -234,36 +235,9 @@ class _Translator(NeoxValues):
         """GPT-NeoX's rule: the tokenizer's size, up to a multiple of make_vocab_size_divisible_by x tensor-parallel ranks."""
         if (given := self.get("padded_vocab_size")) is not None:
             return int(given)
-        size = self._tokenizer_size()
+        size = tokenizer_size(self)
         multiple = self.get("make_vocab_size_divisible_by") * tensor
         return math.ceil(size / multiple) * multiple
-
-    def _tokenizer_size(self) -> int:
-        kind, name = self.get("tokenizer_type"), self.get("vocab_file")
-        if kind == "CharLevelTokenizer":
-            return 512
-        if name is None:
-            raise UserError(
-                f"{self.file.name}: 'vocab_file' is missing: the vocabulary's size can't be known (or give padded_vocab_size)"
-            )
-        if not Path(name).is_file():
-            raise self.error("vocab_file", f"{name}: no such file, so the vocabulary's size can't be known")
-        if kind == "HFTokenizer":
-            from tokenizers import Tokenizer
-
-            try:
-                return int(Tokenizer.from_file(name).get_vocab_size())
-            except Exception as error:  # the library's own class is Exception
-                raise self.error("vocab_file", f"{name}: not a tokenizer.json ({str(error).splitlines()[0]})") from error
-        if kind == "SPMTokenizer":
-            from sentencepiece import SentencePieceProcessor
-
-            return int(SentencePieceProcessor(model_file=name).get_piece_size())
-        if kind in ("GPT2BPETokenizer", "HFGPT2Tokenizer"):
-            import json
-
-            return len(json.loads(Path(name).read_text(encoding="utf-8")))
-        raise self.error("tokenizer_type", f"{kind!r} is not known here; give padded_vocab_size")
 
     # ---- the data --------------------------------------------------------------------------------------------------
 
@@ -281,8 +255,7 @@ class _Translator(NeoxValues):
             for part, when in (("valid", "always"), ("test", "end"))
             if sources[part] and tokens
         ]
-        vocab_file = self.get("vocab_file")
-        usable = vocab_file is not None and self.get("tokenizer_type") == "HFTokenizer" and Path(vocab_file).is_file()
+        tokenizer = usable_tokenizer(self)
         return {
             "sequence_length": length,
             "order": "neox",
@@ -290,15 +263,16 @@ class _Translator(NeoxValues):
             "blend_of_one": bool(weighted),
             "train": sources["train"],
             "validation": sets,
-            "tokenizer": vocab_file if usable else None,
-            "mask_eod_loss": self._masks_eod(usable),
+            "tokenizer": tokenizer,
+            "mask_eod_loss": self._masks_eod(tokenizer is not None and self.get("tokenizer_type") in KNOWN_ENDS),
         }
 
     def _masks_eod(self, tokenizer: bool) -> bool:
         masks = bool(self.get("eod_mask_loss"))
         if masks and not tokenizer:
             raise self.error(
-                "eod_mask_loss", "the end of a document is known only of a tokenizer_type HFTokenizer whose vocab_file is there"
+                "eod_mask_loss",
+                f"the end of a document is known only of a tokenizer_type {' or '.join(KNOWN_ENDS)} whose files are there",
             )
         if masks:
             self.notes.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -34,6 +35,12 @@ def expanded(path: str, keep: tuple[str, ...] = ()) -> str:
     if result.startswith("~"):
         raise ValueError(f"'{path}' begins in a home folder that isn't known; write the path out (./~ for a folder called '~')")
     return result
+
+
+def merges_beside(vocabulary: Path) -> Path | None:
+    """Where the merges of GPT-2's vocab.json lie: merges.txt, gpt2-merges.txt beside gpt2-vocab.json; None for other names."""
+    name = vocabulary.name
+    return vocabulary.with_name(f"{name.removesuffix('vocab.json')}merges.txt") if name.endswith("vocab.json") else None
 
 
 class PathMark:

@@ -55,4 +55,6 @@ def in_words(item: Mapping[str, Any], keys: Sequence[str]) -> str:
 def _given(value: Any) -> str:
     if value is None:
         return " (given: null)"
+    if isinstance(value, bool):
+        return f" (given: {str(value).lower()})"
     return f" (given: {value!r})" if isinstance(value, str | int | float) else ""

@@ -173,7 +173,7 @@ def read_yaml(path: Path, *, switches: bool = False) -> tuple[dict[str, Any], Or
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
+        raise UserError(f"{path.absolute()}: no such config file") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, expected a config file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -12,18 +12,19 @@ from megarewarm.data.mixture import Mixture, lay_out
 from megarewarm.data.phases import Phase
 from megarewarm.data.row_places import RowPlace
 from megarewarm.data.sample_order import SamplesRead
-from megarewarm.data.samples import Description
 from megarewarm.errors import UserError
 
 
 class TrainingBatches:
-    """The samples of a run, ``total_samples`` of them, any of which is read without reading those before it."""
+    """The samples of a run, ``total_samples`` of them, any of which is read without reading those before it. ``files``: what
+    each source's file holds."""
 
     def __init__(self, mixture: Mixture, total_samples: int) -> None:
         self._mixture, self._rows = mixture, mixture.rows
         self.total_samples = total_samples
         self.sequence_length = self._rows.sequence_length
         self.names = self._rows.names
+        self.files = self._rows.files()
 
     def rows(self, first_sample: int, count: int) -> npt.NDArray[np.int64]:
         """Samples [first_sample, first_sample + count), (count, s + 1) int64. ``UserError`` past the run's end."""
@@ -78,19 +79,6 @@ class TrainingBatches:
         ``permuted`` order it doesn't depend on the length of the run; in the others on their number of epochs.
         """
         return self._mixture.fingerprint(self.total_samples if before is None else before)
-
-    def describe(self) -> list[Description]:
-        """One line per source: name, path, fingerprint of the file, tokens, order and epochs."""
-        return [
-            {
-                "name": name,
-                "path": str(samples.tokens.file.path),
-                "fingerprint": samples.tokens.file.fingerprint(),
-                "tokens": samples.tokens.num_tokens,
-                **samples.describe(),
-            }
-            for name, samples in zip(self.names, self._rows.samples, strict=True)
-        ]
 
     def _check_range(self, first: int, count: int) -> None:
         if first < 0 or count < 0 or first + count > self.total_samples:

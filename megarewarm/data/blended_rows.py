@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.blend import AnyBlend
+from megarewarm.data.file_identity import FileIdentity, identity_of
 from megarewarm.data.row_places import RowPlace, runs_of
 from megarewarm.data.samples import Samples
 from megarewarm.errors import UserError
@@ -25,6 +26,10 @@ class BlendedRows:
         self.sequence_length = samples[0].sequence_length
         self._blend = blend
         self._vocab_size = vocab_size
+
+    def files(self) -> list[FileIdentity]:
+        """What identifies each source's tokens."""
+        return [identity_of(samples.tokens.file) for samples in self.samples]
 
     def counts(self, positions: int) -> npt.NDArray[np.int64]:
         """How many of the first ``positions`` rows each source gives, (sources,): its samples 0 up to that number."""

@@ -423,7 +423,9 @@ def _text_key(corpus: Corpus, fraction: float) -> str:
     if isinstance(source, str):
         return _key(_FORMAT, source, limit, fraction)
     paths = Documents(source).paths  # refuses what is not there
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    known = [(path.resolve(), path.stat()) for path in paths]
+    # with the time of change beside that of the contents, which copying often sets to an older one
+    files = [(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in known]
     return _key(_FORMAT, files, limit, fraction)
 
 

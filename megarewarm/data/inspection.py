@@ -84,7 +84,7 @@ def _verify_manifest(file: TokenFile) -> list[str]:
     manifest = file.path.with_suffix(".json")
     try:
         said = json.loads(manifest.read_bytes())
-        counts, sums = (said["documents"], said["tokens"]), said["sha256"]
+        counts, sums = (int(said["documents"]), int(said["tokens"])), said["sha256"]
         wanted = {suffix: str(sums[suffix]) for suffix in ("bin", "idx") if suffix == "bin" or file.index_path is not None}
     except FileNotFoundError:
         return [f"{manifest}: is not there, so nothing says which ids the file should hold: they were not compared"]

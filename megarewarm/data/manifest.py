@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from megarewarm.data.file_bytes import find_bin
 from megarewarm.data.tokenizer_identity import TokenizerIdentity
 from megarewarm.errors import UserError
 
@@ -25,15 +26,23 @@ class Made:
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of the token file ``path`` (the .bin); None where there is none, or one that counts other tokens."""
+    """The manifest of the token file ``path`` (the .bin, or what its shards are called); None where there is none, or something
+    else is called so. Raises ``UserError`` for one that counts other tokens: either file may be cut off, or another's."""
+    manifest = path.with_suffix(".json")
     try:
-        said = json.loads(path.with_suffix(".json").read_bytes())
+        said = json.loads(manifest.read_bytes())
         if not isinstance(said, dict):
             return None
-        if path.is_file() and "dtype" in said and said["tokens"] * np.dtype(said["dtype"]).itemsize != path.stat().st_size:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        counted = int(said["tokens"]) * np.dtype(said["dtype"]).itemsize if said.keys() >= {"tokens", "dtype"} else None
+    except (OSError, ValueError, TypeError):
         return None
+    size = sum(part.stat().st_size for part in find_bin(str(path.with_suffix(""))))
+    if counted is not None and size and size != counted:
+        raise UserError(
+            f"{manifest}: says {said['tokens']} tokens of {said['dtype']}, {counted} bytes; {path.name} has {size}: it is "
+            f"{'truncated' if size < counted else 'too long'}, or another file; copy both again, or remove the manifest if the "
+            f"token file is right"
+        )
     return said
 
 

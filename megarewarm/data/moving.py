@@ -38,13 +38,15 @@ class MovingWindows:
     """A set of ``evaluations`` slices of floor(tokens / s) windows each, in the order ``data.order`` gives them.
 
     The order is that of a training run of that many samples, with ``data.seed``; ``max_epochs`` of the sources holds.
-    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read.
+    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read. ``files``: what each
+    source's file holds.
     """
 
     def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int, evaluations: int) -> None:
         self.name = config.name
         self.role = config.role
         self.when = config.when
+        self.sequence_length = data.sequence_length
         self.windows_per_slice = config.tokens // data.sequence_length
         self.evaluations = evaluations if config.when == "always" else 1
         if self.windows_per_slice < 1:
@@ -57,6 +59,7 @@ class MovingWindows:
         samples = self.windows_per_slice * self.evaluations
         mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
+        self.files = self._rows.files()
         self.notes: list[str] = []
         epochs = max(
             count / max(part.samples_per_epoch, 1)
@@ -67,6 +70,11 @@ class MovingWindows:
                 f"validation set '{self.name}' reads its sources {epochs:.3g} times: {self.evaluations:,} evaluations of "
                 f"{self.windows_per_slice * data.sequence_length:,} tokens are asked for, and they hold no more"
             )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose loss one evaluation evaluates."""
+        return self.windows_per_slice * self.sequence_length
 
     def fingerprint(self) -> str:
         """32 hex digits of the order of the set's windows."""

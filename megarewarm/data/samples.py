@@ -25,8 +25,6 @@ from megarewarm.errors import UserError
 _BLOCK = 2**20  # documents in memory at a time beside the arrays that stay
 _CACHED = 2**21  # documents and samples from which on an order is kept on the disk: some tenths of a second to make
 
-Description = dict[str, str | int | float | None]
-
 
 class Samples(ABC):
     """An order of samples. ``samples_per_epoch`` is floor((t - 1) / s) of the view's t tokens.
@@ -88,17 +86,6 @@ class Samples(ABC):
             last_document=view.last_document,
             **rest,
         )
-
-    def describe(self) -> Description:
-        """Order, samples and epochs (None: without end), for logs and lineage."""
-        whole = self.num_samples is not None and self.samples_per_epoch > 0
-        epochs = (self.num_samples or 0) / self.samples_per_epoch if whole else None
-        return {
-            "order": self.order,
-            "samples_per_epoch": self.samples_per_epoch,
-            "samples": self.num_samples,
-            "epochs": epochs,
-        }
 
 
 class PermutedSamples(Samples):
@@ -223,9 +210,6 @@ class _ShuffledSamples(Samples):
         first = self._shuffle[indices].astype(np.int64) * self.sequence_length
         rows, begins, lengths = documents.pieces(first, self.sequence_length + 1)
         return file.starts_of(documents.order[rows].astype(np.int64)) + begins, lengths
-
-    def describe(self) -> Description:
-        return {**super().describe(), "epochs": self.num_epochs}
 
 
 def _sizes(view: TokenView) -> npt.NDArray[np.int32]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.array_cache import cached
+from megarewarm.data.file_identity import FileIdentity, identity_of
 from megarewarm.data.row_samples import RowSamples
 from megarewarm.data.sample_order import SampleOrder, SamplesRead
 from megarewarm.data.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
@@ -44,14 +45,13 @@ class SeenSource:
     """A source of the samples of all ``parts``, one after another, of the file at ``path``.
 
     ``ended``: (part, index) at which the last replay of them ended, where reading goes on; it wraps around their end. ``pool``:
-    the name under which the file was read then; ``fingerprint``: of the file. ``max_epochs``: how often a sample may be
-    replayed.
+    the name under which the file was read then; ``file``: what it held. ``max_epochs``: how often a sample may be replayed.
     """
 
     name: str
     pool: str
     path: str
-    fingerprint: str
+    file: FileIdentity
     parts: tuple[SeenPart, ...]
     ended: tuple[int, int] | None = None
     weight: float = 1.0
@@ -77,10 +77,10 @@ class SeenSource:
                 f"{{{self.pool}: NEW_PATH}}"
             ) from error
         for file in files.values():
-            if file.fingerprint() != self.fingerprint:
+            if not (now := identity_of(file)).agrees_with(self.file):
                 raise UserError(
                     f"replay of lineage: {file.path} is not the file that was read as '{self.pool}' (fingerprint "
-                    f"{file.fingerprint()[:8]}, then {self.fingerprint[:8]}): say where that one is in replay.paths"
+                    f"{now.differing(self.file)}): say where that one is in replay.paths"
                 )
             file.check_vocabulary(vocab_size)
         originals = [_reopen(part.order, files[part.order.dtype]) for part in self.parts]
@@ -227,7 +227,7 @@ def _members(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[_Memb
     else:
         orders = [each.sample_order().model_dump(mode="json") for each in originals]
         read = [[list(each) for each in ranges] for ranges in seen]
-        file = originals[0].tokens.file.fingerprint()
+        file = identity_of(originals[0].tokens.file).model_dump(exclude={"path"})
         arrays = cached({"version": 1, "what": "seen", "file": file, "orders": orders, "seen": read}, make)
     return [_Listed(arrays[str(i)]) for i in range(len(originals))]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import zlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from megarewarm.data.file_bytes import AnyBytes, open_bin
 from megarewarm.data.index_file import (
+    CHECK_WHOLE,
     CODES,
     HEADER,
     MAGIC,
@@ -30,13 +32,14 @@ from megarewarm.data.index_file import (
     open_index,
     ranges,
 )
+from megarewarm.data.manifest import manifest_of
 from megarewarm.errors import UserError
 from megarewarm.file_lock import sync, sync_folder
 
 BARE_DTYPES = ("uint16", "uint32", "int32")
 
 KEEP_STARTS = 2**22  # documents whose starts are kept in memory once they are asked for in any order
-SCAN_WHOLE = 256 * 2**20  # bytes of tokens up to which check_vocabulary reads everything
+SCAN_WHOLE = 256 * 2**20  # bytes of tokens up to which check_vocabulary and checksum read everything
 
 
 class TokenFile:
@@ -156,6 +159,15 @@ class TokenFile:
         Hashed are the dtype, the numbers of documents and tokens, the sizes and the tokens; of both the whole up to 4
         MiB, above that 64 evenly spaced blocks of 64 KiB with the first and the last, so that the cost stays constant.
         """
+        return self._fingerprint
+
+    def checksum(self) -> str:
+        """CRC-32, 8 hex digits, of all sizes and all ids; of the ids of files above 256 MiB only samples, as
+        ``check_vocabulary`` takes them. Files of one fingerprint and checksum differ at most outside of these."""
+        return self._checksum
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.dtype.name} {self.num_documents} {self.total_tokens}".encode())
         if self._index:
@@ -164,6 +176,21 @@ class TokenFile:
         for first, last in blocks(self.total_tokens, 2**16 // self.dtype.itemsize, SAMPLED_BLOCKS):
             digest.update(self.read(first, last - first).tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _checksum(self) -> str:
+        found = 0
+        for first, last in ranges(self.num_documents, CHECK_WHOLE):
+            found = zlib.crc32(self.document_sizes(first, last).tobytes(), found)
+        for first, last in self._looked_at():
+            found = zlib.crc32(self.read(first, last - first).tobytes(), found)
+        return f"{found:08x}"
+
+    def _looked_at(self) -> list[tuple[int, int]]:
+        """The ranges of tokens that a start reads: all of them, or samples of a large file."""
+        whole = self.total_tokens * self.dtype.itemsize <= SCAN_WHOLE
+        block = (2**22 if whole else 2**18) // self.dtype.itemsize
+        return ranges(self.total_tokens, block) if whole else blocks(self.total_tokens, block, SAMPLED_BLOCKS)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises ``UserError`` naming file, position and id where an id does not lie in [0, vocab_size).
@@ -174,10 +201,7 @@ class TokenFile:
         limits = np.iinfo(self.dtype)
         if limits.min >= 0 and limits.max < vocab_size:
             return
-        whole = self.total_tokens * self.dtype.itemsize <= SCAN_WHOLE
-        block = (2**22 if whole else 2**18) // self.dtype.itemsize
-        count = -(-self.total_tokens // block) if whole else SAMPLED_BLOCKS
-        for first, last in blocks(self.total_tokens, block, count):
+        for first, last in self._looked_at():
             ids = self.read(first, last - first)
             if int(ids.max()) >= vocab_size or int(ids.min()) < 0:
                 position = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
@@ -218,10 +242,10 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
 
     Where PREFIX.bin is not there but its shards are (PREFIX-00000-of-00020.bin and so on), they are read as one file.
 
-    ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, uint16 for a ``vocab_size``
-    of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent pair: missing files,
-    another format, float data, sizes that don't fit, pointers with gaps between the documents. Every size and pointer is
-    checked; of the ids, see ``check_vocabulary``.
+    ``dtype`` is the type of the ids in a bare .bin (uint16, uint32 or int32); without it, what its manifest says, or else
+    uint16 for a ``vocab_size`` of up to 65536 and uint32 above. Raises ``UserError`` for anything but a whole, consistent
+    pair: missing files, another format, float data, sizes that don't fit, pointers with gaps between the documents; and
+    where a bare file's manifest says otherwise. Every size and pointer is checked; of the ids, see ``check_vocabulary``.
     """
     text = os.fspath(path)
     prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
@@ -241,6 +265,11 @@ def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int |
 
 def _open_bare(content: AnyBytes, dtype: str | None, vocab_size: int | None) -> TokenFile:
     path, size = content.path, content.size
+    said = (manifest_of(path) or {}).get("dtype")
+    if said in BARE_DTYPES and dtype in BARE_DTYPES and np.dtype(said).itemsize != np.dtype(dtype).itemsize:
+        raise UserError(f"{path}: its manifest says that the ids are {said}, 'dtype' is {dtype}: leave out 'dtype'")
+    if dtype is None and said in BARE_DTYPES:
+        dtype = said
     if dtype is None:
         if vocab_size is None:
             raise UserError(f"{path} has no .idx with the type of its ids: give 'dtype' ({', '.join(BARE_DTYPES)})")

@@ -20,6 +20,7 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.config.paths import merges_beside
 from megarewarm.data.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
@@ -87,8 +88,8 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: st
             raise UserError(f"{path} holds no tokenizer.json, tokenizer.model or vocab.json: name the tokenizer's file")
         path = found[0]
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give a tokenizer.json or a sentencepiece .model file")
-    if merges is not None or path.name.endswith("vocab.json"):
+        raise UserError(f"{path.absolute()} does not exist: give a tokenizer.json or a sentencepiece .model file")
+    if merges is not None or merges_beside(path) is not None:
         return HuggingFaceTokenizer(path, _from_merges(path, merges), eod_token)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, path.read_bytes(), eod_token)
@@ -248,9 +249,10 @@ class _SentencePiece(Tokenizer):
 def _from_merges(vocabulary: Path, merges: str | Path | None) -> bytes:
     """The tokenizer.json that GPT-2's two files stand for: byte-level BPE, ``<|endoftext|>`` a special token."""
     library = _library("tokenizers")
-    other = Path(merges) if merges is not None else vocabulary.with_name(vocabulary.name.replace("vocab.json", "merges.txt"))
-    if not other.is_file():
-        raise UserError(f"{other} does not exist: give the file of merges that belongs to {vocabulary}")
+    other = merges_beside(vocabulary) if merges is None else Path(merges)
+    if other is None or not other.is_file():
+        where = other.absolute() if other is not None else vocabulary.absolute().parent / "merges.txt"
+        raise UserError(f"{where} does not exist: give the file of merges that belongs to {vocabulary}")
     try:
         tokenizer = library.Tokenizer(library.models.BPE.from_file(str(vocabulary), str(other)))
     except Exception as error:  # the library raises plain Exception for a file it can't read

@@ -24,7 +24,7 @@ class ValidationWindows:
 
     At most as many as the sources hold in one epoch (or in ``max_epochs``, where that is less), which ``notes`` say.
     Neither ``data.order`` (but for the rounding of splits) nor ``data.seed`` changes them. Raises ``UserError`` where
-    not one whole window is left, and for files that can't be read.
+    not one whole window is left, and for files that can't be read. ``files``: what each source's file holds.
     """
 
     def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int) -> None:
@@ -52,6 +52,7 @@ class ValidationWindows:
                 f"validation set '{self.name}' is evaluated on {self.num_tokens:,} tokens, not on the {config.tokens:,} asked "
                 f"for: its sources hold no more{self._why(config, samples)}"
             )
+        self.files = self._rows.files()
         self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
 
     def _why(self, config: ValidationSet, samples: list[PermutedSamples]) -> str:

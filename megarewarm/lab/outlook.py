@@ -16,33 +16,33 @@ from megarewarm.config.arms import Arm
 from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
+from megarewarm.model.optimizer_state import state_bytes
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.report.follow import Follower
-from megarewarm.report.words import tokens_text
+from megarewarm.report.words import duration_text, tokens_text
+from megarewarm.training.evaluation_cost import evaluation_cost, tokens_asked
 from megarewarm.training.owed import is_trained, owed
 from megarewarm.training.plan import Plan
-from megarewarm.training.progress import duration
 from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.unwritten import plan_ahead
 
 State = Literal["done", "begun", "waiting"]
 
-_STATE_BYTES = 12  # a parameter with both moments, fp32
+_WEIGHT_BYTES = 4  # fp32
 
 
 @dataclass(frozen=True)
 class Prospect:
     """A run, how far it is and what the rest of it takes.
 
-    ``flops`` of the remaining steps; ``disk`` in bytes, of the checkpoints that stay at its end; ``flops_per_second`` as far as
-    it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
+    ``flops`` of the remaining steps and evaluations; ``disk`` in bytes, of the checkpoints that stay at its end;
+    ``flops_per_second`` as far as it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
     """
 
     arm: Arm
     state: State
-    steps_done: int
     tokens: int
     flops: float
     disk: float
@@ -80,15 +80,18 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length)
+        cost = evaluation_cost(plan, tokens_asked(config))
+        step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated, too
+        evaluated = 0 if cost is None or state == "done" else cost.after(step)
         rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]
         found.append(
             Prospect(
                 arm=arm,
                 state=state,
-                steps_done=done,
                 tokens=(total - done) * config.tokens_per_step,
-                flops=(total - done) * config.tokens_per_step * per_token,
-                disk=_STATE_BYTES * count_parameters(plan.model) * (config.checkpoint.keep_last + _extra(arm)),
+                flops=((total - done) * config.tokens_per_step + evaluated / 3) * per_token,
+                disk=round((_WEIGHT_BYTES + state_bytes(config.optimizer.kind, plan.model)) * count_parameters(plan.model))
+                * (config.checkpoint.keep_last + _extra(arm)),
                 flops_per_second=statistics.median(rates) * per_token if rates else None,
                 missing=(*missing, *missing_files(config, prepared)),
             )
@@ -131,7 +134,8 @@ def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, c
     if left and rates:
         seconds = max(flops / statistics.median(rates) / jobs, longest_chain(left, statistics.median(rates)))
         console.print(
-            f"about {duration(seconds)} at the rate at which its runs have trained so far, {jobs} at a time", highlight=False
+            f"about {duration_text(seconds)} at the rate at which its runs have trained so far, {jobs} at a time",
+            highlight=False,
         )
     elif left:
         console.print("how long that takes is known once its first run has trained for some steps", highlight=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from megarewarm.model.size import count_parameters
 from megarewarm.report.watch import Watch
 from megarewarm.report.watch_frame import frame
 from megarewarm.training.experiment import check_folders, chosen_arms, prepare, write_report
+from megarewarm.training.memory import machine_memory
 
 _PROCESS_BYTES = 700e6  # Python, torch and the data's caches
 _PARAMETER_BYTES = 28.0  # weights, gradients, moments, a checkpoint's copy and activations of a small batch
@@ -81,7 +81,7 @@ def fitting_jobs(found: Sequence[Prospect], ranks: int) -> int:
     gpus = len(devices())
     if gpus:
         return max(1, gpus // ranks)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 0.7
+    memory = machine_memory() * 0.7
     largest = max((_parameters(prospect) for prospect in found), default=0)
     by_memory = int(memory / (ranks * (_PROCESS_BYTES + _PARAMETER_BYTES * largest)))
     return max(1, min(cores() // ranks, by_memory, len(found)))

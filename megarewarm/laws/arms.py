@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
-from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Run, read_run
+from megarewarm.report.read import DOWNSTREAM, UPSTREAM, NothingYet, Run, read_run
 from megarewarm.report.record import read_record
 
 Floats = NDArray[np.float64]
@@ -94,9 +95,6 @@ class Family:
     def of(self, arm: str) -> list[Trained]:
         return [run for run in self.runs if run.arm == arm]
 
-    def without(self, arm: str) -> list[Trained]:
-        return [run for run in self.runs if run.arm != arm]
-
     def mean_start(self, role: str) -> float:
         """Start loss, mean over seeds."""
         return float(np.mean(list({run.seed: run.start(role) for run in self.runs}.values())))
@@ -113,7 +111,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     """
     path = folder / "experiment.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no experiment.json: give the folder of an experiment (runs/NAME) that has been started")
+        raise UserError(f"{folder.absolute()}: no experiment.json: give the folder of an experiment that has been started")
     try:
         told = read_record(folder)
         entries = [(str(r["name"]), str(r["arm"]), r.get("seed"), folder / r["folder"]) for r in told["runs"]]
@@ -122,66 +120,73 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
         raise UserError(
             f"{path}: can't be understood ({type(error).__name__}: {error}): start the experiment again, which writes it anew"
         ) from None
-    runs: dict[str, Run] = {}
-    unfinished = 0
-    for name, _, _, place in entries:
-        if not (place / "metrics.jsonl").is_file():
-            unfinished += 1
-            continue
-        try:
-            run = read_run(place)
-        except UserError as error:
-            if "before its first step" not in str(error):
-                raise
-            unfinished += 1
-            continue
-        reasons = [event.get("reason") for event in run.events[-1:] if event["event"] == "stop"]
-        if not {"complete", "diverged"} & set(map(str, reasons)):
-            unfinished += 1
-            continue
-        runs[name] = run
+    runs = {name: run for name, _, _, place in entries if (run := _finished(place)) is not None}
     by_place = {place.resolve(): runs[name] for name, _, _, place in entries if name in runs}
-    trained, scratch, blind = [], 0, 0
+    trained = []
+    left_out: dict[str, list[str]] = {}
     for name, arm, seed, _ in entries:
-        if name not in runs:
-            continue
-        if runs[name].origin is None:
-            scratch += 1
-        elif (one := _trained(name, arm, seed, runs[name], by_place)) is None:
-            blind += 1
-        else:
+        one = _trained(name, arm, seed, runs[name], by_place) if name in runs else _UNFINISHED
+        if isinstance(one, Trained):
             trained.append(one)
-    notes = []
-    if unfinished:
-        notes.append(f"{unfinished} of {len(entries)} runs are not finished and left out")
-    if scratch:
-        notes.append(f"{scratch} trained from scratch: the laws here are of runs that start from a checkpoint")
-    if blind:
-        notes.append(f"{blind} lack an evaluation of the start checkpoint (evaluation.at_start)")
+        else:
+            left_out.setdefault(one, []).append(name)
+    notes = [f"{len(names)} of {len(entries)} runs are left out, {why}: {_shown(names)}" for why, names in left_out.items()]
+    for role in (UPSTREAM, DOWNSTREAM):
+        if blind := [run.name for run in trained if role not in run.losses and runs[run.name].sets(role)]:
+            notes.append(f"Nothing is said of the {role} loss of {_shown(blind)}: {_NO_START}")
     if lost := [run.name for run in trained if not run.finite]:
-        shown = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
-        notes.append(f"{len(lost)} diverged ({shown}): their arms are not recommended, nor anything next to them")
+        notes.append(
+            f"{len(lost)} diverged or have a loss that is not finite: {_shown(lost)}; their arms are not recommended, nor "
+            f"anything next to them"
+        )
     if not any(run.finite for run in trained):
-        raise UserError(f"{folder}: no finished run that started from a checkpoint: {'; '.join(notes) or 'it has no runs'}")
+        why = "; ".join(notes) or "it has no runs"
+        raise UserError(f"{folder}: no finished run that started from a checkpoint and ended with finite losses: {why}")
     return title, trained, notes
 
 
-def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Path, Run]) -> Trained | None:
+_UNFINISHED = "not finished"
+_FROM_SCRATCH = "trained from scratch, and the laws here are of runs that start from a checkpoint"
+_NO_START = "without an evaluation of the start checkpoint on all validation sets (evaluation.at_start), or without a later one"
+_BAD_START = "started where the loss is not finite"
+_BAD_RATES = "with steps or learning rates that are missing in metrics.jsonl"
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _finished(place: Path) -> Run | None:
+    """The run in the folder ``place`` where it has come to its end, be it that it diverged."""
+    try:
+        run = read_run(place) if (place / "metrics.jsonl").is_file() else None
+    except NothingYet:
+        return None
+    ends = run.events[-1:] if run else []
+    return run if any(end["event"] == "stop" and end.get("reason") in ("complete", "diverged") for end in ends) else None
+
+
+def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Path, Run]) -> Trained | str:
+    """The run as the laws see it, or why it can't be used."""
+    if run.origin is None:
+        return _FROM_SCRATCH
     losses = {}
     finite = run.events[-1].get("reason") == "complete"
     for role in (UPSTREAM, DOWNSTREAM):
-        curve = run.curve(role)
-        steps = np.array(sorted({e.step for e in run.evaluations if e.role == role}), dtype=np.float64)
-        if len(curve) < 2 or len(steps) != len(curve):
+        curve, start = run.curve(role), run.start_loss(role)
+        if len(curve) < 2 or start is None:
             continue
-        start = run.start_loss(role)
-        if start is None or not math.isfinite(start):
-            return None
+        if not math.isfinite(start):
+            return _BAD_START
         finite = finite and bool(np.all(np.isfinite(curve.losses)))
-        losses[role] = (steps - run.first_step, curve.losses)
+        counts = Counter(e.step for e in run.evaluations if e.role == role)
+        steps = sorted(step for step, count in counts.items() if count == len(run.sets(role)))  # the curve's
+        losses[role] = (np.array(steps, dtype=np.float64) - run.first_step, curve.losses)
+    if not losses:
+        return _NO_START
     rates = run.train["lr"]
-    if not losses or not np.all(np.isfinite(rates)) or run.steps != len(rates):
-        return None
+    if not np.all(np.isfinite(rates)) or run.steps != len(rates):
+        return _BAD_RATES
     rate_before, sum_before = _before(run, by_place)
     spec = run.start.get("schedule")
     return Trained(
@@ -205,8 +210,8 @@ def _before(run: Run, by_place: dict[Path, Run]) -> tuple[float | None, float | 
     if run.origin is None:
         return None, 0.0
     origin, step = Path(run.origin), math.inf
-    if origin.name.startswith("step_") and origin.parent.name == "checkpoints":
-        step, origin = float(origin.name.removeprefix("step_")), origin.parent.parent
+    if origin.parent.name == "checkpoints" and (number := origin.name.removeprefix("step_")).isdecimal():
+        step, origin = float(number), origin.parent.parent
     found = next((other for place, other in by_place.items() if _ends_alike(place, origin)), None)
     if found is None:
         return None, None

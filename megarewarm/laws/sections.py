@@ -17,7 +17,7 @@ from megarewarm.laws.fitting import Trial, pooled
 from megarewarm.laws.replay import ReplayLaw, fit_replay
 from megarewarm.laws.support import FRACTION, LENGTHS, RATES, Point, Space, natural, schedule_point
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM
-from megarewarm.report.words import rate_text
+from megarewarm.report.words import counted, rate_text
 from megarewarm.schedules.schedule import Schedule
 
 _ROUND = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # replay fractions that people use
@@ -214,9 +214,9 @@ def _trust(section: Section) -> list[str]:
     what = "schedules" if section.kind == "schedule" else "replay fractions"
     sentences = []
     for role, trial in section.trials.items():
-        counted = len({(arm.along, arm.level or arm.arm) for arm in trial.counted()})
-        text = f"{role}: {counted} {'level' if counted == 1 else 'levels'} left out inside of what was tried"
-        if counted:
+        levels = len({(arm.along, arm.level or arm.arm) for arm in trial.counted()})
+        text = f"{role}: {counted(levels, 'level')} left out inside of what was tried"
+        if levels:
             text += f", error {trial.error:.3f}, that of the others' mean {trial.error_of_mean:.3f}, band ± {trial.band:.3f}"
         if trial.stuck:
             text += f", parameters at their bounds: {', '.join(trial.stuck)}"
@@ -229,7 +229,7 @@ def _few(section: Section) -> str:
     """Why no law could be fitted."""
     if section.kind == "schedule":
         count = len(distinct_rates(section.family.runs))
-        return f"{count} {'schedule' if count == 1 else 'schedules'}: at least {annealing.NEEDED} are needed"
+        return f"{counted(count, 'schedule')}: at least {annealing.NEEDED} are needed"
     fractions = sorted({run.replay for run in section.family.runs})
     told = ", ".join(f"{fraction:g}" for fraction in fractions)
     return f"{len(fractions)} replay fractions ({told}): at least {replay.NEEDED} are needed"

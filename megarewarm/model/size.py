@@ -23,6 +23,9 @@ _PEAKS = {
     "RTX 3090": 71.0,
 }
 
+PASSES = {"none": 3.0, "selective": 3.05, "full": 4.0}
+"""Forward passes that a training step costs, by training.recompute; the backward pass is two."""
+
 
 def count_parameters(model: ModelConfig) -> int:
     """Number of parameters: equal to what the module holds without layout padding."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+
+Between = Callable[[int, int], None]
+"""Called by all ranks alike between two portions of work: (how many are done, of how many). It may raise to break off."""
+
+
+def nothing_between(done: int, portions: int) -> None:
+    """A ``Between`` that lets the work go on."""
 
 
 def all_reduce_sums(values: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
-from megarewarm.model.size import stage_costs, training_flops_per_token
+from megarewarm.model.size import PASSES, stage_costs, training_flops_per_token
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.gpus import Gpu
 from megarewarm.parallel.mesh import Layout
@@ -29,7 +29,7 @@ MEMORY_IN_USE = 0.92  # the rest is the allocator's and the driver's
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout with its estimates. ``keys``: the configuration that asks for it."""
+    """A layout with its estimates. ``keys``: the configuration that asks for it; ``hours``: of all steps of the run."""
 
     layout: Layout
     keys: dict[str, Any]
@@ -38,6 +38,7 @@ class Plan:
     bubble: float
     tokens_per_second: float
     mfu: float
+    hours: float
 
 
 def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> list[Plan]:
@@ -62,6 +63,7 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
             recompute,  # type: ignore[arg-type]
             2,
             config.kernels.logit_bytes("cuda"),
+            config.optimizer.kind,
         )
         held = parts(work, parallel, layout)
         memory = max(memory_of(part, rank, work, parallel, layout).total for rank, part in enumerate(held))
@@ -77,7 +79,8 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
         if parallel.pipeline > 1:
             keys["parallel.schedule"] = parallel.schedule
         keys |= {"training.micro_batch": micro_batch, "training.recompute": recompute}
-        plans.append(Plan(layout, keys, memory, seconds, bubble, tokens, tokens * flops / (gpus * gpu.tflops * 1e12)))
+        mfu = tokens * flops / (gpus * gpu.tflops * 1e12)
+        plans.append(Plan(layout, keys, memory, seconds, bubble, tokens, mfu, config.total_steps * seconds / 3600))
     if not plans:
         least = "no layout divides model and batch" if math.isinf(smallest) else f"the least is {smallest / 2**30:.0f} GiB"
         raise UserError(
@@ -105,7 +108,7 @@ def _candidates(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> I
                         sharding=sharding,
                         sequence=sequence,
                     )
-                    for micro_batch in (m for m in (1, 2, 4, 8, 16, 32) if share % m == 0):
+                    for micro_batch in (m for m in range(1, share + 1) if share % m == 0):
                         yield from ((parallel, recompute, micro_batch) for recompute in ("none", "selective", "full"))
 
 
@@ -113,7 +116,7 @@ def step_seconds(work: Work, parallel: ParallelConfig, layout: Layout, gpu: Gpu,
     """(seconds of a step, share of it that the pipeline waits)."""
     model, m = work.model, work.micro_batches
     layer, head = stage_costs(model, work.sequence_length)
-    passes = {"none": 3.0, "selective": 3.05, "full": 4.0}[work.recompute]
+    passes = PASSES[work.recompute]
     sizes = (work.tokens, model.hidden_size / layout.tensor)
     reached = MATMUL_EFFICIENCY * math.prod(size / (size + half) for size, half in zip(sizes, HALF_EFFICIENT, strict=True))
     per_micro = 0.0

@@ -25,7 +25,7 @@ from megarewarm.model.neox import LOSS_MEMORY, NeoX
 from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.model.size import stage_costs
 from megarewarm.parallel import pipeline, tensor
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
@@ -255,12 +255,14 @@ class ParallelModel:
 
     # ---- computing -------------------------------------------------------------------------------------------------
 
-    def forward_backward(self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0) -> tuple[float, float]:
+    def forward_backward(
+        self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0, between: Between = nothing_between
+    ) -> tuple[float, float]:
         """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced.
 
         They are those of the mean loss per target of the global batch, times ``loss_scale``. Returns the loss summed over
         this rank's targets, and their number; zeros on a rank whose loss another rank returns, so that the sums over all ranks
-        are the batch's. All ranks call it.
+        are the batch's. All ranks call it. ``between``: of micro-batches; those of a pipeline are one piece of work.
         """
         self._loss_scale = loss_scale
         self._follow()
@@ -275,6 +277,8 @@ class ParallelModel:
         distilled = torch.zeros_like(total)
         parts = tokens.split(self._micro_batch)
         for i, part in enumerate(parts):
+            if i:
+                between(i, len(parts))
             part = part.to(self.mesh.device, non_blocking=True)
             if self._sharded:
                 module = self._modules[0]
@@ -326,39 +330,48 @@ class ParallelModel:
         return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
-    def evaluate(self, rows: Iterable[npt.NDArray[np.int64]], most: int, micro_batch: int) -> tuple[float, float]:
+    def evaluate(
+        self, rows: Iterable[npt.NDArray[np.int64]], most: int, micro_batch: int, between: Between = nothing_between
+    ) -> tuple[float, float]:
         """(loss summed, tokens) over ``rows``, this rank's windows (b, s + 1) in portions of ``micro_batch``; as
         ``forward_backward``.
 
         ``most``: the largest number of windows that any rank has. Ranks that share parameters gather them together: who has
-        fewer windows computes on nothing meanwhile.
+        fewer windows computes on nothing meanwhile. ``between``: before each portion.
         """
         self._follow()
-        for module in self._modules:
-            module.eval()
         total, count = 0.0, 0.0
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
+        portions = -(-most // size)
         parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
-        for _ in range(-(-most // size)):
-            part = next(parts, None)
-            if part is None and not self._sharded:
-                break
-            tokens = torch.zeros((1, self._sequence_length + 1), dtype=torch.int64) if part is None else part
-            if self._pipeline is not None:
-                inputs, targets, starts = self._padded(tokens)
-                with self._autocast:
-                    losses = self._pipeline.evaluate(inputs, targets, starts)
-                loss, seen = sum(float(loss) for loss in losses) / self._scale(), float((targets != IGNORE).sum())
-            else:
-                with self._autocast:
-                    found = self._loss(tokens.to(self.mesh.device))
-                loss, seen = float(found[0]), float(found[1])
-            if part is not None:
-                total += loss
-                count += seen
-        for module in self._modules:
-            module.train()
+        try:
+            for module in self._modules:
+                module.eval()
+            for done in range(portions):
+                between(done, portions)
+                part = next(parts, None)
+                if part is None and not self._sharded:
+                    continue
+                tokens = torch.zeros((1, self._sequence_length + 1), dtype=torch.int64) if part is None else part
+                loss, seen = self._evaluate(tokens)
+                if part is not None:
+                    total += loss
+                    count += seen
+        finally:
+            for module in self._modules:
+                module.train()
         return self._mine(total), self._mine(count)
+
+    def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
+        """(loss summed, tokens) of rows (b, s + 1), at most as many as are computed at once."""
+        if self._pipeline is None:
+            with self._autocast:
+                loss, seen = self._loss(tokens.to(self.mesh.device))
+            return float(loss), float(seen)
+        inputs, targets, starts = self._padded(tokens)
+        with self._autocast:
+            losses = self._pipeline.evaluate(inputs, targets, starts)
+        return sum(float(loss) for loss in losses) / self._scale(), float((targets != IGNORE).sum())
 
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step

@@ -11,6 +11,8 @@ from typing import Literal
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.schema import ModelConfig
+from megarewarm.model.optimizer_state import states_of
+from megarewarm.model.parameters import cards
 from megarewarm.model.size import activation_bytes, stage_costs
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per_rank
@@ -18,7 +20,8 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained in which portions. ``micro_batches``: a rank's per step; ``value_bytes``: of a value computed with."""
+    """What is trained in which portions. ``micro_batches``: a rank's per step; ``value_bytes``: of a value computed with;
+    ``optimizer``: its kind."""
 
     model: ModelConfig
     sequence_length: int
@@ -27,6 +30,7 @@ class Work:
     recompute: Literal["none", "selective", "full"] = "none"
     value_bytes: int = 4
     loss_memory: int = 64 * 2**20
+    optimizer: str = "adamw"
 
     @property
     def tokens(self) -> int:
@@ -111,10 +115,7 @@ def parameters_of(part: Part, model: ModelConfig, tensor: int) -> tuple[int, int
     divided = (4 * h * h + 2 * h * f + attention_bias + f) // tensor
     whole = 4 * h + h + (h if model.attention_bias else 0)
     layers = sum(part.layers)
-    rows = -(-model.vocab_size // tensor) * h
-    matrices = int(part.first) + int(part.last and not (model.tie_embeddings and part.first))
-    after = 2 * h if part.last else 0
-    return layers * (divided + whole) + matrices * rows + after, layers * whole + after
+    return layers * (divided + whole) + _outer(part, model, tensor), layers * whole + (2 * h if part.last else 0)
 
 
 def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layout: Layout) -> Memory:
@@ -123,9 +124,10 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     count, _ = parameters_of(part, model, tensor)
     sharded = parallel.sharding != "none" and layout.shard > 1
     shard = layout.shard if sharded else 1
-    weights = 4.0 * count / shard
+    held = count + (_follower(part, model, tensor) if sharded else 0)
+    weights = 4.0 * held / shard
     if sharded and _keeps_gathered(parallel, layout):
-        weights += work.value_bytes * count
+        weights += work.value_bytes * held
     elif sharded:
         one_layer = (count - _outer(part, model, tensor)) / sum(part.layers)
         weights += work.value_bytes * (_outer(part, model, tensor) + 2 * one_layer)
@@ -158,7 +160,18 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
             model, work.tokens, tensor=tensor, sequence=parallel.sequence, work_bytes=work.value_bytes, layers=1, last=False
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
-    return Memory(weights, 4.0 * count / shard, 8.0 * count / shard, activations, logits)
+    return Memory(weights, 4.0 * held / shard, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
+
+
+def _state_values(part: Part, work: Work, tensor: int) -> int:
+    """Values that the optimizer keeps of the parameters on a rank."""
+    every = cards(work.model).values()
+    matrices = sum(card.numel // tensor for card in every if card.layer == 0 and card.is_matrix) * sum(part.layers)
+    per_matrix, per_other = (
+        len(states_of(work.optimizer, next(card for card in every if card.is_matrix is wanted))) for wanted in (True, False)
+    )
+    count, _ = parameters_of(part, work.model, tensor)
+    return per_matrix * matrices + per_other * (count - matrices)
 
 
 def _keeps_gathered(parallel: ParallelConfig, layout: Layout) -> bool:
@@ -168,10 +181,20 @@ def _keeps_gathered(parallel: ParallelConfig, layout: Layout) -> bool:
 
 def _outer(part: Part, model: ModelConfig, tensor: int) -> int:
     """Parameters outside the layers: embedding, head and last norm."""
-    rows = -(-model.vocab_size // tensor) * model.hidden_size
-    return rows * (int(part.first) + int(part.last and not (model.tie_embeddings and part.first))) + (
-        2 * model.hidden_size if part.last else 0
-    )
+    matrices = int(part.first) + int(part.last and not (model.tie_embeddings and part.first))
+    return matrices * _matrix(model, tensor) + (2 * model.hidden_size if part.last else 0)
+
+
+def _follower(part: Part, model: ModelConfig, tensor: int) -> int:
+    """Under sharding, parameters of the tied head of a V: a copy with a gradient of its own and no moments, since two modules
+    can't share a matrix that is divided."""
+    both = part.count > 1 and part.first and part.last
+    return _matrix(model, tensor) if model.tie_embeddings and both else 0
+
+
+def _matrix(model: ModelConfig, tensor: int) -> int:
+    """Parameters of a tensor rank's rows of the embedding or head."""
+    return -(-model.vocab_size // tensor) * model.hidden_size
 
 
 def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout) -> Traffic:
@@ -189,14 +212,17 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
         norms = sum(part.layers) * 4 * model.hidden_size
         tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
+    if model.tie_embeddings and part.first != part.last:  # both ends add up the gradients of their copies
+        pipeline += _all_reduce(4.0 * _matrix(model, t) / (layout.shard if sharded else 1), 2)
     if not sharded:
         data = _all_reduce(4.0 * count, layout.data)
     else:
-        gathered = float(count)
+        held = count + _follower(part, model, t)
+        gathered = float(held)
         if not _keeps_gathered(parallel, layout):  # what lies outside the layers is kept from the forward to the backward pass
             gathered = m * (2.0 * count - _outer(part, model, t))
         share = (layout.shard - 1) / layout.shard
-        data = share * (gathered * work.value_bytes + 4.0 * count) + _all_reduce(4.0 * count / layout.shard, layout.replicate)
+        data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)
     return Traffic(tensor, pipeline, data)
 
 

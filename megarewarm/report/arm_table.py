@@ -179,14 +179,17 @@ def comparisons_html(compared: Sequence[Comparison]) -> str:
     for (group, arm, reference), found in by_pair.items():
         seeds = max(len(c.difference.values) for c in found.values())
         cells = "".join(_difference(found.get(measure)) for measure in measures)
+        any_one = next(iter(found.values()))
+        lengths = "" if any_one.same_length else f"<small>{' against '.join(map(tokens_text, any_one.tokens))} tokens</small>"
         body.append(
             f'<tr><td class="text">{escape(group) or DASH}</td><th scope="row">{breakable(arm)}</th>'
-            f'<td class="text">{breakable(reference)}</td><td>{seeds}</td>{cells}</tr>'
+            f'<td class="text">{breakable(reference)}{lengths}</td><td>{seeds}</td>{cells}</tr>'
         )
     return (
         f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>\n'
         '<p class="quiet">Final losses, arm minus reference, paired by seed: mean ± half the 95 % interval (Student\'s t). '
-        "Bold where the interval excludes 0; with one seed nothing is known of the noise.</p>"
+        "Bold where the interval excludes 0 and both were trained on as many tokens; with one seed nothing is known of the "
+        "noise.</p>"
     )
 
 
@@ -194,4 +197,4 @@ def _difference(comparison: Comparison | None) -> str:
     if comparison is None or not math.isfinite(comparison.difference.mean):
         return f"<td>{DASH}</td>"
     text = difference_text(comparison.difference)
-    return f"<td><b>{text}</b></td>" if comparison.difference.established else f"<td>{text}</td>"
+    return f"<td><b>{text}</b></td>" if comparison.established else f"<td>{text}</td>"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megarewarm.report.experiment import Arm, Experiment, Trial
-from megarewarm.report.measures import Kind, change_of, tokens_to_reach
+from megarewarm.report.measures import Kind, change_of, same_length, tokens_to_reach
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Run
 from megarewarm.report.seeds import Difference, Spread, paired, spread_of
 
@@ -164,13 +164,24 @@ def _with_runs(trials: Sequence[Trial]) -> list[tuple[Trial, Run]]:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An arm against the reference arm of its group, in one measure; ``group`` is '' for arms in none."""
+    """An arm against the reference arm of its group, in one measure; ``group`` is '' for arms in none. ``tokens``: what the arm
+    and its reference were trained on, all stages of a chain together."""
 
     group: str
     arm: str
     reference: str
     measure: str
     difference: Difference
+    tokens: tuple[float, float]
+
+    @property
+    def same_length(self) -> bool:
+        """Whether the two were trained for as long as each other: otherwise the difference is that of length as well."""
+        return same_length(*self.tokens)
+
+    @property
+    def established(self) -> bool:
+        return self.same_length and self.difference.established
 
     def flat(self) -> dict[str, Any]:
         return {
@@ -182,6 +193,9 @@ class Comparison:
             "margin_95": self.difference.margin,
             "seeds": len(self.difference.values),
             "interval_excludes_0": self.difference.established,
+            "arm_tokens": round(self.tokens[0]),
+            "reference_tokens": round(self.tokens[1]),
+            "same_length": self.same_length,
         }
 
 
@@ -199,22 +213,26 @@ def comparisons(experiment: Experiment, rows: Sequence[ArmRow]) -> list[Comparis
     continue a checkpoint or began from scratch against the main arm; where the validation sets are the same."""
     found: list[Comparison] = []
     by_name = {row.name: row for row in rows}
+    tokens = {row.name: row.mean("tokens") or 0.0 for row in rows}
     for group in experiment.groups:
         reference = reference_of(experiment, group)
-        found += _against(group, reference, [arm for arm in experiment.arms if group in arm.groups], by_name)
+        found += _against(group, reference, [arm for arm in experiment.arms if group in arm.groups], by_name, tokens)
     ends = chain_ends(experiment)
     if ends:
-        found += _against(CHAINS, ends[0], [*ends, *whole_runs(experiment)], by_name)
+        whole_chains = {end.name: sum(tokens[arm.name] for arm in chain_stages(experiment, end)) for end in ends}
+        found += _against(CHAINS, ends[0], [*ends, *whole_runs(experiment)], by_name, tokens | whole_chains)
     whole = whole_runs(experiment)
     singles = [
         arm
         for arm in experiment.arms
         if not arm.groups and arm.chain is None and arm.kind != "pretraining" and arm not in whole
     ]
-    return found + _against("", experiment.main, singles, by_name)
+    return found + _against("", experiment.main, singles, by_name, tokens)
 
 
-def _against(group: str, reference: Arm | None, arms: Sequence[Arm], rows: dict[str, ArmRow]) -> list[Comparison]:
+def _against(
+    group: str, reference: Arm | None, arms: Sequence[Arm], rows: dict[str, ArmRow], tokens: dict[str, float]
+) -> list[Comparison]:
     found = []
     for arm in arms:
         if reference is None or arm.name == reference.name or arm.sets != reference.sets:
@@ -222,7 +240,8 @@ def _against(group: str, reference: Arm | None, arms: Sequence[Arm], rows: dict[
         for measure in COMPARED:
             values = [rows[name].values.get(measure, {}) for name in (arm.name, reference.name)]
             if difference := paired(*values):
-                found.append(Comparison(group, arm.name, reference.name, measure, difference))
+                lengths = (tokens[arm.name], tokens[reference.name])
+                found.append(Comparison(group, arm.name, reference.name, measure, difference, lengths))
     return found
 
 

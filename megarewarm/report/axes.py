@@ -13,8 +13,9 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from megarewarm.report import style
 from megarewarm.report.arms import ArmRow
+from megarewarm.report.measures import LENGTHS, distinct_lengths, same_length
 from megarewarm.report.seeds import Spread
-from megarewarm.report.words import rate_text
+from megarewarm.report.words import rate_text, tokens_text
 
 REPLAY = "replay.fraction"
 _TICK_FONT, _LETTER = 8.0, 0.58  # points, and a letter's width as a part of them
@@ -24,7 +25,8 @@ _PANELS = (("upstream_after", "Upstream loss"), ("downstream_after", "Downstream
 
 @dataclasses.dataclass(frozen=True)
 class AxisLine:
-    """Final losses along one numeric axis; ``label`` says what the other axes are set to, '' where there is none."""
+    """Final losses along one numeric axis, of arms that were trained for as long, unless that is the axis; ``label`` says what
+    the other axes are set to, and the tokens where not all arms have as many, '' where there is neither."""
 
     label: str
     values: list[float]
@@ -60,10 +62,12 @@ def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]]
         if None in numbers or mixed or len(set(numbers)) < 3:
             continue
         lines: dict[str, list[tuple[float, ArmRow]]] = {}
+        lengths = [] if axis in LENGTHS else distinct_lengths([row.mean("tokens") or 0.0 for row in inside])
         for row, number in zip(inside, numbers, strict=True):
-            others = {key: value for key, value in row.arm.groups[group].items() if key != axis}
-            label = ", ".join(f"{key} {value}" for key, value in others.items())
-            lines.setdefault(label, []).append((number or 0.0, row))
+            others = [f"{key} {value}" for key, value in row.arm.groups[group].items() if key != axis]
+            own = row.mean("tokens") or 0.0
+            others += [f"{tokens_text(length)} tokens" for length in lengths if same_length(own, length)][: len(lengths) > 1]
+            lines.setdefault(", ".join(others), []).append((number or 0.0, row))
         ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
         unit = " (%)" if any(percent) else ""
         return f"{axis}{unit}", [AxisLine(k, [x for x, _ in v], [row for _, row in v]) for k, v in ordered.items()]

@@ -19,9 +19,8 @@ from megarewarm.report.place import spread
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Curve, Run
 from megarewarm.report.words import rate_text, tokens_text
 
-_Column = NDArray[np.float64]
-
 _WIDTH = 11.0
+_LEAST = 2.2  # inches of the left column: room for two headings
 _EARLY = 0.1  # the share of the tokens that the left column enlarges
 _AT_END = 0.97  # of the axis: a curve that ends before is not joined to its label, which would look like more of it
 _POINTS = 1200  # more points than this are not visible on a page
@@ -159,7 +158,7 @@ def curves_figure(
         span = max(line.run.tokens for line in lines) or 1.0
         top = total - above
         for quantity, height in zip(["lr", *roles], heights, strict=True):
-            middle = left + (right - left) * 0.31 if early else left
+            middle = left + max((right - left) * 0.31, _LEAST / _WIDTH) if early else left
             box = (top - height) / total, height / total
             whole = figure.add_axes((middle, box[0], right - middle, box[1]))
             whole.set_xlim(0, span)
@@ -305,12 +304,13 @@ def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> No
     for line in lines:
         curve = line.run.curve(role)
         if len(curve):
-            loss = float(curve.losses[-1])
-            end = "diverged" if not math.isfinite(loss) else f"{loss:.2f}" + (" ↑" if loss > high else "")
-            short = curve.tokens[-1] < _AT_END * edge
-            end += f" at {tokens_text(float(curve.tokens[-1]))}" if short else ""
-            text, loss = f"{line.label}  {end}", loss if math.isfinite(loss) else math.inf
-            ends.append((loss, float(curve.tokens[-1]), text, line.colour))
+            loss, last = float(curve.losses[-1]), float(curve.tokens[-1])
+            end = f"{loss:.2f}" + (" ↑" if loss > high else "")
+            if not math.isfinite(loss):  # where it was first so, and stayed
+                finite = np.flatnonzero(np.isfinite(curve.losses))
+                end, loss, last = "diverged", math.inf, float(curve.tokens[finite[-1] + 1 if len(finite) else 0])
+            end += f" at {tokens_text(last)}" if last < _AT_END * edge else ""
+            ends.append((loss, last, f"{line.label}  {end}", line.colour))
     ends.sort(key=lambda end: end[0])
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]
     heights = [(min(loss, high) - low) / (high - low) for loss, *_ in ends]

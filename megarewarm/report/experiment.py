@@ -137,7 +137,7 @@ def read_experiment(folder: Path | str) -> Experiment:
     folder = Path(folder)
     path = folder / FILE
     if not path.is_file():
-        raise UserError(f"{folder}: no {FILE}: give the folder of an experiment that was started, or folders of runs")
+        raise UserError(f"{folder.absolute()}: no {FILE}: give the folder of an experiment that was started, or those of runs")
     try:
         record = read_record(folder)
         entries = [_entry(folder, entry) for entry in record["runs"]]
@@ -159,7 +159,8 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Trial]:
     run = _begun(folder / entry["folder"])
     stop: dict[str, Any] = next((event for event in reversed(run.events) if event["event"] == "stop"), {}) if run else {}
     state: State = "not begun" if run is None else "under way"
-    if run is not None and (run.steps >= steps or stop.get("reason") == "complete"):
+    trained = run is not None and run.steps >= steps and stop.get("evaluated", True)
+    if run is not None and (trained or stop.get("reason") == "complete"):
         state = "complete"
     return entry, Trial(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
 

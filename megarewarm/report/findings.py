@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from megarewarm.report.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.experiment import Experiment
+from megarewarm.report.measures import same_length
 from megarewarm.report.pareto import comparable, front
 from megarewarm.report.seeds import LEVEL, Difference
-from megarewarm.report.words import MINUS, SAME, loss_text, signed_text, tokens_text
+from megarewarm.report.words import MINUS, SAME, counted, listed, loss_text, signed_text, tokens_text
 
 _NAMES = {"upstream_after": "upstream loss", "downstream_after": "downstream loss"}
 
@@ -40,14 +41,14 @@ def difference_text(difference: Difference) -> str:
 
 def _overview(experiment: Experiment) -> list[str]:
     seeds = experiment.seeds
-    each = f", each with seeds {_list(map(str, seeds))}" if len(seeds) > 1 else f", each with seed {seeds[0]}" if seeds else ""
+    each = f", each with seeds {listed(map(str, seeds))}" if len(seeds) > 1 else f", each with seed {seeds[0]}" if seeds else ""
     states = [trial.state for trial in experiment.trials]
     done = states.count("complete")
-    text = f"{_count(len(experiment.arms), 'arm')}{each}: "
+    text = f"{counted(len(experiment.arms), 'arm')}{each}: "
     if done == len(states):
-        return [f"{text}all {_count(done, 'run')} are complete."]
+        return [f"{text}all {counted(done, 'run')} are complete."]
     rest = [f"{states.count(state)} {state}" for state in ("under way", "not begun") if state in states]
-    return [f"{text}{done} of {_count(len(states), 'run')} complete, {_list(rest)}. Numbers are of complete runs only."]
+    return [f"{text}{done} of {counted(len(states), 'run')} complete, {listed(rest)}. Numbers are of complete runs only."]
 
 
 def _noise(rows: Sequence[ArmRow]) -> list[str]:
@@ -63,7 +64,7 @@ def _noise(rows: Sequence[ArmRow]) -> list[str]:
             "No arm has more than one complete seed, so nothing is known about how much of a difference is chance: the numbers "
             "below are single observations."
         ]
-    return [f"From seed to seed, the end of an arm varies by {_list(parts)} (standard deviation, median over arms)."]
+    return [f"From seed to seed, the end of an arm varies by {listed(parts)} (standard deviation, median over arms)."]
 
 
 def _main(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
@@ -80,11 +81,12 @@ def _main(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
             parts.append(
                 f"its {role} loss went from {loss_text(before)} to {loss_text(after)} ({signed_text(sign * change)}{over})"
             )
-    return [f"{row.name}, the arm that others are compared with: {_list(parts)}."] if parts else []
+    return [f"{row.name}, the arm that others are compared with: {listed(parts)}."] if parts else []
 
 
 def _groups(compared: Sequence[Comparison]) -> list[str]:
-    """One sentence for every sweep: who differs from its reference in what, who can't be told apart from it."""
+    """One sentence for every sweep: who differs from its reference in what, who can't be told apart from it. Arms of another
+    length are only named."""
     by_group: dict[tuple[str, str], list[Comparison]] = {}
     for comparison in compared:
         if comparison.measure in _NAMES:
@@ -92,12 +94,18 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
     sentences = []
     for (group, reference), inside in by_group.items():
         where = {CHAINS: "Chains", "": "Single arms"}.get(group, f"Sweep {group}")
+        if other := {c.arm: c.tokens for c in inside if not c.same_length}:
+            lengths = listed(f"{arm} ({tokens_text(own)})" for arm, (own, _) in other.items())
+            each = tokens_text(next(iter(other.values()))[1])
+            sentences.append(f"{where}: not compared with {reference} ({each} tokens), for another length: {lengths}.")
+        inside = [c for c in inside if c.same_length]
         known = [c for c in inside if c.difference.margin is not None]
         if not known:
             told = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "downstream_after"]
             ups = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "upstream_after"]
             parts = [f"{name} {', '.join(t)}" for name, t in (("upstream", ups), ("downstream", told)) if t]
-            sentences.append(f"{where}, against {reference}, one seed: {'; '.join(parts)}.")
+            if parts:
+                sentences.append(f"{where}, against {reference}, one seed: {'; '.join(parts)}.")
             continue
         parts = []
         for measure, name in _NAMES.items():
@@ -108,22 +116,22 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
                     if c.measure == measure and c.difference.established and c.difference.mean * sign > 0
                 ]
                 if told:
-                    parts.append(f"{name} {word} in {_list(told)}")
+                    parts.append(f"{name} {word} in {listed(told)}")
         unclear = dict.fromkeys(c.arm for c in known if not c.difference.established)
         alike = [arm for arm in unclear if not any(c.difference.established for c in known if c.arm == arm)]
         if alike:
-            parts.append(f"no difference beyond the seeds' spread in {_list(alike)}")
+            parts.append(f"no difference beyond the seeds' spread in {listed(alike)}")
         open_ones = [c for c in known if not c.difference.established and c.arm not in alike]
         partly = [f"the {_NAMES[c.measure]} of {c.arm}" for c in open_ones]
         if partly:
-            parts.append(f"not told apart: {_list(partly)}")
+            parts.append(f"not told apart: {listed(partly)}")
         if parts:
             sentences.append(f"{where}, against {reference}: {'; '.join(parts)}.")
     return sentences
 
 
 def _by_chance(compared: Sequence[Comparison]) -> list[str]:
-    count = sum(c.difference.margin is not None and c.measure in _NAMES for c in compared)
+    count = sum(c.difference.margin is not None and c.same_length and c.measure in _NAMES for c in compared)
     if count < 10:
         return []
     expected = round(count * (1 - LEVEL))
@@ -141,7 +149,7 @@ def _front(rows: Sequence[ArmRow]) -> list[str]:
         points = [(row.mean("forgetting") or 0.0, row.mean("adaptation") or 0.0) for row in group]
         best = front(points)
         first, last = group[best[0]], group[best[-1]]
-        names = _list([group[i].name for i in best]) if len(best) <= 8 else f"{len(best)} arms, {first.name} to {last.name},"
+        names = listed([group[i].name for i in best]) if len(best) <= 8 else f"{len(best)} arms, {first.name} to {last.name},"
         verb = "is" if len(best) == 1 else "are"
         start = f" of the {len(group)} arms that started from {group[0].arm.start}"
         sentences.append(f"By the means, {names} {verb} on the front: no other{start} forgets less and learns more.")
@@ -159,7 +167,7 @@ def _early_rise(rows: Sequence[ArmRow]) -> list[str]:
         highest = max(risen, key=lambda row: row.mean(f"{role}_rise") or 0.0)
         rise, at = highest.mean(f"{role}_rise"), highest.mean(f"{role}_rise_tokens")
         most = "most in" if len(risen) > 1 else "in"
-        text = f"The {role} loss rose above its start in {len(risen)} of {_count(len(able), 'arm')}, {most} {highest.name}: "
+        text = f"The {role} loss rose above its start in {len(risen)} of {counted(len(able), 'arm')}, {most} {highest.name}: "
         text += f"{signed_text(rise)} after {tokens_text(at or 0.0)} tokens. "
         if not back:
             text += "In none of them did it come back to the start in every seed."
@@ -185,10 +193,13 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
     able = [row for row in rows if row.values.get("tokens_saved") and row.arm.chain is None]
     sentences = []
     for scratch in dict.fromkeys(row.scratch for row in able):
-        same = [row for row in able if row.scratch == scratch]
+        tokens = next((row.mean("tokens") or 0.0 for row in rows if row.name == scratch), 0.0)
+        same = [row for row in able if row.scratch == scratch and _as_long(row, tokens)]
+        if not same:
+            continue
         reached = [row for row in same if not row.spread("tokens_saved").others]
         text = (
-            f"{len(reached)} of {_count(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
+            f"{len(reached)} of {counted(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
         )
         if reached:
             ranked = sorted(reached, key=lambda row: row.mean("tokens_saved") or 0.0)
@@ -203,6 +214,12 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
     return sentences
 
 
+def _as_long(row: ArmRow, tokens: float) -> bool:
+    """Whether the arm got where the one from scratch ended, or had as many ``tokens`` for it."""
+    own = row.mean("tokens") or 0.0
+    return not row.spread("tokens_saved").others or own > tokens or same_length(own, tokens)
+
+
 def _tokens(row: ArmRow) -> str:
     saved = row.mean("tokens_saved") or 0.0
     return f"{MINUS if saved < 0 else ''}{tokens_text(abs(saved))}"
@@ -213,20 +230,11 @@ def _incidents(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
     for row in rows:
         bad = max(row.spread(f"{role}_after").others for role in ("upstream", "downstream"))
         if bad:
-            sentences.append(f"{row.name} diverged in {bad} of {_count(row.seeds[0], 'run')}; these are not in its means.")
+            sentences.append(f"{row.name} diverged in {bad} of {counted(row.seeds[0], 'run')}; these are not in its means.")
     for trial in experiment.trials:
         alarms = [event for event in trial.run.events if event["event"] == "alarm"] if trial.run else []
         if alarms:
             sentences.append(
-                f"{trial.name} raised {_count(len(alarms), 'alarm')}, the first at step {alarms[0].get('step', '?')}."
+                f"{trial.name} raised {counted(len(alarms), 'alarm')}, the first at step {alarms[0].get('step', '?')}."
             )
     return sentences[:8]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _list(words: Sequence[str] | map[str]) -> str:
-    told = list(words)
-    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"

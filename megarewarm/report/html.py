@@ -24,6 +24,7 @@ body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 64px; background: #
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; }
 h2 { font-size: 20px; margin: 44px 0 10px; }
 p, li { max-width: 82ch; }
+h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
 .quiet, figcaption { color: var(--quiet); font-size: 14px; }
 .summary { margin: 22px 0 0; padding: 14px 22px 14px 40px; background: var(--wash); border-left: 4px solid #0072b2; }
 .summary li { margin: 5px 0; }
@@ -49,6 +50,11 @@ th small { margin-left: 17px; }
 .settings th, .settings td { text-align: left; vertical-align: top; }
 .settings tbody th { font: 13px/1.6 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: nowrap; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
+@media (max-width: 700px) {
+  body { padding: 24px 14px 48px; }
+  .summary { padding: 10px 12px 10px 28px; }
+  figure { overflow-x: auto; } figure img, figure.narrow img { width: 720px; max-width: none; }
+}
 footer { margin-top: 52px; padding-top: 12px; border-top: 1px solid var(--line); }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }

@@ -19,6 +19,9 @@ from megarewarm.report.read import DOWNSTREAM, UPSTREAM, Curve, Run
 
 Kind = Literal["pretraining", "scratch", "continued"]
 
+LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
+"""Settings that decide on how many tokens a run is trained."""
+
 _NOT_A_SETTING = ("name", "folder")
 
 
@@ -203,6 +206,15 @@ def same_value(one: Any, other: Any) -> bool:
 def same_length(one: float, other: float) -> bool:
     """Whether two numbers of tokens are close enough for the losses after them to be compared."""
     return abs(one - other) <= 0.01 * max(one, other)
+
+
+def distinct_lengths(tokens: Sequence[float]) -> list[float]:
+    """The different numbers of tokens among these, ascending; those within ``same_length`` are one."""
+    found: list[float] = []
+    for number in sorted(tokens):
+        if not found or not same_length(found[-1], number):
+            found.append(number)
+    return found
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

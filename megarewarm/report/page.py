@@ -54,8 +54,6 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
 
 
 def _pictures(runs: Sequence[Run], table: Sequence[Row]) -> list[_Picture]:
-    left_out = [row.label for row in table if row.kind != "pretraining" and None in (row.forgetting, row.adaptation)]
-    without = f" Without a point, for want of a start checkpoint's losses: {', '.join(left_out)}." if left_out else ""
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
             "curves",
@@ -69,7 +67,7 @@ def _pictures(runs: Sequence[Run], table: Sequence[Row]) -> list[_Picture]:
             "Forgetting against adaptation",
             tradeoff.draw_tradeoff(runs, table),
             tradeoff.describe_tradeoff(table),
-            f"Both against the checkpoint that the run started from; up and left is better.{without}",
+            tradeoff.caption_tradeoff(table),
         ),
         ("sets", "Every validation set", draw.draw_sets(runs), "Line charts: loss of every set against tokens.", ""),
         ("pretraining", "Pre-training", draw.draw_pretraining(runs), draw.describe_pretraining(runs), ""),

@@ -145,7 +145,7 @@ def read_run(folder: Path | str) -> Run:
     folder = Path(folder)
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder}: no metrics.jsonl: give the folder of a run that has trained at least one step")
+        raise UserError(f"{folder.absolute()}: no metrics.jsonl: give the folder of a run that has trained at least one step")
     record = _Record()
     lines = _Lines(path)
     with open(path, "rb") as file:

@@ -19,7 +19,7 @@ from megarewarm.errors import UserError
 from megarewarm.report.follow import Follower
 from megarewarm.report.read import DOWNSTREAM, UPSTREAM
 from megarewarm.report.record import read_record
-from megarewarm.report.words import loss_text, rate_text
+from megarewarm.report.words import duration_text, loss_text, rate_text
 
 State = Literal["diverged", "stalled", "running", "stopped", "waiting", "done"]
 STATES: tuple[State, ...] = ("diverged", "stalled", "running", "stopped", "waiting", "done")
@@ -204,7 +204,7 @@ def planned_runs(folder: Path) -> tuple[str, list[Planned]]:
     if (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file():
         return folder.resolve().name, [Planned(folder.resolve().name, folder)]
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give a run's folder or an experiment's")
+        raise UserError(f"{folder.absolute()}: no such folder: give a run's folder or an experiment's")
     runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
     if not runs:
         raise UserError(f"{folder}: neither experiment.json nor metrics.jsonl in it: give a run's folder or an experiment's")
@@ -268,7 +268,8 @@ def _state(follower: Follower, silent: float, pace: float | None, *roles: Losses
         return "diverged"
     if follower.stop is not None:
         total = follower.total_steps
-        return "done" if reason == "complete" or (total is not None and (follower.step or 0) >= total) else "stopped"
+        trained = total is not None and (follower.step or 0) >= total and follower.stop.get("evaluated", True)
+        return "done" if reason == "complete" or trained else "stopped"
     limit = _STARTING_SECONDS
     if pace is not None and follower.recent:
         limit = max(_SILENT_SECONDS, _SILENT_STEPS * pace, _SILENT_GAPS * follower.longest_gap)
@@ -376,14 +377,3 @@ def _work(view: RunView, in_tokens: bool) -> float:
 def _median(values: Sequence[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return statistics.median(finite) if finite else None
-
-
-def duration_text(seconds: float | None) -> str:
-    """95 -> '1m35s', 4000 -> '1h07m', 200000 -> '2d07h'; a question mark for none."""
-    if seconds is None or not math.isfinite(seconds):
-        return "?"
-    whole = max(0, round(seconds))
-    for size, unit, small, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // small:02d}{below}"
-    return f"{whole}s"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
-from megarewarm.report.watch import STATES, Losses, Overview, RunView, State, duration_text
-from megarewarm.report.words import rate_text, signed_text, tokens_text
+from megarewarm.report.watch import STATES, Losses, Overview, RunView, State
+from megarewarm.report.words import duration_text, rate_text, signed_text, tokens_text
 
 WIDE = 118
 """Columns from which on a run has all its numbers on one line."""
@@ -35,7 +35,7 @@ def frame(overview: Overview, width: int, height: int | None = None, *, unicode:
     width = max(width, 40)
     room = max(height, 6) if height is not None else None
     lines = [_headline(overview, width)]
-    alarms = _alarm_lines(overview, width)
+    alarms = _alarm_lines(overview)
     most = _ALARMS if room is None else max(1, min(_ALARMS, (room - 3) // 3))
     if len(alarms) > most:
         alarms = [*alarms[: most - 1], Text(f"{len(alarms) - most + 1} more alarms", style="red")]
@@ -189,7 +189,7 @@ def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
     return text.append(f" · {told}" if listed else "", style="dim")
 
 
-def _alarm_lines(overview: Overview, width: int) -> list[Text]:
+def _alarm_lines(overview: Overview) -> list[Text]:
     """A line for each alarm of a run that isn't done, those of the state that wants attention most first."""
     lines = []
     for state in STATES:

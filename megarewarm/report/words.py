@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megarewarm.report.measures import Change, Row, differences, labels, rows, same_length, same_value
+from megarewarm.report.measures import LENGTHS, Change, Row, differences, labels, rows, same_length, same_value
 from megarewarm.report.read import Run
 
 # Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
@@ -19,7 +19,6 @@ _SAME_RATE = 0.005  # of the rate: what differs by less is written with the same
 
 _COMPARISONS = 2  # as many sentences on one setting as a reader takes in
 
-_LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
 _LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
 
 
@@ -29,6 +28,28 @@ def tokens_text(tokens: float) -> str:
         if tokens >= size * 0.9995:
             return f"{tokens / size:.3g}{unit}"
     return f"{tokens:.0f}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """95 -> '1m35s', 4000 -> '1h07m', 200000 -> '2d07h'; a question mark for none."""
+    if seconds is None or not math.isfinite(seconds):
+        return "?"
+    whole = max(0, round(seconds))
+    for size, unit, small, below in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{below}"
+    return f"{whole}s"
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 run', '2 runs'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(words: Iterable[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    told = list(words)
+    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
 
 
 def rate_text(rate: float | None) -> str:
@@ -90,7 +111,7 @@ def _overview(table: Sequence[Row]) -> list[str]:
         span += ", so that their ends compare only in part"
     origins = {row.origin for row in continued}
     origin = f"from {origins.pop()}" if len(origins) == 1 else f"from {len(origins)} checkpoints"
-    text = f"{_count(len(continued), 'run')} continued training {origin}, {span}."
+    text = f"{counted(len(continued), 'run')} continued training {origin}, {span}."
     if scratch := [row for row in table if row.kind == "scratch"]:
         verb = "was" if len(scratch) == 1 else "were"
         text += f" {_names(scratch)} {verb} trained from scratch for comparison."
@@ -173,7 +194,7 @@ def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
             if row.kind == "continued" and runs[index].config:
                 groups.setdefault(repr(rest), []).append(index)
         keys = by_setting[setting]
-        told = groups.values() if setting in _LENGTHS else [_of_one_length(group, table) for group in groups.values()]
+        told = groups.values() if setting in LENGTHS else [_of_one_length(group, table) for group in groups.values()]
         compared = [group for group in told if any(not _alike(group[0], i, keys, different) for i in group)]
         for group in compared[:_COMPARISONS]:
             if text := _compare(setting, keys, group, different, table):
@@ -294,7 +315,7 @@ def _incidents(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
         if isinstance(total, int) and 0 < (last := run.first_step + run.steps) < total:
             sentences.append(f"{label} is not complete: {last:,} of {total:,} steps.")
         if resumes:
-            sentences.append(f"{label} was resumed {_count(resumes, 'time')}; repeated steps are counted once.")
+            sentences.append(f"{label} was resumed {counted(resumes, 'time')}; repeated steps are counted once.")
         for event in alarms[:3]:
             what = event.get("message") or event.get("reason") or event.get("kind") or "alarm"
             sentences.append(f"{label}, step {event.get('step', '?')}: {what}.".replace("..", "."))
@@ -330,14 +351,9 @@ def _value_text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _some(table: Sequence[Row]) -> str:
     return _names(table) if len(table) <= 4 else f"{len(table)} runs"
 
 
 def _names(table: Sequence[Row]) -> str:
-    names = [row.label for row in table]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return listed([row.label for row in table])

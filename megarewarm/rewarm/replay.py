@@ -19,6 +19,7 @@ from itertools import product
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
 from megarewarm.data.blend import Order, normalised
+from megarewarm.data.file_identity import FileIdentity
 from megarewarm.data.mixture import open_view
 from megarewarm.data.phases import AnySource
 from megarewarm.data.sample_order import SampleOrder
@@ -60,8 +61,7 @@ class _Pool:
 
     names: list[str]
     run: str
-    path: str
-    fingerprint: str
+    file: FileIdentity
     ranges: dict[SampleOrder, list[tuple[int, int]]] = field(default_factory=dict)
     tokens: int = 0
     ended: tuple[SampleOrder, int] | None = None
@@ -96,7 +96,7 @@ def history_to_replay(stages: Sequence[Stage], *, goes_on: bool) -> Lineage:
 
 def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
     """One source for each pool of ``history``, weighted by the tokens seen of it, replays included."""
-    pools: dict[str, _Pool] = {}
+    pools: list[_Pool] = []
     for stage in history.stages:
         if (not stage.data and not replay.sources) or any(seen.samples and seen.read is None for seen in stage.data):
             raise UserError(
@@ -114,7 +114,9 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
             if seen.read is None or not seen.samples:
                 continue
             order, trained_on = seen.read.order, seen.tokens - (seen.left_out or 0) * seen.read.order.sequence_length
-            pool = pools.setdefault(seen.fingerprint, _Pool([], stage.run, seen.path, seen.fingerprint))
+            pool = next((pool for pool in pools if seen.file.agrees_with(pool.file)), None)
+            if pool is None:
+                pools.append(pool := _Pool([], stage.run, seen.file))
             pool.tokens += trained_on
             if seen.read.again:
                 if seen.read.ranges:
@@ -122,26 +124,26 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
                 continue
             pool.names += [seen.name]
             pool.ranges.setdefault(order, []).extend(seen.read.ranges)
-            pool.path = seen.path  # the newest place of the file
-    pools = {key: pool for key, pool in pools.items() if any(part.seen for part in pool.parts)}
-    known = sorted({name for pool in pools.values() for name in pool.names})
+            pool.file = seen.file  # the newest place of the file
+    pools = [pool for pool in pools if any(part.seen for part in pool.parts)]
+    known = sorted({name for pool in pools for name in pool.names})
     if unknown := sorted(set(replay.paths) - set(known)):
         raise UserError(f"replay.paths: the lineage has no source '{unknown[0]}', but {', '.join(known)}")
     if not pools:
         raise UserError("replay of lineage: the start checkpoint has read nothing yet; give replay.sources instead")
-    names = [pool.name for pool in pools.values()]
+    names = [pool.name for pool in pools]
     return [
         SeenSource(
             name=f"replay of {pool.name}" + (f" in {pool.run}" if names.count(pool.name) > 1 else ""),
             pool=pool.name,
-            path=next((replay.paths[name] for name in pool.names if name in replay.paths), pool.path),
-            fingerprint=pool.fingerprint,
+            path=next((replay.paths[name] for name in pool.names if name in replay.paths), pool.file.path),
+            file=pool.file,
             parts=pool.parts,
             ended=pool.place,
             weight=float(pool.tokens),
             max_epochs=replay.max_epochs,
         )
-        for pool in pools.values()
+        for pool in pools
     ]
 
 
@@ -168,7 +170,7 @@ def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> 
             name, fingerprint = source.name or source.path, view.file.fingerprint()
             spans = [(view.first_document, view.last_document)]
         else:
-            name, fingerprint = source.name, source.fingerprint
+            name, fingerprint = source.name, source.file.fingerprint
             spans = [(part.order.first_document, part.order.last_document) for part in source.parts]
         for (item, view), (first, last) in product(held_out, spans):
             if view.file.fingerprint() == fingerprint and first < view.last_document and view.first_document < last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megarewarm.config.schema import ScheduleConfig
 from megarewarm.report import style
 from megarewarm.schedules.schedule import Schedule, build_schedule
 
-_STEPS = 1000
+_STEPS, _COLUMNS = 1000, 3
 _PEAK = {"max_lr": 1.0, "warmup": "5%"}
 _INFINITE = {"min_lr": 0.1, "constant_lr": 0.55, "cooldown": "50%", "constant": "25%"}
 _PANELS: dict[str, dict[str, Any]] = {
@@ -32,14 +33,16 @@ _PANELS: dict[str, dict[str, Any]] = {
 def draw_gallery(path: Path) -> None:
     """Write a PNG with one panel per curve, one for the first steps, and one that compares the two cosines."""
     with style.style():
-        figure = style.new_figure(11, 11.5)
-        grid = figure.subplots(4, 3)
+        rows = math.ceil((len(_PANELS) + 2) / _COLUMNS)
+        figure = style.new_figure(11, 2.875 * rows)
+        panels = list(figure.subplots(rows, _COLUMNS).flat)
         figure.subplots_adjust(left=0.065, right=0.97, top=0.965, bottom=0.05, hspace=0.42, wspace=0.24)
-        panels = list(grid.flat)
-        for axes, (curve, keys) in zip(panels, _PANELS.items(), strict=False):
-            _curve(axes, curve, keys)
-        _two_cosines(panels[10])
-        _first_steps(panels[11])
+        for curve, keys in _PANELS.items():
+            _curve(panels.pop(0), curve, keys)
+        _two_cosines(panels.pop(0))
+        _first_steps(panels.pop(0))
+        for axes in panels:
+            axes.set_axis_off()
         figure.savefig(path, dpi=110)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,11 +31,13 @@ from megarewarm.report.words import tokens_text
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
+from megarewarm.training.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
 from megarewarm.training.experiment import check_folders, chosen_arms
 from megarewarm.training.inputs import check_place
+from megarewarm.training.memory import memory_note
 from megarewarm.training.owed import is_trained
 from megarewarm.training.plan import Plan
-from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
+from megarewarm.training.start_checks import Checked, check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.training.summary import print_reset_table
 from megarewarm.training.unwritten import NotOpened, plan_ahead
 
@@ -53,28 +56,35 @@ def show_run(
     world_size = world_size or ranks_of(config, launch.world_size)
     console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
     console.print()
-    refusal, absent, notes = None, list[str](), list[str]()
+    refusal = None
+    checked = Checked([], [], tokens_asked(config))
     if not is_trained(plan):
         try:
-            absent, notes = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
+            checked = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
         except UserError as error:
-            refusal, absent = error, [*missing, *missing_files(plan.config)]
+            refusal, checked = error, replace(checked, absent=[*missing, *missing_files(plan.config)])
+    cost = evaluation_cost(plan, checked.evaluated)
+    notes = [*checked.notes, *evaluation_note(plan, cost)]
     try:
-        _show_plan(plan, console, world_size)
+        needed, on_gpu = _show_plan(plan, console, world_size, cost)
+        if on_gpu or not allow_missing:  # which is for a plan on another machine
+            notes += memory_note(config, needed, launch, on_gpu=on_gpu)
     except UserError as error:
         refusal = refusal or error
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
-    for problem in absent:
+    for problem in checked.absent:
         console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
     if refusal is not None:
         raise refusal
     return 0
 
 
-def _show_plan(plan: Plan, console: Console, world_size: int) -> None:
+def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None) -> tuple[list[float], bool]:
+    """Returns the bytes that each rank needs, and whether on a GPU."""
     config = plan.config
-    _print_costs(plan, console, world_size)
+    _print_costs(plan, console, cost)
+    needed = _print_ranks(plan, console, world_size)
     console.print()
     _print_data(plan, console)
     console.print()
@@ -86,6 +96,7 @@ def _show_plan(plan: Plan, console: Console, world_size: int) -> None:
         console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
     console.print()
     console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
+    return needed
 
 
 def show_experiment(
@@ -105,6 +116,7 @@ def show_experiment(
     tokens, petaflops = 0, 0.0
     plans: dict[str, Plan] = {}
     absent: dict[str, None] = {}
+    costs: dict[str, EvaluationCost] = {}
     refusal: UserError | None = None
     for arm in experiment.arms:
         plans[arm.name], missing = plan_ahead(arm.config, list(plans.values()))
@@ -112,7 +124,7 @@ def show_experiment(
             continue
         plan, world_size = plans[arm.name], ranks_of(arm.config, launch.world_size)
         try:
-            found, _ = check_start(
+            checked = check_start(
                 plan,
                 world_size,
                 missing,
@@ -122,7 +134,11 @@ def show_experiment(
             )
         except UserError as error:
             refusal, found = refusal or error, [*missing, *missing_files(arm.config, prepared)]
-        absent |= dict.fromkeys(found)
+            absent |= dict.fromkeys(found)
+            continue
+        absent |= dict.fromkeys(checked.absent)
+        if (cost := evaluation_cost(plan, checked.evaluated)) is not None:
+            costs[arm.name] = cost
     shown: dict[str, Plan] = {}
     for arm in chosen:
         plan, run = plans[arm.name], arm.config
@@ -148,6 +164,12 @@ def show_experiment(
         console.print()
         console.print(name, style="bold")
         console.print(_curve(plan, console, width=min(80, console.width), height=6), highlight=False, markup=False)
+    if costs:
+        name = max(costs, key=lambda name: costs[name].share)
+        console.print()
+        console.print(f"evaluation, at most (in {name}): {costs[name]}", highlight=False)
+        for note in evaluation_note(plans[name], costs[name]):
+            console.print(f"note: {name}: {note}", style="yellow", highlight=False)
     for problem in absent:
         console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
     if refusal is not None:
@@ -170,7 +192,7 @@ def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str
     )
 
 
-def _print_costs(plan: Plan, console: Console, world_size: int) -> None:
+def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None) -> None:
     config = plan.config
     length = config.data.sequence_length
     tokens = config.total_steps * config.tokens_per_step
@@ -180,8 +202,9 @@ def _print_costs(plan: Plan, console: Console, world_size: int) -> None:
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
+    if cost is not None:
+        costs.add_row("evaluation", str(cost))
     console.print(costs, highlight=False)
-    _print_ranks(plan, console, world_size)
 
 
 def _print_data(plan: Plan, console: Console) -> None:
@@ -215,8 +238,9 @@ def _print_data(plan: Plan, console: Console) -> None:
         console.print(note, style="yellow", highlight=False)
 
 
-def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
-    """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it."""
+def _print_ranks(plan: Plan, console: Console, world_size: int) -> tuple[list[float], bool]:
+    """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it. Returns as
+    ``_show_plan``."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
     remarks = check_fit(config, plan.model, layout)
@@ -230,6 +254,7 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
         # what 'auto' will be on the cluster is not known here; fp32 is the larger
         2 if config.training.precision in ("bf16", "fp16") else 4,
         config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
+        config.optimizer.kind,
     )
     ranks = Table(
         title=f"per rank: {world_size} rank{'s' * (world_size > 1)}, {layout}; {work.micro_batches} micro-batches",
@@ -240,6 +265,7 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
     )
     for heading in ("stage", "layers", "weights", "grads", "Adam", "activ.", "loss", "memory", "sent"):
         ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    needed: list[float] = []
     for rank, part in enumerate(parts(work, config.parallel, layout)):
         memory, traffic = memory_of(part, rank, work, config.parallel, layout), traffic_of(part, work, config.parallel, layout)
         ranks.add_row(
@@ -248,10 +274,12 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> None:
             *(_bytes(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "loss", "total")),
             _bytes(traffic.total),
         )
+        needed += [memory.total] * (layout.data * layout.tensor)
     console.print()
     console.print(ranks, highlight=False)
     for remark in remarks:
         console.print(remark, style="yellow", highlight=False)
+    return needed, on_gpu
 
 
 def _bytes(size: float) -> str:

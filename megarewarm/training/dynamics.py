@@ -15,7 +15,6 @@ from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.optimizers.sums import SUMS
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
-from megarewarm.training.metrics import Metrics
 
 ALL = "all"
 
@@ -66,10 +65,3 @@ def _numbers(sums: Tensor, has_start: bool) -> dict[str, float]:
         "second_moment_norm": second,
     }
     return numbers | ({"distance": distance} if has_start else {})
-
-
-def log_dynamics(metrics: Metrics, step: int, tokens: int, groups: Groups) -> None:
-    """Write ``groups`` as an event, and for TensorBoard."""
-    metrics.event("dynamics", step=step, tokens=tokens, groups=groups)
-    shown = {f"{measured}/{group}": value for group, numbers in groups.items() for measured, value in numbers.items()}
-    metrics.scalars(step, {f"dynamics_{key}": value for key, value in shown.items()})

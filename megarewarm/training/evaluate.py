@@ -14,7 +14,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.mixture import open_view
 from megarewarm.data.moving import MovingWindows
 from megarewarm.data.validation import ValidationWindows
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Mesh
 
@@ -87,10 +87,12 @@ class Windows(Protocol):
     def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]: ...
 
 
-def evaluate(model: ParallelModel, windows: Windows, micro_batch: int, mesh: Mesh) -> tuple[float, int]:
+def evaluate(
+    model: ParallelModel, windows: Windows, micro_batch: int, mesh: Mesh, between: Between = nothing_between
+) -> tuple[float, int]:
     """Mean loss in nats per token over all windows of a set, and the number of tokens it is the mean of."""
     ranks = mesh.layout.data
     rows = windows.micro_batches(mesh.data_rank, ranks, micro_batch)
     most = max(len(windows.share(rank, ranks)) for rank in range(ranks))
-    total, count = all_reduce_sums(model.evaluate(rows, most, micro_batch))
+    total, count = all_reduce_sums(model.evaluate(rows, most, micro_batch, between))
     return total / count if count else math.nan, int(count)

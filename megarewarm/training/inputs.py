@@ -27,12 +27,14 @@ from megarewarm.training.bad_steps import check_roll_back
 from megarewarm.training.evaluate import open_validation
 from megarewarm.training.metrics import check_loggers
 from megarewarm.training.plan import Plan, differing_choices, other_optimizer, settle_model
-from megarewarm.training.run_data import open_data
+from megarewarm.training.run_data import check_held_out, open_data
 from megarewarm.training.run_folder import RunFolder
 from megarewarm.training.saving import check_saving
 from megarewarm.training.start_weights import start_source
 from megarewarm.training.texts import Texts, settle_texts
 from megarewarm.training.unwritten import NotOpened
+
+_HIGHEST_USUAL = 1e-2  # of peak learning rates
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     texts = settle_texts(plan)
     data = open_data(plan)
     validation, left_out = open_validation(config, plan.model.vocab_size)
+    check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
     operations, remarks = choose_operations(
@@ -85,7 +88,10 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
         _check_weights(plan)
         teacher = _teacher(plan) if config.distill is not None else None
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
-    notes = [*(plan.source.notes if plan.source else []), *choices, *left_out, *fit, *texts.notes, *remarks, *about]
+    loaded = plan.source.notes if plan.source else []
+    notes = [*loaded, *choices, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
+    if teacher is not None and config.start.intent in ("resume", "branch"):
+        notes.append(f"distill: the teacher is {teacher.name} itself, not what the run that goes on here began from")
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 
@@ -105,6 +111,13 @@ def settle_precision(config: RunConfig, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and able else "fp32"
     return wanted
+
+
+def _unusual(config: RunConfig) -> list[str]:
+    peak = config.schedule.max_lr
+    if peak <= _HIGHEST_USUAL:
+        return []
+    return [f"schedule.max_lr {peak:g} is above {_HIGHEST_USUAL:g}; Pythia's peaks are 1.2e-4 (12B) to 1e-3 (14M)"]
 
 
 def _check_weights(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from rich import box
@@ -10,18 +10,26 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.errors import UserError
+from megarewarm.parallel.agreement import Between, nothing_between
 from megarewarm.training.evaluate import evaluate, turns
 from megarewarm.training.metrics import Metrics
 from megarewarm.training.run import Run
 from megarewarm.training.start_weights import load_start
 
 
-def interpolate(run: Run, metrics: Metrics, console: Console, alphas: Sequence[float] | None = None) -> None:
+def interpolate(
+    run: Run,
+    metrics: Metrics,
+    console: Console,
+    alphas: Sequence[float] | None = None,
+    show: Callable[[str], Between] = lambda what: nothing_between,
+) -> None:
     """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``, or of those ``alphas`` where the others
     are done: events 'interpolation', and a table.
 
     All ranks call it, after the last step; the end weights stand again afterwards, bit for bit. Raises ``UserError`` where the
-    start checkpoint can't be read any more. Linear interpolation: Wortsman et al., arXiv 2109.01903.
+    start checkpoint can't be read any more. ``show``: what is done between the portions of each set. Linear interpolation:
+    Wortsman et al., arXiv 2109.01903.
     """
     config = run.plan.config
     if config.interpolate is None or run.step < config.total_steps:
@@ -38,7 +46,7 @@ def interpolate(run: Run, metrics: Metrics, console: Console, alphas: Sequence[f
             for name, parameter in parameters.items():
                 parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
             run.model.forget_gathered()
-            rows[alpha] = _losses(run, metrics, alpha)
+            rows[alpha] = _losses(run, metrics, alpha, show)
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(end[name])
@@ -56,14 +64,16 @@ def _load_start(run: Run) -> None:
         ) from error
 
 
-def _losses(run: Run, metrics: Metrics, alpha: float) -> dict[str, float]:
+def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Between]) -> dict[str, float]:
     config = run.plan.config
     number, _ = turns(config, config.total_steps)[-1]
     losses = {}
     for windows in run.validation:
         turn = number if windows.when == "always" else 0
         micro_batch = config.evaluation.micro_batch or config.training.micro_batch
-        losses[windows.name], _ = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh)
+        between = show(f"{windows.name} at alpha {alpha:g}")
+        losses[windows.name], _ = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh, between)
+    for windows in run.validation:  # once all are known: what is broken off is told of not at all
         metrics.event(
             "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]
         )

@@ -56,7 +56,8 @@ class Metrics:
     def event(self, event: str, **values: Any) -> None:
         """Append one line ``{"event": event, "time": ..., **values}``, a start with its format. Non-finite numbers become null.
 
-        Raises ``UserError`` where the disk refuses; no part of the line is left then.
+        Its curves go to TensorBoard and Weights & Biases as well, under the same names. Raises ``UserError`` where the disk
+        refuses; no part of the line is left then.
         """
         if not self._writes:
             return
@@ -64,13 +65,11 @@ class Metrics:
             values = {"format": RUN_FORMAT, **values}
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         _append(self._path, self._file, orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n")
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Send numbers to TensorBoard and Weights & Biases."""
-        if self._board is not None:
-            self._board.scalars(step, values)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        if points := _points(event, values):
+            if self._board is not None:
+                self._board.scalars(values["step"], points)
+            if self._wandb is not None:
+                self._wandb.log(points, step=values["step"])
 
     def text(self, line: str) -> None:
         """A line of log.txt, with the time of day. Raises as ``event``."""
@@ -90,6 +89,20 @@ class Metrics:
 
     def _warn(self, note: str) -> None:
         print(note, file=sys.stderr, flush=True)
+
+
+def _points(event: str, values: dict[str, Any]) -> dict[str, float]:
+    """What a line adds to curves over steps, by the curve's name: all numbers of a train line, the loss of an evaluation, and
+    every measure of every group of weights."""
+    if event == "train":
+        numbers = {name: value for name, value in values.items() if name != "step" and not isinstance(value, bool)}
+        return {f"train/{name}": value for name, value in numbers.items()}
+    if event == "eval":
+        return {f"validation/{values['name']}": values["loss"]}
+    if event == "dynamics":
+        groups = values["groups"].items()
+        return {f"dynamics_{measure}/{group}": value for group, row in groups for measure, value in row.items()}
+    return {}
 
 
 def _opened(path: Path) -> FileIO:

@@ -22,8 +22,11 @@ class Owed:
 
 
 def is_trained(plan: Plan) -> bool:
-    """Whether all steps of the run are made."""
-    return plan.resumed and plan.position.step >= plan.config.total_steps
+    """Whether all steps of the run are made, and evaluated."""
+    if not plan.resumed or plan.position.step < plan.config.total_steps:
+        return False
+    assert plan.source is not None and plan.source.training is not None
+    return plan.source.training.recent is None or not plan.source.training.recent.unevaluated
 
 
 def owed(plan: Plan) -> Owed:

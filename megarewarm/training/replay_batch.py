@@ -144,7 +144,7 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
             finite = values.isfinite()
             sums[names.index(run.model.cards[name].group), i] += float(values.where(finite, 0).double().square().sum())
             sums[names.index(run.model.cards[name].group), 2 + i] += float((~finite).sum())
-    total = torch.tensor(all_reduce_sums(sums.flatten().tolist())).view(-1, 4).tolist()
+    total = torch.tensor(all_reduce_sums(sums.flatten().tolist()), dtype=torch.float64).view(-1, 4).tolist()
     return {
         name: {
             "weight_norm": math.sqrt(weights),

@@ -21,7 +21,7 @@ from megarewarm.data.validation import ValidationWindows
 from megarewarm.model.fused import Operations
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
 from megarewarm.optimizers.optimizer import Optimizer
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
@@ -46,8 +46,9 @@ class Run:
     ``losses`` are the newest validation losses, ``measured`` those of this very step; ``waited``: seconds that training has
     waited for data; ``distilled``: the teacher's term of the newest step, a mean per target. ``start_weights``: what the run
     began with, where something has a use for it. ``spikes``: None where none are looked for; ``unchanged``: how many of the
-    last steps in a row changed nothing; ``due``: a save was to be made and waits for a step that did; ``left_out``: ranges of
-    steps that are not in the weights.
+    last steps in a row changed nothing; ``due``: a save was to be made and waits for a step that did; ``unevaluated``: the
+    evaluation after the newest step is yet to be made; ``left_out``: ranges of steps that are not in the weights.
+    ``between``: what is asked between two micro-batches of a step.
     """
 
     plan: Plan
@@ -77,8 +78,10 @@ class Run:
     spikes: SpikeDetector | None = None
     unchanged: int = 0
     due: bool = False
+    unevaluated: bool = False
     left_out: list[tuple[int, int]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    between: Between = nothing_between
 
     def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
@@ -137,11 +140,15 @@ class Run:
             measured=self.measured,
             loss_scale=self.scaler.state() if self.scaler is not None else None,
             recent=RecentSteps(
-                **(self.spikes.state() if self.spikes is not None else {}), unchanged=self.unchanged, due=self.due
+                **(self.spikes.state() if self.spikes is not None else {}),
+                unchanged=self.unchanged,
+                due=self.due,
+                unevaluated=self.unevaluated,
             ),
             interim=interim,
             step_tokens=plan.tokens(self.step),
             optimizer=plan.config.optimizer.kind,
+            held_out={windows.name: windows.files for windows in self.validation},
         )
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from megarewarm.checkpoint.lineage import DataSeen
 from megarewarm.data.batches import TrainingBatches, build_training_batches
+from megarewarm.data.moving import MovingWindows
+from megarewarm.data.validation import ValidationWindows
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import check_apart, replayed
 from megarewarm.rewarm.switches import training_phases
@@ -42,6 +44,25 @@ def _check_position(plan: Plan, data: TrainingBatches) -> None:
             f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
             f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
         )
+    for seen in plan.source.training.lineage.stages[-1].data:
+        same = [file for file in data.files if file.fingerprint == seen.fingerprint]
+        if seen.samples and same and not any(map(seen.file.agrees_with, same)):
+            what = f"{same[0].path}: changed after {plan.source.name} had been trained on it ({same[0].differing(seen.file)})"
+            raise UserError(f"{what}; {'put the old file back' if plan.resumed else 'set start.data to restart'}")
+
+
+def check_held_out(plan: Plan, validation: Sequence[ValidationWindows | MovingWindows]) -> None:
+    """Raise ``UserError`` where a resumed run would measure its validation losses on other tokens than before."""
+    if not plan.resumed or plan.source is None or plan.source.training is None:
+        return
+    for windows in validation:
+        for before, now in zip(plan.source.training.held_out.get(windows.name, []), windows.files, strict=False):
+            if (what := now.differing(before)) is not None:
+                raise UserError(
+                    f"{now.path}: changed since {plan.source.name} was saved ({what}), so the losses on validation set "
+                    f"'{windows.name}' would be those of other tokens; put the old file back, or go on in a new run with "
+                    f"start.from"
+                )
 
 
 def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[tuple[int, int]] = ()) -> list[DataSeen]:
@@ -57,12 +78,11 @@ def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[t
     return [
         DataSeen(
             name=name,
-            path=str(source["path"]),
-            fingerprint=str(source["fingerprint"]),
+            **file.model_dump(),
             samples=tokens[name] // length,
             tokens=tokens[name],
             read=read,
             left_out=tokens[name] // length - trained_on,
         )
-        for name, source, (read, trained_on) in zip(data.names, data.describe(), data.samples_read(ranges), strict=True)
+        for name, file, (read, trained_on) in zip(data.names, data.files, data.samples_read(ranges), strict=True)
     ]

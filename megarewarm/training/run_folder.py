@@ -86,6 +86,13 @@ class RunFolder:
         number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
         if number:
             raise self._refused(OSError(number, os.strerror(number), str(there)))
+        most = os.pathconf(there, "PC_NAME_MAX")
+        for name in self.path.absolute().parts:
+            if len(os.fsencode(name)) > most:
+                raise UserError(
+                    f"{self.path}: '{name[:30]}...' has {len(os.fsencode(name))} bytes, names here have up to {most}: shorten "
+                    f"the run's 'name' or 'folder' (in an experiment, the labels of its axes)"
+                )
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place")

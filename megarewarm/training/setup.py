@@ -111,7 +111,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         run.last_lr, run.max_lr = stage.last_lr or 0.0, stage.max_lr or 0.0
         run.left_out = list(stage.left_out)
         recent = plan.source.training.recent or RecentSteps()
-        run.unchanged, run.due = recent.unchanged, recent.due
+        run.unchanged, run.due, run.unevaluated = recent.unchanged, recent.due, recent.unevaluated
         if run.spikes is not None:
             run.spikes.restore(recent.losses, recent.norms)
     _assert_applied(run)

@@ -1,4 +1,4 @@
-"""Stopping on request: the first signal lets the step finish and a checkpoint be saved, a further one ends at once."""
+"""Stopping on request: after the first signal a checkpoint is saved as soon as all ranks agree, a further one ends at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
+from megarewarm.parallel.agreement import all_reduce_maxima
 from megarewarm.process import in_main_thread
 
 # USR1 is what Slurm is asked to send ahead of a time limit (sbatch --signal=USR1@120)
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SAME_REQUEST = 2.0  # seconds: a launcher passes on what the terminal has sent already
+_ASK_EVERY = 1.0  # seconds between two questions among ranks
 
 
 class StopRequest:
@@ -67,8 +69,38 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if self.received is None:
             self.received, self._first = number, time.monotonic()
-            self._console.print("stopping after this step and saving; once more to stop at once", style="yellow")
+            self._console.print("stopping and saving; once more to stop at once", style="yellow")
         elif time.monotonic() - self._first > _SAME_REQUEST:
             print("stopped at once, without saving", file=sys.stderr, flush=True)
             # not by way of the interpreter, whose main thread may wait for good
             os._exit(128 + number)
+
+
+class StopAgreed(Exception):
+    """All ranks have agreed to stop, at the same place amid a step or an evaluation."""
+
+
+class Lookout:
+    """A ``Between`` that raises ``StopAgreed``, on all ranks at the same place, once one of them has been asked to stop.
+
+    A single rank looks each time. Several ask each other about once a second, by the maxima of two numbers: after as many
+    portions as took the slowest of them that long, which all of them then know. So none stays behind in a collective, and short
+    portions cost nothing.
+    """
+
+    def __init__(self, stop: StopRequest, ranks: int) -> None:
+        self._stop, self._several = stop, ranks > 1
+        self._every = self._left = 1
+        self._asked = time.monotonic()
+
+    def __call__(self, done: int, portions: int) -> None:
+        self._left -= 1
+        if self._several and self._left:
+            return
+        told, seconds = all_reduce_maxima([self._stop.received is not None, time.monotonic() - self._asked])
+        if told:
+            raise StopAgreed
+        # by a factor of two at most, for the pace may change; all ranks come to the same number
+        grown = 2 * self._every if self._several else 1
+        self._every = self._left = max(1, int(min(grown, self._every * _ASK_EVERY / max(seconds, 1e-6))))
+        self._asked = time.monotonic()

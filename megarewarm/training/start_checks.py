@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +16,23 @@ from megarewarm.data.mixture import open_view
 from megarewarm.errors import UserError
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
+from megarewarm.training.evaluation_cost import tokens_asked, tokens_held
 from megarewarm.training.inputs import check_training, open_inputs
 from megarewarm.training.notes import logged_notes
 from megarewarm.training.owed import is_trained
 from megarewarm.training.plan import Plan
 from megarewarm.training.texts import settle_texts
 from megarewarm.training.unwritten import NotOpened, plan_ahead
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is ``absent`` and needed, where that is allowed; ``notes`` of the start; ``evaluated``: tokens of one evaluation of
+    each validation set, as asked for where the sets are not here."""
+
+    absent: list[str]
+    notes: list[str]
+    evaluated: dict[str, int]
 
 
 def ranks_of(config: RunConfig, started: int) -> int:
@@ -48,8 +60,8 @@ def check_start(
     *,
     allow_missing: bool = False,
     prepared: Path | None = None,
-) -> tuple[list[str], list[str]]:
-    """(what is not here and needed, where that is allowed: ``missing``, of the start checkpoint, and token files; notes).
+) -> Checked:
+    """Go through the start of ``plan``; ``missing``: lines on what of its start checkpoint is not here.
 
     Raises the ``UserError`` of the start, whatever it is. What an earlier run or ``prepared`` will write is not missing; what
     depends on it can't be checked yet. Every file that is here is opened. ``choose``: from ``training.device`` to a device.
@@ -66,16 +78,18 @@ def check_start(
     unknown = isinstance(plan.source, NotOpened) and plan.source.written_by is None
     later = tokenizer is not None and (allow_missing or _is_below(tokenizer, prepared))
     complete = all(map(_is_here, _sources(config))) and not unknown and not later
+    evaluated = tokens_asked(config)
     with logged_notes() as logged:
         if complete or (absent and not allow_missing):
-            notes = open_inputs(plan, world_size, device).notes
+            inputs = open_inputs(plan, world_size, device)
+            notes, evaluated = inputs.notes, tokens_held(inputs.validation)
         else:
             notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
             if not later:
                 notes += settle_texts(plan).notes
             for source in filter(_is_here, _sources(config)):
                 open_view(source, config.data, plan.model.vocab_size)
-    return absent, [*notes, *logged]
+    return Checked(absent, [*notes, *logged], evaluated)
 
 
 def check_runs(

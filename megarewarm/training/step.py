@@ -46,7 +46,7 @@ def training_step(run: Run, lr: float) -> StepResult:
 
     A loss or gradient that is not finite is computed once more from the same batch: a fault of the hardware does not come
     again, one of the data or the weights does. ``reliability`` says what follows then, and after a spike; all ranks do the
-    same.
+    same. Where ``run.between`` breaks the step off, nothing but its batch and its gradients is lost.
     """
     config, scaler = run.plan.config, run.scaler
     began = Clock(run.ranks.device)
@@ -93,7 +93,7 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> tu
     gradients, ranks = run.model.gradients, run.ranks
     scale = run.scaler.scale if run.scaler is not None else 1.0
     gradients.zero()
-    loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale)
+    loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale, between=run.between)
     clock.stop()
     ranks.report(run.step + 1)
     gradients.reduce()

@@ -9,11 +9,12 @@ from rich.table import Table
 
 from megarewarm.model.size import count_parameters
 from megarewarm.rewarm.reset import Row
+from megarewarm.training.evaluation_cost import EvaluationCost
 from megarewarm.training.run import Run
 
 
-def print_start(run: Run, console: Console) -> None:
-    """One line on what starts or resumes, then the notes that a user must know."""
+def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) -> None:
+    """One line on what starts or resumes, then the cost of evaluation and the notes that a user must know."""
     plan, config = run.plan, run.plan.config
     shape = f"{count_parameters(plan.model):,} parameters"
     length = f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens"
@@ -34,6 +35,8 @@ def print_start(run: Run, console: Console) -> None:
     shown = ", ".join(f"{key} {value}" for key, value in chosen.items())
     compiled = "; layers compiled" if config.kernels.use == "compile" else ""
     console.print(f"{config.name}: kernels: {shown}{compiled}", highlight=False)
+    if evaluations is not None:
+        console.print(f"{config.name}: evaluation: {evaluations}", highlight=False)
     for note in run.notes:
         console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
 

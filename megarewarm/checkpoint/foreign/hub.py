@@ -22,12 +22,13 @@ def resolve(name_or_folder: str) -> Path:
         return Path(name_or_folder)
     match = _HUB_NAME.fullmatch(name_or_folder)
     if not match:
-        raise UserError(f"{name_or_folder}: no such folder, and not a hub name (organisation/name@revision)")
+        raise UserError(f"{Path(name_or_folder).absolute()}: no such folder, and not a hub name (organisation/name@revision)")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"{name_or_folder}: no such folder; for a model of that name on the Hugging Face hub, pip install huggingface_hub"
+            f"{name_or_folder}: no such folder in {Path.cwd()}; for a model of that name on the Hugging Face hub, pip install "
+            f"huggingface_hub"
         ) from None
     repository, revision = match["repository"], match["revision"]
     problem: Exception | None = None

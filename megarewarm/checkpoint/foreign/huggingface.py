@@ -221,7 +221,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected a Hugging Face model folder") from error
+        raise UserError(f"{path.absolute()}: no such file; expected a Hugging Face model folder") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({first_line(error)})") from error
     if not isinstance(value, dict):

@@ -33,9 +33,7 @@ def base_of(state: Mapping[str, Any]) -> Any:
     return state.get("base_optimizer_state", state.get("optimizer_state_dict", state))
 
 
-def recorded_groups(
-    stored: Any, states: Sequence[Mapping[str, Any]], folder: NeoXFolder, rank: int
-) -> list[list[Member]] | None:
+def recorded_groups(stored: Any, states: Sequence[Mapping[str, Any]], folder: NeoXFolder) -> list[list[Member]] | None:
     """The groups as ``param_shapes`` (``stored``) or DeepSpeed's map of slices say them; None where neither is there."""
     if isinstance(stored, Sequence):
         paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in stored]

@@ -167,7 +167,7 @@ class NeoXOptimizer:
             stored = self._shapes.get(rank)
             if stored is None and rank in self._folder.rank_files:
                 stored = read_pickle(self._folder.rank_files[rank]).get("param_shapes")
-            groups = recorded_groups(stored, states, self._folder, rank)
+            groups = recorded_groups(stored, states, self._folder)
             if groups is None:
                 return groups_by_stage(self._states, self._folder)
             found[rank] = groups

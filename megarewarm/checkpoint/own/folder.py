@@ -9,7 +9,7 @@ from pathlib import Path
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, read_state
-from megarewarm.checkpoint.own.store import PARTIAL, remove
+from megarewarm.checkpoint.own.store import PARTIAL, remove, set_aside
 from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
 
@@ -79,10 +79,11 @@ def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
+def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced: int | None = None) -> None:
     """Remove what need not stay of a run that has come to ``step``. One process calls it. Raises ``OSError``.
 
-    Checkpoints of later steps are damaged ones that the run went back from: they go as well.
+    Checkpoints of later steps are damaged ones that the run went back from: they go as well, but for the one that is about to
+    be ``replaced``: it is the newest until then.
     """
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)
@@ -92,10 +93,9 @@ def remove_superseded(folder: Path, step: int, retention: Retention) -> None:
     interim = frozenset(s for s, state in states.items() if state is not None and state.interim)
     staying = retention.staying(losses, interim)
     for other, checkpoint in found.items():
-        if other not in staying:
-            # renamed first, so that a kill during the removal leaves nothing that looks like a checkpoint
+        if other not in staying and other != replaced:
             doomed = checkpoint.with_name(checkpoint.name + PARTIAL)
-            checkpoint.rename(doomed)
+            set_aside(checkpoint, doomed)
             remove(doomed)
 
 

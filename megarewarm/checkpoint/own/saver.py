@@ -122,7 +122,7 @@ class Saver:
 
         def clean(step: int) -> None:
             if main:
-                remove_superseded(self._folder, step, self._retention)
+                remove_superseded(self._folder, step, self._retention, replaced=state.step)
 
         try:
             # before as well: a run that is killed after each of its saves would never come to the other

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage, Loss
 from megarewarm.config.schema import ModelConfig
+from megarewarm.data.file_identity import FileIdentity
 from megarewarm.errors import UserError
 
 FORMAT = 2
@@ -19,8 +20,8 @@ STATE_FILE = "state.json"
 
 
 class RecentSteps(BaseModel):
-    """Losses and gradient norms of the last steps, how many in a row changed nothing, and whether a save was due that waits
-    for a step that did."""
+    """Losses and gradient norms of the last steps, how many in a row changed nothing, whether a save was due that waits for a
+    step that did, and whether the run was stopped before the evaluation after its newest step was whole."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
@@ -28,6 +29,7 @@ class RecentSteps(BaseModel):
     norms: list[Loss] = []
     unchanged: int = 0
     due: bool = False
+    unevaluated: bool = False
 
 
 class _Format(BaseModel):
@@ -44,7 +46,7 @@ class TrainingState(BaseModel):
     next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
     of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
     counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded. ``optimizer``: the
-    kind whose state is kept.
+    kind whose state is kept. ``held_out``: the files of each validation set; none where it was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -71,6 +73,7 @@ class TrainingState(BaseModel):
     interim: bool = False
     step_tokens: int | None = None
     optimizer: str = "adamw"
+    held_out: dict[str, list[FileIdentity]] = {}
 
     @property
     def tokens_counted(self) -> int | None:

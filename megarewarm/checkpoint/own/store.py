@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megarewarm.checkpoint.own.integrity import digest, write_sums
+from megarewarm.checkpoint.own.integrity import SUMS_FILE, digest, write_sums
 from megarewarm.checkpoint.own.misplaced_rows import Misplaced
 from megarewarm.checkpoint.own.slices import SlicesToLoad, SlicesToSave, local
-from megarewarm.checkpoint.own.state import TrainingState, write_state
+from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
@@ -92,13 +92,13 @@ def write(
         rest = [file for file in partial.iterdir() if file.name not in digests]
         write_sums(partial, {**digests, **{file.name: digest(file) for file in rest}})
         _sync_tree(partial)
+        replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
         if final.exists():
-            replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
             remove(replaced)
-            final.rename(replaced)
+            set_aside(final, replaced)
         partial.rename(final)
         sync_folder(final.parent)
-        remove(final.with_name(f"{final.name}-replaced{PARTIAL}"))
+        remove(replaced)
 
     try:
         together(prepare if rank == 0 else _nothing, group)
@@ -158,6 +158,22 @@ def remove(folder: Path) -> None:
             # its name is needed for the next one
             number = next(n for n in range(10**6) if not folder.with_name(f"{folder.stem}{_LEFT}{n}{PARTIAL}").exists())
             folder.rename(folder.with_name(f"{folder.stem}{_LEFT}{number}{PARTIAL}"))
+
+
+def set_aside(checkpoint: Path, doomed: Path) -> None:
+    """Give a checkpoint that is to go the name ``doomed``, so that a kill leaves nothing that looks like one.
+
+    A folder that came with the image of a container can't be renamed (EXDEV): what makes it a checkpoint goes first then, and
+    it is removed where it is. Raises ``OSError``.
+    """
+    try:
+        checkpoint.rename(doomed)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        for file in (SUMS_FILE, STATE_FILE):
+            (checkpoint / file).unlink(missing_ok=True)
+        remove(checkpoint)
 
 
 def _sync_tree(folder: Path) -> None:

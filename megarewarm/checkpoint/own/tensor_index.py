@@ -10,6 +10,8 @@ import io
 import math
 import pickle
 import pickletools
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,8 +61,7 @@ class TensorIndexReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index. Raises ``pickle.UnpicklingError`` for anything that is none, ``OSError`` where there is no file."""
-        with open(self._folder / ".metadata", "rb") as file:
-            metadata = read_index(file)
+        metadata, self.misplaced = _mended((self._folder / ".metadata").read_bytes())
         sizes: dict[str, float] = {info.relative_path: 0 for info in metadata.storage_data.values()}
         for name in sizes:
             file_of = self._folder / name
@@ -68,9 +69,14 @@ class TensorIndexReader(FileSystemReader):
         for info in metadata.storage_data.values():
             if info.offset + info.length > sizes[info.relative_path]:
                 _refuse(f"a tensor lies past the end of {info.relative_path}")
-        self.misplaced = mend(metadata)
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+        return replace(metadata, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+@lru_cache(maxsize=1)
+def _mended(content: bytes) -> tuple[Metadata, Misplaced | None]:
+    """The index, not to be changed. Kept: a large one takes seconds, and who reads tensors one by one asks for it each time."""
+    metadata = read_index(io.BytesIO(content))
+    return metadata, mend(metadata)
 
 
 def read_index(file: Any) -> Metadata:

@@ -173,7 +173,9 @@ class _Job:
     def _shards(self) -> list[Shard]:
         shards: list[Shard] = []
         for number, path in enumerate(self.files):
-            modified = 0 if path == STDIN else path.stat().st_mtime_ns
+            # of both times, for copying often sets the first to an older one
+            status = None if path == STDIN else path.stat()
+            modified = (0, 0) if status is None else (status.st_mtime_ns, status.st_ctime_ns)
             for span in spans_of(path):
                 shards.append(Shard(len(shards), number, span, modified, self.options.max_documents))
         return shards

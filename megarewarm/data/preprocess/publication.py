@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megarewarm.data.preprocess.shard import Counts
-from megarewarm.file_lock import write_atomically
+from megarewarm.file_lock import move, write_atomically
 
 _PLAN = "publication.json"
 
@@ -69,7 +68,7 @@ def publish(folder: Path, prefix_of: Callable[[str], str], notes: Sequence[str])
     for prefix, files in plan:
         for suffix in ("bin", "idx", "json"):
             if suffix in files and (folder / files[suffix]).exists():
-                os.replace(folder / files[suffix], f"{prefix}.{suffix}")
+                move(folder / files[suffix], Path(f"{prefix}.{suffix}"))
     return [written(prefix, notes) for prefix, _ in plan]
 
 

@@ -100,7 +100,7 @@ def input_files(inputs: Iterable[str | Path]) -> list[Path]:
             for match in sorted([*matches, *folders]):
                 found += _files_in(match) if match in folders else [match]
         else:
-            raise UserError(f"{path} does not exist: give the name of a text file, a folder or a pattern")
+            raise UserError(f"{path.absolute()} does not exist: give the name of a text file, a folder or a pattern")
     for path in found:
         if kind_of(path) not in KINDS or (kind_of(path) == ".parquet" and path.suffix in COMPRESSED):
             raise UserError(f"{path} is of no known kind: expected .jsonl, .txt (also with .gz or .zst added) or .parquet")

@@ -63,14 +63,14 @@ class Shard:
     number: int
     file: int
     span: Span
-    modified: int
+    modified: tuple[int, int]
     limit: int | None = None
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on, beside the recipe."""
         span = self.span
         place = {"path": str(span.path), "start": span.start, "stop": span.stop, "size": span.size}
-        return {"file": self.file, **place, "modified": self.modified, "limit": self.limit}
+        return {"file": self.file, **place, "modified": list(self.modified), "limit": self.limit}
 
 
 @dataclass
