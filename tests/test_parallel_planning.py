@@ -40,7 +40,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _build(place: str, size: str, ranks: Ranks, parallel: dict[str, Any], micro_batch: int = 4, recompute: str = "none") -> Run:
+def _build(
+    place: str,
+    size: str,
+    ranks: Ranks,
+    parallel: dict[str, Any],
+    micro_batch: int = 4,
+    recompute: str = "none",
+    kind: str = "adamw",
+) -> Run:
     return build(
         make_plan(
             config(
@@ -49,6 +57,7 @@ def _build(place: str, size: str, ranks: Ranks, parallel: dict[str, Any], micro_
                 model=SIZES[size],
                 training={"micro_batch": micro_batch, "recompute": recompute},
                 parallel=parallel,
+                optimizer={"kind": kind},
             )
         ),
         ranks,
@@ -56,17 +65,11 @@ def _build(place: str, size: str, ranks: Ranks, parallel: dict[str, Any], micro_
 
 
 def _work(run: Run) -> Work:
-    training = run.plan.config.training
+    training, kind = run.plan.config.training, run.plan.config.optimizer.kind
     share = training.global_batch // run.mesh.layout.data
     length = run.plan.config.data.sequence_length
-    return Work(
-        run.plan.model,
-        length,
-        training.micro_batch,
-        -(-share // training.micro_batch),
-        training.recompute,
-        optimizer=run.plan.config.optimizer.kind,
-    )
+    count = -(-share // training.micro_batch)
+    return Work(run.plan.model, length, training.micro_batch, count, training.recompute, optimizer=kind)
 
 
 def _measured_memory(run: Run) -> dict[str, float]:
@@ -135,8 +138,8 @@ def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[
 def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Planned and real bytes of weights, gradients and moments of every layout, weights gathered as they are in a step."""
     found = []
-    for parallel in layouts:
-        run = _build(place, size, ranks, parallel, micro_batch=1)
+    for parallel, kind in [*((layout, "adamw") for layout in layouts), (layouts[0], "muon")]:
+        run = _build(place, size, ranks, parallel, micro_batch=1, kind=kind)
         run.batches.close()
         asked, mesh = run.plan.config.parallel, run.mesh
         part = parts(_work(run), asked, mesh.layout)[mesh.pipeline_rank]
@@ -158,7 +161,7 @@ def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) ->
             weights += sum(p.nbytes for p in {id(p): p for m in modules for p in m.parameters(recurse=False)}.values())
         moments = sum(moment.nbytes for moment in run.optimizer.state().values())
         for what, real in (("weights", weights), ("gradients", gradients), ("optimizer", moments)):
-            found.append((f"{what}, {parallel}", getattr(planned, what), real))
+            found.append((f"{what}, {parallel}, {kind}", getattr(planned, what), real))
     return found
 
 
