@@ -154,7 +154,7 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     return held
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_layout_trains_saves_and_resumes_as_one_process(tmp_path: Path, ranks: int) -> None:
     """Losses, weights, momentum, moments, dynamics; a run of one process gone on with on several ranks, too."""
     names = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
