@@ -105,6 +105,21 @@ def test_the_time_left_counts_evaluation(monkeypatch: pytest.MonkeyPatch) -> Non
     assert RunProgress(quiet(), "run", 0, 10, 100, 100, None)._left(0) == 0
 
 
+@pytest.mark.parametrize("name", ["de", "rewarm_2308_04014_mini_seed3_lr3e-4"])
+def test_no_number_of_the_bar_is_cut_off(name: str) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with RunProgress(console, name, 0, 131296, 10, 100, None) as shown:
+        shown.step(123456, 4.12345, 2.285e-7, 1756e3)
+        shown.evaluating("german_validation", 55, 100)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    shown.step(123457, 4.12345, 2.285e-7, 1756e3)
+    assert shown._bar is not None
+    with console.capture() as frame:
+        console.print(shown._bar.get_renderable())
+    assert "123457/131296 loss 4.1235 lr 2.28e-07 1756.0k tok/s left 0:00" in frame.get()
+    assert "123456/131296 evaluates german_validation 55 %" in said
+
+
 def test_the_note_on_costly_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(config(tmp_path, **settings(tmp_path)))
     for share, noted in ((0.19, False), (0.21, True)):

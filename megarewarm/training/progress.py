@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from megarewarm.training.evaluation_cost import EvaluationCost
 
 _LINE_EVERY = 60.0  # seconds, of a long evaluation where there is no bar
+
+
+class _Name(ProgressColumn):
+    """The name of a run, which is cut off where the terminal is narrow: names and the bar are, numbers are not."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, style="bold", no_wrap=True, overflow="ellipsis")
 
 
 class RunProgress:
@@ -39,9 +47,9 @@ class RunProgress:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                _Name(),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
                 expand=True,
