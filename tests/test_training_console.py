@@ -82,6 +82,20 @@ def test_what_is_evaluated_and_saved_is_shown(tmp_path: Path, monkeypatch: pytes
     assert "tiny: evaluates old 75 %" in said
 
 
+def test_a_long_evaluation_is_heard_of_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 short sets of 12 s each: a line a minute, however short the sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = quiet()
+    shown = RunProgress(console, "run", 0, 10, 100, 100, None)
+    for name in range(20):
+        for done in range(3):
+            shown.evaluating(f"set_{name}", done, 3)
+            now[0] += 4.0
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said[0] == "run: evaluates set_5 33 %" and len(said) == 3
+
+
 def test_losses_fit_the_line() -> None:
     losses, start = {"english": 4.0312, "german": 3.2210}, {"english": 4.1234}
     assert loss_line("step 20", losses, start, 60) == "step 20: english 4.0312 (-0.0922), german 3.2210"

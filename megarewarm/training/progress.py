@@ -43,7 +43,7 @@ class RunProgress:
         self._tokens_per_step, self._evaluations = tokens_per_step, evaluations
         self._started = time.monotonic()
         self._evaluated, self._evaluating = 0, 0.0  # tokens, seconds
-        self._shown = 0.0
+        self._shown = self._started
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -67,7 +67,7 @@ class RunProgress:
 
     def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> str | None:
         """Show a finished step. Returns the text line where one is due."""
-        left = duration(self._left(step))
+        left, self._shown = duration(self._left(step)), time.monotonic()
         rate = _rate(tokens_per_second)
         if self._bar is not None:
             numbers = f"loss {loss:.4f} lr {lr:.2e} {rate} tok/s left {left}"
@@ -85,8 +85,6 @@ class RunProgress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, numbers=told)
-        elif not done:
-            self._shown = max(self._shown, now)
         elif now - self._shown > _LINE_EVERY:
             self._shown = now
             self._console.print(f"{self._title}: {told}", highlight=False)
@@ -95,6 +93,7 @@ class RunProgress:
         """An evaluation of ``tokens`` in all took ``seconds``."""
         self._evaluated += tokens
         self._evaluating += seconds
+        self._shown = time.monotonic()
 
     def _left(self, step: int) -> float:
         """Seconds, by the pace until now: of steps with all that belongs to them, and of evaluations, which until there was
