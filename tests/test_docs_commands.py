@@ -1,0 +1,234 @@
+"""The commands and YAML of README.md and docs/*.md do what they say: in a folder of small files under the names that the
+documents use, with their numbers made small where that matters."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_checkpoint_convert import tool
+from test_neox_config import LOCAL, PYTHIA_410M
+from tiny import config, mapping, quiet, write_tokens
+
+from megarewarm.main import main
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.training.trainer import train
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+# what no test can run, and why
+NOT_HERE = {
+    r"(DS_BUILD_OPS=0 )?pip install": "installs packages",
+    r"sbatch ": "needs Slurm: tests/test_lab_local.py and test_launch_real.py start real jobs where it is installed",
+    r"bash tests/run": "runs these tests",
+    r"python benchmarks/": "measures, for minutes and some on a GPU",
+    r"tensorboard ": "a server of another program",
+    r"python tests/fuzz_readers.py": "needs atheris",
+    r"(bash launch.sh configs/quickstart.yml|python tools/sweep.py configs/experiments/)": "minutes to an hour: dry runs here",
+}
+SHARED = {"model": {"num_layers": 4, "hidden_size": 64, "num_heads": 8, "vocab_size": 64, "max_positions": 16}}
+SMALL = ["data.sequence_length=16", "training={budget: 8, global_batch: 4, micro_batch: 4}", "evaluation.every=4"]
+SMALL += ["start.from=hf", "checkpoint.every=2", "checkpoint.keep_every=4", "logging.tensorboard=false"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    return [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
+
+
+def is_not_here(line: str) -> bool:
+    return any(re.match(pattern, line) for pattern in NOT_HERE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a reader works: configs/, data/, new/, a start checkpoint 'hf', and RUN.yml, all small."""
+    place = tmp_path_factory.mktemp("docs")
+    (place / "configs" / "pythia").mkdir(parents=True)
+    (place / "configs" / "pythia" / "410m.yml").write_text(yaml.safe_dump(SHARED))
+    (place / "data").mkdir()
+    names = ["new_train", "new_validation", "pile_train", "pile_validation", "web", "code", "questions", "a", "b"]
+    for seed, name in enumerate(names):
+        write_tokens(place / "data" / name, seed, documents=40)
+    (place / "new").mkdir()
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(["re", "warm", "the", "rate", "of", "a", "model"], 60)) for _ in range(80)]
+    (place / "new" / "a.txt").write_text("\n<|endoftext|>\n".join(texts))
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (place / "new" / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    start = config(place, **SHARED, folder=str(place / "start"), training={"budget": 2}, export={"huggingface": True})
+    folder = train(start, Ranks(0, 1, torch.device("cpu")), quiet()).folder
+    shutil.move(folder / "huggingface", place / "hf")
+    run = mapping(
+        place, **SHARED, name="run", start={"from": "hf"}, training={"budget": 8, "global_batch": 64, "micro_batch": 1}
+    )
+    run["data"]["train"] = [{"path": "data/new_train", "max_epochs": 9}]
+    run["replay"] = {"fraction": 0.01, "sources": [{"path": "data/pile_train", "max_epochs": 9}]}
+    del run["folder"]
+    for name in ("RUN.yml", "base.yml"):
+        (place / name).write_text(yaml.safe_dump(run))
+    example, *_ = blocks(ROOT / "README.md", "yaml")
+    (place / "mine.yml").write_text(example)
+    return place
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(made)
+    yield made
+    shutil.rmtree(made / "runs", ignore_errors=True)
+
+
+def launch(line: str, *more: str) -> None:
+    """The arguments of a launch.sh in this process, whatever would have started its ranks."""
+    words = shlex.split(line, comments=True)
+    words = words[next(i for i, word in enumerate(words) if word.endswith("launch.sh")) + 1 :]
+    assert main([*words, *more]) == 0, line
+
+
+def use(line: str, *changes: tuple[str, str]) -> str:
+    """A tool's command, with ``changes`` of its words; what it prints."""
+    for old, new in changes:
+        line = line.replace(old, new)
+    _, path, *words = shlex.split(line, comments=True)
+    expanded = [name for word in words for name in ((sorted(glob.glob(word)) or [word]) if "*" in word else [word])]
+    return tool(Path(path).stem, *expanded)
+
+
+def only(pattern: str) -> str:
+    (line,) = {line for page in PAGES for line in commands(page) if re.search(pattern, line)}
+    return line
+
+
+TRIED = [
+    r"launch\.sh RUN\.yml",
+    r"launch\.sh configs/410m_rewarm\.yml",
+    r"launch\.sh 410M\.yml|convert_config\.py 410M\.yml",
+    r"tools/(preprocess_data|train_tokenizer|merge_data|inspect_data|replay_batch)\.py",
+    r"tools/(convert_checkpoint|inspect_checkpoint|merge_checkpoints)\.py",
+    r"tools/(watch|report|advise)\.py",
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_tried_here_or_can_not_be(page: Path) -> None:
+    for line in commands(page):
+        assert is_not_here(line) or any(re.search(pattern, line) for pattern in TRIED), f"{line}: try it in this file"
+
+
+@pytest.mark.parametrize(
+    "line", [line for page in PAGES for line in commands(page) if re.search(TRIED[0], line) and not is_not_here(line)]
+)
+def test_starts_of_a_run(place: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    launch(line, "--dry-run")
+    assert "run" in capsys.readouterr().out
+
+
+def test_the_papers_own_run_and_the_quickstart_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    launch(only(r"410m_rewarm\.yml --dry-run"), "--allow-missing")
+    assert "131,296" in capsys.readouterr().out
+    launch("bash launch.sh configs/quickstart.yml --dry-run")
+
+
+def test_several_files_and_a_plan(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for line in re.findall(r"`((?:bash launch\.sh base|python tools/plan_layout)[^`\n]*)`", text):
+        if "launch.sh" in line:
+            launch(line, *SMALL, "--dry-run")
+        else:
+            assert "tensor" in use(line)
+
+
+def test_data_out_of_text(place: Path) -> None:
+    before = set((place / "data").iterdir())
+    (data,) = [block for block in blocks(ROOT / "README.md", "bash") if "preprocess_data.py" in block]
+    shown = ""
+    for line in data.splitlines():
+        shown += use(line, ("data/new_train", "data/mine"), ("32768", "280"))
+    assert "80 documents" in shown and "its counts and checksums are those of the files" in shown
+    for path in set((place / "data").iterdir()) - before:
+        path.unlink()
+
+
+def test_further_yaml_of_the_readme_is_refused_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is merged onto the first example, whose replay gives way to its own; with all checks of a start."""
+    _, *others = blocks(ROOT / "README.md", "yaml")
+    first = yaml.safe_load((place / "mine.yml").read_text())
+    scratch = ["replay=null", "start={from: null, intent: scratch}", "training={budget: 2, global_batch: 8, micro_batch: 8}"]
+    assert main(["RUN.yml", "name=second", *scratch]) == 0  # whose lineage says all that was read
+    for i, text in enumerate(others):
+        other = yaml.safe_load(text)
+        (place / "first.yml").write_text(yaml.safe_dump({k: v for k, v in first.items() if k != "replay" or k not in other}))
+        (place / "other.yml").write_text(text)
+        small = [word for word in SMALL if not ("start" in other and word.startswith("start."))]
+        small += ["reliability.roll_back_steps=2"] if "reliability" in other else []
+        assert main(["first.yml", "other.yml", *small, f"name=other_{i}", "--dry-run"]) == 0, text
+
+
+@pytest.mark.slow
+def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mine.yml", *SMALL]) == 0
+    assert (place / "runs/my_rewarm/huggingface/config.json").is_file()
+    assert "step 3" in use(only("replay_batch.py runs/my_rewarm"), ("31415", "3"))
+    shutil.copytree(place / "runs/my_rewarm", place / "runs/mine")
+    hub = ("EleutherAI/pythia-410m", "hf")
+    (exports,) = [block for block in blocks(ROOT / "README.md", "bash") if "convert_checkpoint.py" in block]
+    before = set(place.iterdir())
+    for line in exports.splitlines():
+        assert use(line, hub)
+    written = set(place.iterdir()) - before
+    assert len(written) == 5 and {path.name.partition("_")[0].partition("-")[0] for path in written} == {"hf", "neox", "merged"}
+    for folder in written:
+        shutil.rmtree(folder)
+    less = r"launch\.sh RUN\.yml '?(replay|distill|optimizer|interpolate)"
+    for i, line in enumerate(line for line in commands(ROOT / "README.md") if re.search(less, line)):
+        launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")
+    assert (place / "runs/3/metrics.jsonl").is_file()
+
+
+@pytest.mark.slow
+def test_an_experiment_and_its_questions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/laboratory.md's first example, then what both pages ask about it."""
+    (text,) = [text for text in blocks(ROOT / "docs/laboratory.md", "yaml") if "my_question" in text]
+    small = yaml.safe_load((place / "RUN.yml").read_text())
+    del small["name"], small["start"]
+    small["training"] |= {"global_batch": 4, "micro_batch": 4}
+    (place / "configs" / "410m_rewarm.yml").write_text(yaml.safe_dump(small))
+    (place / "question.yml").write_text(text.replace("EleutherAI/pythia-410m@step143000", "hf").replace("[1, 2, 3]", "[1, 2]"))
+    assert main(["question.yml"]) == 0
+    lines = [*commands(ROOT / "docs/laboratory.md"), *commands(ROOT / "docs/advisor.md"), *commands(ROOT / "README.md")]
+    asked = [line for line in lines if re.search(r"tools/(watch|report|advise)\.py", line)]
+    assert len(asked) >= 9
+    for line in asked:
+        assert use(
+            line, ("rewarm_2308_04014_mini", "my_question"), ("runs/quickstart/rewarm_*/", "runs/my_question/seed_1/*/")
+        ), line
+    (place / "configs" / "410m_rewarm.yml").unlink()
+
+
+def test_files_of_gpt_neox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "410M.yml").write_text(PYTHIA_410M)
+    (tmp_path / "local_setup.yml").write_text(LOCAL)
+    launch(only(r"launch\.sh 410M\.yml"), "--dry-run", "--allow-missing")
+    for line in {line.partition(" #")[0].strip() for page in PAGES for line in commands(page) if "convert_config.py" in line}:
+        use(line)
+        assert main(["run.yml", "--dry-run", "--allow-missing"]) == 0
