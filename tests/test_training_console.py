@@ -130,7 +130,7 @@ def test_no_number_of_the_bar_is_cut_off(name: str) -> None:
     assert shown._bar is not None
     with console.capture() as frame:
         console.print(shown._bar.get_renderable())
-    assert "123457/131296 loss 4.1235 lr 2.28e-07 1756.0k tok/s left 0:00" in frame.get()
+    assert "123457/131296 loss 4.1235 lr 2.28e-07 1756.0k tok/s left 0s" in frame.get()
     assert "123456/131296 evaluates german_validation 55 %" in said
 
 
