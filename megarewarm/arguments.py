@@ -47,8 +47,18 @@ class Parser(argparse.ArgumentParser):
         """Print usage and ``message`` on stderr, exit with code 2."""
         _, colon, words = message.partition("unrecognized arguments: ")
         if colon and words.startswith("-"):
-            message += nearest(words.split()[0].partition("=")[0], self._option_string_actions)
+            option = words.split()[0].partition("=")[0]
+            message += nearest(option, self._option_string_actions) or self._key(option)
         super().error(message)
+
+    def _key(self, option: str) -> str:
+        """What to say of ``--learning-rate`` or ``--schedule.max_lr`` where keys of a run are taken."""
+        from megarewarm.config.foreign_names import ours
+
+        name = option.lstrip("-")
+        key = name if "." in name else ours(name)
+        takes_keys = any(action.dest == "configs" for action in self._actions)
+        return f"; keys of a run are words without dashes, such as {key}=..." if key is not None and takes_keys else ""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -184,10 +184,7 @@ def test_no_run_with_broken_numbers_is_fitted_and_each_is_named(tmp_path: Path, 
     why, change = BROKEN[what]
     arms = grid((*P4, 8e-3))
     root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
-    for arm in arms if every else arms[-1:]:
-        path = root / arm.arm / "metrics.jsonl"
-        kept = [new for line in path.read_text().splitlines() if (new := change(json.loads(line))) is not None]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    rewrite(root, arms if every else arms[-1:], lambda lines: [new for line in lines if (new := change(line)) is not None])
     if every:
         with pytest.raises(UserError, match=f"no finished run .*{why}.*{arms[0].arm}.*and 1 more"):
             advise(root)
@@ -203,15 +200,19 @@ def test_no_run_with_broken_numbers_is_fitted_and_each_is_named(tmp_path: Path, 
     assert made[0] and made[0] | gone == made[1]  # as if it were not there, but for what lies next to an arm that diverged
 
 
+def rewrite(root: Path, arms: list[ArmSpec], change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """The metrics of every arm's run, changed."""
+    for arm in arms:
+        path = root / arm.arm / "metrics.jsonl"
+        lines = change([json.loads(line) for line in path.read_text().splitlines()])
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_loss_that_can_not_be_used_is_named(tmp_path: Path) -> None:
     """Of one role only: the other is compared, and that the runs lack this one is said."""
     arms = grid(P4)
     root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
-    for arm in arms:
-        path = root / arm.arm / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        late = [line for line in lines if line.get("role") != "downstream" or line["step"] == worlds.STEPS]
-        path.write_text("".join(json.dumps(line) + "\n" for line in late))
+    rewrite(root, arms, lambda lines: [x for x in lines if x.get("role") != "downstream" or x["step"] == worlds.STEPS])
     advice = advise(root)
     assert advice.answers[0].question.roles == ["upstream"]
     assert f"Nothing is said of the downstream loss of {arms[0].arm}" in " ".join(advice.notes)
@@ -220,11 +221,12 @@ def test_a_loss_that_can_not_be_used_is_named(tmp_path: Path) -> None:
 def test_sets_that_are_evaluated_less_often_leave_the_steps_where_all_were(tmp_path: Path) -> None:
     arms = grid(P4)
     root = worlds.experiment(tmp_path / "e", arms, worlds.annealing)
-    for arm in arms:
-        path = root / arm.arm / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def with_another(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rare = [line | {"name": "rare"} for line in lines if line.get("role") == "upstream" and line["step"] % 20 == 0]
-        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], *rare, lines[-1]]))
+        return [*lines[:-1], *rare, lines[-1]]
+
+    rewrite(root, arms, with_another)
     _, runs, notes = read_trained(root)
     assert notes == [] and runs[0].losses["upstream"][0].tolist() == [0, 20, 40, 60, 80]
 

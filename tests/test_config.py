@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.budget import Budget
@@ -53,11 +53,13 @@ def test_numbers_are_numbers(text: str, number: float) -> None:
     assert value == number and type(value) is type(number)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_python_writes_is_read_back(number: float) -> None:
     assert parse_yaml(f"x: {number!r}", "f")[0]["x"] == number
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.text("abc1e-. :#{}", max_size=8),
@@ -140,6 +142,7 @@ def test_extends_and_merging(tmp_path: Path) -> None:
         read_configs([str(tmp_path / "loop.yml")])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), st.integers() | st.dictionaries(st.sampled_from("xyz"), st.integers())))
 def test_merge_is_idempotent_and_has_an_empty_element(mapping: dict) -> None:
     assert merge(mapping, mapping) == mapping == merge(mapping, {}) == merge({}, mapping)
@@ -202,6 +205,7 @@ def test_budgets(written: object, steps: float) -> None:
     assert Budget.model_validate(written).in_steps(tokens_per_step=100, total_steps=1000) == pytest.approx(steps)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**13), st.sampled_from(["steps", "tokens", "percent"]))
 def test_budgets_survive_being_written(amount: int, unit: str) -> None:
     budget = Budget.model_validate({"amount": amount if unit != "percent" else amount % 101, "unit": unit})

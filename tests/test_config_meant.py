@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tiny import mapping
 
+from megarewarm.arguments import parse_arguments
 from megarewarm.config.foreign_names import OURS
 from megarewarm.config.load import read_configs, validate
 from megarewarm.config.schema import RunConfig
@@ -98,3 +99,19 @@ def test_words_that_name_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UserError) as refusal:
             read_configs(words)
         assert expected in str(refusal.value), words
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dryrun"], "--dryrun, did you mean '--dry-run'?"),
+        (["--learning-rate", "1e-3"], "such as schedule.max_lr=..."),
+        (["--train_iters=5"], "such as training.budget=..."),
+        (["--schedule.max_lr=1e-3"], "keys of a run are words without dashes, such as schedule.max_lr=..."),
+        (["--xyz"], "unrecognized arguments: --xyz\n"),
+    ],
+)
+def test_options_that_are_keys(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["run.yml", *words])
+    assert ended.value.code == 2 and expected in capsys.readouterr().err

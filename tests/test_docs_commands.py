@@ -74,10 +74,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = train(start, Ranks(0, 1, torch.device("cpu")), quiet()).folder
     shutil.move(folder / "huggingface", place / "hf")
     run = mapping(
-        place, **SHARED, name="run", start={"from": "hf"}, training={"budget": 20, "global_batch": 64, "micro_batch": 1}
+        place, **SHARED, name="run", start={"from": "hf"}, training={"budget": 8, "global_batch": 64, "micro_batch": 1}
     )
-    run["data"]["train"] = [{"path": "data/new_train"}]
-    run["replay"] = {"fraction": 0.01, "sources": [{"path": "data/pile_train"}]}
+    run["data"]["train"] = [{"path": "data/new_train", "max_epochs": 9}]
+    run["replay"] = {"fraction": 0.01, "sources": [{"path": "data/pile_train", "max_epochs": 9}]}
     del run["folder"]
     for name in ("RUN.yml", "base.yml"):
         (place / name).write_text(yaml.safe_dump(run))
@@ -162,7 +162,7 @@ def test_data_out_of_text(place: Path) -> None:
     (data,) = [block for block in blocks(ROOT / "README.md", "bash") if "preprocess_data.py" in block]
     shown = ""
     for line in data.splitlines():
-        shown += use(line, ("data/new_train", "data/mine"), ("32768", "300"))
+        shown += use(line, ("data/new_train", "data/mine"), ("32768", "280"))
     assert "80 documents" in shown and "its counts and checksums are those of the files" in shown
     for path in set((place / "data").iterdir()) - before:
         path.unlink()
@@ -172,12 +172,14 @@ def test_further_yaml_of_the_readme_is_refused_nothing(place: Path, capsys: pyte
     """Each is merged onto the first example, whose replay gives way to its own; with all checks of a start."""
     _, *others = blocks(ROOT / "README.md", "yaml")
     first = yaml.safe_load((place / "mine.yml").read_text())
-    assert main(["mine.yml", *SMALL, "name=second"]) == 0
+    scratch = ["replay=null", "start={from: null, intent: scratch}", "training={budget: 2, global_batch: 8, micro_batch: 8}"]
+    assert main(["RUN.yml", "name=second", *scratch]) == 0  # whose lineage says all that was read
     for i, text in enumerate(others):
         other = yaml.safe_load(text)
         (place / "first.yml").write_text(yaml.safe_dump({k: v for k, v in first.items() if k != "replay" or k not in other}))
         (place / "other.yml").write_text(text)
         small = [word for word in SMALL if not ("start" in other and word.startswith("start."))]
+        small += ["reliability.roll_back_steps=2"] if "reliability" in other else []
         assert main(["first.yml", "other.yml", *small, f"name=other_{i}", "--dry-run"]) == 0, text
 
 
@@ -189,14 +191,16 @@ def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.
     shutil.copytree(place / "runs/my_rewarm", place / "runs/mine")
     hub = ("EleutherAI/pythia-410m", "hf")
     (exports,) = [block for block in blocks(ROOT / "README.md", "bash") if "convert_checkpoint.py" in block]
+    before = set(place.iterdir())
     for line in exports.splitlines():
         assert use(line, hub)
-    assert {"hf_folder", "neox_folder", "merged"} <= {path.name for path in place.iterdir()}
-    for folder in ("hf_folder", "neox_folder", "merged"):
-        shutil.rmtree(place / folder)
+    written = set(place.iterdir()) - before
+    assert len(written) == 5 and {path.name.partition("_")[0].partition("-")[0] for path in written} == {"hf", "neox", "merged"}
+    for folder in written:
+        shutil.rmtree(folder)
     less = r"launch\.sh RUN\.yml '?(replay|distill|optimizer|interpolate)"
     for i, line in enumerate(line for line in commands(ROOT / "README.md") if re.search(less, line)):
-        launch(line, f"folder=runs/{i}")
+        launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")
     assert (place / "runs/3/metrics.jsonl").is_file()
 
 
@@ -214,7 +218,9 @@ def test_an_experiment_and_its_questions(place: Path, capsys: pytest.CaptureFixt
     asked = [line for line in lines if re.search(r"tools/(watch|report|advise)\.py", line)]
     assert len(asked) >= 9
     for line in asked:
-        assert use(line, ("rewarm_2308_04014_mini", "my_question"), ("runs/quickstart/*/", "runs/my_question/rewarm*/")), line
+        assert use(
+            line, ("rewarm_2308_04014_mini", "my_question"), ("runs/quickstart/rewarm_*/", "runs/my_question/seed_1/*/")
+        ), line
     (place / "configs" / "410m_rewarm.yml").unlink()
 
 

@@ -234,7 +234,8 @@ def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Pa
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", [pytest.param("rewarm_2308_04014_mini", marks=pytest.mark.slow), "replay_2403_08763_mini"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rewarm_2308_04014_mini", "replay_2403_08763_mini"])
 def test_the_mini_experiments_run_in_their_quick_form(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Every arm, stage and figure, on the real text, in a folder of their own that both share, also from two test processes."""
     base = tmp_path_factory.getbasetemp()

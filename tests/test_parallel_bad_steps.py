@@ -27,8 +27,8 @@ def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, l
     """Train with a loss that is infinite on the last rank, once in call ``transient``, twice from call ``lasting`` on."""
     original, calls = ParallelModel.forward_backward, [0]
 
-    def damaged(model: ParallelModel, rows: Any, loss_scale: float = 1.0) -> tuple[float, float]:
-        loss, targets = original(model, rows, loss_scale)
+    def damaged(model: ParallelModel, rows: Any, **options: Any) -> tuple[float, float]:
+        loss, targets = original(model, rows, **options)
         calls[0] += 1
         if ranks.rank == ranks.world_size - 1 and calls[0] in (transient, lasting, lasting + 1):
             loss = math.inf

@@ -72,7 +72,7 @@ SLOW: dict[str, Case] = {
 }
 
 
-def _settings(place_: Path, name: str, case: Case, start: Path | None = None) -> Any:
+def run_settings(place_: Path, name: str, case: Case, start: Path | None = None, *, export: bool = False) -> Any:
     _, parallel, model, training = case
     windows = [{"name": name, "tokens": 16 * n, "sources": [{"path": str(place_ / "old")}]} for name, n in (("1", 1), ("5", 5))]
     return config(
@@ -85,17 +85,19 @@ def _settings(place_: Path, name: str, case: Case, start: Path | None = None) ->
         training={"budget": 4, "global_batch": 10} | training,
         evaluation={"every": 2, "micro_batch": 2},
         checkpoint={"every": 2, "keep_last": 9},
+        export={"huggingface": export},
         parallel=parallel,
     )
 
 
-def _train(ranks: Ranks, place_: str, cases: dict[str, Case]) -> None:
+def go_on_everywhere(ranks: Ranks, place_: str, cases: dict[str, Case], export: bool = False) -> None:
+    """Train each case, and go on from what it saved, and from what one process saved."""
     for name, case in cases.items():
         here = Path(place_) / name
-        train(_settings(here, name, case), ranks, quiet())
+        train(run_settings(here, name, case, export=export), ranks, quiet())
         for source in (name, "alone"):  # the same layout, and another one
             start = here / source / "checkpoints/step_2"
-            train(_settings(here, f"{name}_after_{source}", case, start), ranks, quiet())
+            train(run_settings(here, f"{name}_after_{source}", case, start), ranks, quiet())
 
 
 def _assert_same(one: Path, other: Path, step: int) -> None:
@@ -110,24 +112,31 @@ def _assert_same(one: Path, other: Path, step: int) -> None:
         assert float(((rows[0] - rows[1]).norm(dim=1) / scale).max()) < 5e-3, f"{other.name} {step}: {name}"
 
 
-def _train_alone(place_: Path, case: Case) -> None:
+def train_alone(place_: Path, case: Case, *, export: bool = False) -> None:
+    """The run of one process, in ``place_``."""
     place_.mkdir(exist_ok=True)
-    train(_settings(place_, "alone", (1, {}, case[2], {**case[3], "micro_batch": 5})), ALONE, quiet())
+    settings = run_settings(place_, "alone", (1, {}, case[2], {**case[3], "micro_batch": 5}), export=export)
+    train(settings, ALONE, quiet())
+
+
+def assert_saved_alike(place_: Path, name: str) -> None:
+    """What the runs of case ``name`` in ``place_`` saved and measured, against that of one process."""
+    alone = place_ / "alone"
+    _assert_same(alone, place_ / name, 2)
+    for run in (place_ / part for part in (name, f"{name}_after_{name}", f"{name}_after_alone")):
+        _assert_same(alone, run, 4)
+        for event, value in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "over")):
+            told = [{(e["step"], e.get("name")): e[value] for e in events(folder, event)} for folder in (alone, run)]
+            assert told[1] == pytest.approx({key: told[0][key] for key in told[1]}, rel=1e-4), f"{run}: {event} {value}"
 
 
 def _check(place_: Path, cases: dict[str, Case]) -> None:
     """``cases`` of one number of ranks."""
     for name, case in cases.items():
-        _train_alone(place_ / name, case)
-    run_ranks(_train, next(iter(cases.values()))[0], str(place_), cases, timeout=300)
+        train_alone(place_ / name, case)
+    run_ranks(go_on_everywhere, next(iter(cases.values()))[0], str(place_), cases, timeout=300)
     for name in cases:
-        alone = place_ / name / "alone"
-        _assert_same(alone, place_ / name / name, 2)
-        for run in (place_ / name / part for part in (name, f"{name}_after_{name}", f"{name}_after_alone")):
-            _assert_same(alone, run, 4)
-            for event, value in (("train", "loss"), ("train", "grad_norm"), ("eval", "loss"), ("eval", "over")):
-                told = [{(e["step"], e.get("name")): e[value] for e in events(folder, event)} for folder in (alone, run)]
-                assert told[1] == pytest.approx({key: told[0][key] for key in told[1]}, rel=1e-4), f"{run}: {event} {value}"
+        assert_saved_alike(place_ / name, name)
 
 
 def test_what_is_saved_is_the_run_of_one_process(tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def _not_finite(ranks: Ranks, place_: str, cases: dict[str, Case]) -> list[str]:
     torch.nn.Module.to_empty = poisoned  # type: ignore[method-assign, assignment]
     try:
         for label, case in cases.items():
-            run = build(make_plan(_settings(here, label, case, here / "alone/checkpoints/step_2")), ranks)
+            run = build(make_plan(run_settings(here, label, case, here / "alone/checkpoints/step_2")), ranks)
             run.batches.close()
             found += [f"{label}: {name}" for name, p in run.model.parameters.items() if not bool(p.isfinite().all())]
     finally:
@@ -166,7 +175,7 @@ def test_padding_is_zero_whatever_is_loaded(tmp_path: Path) -> None:
     """Or replicas would differ in memory that was never written, and a run would not be finite."""
     layouts: dict[str, dict[str, Any]] = {"tensor": {"tensor": 2}, "zero2": {"tensor": 2, "sharding": "zero2"}}
     cases: dict[str, Case] = {name: (4, parallel, {"num_layers": 2}, {"micro_batch": 5}) for name, parallel in layouts.items()}
-    _train_alone(tmp_path, cases["tensor"])
+    train_alone(tmp_path, cases["tensor"])
     assert run_ranks(_not_finite, 4, str(tmp_path), cases) == [[]] * 4
 
 

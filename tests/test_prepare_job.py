@@ -427,14 +427,14 @@ def test_a_kill_while_files_get_their_names_is_made_good_by_resume(
         preprocess(
             [source], bpe.path, tmp_path / "out", Options(split=shares, append_eod=False), threads_only=True, overwrite=True
         )
-        monkeypatch.setattr("megarewarm.data.preprocess.publication.os.replace", replace_or_die)
+        monkeypatch.setattr(os, "replace", replace_or_die)
         ended = False
         try:
             preprocess([source], bpe.path, tmp_path / "out", options, threads_only=True, overwrite=True)
             ended = True
         except KeyboardInterrupt:
             pass
-        monkeypatch.setattr("megarewarm.data.preprocess.publication.os.replace", rename)
+        monkeypatch.setattr(os, "replace", rename)
         assert ended == (killed_at == 3 * len(shares or "x"))
         (written, *_) = preprocess([source], bpe.path, tmp_path / "out", options, threads_only=True, resume=True)
         assert written.counts.documents and sorted(p.name.removeprefix("out") for p in tmp_path.glob("out*")) == names

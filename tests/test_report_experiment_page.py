@@ -105,13 +105,17 @@ def test_points_of_an_axis_are_joined_within_one_length(tmp_path: Path) -> None:
         for number, (value, length) in enumerate(((1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0))):
             plan = entry(f"arm_{number}", 1, after=["start"], steps=round(STEPS * length), group="g", axes={axis: value})
             entries.append(plan)
-            write_run(tmp_path / axis, plan, [2.0, 2.5], [3.0, 2.5])
+            sets = ("prose", "news") if axis == "data.sets" and number > 1 else ("prose", "code")
+            write_run(tmp_path / axis, plan, [2.0, 2.5], [3.0, 2.5], sets=sets)
         rows = arm_rows(read_experiment(write_record(tmp_path / axis, entries)))
         found = axis_lines(rows, "g")
         assert found is not None
         return {line.label: line.values for line in found[1]}
 
     assert lines("data.shards") == {"410k tokens": [1, 2, 3], "819k tokens": [4]}
+    on_news, on_code = "on prose and news", "on prose and code"
+    both = {f"410k tokens, {on_code}": [1, 2], f"410k tokens, {on_news}": [3], f"819k tokens, {on_news}": [4]}
+    assert lines("data.sets") == both
     assert lines("training.budget") == {"": [1, 2, 3, 4]}  # there the length is what is varied
 
 

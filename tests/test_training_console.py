@@ -82,6 +82,20 @@ def test_what_is_evaluated_and_saved_is_shown(tmp_path: Path, monkeypatch: pytes
     assert "tiny: evaluates old 75 %" in said
 
 
+def test_a_long_evaluation_is_heard_of_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 short sets of 12 s each: a line a minute, however short the sets."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = quiet()
+    shown = RunProgress(console, "run", 0, 10, 100, 100, None)
+    for name in range(20):
+        for done in range(3):
+            shown.evaluating(f"set_{name}", done, 3)
+            now[0] += 4.0
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert said[0] == "run: evaluates set_5 33 %" and len(said) == 3
+
+
 def test_losses_fit_the_line() -> None:
     losses, start = {"english": 4.0312, "german": 3.2210}, {"english": 4.1234}
     assert loss_line("step 20", losses, start, 60) == "step 20: english 4.0312 (-0.0922), german 3.2210"
@@ -103,6 +117,21 @@ def test_the_time_left_counts_evaluation(monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] += 1.0
     assert shown._left(5) == pytest.approx(5 + 9)
     assert RunProgress(quiet(), "run", 0, 10, 100, 100, None)._left(0) == 0
+
+
+@pytest.mark.parametrize("name", ["de", "rewarm_2308_04014_mini_seed3_lr3e-4"])
+def test_no_number_of_the_bar_is_cut_off(name: str) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with RunProgress(console, name, 0, 131296, 10, 100, None) as shown:
+        shown.step(123456, 4.12345, 2.285e-7, 1756e3)
+        shown.evaluating("german_validation", 55, 100)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    shown.step(123457, 4.12345, 2.285e-7, 1756e3)
+    assert shown._bar is not None
+    with console.capture() as frame:
+        console.print(shown._bar.get_renderable())
+    assert "123457/131296 loss 4.1235 lr 2.28e-07 1756.0k tok/s left 0s" in frame.get()
+    assert "123456/131296 evaluates german_validation 55 %" in said
 
 
 def test_the_note_on_costly_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,3 +187,19 @@ def test_ranks_of_other_speeds_ask_after_the_same_portion_and_seldom() -> None:
     (one, often), (two, _) = run_ranks(_looks, 2)
     assert one == two >= 100
     assert often < 0.7
+
+
+def test_stopped_between_start_and_end_it_is_made_up_for(tmp_path: Path, watched: None) -> None:
+    one_run(settings(tmp_path, "up"), ALONE)
+    between = {"start": {"from": str(tmp_path / "up")}, "interpolate": {"alphas": [0.25, 0.5]}}
+    one_run(settings(tmp_path, "whole", **between), ALONE)
+    assert Watched.count == PLACES + 2 * 4
+    broken = settings(tmp_path, "broken", **between)
+    assert one_run(broken, ALONE, PLACES + 6).exit_code == 128 + signal.SIGTERM  # the second set of the second one
+    assert is_trained(make_plan(broken)) and len(events(tmp_path / "broken", "interpolation")) == 2
+    assert one_run(broken, ALONE).exit_code == 0
+    lines = [
+        [(line["alpha"], line["name"], line["loss"]) for line in events(tmp_path / name, "interpolation")]
+        for name in ("whole", "broken")
+    ]
+    assert lines[0] == lines[1] and stand(tmp_path / "broken")[0] == stand(tmp_path / "whole")[0]

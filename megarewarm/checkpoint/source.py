@@ -112,7 +112,7 @@ class OwnCheckpoint:
         has one, else one that its token files were made with."""
         stages = self.lineage.stages
         found = self.own_tokenizer()
-        places = [(self._run_config().get("start") or {}).get("from")]
+        places = [(self._run_config.get("start") or {}).get("from")]
         for stage in reversed(stages):
             places += [stage.started_from, stage.run if stage.intent.startswith("foreign") else None]
         for place in dict.fromkeys(filter(None, places)):
@@ -126,11 +126,12 @@ class OwnCheckpoint:
 
     def own_tokenizer(self) -> TokenizerSource:
         """What the run's configuration and the newest stage say, without those before."""
-        data = self._run_config().get("data") or {}
+        data = self._run_config.get("data") or {}
         stated = data.get("eod")
         recorded = self.lineage.stages[-1].eod if self.lineage.stages else None
         return TokenizerSource(readable_tokenizer(data.get("tokenizer")), recorded if stated is None else stated)
 
+    @cached_property
     def _run_config(self) -> dict[str, Any]:
         config = self.folder.parent.parent / "config.yaml"
         return read_yaml(config)[0] if config.is_file() else {}

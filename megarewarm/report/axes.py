@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,8 @@ _PANELS = (("upstream_after", "Upstream loss"), ("downstream_after", "Downstream
 
 @dataclasses.dataclass(frozen=True)
 class AxisLine:
-    """Final losses along one numeric axis, of arms that were trained for as long, unless that is the axis; ``label`` says what
-    the other axes are set to, and the tokens where not all arms have as many, '' where there is neither."""
+    """Final losses along one numeric axis, on the same validation sets and of arms that were trained for as long, unless that
+    is the axis; ``label`` says what the other axes are set to, and tokens and sets where not all arms have the same; or ''."""
 
     label: str
     values: list[float]
@@ -67,6 +68,8 @@ def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]]
             others = [f"{key} {value}" for key, value in row.arm.groups[group].items() if key != axis]
             own = row.mean("tokens") or 0.0
             others += [f"{tokens_text(length)} tokens" for length in lengths if same_length(own, length)][: len(lengths) > 1]
+            if len({other.arm.sets for other in inside}) > 1:
+                others.append(f"on {' and '.join(itertools.chain(*row.arm.sets))}")
             lines.setdefault(", ".join(others), []).append((number or 0.0, row))
         ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
         unit = " (%)" if any(percent) else ""

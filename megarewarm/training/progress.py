@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from megarewarm.report.words import duration_text
 from megarewarm.training.evaluation_cost import EvaluationCost
 
 _LINE_EVERY = 60.0  # seconds, of a long evaluation where there is no bar
+
+
+class _Name(ProgressColumn):
+    """The name of a run, which is cut off where the terminal is narrow: names and the bar are, numbers are not."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, style="bold", no_wrap=True, overflow="ellipsis")
 
 
 class RunProgress:
@@ -36,13 +44,13 @@ class RunProgress:
         self._tokens_per_step, self._evaluations = tokens_per_step, evaluations
         self._started = time.monotonic()
         self._evaluated, self._evaluating = 0, 0.0  # tokens, seconds
-        self._shown = 0.0
+        self._shown = self._started
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                _Name(),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
                 expand=True,
@@ -60,7 +68,7 @@ class RunProgress:
 
     def step(self, step: int, loss: float, lr: float, tokens_per_second: float) -> str | None:
         """Show a finished step. Returns the text line where one is due."""
-        left = duration_text(self._left(step))
+        left, self._shown = duration_text(self._left(step)), time.monotonic()
         rate = _rate(tokens_per_second)
         if self._bar is not None:
             numbers = f"loss {loss:.4f} lr {lr:.2e} {rate} tok/s left {left}"
@@ -78,8 +86,6 @@ class RunProgress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, numbers=told)
-        elif not done:
-            self._shown = max(self._shown, now)
         elif now - self._shown > _LINE_EVERY:
             self._shown = now
             self._console.print(f"{self._title}: {told}", highlight=False)
@@ -88,6 +94,7 @@ class RunProgress:
         """An evaluation of ``tokens`` in all took ``seconds``."""
         self._evaluated += tokens
         self._evaluating += seconds
+        self._shown = time.monotonic()
 
     def _left(self, step: int) -> float:
         """Seconds, by the pace until now: of steps with all that belongs to them, and of evaluations, which until there was

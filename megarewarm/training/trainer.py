@@ -298,7 +298,7 @@ class _Loop:
         reason = f"signal {number}" if number else f"time limit of {config.reliability.max_wall_time}"
         self.metrics.event("stop", step=run.step, reason=reason, **({"evaluated": False} if run.unevaluated else {}))
         if saved:
-            what = "saved; the same command continues from here"
+            what = f"saved{', not yet evaluated' * run.unevaluated}; the same command continues from here"
         elif not self.has_begun:
             what = "nothing to save yet; the same command begins again"
         else:

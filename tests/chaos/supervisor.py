@@ -203,7 +203,9 @@ class Supervisor:
             self._next()
 
     def _next(self) -> None:
-        """The turn of the next fault."""
+        """The turn of the next fault. What is left of the last one goes: the run may have gone on on a full disk."""
+        if self._blamed is not None:
+            outside.repair(self._blamed, self._scenario.place)
         self._blamed = None
         give_turn(self._control, self._waiting[0] if self._waiting else None)
 
