@@ -14,9 +14,10 @@ from tiny import config, events, quiet
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, cards
+from megarewarm.optimizers import sums
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training import dynamics, trainer
+from megarewarm.training import trainer
 from megarewarm.training.dynamics import dynamics_steps, measure
 from megarewarm.training.plan import make_plan
 from megarewarm.training.run import Run
@@ -40,7 +41,7 @@ def weights_of(run: Run) -> dict[str, torch.Tensor]:
 def test_numbers_are_those_of_the_weights(
     tmp_path: Path, kind: str, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dynamics, "_CACHED", 2 * dynamics.ROW)
+    monkeypatch.setattr(sums, "_CACHED", 2 * sums.ROW)
     settings = config(tmp_path, optimizer={"weight_decay": weight_decay}, kernels={"optimizer": kind})
     run = build(make_plan(settings), ALONE)
     begun = weights_of(run)

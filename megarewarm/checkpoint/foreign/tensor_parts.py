@@ -21,7 +21,10 @@ Sharing = Literal["rows", "columns", "copies", "added"]
 
 def sharing_of(name: str, *, biases_added: bool) -> Sharing:
     """How the parts of parameter ``name`` make the whole. ``biases_added``: see above."""
-    kind = kind_of(name)
+    try:
+        kind = kind_of(name)
+    except KeyError:
+        return "copies"  # a name that no model has is refused with the others (``weights.check``)
     if kind.divided is not None:
         return "columns" if kind.divided else "rows"
     return "added" if biases_added and kind.is_added_after_sum else "copies"
