@@ -258,6 +258,12 @@ def test_missing_files_are_refused_unless_they_may_be(tmp_path: Path, capfd: pyt
         (["RUN", "training.bugdet=3"], r"unknown key 'bugdet' in training.*budget"),
         (["RUN", "data.train.7.weight=3"], r"data\.train\.7"),
         (["RUN", "=3"], r"=3"),
+        (["RUN", "training.budget=1e400"], r"training\.budget.*inf"),
+        (["RUN", "evaluation.every=.inf"], r"evaluation\.every.*inf"),
+        (["RUN", "schedule.warmup=1e400"], r"schedule\.warmup.*inf"),
+        (["RUN", "training.micro_batch=true"], r"training\.micro_batch: expected a number, not a switch"),
+        (["RUN", "optimizer.weight_decay=false"], r"optimizer\.weight_decay: expected a number, not a switch"),
+        (["RUN", "reliability.max_wall_time=25:61:00"], r"more than 59 minutes"),
     ],
 )
 def test_words_of_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -267,6 +273,36 @@ def test_words_of_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and re.search(message, err), err
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["start.intent=resume", "training.budget=9"], r"start\.intent: 'resume' continues the checkpoint's schedule"),
+        (["start.intent=resume"], r"has done 4"),
+        (["start.moments=keep", "model.num_heads=1"], r"num_heads: 1 in the config, \d+ in the checkpoint"),
+        (["start.from=FIRST/huggingface", "start.intent=resume"], r"\(huggingface\) holds weights only"),
+        (["folder=/proc/x"], r"/proc/x: can't be written"),
+    ],
+)
+def test_a_dry_run_refuses_with_the_words_of_the_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    """Of a checkpoint that is here, though the configuration has a model of its own: it isn't taken for a missing one."""
+    first = mapping(
+        tmp_path, name="first", folder=str(tmp_path / "first"), training={"budget": 4}, export={"huggingface": True}
+    )
+    (tmp_path / "first.yml").write_text(yaml.safe_dump(first))
+    second = mapping(tmp_path, start={"from": str(tmp_path / "first")}, training={"budget": 4})
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(second))
+    assert main([str(tmp_path / "first.yml")]) == 0
+    words = [str(tmp_path / "run.yml"), *(word.replace("FIRST", str(tmp_path / "first")) for word in words)]
+    said = []
+    for more in ([], ["--dry-run"], ["--dry-run", "--allow-missing"]):
+        capfd.readouterr()
+        assert main([*words, *more]) == 2, more
+        said.append(capfd.readouterr().err)
+    assert re.search(message, said[0]) and len(set(said)) == 1, said
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path: Path) -> None:

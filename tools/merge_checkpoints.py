@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import find_megarewarm  # noqa: F401  # isort: skip
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ def main() -> None:
 
     console = make_console()
     for alpha in arguments.alpha if arguments.interpolate else ():
+        if not math.isfinite(alpha):
+            raise UserError(f"--alpha {alpha}: expected a finite number, the share of END")
         if not 0 <= alpha <= 1:
             console.print(
                 f"--alpha {alpha:g} lies outside of [0, 1], beyond START or END: {1 - alpha:g} x START + {alpha:g} x END",

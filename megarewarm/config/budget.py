@@ -64,7 +64,7 @@ class Budget(BaseModel):
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(f"not a length of training; {_HELP}")
         if isinstance(value, int | float):
-            if value != int(value):
+            if not math.isfinite(value) or value != int(value):
                 raise ValueError(f"{value} is not a whole number of steps; {_HELP}")
             value = f"{int(value)} steps"
         read = _read(value)

@@ -33,6 +33,8 @@ class Duration(BaseModel):
         clock = _CLOCK.match(text)
         if clock is not None and (clock[1] is not None or clock[4] is not None):
             days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
+            if max(minutes, seconds) > 59:
+                raise ValueError(f"{value!r} has more than 59 minutes or seconds; write '90m', or as a clock shows it")
         elif parts is not None:
             days, hours, minutes, seconds = (int(part or 0) for part in parts.groups())
         else:  # 12:30 is minutes and seconds to Slurm, hours and minutes to people

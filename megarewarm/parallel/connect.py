@@ -180,6 +180,9 @@ def choose_device(launch: Launch, device: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+_device = choose_device  # what it was called before other modules asked it, too
+
+
 def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     """The key-value store through which the ranks find each other.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,16 @@ class RunFolder:
         return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
 
     def check_writable(self) -> None:
-        """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Writes nothing."""
+        """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Leaves nothing behind."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
         if number:
             raise self._refused(OSError(number, os.strerror(number), str(there)))
+        if there != self.path:
+            try:  # some file systems allow it and refuse it all the same
+                os.rmdir(tempfile.mkdtemp(prefix=".megarewarm_", dir=there))
+            except OSError as error:
+                raise self._refused(OSError(error.errno, error.strerror, str(there))) from error
         most = os.pathconf(there, "PC_NAME_MAX")
         for name in self.path.absolute().parts:
             if len(os.fsencode(name)) > most:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
-from megarewarm.checkpoint.source import ALL_LINES
+from megarewarm.checkpoint.source import ALL_LINES, open_checkpoint
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.data.batches import TrainingBatches
@@ -61,9 +61,18 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
     try:
         return make_plan(config), []
     except UserError as error:
-        if config.model is None or start is None:
+        if config.model is None or start is None or _opens(start):
             raise
         return make_plan(config, source=NotOpened(start, config.model)), [str(error)]
+
+
+def _opens(start: str) -> bool:
+    """Whether the checkpoint is here: what else was refused is refused of it."""
+    try:
+        open_checkpoint(start)
+    except UserError:
+        return False
+    return True
 
 
 def _step_named(start: str, plan: Plan) -> int | None:
