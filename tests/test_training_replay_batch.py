@@ -78,8 +78,8 @@ def test_norms_beyond_fp32_squares_and_large_counts_are_told(monkeypatch: pytest
     """A gradient of 3e20 is finite, its square no fp32 number; nor is 2^24 + 1."""
     weight = torch.nn.Parameter(torch.full((2,), 2e19))
     weight.grad = torch.tensor([3e20, torch.inf])
-    shapes = {"embed_in.weight": (2,)}
-    model: Any = SimpleNamespace(shapes=shapes, parameters={"embed_in.weight": weight}, counted=lambda name, values: values)
+    known = {"embed_in.weight": SimpleNamespace(group="embed_in")}
+    model: Any = SimpleNamespace(cards=known, parameters={"embed_in.weight": weight}, counted=lambda name, values: values)
     several = 2**24 + 1  # ranks
     monkeypatch.setattr("megarewarm.training.replay_batch.all_reduce_sums", lambda sums: [several * value for value in sums])
     (found,) = _groups(SimpleNamespace(model=model, scaler=None)).values()  # type: ignore[arg-type]
