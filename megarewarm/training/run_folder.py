@@ -89,7 +89,7 @@ class RunFolder:
             raise self._refused(OSError(number, os.strerror(number), str(there)))
         if there != self.path:
             try:  # some file systems allow it and refuse it all the same
-                os.rmdir(tempfile.mkdtemp(prefix=".megarewarm_", dir=there))
+                tempfile.TemporaryFile(dir=there).close()
             except OSError as error:
                 raise self._refused(OSError(error.errno, error.strerror, str(there))) from error
         most = os.pathconf(there, "PC_NAME_MAX")
