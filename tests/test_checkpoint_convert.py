@@ -290,7 +290,7 @@ def test_inspection_shows_state_history_norms_and_changes(run: Path, tmp_path: P
     shown = tool("inspect_checkpoint", run, "--norms", "--verify", "--diff", run / "checkpoints/step_16")
     text = " ".join(shown.split())
     assert "every file is as it was written" in text
-    assert "2 layers, width 32, 4 heads" in text and "Adam's count 20" in text and "tiny: scratch, 20 steps" in text
+    assert "2 layers, width 32, 4 heads" in text and "optimizer adamw, 20 steps" in text and "tiny: scratch, 20 steps" in text
     weight = weights_of(run)["embed_out.weight"]
     assert f"{float(weight.double().square().mean().sqrt()):.4g}" in text
     before, after = weight.double(), weights_of(run / "checkpoints/step_16")["embed_out.weight"].double()

@@ -99,7 +99,7 @@ def state_table(source: OpenedCheckpoint) -> Table:
     if (state := source.training) is not None:
         rows |= {
             "step": f"{state.step:,}",
-            "Adam's count": f"{state.optimizer_step:,}",
+            "optimizer": f"{state.optimizer}, {state.optimizer_step:,} steps",
             "schedule": _schedule(state.schedule, state.schedule_position),
             "last learning rate": f"{state.last_lr:.4g}" if state.last_lr else "not recorded",
             "samples": f"{state.samples:,}" + (f" of data {state.data_fingerprint[:8]}" if state.data_fingerprint else ""),

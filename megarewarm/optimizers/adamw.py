@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.model.parameters import Card
-from megarewarm.optimizers.gradients import Scaled
 from megarewarm.optimizers.sums import SUMS, norms, slices
+from megarewarm.parallel.gradients import Gradients
 
 _LIFT = 2.0**40  # the squares of second moments as they are would be no fp32 numbers
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -94,7 +94,7 @@ class AdamW:
                 )
                 self._together.append((factor, list(held.values()), launch))
 
-    def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own."""
         self.set_lr(lr)

@@ -18,9 +18,9 @@ from megarewarm.config.execution import OptimizerConfig
 from megarewarm.model.optimizer_state import states_of
 from megarewarm.model.parameters import Card
 from megarewarm.optimizers.adamw import AdamW, rate_factors
-from megarewarm.optimizers.gradients import Scaled
 from megarewarm.optimizers.sums import squares, without_formula
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.gradients import Gradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import ranks_along
 from megarewarm.parallel.placement import Slice
@@ -68,7 +68,7 @@ class Muon:
         self._ranks = 1 if self._group is None else self._group.size()
         self._rank = 0 if self._group is None else self._group.rank()
 
-    def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
         with torch.no_grad():
             for first in range(0, len(self._matrices), self._ranks):
                 self._update(self._matrices[first : first + self._ranks], lr, scale)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.optimizers.adamw import AdamW
-from megarewarm.optimizers.gradients import Scaled
 from megarewarm.optimizers.muon import Muon
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.gradients import Gradients
 
 
 class Optimizer(Protocol):
@@ -20,7 +20,7 @@ class Optimizer(Protocol):
     kind: str
     """What carries out the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
 
-    def step(self, lr: float, gradients: Scaled | None = None, scale: float = 1.0) -> None:
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own. Gradients are undefined afterwards."""
 

@@ -263,7 +263,7 @@ def _print_ranks(plan: Plan, console: Console, world_size: int) -> tuple[list[fl
         padding=(0, 1, 0, 0),
         header_style="bold",
     )
-    for heading in ("stage", "layers", "weights", "grads", "Adam", "activ.", "loss", "memory", "sent"):
+    for heading in ("stage", "layers", "weights", "grads", "optim.", "activ.", "loss", "memory", "sent"):
         ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     needed: list[float] = []
     for rank, part in enumerate(parts(work, config.parallel, layout)):
