@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from data_order import SEED, S, gpt_dataset
 
-from megarewarm.data.samples import MegatronSamples, PermutedSamples
-from megarewarm.data.token_file import TokenFileWriter, open_tokens
+from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
+from megarewarm.data.order.samples import MegatronSamples, PermutedSamples
 
 BATCH = 64
 

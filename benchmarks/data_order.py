@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.data.index_file import HEADER, MAGIC
+from megarewarm.data.files.index_file import HEADER, MAGIC
 
 S, SEED, BATCH = 2048, 1234, 64
 ORDERS = ("permuted", "neox", "megatron", "megatron-core")
@@ -53,8 +53,8 @@ def peak_memory() -> float:
 
 def ours(prefix: Path, order: str) -> None:
     """Make the order and read a batch."""
-    from megarewarm.data.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
-    from megarewarm.data.token_file import open_tokens
+    from megarewarm.data.files.token_file import open_tokens
+    from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
 
     view = open_tokens(prefix).view()
     wanted = (view.num_tokens - 1) // S - 1
@@ -114,7 +114,7 @@ def main() -> None:
         if arguments.only == "megatron-core":
             import megatron.core.datasets.gpt_dataset  # noqa: F401  # its start-up is not the order's
         else:
-            import megarewarm.data.samples  # noqa: F401
+            import megarewarm.data.order.samples  # noqa: F401
         base = peak_memory()
         began = time.perf_counter()
         theirs(prefix) if arguments.only == "megatron-core" else ours(prefix, arguments.only)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as Peer
 
-from megarewarm.data.tokenizers import load_tokenizer
+from megarewarm.data.text.tokenizers import load_tokenizer
 
 Encode = Callable[[Sequence[str]], list[npt.NDArray[np.uint32]]]
 

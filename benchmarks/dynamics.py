@@ -35,8 +35,8 @@ def sides(arguments: argparse.Namespace, device: Any) -> dict[str, Callable[[], 
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
-    from megarewarm.training.dynamics import measure
-    from megarewarm.training.start_weights import copy_weights
+    from megarewarm.training.after_step.dynamics import measure
+    from megarewarm.training.start.weights import copy_weights
 
     torch.set_num_threads(arguments.threads)
     config = ModelConfig(

@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from megarewarm.data.token_file import TokenFileWriter
+from megarewarm.data.files.token_file import TokenFileWriter
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain PyTorch": {"kernels": "reference"},

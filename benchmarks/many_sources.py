@@ -22,8 +22,8 @@ PROGRAM = """
 import json, os, resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 from megarewarm.config.data import DataConfig
-from megarewarm.data.mixture import lay_out
-from megarewarm.data.phases import Phase
+from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.mixture.phases import Phase
 order, kind, count, samples = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 weight = (lambda i: 1 + i % 3) if kind == "few" else (lambda i: 1 + i / 977)
 sources = [{"path": f"{sys.argv[1]}/{i:05d}", "max_epochs": None, "weight": weight(i)} for i in range(count)]
@@ -42,7 +42,7 @@ print(json.dumps([laid_out - began, rows / (ended - laid_out), len(os.listdir("/
 
 def write(folder: Path, count: int) -> None:
     """Pairs of one document of 1,000 ids."""
-    from megarewarm.data.index_file import HEADER, MAGIC
+    from megarewarm.data.files.index_file import HEADER, MAGIC
 
     index = HEADER.pack(MAGIC, 1, 8, 1, 2) + b"".join(np.array(v, k).tobytes() for v, k in ((1000, "<i4"), (0, "<i8")))
     index += np.array([0, 1], "<i8").tobytes()

@@ -24,25 +24,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed import run_ranks
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
+from megarewarm.layout.memory import Work, parts, traffic_of
 from megarewarm.model.parameters import cards
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.pipeline import Order, Pipeline, my_stages, rank_of, stages_per_rank
-from megarewarm.parallel.planning import Work, parts, traffic_of
 from megarewarm.parallel.ranks import Ranks
+from tests.support.distributed import run_ranks
 
 # ---- overhead -----------------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ def _loopback() -> float:
 
 def _send(ranks: Ranks, layouts: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
     """For each layout: (least bytes, bytes sent) of this rank in its second step, and what all ranks put on the loopback."""
-    from wire import Wire
+    from tests.support.wire import Wire
 
     found = []
     for settings in layouts:

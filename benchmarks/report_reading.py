@@ -1,7 +1,7 @@
 """Long metrics files: how long the report and the live view take to read one, and the memory at its highest.
 
 Each reader has a process of its own; the report's page is drawn as well. The numbers that are read don't depend on the way they
-are read (``tests/test_report_read.py``).
+are read (``tests/record/test_run.py``).
 
     python benchmarks/report_reading.py [--lines 2_000_000] [--folder DIR]
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 READERS = {
-    "report, read": "from megarewarm.report.read import read_run; run = read_run(folder); assert run.steps == lines",
-    "report, page": "from megarewarm.report.page import report; report([folder], folder / 'page')",
-    "live view": "from megarewarm.report.follow import Follower; f = Follower(folder / 'metrics.jsonl'); f.poll(); "
+    "report, read": "from megarewarm.record.run import read_run; run = read_run(folder); assert run.steps == lines",
+    "report, page": "from megarewarm.report.pages.run_page import report; report([folder], folder / 'page')",
+    "live view": "from megarewarm.record.follow import Follower; f = Follower(folder / 'metrics.jsonl'); f.poll(); "
     "assert f.step == lines",
 }
 PROGRAM = """
@@ -28,7 +28,7 @@ import json, resource, sys, time
 from pathlib import Path
 folder, lines = Path(sys.argv[1]), int(sys.argv[2])
 import numpy, orjson, yaml, matplotlib.figure
-import megarewarm.report.page, megarewarm.report.follow
+import megarewarm.report.pages.run_page, megarewarm.record.follow
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 {body}
 seconds = time.process_time() - began

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from scipy.stats import t as student
 
-from megarewarm.report.read import Run, read_run
+from megarewarm.record.run import Run, read_run
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import numpy as np
 import yaml
 
-from megarewarm.data.token_file import TokenFileWriter
+from megarewarm.data.files.token_file import TokenFileWriter
 
 Sample = dict[str, float]
 GROWS_BY_DESIGN = ("metrics.jsonl", "log.txt", "tensorboard")
@@ -179,7 +179,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def draw(records: list[dict[str, Any]], picture: Path) -> None:
     """One panel per measure, one line per run, against the share of the steps that are done."""
-    from megarewarm.report.style import colour, new_figure, quiet_axes, style
+    from megarewarm.report.figures.style import colour, new_figure, quiet_axes, style
 
     with style():
         figure = new_figure(9.0, 5.6)

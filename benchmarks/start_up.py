@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megarewarm.data.index_file import HEADER, MAGIC
+from megarewarm.data.files.index_file import HEADER, MAGIC
 
 SEQUENCE_LENGTH = 2048
 GLOBAL_BATCH = 1024
@@ -27,8 +27,8 @@ GLOBAL_BATCH = 1024
 _FIRST_BATCH = """
 import re, sys
 from megarewarm.config.data import DataConfig
-from megarewarm.data.batches import build_training_batches
-from megarewarm.data.phases import Phase
+from megarewarm.data.mixture.batches import build_training_batches
+from megarewarm.data.mixture.phases import Phase
 path, samples, length, batch = sys.argv[1], *map(int, sys.argv[2:])
 data = DataConfig(sequence_length=length, train=[{"path": path, "split": None}])
 batches = build_training_batches(data, [Phase(0, data.train)], total_samples=samples, vocab_size=50304)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
             experiment = load_experiment(mapping, origins, quick=arguments.quick)
             if arguments.dry_run:
                 with importing():
-                    from megarewarm.training.dry_run import show_experiment
+                    from megarewarm.lab.dry_run import show_experiment
 
                 return show_experiment(experiment, console, launch, arguments.only, allow_missing=arguments.allow_missing)
             return _train(experiment, launch, console, arguments.only)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(run: RunConfig, launch: Launch, console: Console, arguments: argparse.Namespace, world_size: int | None = None) -> int:
     if arguments.dry_run:
         with importing():
-            from megarewarm.training.dry_run import show_run
+            from megarewarm.lab.dry_run import show_run
 
         return show_run(run, console, launch, allow_missing=arguments.allow_missing, world_size=world_size)
     return _train(run, launch, console)
@@ -85,7 +85,7 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
     ranks = connect(launch, first.training.device, first.parallel.timeout_minutes)
     try:
         if isinstance(what, Experiment):
-            from megarewarm.training.experiment import run_experiment
+            from megarewarm.lab.experiment import run_experiment
 
             return run_experiment(what, ranks, console, only)
         return train(what, ranks, console).exit_code
@@ -121,6 +121,6 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
 
 
 def _out_of_memory(error: BaseException, run: RunConfig, where: str) -> str:
-    from megarewarm.training.memory import remedies
+    from megarewarm.training.start.memory import remedies
 
     return f"{run.name}: out of memory on {where}: {first_line(error)}; {remedies(run)} (--dry-run shows what is needed)"

@@ -19,15 +19,15 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 with atheris.instrument_imports(include=["megarewarm"]):
-    import hostile
     import zstandard
-    from test_data_fuzz import attempt, pair_of
 
-    from megarewarm.data.preprocess.records import Record, records, spans_of
+    from megarewarm.data.text.preprocess.records import Record, records, spans_of
     from megarewarm.errors import UserError
+    from tests.data.test_fuzz import attempt, pair_of
+    from tests.support import hostile
 
 SUFFIXES = (".jsonl", ".txt", ".jsonl.gz", ".jsonl.zst", ".txt.gz")
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import config, mapping, quiet, write_tokens
 
 from megarewarm.config.load import merge
 from megarewarm.errors import UserError
 from megarewarm.main import main
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
-from megarewarm.training.plan import make_plan
+from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
+from tests.support.tiny import config, mapping, quiet, write_tokens
 
 Change = Callable[[Path], Any]
 """Damages the folder and returns changes of the configuration, a text to write in its place, or None."""
@@ -51,14 +51,14 @@ def odd_bytes(place: Path) -> dict[str, Any]:
 
 
 def other_run(place: Path) -> dict[str, Any]:
-    from test_training_resume import ALONE
+    from tests.training.test_resume import ALONE
 
     train(config(place, training={"budget": 2}), ALONE, quiet())
     return {"training": {"budget": 2}, "schedule": {"max_lr": 5e-3}}
 
 
 def another_shape(place: Path) -> dict[str, Any]:
-    from test_training_resume import ALONE
+    from tests.training.test_resume import ALONE
 
     train(config(place, folder=str(place / "up"), training={"budget": 2}), ALONE, quiet())
     return {"start": {"from": str(place / "up")}, "model": {"hidden_size": 64}}
@@ -85,7 +85,7 @@ def no_config(place: Path) -> None:
 
 
 def changed_data(place: Path) -> dict[str, Any]:
-    from test_training_resume import ALONE
+    from tests.training.test_resume import ALONE
 
     settings = {"checkpoint": {"every": 2}, "training": {"budget": 4}}
     train(config(place, **settings), ALONE, quiet())
@@ -104,7 +104,8 @@ def few_to_replay(place: Path) -> dict[str, Any]:
 def narrow_weights(place: Path) -> dict[str, Any]:
     """A Hugging Face folder whose tensors are not those of its config."""
     from safetensors.torch import load_file, save_file
-    from test_training_resume import ALONE
+
+    from tests.training.test_resume import ALONE
 
     train(config(place, folder=str(place / "up"), training={"budget": 1}, export={"huggingface": True}), ALONE, quiet())
     file = place / "up" / "huggingface" / "model.safetensors"

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import write_tokens
 
 from megarewarm.config.document import json_schema, markdown
 from megarewarm.config.experiment import is_experiment, load_experiment
 from megarewarm.config.load import merge, read_configs, validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.main import main
+from tests.support.tiny import write_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_checkpoint_convert import tool
-from test_neox_config import LOCAL, PYTHIA_410M
-from tiny import config, mapping, quiet, write_tokens
 
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
+from tests.checkpoint.test_convert import tool
+from tests.config.test_neox_config import LOCAL, PYTHIA_410M
+from tests.support.tiny import config, mapping, quiet, write_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 # what no test can run, and why
 NOT_HERE = {
     r"(DS_BUILD_OPS=0 )?pip install": "installs packages",
-    r"sbatch ": "needs Slurm: tests/test_lab_local.py and test_launch_real.py start real jobs where it is installed",
+    r"sbatch ": "needs Slurm: tests/lab/test_local.py and test_launch_real.py start real jobs where it is installed",
     r"bash tests/run": "runs these tests",
     r"python benchmarks/": "measures, for minutes and some on a GPU",
     r"tensorboard ": "a server of another program",

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
-from tiny import events, mapping
 
 from megarewarm.checkpoint.export.replace import new_folder
 from megarewarm.checkpoint.own.folder import is_checkpoint
 from megarewarm.checkpoint.own.store import remove, set_aside
 from megarewarm.checkpoint.weights import unreadable
-from megarewarm.data.tokenizers import train_bpe
+from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.main import main
+from tests.support.tiny import events, mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.launch

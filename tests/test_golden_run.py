@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import events, quiet
 
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.neox_start import load_neox
 from megarewarm.training.trainer import train
+from tests.support.tiny import events, quiet
 
 
 def golden_config(golden: Path, folder: Path) -> RunConfig:

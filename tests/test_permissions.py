@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from test_training_resume import ALONE
-from tiny import config, quiet
 
 from megarewarm.checkpoint.convert import Wish, convert
 from megarewarm.checkpoint.source import open_checkpoint
-from megarewarm.data import samples
-from megarewarm.data.preprocess.job import Options, preprocess
-from megarewarm.data.tokenizers import train_bpe
-from megarewarm.report.page import report
+from megarewarm.data.order import samples
+from megarewarm.data.text.preprocess.job import Options, preprocess
+from megarewarm.data.text.tokenizers import train_bpe
+from megarewarm.report.pages.run_page import report
 from megarewarm.training.trainer import train
+from tests.support.tiny import config, quiet
+from tests.training.test_resume import ALONE
 
 
 @pytest.fixture(params=[0o002, 0o027, 0o077])

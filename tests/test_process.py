@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny import config, mapping, quiet
 
 from megarewarm.arguments import DTYPES
 from megarewarm.checkpoint import convert
@@ -27,6 +26,7 @@ from megarewarm.parallel.connect import connect
 from megarewarm.parallel.launchers import Launch
 from megarewarm.process import is_out_of_memory
 from megarewarm.training.trainer import train
+from tests.support.tiny import config, mapping, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if path.name != "find_megarewarm.py")

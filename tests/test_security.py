@@ -13,10 +13,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from report_runs import lines, write
 from safetensors.torch import save_file
-from test_config import MINIMAL
-from tiny import mapping
 
 from megarewarm.checkpoint.foreign import hub, huggingface, megatron, neox_folder
 from megarewarm.checkpoint.foreign.pickles import read_pickle
@@ -25,17 +22,20 @@ from megarewarm.config.experiment import load_experiment
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import parse_yaml
-from megarewarm.data import array_cache
+from megarewarm.data.order import array_cache
 from megarewarm.errors import UserError
 from megarewarm.laws.arms import read_trained
 from megarewarm.main import main
 from megarewarm.parallel import meeting_place
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.meeting_place import _meeting_point
-from megarewarm.report.experiment import read_experiment
-from megarewarm.report.page import report
-from megarewarm.report.watch import planned_runs
+from megarewarm.report.live.watch import planned_runs
+from megarewarm.report.numbers.experiment import read_experiment
+from megarewarm.report.pages.run_page import report
 from megarewarm.untrusted import is_inside, is_name, redacted
+from tests.config.test_schema import MINIMAL
+from tests.support.report_runs import lines, write
+from tests.support.tiny import mapping
 
 WAYS_OUT = ["../x", "..", ".", "", "/etc/passwd", "a/b", "a\\b", "a\0b", "a\nb", "x" * 300]
 SECRET = "0123456789abcdef0123456789abcdef01234567"

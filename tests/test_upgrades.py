@@ -13,24 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training_resume import ALONE
-from tiny import events, quiet
 
 from megarewarm.checkpoint.own.state import FORMAT
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config import experiment_record
 from megarewarm.config.load import read_configs, validate
-from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
-from megarewarm.report import record
-from megarewarm.report.experiment import read_experiment
-from megarewarm.report.follow import Follower
-from megarewarm.report.page import report
-from megarewarm.report.read import read_run
-from megarewarm.report.watch import planned_runs
-from megarewarm.training.run_folder import RunFolder
+from megarewarm.record import experiment as record
+from megarewarm.record.follow import Follower
+from megarewarm.record.run import read_run
+from megarewarm.record.run_format import RUN_FORMAT
+from megarewarm.report.live.watch import planned_runs
+from megarewarm.report.numbers.experiment import read_experiment
+from megarewarm.report.pages.run_page import report
+from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.trainer import train
+from tests.support.tiny import events, quiet
+from tests.training.test_resume import ALONE
 
 FIXTURE = Path(__file__).parent / "fixtures" / "format_1"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megarewarm.arguments import Parser
 from megarewarm.process import run
-from megarewarm.schedules.gallery import draw_gallery
+from megarewarm.report.figures.schedules import draw_gallery
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console, only_ascii
-from megarewarm.data.inspection import Lengths, first_difference, lengths, verify
-from megarewarm.data.token_file import BARE_DTYPES, open_tokens
-from megarewarm.data.tokenizers import load_tokenizer
+from megarewarm.data.files.inspection import Lengths, first_difference, lengths, verify
+from megarewarm.data.files.token_file import BARE_DTYPES, open_tokens
+from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.process import run
 

@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
-from megarewarm.data.merge import merge_token_files
-from megarewarm.data.token_file import open_tokens
+from megarewarm.data.files.merge import merge_token_files
+from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
 from megarewarm.process import run
 

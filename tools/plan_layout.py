@@ -14,11 +14,11 @@ from megarewarm.config.load import read_configs, validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
-from megarewarm.parallel.gpus import GPUS
+from megarewarm.layout.gpus import GPUS
 from megarewarm.process import importing, run
 
 if TYPE_CHECKING:
-    from megarewarm.parallel.cluster import Plan
+    from megarewarm.layout.cluster import Plan
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=10, help="layouts shown; default: %(default)s")
     arguments = parser.parse_args()
     with importing():
-        from megarewarm.parallel.cluster import rank_layouts
+        from megarewarm.layout.cluster import rank_layouts
 
     config = validate(RunConfig, *read_configs(arguments.configs))
     if config.model is None:

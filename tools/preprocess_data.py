@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
-from megarewarm.data.preprocess import job
-from megarewarm.data.split import parse_split
+from megarewarm.data.files.split import parse_split
+from megarewarm.data.text.preprocess import job
 from megarewarm.process import EXIT_INTERRUPTED, run, say
 
 _LINES = 30.0

@@ -31,8 +31,8 @@ def main() -> int:
     arguments = parser.parse_args()
     launch = launch_of_process()
     with importing():
+        from megarewarm.lab.replay_step import replay_step, show
         from megarewarm.parallel.connect import connect
-        from megarewarm.training.replay_batch import replay_step, show
 
     console = make_console(quiet=launch.rank != 0)
     try:

@@ -13,11 +13,11 @@ from megarewarm.config.load import read_configs
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
 from megarewarm.process import run
-from megarewarm.report.experiment import is_experiment
-from megarewarm.report.experiment_page import report_experiment
-from megarewarm.report.page import report
-from megarewarm.report.read import read_runs
-from megarewarm.report.table import summary_table
+from megarewarm.record.run import read_runs
+from megarewarm.report.numbers.experiment import is_experiment
+from megarewarm.report.pages.experiment_page import report_experiment
+from megarewarm.report.pages.run_page import report
+from megarewarm.report.pages.terminal_table import summary_table
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from megarewarm.arguments import Parser, path_text
 from megarewarm.console import make_console
-from megarewarm.data.preprocess.documents import Documents, first_bytes
-from megarewarm.data.tokenizers import train_bpe, train_sentencepiece
+from megarewarm.data.text.preprocess.documents import Documents, first_bytes
+from megarewarm.data.text.tokenizers import train_bpe, train_sentencepiece
 from megarewarm.process import run
 
 TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}

@@ -13,8 +13,8 @@ from rich.live import Live
 from megarewarm.arguments import Parser
 from megarewarm.console import make_console, only_ascii
 from megarewarm.process import run
-from megarewarm.report.watch import RISE, Overview, Watch
-from megarewarm.report.watch_frame import frame
+from megarewarm.report.live.frame import frame
+from megarewarm.report.live.watch import RISE, Overview, Watch
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from megarewarm.data.file_identity import FileIdentity
-from megarewarm.data.sample_order import SamplesRead
-from megarewarm.data.tokenizer_identity import TokenizerIdentity
+from megarewarm.data.files.file_identity import FileIdentity
+from megarewarm.data.files.tokenizer_identity import TokenizerIdentity
+from megarewarm.data.order.sample_order import SamplesRead
 
 Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A measured number, which may be NaN or infinite; revisions up to November 2026 wrote null for these."""

@@ -21,7 +21,7 @@ from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.source import open_checkpoint, tokenizers_of
 from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
-from megarewarm.data.manifest import refuse_other_tokenizers
+from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 

@@ -32,8 +32,8 @@ from megarewarm.checkpoint.tokenizer_source import (
 from megarewarm.checkpoint.weights import Description, Weights, fill
 from megarewarm.config.schema import ModelConfig
 from megarewarm.config.yaml_text import read_yaml
-from megarewarm.data.end_of_document import TOKENIZER_FILES
-from megarewarm.data.manifest import Made
+from megarewarm.data.files.manifest import Made
+from megarewarm.data.text.end_of_document import TOKENIZER_FILES
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.engine import ParallelModel

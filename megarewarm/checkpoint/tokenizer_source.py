@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megarewarm.data.end_of_document import TOKENIZER_FILES
-from megarewarm.data.tokenizer_identity import TokenizerIdentity
-from megarewarm.data.tokenizers import Tokenizer, load_tokenizer
+from megarewarm.data.files.tokenizer_identity import TokenizerIdentity
+from megarewarm.data.text.end_of_document import TOKENIZER_FILES
+from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
 
 ROLES = ("bos", "eos", "pad")

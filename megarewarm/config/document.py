@@ -15,8 +15,8 @@ from megarewarm.config.budget import Budget
 from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.paths import PathMark
 from megarewarm.config.reliability import Duration
-from megarewarm.config.run_format import RUN_FORMAT
 from megarewarm.config.schema import RunConfig
+from megarewarm.record.run_format import RUN_FORMAT
 
 _INTRODUCTION = """\
 # Configuration

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from megarewarm.config.paths import expanded
 from megarewarm.config.problems import in_words
-from megarewarm.config.run_format import take_format
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.unknown_keys import foreign_meaning, known_keys, meant
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_yaml
 from megarewarm.errors import UserError, nearest
+from megarewarm.record.run_format import take_format
 from megarewarm.untrusted import redacted, secrets_of
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -16,17 +16,17 @@ from megarewarm.config.arms import Arm
 from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
+from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.lab.start_checks import check_start, missing_files, prepared_folder, ranks_of
 from megarewarm.model.optimizer_state import state_bytes
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
-from megarewarm.report.follow import Follower
-from megarewarm.report.words import duration_text, tokens_text
-from megarewarm.training.evaluation_cost import evaluation_cost, tokens_asked
+from megarewarm.record.follow import Follower
+from megarewarm.spelling import duration_text, tokens_text
 from megarewarm.training.owed import is_trained, owed
-from megarewarm.training.plan import Plan
-from megarewarm.training.start_checks import check_start, missing_files, prepared_folder, ranks_of
-from megarewarm.training.unwritten import plan_ahead
+from megarewarm.training.start.evaluation_cost import evaluation_cost, tokens_asked
+from megarewarm.training.start.plan import Plan
 
 State = Literal["done", "begun", "waiting"]
 

@@ -13,14 +13,14 @@ from rich.live import Live
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.experiment_record import write_record
 from megarewarm.errors import UserError
+from megarewarm.lab.experiment import check_folders, chosen_arms, prepare, write_report
 from megarewarm.lab.local import Job, Result, cores, devices, run_locally
 from megarewarm.lab.outlook import Prospect, prospects, show_outlook
 from megarewarm.lab.slurm import submit
 from megarewarm.model.size import count_parameters
-from megarewarm.report.watch import Watch
-from megarewarm.report.watch_frame import frame
-from megarewarm.training.experiment import check_folders, chosen_arms, prepare, write_report
-from megarewarm.training.memory import machine_memory
+from megarewarm.report.live.frame import frame
+from megarewarm.report.live.watch import Watch
+from megarewarm.training.start.memory import machine_memory
 
 _PROCESS_BYTES = 700e6  # Python, torch and the data's caches
 _PARAMETER_BYTES = 28.0  # weights, gradients, moments, a checkpoint's copy and activations of a small batch

@@ -14,8 +14,8 @@ from megarewarm.laws.fitting import quantile
 from megarewarm.laws.replay import ReplayLaw, largest_new_share
 from megarewarm.laws.sections import Prediction, Section, describe
 from megarewarm.laws.support import FRACTION, Space, natural
-from megarewarm.report.read import DOWNSTREAM, UPSTREAM
-from megarewarm.report.words import loss_text, rate_text
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM
+from megarewarm.spelling import loss_text, rate_text
 
 MEAN = "mean of both losses"
 _NAMED = 4  # arms named in a sentence

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
-from megarewarm.report.read import DOWNSTREAM, UPSTREAM, NothingYet, Run, read_run
-from megarewarm.report.record import read_record
+from megarewarm.record.experiment import read_record
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, Run, read_run
 
 Floats = NDArray[np.float64]
 

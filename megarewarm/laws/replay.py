@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from megarewarm.laws.arms import Family, Floats, Trained
 from megarewarm.laws.fitting import Bounds, HeldOut, Trial, at_bounds, fit, standard_error
 from megarewarm.laws.support import FRACTION, Space
-from megarewarm.report.read import UPSTREAM
+from megarewarm.record.run import UPSTREAM
 
 NEEDED = 5
 """Different fractions below which nothing is fitted: three lie inside then, each held out once."""

@@ -16,9 +16,9 @@ from megarewarm.laws.arms import Family, Trained, distinct_rates
 from megarewarm.laws.fitting import Trial, pooled
 from megarewarm.laws.replay import ReplayLaw, fit_replay
 from megarewarm.laws.support import FRACTION, LENGTHS, RATES, Point, Space, natural, schedule_point
-from megarewarm.report.read import DOWNSTREAM, UPSTREAM
-from megarewarm.report.words import counted, rate_text
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM
 from megarewarm.schedules.schedule import Schedule
+from megarewarm.spelling import counted, rate_text
 
 _ROUND = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # replay fractions that people use
 _KEYS = {"warmup_steps": "warmup"}  # as a run's file names them, where the record of a schedule has another name

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from megarewarm.laws.advice import Advice
 from megarewarm.laws.answer import Answer
 from megarewarm.laws.sections import keys_of
-from megarewarm.report import style
-from megarewarm.report.lines import short_labels
-from megarewarm.report.place import place_labels
-from megarewarm.report.words import rate_text
+from megarewarm.report.figures import style
+from megarewarm.report.figures.labels import place_labels
+from megarewarm.report.figures.lines import short_labels
+from megarewarm.spelling import rate_text
 
 _NAMED = 12  # arms whose names a panel has room for
 _NAME_FONT = 7.0  # points

@@ -11,7 +11,7 @@ from rich.table import Table
 from megarewarm.laws.advice import Advice
 from megarewarm.laws.answer import Answer, aimed
 from megarewarm.laws.sections import Prediction, Section, describe
-from megarewarm.report.words import loss_text, rate_text
+from megarewarm.spelling import loss_text, rate_text
 
 FORMS = {
     "schedule": "L(t) = L(0) + A ((S0 + S1)^-a - S0^-a) - C S2 + B (1 - (1 + E S1)^-b)",

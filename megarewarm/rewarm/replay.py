@@ -18,12 +18,12 @@ from itertools import product
 
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
-from megarewarm.data.blend import Order, normalised
-from megarewarm.data.file_identity import FileIdentity
-from megarewarm.data.mixture import open_view
-from megarewarm.data.phases import AnySource
-from megarewarm.data.sample_order import SampleOrder
-from megarewarm.data.seen_samples import SeenPart, SeenSource, union
+from megarewarm.data.files.file_identity import FileIdentity
+from megarewarm.data.mixture.blend import Order, normalised
+from megarewarm.data.mixture.mixture import open_view
+from megarewarm.data.mixture.phases import AnySource
+from megarewarm.data.order.sample_order import SampleOrder
+from megarewarm.data.order.seen_samples import SeenPart, SeenSource, union
 from megarewarm.errors import UserError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megarewarm.config.data import BlendSwitch
 from megarewarm.config.schema import RunConfig
-from megarewarm.data.phases import AnySource, Phase
+from megarewarm.data.mixture.phases import AnySource, Phase
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Position

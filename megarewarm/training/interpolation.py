@@ -11,10 +11,11 @@ from rich.table import Table
 
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import Between, nothing_between
-from megarewarm.training.evaluate import evaluate, turns
-from megarewarm.training.metrics import Metrics
+from megarewarm.training.after_step.evaluate import evaluate
+from megarewarm.training.output.metrics import Metrics
 from megarewarm.training.run import Run
-from megarewarm.training.start_weights import load_start
+from megarewarm.training.start.evaluations import evaluations_at
+from megarewarm.training.start.weights import load_start
 
 
 def interpolate(
@@ -66,7 +67,7 @@ def _load_start(run: Run) -> None:
 
 def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Between]) -> dict[str, float]:
     config = run.plan.config
-    number, _ = turns(config, config.total_steps)[-1]
+    number, _ = evaluations_at(config, config.total_steps)[-1]
     losses = {}
     for windows in run.validation:
         turn = number if windows.when == "always" else 0

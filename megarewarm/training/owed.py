@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarewarm.report.read import read_run
-from megarewarm.training.plan import Plan
-from megarewarm.training.run_folder import RunFolder
+from megarewarm.record.run import read_run
+from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.plan import Plan
 
 
 @dataclass(frozen=True)

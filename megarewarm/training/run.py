@@ -14,10 +14,10 @@ from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
-from megarewarm.data.batches import TrainingBatches
-from megarewarm.data.moving import MovingWindows
-from megarewarm.data.prefetch import Prefetch
-from megarewarm.data.validation import ValidationWindows
+from megarewarm.data.mixture.batches import TrainingBatches
+from megarewarm.data.mixture.moving import MovingWindows
+from megarewarm.data.mixture.prefetch import Prefetch
+from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.model.fused import Operations
 from megarewarm.model.size import count_parameters, peak_tflops, training_flops_per_token
 from megarewarm.optimizers.optimizer import Optimizer
@@ -27,11 +27,11 @@ from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import Row
-from megarewarm.training.plan import Plan
-from megarewarm.training.run_data import data_seen
 from megarewarm.training.spikes import SpikeDetector
-from megarewarm.training.start_weights import StartWeights
-from megarewarm.training.texts import Texts
+from megarewarm.training.start.plan import Plan
+from megarewarm.training.start.run_data import data_seen
+from megarewarm.training.start.texts import Texts
+from megarewarm.training.start.weights import StartWeights
 
 RNG = "rng.cpu"
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from megarewarm.checkpoint.own.state import RecentSteps
-from megarewarm.data.batches import TrainingBatches
-from megarewarm.data.prefetch import Prefetch
+from megarewarm.data.mixture.batches import TrainingBatches
+from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
 from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
@@ -21,11 +21,11 @@ from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import table
-from megarewarm.training.inputs import open_inputs
-from megarewarm.training.plan import Plan, settle_model
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
-from megarewarm.training.start_weights import StartWeights, again, copy_weights, keeps_start
+from megarewarm.training.start.inputs import open_inputs
+from megarewarm.training.start.plan import Plan, settle_model
+from megarewarm.training.start.weights import StartWeights, again, copy_weights, keeps_start
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from megarewarm.model.size import count_parameters
 from megarewarm.rewarm.reset import Row
-from megarewarm.training.evaluation_cost import EvaluationCost
 from megarewarm.training.run import Run
+from megarewarm.training.start.evaluation_cost import EvaluationCost
 
 
 def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) -> None:

@@ -17,34 +17,35 @@ from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.together import gather
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
-from megarewarm.data.moving import MovingWindows
-from megarewarm.data.validation import ValidationWindows
+from megarewarm.data.mixture.moving import MovingWindows
+from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import EXIT_TIME_LIMIT
 from megarewarm.parallel.agreement import Between, all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
-from megarewarm.report.words import duration_text
-from megarewarm.training.bad_steps import answer
-from megarewarm.training.dynamics import dynamics_steps, measure
-from megarewarm.training.evaluate import evaluate, evaluation_steps, turns
-from megarewarm.training.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_held
-from megarewarm.training.inputs import check_place, check_training
+from megarewarm.spelling import duration_text
+from megarewarm.training.after_step.bad_steps import answer
+from megarewarm.training.after_step.dynamics import dynamics_steps, measure
+from megarewarm.training.after_step.evaluate import evaluate
+from megarewarm.training.after_step.progress import RunProgress, loss_line
+from megarewarm.training.after_step.signals import Lookout, StopAgreed, StopRequest
+from megarewarm.training.after_step.step_times import StepTimes
+from megarewarm.training.after_step.time_limit import TimeLimit
 from megarewarm.training.interpolation import interpolate
-from megarewarm.training.metrics import Metrics
-from megarewarm.training.notes import logged_notes
+from megarewarm.training.output.metrics import Metrics
+from megarewarm.training.output.notes import logged_notes
+from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.owed import is_trained, owed
-from megarewarm.training.plan import Plan, make_plan
-from megarewarm.training.progress import RunProgress, loss_line
 from megarewarm.training.run import Run
-from megarewarm.training.run_folder import RunFolder
-from megarewarm.training.saving import extra_steps, is_saved, retention
 from megarewarm.training.setup import build
-from megarewarm.training.signals import Lookout, StopAgreed, StopRequest
+from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_held
+from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
+from megarewarm.training.start.inputs import check_place, check_training
+from megarewarm.training.start.plan import Plan, make_plan
+from megarewarm.training.start.saving import extra_steps, is_saved, retention
+from megarewarm.training.start.texts import Texts, settle_texts
 from megarewarm.training.step import TrainingDiverged, training_step
-from megarewarm.training.step_times import StepTimes
 from megarewarm.training.summary import print_reset_table, print_start
-from megarewarm.training.texts import Texts, settle_texts
-from megarewarm.training.time_limit import TimeLimit
 
 _NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
 
@@ -320,7 +321,7 @@ class _Loop:
         micro_batch = config.evaluation.micro_batch or config.training.micro_batch
         began = time.monotonic()
         found: list[list[tuple[ValidationWindows | MovingWindows, float, int]]] = []
-        for number, last in turns(config, step) if when is None else [(0, False)]:
+        for number, last in evaluations_at(config, step) if when is None else [(0, False)]:
             found.append([])
             for windows in run.validation:
                 if windows.when == "end" and not last:

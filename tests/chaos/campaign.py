@@ -25,13 +25,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from tiny import mapping
 from torch.utils import tensorboard
 
-from chaos.faults import KINDS, REPLICATED_ONLY, Fault, draw, supported
-from chaos.ledger import Outcome, Row, table
-from chaos.supervisor import Scenario, Supervisor, carry_out_undisturbed
-from megarewarm.training import experiment, trainer
+from megarewarm.lab import experiment
+from megarewarm.training import trainer
+from tests.chaos.faults import KINDS, REPLICATED_ONLY, Fault, draw, supported
+from tests.chaos.ledger import Outcome, Row, table
+from tests.chaos.supervisor import Scenario, Supervisor, carry_out_undisturbed
+from tests.support.tiny import mapping
 
 PRELOADED = (experiment, tensorboard, trainer)
 STEPS, PER_RUN = 80, 8

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from chaos.faults import Fault, has_fired, mark_fired, read_schedule
-from megarewarm.data.batches import TrainingBatches
+from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.parallel.engine import ParallelModel
+from tests.chaos.faults import Fault, has_fired, mark_fired, read_schedule
 
 
 class _Progress:

@@ -24,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
-from chaos.inside import arm
+from tests.chaos.inside import arm
 
 STACKS = signal.SIGUSR2  # asks a rank for the stacks of all its threads
 _AGENTS_PATIENCE = 3.0  # torchrun gives ranks 30 s between SIGTERM and SIGKILL

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from chaos.faults import Fault
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.integrity import find_damage
-from megarewarm.report.read import read_run
+from megarewarm.record.run import read_run
+from tests.chaos.faults import Fault
 
 
 @dataclass

@@ -11,8 +11,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chaos.faults import Fault
 from megarewarm.checkpoint.own.folder import checkpoints_in
+from tests.chaos.faults import Fault
 
 
 def send(pid: int, number: int) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos import launcher, outside
-from chaos.faults import KINDS, Fault, give_turn, has_fired, mark_fired, write_schedule
-from chaos.launcher import Job
-from chaos.ledger import MetricsTail, Outcome, difference, steps_lost
+from tests.chaos import launcher, outside
+from tests.chaos.faults import KINDS, Fault, give_turn, has_fired, mark_fired, write_schedule
+from tests.chaos.launcher import Job
+from tests.chaos.ledger import MetricsTail, Outcome, difference, steps_lost
 
 HANG = 60.0
 """Seconds without a new step, and without an end, that count as a hang: many times parallel.timeout_minutes."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chaos.faults import supported
+from tests.chaos.faults import supported
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.launch
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.launch
 
 def test_one_fault_of_each_kind_costs_no_step(tmp_path: Path) -> None:
     """In a process of its own: this one has threads, and must not fork."""
-    paths = [str(ROOT / "tests"), str(ROOT), str(ROOT / "kernels")]
+    paths = [str(ROOT), str(ROOT / "kernels")]
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     options = ["--layouts", "replicated,zero2,tensor", "--timeout", "0.1", "--seed", "7", "--json", str(tmp_path / "outcomes")]
     result = subprocess.run(
-        [sys.executable, "-m", "chaos.campaign", "--each", *options, "--folder", str(tmp_path / "runs")],
+        [sys.executable, "-m", "tests.chaos.campaign", "--each", *options, "--folder", str(tmp_path / "runs")],
         env={**os.environ, **threads, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import config, quiet
 
-from chaos.faults import KINDS, Fault
-from chaos.ledger import MetricsTail, Outcome, Row, difference, steps_lost, table
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
+from tests.chaos.faults import KINDS, Fault
+from tests.chaos.ledger import MetricsTail, Outcome, Row, difference, steps_lost, table
+from tests.support.tiny import config, quiet
 
 
 @pytest.fixture(scope="module")

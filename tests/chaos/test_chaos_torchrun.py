@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import events, mapping
 
-from chaos.ledger import difference
+from tests.chaos.ledger import difference
+from tests.support.tiny import events, mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = Path(sys.executable).parent / "torchrun"

@@ -14,8 +14,8 @@ from typing import Any
 
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded
 from megarewarm.config.schema import ModelConfig
-from megarewarm.data.end_of_document import TOKENIZER_FILES, beside
-from megarewarm.data.tokenizers import HuggingFaceTokenizer
+from megarewarm.data.text.end_of_document import TOKENIZER_FILES, beside
+from megarewarm.data.text.tokenizers import HuggingFaceTokenizer
 from megarewarm.errors import UserError
 
 _COPIED = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage, Loss
 from megarewarm.config.schema import ModelConfig
-from megarewarm.data.file_identity import FileIdentity
+from megarewarm.data.files.file_identity import FileIdentity
 from megarewarm.errors import UserError
 
 FORMAT = 2

@@ -1,0 +1,1 @@
+"""Token files: their bytes, indexes, manifests and identity."""

@@ -1,0 +1,1 @@
+"""Samples of many sources, blended into batches."""

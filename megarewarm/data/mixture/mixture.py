@@ -1,0 +1,198 @@
+"""From the sources of a configuration to rows at any position: files opened, ordered, blended, phase after phase."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.config.data import DataConfig, Source
+from megarewarm.data.files.split import Rule, split_documents
+from megarewarm.data.files.token_file import TokenView, open_tokens
+from megarewarm.data.mixture.blend import AnyBlend, Blend, GreedyTable, normalised
+from megarewarm.data.mixture.blended_rows import BlendedRows
+from megarewarm.data.mixture.phases import AnySource, Phase, PhasedBlend, all_sources
+from megarewarm.data.order.permutation import derive_key
+from megarewarm.data.order.row_samples import RowSamples
+from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.data.order.seen_samples import SeenSource
+from megarewarm.errors import UserError
+
+ORDER_VERSION = 1  # part of every fingerprint; to be raised when the same config would give another order
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """``rows`` of all positions, and what identifies their order. ``firsts``: the positions at which phases begin;
+    ``shares``: of each phase, source by source (None for one that is not in it)."""
+
+    rows: BlendedRows
+    data: DataConfig
+    firsts: list[int]
+    shares: list[list[int | str | None]]
+
+    def fingerprint(self, before: int) -> str:
+        """Fingerprint of the order of the positions [0, ``before``): phases that begin later have no part in it."""
+        begun = max(1, sum(first < before for first in self.firsts))
+        known = 1 + max(i for shares in self.shares[:begun] for i, share in enumerate(shares) if share is not None)
+        later = [[first, shares[:known]] for first, shares in zip(self.firsts[1:begun], self.shares[1:begun], strict=True)]
+        return fingerprint_of(self.data, self.data.seed, self.rows.samples[:known], self.shares[0][:known], later)
+
+
+def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vocab_size: int) -> Mixture:
+    """The rows of ``total_samples`` samples in ``data.order``. The weights of each phase are final.
+
+    Raises ``UserError`` for files that can't be read or hold ids outside of the vocabulary, for sources too short for
+    one sample, and where the run would read a source more often than its ``max_epochs``.
+    """
+    phases = [phase for phase in phases if phase.first < total_samples] or list(phases[:1])
+    sources, places = all_sources(phases)
+    names = source_names(sources)
+    lengths = [last - first for first, last in pairwise([*(phase.first for phase in phases), total_samples])]
+    wanted = _wanted(data, phases, lengths, places, len(sources))
+    samples = [
+        source.open(vocab_size, data.sequence_length)
+        if isinstance(source, SeenSource)
+        else _open_samples(data, source, i, open_view(source, data, vocab_size), wanted[i])
+        for i, source in enumerate(sources)
+    ]
+    blends: list[AnyBlend] = []
+    shares: list[list[int | str | None]] = []
+    for phase, length, mine in zip(phases, lengths, places, strict=True):
+        weights = [source.weight for source in phase.sources]
+        told: list[int] | list[str]
+        if data.order == "permuted" or len(weights) == 1:
+            blend = Blend(weights, length)
+            blends.append(blend)
+            told = blend.numerators.tolist()
+        else:
+            blends.append(GreedyTable(weights, length))
+            told = [weight.hex() for weight in weights]
+        by_place = dict(zip(mine.tolist(), told, strict=True))
+        shares.append([by_place.get(i) for i in range(len(sources))])
+    firsts = [phase.first for phase in phases]
+    whole = blends[0] if len(blends) == 1 else PhasedBlend(firsts, blends, places, len(sources))
+    rows = BlendedRows(names, samples, whole, vocab_size)
+    for name, source, part, need in zip(names, sources, samples, rows.counts(total_samples).tolist(), strict=True):
+        _check_epochs(name, source, part, need)
+        if source.max_epochs is None and part.num_samples is not None and need > part.num_samples:
+            raise UserError(
+                f"source '{name}' gives {part.num_samples} samples and the blend asks it for {need}: order '{data.order}' "
+                f"allows half a percent more than its weight's share, too little for so few samples; change its weight a little"
+            )
+    return Mixture(rows, data, firsts, shares)
+
+
+def source_names(sources: Sequence[AnySource]) -> list[str]:
+    """The sources' names, else their files'. Raises ``UserError`` where two are the same."""
+    names = [source.name or Path(source.path.removesuffix(".bin").removesuffix(".idx")).name for source in sources]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"two sources are named '{twice[0]}': give each its own 'name'")
+    return names
+
+
+def open_view(source: Source, data: DataConfig, vocab_size: int) -> TokenView:
+    """The tokens of a source, or of its part of a split, after a check of the ids.
+
+    Splits follow Megatron-LM's rounding in the ``megatron`` order, else GPT-NeoX's, whose data they are to fit.
+    """
+    file = open_tokens(source.path, dtype=source.dtype, vocab_size=vocab_size)
+    file.check_vocabulary(vocab_size)
+    if source.split is None:
+        return file.view()
+    if file.index_path is None:
+        raise UserError(f"{file.path} has no .idx, so no documents to split: remove 'split', or split the file itself")
+    rule: Rule = "megatron" if data.order == "megatron" else "neox"
+    return file.view(*split_documents(source.split, file.num_documents, rule)[source.part])
+
+
+def fingerprint_of(
+    data: DataConfig,
+    seed: int,
+    samples: Sequence[Samples],
+    shares: Sequence[int | str | None],
+    phases: Sequence[list[object]] = (),
+) -> str:
+    """32 hex digits of all that decides which tokens stand at which position; see ``TrainingBatches.fingerprint``."""
+    sources = [
+        {
+            "file": part.tokens.file.fingerprint(),
+            "documents": [part.tokens.first_document, part.tokens.last_document],
+            "order": part.order,
+            "shuffled": getattr(part, "epoch_ranges", None),
+            "share": share,
+        }
+        for part, share in zip(samples, shares, strict=True)
+    ]
+    content = {"version": ORDER_VERSION, "seed": seed, "sequence_length": data.sequence_length, "sources": sources}
+    if phases:
+        content["phases"] = phases
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _open_samples(data: DataConfig, source: Source, place: int, view: TokenView, wanted: int) -> Samples:
+    s, seed = data.sequence_length, data.seed
+    if source.layout == "rows":
+        return RowSamples(view, s, source.first_row, source.max_epochs)
+    if data.order == "permuted":
+        # The place in the list goes into the key, so that a file that is listed twice is read in two orders.
+        return PermutedSamples(view, s, derive_key(seed, place), source.max_epochs)
+    kind = NeoxSamples if data.order == "neox" else MegatronSamples
+    return kind(view, s, seed, wanted)
+
+
+def _wanted(
+    data: DataConfig,
+    phases: Sequence[Phase],
+    lengths: Sequence[int],
+    places: Sequence[npt.NDArray[np.int64]],
+    sources: int,
+) -> list[int]:
+    """Samples that GPT-NeoX or Megatron-LM would ask each source for, which decides its epochs.
+
+    Both ask each source of a blend for half a percent more than its share.
+    """
+    if len(phases) == 1 and len(phases[0].sources) == 1 and not data.blend_of_one:
+        return [lengths[0]]
+    wanted = [0] * sources
+    for phase, length, mine in zip(phases, lengths, places, strict=True):
+        weights = [each.weight for each in phase.sources]
+        # shares already? To divide them once more could change their last bit, and by it the epochs
+        shares = weights if math.isclose(math.fsum(weights), 1.0, rel_tol=1e-12) else normalised(weights, data.order)
+        for share, place in zip(shares, mine.tolist(), strict=True):
+            if data.order == "neox":
+                wanted[place] += math.ceil(length * share * 1.005)
+            else:
+                wanted[place] += math.ceil(math.ceil(length * share) * 1.005)
+    return wanted
+
+
+def _check_epochs(name: str, source: AnySource, samples: Samples, need: int) -> None:
+    if source.max_epochs is None:
+        return
+    have = math.floor(source.max_epochs * samples.samples_per_epoch)
+    if need > have == 0 == samples.samples_per_epoch:
+        raise UserError(f"source '{name}' is shorter than one sample: set its max_epochs to null, or remove it")
+    if need > have:
+        s = samples.sequence_length
+        epochs = math.ceil(need / samples.samples_per_epoch * 100) / 100
+        if isinstance(source, SeenSource):
+            raise UserError(
+                f"replay of lineage: {have} samples ({have * s} tokens) of '{name}' may be replayed in max_epochs "
+                f"{source.max_epochs:g}, the run needs {need} ({need * s} tokens): set replay.max_epochs to {epochs:g} or "
+                f"more, lower replay.fraction, or shorten training.budget"
+            )
+        raise UserError(
+            f"source '{name}' gives {have} samples ({have * s} tokens) in max_epochs {source.max_epochs:g}, the run "
+            f"needs {need} ({need * s} tokens): set its max_epochs to {epochs:g} or more, lower its weight, or shorten "
+            f"training.budget"
+        )

@@ -1,0 +1,91 @@
+"""Validation on moving slices, as GPT-NeoX does it: every evaluation takes the tokens after those of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.mixture.blend import normalised
+from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.mixture.phases import Phase
+from megarewarm.errors import UserError
+
+
+class Slice:
+    """The windows [first, first + count) of a set: what one evaluation reads."""
+
+    def __init__(self, windows: MovingWindows, first: int, count: int) -> None:
+        self._windows, self._first, self._count = windows, first, count
+
+    def share(self, rank: int, world: int) -> range:
+        """The windows of a rank. All ranks' shares together are each window once; they differ by at most one window."""
+        if not 0 <= rank < world:
+            raise ValueError(f"no share of rank {rank} of {world}")
+        first, count = self._first, self._count
+        return range(first + rank * count // world, first + (rank + 1) * count // world)
+
+    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
+        """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
+        mine = self.share(rank, world)
+        for first in range(mine.start, mine.stop, micro_batch):
+            yield self._windows.read(first, min(micro_batch, mine.stop - first))
+
+
+class MovingWindows:
+    """A set of ``evaluations`` slices of floor(tokens / s) windows each, in the order ``data.order`` gives them.
+
+    The order is that of a training run of that many samples, with ``data.seed``; ``max_epochs`` of the sources holds.
+    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read. ``files``: what each
+    source's file holds.
+    """
+
+    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int, evaluations: int) -> None:
+        self.name = config.name
+        self.role = config.role
+        self.when = config.when
+        self.sequence_length = data.sequence_length
+        self.windows_per_slice = config.tokens // data.sequence_length
+        self.evaluations = evaluations if config.when == "always" else 1
+        if self.windows_per_slice < 1:
+            raise UserError(
+                f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
+                f"'tokens' ({config.tokens})"
+            )
+        shares = normalised([source.weight for source in config.sources], data.order)
+        sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
+        samples = self.windows_per_slice * self.evaluations
+        mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
+        self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
+        self.files = self._rows.files()
+        self.notes: list[str] = []
+        epochs = max(
+            count / max(part.samples_per_epoch, 1)
+            for count, part in zip(mixture.rows.counts(samples).tolist(), mixture.rows.samples, strict=True)
+        )
+        if epochs > 1:
+            self.notes.append(
+                f"validation set '{self.name}' reads its sources {epochs:.3g} times: {self.evaluations:,} evaluations of "
+                f"{self.windows_per_slice * data.sequence_length:,} tokens are asked for, and they hold no more"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose loss one evaluation evaluates."""
+        return self.windows_per_slice * self.sequence_length
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the order of the set's windows."""
+        return self._fingerprint
+
+    def slice(self, number: int) -> Slice:
+        """The windows of evaluation ``number``, counted from 0."""
+        if not 0 <= number < self.evaluations:
+            raise ValueError(f"validation set '{self.name}' has no slice {number} of {self.evaluations}")
+        return Slice(self, number * self.windows_per_slice, self.windows_per_slice)
+
+    def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Rows of the windows [first, first + count), (count, s + 1) int64."""
+        return self._rows.read(first, count)

@@ -1,0 +1,102 @@
+"""Validation windows: the same token slices at every evaluation, in every run, for every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.mixture.blend import Blend
+from megarewarm.data.mixture.blended_rows import BlendedRows
+from megarewarm.data.mixture.mixture import fingerprint_of, open_view, source_names
+from megarewarm.data.order.permutation import derive_key
+from megarewarm.data.order.samples import PermutedSamples
+from megarewarm.errors import UserError
+
+SEED = 20240313  # of the choice of windows: fixed, so that runs with different data.seed see the same tokens
+
+
+class ValidationWindows:
+    """The first floor(tokens / s) windows of the permuted order of the set's sources, blended by weight.
+
+    At most as many as the sources hold in one epoch (or in ``max_epochs``, where that is less), which ``notes`` say.
+    Neither ``data.order`` (but for the rounding of splits) nor ``data.seed`` changes them. Raises ``UserError`` where
+    not one whole window is left, and for files that can't be read. ``files``: what each source's file holds.
+    """
+
+    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int) -> None:
+        self.name = config.name
+        self.role = config.role
+        self.when = config.when
+        self.sequence_length = data.sequence_length
+        views = [open_view(source, data, vocab_size) for source in config.sources]
+        samples = [
+            PermutedSamples(view, data.sequence_length, derive_key(SEED, i), min(source.max_epochs or 1.0, 1.0))
+            for i, (view, source) in enumerate(zip(views, config.sources, strict=True))
+        ]
+        blend = Blend([source.weight for source in config.sources])
+        self._rows = BlendedRows(source_names(config.sources), samples, blend, vocab_size)
+        wanted = config.tokens // data.sequence_length
+        self.num_windows = _most(blend, [part.num_samples or 0 for part in samples], wanted)
+        if self.num_windows < 1:
+            raise UserError(
+                f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
+                f"'tokens' ({config.tokens}) or give it longer sources"
+            )
+        self.notes: list[str] = []
+        if self.num_windows < wanted:
+            self.notes.append(
+                f"validation set '{self.name}' is evaluated on {self.num_tokens:,} tokens, not on the {config.tokens:,} asked "
+                f"for: its sources hold no more{self._why(config, samples)}"
+            )
+        self.files = self._rows.files()
+        self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
+
+    def _why(self, config: ValidationSet, samples: list[PermutedSamples]) -> str:
+        """Of several sources, which one ends first."""
+        if len(samples) == 1:
+            return ""
+        counts = self._rows.counts(self.num_windows + 1)
+        names = source_names(config.sources)
+        over = [name for name, part, n in zip(names, samples, counts, strict=True) if n > (part.num_samples or 0)]
+        return f" in these shares, '{over[0]}' is used up first" if over else ""
+
+    def slice(self, number: int) -> ValidationWindows:
+        """What evaluation ``number`` reads: always the same."""
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose loss is evaluated: s per window."""
+        return self.num_windows * self.sequence_length
+
+    def fingerprint(self) -> str:
+        """32 hex digits; two sets with equal ones and equal ``num_windows`` hold the same windows."""
+        return self._fingerprint
+
+    def share(self, rank: int, world: int) -> range:
+        """The windows of a rank. All ranks' shares together are each window once; they differ by at most one window."""
+        if not 0 <= rank < world:
+            raise ValueError(f"no share of rank {rank} of {world}")
+        return range(rank * self.num_windows // world, (rank + 1) * self.num_windows // world)
+
+    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
+        """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
+        mine = self.share(rank, world)
+        for first in range(mine.start, mine.stop, micro_batch):
+            yield self._rows.read(first, min(micro_batch, mine.stop - first))
+
+
+def _most(blend: Blend, limits: list[int], wanted: int) -> int:
+    """The largest n of up to ``wanted`` whose first n picks of the blend ask no source for more than its limit."""
+    low, high = 0, min(wanted, sum(limits))
+    while low < high:
+        middle = math.ceil((low + high) / 2)
+        if (blend.counts(middle) <= np.array(limits)).all():
+            low = middle
+        else:
+            high = middle - 1
+    return low

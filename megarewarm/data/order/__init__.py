@@ -1,0 +1,1 @@
+"""Samples of one token file, in an order that is computed."""

@@ -1,0 +1,338 @@
+"""Samples that earlier stages of training have read, to be read again: a replay of what a lineage records.
+
+The samples are a set. Stages may have read a file in several orders, or for several epochs: a sample is in the set once, where
+it was read first, and one that shares tokens with a sample before it is none of the set.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megarewarm.data.files.file_identity import FileIdentity, identity_of
+from megarewarm.data.files.token_file import TokenFile, TokenView, open_tokens
+from megarewarm.data.order.array_cache import cached
+from megarewarm.data.order.row_samples import RowSamples
+from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
+from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.errors import UserError
+
+Ranges = Sequence[tuple[int, int]]
+Numbers = npt.NDArray[np.int64]
+
+_BLOCK = 2**18  # samples looked at at a time
+_CACHED = 2**21  # samples from which on the set is kept on the disk
+_MOST_TOKENS = 2**33  # of a file in which single tokens are marked, a byte each
+
+
+@dataclass(frozen=True)
+class SeenPart:
+    """The samples ``seen`` (ascending, disjoint ranges of indices) in one ``order``."""
+
+    order: SampleOrder
+    seen: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class SeenSource:
+    """A source of the samples of all ``parts``, one after another, of the file at ``path``.
+
+    ``ended``: (part, index) at which the last replay of them ended, where reading goes on; it wraps around their end. ``pool``:
+    the name under which the file was read then; ``file``: what it held. ``max_epochs``: how often a sample may be replayed.
+    """
+
+    name: str
+    pool: str
+    path: str
+    file: FileIdentity
+    parts: tuple[SeenPart, ...]
+    ended: tuple[int, int] | None = None
+    weight: float = 1.0
+    max_epochs: float | None = 1.0
+
+    def with_weight(self, weight: float) -> SeenSource:
+        """The same source with another share."""
+        return replace(self, weight=weight)
+
+    def open(self, vocab_size: int, sequence_length: int) -> SeenSamples:
+        """The samples. Raises ``UserError`` where the file is gone or another one, or the sequences are of another length."""
+        for order in (part.order for part in self.parts):
+            if order.sequence_length != sequence_length:
+                raise UserError(
+                    f"replay of lineage: '{self.pool}' was read in sequences of {order.sequence_length} tokens, this run's "
+                    f"data.sequence_length is {sequence_length}: make it {order.sequence_length}, or give replay.sources"
+                )
+        try:
+            files = {part.order.dtype: open_tokens(self.path, dtype=part.order.dtype) for part in self.parts}
+        except UserError as error:
+            raise UserError(
+                f"replay of lineage: '{self.pool}': {error}; if it has moved, say where in replay.paths: "
+                f"{{{self.pool}: NEW_PATH}}"
+            ) from error
+        for file in files.values():
+            if not (now := identity_of(file)).agrees_with(self.file):
+                raise UserError(
+                    f"replay of lineage: {file.path} is not the file that was read as '{self.pool}' (fingerprint "
+                    f"{now.differing(self.file)}): say where that one is in replay.paths"
+                )
+            file.check_vocabulary(vocab_size)
+        originals = [_reopen(part.order, files[part.order.dtype]) for part in self.parts]
+        return SeenSamples(originals, [part.seen for part in self.parts], self.ended, self.max_epochs)
+
+
+class SeenSamples(Samples):
+    """Sample i is the i-th of those that were ``seen`` of the ``originals``, each once, from where the last replay ``ended``
+    on, counted around."""
+
+    def __init__(
+        self,
+        originals: Sequence[Samples],
+        seen: Sequence[Ranges],
+        ended: tuple[int, int] | None = None,
+        max_epochs: float | None = 1.0,
+    ) -> None:
+        super().__init__(originals[0].tokens, originals[0].sequence_length)
+        self._originals = list(originals)
+        self._members = _members(originals, seen)
+        self._ends = np.cumsum([len(members) for members in self._members])
+        self.samples_per_epoch = int(self._ends[-1])
+        self.first = 0 if ended is None else self._rank(*ended) % self.samples_per_epoch
+        self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
+        if len(originals) == 1 and isinstance(self._members[0], _Ranged):
+            self.order = f"replay of {self.sample_order().model_dump_json()} {list(seen[0])} from {self.first}"
+        else:
+            told = [f"{each.sample_order().model_dump_json()} {list(mine)}" for each, mine in zip(originals, seen, strict=True)]
+            self.order = f"replay of {told}, each sample once, from {self.first}"
+        self.least_tokens = 1
+
+    def sample_order(self) -> SampleOrder:
+        return self._originals[0].sample_order()
+
+    def read_between(self, first: int, last: int) -> SamplesRead:
+        """A record of the samples [first, last): where they lie in the order in which the last of them was first read."""
+        ranges: list[tuple[int, int]] = []
+        part = 0
+        while first < last:
+            place = (self.first + first) % self.samples_per_epoch
+            now = int(np.searchsorted(self._ends, place, side="right"))
+            if now != part:
+                ranges, part = [], now
+            place -= self._begin(part)
+            begin, end, count = self._members[part].run(place, last - first)
+            ranges.append((begin, end))
+            first += count
+        return SamplesRead(order=self._originals[part].sample_order(), ranges=tuple(ranges), again=True)
+
+    def pieces(self, indices: Numbers) -> tuple[Numbers, Numbers]:
+        places = (self.first + indices) % self.samples_per_epoch
+        parts = np.searchsorted(self._ends, places, side="right")
+        bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
+        found = []
+        for begin, end in pairwise(bounds):
+            part = int(parts[begin])
+            inner = self._members[part].at(places[begin:end] - self._begin(part))
+            found.append(self._originals[part].pieces(inner))
+        return np.concatenate([starts for starts, _ in found]), np.concatenate([lengths for _, lengths in found])
+
+    def _begin(self, part: int) -> int:
+        return int(self._ends[part - 1]) if part else 0
+
+    def _rank(self, part: int, index: int) -> int:
+        """How many samples of the set come before ``index`` of ``part``."""
+        return self._begin(part) + self._members[part].rank(index)
+
+
+# ---- which samples of an order are in the set ------------------------------------------------------------------------------
+
+
+class _Members(Protocol):
+    """Ascending indices."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, places: Numbers) -> Numbers:
+        """The indices at ``places``."""
+
+    def rank(self, index: int) -> int:
+        """How many are below ``index``."""
+
+    def run(self, place: int, most: int) -> tuple[int, int, int]:
+        """(first, last + 1, how many) of a row of up to ``most`` of them from ``place`` on."""
+
+
+class _Ranged:
+    """All indices of ``ranges``."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        self._ranges = list(ranges)
+        self._before = np.cumsum([0] + [last - begin for begin, last in ranges])
+        self._begins = np.array([begin for begin, _ in ranges], np.int64)
+
+    def __len__(self) -> int:
+        return int(self._before[-1])
+
+    def at(self, places: Numbers) -> Numbers:
+        k = np.searchsorted(self._before, places, side="right") - 1
+        return self._begins[k] + places - self._before[k]
+
+    def rank(self, index: int) -> int:
+        return sum(max(0, min(last, index) - first) for first, last in self._ranges)
+
+    def run(self, place: int, most: int) -> tuple[int, int, int]:
+        k = bisect_right(self._before.tolist(), place) - 1
+        begin = self._ranges[k][0] + place - int(self._before[k])
+        count = min(most, self._ranges[k][1] - begin)
+        return begin, begin + count, count
+
+
+class _Listed:
+    """The ``indices``, (n,) ascending."""
+
+    def __init__(self, indices: np.ndarray) -> None:
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def at(self, places: Numbers) -> Numbers:
+        return self._indices[places].astype(np.int64)
+
+    def rank(self, index: int) -> int:
+        return int(np.searchsorted(self._indices, index))
+
+    def run(self, place: int, most: int) -> tuple[int, int, int]:
+        count = min(most, len(self._indices) - place)
+        return int(self._indices[place]), int(self._indices[place + count - 1]) + 1, count
+
+
+def _members(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[_Members]:
+    """For each of the ``originals`` those of its samples that share no token with one before them."""
+    if len(originals) == 1 and (distinct := _distinct(originals[0], seen[0])) is not None:
+        return [_Ranged(distinct)]
+    windows = _windows(originals)
+
+    def make() -> dict[str, np.ndarray]:
+        found = _new_windows(originals, seen, *windows) if windows is not None else _new_tokens(originals, seen)
+        return {str(i): indices for i, indices in enumerate(found)}
+
+    if sum(last - first for ranges in seen for first, last in ranges) < _CACHED:
+        arrays = make()
+    else:
+        orders = [each.sample_order().model_dump(mode="json") for each in originals]
+        read = [[list(each) for each in ranges] for ranges in seen]
+        file = identity_of(originals[0].tokens.file).model_dump(exclude={"path"})
+        arrays = cached({"version": 1, "what": "seen", "file": file, "orders": orders, "seen": read}, make)
+    return [_Listed(arrays[str(i)]) for i in range(len(originals))]
+
+
+def _distinct(samples: Samples, seen: Ranges) -> Ranges | None:
+    """The set of ``seen`` samples of one order as ranges, where that can be said without looking at each; else None."""
+    if isinstance(samples, NeoxSamples | MegatronSamples):
+        return seen if samples.num_epochs == 1 else None
+    size = samples.samples_per_epoch
+    first, last = seen[0][0], seen[-1][1]
+    if (last - 1) // size == first // size:
+        return seen
+    if first % size == 0 and seen[0][1] - first >= size:
+        return [(first, first + size)]
+    return None
+
+
+def _windows(originals: Sequence[Samples]) -> tuple[int, int, int] | None:
+    """(first token, tokens from one window to the next, windows) where all samples are windows of one grid; else None."""
+    grids = set()
+    for each in originals:
+        view = each.tokens
+        if isinstance(each, PermutedSamples):
+            grids.add((view.first_token, each.sequence_length, each.samples_per_epoch))
+        elif isinstance(each, RowSamples):
+            grids.add((view.first_token, each.sequence_length + 1, view.num_tokens // (each.sequence_length + 1)))
+        else:
+            return None
+    return grids.pop() if len(grids) == 1 else None
+
+
+def _blocks(ranges: Ranges, size: int) -> Iterator[Numbers]:
+    for first, last in ranges:
+        for begin in range(first, last, size):
+            yield np.arange(begin, min(begin + size, last))
+
+
+def _new_windows(
+    originals: Sequence[Samples], seen: Sequence[Ranges], origin: int, stride: int, windows: int
+) -> list[np.ndarray]:
+    taken = np.zeros(windows, bool)
+    found = []
+    for samples, ranges in zip(originals, seen, strict=True):
+        mine = [np.empty(0, np.int64)]
+        for indices in _blocks(ranges, _BLOCK):
+            numbers = (samples.pieces(indices)[0] - origin) // stride
+            first = np.zeros(len(numbers), bool)
+            first[np.unique(numbers, return_index=True)[1]] = True
+            mine.append(indices[first & ~taken[numbers]])
+            taken[numbers] = True
+        found.append(np.concatenate(mine))
+    return found
+
+
+def _new_tokens(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np.ndarray]:
+    file = originals[0].tokens.file
+    begin = min(each.tokens.first_token for each in originals)
+    end = max(each.tokens.first_token + each.tokens.num_tokens for each in originals)
+    if end - begin > _MOST_TOKENS:
+        raise UserError(
+            f"replay of lineage: {file.path} was read in several orders or epochs, and which of its {end - begin:,} tokens "
+            f"were read twice is only found for up to {_MOST_TOKENS:,}: give it as replay.sources"
+        )
+    taken = np.zeros(end - begin, bool)
+    found = []
+    for samples, ranges in zip(originals, seen, strict=True):
+        mine: list[int] = []
+        length = samples.sequence_length
+        for indices in _blocks(ranges, 2**12):
+            starts, lengths = samples.pieces(indices)
+            after = np.cumsum(lengths)
+            bounds = [0, *np.searchsorted(after, (length + 1) * np.arange(1, len(indices) + 1)) + 1]
+            firsts, lasts = (starts - begin).tolist(), (starts - begin + lengths).tolist()
+            for index, i, j in zip(indices.tolist(), bounds[:-1], bounds[1:], strict=True):
+                # the last token of a sample is only a target: the next sample begins with it
+                spans = [*zip(firsts[i : j - 1], lasts[i : j - 1], strict=True), (firsts[j - 1], lasts[j - 1] - 1)]
+                if not any(taken[a:b].any() for a, b in spans):
+                    mine.append(index)
+                    for a, b in spans:
+                        taken[a:b] = True
+        found.append(np.array(mine, np.int64))
+    return found
+
+
+def _reopen(order: SampleOrder, file: TokenFile) -> Samples:
+    view: TokenView = file.view(order.first_document, order.last_document)
+    match order.kind:
+        case "permuted":
+            return PermutedSamples(view, order.sequence_length, order.key, None)
+        case "rows":
+            return RowSamples(view, order.sequence_length, order.first_row, None)
+        case "neox":
+            return NeoxSamples(view, order.sequence_length, order.key, 1, epoch_ranges=order.epochs)
+        case "megatron":
+            return MegatronSamples(view, order.sequence_length, order.key, 1, epoch_ranges=order.epochs)
+
+
+def union(ranges: Ranges) -> tuple[tuple[int, int], ...]:
+    """The ranges as ascending ones that neither overlap nor touch."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if first >= last:
+            continue
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)

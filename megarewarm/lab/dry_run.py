@@ -1,0 +1,291 @@
+"""``--dry-run``: the resolved configuration, sizes, costs, the reset table and the LR curve. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from megarewarm.config.experiment import Experiment
+from megarewarm.config.load import dump
+from megarewarm.config.schema import RunConfig
+from megarewarm.console import only_ascii
+from megarewarm.data.order.seen_samples import SeenSource
+from megarewarm.errors import UserError
+from megarewarm.lab.experiment import check_folders, chosen_arms
+from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.lab.start_checks import Checked, check_start, missing_files, prepared_folder, ranks_of
+from megarewarm.layout.memory import Work, memory_of, parts, traffic_of
+from megarewarm.model.size import count_parameters, training_flops_per_token
+from megarewarm.parallel.connect import choose_device
+from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.mesh import choose_layout
+from megarewarm.parallel.pipeline import micro_batches
+from megarewarm.report.figures.terminal import draw_curve
+from megarewarm.rewarm.replay import replayed
+from megarewarm.rewarm.reset import table
+from megarewarm.rewarm.switches import training_phases
+from megarewarm.spelling import tokens_text
+from megarewarm.training.owed import is_trained
+from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
+from megarewarm.training.start.inputs import check_place
+from megarewarm.training.start.memory import memory_note
+from megarewarm.training.start.plan import Plan
+from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.summary import print_reset_table
+
+
+def show_run(
+    config: RunConfig, console: Console, launch: Launch, *, allow_missing: bool = False, world_size: int | None = None
+) -> int:
+    """Print everything about one run on ``world_size`` ranks; None: those that a launcher started, else as many as the file
+    needs. Returns exit code 0.
+
+    Raises ``UserError`` for whatever its start would be refused for, after all that can be shown is shown; with
+    ``allow_missing`` files, start checkpoints and GPUs that this machine lacks are only listed.
+    """
+    check_place(config)
+    plan, missing = plan_ahead(config)
+    world_size = world_size or ranks_of(config, launch.world_size)
+    console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
+    console.print()
+    refusal = None
+    checked = Checked([], [], tokens_asked(config))
+    if not is_trained(plan):
+        try:
+            checked = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
+        except UserError as error:
+            refusal, checked = error, replace(checked, absent=[*missing, *missing_files(plan.config)])
+    cost = evaluation_cost(plan, checked.evaluated)
+    notes = [*checked.notes, *evaluation_note(plan, cost)]
+    try:
+        needed, on_gpu = _show_plan(plan, console, world_size, cost)
+        if on_gpu or not allow_missing:  # which is for a plan on another machine
+            notes += memory_note(config, needed, launch, on_gpu=on_gpu)
+    except UserError as error:
+        refusal = refusal or error
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    for problem in checked.absent:
+        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+    if refusal is not None:
+        raise refusal
+    return 0
+
+
+def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None) -> tuple[list[float], bool]:
+    """Returns the bytes that each rank needs, and whether on a GPU."""
+    config = plan.config
+    _print_costs(plan, console, cost)
+    needed = _print_ranks(plan, console, world_size)
+    console.print()
+    _print_data(plan, console)
+    console.print()
+    rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
+    print_reset_table(rows, console, lambda line: None)
+    if is_trained(plan):
+        console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
+    elif plan.resumed:
+        console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
+    console.print()
+    console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
+    return needed
+
+
+def show_experiment(
+    experiment: Experiment, console: Console, launch: Launch, only: Sequence[str] = (), *, allow_missing: bool = False
+) -> int:
+    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0; raises as ``show_run``."""
+    chosen = chosen_arms(experiment, only)
+    check_folders(experiment)
+    prepared = prepared_folder(experiment)
+    seeds = Counter(arm.arm for arm in chosen)
+    overview = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
+    overview.add_column("run", overflow="fold")
+    for heading in ("from", "curve"):
+        overview.add_column(heading, overflow="fold")
+    for heading in ("peak lr", "steps", "tokens", "PFLOP", "seeds"):
+        overview.add_column(heading, justify="right", no_wrap=True)
+    tokens, petaflops = 0, 0.0
+    plans: dict[str, Plan] = {}
+    absent: dict[str, None] = {}
+    costs: dict[str, EvaluationCost] = {}
+    refusal: UserError | None = None
+    for arm in experiment.arms:
+        plans[arm.name], missing = plan_ahead(arm.config, list(plans.values()))
+        if arm not in chosen or is_trained(plans[arm.name]):
+            continue
+        plan, world_size = plans[arm.name], ranks_of(arm.config, launch.world_size)
+        try:
+            checked = check_start(
+                plan,
+                world_size,
+                missing,
+                partial(choose_device, launch),
+                allow_missing=allow_missing,
+                prepared=prepared,
+            )
+        except UserError as error:
+            refusal, found = refusal or error, [*missing, *missing_files(arm.config, prepared)]
+            absent |= dict.fromkeys(found)
+            continue
+        absent |= dict.fromkeys(checked.absent)
+        if (cost := evaluation_cost(plan, checked.evaluated)) is not None:
+            costs[arm.name] = cost
+    shown: dict[str, Plan] = {}
+    for arm in chosen:
+        plan, run = plans[arm.name], arm.config
+        run_tokens = run.total_steps * run.tokens_per_step
+        run_flops = run_tokens * training_flops_per_token(plan.model, run.data.sequence_length) / 1e15
+        tokens, petaflops = tokens + run_tokens, petaflops + run_flops
+        if arm.arm in shown:
+            continue
+        shown[arm.arm] = plan
+        overview.add_row(
+            arm.arm,
+            Path(run.start.from_).name if run.start.from_ else "scratch",
+            run.schedule.curve,
+            f"{run.schedule.max_lr:.3g}",
+            f"{run.total_steps:,}",
+            tokens_text(run_tokens),
+            f"{run_flops:.2g}",
+            str(seeds[arm.arm]),
+        )
+    overview.add_row("all", "", "", "", "", tokens_text(tokens), f"{petaflops:.2g}", str(len(chosen)), style="bold")
+    console.print(overview)
+    for name, plan in shown.items():
+        console.print()
+        console.print(name, style="bold")
+        console.print(_curve(plan, console, width=min(80, console.width), height=6), highlight=False, markup=False)
+    if costs:
+        name = max(costs, key=lambda name: costs[name].share)
+        console.print()
+        console.print(f"evaluation, at most (in {name}): {costs[name]}", highlight=False)
+        for note in evaluation_note(plans[name], costs[name]):
+            console.print(f"note: {name}: {note}", style="yellow", highlight=False)
+    for problem in absent:
+        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+    if refusal is not None:
+        raise refusal
+    return 0
+
+
+def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str:
+    first, total = plan.origin.step, plan.config.total_steps
+    count = max(2, min(total - first, 4 * width))
+    steps = [first + 1 + round(i * (total - first - 1) / (count - 1)) for i in range(count)]
+    return draw_curve(
+        [float(step) for step in steps],
+        [plan.lr(step) for step in steps],
+        width=width,
+        height=height,
+        x_label="step",
+        y_label="learning rate",
+        unicode=not only_ascii(console),
+    )
+
+
+def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None) -> None:
+    config = plan.config
+    length = config.data.sequence_length
+    tokens = config.total_steps * config.tokens_per_step
+    per_token = training_flops_per_token(plan.model, length)
+    costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    costs.add_row("parameters", f"{count_parameters(plan.model):,}")
+    costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
+    costs.add_row("tokens", f"{tokens:,}")
+    costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
+    if cost is not None:
+        costs.add_row("evaluation", str(cost))
+    console.print(costs, highlight=False)
+
+
+def _print_data(plan: Plan, console: Console) -> None:
+    """Which source gives how much, from which step on."""
+    config = plan.config
+    notes = []
+    try:
+        old = replayed(config.replay, plan.history_to_replay)
+    except UserError as error:
+        if not isinstance(plan.source, PlannedCheckpoint):
+            raise
+        old, notes = [], [f"what of the lineage is replayed shows when {plan.source.name} is there ({error})"]
+    phases = training_phases(config, plan.schedule, plan.origin, old)
+    shown = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="bold")
+    for heading in ("from step", "source", "share", "tokens"):
+        shown.add_column(heading, justify="left" if heading == "source" else "right")
+    end = plan.samples(config.total_steps)
+    for i, phase in enumerate(phases):
+        first = max(phase.first, plan.origin.samples)
+        last = phases[i + 1].first if i + 1 < len(phases) else end
+        step = plan.origin.step + (first - plan.origin.samples) // config.training.global_batch
+        for j, source in enumerate(phase.sources if last > first else ()):
+            name = source.name or Path(source.path).name
+            if isinstance(source, SeenSource):
+                read = sum((b - a) * part.order.sequence_length for part in source.parts for a, b in part.seen)
+                name += f" ({read:,} tokens seen)"
+            tokens = source.weight * (last - first) * config.data.sequence_length
+            shown.add_row("" if j else f"{step + 1:,}", name, f"{100 * source.weight:.4g} %", f"{tokens:,.0f}")
+    console.print(shown, highlight=False)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False)
+
+
+def _print_ranks(plan: Plan, console: Console, world_size: int) -> tuple[list[float], bool]:
+    """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it. Returns as
+    ``_show_plan``."""
+    config = plan.config
+    layout = choose_layout(config.parallel, world_size)
+    remarks = check_fit(config, plan.model, layout)
+    on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
+    work = Work(
+        plan.model,
+        config.data.sequence_length,
+        config.training.micro_batch,
+        micro_batches(config.parallel, config.training.global_batch // layout.data, config.training.micro_batch),
+        config.training.recompute,
+        # what 'auto' will be on the cluster is not known here; fp32 is the larger
+        2 if config.training.precision in ("bf16", "fp16") else 4,
+        config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
+        config.optimizer.kind,
+    )
+    ranks = Table(
+        title=f"per rank: {world_size} rank{'s' * (world_size > 1)}, {layout}; {work.micro_batches} micro-batches",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for heading in ("stage", "layers", "weights", "grads", "optim.", "activ.", "loss", "memory", "sent"):
+        ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
+    needed: list[float] = []
+    for rank, part in enumerate(parts(work, config.parallel, layout)):
+        memory, traffic = memory_of(part, rank, work, config.parallel, layout), traffic_of(part, work, config.parallel, layout)
+        ranks.add_row(
+            ", ".join(map(str, part.numbers)),
+            "+".join(map(str, part.layers)),
+            *(_bytes(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "loss", "total")),
+            _bytes(traffic.total),
+        )
+        needed += [memory.total] * (layout.data * layout.tensor)
+    console.print()
+    console.print(ranks, highlight=False)
+    for remark in remarks:
+        console.print(remark, style="yellow", highlight=False)
+    return needed, on_gpu
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

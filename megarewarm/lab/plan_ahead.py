@@ -1,0 +1,109 @@
+"""Plans of runs that start from checkpoints which are not written yet, or not on this machine: enough to show and to count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megarewarm.checkpoint.lineage import Stage
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.source import ALL_LINES, open_checkpoint
+from megarewarm.config.schema import RunConfig
+from megarewarm.data.mixture.batches import TrainingBatches
+from megarewarm.errors import UserError
+from megarewarm.training.owed import is_trained
+from megarewarm.training.start.plan import Plan, make_plan
+from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.run_data import data_seen, open_data
+from megarewarm.training.start.saving import is_saved
+
+
+def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
+    """The plan, and what is missing on this machine to carry it out.
+
+    A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says. Raises ``UserError``.
+    """
+    start = config.start.from_
+    if start is not None:
+        for plan in earlier:
+            if Path(start).is_dir() and (Path(start) != Path(plan.config.run_folder) or is_trained(plan)):
+                continue  # it stands; the folder of a run that is in progress means a checkpoint that doesn't yet
+            if (step := _step_named(start, plan)) is not None:
+                state = _state_after(plan, step)
+                written = PlannedCheckpoint(start, plan.model, "not yet written", training=state, lineage=state.lineage)
+                written.keeps, written.written_by = ALL_LINES, plan
+                return make_plan(config, source=written), []
+    try:
+        return make_plan(config), []
+    except UserError as error:
+        if config.model is None or start is None or _opens(start):
+            raise
+        return make_plan(config, source=PlannedCheckpoint(start, config.model)), [str(error)]
+
+
+def _opens(start: str) -> bool:
+    """Whether the checkpoint is here: what else was refused is refused of it."""
+    try:
+        open_checkpoint(start)
+    except UserError:
+        return False
+    return True
+
+
+def _step_named(start: str, plan: Plan) -> int | None:
+    """The step of the checkpoint ``start`` of the planned run; None where it is not one of its."""
+    folder = Path(plan.config.run_folder)
+    if Path(start) == folder:
+        return plan.config.total_steps
+    if Path(start).parent != folder / "checkpoints":
+        return None
+    word = Path(start).name.removeprefix("step_")
+    if (
+        not word.isdigit()
+        or not plan.origin.step < int(word) <= plan.config.total_steps
+        or not is_saved(plan.config, int(word))
+    ):
+        raise UserError(
+            f"start.from: {start} will not be written: run '{plan.config.name}' saves no checkpoint of that name; add the step "
+            f"to its checkpoint.extra_steps, or write {folder}@{word} steps"
+        )
+    return int(word)
+
+
+def _state_after(plan: Plan, step: int) -> TrainingState:
+    data = _data_of(plan)
+    stage = Stage(
+        run=plan.config.name,
+        intent=plan.policy.intent,
+        started_from=plan.config.start.from_,
+        steps=step - plan.origin.step,
+        tokens=(step - plan.origin.step) * plan.config.tokens_per_step,
+        schedule=plan.schedule.spec(),
+        data=[] if data is None else data_seen(plan, data, step),
+        goes_on=plan.goes_on,
+    )
+    return TrainingState(
+        run=plan.config.name,
+        intent=plan.policy.intent,
+        step=step,
+        tokens=stage.tokens,
+        optimizer_step=plan.position.optimizer_step + step - plan.position.step,
+        schedule_position=plan.schedule_position(step),
+        schedule=plan.schedule.spec(),
+        last_lr=plan.lr(step),
+        samples=plan.samples(step),
+        data_fingerprint="" if data is None else data.fingerprint(before=plan.samples(step)),
+        model=plan.model,
+        lineage=plan.history.extended(stage),
+        start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
+        step_tokens=plan.tokens(step),
+    )
+
+
+def _data_of(plan: Plan) -> TrainingBatches | None:
+    """The data of a planned run; None where they are not there yet, or can't be had for another reason, which its own start
+    says."""
+    try:
+        return open_data(plan)
+    except UserError:
+        return None

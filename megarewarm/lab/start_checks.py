@@ -1,0 +1,141 @@
+"""What the start of a run would be refused for, found ahead of it: by the start's own checks, as far as its files are here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megarewarm.config.data import Source
+from megarewarm.config.experiment import Experiment
+from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.file_bytes import find_bin
+from megarewarm.data.mixture.mixture import open_view
+from megarewarm.errors import UserError
+from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.mesh import choose_layout
+from megarewarm.training.output.notes import logged_notes
+from megarewarm.training.owed import is_trained
+from megarewarm.training.start.evaluation_cost import tokens_asked, tokens_held
+from megarewarm.training.start.inputs import check_training, open_inputs
+from megarewarm.training.start.plan import Plan
+from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.texts import settle_texts
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is ``absent`` and needed, where that is allowed; ``notes`` of the start; ``evaluated``: tokens of one evaluation of
+    each validation set, as asked for where the sets are not here."""
+
+    absent: list[str]
+    notes: list[str]
+    evaluated: dict[str, int]
+
+
+def ranks_of(config: RunConfig, started: int) -> int:
+    """The ranks of a run: those that a launcher ``started``; of a single process, as many as ``parallel`` needs."""
+    parallel = config.parallel
+    return started if started > 1 else parallel.pipeline * parallel.tensor * (parallel.data or 1)
+
+
+def prepared_folder(experiment: Experiment) -> Path | None:
+    """Where the experiment makes token files of its own before its first run."""
+    return Path(experiment.config.data_folder) if experiment.config.prepare is not None else None
+
+
+def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
+    """A line for each token file of the run that is not on this machine, but for those to be ``prepared``."""
+    sources = [source for source in _sources(config) if not _is_here(source) and not _is_below(source.path, prepared)]
+    return list(dict.fromkeys(f"{Path(source.path).absolute()}: no such token file (.bin) here" for source in sources))
+
+
+def check_start(
+    plan: Plan,
+    world_size: int,
+    missing: list[str],
+    choose: Callable[[str], torch.device],
+    *,
+    allow_missing: bool = False,
+    prepared: Path | None = None,
+) -> Checked:
+    """Go through the start of ``plan``; ``missing``: lines on what of its start checkpoint is not here.
+
+    Raises the ``UserError`` of the start, whatever it is. What an earlier run or ``prepared`` will write is not missing; what
+    depends on it can't be checked yet. Every file that is here is opened. ``choose``: from ``training.device`` to a device.
+    """
+    config = plan.config
+    absent = [*missing, *missing_files(config, prepared)]
+    tokenizer = _missing_tokenizer(config)
+    if tokenizer is not None and allow_missing and not _is_below(tokenizer, prepared):
+        absent.append(f"{tokenizer.absolute()}: no such tokenizer here")
+    device = _device(config, choose, absent, allow_missing)
+    check_training(plan)
+    if missing and not allow_missing:
+        raise UserError(missing[0])
+    unknown = isinstance(plan.source, PlannedCheckpoint) and plan.source.written_by is None
+    later = tokenizer is not None and (allow_missing or _is_below(tokenizer, prepared))
+    complete = all(map(_is_here, _sources(config))) and not unknown and not later
+    evaluated = tokens_asked(config)
+    with logged_notes() as logged:
+        if complete or (absent and not allow_missing):
+            inputs = open_inputs(plan, world_size, device)
+            notes, evaluated = inputs.notes, tokens_held(inputs.validation)
+        else:
+            notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
+            if not later:
+                notes += settle_texts(plan).notes
+            for source in filter(_is_here, _sources(config)):
+                open_view(source, config.data, plan.model.vocab_size)
+    return Checked(absent, [*notes, *logged], evaluated)
+
+
+def check_runs(
+    configs: Sequence[RunConfig], chosen: Collection[str], world_size: int, choose: Callable[[str], torch.device]
+) -> None:
+    """Raise the ``UserError`` of the start of any run whose name is ``chosen``, before the first trains: each starts from what
+    is there, or from what an earlier one of ``configs`` will have written. All ranks call it."""
+    plans: list[Plan] = []
+    for config in configs:
+        try:
+            plan, missing = plan_ahead(config, plans)
+            plans.append(plan)
+            if config.name in chosen and not is_trained(plan):
+                check_start(plan, world_size, missing, choose)
+        except UserError as error:
+            if config.name in chosen:
+                raise UserError(f"run '{config.name}': {error}") from error
+
+
+def _device(config: RunConfig, choose: Callable[[str], torch.device], absent: list[str], allow_missing: bool) -> torch.device:
+    """The device of this process; ``absent`` gets the line for one that isn't here."""
+    try:
+        return choose(config.training.device)
+    except UserError as error:
+        if not allow_missing:
+            raise
+        absent.append(str(error))
+        return torch.device("cpu")
+
+
+def _sources(config: RunConfig) -> list[Source]:
+    old = config.replay.sources or [] if config.replay is not None else []
+    switched = [source for switch in config.data.switches for source in switch.train]
+    return [*config.data.train, *switched, *old, *(s for v in config.data.validation for s in v.sources)]
+
+
+def _is_here(source: Source) -> bool:
+    return bool(find_bin(source.path.removesuffix(".bin").removesuffix(".idx")))
+
+
+def _missing_tokenizer(config: RunConfig) -> Path | None:
+    """``data.tokenizer`` where it is not on this machine."""
+    name = config.data.tokenizer
+    return Path(name) if name is not None and not Path(name).exists() else None
+
+
+def _is_below(path: str | Path, folder: Path | None) -> bool:
+    return folder is not None and Path(path).is_relative_to(folder)

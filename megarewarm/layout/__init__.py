@@ -1,0 +1,1 @@
+"""Layouts of ranks by arithmetic: memory, traffic and time, before anything runs."""

@@ -1,0 +1,1 @@
+"""Run folders and experiment folders as files: what is in them, and how they are read."""

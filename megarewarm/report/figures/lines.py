@@ -1,0 +1,47 @@
+"""How each run looks in every figure of a report: its colour, marker, dashes and the label that fits beside a curve."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from megarewarm.record.run import Run
+from megarewarm.report.figures import style
+from megarewarm.report.numbers.runs import labels
+
+_LONGEST = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A run as it is drawn. ``dashes`` is a matplotlib line style, solid for the first eight runs.
+
+    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run.
+    """
+
+    run: Run
+    label: str
+    colour: str
+    marker: str
+    dashes: str | tuple[float, tuple[float, ...]]
+    seeds: tuple[Run, ...] = ()
+
+
+def lines_of(runs: Sequence[Run]) -> list[Line]:
+    """The runs' lines, in order."""
+    return [
+        Line(run, label, style.colour(index), style.marker(index), style.dashes(index))
+        for index, (run, label) in enumerate(zip(runs, short_labels(labels(runs)), strict=True))
+    ]
+
+
+def short_labels(names: Sequence[str]) -> list[str]:
+    """Names of at most 30 characters: without what all begin with where one is longer, then without their middles."""
+    if len(names) > 1 and max(map(len, names)) > 20:
+        same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+        shared = "".join(letters[0] for letters in same)
+        cut = max(shared.rfind(separator) for separator in "_-./") + 1
+        if cut > 4:
+            names = [f"…{name[cut:]}" for name in names]
+    return [name if len(name) <= _LONGEST else f"{name[:14]}…{name[-15:]}" for name in names]

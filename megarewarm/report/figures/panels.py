@@ -1,0 +1,234 @@
+"""The arms that are drawn together, and the pictures over their runs: losses, chains of stages, dynamics, interpolation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Run
+from megarewarm.report.figures import style
+from megarewarm.report.figures.lines import Line, short_labels
+from megarewarm.report.numbers.arms import chain_ends, chain_stages, reference_of, whole_runs
+from megarewarm.report.numbers.experiment import Arm, Experiment, joined_run, mean_run
+from megarewarm.spelling import tokens_text
+
+_MOST = 9  # arms in one picture
+_BASELINE = 4  # the place of black in the palette
+
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Arms that are drawn together, the one they are compared with first. ``key`` is a part of a file's name."""
+
+    key: str
+    title: str
+    arms: list[Arm]
+
+
+def panels_of(experiment: Experiment) -> list[Panel]:
+    """The arms with something to draw: the single ones, those of every sweep, each with the arm it is compared with.
+
+    Where validation sets differ they are apart, as are more than nine arms. Pre-training is left out, chains are elsewhere.
+    """
+    able = [arm for arm in experiment.arms if arm.runs and arm.kind != "pretraining" and arm.chain is None]
+    whole = whole_runs(experiment)
+    singles = [arm for arm in able if not arm.groups and arm not in whole]
+    main = experiment.main
+    wanted: list[tuple[str, str, Arm | None, list[Arm]]] = [("single", "Single arms", main, singles)]
+    for group in experiment.groups:
+        inside = [arm for arm in able if group in arm.groups]
+        reference = reference_of(experiment, group)
+        axes = dict.fromkeys(axis for arm in inside for axis in arm.groups[group])
+        wanted.append((group, f"{group} ({', '.join(axes)})" if axes and [*axes] != [group] else group, reference, inside))
+    panels = []
+    for key, title, reference, arms in wanted:
+        by_sets: dict[tuple[tuple[str, ...], ...], list[Arm]] = {}
+        for arm in arms:
+            by_sets.setdefault(arm.sets, []).append(arm)
+        for number, (sets, same) in enumerate(by_sets.items()):
+            shared = [reference] if reference is not None and reference.runs and reference.sets == sets else []
+            rest = [arm for arm in same if arm not in shared]
+            if not rest:
+                continue
+            where = f", on {' and '.join(sets[0] + sets[1])}" if len(by_sets) > 1 else ""
+            room = _MOST - len(shared)
+            for turn in range(0, len(rest), room):
+                part = f"_{number + 1}" * (len(by_sets) > 1) + f"_part{turn // room + 1}" * (len(rest) > room)
+                panels.append(Panel(f"{key}{part}", f"{title}{where}", [*shared, *rest[turn : turn + room]]))
+    return panels
+
+
+def lines_of_arms(arms: Sequence[Arm], runs: Sequence[Sequence[Run]] | None = None) -> list[Line]:
+    """The arms as they are drawn, each the mean of its seeds: the first black and solid, the others coloured and dashed.
+
+    ``runs``: what is drawn of every arm, instead of its own runs.
+    """
+    drawn = [arm.runs for arm in arms] if runs is None else runs
+    names = short_labels([_named(arm) for arm in arms])
+    places = [index for index in range(len(arms) + len(arms) // 7 + 1) if index % len(style.COLOURS) != _BASELINE]
+    lines = []
+    for number, (seeds, name) in enumerate(zip(drawn, names, strict=True)):
+        place = places[number - 1] if number else _BASELINE
+        dashes = ("solid", (0.0, (7.0, 1.6)), (0.0, (2.0, 1.2)), (0.0, (6.0, 1.4, 1.6, 1.4)))[number % 4]
+        colour, marker = style.colour(place), style.marker(place)
+        lines.append(Line(mean_run(seeds, name), name, colour, marker, dashes, tuple(seeds)))
+    return lines
+
+
+def _named(arm: Arm) -> str:
+    """The arm's name, with how far its furthest run is where none is complete."""
+    return arm.name if arm.complete else f"{arm.name} ({max(trial.share for trial in arm.trials):.0%})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains:
+    """Chains drawn over the tokens of all their stages, and where the stages of the first one begin."""
+
+    lines: list[Line]
+    stages: list[tuple[float, str]]
+
+
+def chains_of(experiment: Experiment) -> Chains | None:
+    """Every chain as one line, as far as its stages have begun, and single runs of the same length; ``None`` without chains.
+
+    A seed is drawn if it has begun all of the stages that the chain's furthest seed has.
+    """
+    arms: list[Arm] = []
+    runs: list[list[Run]] = []
+    stages: list[tuple[float, str]] = []
+    for end in chain_ends(experiment):
+        way = [arm for arm in chain_stages(experiment, end) if arm.runs]
+        common = [{t.seed: t.run for t in arm.shown if t.run is not None} for arm in way]
+        seeds = [seed for seed in (common[0] if common else {}) if all(seed in found for found in common)]
+        if not seeds:
+            continue
+        arms.append(dataclasses.replace(end, name=str(end.chain)))
+        runs.append([joined_run([found[seed] for found in common], str(end.chain)) for seed in seeds])
+        if len(way) > len(stages):
+            ends = np.cumsum([0.0, *(arm.trials[0].tokens for arm in way)])
+            stages = [(float(t), a.name.removeprefix(f"{a.chain}-")) for t, a in zip(ends, way, strict=False)]
+    if not arms:
+        return None
+    for arm in whole_runs(experiment):
+        if arm.runs:
+            arms.append(arm)
+            runs.append(arm.runs)
+    return Chains(lines_of_arms(arms, runs), stages)
+
+
+def draw_interpolation(arms: Sequence[Arm]) -> Figure | None:
+    """Loss on the straight line between the start's and the end's weights, against alpha; ``None`` where none was measured."""
+    return _grid(
+        arms,
+        [
+            (f"{role.capitalize()} loss", lambda run, role=role: _interpolation(run, role))  # type: ignore[misc]
+            for role in (UPSTREAM, DOWNSTREAM)
+        ],
+        "alpha: 0 is the start, 1 the end of the run",
+        tokens=False,
+    )
+
+
+def draw_dynamics(arms: Sequence[Arm]) -> Figure | None:
+    """Size of a step and distance from the start, both of all weights, and gradient norm, against tokens."""
+    return _grid(
+        arms,
+        [
+            ("Update ratio |step| / |weights|", lambda run: _dynamics(run, "update_ratio")),
+            ("Distance from the start", lambda run: _dynamics(run, "distance")),
+            ("Gradient norm (medians)", _gradient_norm),
+        ],
+        "tokens of this stage",
+        tokens=True,
+    )
+
+
+def _grid(
+    arms: Sequence[Arm], panels: Sequence[tuple[str, Callable[[Run], Points]]], axis: str, *, tokens: bool
+) -> Figure | None:
+    """One panel for each quantity that some run has, the mean over the seeds of every arm as a line; the names above."""
+    lines = lines_of_arms(arms)
+    told: list[tuple[str, list[tuple[Line, Points]]]] = []
+    for title, points_of in panels:
+        found = [(line, points) for line in lines if len((points := _mean_points(line, points_of))[0]) > 1]
+        if found:
+            told.append((title, found))
+    if not told:
+        return None
+    shown = [line for line in lines if any(line is other for _, found in told for other, _ in found)]
+    columns = max(1, min(len(shown), int(10.4 / (0.7 + 0.08 * max(len(line.label) for line in shown)))))
+    head = 0.6 + 0.21 * -(-len(shown) // columns)
+    with style.style():
+        height = head + 3.2
+        figure = style.new_figure(11.0, height)
+        handles: list[Line2D] = []
+        for column, (title, found) in enumerate(told):
+            axes = figure.add_axes((0.07 + column * 0.325, 0.5 / height, 0.255, 2.7 / height))
+            for line, (xs, ys) in found:
+                axes.plot(xs, ys, color=line.colour, linestyle=line.dashes, linewidth=1.6)
+                axes.plot(xs[-1:], ys[-1:], line.marker, color=line.colour, markersize=5, clip_on=False)
+            axes.set_title(title)
+            axes.set_xlabel(axis)
+            axes.set_xlim(0, None)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+            if tokens:
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
+            style.quiet_axes(axes)
+            if not handles:
+                handles = [_handle(axes, line) for line in shown]
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.055, 1), ncols=columns, frameon=False, fontsize=9)
+        return figure
+
+
+def _handle(axes: Axes, line: Line) -> Line2D:
+    return axes.plot([], [], color=line.colour, linestyle=line.dashes, marker=line.marker, markersize=5, label=line.label)[0]
+
+
+def _mean_points(line: Line, points_of: Callable[[Run], Points]) -> Points:
+    """The mean over the seeds, where all of them have a point."""
+    found = [points_of(run) for run in line.seeds or (line.run,)]
+    xs = found[0][0]
+    for other, _ in found[1:]:
+        xs = np.intersect1d(xs, other)
+    return xs, np.mean([ys[np.isin(own, xs)] for own, ys in found], axis=0)
+
+
+def _interpolation(run: Run, role: str) -> Points:
+    """The last measured curve: mean over the role's sets at every alpha."""
+    events = [event for event in run.events if event["event"] == "interpolation" and event.get("role") == role]
+    last = max((event["step"] for event in events), default=0)
+    by_alpha: dict[float, dict[str, float]] = {}
+    for event in events:
+        if event["step"] == last:
+            by_alpha.setdefault(float(event["alpha"]), {})[str(event["name"])] = float(event["loss"])
+    alphas = sorted(by_alpha)
+    return np.array(alphas), np.array([np.mean(list(by_alpha[alpha].values())) for alpha in alphas])
+
+
+def _dynamics(run: Run, quantity: str) -> Points:
+    told = [
+        (float(event["tokens"]) - run.tokens_before, float(event["groups"]["all"][quantity]))
+        for event in run.events
+        if event["event"] == "dynamics" and event.get("groups", {}).get("all", {}).get(quantity) is not None
+    ]
+    return np.array([x for x, _ in told]), np.array([y for _, y in told])
+
+
+def _gradient_norm(run: Run) -> Points:
+    """Medians of at most 100 stretches of 10 steps or more, where there are so many: single steps are noise."""
+    norms = run.train["grad_norm"]
+    tokens = run.train["tokens"] - run.tokens_before
+    kept = np.isfinite(norms)
+    parts = [part for part in np.array_split(np.flatnonzero(kept), min(100, max(10, int(kept.sum()) // 10))) if len(part)]
+    return np.array([tokens[part[-1]] for part in parts]), np.array([np.median(norms[part]) for part in parts])

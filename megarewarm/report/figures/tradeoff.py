@@ -1,0 +1,85 @@
+"""The figure of forgetting against adaptation: one point per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from megarewarm.record.run import Run
+from megarewarm.report.figures import style
+from megarewarm.report.figures.labels import place_labels
+from megarewarm.report.figures.lines import lines_of
+from megarewarm.report.numbers.runs import Row, distinct_lengths
+from megarewarm.spelling import listed, rate_text, signed_text, tokens_text
+
+
+def draw_tradeoff(runs: Sequence[Run], table: Sequence[Row]) -> Figure | None:
+    """Adaptation against forgetting, one point per run, with its tokens where they differ; ``None`` with fewer than two."""
+    length = " · {}" if len(distinct_lengths([row.tokens for row in _pointed(table)])) > 1 else ""
+    points = [
+        (line, row.forgetting, row.adaptation, length.format(tokens_text(row.tokens)))
+        for line, row in zip(lines_of(runs), table, strict=True)
+        if row.forgetting is not None and row.adaptation is not None
+    ]
+    if len(points) < 2:
+        return None
+    with style.style():
+        figure = style.new_figure(8.2, 5.4)
+        axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))
+        xs, ys = np.array([x for _, x, *_ in points]), np.array([y for _, _, y, _ in points])
+        for side, values in ((axes.set_xlim, xs), (axes.set_ylim, ys)):
+            low, high = min(0.0, values.min()), max(0.0, values.max())
+            pad = 0.14 * max(high - low, 0.02)
+            side(low - pad, high + pad)
+        zero = [side(0, color=style.QUIET, linewidth=0.8) for side in (axes.axhline, axes.axvline)]
+        for line, x, y, _ in points:
+            axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
+        axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
+        axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
+        axes.xaxis.set_major_formatter(FuncFormatter(signed_tick))
+        axes.yaxis.set_major_formatter(FuncFormatter(signed_tick))
+        style.quiet_axes(axes)
+        axes.set_title("What each run learned, and what it forgot")
+        corner = axes.text(0.012, 0.985, "↖ better", transform=axes.transAxes, color=style.QUIET, va="top")
+        texts = [f"{line.label}  {rate_text(line.run.peak_lr)}{told}" for line, _, _, told in points]
+        place_labels(axes, xs, ys, texts, [style.for_text(line.colour) for line, *_ in points], taken=[corner, *zero])
+        return figure
+
+
+def _pointed(table: Sequence[Row]) -> list[Row]:
+    """The rows that are drawn."""
+    return [row for row in table if row.forgetting is not None and row.adaptation is not None]
+
+
+def caption_tradeoff(table: Sequence[Row]) -> str:
+    """What the points are, which of them compare, and which runs have none."""
+    text = "Both against the checkpoint that the run started from; up and left is better."
+    drawn = _pointed(table)
+    unlike = ["numbers of tokens"] if len(distinct_lengths([row.tokens for row in drawn])) > 1 else []
+    unlike += ["starts"] if len({row.origin for row in drawn}) > 1 else []
+    unlike += ["validation sets"] if len({row.sets for row in drawn}) > 1 else []
+    if unlike:
+        text += f" The runs have different {listed(unlike)}: only those compare that have the same."
+    left_out = [row for row in table if row.kind != "pretraining" and row not in drawn]
+    for why, lost in (("for a loss that is not finite", True), ("for want of a start checkpoint's losses", False)):
+        if names := [row.label for row in left_out if row.diverged == lost]:
+            text += f" Without a point, {why}: {', '.join(names)}."
+    return text
+
+
+def describe_tradeoff(table: Sequence[Row]) -> str:
+    """Alternative text of ``draw_tradeoff``."""
+    points = [
+        f"{row.label}: forgetting {signed_text(row.forgetting)}, adaptation {signed_text(row.adaptation)}"
+        for row in _pointed(table)
+    ]
+    return "Scatter chart of adaptation against forgetting. " + "; ".join(points) + "."
+
+
+def signed_tick(value: float, _: int) -> str:
+    """A tick label with its sign, for matplotlib's ``FuncFormatter``."""
+    text = f"{abs(value):.2g}"
+    return "0" if abs(value) < 1e-9 else f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"

@@ -1,0 +1,1 @@
+"""What runs and arms amount to, in numbers."""

@@ -1,0 +1,272 @@
+"""What the arms of an experiment amount to: every measure for every seed, and the arms' differences paired by seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Run
+from megarewarm.report.numbers.experiment import Arm, Experiment, Trial
+from megarewarm.report.numbers.runs import Kind, change_of, same_length, tokens_to_reach
+from megarewarm.report.numbers.seeds import Difference, Spread, paired, spread_of
+
+MEASURES = (
+    "peak_lr",
+    "tokens",
+    "upstream_before",
+    "upstream_after",
+    "forgetting",
+    "upstream_rise",
+    "upstream_rise_tokens",
+    "upstream_recovered_tokens",
+    "downstream_before",
+    "downstream_after",
+    "adaptation",
+    "downstream_rise",
+    "downstream_rise_tokens",
+    "downstream_recovered_tokens",
+    "average_after",
+    "tokens_saved",
+)
+"""In the order of the table. ``average_after`` is the mean of the two final losses. Tokens are those of the stage.
+
+Infinite: a final loss that diverged, a rise that was not recovered (``*_recovered_tokens``), and minus infinity for
+``tokens_saved`` of an arm that never reached the loss of the arm from scratch.
+"""
+
+COMPARED = ("upstream_after", "downstream_after", "average_after")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmRow:
+    """An arm in numbers: ``values[measure][seed]``, of its complete runs only. ``seeds`` is how many those are of how many.
+
+    ``scratch`` is the arm from scratch that ``tokens_saved`` is measured against.
+    """
+
+    arm: Arm
+    values: dict[str, dict[int | None, float]]
+    scratch: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.arm.kind
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        return len(self.arm.complete), len(self.arm.trials)
+
+    def spread(self, measure: str) -> Spread:
+        """The measure over the seeds; empty where the arm has no such number."""
+        return spread_of(list(self.values.get(measure, {}).values()))
+
+    def mean(self, measure: str) -> float | None:
+        return self.spread(measure).mean
+
+    def flat(self) -> dict[str, Any]:
+        """One level of keys and JSON values: name, mean, deviation, lowest and highest of every measure, and how many seeds
+        had a finite one."""
+        flat: dict[str, Any] = {
+            "arm": self.name,
+            "kind": self.kind,
+            "group": self.arm.group,
+            "start": self.arm.start or None,
+            "seeds_complete": self.seeds[0],
+            "seeds": self.seeds[1],
+            "compared_with_scratch": self.scratch,
+        }
+        for measure in MEASURES:
+            spread = self.spread(measure)
+            flat |= {
+                f"{measure}_mean": spread.mean,
+                f"{measure}_deviation": spread.deviation,
+                f"{measure}_lowest": spread.low,
+                f"{measure}_highest": spread.high,
+                f"{measure}_finite": len(spread.values),
+                f"{measure}_infinite": spread.others,
+            }
+        return flat
+
+
+def run_measures(run: Run) -> dict[str, float]:
+    """The measures of one run that need no other; absent where the run has no such number."""
+    found: dict[str, float | None] = {"peak_lr": run.peak_lr, "tokens": run.tokens}
+    for role in (UPSTREAM, DOWNSTREAM):
+        change = change_of(run, role)
+        found[f"{role}_before"] = change.before
+        found[f"{role}_after"] = change.after
+        found["forgetting" if role == UPSTREAM else "adaptation"] = (
+            change.difference if role == UPSTREAM or change.difference is None else -change.difference
+        )
+        found[f"{role}_rise"] = change.peak_rise
+        found[f"{role}_rise_tokens"] = change.peak_tokens if change.peak_rise else None
+        found[f"{role}_recovered_tokens"] = change.recovered_tokens
+    up, down = found["upstream_after"], found["downstream_after"]
+    found["average_after"] = None if up is None or down is None else (up + down) / 2
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def arm_rows(experiment: Experiment) -> list[ArmRow]:
+    """One row per arm, in order."""
+    rows = []
+    for arm in experiment.arms:
+        values: dict[str, dict[int | None, float]] = {}
+        for trial, run in _with_runs(arm.complete):
+            for name, value in run_measures(run).items():
+                values.setdefault(name, {})[trial.seed] = value
+        rows.append(ArmRow(arm, values))
+    return [_with_tokens_saved(row, rows) for row in rows]
+
+
+def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
+    """The row with the tokens that it saved against an arm from scratch, seed by seed.
+
+    That is: of the arms from scratch on the same training and validation data, the one that ended lowest downstream, and of its
+    tokens those that this arm did not need to get as low.
+    """
+    data = _training_data(row.arm)
+    able = [
+        (ended, other)
+        for other in rows
+        if other.kind == "scratch"
+        and other.arm.sets == row.arm.sets
+        and _training_data(other.arm) == data
+        and (ended := other.mean("downstream_after")) is not None
+    ]
+    if row.kind != "continued" or not able:
+        return row
+    scratch = min(able, key=lambda entry: entry[0])[1]
+    saved: dict[int | None, float] = {}
+    for trial, run in _with_runs(row.arm.complete):
+        target = scratch.values["downstream_after"].get(trial.seed)
+        if target is not None and math.isfinite(target) and len(curve := run.curve(DOWNSTREAM)):
+            saved[trial.seed] = scratch.values["tokens"][trial.seed] - tokens_to_reach(curve, target)
+    return dataclasses.replace(row, values=row.values | {"tokens_saved": saved}, scratch=scratch.name)
+
+
+def _training_data(arm: Arm) -> Any:
+    """What the arm was trained on, as its configuration says, replay left out; None where it says nothing."""
+    for _, run in _with_runs(arm.complete):
+        if isinstance(data := run.config.get("data"), dict):
+            return data.get("train")
+    return None
+
+
+def _with_runs(trials: Sequence[Trial]) -> list[tuple[Trial, Run]]:
+    return [(trial, trial.run) for trial in trials if trial.run is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """An arm against the reference arm of its group, in one measure; ``group`` is '' for arms in none. ``tokens``: what the arm
+    and its reference were trained on, all stages of a chain together."""
+
+    group: str
+    arm: str
+    reference: str
+    measure: str
+    difference: Difference
+    tokens: tuple[float, float]
+
+    @property
+    def same_length(self) -> bool:
+        """Whether the two were trained for as long as each other: otherwise the difference is that of length as well."""
+        return same_length(*self.tokens)
+
+    @property
+    def established(self) -> bool:
+        return self.same_length and self.difference.established
+
+    def flat(self) -> dict[str, Any]:
+        return {
+            "group": self.group or None,
+            "arm": self.arm,
+            "reference": self.reference,
+            "measure": self.measure,
+            "mean": self.difference.mean,
+            "margin_95": self.difference.margin,
+            "seeds": len(self.difference.values),
+            "interval_excludes_0": self.difference.established,
+            "arm_tokens": round(self.tokens[0]),
+            "reference_tokens": round(self.tokens[1]),
+            "same_length": self.same_length,
+        }
+
+
+CHAINS = "chains of stages"
+
+
+def reference_of(experiment: Experiment, group: str) -> Arm | None:
+    """The arm that a sweep's arms are compared with: one that stands in its figure from outside, else its first."""
+    inside = [arm for arm in experiment.arms if group in arm.groups]
+    return next((arm for arm in inside if arm.group != group), inside[0] if inside else None)
+
+
+def comparisons(experiment: Experiment, rows: Sequence[ArmRow]) -> list[Comparison]:
+    """The arms of every sweep against its reference, the ends of chains against the first chain's, and all other arms that
+    continue a checkpoint or began from scratch against the main arm; where the validation sets are the same."""
+    found: list[Comparison] = []
+    by_name = {row.name: row for row in rows}
+    tokens = {row.name: row.mean("tokens") or 0.0 for row in rows}
+    for group in experiment.groups:
+        reference = reference_of(experiment, group)
+        found += _against(group, reference, [arm for arm in experiment.arms if group in arm.groups], by_name, tokens)
+    ends = chain_ends(experiment)
+    if ends:
+        whole_chains = {end.name: sum(tokens[arm.name] for arm in chain_stages(experiment, end)) for end in ends}
+        found += _against(CHAINS, ends[0], [*ends, *whole_runs(experiment)], by_name, tokens | whole_chains)
+    whole = whole_runs(experiment)
+    singles = [
+        arm
+        for arm in experiment.arms
+        if not arm.groups and arm.chain is None and arm.kind != "pretraining" and arm not in whole
+    ]
+    return found + _against("", experiment.main, singles, by_name, tokens)
+
+
+def _against(
+    group: str, reference: Arm | None, arms: Sequence[Arm], rows: dict[str, ArmRow], tokens: dict[str, float]
+) -> list[Comparison]:
+    found = []
+    for arm in arms:
+        if reference is None or arm.name == reference.name or arm.sets != reference.sets:
+            continue
+        for measure in COMPARED:
+            values = [rows[name].values.get(measure, {}) for name in (arm.name, reference.name)]
+            if difference := paired(*values):
+                lengths = (tokens[arm.name], tokens[reference.name])
+                found.append(Comparison(group, arm.name, reference.name, measure, difference, lengths))
+    return found
+
+
+def chain_ends(experiment: Experiment) -> list[Arm]:
+    """The last stage of every chain."""
+    last: dict[str, Arm] = {}
+    for arm in experiment.arms:
+        if arm.chain is not None and ((arm.stage or 0) >= (last[arm.chain].stage or 0) if arm.chain in last else True):
+            last[arm.chain] = arm
+    return list(last.values())
+
+
+def chain_stages(experiment: Experiment, end: Arm) -> list[Arm]:
+    """The stages that lead to ``end``, first to last; stages of another chain too, where its chain starts from one."""
+    stages = [end]
+    while before := next((a for name in stages[0].after if (a := experiment.arm(name)) and a.chain is not None), None):
+        stages.insert(0, before)
+    return stages
+
+
+def whole_runs(experiment: Experiment) -> list[Arm]:
+    """Single runs from scratch of the length of a whole chain: what a chain would be, had its data come at once."""
+    lengths = [sum(arm.trials[0].tokens for arm in chain_stages(experiment, end)) for end in chain_ends(experiment)]
+    return [
+        arm
+        for arm in experiment.arms
+        if arm.kind == "scratch" and arm.chain is None and any(abs(arm.trials[0].tokens - n) <= 0.01 * n for n in lengths)
+    ]

@@ -1,0 +1,246 @@
+"""Reads an experiment's folder: ``experiment.json``, which tells what its runs are to each other, and those that have begun."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from megarewarm.errors import UserError
+from megarewarm.record.experiment import FILE, read_record
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Evaluation, NothingYet, Run, read_run
+from megarewarm.report.numbers.runs import Kind
+
+State = Literal["complete", "under way", "not begun"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of an arm, with one seed (``None`` where the experiment has none). ``run`` is ``None`` before it has begun.
+
+    ``state`` is 'complete' when all ``steps`` of its plan were trained; one that was stopped counts as 'under way'.
+    """
+
+    name: str
+    seed: int | None
+    steps: int
+    tokens: float
+    state: State
+    run: Run | None
+
+    @property
+    def share(self) -> float:
+        """How much of the plan was trained, 0 to 1."""
+        return 1.0 if self.state == "complete" else min(1.0, self.run.steps / self.steps) if self.run and self.steps else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The runs that differ in their seed alone. ``after``: the arms that they start from; ``continued`` whether others do
+    from this one; ``groups``: the sweeps in whose figures it stands, with its values on their axes."""
+
+    name: str
+    group: str | None
+    groups: dict[str, dict[str, Any]]
+    chain: str | None
+    stage: int | None
+    after: tuple[str, ...]
+    continued: bool
+    trials: list[Trial]
+
+    @property
+    def complete(self) -> list[Trial]:
+        """The runs whose numbers count: those that are complete."""
+        return [trial for trial in self.trials if trial.state == "complete"]
+
+    @property
+    def shown(self) -> list[Trial]:
+        """The runs that are drawn: the complete ones, or where there is none yet, those that have begun."""
+        return self.complete or [trial for trial in self.trials if trial.run is not None]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of ``shown``."""
+        return [trial.run for trial in self.shown if trial.run is not None]
+
+    @property
+    def kind(self) -> Kind:
+        """'pretraining' where others start from a run from scratch, 'scratch' where none does, else 'continued'."""
+        if self.after or any(run.origin for run in self.runs):
+            return "continued"
+        return "pretraining" if self.continued else "scratch"
+
+    @property
+    def sets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of its upstream and of its downstream validation sets: losses compare only where they are the same."""
+        first = self.runs[0] if self.runs else None
+        return (tuple(first.sets(UPSTREAM)), tuple(first.sets(DOWNSTREAM))) if first else ((), ())
+
+    @property
+    def start(self) -> str:
+        """What it started from, the same for every seed: 'upstream', 'upstream at step 100'; empty from scratch."""
+        origin = next((run.origin for run in self.runs if run.origin), None)
+        if origin is None:
+            return self.after[0] if self.after else ""
+        path = PurePosixPath(origin)
+        if path.parent.name == "checkpoints":
+            return f"{path.parent.parent.name} at {path.name.replace('_', ' ')}"
+        return path.name if self.after else origin
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment as its folder tells it."""
+
+    folder: Path
+    name: str
+    title: str
+    arms: list[Arm]
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [trial for arm in self.arms for trial in arm.trials]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in order; empty where the experiment names none."""
+        return list(dict.fromkeys(trial.seed for trial in self.trials if trial.seed is not None))
+
+    @property
+    def groups(self) -> list[str]:
+        """The sweeps, in order."""
+        return list(dict.fromkeys(arm.group for arm in self.arms if arm.group))
+
+    def arm(self, name: str) -> Arm | None:
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    @property
+    def main(self) -> Arm | None:
+        """The arm that others are compared with: the one in most sweeps' figures, the first among equals.
+
+        Single runs come before those of sweeps, and only runs that continue a checkpoint and are no stage of a chain count.
+        """
+        able = [arm for arm in self.arms if arm.kind == "continued" and arm.chain is None and not arm.continued]
+        return max(able, key=lambda arm: (len(arm.groups), arm.group is None), default=None)
+
+
+def is_experiment(folder: Path) -> bool:
+    """Whether ``folder`` is an experiment's."""
+    return (folder / FILE).is_file()
+
+
+def read_experiment(folder: Path | str) -> Experiment:
+    """The experiment in ``folder``. Raises UserError for a damaged experiment.json and for runs with damaged metrics."""
+    folder = Path(folder)
+    path = folder / FILE
+    if not path.is_file():
+        raise UserError(f"{folder.absolute()}: no {FILE}: give the folder of an experiment that was started, or those of runs")
+    try:
+        record = read_record(folder)
+        entries = [_entry(folder, entry) for entry in record["runs"]]
+        name, title = str(record["experiment"]), str(record.get("title") or record["experiment"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {error}); start the experiment again, which writes it anew"
+        ) from None
+    if not entries:
+        raise UserError(f"{path}: lists no runs; start the experiment again, which writes it anew")
+    return Experiment(folder, name, title, _arms(entries))
+
+
+def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Trial]:
+    steps, tokens_per_step = int(entry["steps"]), int(entry["tokens_per_step"])
+    for key in ("arm", "groups", "after"):
+        if key not in entry:
+            raise KeyError(key)
+    run = _begun(folder / entry["folder"])
+    stop: dict[str, Any] = next((event for event in reversed(run.events) if event["event"] == "stop"), {}) if run else {}
+    state: State = "not begun" if run is None else "under way"
+    trained = run is not None and run.steps >= steps and stop.get("evaluated", True)
+    if run is not None and (trained or stop.get("reason") == "complete"):
+        state = "complete"
+    return entry, Trial(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
+
+
+def _begun(folder: Path) -> Run | None:
+    """The run in ``folder``; ``None`` where it has neither trained nor evaluated yet."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return None
+    try:
+        return read_run(folder)
+    except NothingYet:
+        return None
+
+
+def _arms(entries: Sequence[tuple[dict[str, Any], Trial]]) -> list[Arm]:
+    arm_of = {trial.name: str(entry["arm"]) for entry, trial in entries}
+    starts = {name: arm_of.get(name, name) for entry, _ in entries for name in entry["after"]}
+    found: dict[str, Arm] = {}
+    for entry, trial in entries:
+        name = str(entry["arm"])
+        if name not in found:
+            found[name] = Arm(
+                name=name,
+                group=entry.get("group"),
+                groups=dict(entry["groups"]),
+                chain=entry.get("chain"),
+                stage=entry.get("stage"),
+                after=tuple(dict.fromkeys(starts[start] for start in entry["after"])),
+                continued=name in starts.values(),
+                trials=[],
+            )
+        found[name].trials.append(trial)
+    return list(found.values())
+
+
+def mean_run(runs: Sequence[Run], name: str) -> Run:
+    """The mean of runs that differ in their seed: every number that all of them have, averaged step by step.
+
+    Its config is the first run's, its events are dropped. One run is its own mean, under the new name.
+    """
+    first = runs[0]
+    start = first.start | {"name": name}
+    steps = first.train["step"]
+    for run in runs[1:]:
+        steps = np.intersect1d(steps, run.train["step"])
+    columns = [{key: run.train[key][np.isin(run.train["step"], steps)] for key in run.train} for run in runs]
+    train = {key: np.mean([column[key] for column in columns], axis=0) for key in first.train}
+    found = [{(e.step, e.name): e for e in run.evaluations} for run in runs]
+    common = [key for key in found[0] if all(key in other for other in found)]
+    evaluations = [
+        Evaluation(
+            step=e.step,
+            tokens=float(np.mean([other[key].tokens for other in found])),
+            name=e.name,
+            role=e.role,
+            loss=float(np.mean([other[key].loss for other in found])),
+        )
+        for key in common
+        for e in (found[0][key],)
+    ]
+    return Run(first.folder, first.config, start, train, evaluations, [])
+
+
+def joined_run(runs: Sequence[Run], name: str) -> Run:
+    """Runs that follow on each other (the stages of a chain) as one, whose steps and tokens are counted through.
+
+    Where one ends and the next begins the same checkpoint was evaluated twice; the later one counts.
+    """
+    trains: list[dict[str, Any]] = []
+    evaluations: dict[tuple[int, str], Evaluation] = {}
+    steps, tokens = 0, 0.0
+    for run in runs:
+        by_step, by_token = steps - run.first_step, tokens - run.tokens_before
+        moved = dict(run.train)
+        moved["step"], moved["tokens"] = run.train["step"] + by_step, run.train["tokens"] + by_token
+        trains.append(moved)
+        for e in run.evaluations:
+            evaluations[e.step + by_step, e.name] = dataclasses.replace(e, step=e.step + by_step, tokens=e.tokens + by_token)
+        steps, tokens = steps + run.steps, tokens + run.tokens
+    first = runs[0]
+    train = {key: np.concatenate([moved[key] for moved in trains]) for key in first.train}
+    return Run(first.folder, first.config, first.start | {"name": name}, train, list(evaluations.values()), [])

@@ -1,0 +1,229 @@
+"""What the runs of a report amount to: one row of numbers per run, and the keys in which their configs differ.
+
+Losses are mean cross entropies in nats per token; perplexity is exp(loss). Forgetting is the rise of the upstream loss,
+adaptation the fall of the downstream loss, both against the very checkpoint that the run started from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, Run
+
+Kind = Literal["pretraining", "scratch", "continued"]
+
+LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
+"""Settings that decide on how many tokens a run is trained."""
+
+_NOT_A_SETTING = ("name", "folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A role's loss before and after a run, ``after`` infinite where it diverged.
+
+    ``peak_rise`` is the highest finite evaluation minus ``before``, at least 0, and ``peak_tokens`` where it was made.
+    ``recovered_tokens``: where the loss was first evaluated at or below ``before`` again after that peak, infinite where it
+    never was (the stability gap closed, or not); ``None`` where it never rose.
+
+    ``None`` where the run has no such number; ``before`` and what follows from it only for runs that started from a
+    checkpoint.
+    """
+
+    before: float | None = None
+    after: float | None = None
+    peak_rise: float | None = None
+    peak_tokens: float | None = None
+    recovered_tokens: float | None = None
+
+    @property
+    def difference(self) -> float | None:
+        if self.before is None or self.after is None or not math.isfinite(self.after):
+            return None
+        return self.after - self.before
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses
+    compare only where they are the same."""
+
+    label: str
+    kind: Kind
+    origin: str | None
+    peak_lr: float | None
+    steps: int
+    tokens: float
+    upstream: Change
+    downstream: Change
+    sets: tuple[str, ...] = ()
+
+    @property
+    def forgetting(self) -> float | None:
+        return self.upstream.difference
+
+    @property
+    def adaptation(self) -> float | None:
+        difference = self.downstream.difference
+        return None if difference is None else -difference
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a last loss was not finite."""
+        return math.inf in (self.upstream.after, self.downstream.after)
+
+    def flat(self) -> dict[str, Any]:
+        """One level of keys and JSON values, for a table in a file."""
+        flat: dict[str, Any] = {
+            "run": self.label,
+            "kind": self.kind,
+            "from": self.origin,
+            "peak_lr": self.peak_lr,
+            "steps": self.steps,
+            "tokens": round(self.tokens),
+        }
+        for role, change in ((UPSTREAM, self.upstream), (DOWNSTREAM, self.downstream)):
+            flat[f"{role}_before"] = change.before
+            flat[f"{role}_after"] = change.after
+            flat[f"{role}_perplexity_before"] = perplexity(change.before)
+            flat[f"{role}_perplexity_after"] = perplexity(change.after)
+            flat[f"{role}_peak_rise"] = change.peak_rise
+            flat[f"{role}_peak_rise_tokens"] = change.peak_tokens
+        flat |= {"forgetting": self.forgetting, "adaptation": self.adaptation}
+        return flat | {"diverged": self.diverged}
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); infinite instead of an overflow, ``None`` for ``None``."""
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """One row per run, in order."""
+    return [
+        Row(
+            label=label,
+            kind=kind,
+            origin=run.origin,
+            peak_lr=run.peak_lr,
+            steps=run.steps,
+            tokens=run.tokens,
+            upstream=change_of(run, UPSTREAM),
+            downstream=change_of(run, DOWNSTREAM),
+            sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
+        )
+        for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)
+    ]
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """The runs' names; where two share one, their folders."""
+    count = Counter(run.name for run in runs)
+    return [run.name if count[run.name] == 1 else str(run.folder) for run in runs]
+
+
+def kinds(runs: Sequence[Run]) -> list[Kind]:
+    """What each run is to the others.
+
+    'continued' started from a checkpoint. Without one, a run is the 'pretraining' where another run of the report
+    continues it, or where none continues anything; otherwise it is trained from 'scratch' for comparison.
+    """
+    origins = [part for run in runs if run.origin for part in PurePosixPath(run.origin).parts]
+    kinds: list[Kind] = []
+    for run in runs:
+        if run.origin:
+            kinds.append("continued")
+        elif not origins or {run.folder.resolve().name, run.name} & set(origins):
+            kinds.append("pretraining")
+        else:
+            kinds.append("scratch")
+    return kinds
+
+
+def change_of(run: Run, role: str) -> Change:
+    """The role's losses before and after the run, and the highest between; see ``Change`` for what may be missing."""
+    curve = run.curve(role)
+    losses, tokens = curve.losses[np.isfinite(curve.losses)], curve.tokens[np.isfinite(curve.losses)]
+    if len(losses) == 0:
+        return Change()
+    # The last evaluation counts even where it is not finite: a diverged run has no better end.
+    after = float(curve.losses[-1]) if math.isfinite(curve.losses[-1]) else math.inf
+    before = run.start_loss(role) if run.origin else None
+    if before is None or not math.isfinite(before):
+        return Change(after=after)
+    peak = int(np.argmax(losses))
+    rise = max(0.0, float(losses[peak]) - before)
+    back = np.flatnonzero(losses[peak:] <= before)
+    recovered = (float(tokens[peak + back[0]]) if len(back) else math.inf) if rise > 0 else None
+    return Change(before, after, rise, float(tokens[peak]), recovered)
+
+
+def tokens_to_reach(curve: Curve, target: float) -> float:
+    """Tokens at which the loss is first at or below ``target``, linearly interpolated between evaluations.
+
+    0 where it begins there, infinite where it never gets there. Evaluations that are not finite are passed over.
+    """
+    kept = np.isfinite(curve.losses)
+    tokens, losses = curve.tokens[kept], curve.losses[kept]
+    below = np.flatnonzero(losses <= target)
+    if len(below) == 0:
+        return math.inf
+    first = int(below[0])
+    if first == 0:
+        return float(tokens[0])
+    share = (losses[first - 1] - target) / (losses[first - 1] - losses[first])
+    return float(tokens[first - 1] + share * (tokens[first] - tokens[first - 1]))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists to {'data.train.0.path': value}; empty ones are values."""
+    if isinstance(config, dict) and config:
+        items = [(str(key), value) for key, value in config.items()]
+    elif isinstance(config, list) and any(isinstance(value, dict | list) for value in config):
+        items = [(str(index), value) for index, value in enumerate(config)]
+    else:
+        return {prefix: config}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of a setting are the same; numbers may differ by rounding."""
+    if isinstance(one, int | float) and isinstance(other, int | float) and not isinstance(one, bool | type(None)):
+        return one == other or math.isclose(one, other, rel_tol=1e-5)
+    return bool(one == other)
+
+
+def same_length(one: float, other: float) -> bool:
+    """Whether two numbers of tokens are close enough for the losses after them to be compared."""
+    return abs(one - other) <= 0.01 * max(one, other)
+
+
+def distinct_lengths(tokens: Sequence[float]) -> list[float]:
+    """The different numbers of tokens among these, ascending; those within ``same_length`` are one."""
+    found: list[float] = []
+    for number in sorted(tokens):
+        if not found or not same_length(found[-1], number):
+            found.append(number)
+    return found
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The config keys that are not the same in all runs, each with its value in every run (``None`` where absent)."""
+    flats = [flatten(run.config) if run.config else {} for run in runs]
+    keys = dict.fromkeys(key for flat in flats for key in flat)
+    found: dict[str, list[Any]] = {}
+    for key in keys:
+        values = [flat.get(key) for flat in flats]
+        if key not in _NOT_A_SETTING and not all(same_value(value, values[0]) for value in values):
+            found[key] = values
+    return found

@@ -1,0 +1,221 @@
+"""The report of an experiment: one HTML page that needs nothing else, figures as PNG and SVG, tables as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from megarewarm.report.figures import curves as draw
+from megarewarm.report.figures.lines import Line
+from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_interpolation, lines_of_arms, panels_of
+from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
+from megarewarm.report.figures.sweeps import axis_lines, describe_axis, draw_axis
+from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons, run_measures
+from megarewarm.report.numbers.experiment import Arm, Experiment, read_experiment
+from megarewarm.report.numbers.runs import differences
+from megarewarm.report.pages import html
+from megarewarm.report.pages import tables as arm_table
+from megarewarm.report.pages.findings import summarise_experiment
+from megarewarm.report.pages.html import Picture, breakable, picture_html, save_picture, setting_text, svg_of, value_cells
+from megarewarm.report.pages.tables import SCRIPT, arms_html, comparisons_html, content_hash
+from megarewarm.spelling import tokens_text
+
+_BAND = " Lines are means over the complete seeds, bands reach from the lowest to the highest seed."
+_BARS = "Means over the seeds; bars reach from the lowest to the highest seed."
+_SEED_KEYS = ("training.seed", "data.seed")
+
+
+def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
+    """Write the report of the experiment in ``folder`` into ``output_folder`` and return the path of its report.html.
+
+    Beside it every figure as NAME.png and NAME.svg, and arms, runs and comparisons as CSV and JSON. Figures of an earlier
+    report there are removed. Raises UserError where the experiment can't be read.
+    """
+    experiment = read_experiment(folder)
+    rows = arm_rows(experiment)
+    compared = comparisons(experiment, rows)
+    output = Path(output_folder)
+    output.mkdir(parents=True, exist_ok=True)
+    _remove_old(output)
+    told: dict[str, list[str]] = {}
+    names = []
+    for part, picture in _pictures(experiment, rows):
+        svg = svg_of(picture.figure)
+        save_picture(picture, svg, output)
+        names.append(picture.name)
+        told.setdefault(part, []).append(picture_html(picture, svg))
+        picture.figure.clear()  # its memory: there may be dozens
+    (output / ".pictures").write_text("\n".join(names), encoding="utf-8")
+    _write(output / "arms", [row.flat() for row in rows])
+    _write(output / "runs", _flat_runs(experiment))
+    _write(output / "comparisons", [comparison.flat() for comparison in compared])
+    page = output / "report.html"
+    page.write_text(_page(experiment, rows, compared, told), encoding="utf-8")
+    return page
+
+
+def _remove_old(output: Path) -> None:
+    """The pictures of an earlier report must not pass for this one's."""
+    listing = output / ".pictures"
+    names = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
+    for name in names:
+        for ending in ("png", "svg"):
+            if name and "/" not in name:
+                (output / f"{name}.{ending}").unlink(missing_ok=True)
+
+
+def _pictures(experiment: Experiment, rows: Sequence[ArmRow]) -> list[tuple[str, Picture]]:
+    """The figures with the part of the page that each stands in."""
+    main = experiment.main.name if experiment.main else None
+    panels = panels_of(experiment)
+    found: list[tuple[str, Picture]] = []
+
+    def add(part: str, name: str, title: str, figure: Figure | None, description: str, caption: str) -> None:
+        if figure is not None:
+            found.append((part, Picture(name, title, figure, description, caption)))
+
+    for panel in panels:
+        lines = lines_of_arms(panel.arms)
+        shared = f" Black: {lines[0].label}, for comparison." if len(lines) > 1 else ""
+        caption = draw.caption_lines(lines) + _bands(lines) + shared
+        add("losses", f"losses_{panel.key}", panel.title, draw.curves_figure(lines), _named(lines), caption)
+    for number, group in enumerate(comparable(rows), start=1):
+        sets = " and ".join(group[0].arm.sets[0] + group[0].arm.sets[1])
+        title = f"Runs that started from {group[0].arm.start}, on {sets}"
+        caption = f"{_BARS} Up and left is better. Dashes: the front, no arm is better in both by its mean."
+        add("pareto", f"pareto_{number}", title, draw_pareto(group, main), describe_pareto(group), caption)
+    for sweep in experiment.groups:
+        if told := axis_lines(rows, sweep):
+            title = f"{sweep}: final losses against {told[0]}"
+            add("axes", f"axis_{sweep}", title, draw_axis(*told), describe_axis(*told), _BAND.strip())
+    if chains := chains_of(experiment):
+        caption = "Dotted lines: where the next stage begins. " + draw.caption_lines(chains.lines, chains.stages)
+        figure = draw.curves_figure(chains.lines, chains.stages, "tokens of all stages")
+        add("chains", "chains", "Losses over all stages", figure, _named(chains.lines), caption + _bands(chains.lines))
+    for panel in panels:
+        text = "Line charts: loss between the weights at the start and at the end."
+        caption = "The loss of (1 - alpha) x start + alpha x end."
+        add("interpolation", f"interpolation_{panel.key}", panel.title, draw_interpolation(panel.arms), text, caption)
+    for panel in panels:
+        text = "Line charts of update ratio, distance from the start, and gradient norm against tokens."
+        add("dynamics", f"dynamics_{panel.key}", panel.title, draw_dynamics(panel.arms), text, "")
+    return found
+
+
+def _bands(lines: Sequence[Line]) -> str:
+    return _BAND if any(len(line.seeds) > 1 for line in lines) else " One seed each: there is no band to draw."
+
+
+def _named(lines: Sequence[Line]) -> str:
+    return draw.describe_named([(line.label, line.run) for line in lines])
+
+
+def _page(experiment: Experiment, rows: Sequence[ArmRow], compared: Sequence[Comparison], told: dict[str, list[str]]) -> str:
+    sentences = "".join(f"<li>{escape(text)}</li>" for text in summarise_experiment(experiment, rows, compared))
+    main = experiment.main.name if experiment.main else None
+    parts = [
+        f"<h1>{escape(experiment.title)}</h1>",
+        f'<p class="quiet">Experiment {escape(experiment.name)}</p>',
+        f'<ul class="summary">{sentences}</ul>',
+        _part("Losses and learning rates", told.get("losses")),
+        _part("Forgetting against adaptation", told.get("pareto")),
+        _part("Final losses along the sweeps", told.get("axes")),
+        _part("Chains of stages", told.get("chains")),
+        _part("Between the start's weights and the end's", told.get("interpolation")),
+        _folded("Dynamics: update ratio, distance, gradient norm", told.get("dynamics")),
+        "<h2>In numbers</h2>" + arms_html(rows, main) if any(row.seeds[0] for row in rows) else "",
+        "<h2>Differences between arms</h2>" + comparisons_html(compared) if compared else "",
+        _settings(experiment.arms),
+        _states(experiment),
+        '<footer class="quiet">Beside this page: every figure as PNG and SVG, and arms, runs and comparisons as CSV and JSON. '
+        "Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+    ]
+    css = html.STYLE + arm_table.STYLE
+    policy = f"default-src 'none'; img-src data:; style-src {content_hash(css)}; script-src {content_hash(SCRIPT)}"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">\n"
+        f"<title>{escape(experiment.title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _part(title: str, sections: Sequence[str] | None) -> str:
+    return f"<h2>{title}</h2>\n" + "\n".join(sections) if sections else ""
+
+
+def _folded(title: str, sections: Sequence[str] | None) -> str:
+    return f"<details><summary>{title}</summary>\n" + "\n".join(sections) + "\n</details>" if sections else ""
+
+
+def _settings(arms: Sequence[Arm]) -> str:
+    """The config keys in which the arms differ, an arm a row; pre-training differs in most and is left out."""
+    able = [arm for arm in arms if arm.runs and arm.runs[0].config and arm.kind != "pretraining"]
+    if len(able) < 2:
+        return ""
+    different = differences([arm.runs[0] for arm in able])
+    for key in (*_SEED_KEYS, "start.from"):
+        different.pop(key, None)
+    if not different:
+        return "<h2>Settings</h2>\n<p>The configs of the arms are the same in every key but where they start from.</p>"
+    names = list(different)
+    head = "".join(f'<th scope="col">{breakable(key).replace(".", ".<wbr>")}</th>' for key in names)
+    columns = [value_cells([setting_text(value) for value in different[key]]) for key in names]
+    body = "".join(
+        f'<tr><th scope="row">{breakable(arm.name)}</th><td>{breakable(arm.start) or "scratch"}</td>'
+        f"{''.join(column[index] for column in columns)}</tr>"
+        for index, arm in enumerate(able)
+    )
+    return (
+        '<h2>Settings that differ</h2>\n<div class="wide"><table class="settings"><thead><tr><th scope="col">Arm</th>'
+        f'<th scope="col">Start</th>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
+        '<p class="quiet">Seeds and folders are left out. Bold: what stands out from the most common value.</p>'
+    )
+
+
+def _states(experiment: Experiment) -> str:
+    """The runs that are not complete."""
+    waiting = [trial for trial in experiment.trials if trial.state != "complete"]
+    if not waiting:
+        return ""
+    under_way = "".join(
+        f"<li>{escape(trial.name)}: {trial.share:.0%} of {tokens_text(trial.tokens)} tokens</li>"
+        for trial in waiting
+        if trial.state == "under way"
+    )
+    rest = ", ".join(breakable(trial.name) for trial in waiting if trial.state == "not begun")
+    return (
+        "<h2>Runs that are not complete</h2>\n"
+        + (f"<p>Under way, or stopped before their end:</p><ul>{under_way}</ul>" if under_way else "")
+        + (f"<p>Not begun: {rest}.</p>" if rest else "")
+    )
+
+
+def _flat_runs(experiment: Experiment) -> list[dict[str, Any]]:
+    """Every run of the experiment, those included that have not begun."""
+    flat = []
+    for arm in experiment.arms:
+        for trial in arm.trials:
+            keys: dict[str, Any] = {"run": trial.name, "arm": arm.name, "seed": trial.seed, "state": trial.state}
+            keys |= {"steps": trial.run.steps if trial.run else 0, "planned_steps": trial.steps}
+            flat.append(keys | (run_measures(trial.run) if trial.run and trial.state == "complete" else {}))
+    return flat
+
+
+def _write(path: Path, flat: Sequence[dict[str, Any]]) -> None:
+    """``path`` with .json and .csv. What isn't finite (diverged, not recovered, never) is null and the word 'inf' there."""
+    plain = [{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()} for row in flat]
+    path.with_suffix(".json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)

@@ -1,0 +1,122 @@
+"""What the pages of a report share: their style, cells of settings, pictures as data, a picture's files."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from megarewarm.report.figures import style
+from megarewarm.spelling import DASH, rate_text
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2328; --quiet: #5c6570; --line: #dfe3e8; --wash: #f6f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1120px; padding: 40px 28px 64px; background: #fff; color: var(--ink);
+  font: 16px/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; }
+h2 { font-size: 20px; margin: 44px 0 10px; }
+p, li { max-width: 82ch; }
+h1, h2, h3, p, li, figcaption { overflow-wrap: anywhere; }
+.quiet, figcaption { color: var(--quiet); font-size: 14px; }
+.summary { margin: 22px 0 0; padding: 14px 22px 14px 40px; background: var(--wash); border-left: 4px solid #0072b2; }
+.summary li { margin: 5px 0; }
+figure { margin: 10px 0 0; }
+figure img { display: block; width: 100%; height: auto; }
+figure.narrow img { max-width: 820px; }
+figcaption { margin-top: 6px; max-width: 82ch; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: 6px 7px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
+thead tr:first-child th[colspan] { text-align: center; border-bottom: 2px solid var(--line); color: var(--ink); }
+th:first-child, td:first-child { text-align: left; }
+tbody th { color: var(--ink); text-align: left; }
+tbody tr:hover { background: var(--wash); }
+td, tbody th { vertical-align: top; }
+td small, th small { display: block; color: var(--quiet); font-size: 12px; font-weight: 400; line-height: 1.2; }
+th small { margin-left: 17px; }
+.numbers tbody th { white-space: normal; min-width: 120px; padding-left: 24px; text-indent: -17px; }
+.numbers th small { margin-left: 0; text-indent: 0; }
+.group { border-left: 1px solid var(--line); }
+.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 88px; }
+.settings th, .settings td { text-align: left; vertical-align: top; }
+.settings tbody th { font: 13px/1.6 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; white-space: nowrap; }
+.dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 7px; }
+@media (max-width: 700px) {
+  body { padding: 24px 14px 48px; }
+  .summary { padding: 10px 12px 10px 28px; }
+  figure { overflow-x: auto; } figure img, figure.narrow img { width: 720px; max-width: none; }
+}
+footer { margin-top: 52px; padding-top: 12px; border-top: 1px solid var(--line); }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10.5pt; }
+  h2 { break-after: avoid; } figure, tr, .summary { break-inside: avoid; }
+  table { font-size: 8.5pt; } th, td { padding: 3px 5px; } .wide { overflow: visible; }
+  * { print-color-adjust: exact; }
+}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure, its file's name, its heading, the text in its place, and what stands below it."""
+
+    name: str
+    title: str
+    figure: Figure
+    description: str
+    caption: str
+
+
+def svg_of(figure: Figure) -> bytes:
+    """The figure as SVG, the same bytes for the same data."""
+    stream = io.BytesIO()
+    with style.style():
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def picture_html(picture: Picture, svg: bytes, heading: str = "h3") -> str:
+    """A section with the picture inside it, as a data URL."""
+    data = base64.b64encode(svg).decode("ascii")
+    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
+    return (
+        f"<section><{heading}>{escape(picture.title)}</{heading}>\n<figure>"
+        f'<img alt="{escape(picture.description)}" src="data:image/svg+xml;base64,{data}">{caption}</figure></section>'
+    )
+
+
+def save_picture(picture: Picture, svg: bytes, folder: Path) -> None:
+    """NAME.png and NAME.svg in ``folder``."""
+    (folder / f"{picture.name}.svg").write_bytes(svg)
+    with style.style():
+        picture.figure.savefig(folder / f"{picture.name}.png", dpi=160)
+
+
+def value_cells(texts: Sequence[str]) -> list[str]:
+    """Cells in which what stands out from the most common value is bold, where one value is the most common."""
+    (usual, count), *others = Counter(texts).most_common()
+    plain = {usual} if others and count > others[0][1] else set(texts)
+    return [f"<td>{text}</td>" if text in plain else f"<td><b>{text}</b></td>" for text in texts]
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value as HTML."""
+    if value is None:
+        return DASH
+    if isinstance(value, float):
+        return rate_text(value) if 0 < abs(value) < 1e-2 else f"{value:g}"
+    return breakable(str(value))
+
+
+def breakable(text: str) -> str:
+    """Long paths may break after a slash or an underscore."""
+    return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")

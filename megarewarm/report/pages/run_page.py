@@ -1,0 +1,247 @@
+"""The report of runs: one HTML page that needs nothing else, its pictures as PNGs, its table as CSV and JSON."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from megarewarm.record.run import Run, read_runs
+from megarewarm.report.figures import curves as draw
+from megarewarm.report.figures import style, tradeoff
+from megarewarm.report.numbers.runs import Change, Row, differences, perplexity, rows
+from megarewarm.report.pages.html import STYLE, breakable, setting_text, value_cells
+from megarewarm.report.pages.words import summarise
+from megarewarm.spelling import DASH, loss_text, rate_text, signed_text, tokens_text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    name: str
+    title: str
+    figure: Figure
+    description: str
+    caption: str
+
+
+def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
+    """Write the report of ``run_folders`` into ``output_folder`` and return the path of its report.html.
+
+    Beside it: curves.png, tradeoff.png, sets.png, pretraining.png (those that apply), table.csv and table.json. Raises
+    UserError where a folder has no readable metrics.
+    """
+    runs = read_runs(run_folders)
+    table = rows(runs)
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("curves", "tradeoff", "sets", "pretraining"):
+        (folder / f"{name}.png").unlink(missing_ok=True)  # a picture of an earlier report must not pass for this one's
+    pictures = _pictures(runs, table)
+    for picture in pictures:
+        with style.style():
+            picture.figure.savefig(folder / f"{picture.name}.png", dpi=160)
+    _write_table(folder, table)
+    page = folder / "report.html"
+    page.write_text(_page(runs, table, pictures), encoding="utf-8")
+    return page
+
+
+def _pictures(runs: Sequence[Run], table: Sequence[Row]) -> list[_Picture]:
+    drawn: list[tuple[str, str, Figure | None, str, str]] = [
+        (
+            "curves",
+            "Losses and learning rates",
+            draw.draw_curves(runs),
+            draw.describe_curves(runs),
+            draw.caption_curves(runs),
+        ),
+        (
+            "tradeoff",
+            "Forgetting against adaptation",
+            tradeoff.draw_tradeoff(runs, table),
+            tradeoff.describe_tradeoff(table),
+            tradeoff.caption_tradeoff(table),
+        ),
+        ("sets", "Every validation set", draw.draw_sets(runs), "Line charts: loss of every set against tokens.", ""),
+        ("pretraining", "Pre-training", draw.draw_pretraining(runs), draw.describe_pretraining(runs), ""),
+    ]
+    return [_Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
+
+
+def _page(runs: Sequence[Run], table: Sequence[Row], pictures: Sequence[_Picture]) -> str:
+    title = table[0].label if len(table) == 1 else f"{len(table)} runs compared"
+    first = ("curves", "tradeoff") if any(picture.name == "curves" for picture in pictures) else ("pretraining",)
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summarise(runs))
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="quiet">{escape(", ".join(row.label for row in table))}</p>' if len(table) > 1 else "",
+        f'<ul class="summary">{sentences}</ul>',
+        *(_section(picture) for picture in pictures if picture.name in first),
+        "<h2>In numbers</h2>",
+        _numbers(table),
+        *(_section(picture) for picture in pictures if picture.name not in first),
+        _starts(runs, table),
+        _notes(runs, table),
+        _settings(runs, table),
+        '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
+        "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(picture: _Picture) -> str:
+    stream = io.BytesIO()
+    with style.style():
+        picture.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    data = base64.b64encode(stream.getvalue()).decode("ascii")
+    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
+    narrow = ' class="narrow"' if picture.name == "tradeoff" else ""
+    return (
+        f"<section><h2>{escape(picture.title)}</h2>\n<figure{narrow}>"
+        f'<img alt="{escape(picture.description)}" src="data:image/svg+xml;base64,{data}">{caption}</figure></section>'
+    )
+
+
+def _numbers(table: Sequence[Row]) -> str:
+    """One row per run; a role that no run was evaluated on has no columns."""
+    roles: list[tuple[str, str, Callable[[Row], Change], Callable[[Row], float | None]]] = [
+        ("Upstream", "Forgetting", lambda row: row.upstream, lambda row: row.forgetting),
+        ("Downstream", "Adaptation", lambda row: row.downstream, lambda row: row.adaptation),
+    ]
+    roles = [role for role in roles if any(role[2](row).after is not None for row in table)]
+    head = "".join(f'<th colspan="4" scope="colgroup" class="group">{name} loss</th>' for name, *_ in roles)
+    under = "".join(
+        f'<th scope="col" class="group">Before</th><th scope="col">After</th><th scope="col">{measure}</th>'
+        '<th scope="col">Highest rise</th>'
+        for _, measure, *_ in roles
+    )
+    plain = "".join(f'<th rowspan="2" scope="col">{name}</th>' for name in ("Run", "Peak LR", "Steps", "Tokens"))
+    body = []
+    for index, row in enumerate(table):
+        note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
+        cells = [
+            f'<th scope="row"><span class="dot" style="background:{style.colour(index)}"></span>{breakable(row.label)}'
+            + (f"<small>{note}</small>" if note else "")
+            + "</th>",
+            f"<td>{rate_text(row.peak_lr)}</td><td>{row.steps:,}</td><td>{tokens_text(row.tokens)}</td>",
+        ]
+        for _, _, change_of, measure_of in roles:
+            change = change_of(row)
+            at = None if not change.peak_rise else f"at {tokens_text(change.peak_tokens or 0)}"
+            cells.append(
+                _cell(loss_text(change.before), _perplexity_text(change.before), "group")
+                + _cell(loss_text(change.after), _perplexity_text(change.after))
+                + f"<td><b>{signed_text(measure_of(row))}</b></td>"
+                + _cell(signed_text(change.peak_rise), at)
+            )
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    note = (
+        "Grey: perplexity below a loss, tokens at which the highest rise above the start was measured. "
+        "Forgetting is the rise of the upstream loss, adaptation the fall of the downstream loss."
+    )
+    return (
+        f'<div class="wide"><table class="numbers"><thead><tr>{plain}{head}</tr><tr>{under}</tr></thead>'
+        f'<tbody>{"".join(body)}</tbody></table></div>\n<p class="quiet">{note}</p>'
+    )
+
+
+def _cell(text: str, small: str | None, group: str = "") -> str:
+    below = f"<small>{small}</small>" if small else ""
+    return f"<td{f' class={chr(34)}{group}{chr(34)}' if group else ''}>{text}{below}</td>"
+
+
+def _perplexity_text(loss: float | None) -> str | None:
+    value = perplexity(loss)
+    return None if value is None or not math.isfinite(value) else f"{value:,.0f}" if value >= 999.5 else f"{value:.2f}"
+
+
+def _starts(runs: Sequence[Run], table: Sequence[Row]) -> str:
+    """Where every run came from, and what of the checkpoint it did not keep."""
+    if not any(run.start for run in runs):
+        return ""
+    starts: dict[tuple[str, str, str], list[str]] = {}
+    for run, row in zip(runs, table, strict=True):
+        reset = run.start.get("reset")
+        told = ", ".join(map(_choice, reset)) if isinstance(reset, list) else ""
+        parameters = run.start.get("parameters")
+        size = tokens_text(parameters) if isinstance(parameters, int | float) else DASH
+        starts.setdefault((row.origin or "scratch", told or DASH, size), []).append(row.label)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{breakable(value)}</td>' for value in (', '.join(names), *start))}</tr>"
+        for start, names in starts.items()
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Runs", "Started from", "State kept and reset", "Parameters"))
+    return (
+        "<h2>Starts</h2>\n"
+        f'<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _notes(runs: Sequence[Run], table: Sequence[Row]) -> str:
+    """What each run said at its start, such as validation sets that hold less than was asked for."""
+    said: dict[str, list[str]] = {}
+    for run, row in zip(runs, table, strict=True):
+        notes = run.start.get("notes")
+        for note in notes if isinstance(notes, list) else ():
+            said.setdefault(str(note), []).append(row.label)
+    if not said:
+        return ""
+    lines = "".join(f"<li>{escape(', '.join(labels))}: {breakable(note)}</li>" for note, labels in said.items())
+    return f"<h2>Notes at the start</h2>\n<ul>{lines}</ul>"
+
+
+def _choice(line: Any) -> str:
+    """A line of the reset table, such as 'moments: reset'."""
+    return f"{line.get('line')}: {line.get('choice')}" if isinstance(line, dict) else str(line)
+
+
+def _settings(runs: Sequence[Run], table: Sequence[Row]) -> str:
+    """The config keys in which the runs differ. Pre-training differs in most and is left out."""
+    kept = [(run, row) for run, row in zip(runs, table, strict=True) if row.kind != "pretraining"]
+    if len(kept) < 2:
+        return ""
+    different = differences([run for run, _ in kept])
+    different.pop("start.from", None)  # told under Starts
+    if not different:
+        return "<h2>Settings</h2>\n<p>The configs of the runs are the same in every key.</p>"
+    head = "".join(f'<th scope="col">{escape(row.label)}</th>' for _, row in kept)
+    body = "".join(f'<tr><th scope="row">{escape(key)}</th>{_cells(values)}</tr>' for key, values in different.items())
+    return (
+        "<h2>Settings that differ</h2>\n"
+        f'<div class="wide"><table class="settings"><thead><tr><th scope="col">Key</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cells(values: Sequence[Any]) -> str:
+    return "".join(value_cells([setting_text(value) for value in values]))
+
+
+def _write_table(folder: Path, table: Sequence[Row]) -> None:
+    """table.csv and table.json. A loss that isn't finite is null there, with 'diverged' true."""
+    flat = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.flat().items()}
+        for row in table
+    ]
+    (folder / "table.json").write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, flat[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)

@@ -1,0 +1,1 @@
+"""What follows each step: judgement, times, dynamics, evaluation, saves, stops."""

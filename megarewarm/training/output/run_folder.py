@@ -1,0 +1,177 @@
+"""The folder of a run: its resolved configuration, its metrics, its checkpoints. One process group at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megarewarm.checkpoint.own.folder import newest_whole
+from megarewarm.checkpoint.own.together import gather
+from megarewarm.config.load import dump
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.yaml_text import read_yaml
+from megarewarm.errors import UserError
+from megarewarm.file_lock import FileLock, write_atomically
+from megarewarm.record.run_format import RUN_FORMAT, take_format
+
+# What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
+_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
+_FREE = {
+    ("training", "micro_batch"),
+    ("training", "device"),
+    ("training", "precision"),
+    ("training", "recompute"),
+    ("data", "tokenizer"),
+}
+
+
+class RunFolder:
+    """Paths of a run, and the lock that keeps a second process out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "huggingface"
+        self.batches = path / "batches"
+        self._lock: FileLock | None = None
+
+    def newest_checkpoint(
+        self, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
+    ) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
+
+        ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. All ranks call it, unless ``alone``.
+        Raises ``UserError`` where there are checkpoints and all are damaged.
+        """
+        return newest_whole(self.checkpoints, alone=alone, up_to=up_to, counts=counts)
+
+    def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
+        """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
+
+        ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
+        other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it anew"
+        if not self.config_file.is_file():
+            if self.metrics_file.exists() or self.checkpoints.exists():
+                remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
+                raise UserError(f"{self.path}: holds a run without config.yaml; {remedy}")
+            return
+        old = _completed(take_format(read_yaml(self.config_file)[0], str(self.config_file)))
+        new = config.model_dump(mode="json", by_alias=True)
+        difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
+        if difference is not None:
+            key, before, now = difference
+            alone = f"give this run another 'name', or continue the old one in a new run with start.from={self.path}"
+            remedy = other if experiment is not None else alone
+            raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
+
+    def rule_of_intervals(self) -> str | None:
+        """``intervals`` of the run that the folder holds: 'rounded' where it is older than the key; None without a run."""
+        if not self.config_file.is_file():
+            return None
+        return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
+
+    def check_writable(self) -> None:
+        """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Leaves nothing behind."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+        if number:
+            raise self._refused(OSError(number, os.strerror(number), str(there)))
+        if there != self.path:
+            try:  # some file systems allow it and refuse it all the same
+                tempfile.TemporaryFile(dir=there).close()
+            except OSError as error:
+                raise self._refused(OSError(error.errno, error.strerror, str(there))) from error
+        most = os.pathconf(there, "PC_NAME_MAX")
+        for name in self.path.absolute().parts:
+            if len(os.fsencode(name)) > most:
+                raise UserError(
+                    f"{self.path}: '{name[:30]}...' has {len(os.fsencode(name))} bytes, names here have up to {most}: shorten "
+                    f"the run's 'name' or 'folder' (in an experiment, the labels of its axes)"
+                )
+
+    def _refused(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place")
+
+    def lock(self, *, main: bool) -> None:
+        """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
+
+        All ranks call it, the main one takes it; raises ``UserError`` on all of them where another process has it.
+        """
+        self._together(self._lock_if_there if main else None)
+
+    def open(self, config: RunConfig, *, main: bool) -> None:
+        """Make the folder, take its lock unless it is held, and write the resolved configuration.
+
+        All ranks call it, the main one does it; raises ``UserError`` on all of them where that fails.
+        """
+        self._together((lambda: self._open(config)) if main else None)
+
+    def _together(self, action: Callable[[], None] | None) -> None:
+        problem: str | None = None
+        try:
+            if action is not None:
+                action()
+        except BlockingIOError:
+            problem = f"{self.path}: another process is training in this folder; wait for it or set 'name'"
+        except OSError as error:
+            problem = str(self._refused(error))
+        problem = gather(problem)[0]
+        if problem is not None:
+            self.close()
+            raise UserError(problem)
+
+    def _lock_if_there(self) -> None:
+        # whether a folder may be written is not the question yet: a complete run is only read
+        if self.path.is_dir() and os.access(self.path, os.W_OK):
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        self._lock = FileLock(self.path / ".lock")
+
+    def _open(self, config: RunConfig) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._take_lock()
+        write_atomically(self.config_file, f"format: {RUN_FORMAT}\n{dump(config)}".encode())
+
+    def close(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _completed(old: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote, with the defaults of the keys that it did not know."""
+    try:
+        return RunConfig.model_validate(old).model_dump(mode="json", by_alias=True)
+    except ValidationError:
+        return old  # what differs is then said by name
+
+
+def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
+    """(key, old value, new value) of the first difference between two nested configurations, or None."""
+    if path in _FREE:
+        return None
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if found := first_difference(old.get(key), new.get(key), (*path, str(key))):
+                return found
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (left, right) in enumerate(zip(old, new, strict=True)):
+            if found := first_difference(left, right, (*path, str(i))):
+                return found
+        return None
+    return None if old == new else (".".join(path), old, new)

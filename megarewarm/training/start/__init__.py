@@ -1,0 +1,1 @@
+"""What is settled before a run is built: its plan, its inputs, what they cost."""

@@ -1,0 +1,155 @@
+"""What a run needs before it has ranks, memory and weights, opened and checked.
+
+A start and a dry run go through the same functions here, so that both refuse the same, in the same words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint
+from megarewarm.checkpoint.weights import check, expected_shapes
+from megarewarm.config.schema import RunConfig
+from megarewarm.data.mixture.batches import TrainingBatches
+from megarewarm.data.mixture.moving import MovingWindows
+from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.errors import UserError
+from megarewarm.model.documents import DocumentRules
+from megarewarm.model.fused import Operations
+from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.parallel.engine import DTYPES
+from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.mesh import Layout, choose_layout
+from megarewarm.training.output.metrics import check_loggers
+from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.plan import Plan, differing_choices, other_optimizer, settle_model
+from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
+from megarewarm.training.start.saving import check_roll_back, check_saving
+from megarewarm.training.start.texts import Texts, settle_texts
+from megarewarm.training.start.weights import start_source
+
+_HIGHEST_USUAL = 1e-2  # of peak learning rates
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was opened and chosen. ``optimizer``: its kind; ``notes``: what a user must know of all of it; ``teacher``: what
+    ``distill`` keeps beside the run, None without."""
+
+    layout: Layout
+    texts: Texts
+    data: TrainingBatches
+    validation: list[ValidationWindows | MovingWindows]
+    documents: DocumentRules | None
+    precision: str
+    operations: Operations
+    optimizer: str
+    teacher: OpenedCheckpoint | None
+    notes: list[str]
+
+
+def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
+    """The run's folder. Raises ``UserError`` where it holds another run, or a logger is not installed.
+
+    ``experiment``: see ``RunFolder.check``.
+    """
+    check_loggers(config.logging)
+    folder = RunFolder(Path(config.run_folder))
+    folder.check(config, experiment=experiment)
+    return folder
+
+
+def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
+    """Everything that a run of ``plan`` on ``world_size`` ranks reads besides its weights. Writes only the cache of orders.
+
+    Of a resumed run with ``distill`` all ranks call it. Raises ``UserError`` for whatever the run would be refused for.
+    """
+    config = plan.config
+    layout = choose_layout(config.parallel, world_size)
+    fit = check_fit(config, plan.model, layout)
+    texts = settle_texts(plan)
+    data = open_data(plan)
+    validation, left_out = open_validation(config, plan.model.vocab_size)
+    check_held_out(plan, validation)
+    precision = settle_precision(config, device)
+    documents = _documents(plan, texts)
+    operations, remarks = choose_operations(
+        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.reset
+    )
+    optimizer, about = choose_optimizer(config.kernels, device)
+    teacher = None
+    if not isinstance(plan.source, PlannedCheckpoint):  # what isn't written yet is checked when it is
+        _check_weights(plan)
+        teacher = _teacher(plan) if config.distill is not None else None
+    choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
+    loaded = plan.source.notes if plan.source else []
+    notes = [*loaded, *choices, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
+    if teacher is not None and config.start.intent in ("resume", "branch"):
+        notes.append(f"distill: the teacher is {teacher.name} itself, not what the run that goes on here began from")
+    return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
+
+
+def check_training(plan: Plan) -> None:
+    """Raise ``UserError`` where steps of ``plan`` could not be saved as they have to be. Reads no data."""
+    check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
+    check_roll_back(plan.config)
+    RunFolder(Path(plan.config.run_folder)).check_writable()
+
+
+def settle_precision(config: RunConfig, device: torch.device) -> str:
+    """What ``training.precision`` means on ``device``. Raises ``UserError`` where it can't be computed with."""
+    wanted = config.training.precision
+    able = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and not able:
+        raise UserError("training.precision: this GPU has no bf16; set it to fp16 or fp32")
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and able else "fp32"
+    return wanted
+
+
+def _unusual(config: RunConfig) -> list[str]:
+    peak = config.schedule.max_lr
+    if peak <= _HIGHEST_USUAL:
+        return []
+    return [f"schedule.max_lr {peak:g} is above {_HIGHEST_USUAL:g}; Pythia's peaks are 1.2e-4 (12B) to 1e-3 (14M)"]
+
+
+def _check_weights(plan: Plan) -> None:
+    """Names, shapes and dtypes of what will be loaded; the values are looked at as they are loaded."""
+    if plan.policy.weights != "load" or plan.resumed or plan.source is None or isinstance(plan.source, OwnCheckpoint):
+        return
+    opened: OpenedCheckpoint = plan.source  # type: ignore[assignment]
+    check(opened.weights, expected_shapes(plan.model))
+
+
+def _teacher(plan: Plan) -> OpenedCheckpoint:
+    """The start checkpoint, whose frozen model is the teacher, which a resumed run reads again."""
+    try:
+        source = start_source(plan)
+        if source is None:
+            raise UserError("its weights were not loaded (start.weights: initialise)")
+        opened: OpenedCheckpoint = source  # type: ignore[assignment]
+        check(opened.weights, expected_shapes(opened.model_config))
+        settle_model(plan.config, opened)
+    except UserError as error:
+        raise UserError(f"distill: the start checkpoint is the teacher and can't be read: {error}") from error
+    return opened
+
+
+def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
+    """What ends a document, if that means anything to this run."""
+    data = plan.config.data
+    if not (data.reset_at_eod or data.mask_eod_loss):
+        return None
+    eod = texts.eod
+    assert eod is not None
+    if eod >= plan.model.vocab_size:
+        raise UserError(
+            f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "
+            f"documents of the data"
+        )
+    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)

@@ -1,0 +1,248 @@
+"""The plan of a run: what it starts from, what it keeps, its schedule and its length, settled before anything is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.errors import UserError
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
+from megarewarm.rewarm.replay import history_to_replay
+from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
+from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
+from megarewarm.schedules.schedule import Schedule, build_schedule
+from megarewarm.training.output.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``config`` has its model settled. ``source`` is what will be loaded, ``policy`` what of it is kept.
+
+    ``origin`` is where the run began, ``position`` where it stands; they differ in a resumed run. ``resumed`` says that
+    the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
+    ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were.
+    """
+
+    config: RunConfig
+    source: CheckpointSource | None
+    policy: ResetPolicy
+    schedule: Schedule
+    origin: Position
+    position: Position
+    resumed: bool
+    origin_tokens: int = 0
+
+    @property
+    def model(self) -> ModelConfig:
+        assert self.config.model is not None
+        return self.config.model
+
+    @property
+    def history(self) -> Lineage:
+        """The stages before this run: those of what it started from."""
+        if self.source is None:
+            return Lineage()
+        stages = self.source.lineage.stages
+        return Lineage(stages=stages[:-1] if self.resumed else stages)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run reads on in the data of the stage before it."""
+        if self.source is None or self.source.training is None:
+            return False
+        if not self.resumed:
+            return self.policy.data == "continue"
+        told = self.source.lineage.stages[-1].goes_on
+        return self.origin.samples > 0 if told is None else told
+
+    @property
+    def history_to_replay(self) -> Lineage:
+        """The stages that 'replay of: lineage' means."""
+        return history_to_replay(self.history.stages, goes_on=self.goes_on)
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all steps up to ``step`` of the loop's counter: the x axis of the logs."""
+        return self.origin_tokens + (step - self.origin.step) * self.config.tokens_per_step
+
+    def schedule_position(self, step: int) -> int:
+        """Position in the schedule once ``step`` steps of the run are completed."""
+        return self.origin.schedule + step - self.origin.step
+
+    def samples(self, step: int) -> int:
+        """Samples consumed once ``step`` steps of the run are completed."""
+        return self.origin.samples + (step - self.origin.step) * self.config.training.global_batch
+
+    def lr(self, step: int) -> float:
+        """The learning rate used in ``step``, counted from 1."""
+        return self.schedule.lr(self.schedule_position(step - 1))
+
+    def learning_rate_sums(self) -> LearningRateSums:
+        """S1 and S2 after each step of the run, from ``origin`` on, whether it is resumed or not."""
+        count = self.config.total_steps - self.origin.step
+        return learning_rate_sums(self.schedule.values(self.origin.schedule + np.arange(count)))
+
+
+def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfig:
+    """``config`` with a model: its own, checked against the checkpoint's shape, or the checkpoint's."""
+    if source is None:
+        return config
+    stored = source.model_config
+    if config.model is None:
+        settled = config.model_copy(update={"model": stored})
+        if config.data.sequence_length > stored.max_positions:
+            raise UserError(
+                f"data.sequence_length {config.data.sequence_length} is above the {stored.max_positions} positions of "
+                f"{source.name}"
+            )
+        return settled
+    for key in SHAPE_KEYS:
+        ours, theirs = getattr(config.model, key), getattr(stored, key)
+        if ours != theirs:
+            name = "ffn_size" if key == "mlp_size" else key
+            raise UserError(
+                f"model.{name}: {ours} in the config, {theirs} in the checkpoint {source.name}; make them agree, or leave "
+                f"'model' out to take the checkpoint's"
+            )
+    return config
+
+
+def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
+    """Model keys that leave the shapes alone but change the function, where the config overrides the checkpoint."""
+    if source is None or config.model is None:
+        return []
+    return [
+        f"model.{key}: the checkpoint {source.name} says {getattr(source.model_config, key)}, this run uses "
+        f"{getattr(config.model, key)}"
+        for key in FUNCTION_KEYS
+        if getattr(config.model, key) != getattr(source.model_config, key)
+    ]
+
+
+def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[str]:
+    """A note where the checkpoint was, or may have been, trained with another optimizer than this run's."""
+    kind = config.optimizer.kind
+    if source is None or (source.training is None and kind == "adamw"):
+        return []
+    before = source.training.optimizer if source.training is not None else None
+    if before == kind:
+        return []
+    said = f"{source.name} was trained with {before}" if before else f"if {source.name} was trained with Adam"
+    return [
+        f"optimizer.kind: {kind}; {said}{'' if before else ', as Pythia and most models were'}: another optimizer than before "
+        f"costs quality and forgets more (arXiv 2605.10468, 2605.06654)"
+    ]
+
+
+def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
+    """Raise ``UserError`` where moments of another optimizer are to be kept."""
+    if policy.moments != "reset" and training is not None and training.optimizer != config.optimizer.kind:
+        raise UserError(
+            f"start.moments: '{policy.moments}' can't be honoured, the checkpoint's are those of {training.optimizer} and "
+            f"optimizer.kind is {config.optimizer.kind}; set start.moments to 'reset' (intent 'rewarm' does so)"
+        )
+
+
+def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
+    """The plan of ``config``: the run's own newest checkpoint if there is one, else what ``start`` names.
+
+    ``source`` replaces opening ``start.from`` (for a dry run without it). ``up_to``: the run's checkpoints of later steps don't
+    count (to go through a part of it once more). Raises ``UserError`` for everything about the start that can't be honoured.
+    """
+    newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint(up_to=up_to)
+    if newest is not None:
+        own = OwnCheckpoint(newest, verified=True)
+        own.notes += passed_over
+        return _resumed(config, own)
+    if source is None and config.start.from_ is not None:
+        source = open_checkpoint(config.start.from_)
+    policy = resolve(config.start, source)
+    config = settle_model(config, source)
+    training = source.training if source is not None else None
+    _require_same_optimizer(config, policy, training)
+    origin = start_position(policy, training)
+    schedule = _schedule(config, policy, origin)
+    if policy.intent == "resume" and training is not None and policy.schedule == "continue":
+        _require_same_curve(schedule, training, foreign=not isinstance(source, OwnCheckpoint))
+    if policy.intent == "continue" and training is not None and policy.schedule == "restart":
+        _require_same_rate(schedule.lr(origin.schedule), training)
+    if origin.step >= config.total_steps:
+        raise UserError(
+            f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
+            f"the budget or set start.iteration to 'restart'"
+        )
+    before = origin.step * config.tokens_per_step
+    if origin.step and training is not None and (told := training.tokens_counted) is not None:
+        before = told
+    _require_same_tokens(config, origin.step, before)
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before)
+
+
+def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
+    """A budget in tokens counts all steps alike, those before the start as well."""
+    budget, each = config.training.budget, config.tokens_per_step
+    if budget.unit == "tokens" and tokens != step * each:
+        steps = step + max(0, round((budget.amount - tokens) / each))
+        raise UserError(
+            f"training.budget: '{budget}' is counted in steps of {each:,} tokens, and the {step:,} steps that the checkpoint "
+            f"has done had {tokens:,} tokens in all; give it in steps: with {steps:,} steps the whole comes to {budget}"
+        )
+
+
+def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
+    training = own.training
+    assert training is not None
+    config = settle_model(config, own)
+    rule = RunFolder(Path(config.run_folder)).rule_of_intervals()
+    if rule is not None and rule != config.intervals:
+        own.notes.append(
+            f"intervals: '{rule}', as when this run was begun: it evaluates and saves at the same steps as until now"
+        )
+        config = config.model_copy(update={"intervals": rule})
+    step, schedule_position, samples = training.start_position
+    origin = Position(step, schedule_position, samples, 0)
+    done = training.tokens_counted
+    before = step * config.tokens_per_step if done is None else done - (training.step - step) * config.tokens_per_step
+    return Plan(
+        config=config,
+        source=own,
+        policy=PRESETS["resume"],
+        schedule=Schedule.from_spec(training.schedule),
+        origin=origin,
+        position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
+        resumed=True,
+        origin_tokens=before,
+    )
+
+
+def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Schedule:
+    # a schedule that starts anew has only the remaining steps; one that continues counts from its old beginning
+    total = max(1, config.total_steps - (origin.step if policy.schedule == "restart" else 0))
+    return build_schedule(config.schedule, lambda budget: budget.in_steps(config.tokens_per_step, total), total)
+
+
+def _require_same_rate(first: float, training: TrainingState) -> None:
+    if not math.isclose(first, training.last_lr, rel_tol=0.01):
+        raise UserError(
+            f"start.intent: 'continue' goes on at the rate at which the checkpoint stands, {training.last_lr:.4g}, and this "
+            f"schedule begins at {first:.4g}; set schedule.max_lr to that rate with curve 'constant' and warmup 0, or re-warm "
+            f"(intent 'rewarm')"
+        )
+
+
+def _require_same_curve(schedule: Schedule, training: TrainingState, *, foreign: bool) -> None:
+    ours, theirs = schedule.spec(), training.schedule
+    # other programs have other names and record less: what they do record has to agree
+    keys = {"max_lr", "min_lr"} & set(ours) & set(theirs) if foreign else set(ours) | set(theirs)
+    for key in sorted(keys):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"start.intent: 'resume' continues the checkpoint's schedule, but {key} was {theirs.get(key)} there and is "
+                f"{ours.get(key)} here; use intent 'rewarm' or 'branch' for a new schedule, or make them equal"
+            )

@@ -1,0 +1,94 @@
+"""The weights that a run began with, kept beside those it trains: how far it has gone, and what lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from megarewarm.checkpoint.source import CheckpointSource, open_checkpoint
+from megarewarm.config.schema import RunConfig
+from megarewarm.errors import UserError
+from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.engine import ParallelModel
+from megarewarm.rewarm.reset import resolve
+from megarewarm.training.start.plan import Plan
+
+StartWeights = dict[str, Tensor]
+"""This rank's parts of the start weights by the parameters' names, in host memory, laid out as the parameters."""
+
+T = TypeVar("T")
+
+
+def keeps_start(config: RunConfig) -> bool:
+    """Whether a run of ``config`` has a use for its start weights."""
+    return config.logging.dynamics is not None and config.logging.start_distance
+
+
+def copy_weights(model: ParallelModel) -> StartWeights:
+    """Copies of the parameters as they are now; of replicas, only the rank that counts a parameter makes one."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in model.parameters.items()
+        if model.counted(name, parameter) is not None
+    }
+
+
+def load_start(plan: Plan, model: ParallelModel) -> None:
+    """Fill ``model`` with what the run began with: drawn again from the seed, or read again from ``start.from``.
+
+    All ranks call it. Raises ``UserError`` on all of them where that can't be had any more.
+    """
+    source = start_source(plan)
+    if source is None:
+        model.initialize(plan.config.training.seed)
+    else:
+        _on_all_ranks(lambda: source.load_weights(model))
+
+
+def start_source(plan: Plan) -> CheckpointSource | None:
+    """The checkpoint with the weights that the run began with, opened again if the run is resumed; None: they were drawn.
+
+    All ranks call it. Raises ``UserError`` on all of them where it is gone, or has another history than when the run began: a
+    run folder means its newest checkpoint, and training may have gone on there.
+    """
+    if not plan.resumed:
+        return plan.source if plan.policy.weights == "load" else None
+    return _on_all_ranks(lambda: _reopened(plan))
+
+
+def _reopened(plan: Plan) -> CheckpointSource | None:
+    name = plan.config.start.from_
+    if name is None:
+        return None
+    source = open_checkpoint(name)
+    if resolve(plan.config.start, source).weights == "initialise":
+        return None
+    if source.lineage.model_dump_json() != plan.history.model_dump_json():
+        raise UserError(
+            f"start.from: {name} has another history than when {plan.config.name} began from it; name the "
+            f"checkpoint itself (RUN/checkpoints/step_N) where a run goes on"
+        )
+    return source
+
+
+def _on_all_ranks(action: Callable[[], T]) -> T:
+    """What ``action`` returns. A ``UserError`` on any rank is one on all of them."""
+    problem: UserError | None = None
+    try:
+        result = action()
+    except UserError as error:
+        problem = error
+    if all_reduce_sums([float(problem is not None)])[0]:
+        raise problem or UserError("start.from: another rank can't read it; all hosts need it under the same name")
+    return result
+
+
+def again(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
+    """The start weights of a resumed run, or None and a note that says why. Leaves ``model`` filled with anything."""
+    try:
+        load_start(plan, model)
+    except UserError as error:
+        return None, [f"the weights that the run began with can't be had again, 'dynamics' go without 'distance' ({error})"]
+    return copy_weights(model), []

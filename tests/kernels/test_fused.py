@@ -1,0 +1,123 @@
+"""The fused operations on any machine: their definitions, their derivatives, and what PyTorch asks of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import megarewarm_kernels as kernels
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+
+from tests.support.kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_are_those_of_the_definition(name: str) -> None:
+    case = CASES[name]
+    arguments = arguments_of(case, 3, 5, torch.float64)
+    assert torch.autograd.gradcheck(lambda *inputs: tuple(case.ours(*inputs)), arguments)
+    for mine, wanted in zip(results(case.ours, arguments), results(case.definition, arguments), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_as_exact_as_torch(name: str, dtype: torch.dtype) -> None:
+    assert_as_exact_as_torch(CASES[name], arguments_of(CASES[name], 33, 130, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_more_dimensions_and_none(name: str) -> None:
+    case = CASES[name]
+    arguments = arguments_of(case, 6, 8, torch.float32)
+    flat = results(case.ours, arguments)
+    shaped = results(
+        case.ours, [argument.detach().view(2, 3, 8) if argument.dim() == 2 else argument for argument in arguments]
+    )
+    for one, other in zip(flat, shaped, strict=True):
+        torch.testing.assert_close(one, other.view(one.shape), rtol=0, atol=1e-6)
+    empty = results(case.ours, arguments_of(case, 0, 8, torch.float32))
+    assert all(not result.any() for result in empty), "no rows, no gradients"
+
+
+def operators(name: str) -> list[tuple[torch._ops.OpOverload, tuple[object, ...]]]:
+    ops = torch.ops.megarewarm
+    case = CASES[name]
+    detached = [argument.detach() for argument in arguments_of(case, 4, 8, torch.float32)]
+    if name.startswith("bias_gelu"):
+        tanh = name.endswith("tanh")
+        x, bias = detached
+        return [(ops.bias_gelu.default, (x, bias, tanh)), (ops.bias_gelu_backward.default, (x + 1, x, bias, tanh))]
+    added = detached[:3] if len(detached) == 7 else [detached[0], None, None]
+    forward = (*added, *detached[-4:], 1e-5)
+    _, first, second, mean, scale = ops.residual_norms.default(*forward)
+    backward = (first, second, first, detached[0], detached[-4], detached[-2], mean, scale)
+    return [(ops.residual_norms.default, forward), (ops.residual_norms_backward.default, backward)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_keep_pytorchs_rules(name: str) -> None:
+    for operator, arguments in operators(name):
+        checks = torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_whole_and_checkpointed(name: str) -> None:
+    case = CASES[name]
+    arguments = arguments_of(case, 5, 8, torch.float32)
+    wanted = results(case.ours, arguments)
+    compiled = torch.compile(lambda *inputs: case.ours(*inputs), fullgraph=True, backend="aot_eager")
+    again = lambda *inputs: checkpoint.checkpoint(case.ours, *inputs, use_reentrant=False)  # noqa: E731
+    for function in (compiled, again):
+        for one, other in zip(wanted, results(function, arguments), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_gradients_that_nobody_asks_for() -> None:
+    case = CASES["residual_norms"]
+    arguments = [argument.detach() for argument in arguments_of(case, 4, 8, torch.float64)]
+    arguments[3].requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(output.square().sum() for output in case.ours(*arguments)), [arguments[3]])
+    (wanted,) = torch.autograd.grad(sum(output.square().sum() for output in case.torch(*arguments)), [arguments[3]])
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x: kernels.bias_gelu(x, torch.ones(3)), r"need x .* got \(2, 4\) and \(3,\)"),
+        (lambda x: kernels.bias_gelu(x, torch.ones(4), approximate="fast"), "not 'fast'"),
+        (lambda x: kernels.residual_norms(x, x, None, *[torch.ones(4)] * 4), "'mixed' is nothing"),
+        (lambda x: kernels.residual_norms(x, x, x[:1], *[torch.ones(4)] * 4), r"'mixed' is \(1, 4\)"),
+        (lambda x: kernels.residual_norms(x, x, x, *[torch.ones(5)] * 4), r"are \(4,\), got \(5,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(call: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(torch.ones(2, 4))  # type: ignore[operator]
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    x: Tensor = torch.ones(2, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(kernels.bias_gelu(x, torch.ones(4)).square().sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_dtypes_that_nothing_computes_in_are_named(dtype: torch.dtype) -> None:
+    wrong, right, targets = torch.zeros(4, 4).to(dtype), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
+    calls: list[Callable[[], object]] = [
+        lambda: kernels.bias_gelu(wrong, right[0]),
+        lambda: kernels.residual_norms(right, right, right, *[right[0]] * 3, wrong[0]),
+        lambda: kernels.linear_cross_entropy(wrong, right, targets),
+        lambda: kernels.squared_norm(wrong),
+        lambda: kernels.adamw_(right, wrong, right, right, step=1, lr=0.1),
+        lambda: kernels.rotate_(wrong[:, :3], right[:, :0], right[:, :0], head_dim=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"is {dtype}, need bf16, fp16, fp32 or fp64"):
+            call()

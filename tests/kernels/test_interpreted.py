@@ -1,0 +1,146 @@
+"""The Triton kernels themselves, run by Triton's interpreter on the CPU, in a process of their own (see tests/run)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right
+from tests.support.kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="Triton decides at import: TRITON_INTERPRET=1 pytest -m interpreter"
+    ),
+]
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.support import triton_interpreter
+
+    triton_interpreter.repair()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 7), (17, 255), (16, 256), (150, 257)])
+def test_kernels_are_as_exact_as_torch(name: str, rows: int, columns: int, dtype: torch.dtype) -> None:
+    assert_as_exact_as_torch(CASES[name], arguments_of(CASES[name], rows, columns, dtype))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(list(CASES)),
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["whole", "transposed", "part", "expanded"]),
+)
+def test_any_shape_and_strides(name: str, rows: int, columns: int, dtype: torch.dtype, layout: str) -> None:
+    case = CASES[name]
+    arguments = [argument.detach() for argument in arguments_of(case, rows, columns, dtype)]
+    strided = []
+    for argument in arguments:
+        if argument.dim() != 2 or layout == "whole":
+            strided.append(argument)
+        elif layout == "transposed":
+            strided.append(argument.t().contiguous().t())
+        elif layout == "part":
+            strided.append(torch.nn.functional.pad(argument, (3, 5), value=float("nan"))[:, 3 : 3 + columns])
+        else:
+            strided.append(argument[:1].expand(rows, columns))
+    plain = [argument.contiguous() for argument in strided]
+    for one, other in zip(results(case.ours, strided), results(case.ours, plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    if rows and dtype == torch.float32:
+        assert_as_exact_as_torch(case, plain)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_read_or_written_outside_of_the_tensors(name: str) -> None:
+    """Guard bands of NaN around every argument, in one storage each; they stay, and none of them reaches a result."""
+    case = CASES[name]
+    arguments = [argument.detach() for argument in arguments_of(case, 19, 130, torch.float32)]
+    bands, guarded = [], []
+    for argument in arguments:
+        band = torch.full((argument.numel() + 1024,), float("nan"))
+        inside = band[512 : 512 + argument.numel()].view(argument.shape)
+        inside.copy_(argument)
+        bands.append(band)
+        guarded.append(inside)
+    before = [band.clone() for band in bands]
+    found = results(case.ours, guarded)
+    assert all(torch.isfinite(result).all() for result in found)
+    for one, other in zip(before, bands, strict=True):
+        assert torch.equal(one.view(torch.int32), other.view(torch.int32)), "arguments and their surroundings are unchanged"
+    for one, other in zip(found, results(case.ours, arguments), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_offsets_beyond_two_to_the_31(name: str) -> None:
+    """Rows 2^30 elements apart, of which only a few pages are ever touched: the third begins at element 2^31."""
+    case = CASES[name]
+    plain = [argument.detach() for argument in arguments_of(case, 3, 64, torch.float16)]
+    far = []
+    for argument in plain:
+        if argument.dim() == 2:
+            apart = torch.empty(2 * 2**30 + 64, dtype=torch.float16).as_strided((3, 64), (2**30, 1))
+            apart.copy_(argument)
+            far.append(apart)
+        else:
+            far.append(argument)
+    with torch.no_grad():
+        for one, other in zip(case.ours(*far), case.ours(*plain), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1024, 1025, 3000])
+@pytest.mark.parametrize("copy", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs(size: int, dtype: torch.dtype, copy: torch.dtype | None) -> None:
+    assert_right(size, dtype, copy)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [5, 1023, 1024, 1025, 0, 3], [3000, 2]])
+def test_adamw_over_many_tensors_is_torchs(sizes: list[int], apart: bool) -> None:
+    assert_many_are_right(sizes, apart=apart)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1024 * 16, 1024 * 16 + 1, 50_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_squared_norm(size: int, dtype: torch.dtype) -> None:
+    assert_norm_is_right(size, dtype)
+
+
+def test_the_interpreter_still_needs_repair() -> None:
+    """A canary: when Triton computes bf16 rightly by itself, tests/support/triton_interpreter.py can go."""
+    import subprocess
+    import sys
+
+    program = (
+        "import torch, triton, triton.language as tl\n"
+        "@triton.jit\n"
+        "def k(x, y):\n"
+        "    i = tl.arange(0, 4)\n"
+        "    tl.store(y + i, (tl.load(x + i)).to(tl.bfloat16))\n"
+        "x = torch.tensor([1.00390625 * 1.001] * 4)\n"
+        "y = torch.empty(4, dtype=torch.bfloat16)\n"
+        "k[(1,)](x, y)\n"
+        "print(torch.equal(y, x.to(torch.bfloat16)))\n"
+    )
+    path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"canary_{os.getpid()}.py")  # Triton reads a kernel's source
+    try:
+        with open(path, "w") as file:
+            file.write(program)
+        done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    finally:
+        os.unlink(path)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,72 @@
+"""tools/plan_layout.py: every divisor of a rank's batch is tried, and no number is cut off, however narrow the terminal."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.layout.cluster import Plan, rank_layouts
+from megarewarm.layout.gpus import GPUS
+from tests.support.tiny import config
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        spec = importlib.util.spec_from_file_location("plan_layout", TOOLS / "plan_layout.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+def planned(place: Path, gpus: int, batch: int) -> tuple[RunConfig, list[Plan]]:
+    model = ModelConfig(num_layers=4, hidden_size=512, num_heads=8, vocab_size=50304)
+    run = config(
+        place, model=model.model_dump(), data={"sequence_length": 512}, training={"global_batch": batch, "budget": 131296}
+    )
+    assert run.model is not None
+    return run, rank_layouts(run, run.model, gpus, GPUS["h100-80gb"])
+
+
+@pytest.mark.parametrize("share", [1, 7, 12, 138])
+def test_every_divisor_is_a_micro_batch(tmp_path: Path, share: int) -> None:
+    run, plans = planned(tmp_path, 8, 8 * share)
+    alone = {plan.keys["training.micro_batch"] for plan in plans if plan.layout.model == 1}
+    assert alone == {m for m in range(1, share + 1) if share % m == 0}
+    for plan in plans:
+        assert plan.hours == pytest.approx(run.total_steps * plan.seconds / 3600)
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(1, 32), (2048, 2048)])
+def test_no_digit_is_dropped(tmp_path: Path, tool: ModuleType, gpus: int, batch: int) -> None:
+    _, plans = planned(tmp_path, gpus, batch)
+    for width in range(50, 100):
+        check(tool, plans, gpus, width)
+
+
+def check(tool: ModuleType, plans: list[Plan], gpus: int, width: int) -> None:
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(tool.fitted(plans[:10], gpus, width))
+    heading, *rows = shown.get().splitlines()
+    assert len(rows) == min(10, len(plans)) and "…" not in shown.get()
+    assert all(len(row) <= width for row in rows)
+    names = heading.split()
+    for plan, row in zip(plans, rows, strict=False):
+        for name, cell in zip(names, row.replace(" seq", "-seq").split(), strict=True):
+            assert cell.replace("-seq", " seq") == tool.COLUMNS[name](plan, gpus)
+    assert {"pipe", "data", "tensor", "shard", "recomp.", "micro", "tok/s"} <= set(names)
+    if width >= 80:
+        assert {"GiB", "s/step", "MFU", "hours"} <= set(names)

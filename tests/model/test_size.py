@@ -1,0 +1,166 @@
+"""Sizes, costs and initial weights against the module itself, FLOP counting and saved tensors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megarewarm.config.load import read_configs
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.initialize import initialize
+from megarewarm.model.neox import NeoX
+from megarewarm.model.parameters import cards
+from megarewarm.model.size import (
+    activation_bytes,
+    count_parameters,
+    peak_tflops,
+    training_flops_per_token,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+# totals and totals without embeddings as published with Pythia (arXiv 2304.01373, table 1 and its model cards)
+PYTHIA = {
+    "14m": (14_067_712, 1_189_888),
+    "70m": (70_426_624, 18_915_328),
+    "160m": (162_322_944, 85_056_000),
+    "410m": (405_334_016, 302_311_424),
+    "1b": (1_011_781_632, 805_736_448),
+    "1.4b": (1_414_647_808, 1_208_602_624),
+}
+
+
+@pytest.mark.parametrize("name", PYTHIA)
+def test_presets_have_pythias_sizes(name: str) -> None:
+    mapping, _ = read_configs([str(ROOT / "configs" / "pythia" / f"{name}.yml")])
+    config = ModelConfig(**mapping["model"])
+    tables = sum(card.numel for card in cards(config).values() if card.has_vocabulary)
+    assert (count_parameters(config), count_parameters(config) - tables) == PYTHIA[name]
+
+
+@given(
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 4),
+    dim=st.sampled_from([4, 8]),
+    ffn=st.one_of(st.none(), st.integers(1, 40)),
+    vocabulary=st.integers(2, 50),
+    tied=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_parameters_are_counted_as_the_module_has_them(
+    layers: int, heads: int, dim: int, ffn: int | None, vocabulary: int, tied: bool, bias: bool
+) -> None:
+    config = ModelConfig(
+        num_layers=layers,
+        hidden_size=heads * dim,
+        num_heads=heads,
+        ffn_size=ffn,
+        vocab_size=vocabulary,
+        rotary_fraction=0.5,
+        tie_embeddings=tied,
+        attention_bias=bias,
+    )
+    with torch.device("meta"):
+        model = NeoX(config)
+    assert [(name, card.shape) for name, card in cards(config).items()] == [
+        (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()
+    ]
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_flops_are_those_that_pytorch_counts() -> None:
+    """PyTorch counts attention's whole squares; ours counts the causal half, so the other half is added back."""
+    config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, vocab_size=97)
+    model = NeoX(config)
+    b, s = 2, 32
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        torch.nn.functional.linear(model(torch.zeros((b, s), dtype=torch.int64)), model.head).sum().backward()
+    other_half = 6.0 * config.num_layers * config.hidden_size * s * b * s
+    assert counter.get_total_flops() == training_flops_per_token(config, s) * b * s + other_half
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"residual": "sequential"},
+        {"num_heads": 2, "hidden_size": 96},
+        {"ffn_size": 128, "rotary_fraction": 1.0},
+        {"attention_bias": False, "num_layers": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("b", "s"), [(1, 64), (4, 32)])
+@pytest.mark.parametrize("recompute_what", ["none", "selective", "full"])
+def test_activations_are_those_that_are_saved(changes: dict[str, Any], b: int, s: int, recompute_what: Any) -> None:
+    """Every storage that autograd keeps is counted once; the parameters are not activations."""
+    from megarewarm.parallel.recompute import recompute
+
+    shape = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 50}
+    config = ModelConfig(**(shape | changes))
+    model = NeoX(config)
+    for layer in model.layers:
+        recompute(layer, recompute_what)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(torch.zeros((b, s), dtype=torch.int64))
+    held = sum(storages.values()) + (hidden.nbytes if hidden.untyped_storage().data_ptr() not in storages else 0)
+    assert activation_bytes(config, b * s, recompute=recompute_what) == pytest.approx(held, rel=0.05)
+
+
+def test_known_gpus_have_a_peak() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989 and peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert peak_tflops("Voodoo 2") is None
+
+
+def test_initial_weights_have_the_spread_they_should() -> None:
+    shape = {"num_layers": 6, "hidden_size": 128, "num_heads": 4, "vocab_size": 500}
+    for settings_, inner, outer in [
+        ({}, math.sqrt(2 / (5 * 128)), 2 / (6 * math.sqrt(128))),
+        ({"init": "normal", "init_std": 0.05, "output_init": "scaled_normal"}, 0.05, 0.05 / math.sqrt(12)),
+        ({"init": "normal", "init_std": 0.01, "output_init": "normal"}, 0.01, 0.01),
+    ]:
+        model = NeoX(ModelConfig(**shape, **settings_))  # type: ignore[arg-type]
+        initialize(model, 1)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                assert not parameter.any()
+            elif "norm" in name:
+                assert bool((parameter == 1).all())
+            else:
+                expected = outer if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else inner
+                # six standard errors of a sample's deviation
+                assert float(parameter.std()) == pytest.approx(expected, rel=6 / math.sqrt(2 * parameter.numel())), name
+                assert abs(float(parameter.mean())) < 6 * expected / math.sqrt(parameter.numel())
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    shape = {"hidden_size": 32, "num_heads": 2, "vocab_size": 61}
+    small, large = NeoX(ModelConfig(num_layers=2, **shape)), NeoX(ModelConfig(num_layers=2, **shape), padded_vocab_size=64)
+    initialize(small, 4)
+    initialize(large, 4)
+    wide = dict(large.named_parameters())
+    for name, parameter in small.named_parameters():
+        assert torch.equal(wide[name][: len(parameter)], parameter)
+        assert not wide[name][len(parameter) :].any()
+    other = NeoX(ModelConfig(num_layers=2, **shape))
+    initialize(other, 5)
+    assert not torch.equal(other.embed_in.weight, small.embed_in.weight)
+    assert not torch.equal(small.layers[0].mlp.dense_h_to_4h.weight, small.layers[1].mlp.dense_h_to_4h.weight)  # type: ignore[union-attr]
