@@ -91,7 +91,7 @@ def engine_step(config: ModelConfig, ranks: Ranks, parallel: ParallelConfig, lay
 
     def step(batch: np.ndarray) -> float:
         model.gradients.zero()
-        loss = model.forward_backward(batch)[0] / tokens
+        loss = model.forward_backward(batch).sum / tokens
         model.gradients.reduce()
         norm = model.gradients.norm()
         if norm > 1:

@@ -150,7 +150,7 @@ def test_the_loss_scale_survives_a_restart_and_can_be_reset(tmp_path: Path) -> N
         other = build(make_plan(config(tmp_path, folder=choice, start=start, training={"precision": "fp16"})), ALONE)
         other.batches.close()
         assert other.scaler is not None and other.scaler.finite_steps == steps
-        (row,) = (row for row in other.table_rows if row.line == "loss_scale")
+        (row,) = (row for row in other.reset_table() if row.line == "loss_scale")
         assert (row.choice, row.checkpoint_had) == (choice, "65536")
 
 
@@ -205,7 +205,6 @@ def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
         for micro_batch in (4, 1):
             run = _run(place_, ranks, parallel=parallel, training={"micro_batch": micro_batch})
             training_step(run, 1e-3)
-            run.step += 1
             with Collectives() as seen:
                 training_step(run, 1e-3)
             run.batches.close()
@@ -227,7 +226,6 @@ def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
     for module in run.model._modules:
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     training_step(run, 1e-3)
-    run.step += 1
     calls.clear()
     rows = list(run.validation[0].micro_batches(0, 1, 2))
     run.model.evaluate(rows, 2 * len(rows), 2)
