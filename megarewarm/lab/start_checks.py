@@ -12,7 +12,7 @@ from megarewarm.config.data import Source
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.file_bytes import find_bin
-from megarewarm.data.mixture.mixture import open_view
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.errors import UserError
 from megarewarm.lab.plan_ahead import plan_ahead
 from megarewarm.parallel.fit import check_fit
@@ -88,8 +88,9 @@ def check_start(
             notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
             if not later:
                 notes += settle_texts(plan).notes
+            files = TokenFiles(config.data, plan.model.vocab_size)
             for source in filter(_is_here, _sources(config)):
-                open_view(source, config.data, plan.model.vocab_size)
+                files.view(source)
     return Checked(absent, [*notes, *logged], evaluated)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import UserError
@@ -32,7 +33,7 @@ def paths(tmp_path_factory) -> list[str]:
 def windows(sources: list[dict], tokens: int, vocab_size: int = 2000, **data: object) -> ValidationWindows:
     config = DataConfig(sequence_length=S, train=sources, **data)
     chosen = ValidationSet(name="held_out", role="upstream", sources=sources, tokens=tokens)
-    return ValidationWindows(chosen, config, vocab_size)
+    return ValidationWindows(chosen, TokenFiles(config, vocab_size))
 
 
 def rows(made: ValidationWindows, rank: int = 0, world: int = 1, micro_batch: int = 7) -> list[list[int]]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.config.data import ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import normalised
-from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.mixture.mixture import build_mixture
 from megarewarm.data.mixture.phases import Phase
 from megarewarm.errors import UserError
 
@@ -42,7 +43,8 @@ class MovingWindows:
     source's file holds.
     """
 
-    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int, evaluations: int) -> None:
+    def __init__(self, config: ValidationSet, files: TokenFiles, evaluations: int) -> None:
+        data = files.data
         self.name = config.name
         self.role = config.role
         self.when = config.when
@@ -57,7 +59,7 @@ class MovingWindows:
         shares = normalised([source.weight for source in config.sources], data.order)
         sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
         samples = self.windows_per_slice * self.evaluations
-        mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
+        mixture = build_mixture(files, [Phase(0, sources)], total_samples=samples)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
         self.files = self._rows.files()
         self.notes: list[str] = []

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.config.data import ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import Blend
 from megarewarm.data.mixture.blended_rows import BlendedRows
-from megarewarm.data.mixture.mixture import fingerprint_of, open_view, source_names
+from megarewarm.data.mixture.mixture import fingerprint_of, source_names
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.samples import PermutedSamples
 from megarewarm.errors import UserError
@@ -27,18 +28,19 @@ class ValidationWindows:
     not one whole window is left, and for files that can't be read. ``files``: what each source's file holds.
     """
 
-    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int) -> None:
+    def __init__(self, config: ValidationSet, files: TokenFiles) -> None:
+        data = files.data
         self.name = config.name
         self.role = config.role
         self.when = config.when
         self.sequence_length = data.sequence_length
-        views = [open_view(source, data, vocab_size) for source in config.sources]
+        views = [files.view(source) for source in config.sources]
         samples = [
             PermutedSamples(view, data.sequence_length, derive_key(SEED, i), min(source.max_epochs or 1.0, 1.0))
             for i, (view, source) in enumerate(zip(views, config.sources, strict=True))
         ]
         blend = Blend([source.weight for source in config.sources])
-        self._rows = BlendedRows(source_names(config.sources), samples, blend, vocab_size)
+        self._rows = BlendedRows(source_names(config.sources), samples, blend, files.vocab_size)
         wanted = config.tokens // data.sequence_length
         self.num_windows = _most(blend, [part.num_samples or 0 for part in samples], wanted)
         if self.num_windows < 1:

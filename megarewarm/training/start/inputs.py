@@ -13,6 +13,7 @@ import torch
 from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.validation import ValidationWindows
@@ -72,8 +73,9 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     layout = choose_layout(config.parallel, world_size)
     fit = check_fit(config, plan.model, layout)
     texts = settle_texts(plan)
-    data = open_data(plan)
-    validation, left_out = open_validation(config, plan.model.vocab_size)
+    files = TokenFiles(config.data, plan.model.vocab_size)
+    data = open_data(plan, files)
+    validation, left_out = open_validation(config, files)
     check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
