@@ -15,6 +15,7 @@ from megarewarm.data.files.file_bytes import find_bin
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.errors import UserError
 from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.training.output.notes import logged_notes
@@ -94,6 +95,7 @@ def check_start(
     return Checked(absent, [*notes, *logged], evaluated)
 
 
+@collective
 def check_runs(
     configs: Sequence[RunConfig], chosen: Collection[str], world_size: int, choose: Callable[[str], torch.device]
 ) -> None:

@@ -26,6 +26,7 @@ from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.model.size import stage_costs
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
@@ -255,6 +256,7 @@ class ParallelModel:
 
     # ---- computing -------------------------------------------------------------------------------------------------
 
+    @collective
     def forward_backward(
         self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0, between: Between = nothing_between
     ) -> tuple[float, float]:

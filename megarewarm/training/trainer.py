@@ -14,13 +14,12 @@ from rich.markup import escape
 
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.own.saver import Saver
-from megarewarm.checkpoint.own.together import gather
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import EXIT_TIME_LIMIT
-from megarewarm.parallel.agreement import Between, all_reduce_maxima, all_reduce_sums
+from megarewarm.parallel.agreement import Between, all_reduce_maxima, all_reduce_sums, gather
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, check_replicas
 from megarewarm.spelling import duration_text

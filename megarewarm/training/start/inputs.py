@@ -21,6 +21,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import DTYPES
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import Layout, choose_layout
@@ -64,6 +65,7 @@ def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
     return folder
 
 
+@collective
 def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     """Everything that a run of ``plan`` on ``world_size`` ranks reads besides its weights. Writes only the cache of orders.
 
