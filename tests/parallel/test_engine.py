@@ -229,7 +229,7 @@ def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
     training_step(run, 1e-3)
     run.step += 1
     calls.clear()
-    rows = list(run.validation[0].micro_batches(0, 1, 2))
+    rows = list(run.validation[0].slice(0).micro_batches(0, 1, 2))
     run.model.evaluate(rows, 2 * len(rows), 2)
     evaluated, expected = len(calls), len(rows)
     calls.clear()
