@@ -22,14 +22,15 @@ PROGRAM = """
 import json, os, resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 from megarewarm.config.data import DataConfig
-from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.mixture.mixture import build_mixture
 from megarewarm.data.mixture.phases import Phase
 order, kind, count, samples = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
 weight = (lambda i: 1 + i % 3) if kind == "few" else (lambda i: 1 + i / 977)
 sources = [{"path": f"{sys.argv[1]}/{i:05d}", "max_epochs": None, "weight": weight(i)} for i in range(count)]
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 data = DataConfig.model_validate({"sequence_length": 16, "order": order, "train": sources})
-mixture = lay_out(data, [Phase(0, data.train)], total_samples=samples, vocab_size=64)
+mixture = build_mixture(TokenFiles(data, 64), [Phase(0, data.train)], total_samples=samples)
 laid_out = time.process_time()
 rows = min(samples, 20_000)
 for first in range(0, rows, 1000):

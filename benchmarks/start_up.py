@@ -27,11 +27,12 @@ GLOBAL_BATCH = 1024
 _FIRST_BATCH = """
 import re, sys
 from megarewarm.config.data import DataConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import build_training_batches
 from megarewarm.data.mixture.phases import Phase
 path, samples, length, batch = sys.argv[1], *map(int, sys.argv[2:])
 data = DataConfig(sequence_length=length, train=[{"path": path, "split": None}])
-batches = build_training_batches(data, [Phase(0, data.train)], total_samples=samples, vocab_size=50304)
+batches = build_training_batches(TokenFiles(data, 50304), [Phase(0, data.train)], total_samples=samples)
 rows = batches.rows(0, batch)
 batches.fingerprint()
 assert rows.shape == (batch, length + 1)

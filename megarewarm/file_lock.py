@@ -12,7 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -25,8 +24,6 @@ log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOTTY, errno.EPERM}
 # what they answer where another process has it: EACCES where flock is made of the locks of POSIX
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
-# what they answer that can't sync a folder or a file; any other error means that the data may not be on the disk
-_NO_SYNC = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
 class FileLock:
@@ -100,61 +97,6 @@ class FileLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-
-def sync(descriptor: int) -> None:
-    """``fsync`` of a file or folder, where the file system has it. Raises ``OSError`` for what means that data may be lost."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-
-
-def sync_folder(folder: Path) -> None:
-    """``sync`` of a folder, so that the names in it stay; not all file systems open one."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-        return
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file: under its name there is the old content or the new, never a part of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            sync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def move(source: Path, target: Path) -> None:
-    """Give a whole file another name, also on another file system: there by a copy beside it, which then gets the name."""
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
-            shutil.copyfile(source, part)
-            with open(part, "rb") as file:
-                sync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-        source.unlink()
 
 
 Owner = dict[str, str | int]

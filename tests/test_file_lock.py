@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from megarewarm import file_lock
-from megarewarm.file_lock import FileLock, identity, sync, sync_folder
+from megarewarm.file_lock import FileLock, identity
+from megarewarm.files import sync_folder
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -103,14 +104,3 @@ def test_who_waits_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     first.close()
     waiting.join(20)
     assert came
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_folder_that_can_not_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def fsync(descriptor: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    sync_folder(tmp_path)
-    with open(tmp_path / "x", "wb") as file:
-        sync(file.fileno())

@@ -36,6 +36,7 @@ from megarewarm.data.files.manifest import Made
 from megarewarm.data.text.end_of_document import TOKENIZER_FILES
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.placement import Slice
 
@@ -136,6 +137,7 @@ class OwnCheckpoint:
         config = self.folder.parent.parent / "config.yaml"
         return read_yaml(config)[0] if config.is_file() else {}
 
+    @collective
     def verify(self, *, alone: bool = False) -> None:
         """Raise ``UserError`` naming a file that is not as it was written. All ranks call it, unless ``alone``."""
         if self._verified:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
-from megarewarm.file_lock import write_atomically
+from megarewarm.files import write_whole
 
 FILE = "experiment.json"
 FORMAT = 1
@@ -66,7 +66,7 @@ def write_record(experiment: Experiment) -> Path:
     check_record(experiment)
     path = Path(experiment.folder) / FILE
     try:
-        write_atomically(path, f"{json.dumps(record_of(experiment), indent=1)}\n".encode())
+        write_whole(path, f"{json.dumps(record_of(experiment), indent=1)}\n".encode())
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error}); set 'folder' to another place") from error
     return path

@@ -15,6 +15,7 @@ from megarewarm.data.text.corpora import prepare_corpora
 from megarewarm.errors import UserError, nearest
 from megarewarm.file_lock import FileLock
 from megarewarm.lab.start_checks import check_runs
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.report.pages.experiment_page import report_experiment
@@ -44,6 +45,7 @@ def check_folders(experiment: Experiment) -> None:
         check_place(arm.config, experiment=experiment.folder)
 
 
+@collective
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
     """The runs in order, or those named in ``only``. Returns the exit code of the first that was stopped, 0 when all are
     complete.

@@ -9,6 +9,7 @@ from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import ALL_LINES, open_checkpoint
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.errors import UserError
 from megarewarm.training.finish import is_trained
@@ -104,6 +105,6 @@ def _data_of(plan: Plan) -> TrainingBatches | None:
     """The data of a planned run; None where they are not there yet, or can't be had for another reason, which its own start
     says."""
     try:
-        return open_data(plan)
+        return open_data(plan, TokenFiles(plan.config.data, plan.model.vocab_size))
     except UserError:
         return None

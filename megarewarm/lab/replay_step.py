@@ -20,6 +20,7 @@ from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import Run as RecordedRun
 from megarewarm.record.run import read_run
@@ -64,6 +65,7 @@ class Replayed:
         }
 
 
+@collective
 def replay_step(
     folder: Path, step: int | None, ranks: Ranks, progress: Callable[[int, int, int], None] = lambda step, first, last: None
 ) -> Replayed:

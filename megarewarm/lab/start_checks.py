@@ -12,9 +12,10 @@ from megarewarm.config.data import Source
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.file_bytes import find_bin
-from megarewarm.data.mixture.mixture import open_view
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.errors import UserError
 from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.training.finish import is_trained
@@ -88,11 +89,13 @@ def check_start(
             notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
             if not later:
                 notes += settle_texts(plan).notes
+            files = TokenFiles(config.data, plan.model.vocab_size)
             for source in filter(_is_here, _sources(config)):
-                open_view(source, config.data, plan.model.vocab_size)
+                files.view(source)
     return Checked(absent, [*notes, *logged], evaluated)
 
 
+@collective
 def check_runs(
     configs: Sequence[RunConfig], chosen: Collection[str], world_size: int, choose: Callable[[str], torch.device]
 ) -> None:

@@ -19,6 +19,7 @@ from megarewarm.model.optimizer_state import states_of
 from megarewarm.model.parameters import Card
 from megarewarm.optimizers.adamw import AdamW, rate_factors
 from megarewarm.optimizers.sums import squares, without_formula
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import Gradients
 from megarewarm.parallel.groups import new_groups
@@ -50,6 +51,7 @@ class Muon:
     turn, which orthogonalises it and sends it to the others: every rank does its share of the work.
     """
 
+    @collective
     def __init__(self, model: ParallelModel, config: OptimizerConfig, kind: str = "torch") -> None:
         """All ranks call it. ``kind``: of the AdamW."""
         self.kind, self.config = kind, config

@@ -22,6 +22,7 @@ from megarewarm.model.fused import Operations
 from megarewarm.model.neox import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
@@ -94,6 +95,7 @@ class ParallelModel(LaidOutModel):
             loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
         )
 
+    @collective
     def forward_backward(
         self,
         rows: npt.NDArray[np.int64],

@@ -11,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megarewarm.parallel.collective import collective
+
 
 def patience() -> timedelta:
     """How long the ranks of the default group wait for each other (``parallel.timeout_minutes``)."""
@@ -19,6 +21,7 @@ def patience() -> timedelta:
     return found
 
 
+@collective
 def new_groups(members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     """A group of each of ``members``, which are ranks; the one that this rank is in. All ranks call it with the same lists."""
     mine: dist.ProcessGroup | None = None
@@ -29,6 +32,7 @@ def new_groups(members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     return mine
 
 
+@collective
 def new_patient_group(later: timedelta) -> dist.ProcessGroup:
     """A gloo group of all ranks that, once it is made, waits for ``later``. All ranks call it."""
     group = dist.new_group(backend="gloo", timeout=patience())

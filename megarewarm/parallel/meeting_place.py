@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megarewarm.errors import UserError
 from megarewarm.file_lock import identity, is_alive
+from megarewarm.files import write_whole
 from megarewarm.parallel.launchers import Launch, read_launcher
 
 _PLACE = "/tmp"  # the same for all ranks of a host, which TMPDIR need not be  # noqa: S108 - the folder in it is private
@@ -45,7 +46,7 @@ def launch_of_process(argv_local_rank: int | None = None) -> Launch:
 def refuse(why: str) -> None:
     """Leave word for the ranks of this host that wait for this process, which will not come."""
     with contextlib.suppress(OSError, UserError):
-        _put(_refusal_file(), json.dumps([time.time() - _age(), why]))
+        write_whole(_refusal_file(), json.dumps([time.time() - _age(), why]).encode())
 
 
 def refusal() -> str | None:
@@ -68,7 +69,7 @@ def say_port(launch: Launch, port: int) -> None:
         )
         refuse(why)
         raise UserError(why)
-    _put(file, json.dumps({**identity(os.getpid()), "port": port}))
+    write_whole(file, json.dumps({**identity(os.getpid()), "port": port}).encode())
 
 
 def forget_port(launch: Launch) -> None:
@@ -122,12 +123,6 @@ def _folder() -> Path:
             return folder
         wrong.append(f"{folder}: is no folder, or others may write in it")
     raise UserError(f"{'; '.join(wrong)}; remove it or set TMPDIR to another folder for all ranks")
-
-
-def _put(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}-{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _read(file: Path) -> dict[str, str | int] | None:

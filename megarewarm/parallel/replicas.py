@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, ranks_along
 
@@ -42,6 +43,7 @@ def checksum(values: Tensor) -> int:
     return int(total)
 
 
+@collective
 def check_replicas(model: ParallelModel, moments: Mapping[tuple[str, str], Tensor]) -> None:
     """Compare the weights, and the optimizer's ``moments`` by (moment, parameter), that several ranks hold. All ranks call it;
     raises ``ReplicasDiffer`` on all of them.

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from megarewarm.checkpoint.lineage import Lineage, Stage
-from megarewarm.config.data import DataConfig, ReplayConfig, Source
+from megarewarm.config.data import ReplayConfig, Source
 from megarewarm.data.files.file_identity import FileIdentity
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import Order, normalised
-from megarewarm.data.mixture.mixture import open_view
 from megarewarm.data.mixture.phases import AnySource
 from megarewarm.data.order.sample_order import SampleOrder
 from megarewarm.data.order.seen_samples import SeenPart, SeenSource, union
@@ -151,7 +151,7 @@ def _steps(stage: Stage) -> str:
     return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in stage.left_out[:4])
 
 
-def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> None:
+def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
     """Raise ``UserError`` where an upstream validation set reads documents that are replayed as well.
 
     The loss on them would fall because they are trained on, not because little is forgotten.
@@ -159,14 +159,11 @@ def check_apart(data: DataConfig, old: Sequence[AnySource], vocab_size: int) -> 
     if not old:
         return
     held_out = [
-        (item.name, open_view(source, data, vocab_size))
-        for item in data.validation
-        if item.role == "upstream"
-        for source in item.sources
+        (item.name, files.view(source)) for item in files.data.validation if item.role == "upstream" for source in item.sources
     ]
     for source in old:
         if isinstance(source, Source):
-            view = open_view(source, data, vocab_size)
+            view = files.view(source)
             name, fingerprint = source.name or source.path, view.file.fingerprint()
             spans = [(view.first_document, view.last_document)]
         else:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import Between, nothing_between
+from megarewarm.parallel.collective import collective
 from megarewarm.training.after_step.evaluate import evaluate_set
 from megarewarm.training.output.metrics import Metrics
 from megarewarm.training.output.voice import Voice
@@ -19,6 +20,7 @@ from megarewarm.training.start.evaluations import evaluations_at
 from megarewarm.training.start.weights import load_start
 
 
+@collective
 def interpolate(
     run: Run,
     voice: Voice,

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from megarewarm.checkpoint.own.saver import Saver
-from megarewarm.checkpoint.own.together import gather
 from megarewarm.config.schema import RunConfig
+from megarewarm.parallel.agreement import gather
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.spelling import duration_text
 from megarewarm.training.after_step.order import PARTS

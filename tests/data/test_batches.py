@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -41,7 +42,7 @@ def paths(tmp_path_factory) -> list[str]:
 
 def build(sources: list[dict], total: int, vocab_size: int = VOCABULARY, **data: object) -> TrainingBatches:
     config = DataConfig(sequence_length=S, train=sources, **data)
-    return build_training_batches(config, [Phase(0, config.train)], total_samples=total, vocab_size=vocab_size)
+    return build_training_batches(TokenFiles(config, vocab_size), [Phase(0, config.train)], total_samples=total)
 
 
 def three(paths: list[str], **extra: object) -> list[dict]:
@@ -88,7 +89,7 @@ def test_single_source_in_neox_order_asks_for_the_exact_number(golden):
         order="neox",
         train=[{"path": str(golden / "A_text_document"), "split": "900,50,50"}],
     )
-    batches = build_training_batches(config, [Phase(0, config.train)], total_samples=160, vocab_size=512)
+    batches = build_training_batches(TokenFiles(config, 512), [Phase(0, config.train)], total_samples=160)
     maps = {
         key: np.load(golden / "indexmaps" / f"A_text_document_train_indexmap_160ns_64sl_1234s_packedpi_ac_{key}_idx.npy")
         for key in ("doc", "sample", "shuffle")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from megarewarm.config.data import DataConfig
 from megarewarm.data.files.index_file import CODES, MAGIC
 from megarewarm.data.files.inspection import verify
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.batches import build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -77,7 +78,7 @@ def rows(folder: Path, form: Form) -> np.ndarray:
     source |= {"layout": "rows"} if form.order == "rows" else {}
     order = "permuted" if form.order == "rows" else form.order
     data = DataConfig(sequence_length=S, train=[source], order=order)
-    return build_training_batches(data, [Phase(0, data.train)], total_samples=WANTED, vocab_size=VOCABULARY).rows(0, WANTED)
+    return build_training_batches(TokenFiles(data, VOCABULARY), [Phase(0, data.train)], total_samples=WANTED).rows(0, WANTED)
 
 
 @st.composite

@@ -17,9 +17,10 @@ import yaml
 from megarewarm.config.data import DataConfig
 from megarewarm.data.files import open_files
 from megarewarm.data.files.file_bytes import FileBytes
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.open_files import OpenFiles
 from megarewarm.data.mixture.blend import Blend, GreedyTable
-from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.mixture.mixture import build_mixture
 from megarewarm.data.mixture.phases import Phase
 from megarewarm.errors import UserError
 from tests.data.test_fuzz import pair_of
@@ -46,7 +47,7 @@ def test_samples_of_many_sources_with_few_files_open(tmp_path: Path, monkeypatch
     for module in ("open_files", "file_bytes"):
         monkeypatch.setattr(f"megarewarm.data.files.{module}.OPEN_FILES", few)
     data = DataConfig.model_validate({"sequence_length": 16, "train": write_sources(tmp_path / "data", 300)})
-    mixture = lay_out(data, [Phase(0, data.train)], total_samples=1200, vocab_size=64)
+    mixture = build_mixture(TokenFiles(data, 64), [Phase(0, data.train)], total_samples=1200)
     rows = mixture.rows.read(0, 1200)
     source, _ = Blend([part.weight for part in data.train]).locate(np.arange(1200))
     assert (rows[:, -2] * 64 + rows[:, -1] == source).all()

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.merge import merge_token_files
 from megarewarm.data.files.split import PARTS, split_documents
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
@@ -241,7 +242,7 @@ def test_blends_of_parts_of_files_are_theirs(tmp_path_factory, megatron, weights
     ]
     data = DataConfig(sequence_length=s, order="megatron", seed=seed, train=sources)
     rows = build_training_batches(
-        data, [Phase(0, with_replay(data.train, [], 0, data.order))], total_samples=total, vocab_size=2**31
+        TokenFiles(data, 2**31), [Phase(0, with_replay(data.train, [], 0, data.order))], total_samples=total
     ).rows(0, total)
     assert np.array_equal(rows, text(build()[0])[:total])
 

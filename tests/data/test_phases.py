@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig, Source
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
 from megarewarm.data.mixture.blend import Blend, GreedyTable
 from megarewarm.data.mixture.phases import Phase, PhasedBlend
@@ -56,7 +57,7 @@ def test_phases_are_their_blends_one_after_the_other(phases, table, data):
 def build(folder: Path, phases: list[tuple[int, list[dict]]], total: int, order: str = "permuted") -> TrainingBatches:
     data = DataConfig(sequence_length=16, order=order, train=phases[0][1])
     laid = [Phase(first, [Source(**source) for source in sources]) for first, sources in phases]
-    return build_training_batches(data, laid, total_samples=total, vocab_size=64)
+    return build_training_batches(TokenFiles(data, 64), laid, total_samples=total)
 
 
 @pytest.fixture(scope="module")

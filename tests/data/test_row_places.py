@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -24,7 +25,7 @@ def batches(place: Path, order: str) -> TrainingBatches:
         "train": [{"path": str(place / "old"), "max_epochs": 9}, {"path": str(place / "new"), "max_epochs": 9}],
     }
     config = validate(RunConfig, mapping(place, data=data), {})
-    return build_training_batches(config.data, [Phase(0, config.data.train)], total_samples=160, vocab_size=64)
+    return build_training_batches(TokenFiles(config.data, 64), [Phase(0, config.data.train)], total_samples=160)
 
 
 @pytest.mark.parametrize("order", ["permuted", "neox", "megatron"])

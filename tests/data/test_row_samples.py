@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -27,7 +28,7 @@ def rows_in(path: Path, count: int, seed: int = 0) -> np.ndarray:
 
 def batches(*sources: dict[str, object], total: int, **more: object) -> TrainingBatches:
     data = DataConfig.model_validate({"sequence_length": S, "train": list(sources), **more})
-    return build_training_batches(data, [Phase(0, data.train)], total_samples=total, vocab_size=60_000)
+    return build_training_batches(TokenFiles(data, 60_000), [Phase(0, data.train)], total_samples=total)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,7 +85,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     source = {"path": f"{tmp_path}/a.bin", "layout": "rows"}
     with pytest.raises(UserError, match=r"45 tokens, no whole number of rows of 8: .* data\.sequence_length"):
         data = DataConfig.model_validate({"sequence_length": 7, "train": [source]})
-        build_training_batches(data, [Phase(0, data.train)], total_samples=1, vocab_size=60_000)
+        build_training_batches(TokenFiles(data, 60_000), [Phase(0, data.train)], total_samples=1)
     with pytest.raises(ValueError, match="'first_row' belongs to layout 'rows'"):
         batches({"path": "a", "first_row": 3}, total=1)
     with pytest.raises(ValueError, match="'eval' reads windows"):

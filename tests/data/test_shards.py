@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig
 from megarewarm.data.files.file_bytes import FileBytes, JoinedBytes
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.data.mixture.batches import build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -60,7 +61,7 @@ def test_pythias_rows_are_read_from_their_shards(tmp_path, inclusive, size):
     fingerprint = open_tokens(tmp_path / "document.bin", dtype="uint16").fingerprint()
     cut(tmp_path / "document.bin", size, inclusive=inclusive)
     data = DataConfig(sequence_length=64, train=[{"path": str(tmp_path / "document.bin"), "layout": "rows", "first_row": 5}])
-    batches = build_training_batches(data, [Phase(0, data.train)], total_samples=35, vocab_size=60_000)
+    batches = build_training_batches(TokenFiles(data, 60_000), [Phase(0, data.train)], total_samples=35)
     assert np.array_equal(batches.rows(0, 35), rows[5:])
     assert open_tokens(tmp_path / "document.bin", dtype="uint16").fingerprint() == fingerprint
 

@@ -101,7 +101,7 @@ def test_pointers_above_two_gibibytes_are_64_bit(tmp_path, monkeypatch):
     with writer:
         writer.add_document([1])
         writer._sizes.extend([2**31 - 1] * 7)  # the .bin behind them is a hole
-        writer._bin.truncate(4 * (1 + 7 * (2**31 - 1)))
+        writer._bin.file.truncate(4 * (1 + 7 * (2**31 - 1)))
     file = open_tokens(tmp_path / "x")
     assert [file.document_start(i) for i in range(9)] == [0] + [1 + i * (2**31 - 1) for i in range(8)]
     assert file.total_tokens == 1 + 7 * (2**31 - 1)

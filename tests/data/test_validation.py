@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import UserError
@@ -32,11 +33,11 @@ def paths(tmp_path_factory) -> list[str]:
 def windows(sources: list[dict], tokens: int, vocab_size: int = 2000, **data: object) -> ValidationWindows:
     config = DataConfig(sequence_length=S, train=sources, **data)
     chosen = ValidationSet(name="held_out", role="upstream", sources=sources, tokens=tokens)
-    return ValidationWindows(chosen, config, vocab_size)
+    return ValidationWindows(chosen, TokenFiles(config, vocab_size))
 
 
 def rows(made: ValidationWindows, rank: int = 0, world: int = 1, micro_batch: int = 7) -> list[list[int]]:
-    return [row for batch in made.micro_batches(rank, world, micro_batch) for row in batch.tolist()]
+    return [row for batch in made.slice(0).micro_batches(rank, world, micro_batch) for row in batch.tolist()]
 
 
 def test_windows_are_the_same_in_every_run(paths):
@@ -79,13 +80,13 @@ def test_rows_are_whole_windows_blended_by_weight_none_twice(paths):
 @given(count=st.integers(1, 60), world=st.integers(1, 20), micro_batch=st.integers(1, 9))
 def test_the_ranks_cover_each_window_once(paths, count, world, micro_batch):
     made = windows([{"path": path} for path in paths], count * S)
-    shares = [made.share(rank, world) for rank in range(world)]
+    shares = [made.slice(0).share(rank, world) for rank in range(world)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     together = [row for rank in range(world) for row in rows(made, rank, world, micro_batch)]
     assert together == rows(made)
     for rank in range(world):
-        sizes = [len(batch) for batch in made.micro_batches(rank, world, micro_batch)]
+        sizes = [len(batch) for batch in made.slice(0).micro_batches(rank, world, micro_batch)]
         assert all(size == micro_batch for size in sizes[:-1]) and 0 not in sizes
         assert sum(sizes) == len(shares[rank])
 
@@ -121,4 +122,4 @@ def test_errors(paths):
     with pytest.raises(UserError, match="does not exist"):
         windows([{"path": str(Path(paths[0]).with_name("none"))}], 100)
     with pytest.raises(ValueError, match="no share"):
-        windows([{"path": paths[0]}], 100).share(2, 2)
+        windows([{"path": paths[0]}], 100).slice(0).share(2, 2)

@@ -22,7 +22,6 @@ from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import cards
 from megarewarm.parallel import connect as connect_module
-from megarewarm.parallel import engine as engine_module
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
@@ -227,7 +226,7 @@ def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     training_step(run, 1e-3)
     calls.clear()
-    rows = list(run.validation[0].micro_batches(0, 1, 2))
+    rows = list(run.validation[0].slice(0).micro_batches(0, 1, 2))
     run.model.evaluate(rows, 2 * len(rows), 2)
     evaluated, expected = len(calls), len(rows)
     calls.clear()
@@ -369,7 +368,7 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
     run = _run(str(tmp_path), ALONE)
     run.batches.close()
     (module,) = run.model._modules
-    assert type(module) is engine_module.NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
+    assert type(module) is NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
     assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
 
 

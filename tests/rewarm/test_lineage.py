@@ -16,6 +16,7 @@ from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.batches import build_training_batches
 from megarewarm.data.mixture.phases import Phase
@@ -65,6 +66,11 @@ def test_seen_samples_are_those_of_the_ranges_counted_around(file, ranges, first
     assert told.again and [i for begin, last in told.ranges for i in range(begin, last)] == expected
 
 
+def of_sixteen() -> TokenFiles:
+    """Files of a run that reads samples of 16 tokens."""
+    return TokenFiles(DataConfig.model_validate({"sequence_length": 16, "train": [{"path": "not read"}]}), 64)
+
+
 @pytest.mark.parametrize("kind", [NeoxSamples, MegatronSamples])
 @pytest.mark.parametrize("wanted", [50, 400, 520])
 def test_a_shuffled_order_is_found_again(file, kind, wanted):
@@ -72,7 +78,7 @@ def test_a_shuffled_order_is_found_again(file, kind, wanted):
     order = SampleOrder.model_validate_json(samples.sample_order().model_dump_json())
     history = Lineage(stages=[stage("one", seen("text", file, order, 0, 40))])
     (source,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), history)
-    again = source.open(64, 16)
+    again = source.open(of_sixteen())
     if samples.num_epochs == 1:
         assert all(np.array_equal(again.sample(i), samples.sample(i)) for i in range(40))
     else:  # of text that two of them hold only the first is replayed
@@ -171,7 +177,7 @@ def test_the_samples_of_a_lineage_are_a_set(file, stages):
                 expected.append(samples.sample(index))
                 taken |= set(places)
     (source,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), Lineage(stages=data))
-    again = source.open(64, 16)
+    again = source.open(of_sixteen())
     assert again.samples_per_epoch == len(expected) == again.num_samples
     out = np.empty((len(expected), 17), np.int64)
     again.fill(np.arange(len(expected)), out)
@@ -183,7 +189,7 @@ def test_the_samples_of_a_lineage_are_a_set(file, stages):
         name="replay", path=file, fingerprint=source.file.fingerprint, samples=count, tokens=16 * count, read=read
     )
     (later,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), Lineage(stages=[*data, stage("y", replay)]))
-    following = later.open(64, 16)
+    following = later.open(of_sixteen())
     assert np.array_equal(following.sample(0), expected[count % len(expected)])
     assert np.array_equal(following.sample(len(expected) - 1), expected[count - 1])
 
@@ -292,7 +298,7 @@ def rows_of(run: RunConfig) -> dict[str, np.ndarray]:
 def test_what_is_replayed_was_seen_and_in_that_order(tmp_path):
     train(upstream(tmp_path), ALONE, quiet())
     data = DataConfig(sequence_length=16, train=[{"path": str(tmp_path / "prose"), "max_epochs": 9}])
-    was_read = build_training_batches(data, [Phase(0, data.train)], total_samples=160, vocab_size=64).rows(0, 160)
+    was_read = build_training_batches(TokenFiles(data, 64), [Phase(0, data.train)], total_samples=160).rows(0, 160)
     rows = rows_of(downstream(tmp_path))
     assert np.array_equal(rows["replay of prose"], was_read[:40]) and len(rows["new"]) == 120
     outcome = train(downstream(tmp_path), ALONE, quiet())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megarewarm.errors import UserError
+from megarewarm.files import publish_folder
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,7 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool]) -> Iterator[Pa
 def _renamed(new: Path, place: Path, old: Path) -> bool:
     """Put ``new`` into its place, and what stands there to ``old``; False, and nothing is changed, where folders don't move."""
     try:
-        if place.exists():
-            place.rename(old)
-        new.rename(place)
+        publish_folder(new, place, lambda: place.exists() and place.rename(old))
     except OSError as error:
         if old.exists():
             old.rename(place)

@@ -10,8 +10,9 @@ from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, read_state
 from megarewarm.checkpoint.own.store import PARTIAL, remove, set_aside
-from megarewarm.checkpoint.own.together import gather
 from megarewarm.errors import UserError
+from megarewarm.parallel.agreement import gather
+from megarewarm.parallel.collective import collective
 
 _STEP = re.compile(r"step_(\d+)$")
 
@@ -29,6 +30,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
 
 
+@collective
 def newest_whole(
     folder: Path, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
 ) -> tuple[Path | None, list[str]]:

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from megarewarm.checkpoint.own.together import gather, position
+from megarewarm.parallel.agreement import gather, position
+from megarewarm.parallel.collective import collective
 from megarewarm.untrusted import is_name
 
 SUMS_FILE = "SHA256SUMS"
@@ -42,6 +43,7 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
     return sums
 
 
+@collective
 def find_damage(checkpoint: Path, *, alone: bool = False) -> str | None:
     """What is wrong with a checkpoint's files, or None where every byte is as it was written.
 

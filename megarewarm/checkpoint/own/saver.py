@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from concurrent import futures
@@ -17,9 +18,9 @@ from megarewarm.checkpoint.own.folder import remove_superseded
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors, local, write
-from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import all_reduce_sums, on_all_ranks, position
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.groups import new_patient_group
 from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
@@ -92,6 +93,7 @@ class Saver:
         found, self._finished = self._finished, []
         return found
 
+    @collective
     def wait(self) -> None:
         """Until no rank is writing. All ranks call it. Raises ``UserError`` where the disk refused.
 
@@ -121,14 +123,14 @@ class Saver:
         main = position(self._group)[0] == 0
 
         def clean(step: int) -> None:
-            if main:
-                remove_superseded(self._folder, step, self._retention, replaced=state.step)
+            remove = functools.partial(remove_superseded, self._folder, step, self._retention, replaced=state.step)
+            on_all_ranks(remove if main else None, OSError, self._group)
 
         try:
             # before as well: a run that is killed after each of its saves would never come to the other
-            together(lambda: clean(state.step - 1), self._group)
+            clean(state.step - 1)
             write(path, state, tensors, self._group)
-            together(lambda: clean(state.step), self._group)
+            clean(state.step)
         except OSError as error:
             raise UserError(
                 f"{path}: the checkpoint could not be written ({error}); make room or correct the permissions and run the same "

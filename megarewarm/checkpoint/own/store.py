@@ -29,9 +29,10 @@ from megarewarm.checkpoint.own.misplaced_rows import Misplaced
 from megarewarm.checkpoint.own.slices import SlicesToLoad, SlicesToSave, local
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
-from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
-from megarewarm.file_lock import sync, sync_folder
+from megarewarm.files import publish_folder
+from megarewarm.parallel.agreement import gather, on_all_ranks, position
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.placement import Slice
 from megarewarm.parallel.ranks import is_loss
 
@@ -65,6 +66,7 @@ class _Writer(FileSystemWriter):
             raise (cause or error) from error
 
 
+@collective
 def write(
     final: Path,
     state: TrainingState,
@@ -91,17 +93,18 @@ def write(
         write_state(partial, state)
         rest = [file for file in partial.iterdir() if file.name not in digests]
         write_sums(partial, {**digests, **{file.name: digest(file) for file in rest}})
-        _sync_tree(partial)
         replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
-        if final.exists():
-            remove(replaced)
-            set_aside(final, replaced)
-        partial.rename(final)
-        sync_folder(final.parent)
+
+        def make_room() -> None:
+            if final.exists():
+                remove(replaced)
+                set_aside(final, replaced)
+
+        publish_folder(partial, final, make_room)
         remove(replaced)
 
     try:
-        together(prepare if rank == 0 else _nothing, group)
+        on_all_ranks(prepare if rank == 0 else None, OSError, group)
         writer = _Writer(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
         try:
             with _quietly_alone():
@@ -116,17 +119,13 @@ def write(
             raise _cause(error) from error
         # each rank sums up what it wrote itself: its files may not be visible to others yet
         own = f"__{rank}_"
-        shares = together(lambda: {f.name: digest(f) for f in partial.iterdir() if f.name.startswith(own)}, group)
-        digests = {name: value for share in shares for name, value in share.items()}
-        together((lambda: finish(digests)) if rank == 0 else _nothing, group)
+        share = on_all_ranks(lambda: {f.name: digest(f) for f in partial.iterdir() if f.name.startswith(own)}, OSError, group)
+        digests = {name: value for each in gather(share, group) for name, value in (each or {}).items()}
+        on_all_ranks((lambda: finish(digests)) if rank == 0 else None, OSError, group)
     except (OSError, UserError):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _nothing() -> None:
-    pass
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
@@ -176,14 +175,7 @@ def set_aside(checkpoint: Path, doomed: Path) -> None:
         remove(checkpoint)
 
 
-def _sync_tree(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                sync(handle.fileno())
-    sync_folder(folder)
-
-
+@collective
 def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
     """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
 

@@ -12,7 +12,7 @@ import numpy as np
 from megarewarm.data.files.manifest import made_by, manifest_of, refuse_other_tokenizers
 from megarewarm.data.files.token_file import TokenFile, TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
-from megarewarm.file_lock import write_atomically
+from megarewarm.files import write_whole
 
 _BLOCK = 2**22  # tokens in memory at a time, or one document, if that is longer
 _DOCUMENTS = 2**20
@@ -70,7 +70,7 @@ def merge_token_files(
         if len({each.end for each in made}) == 1 and told.get("eod") is not None:
             said["eod"] = told["eod"]
     said["sha256"] = {suffix: _sha256(Path(f"{output}.{suffix}")) for suffix in ("bin", "idx")}
-    write_atomically(manifest, (json.dumps(said, indent=2) + "\n").encode())
+    write_whole(manifest, (json.dumps(said, indent=2) + "\n").encode())
     return counts
 
 

@@ -5,7 +5,6 @@ The .bin holds the ids of all documents one after the other and nothing else; in
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import zlib
@@ -34,7 +33,7 @@ from megarewarm.data.files.index_file import (
 )
 from megarewarm.data.files.manifest import manifest_of
 from megarewarm.errors import UserError
-from megarewarm.file_lock import sync, sync_folder
+from megarewarm.files import NewFile, sync_folder
 
 BARE_DTYPES = ("uint16", "uint32", "int32")
 
@@ -332,9 +331,7 @@ class TokenFileWriter:
 
     def __enter__(self) -> TokenFileWriter:
         self._refuse_existing()
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._parts = [Path(f"{self.prefix}.{suffix}.{os.getpid()}.part") for suffix in ("bin", "idx")]
-        self._bin = open(self._parts[0], "wb", buffering=2**20)
+        self._bin = NewFile(Path(f"{self.prefix}.bin"))
         return self
 
     def add_document(self, ids: npt.ArrayLike) -> None:
@@ -350,7 +347,7 @@ class TokenFileWriter:
         if tokens.size and tokens.dtype != np.uint16 and (int(tokens.min()) < 0 or int(tokens.max()) > limit):
             bad = tokens[(tokens < 0) | (tokens > limit)][0]
             raise UserError(f"document {self.num_documents} has id {bad}, {self.dtype.name} goes from 0 to {limit}")
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+        self._bin.file.write(tokens.astype(self.dtype, copy=False).tobytes())
         self._sizes.append(tokens.size)
         self.num_tokens += tokens.size
 
@@ -364,39 +361,33 @@ class TokenFileWriter:
         self._sizes.extend(sizes.tolist())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        try:
+        with self._bin:
             if kind is None:
-                _sync(self._bin)
-                self._write_index()
-                self._publish()
-        finally:
-            with contextlib.suppress(OSError):  # of a full disk, which has been told of; a whole file is closed without one
-                self._bin.close()
-            for part in self._parts:
-                part.unlink(missing_ok=True)
+                with NewFile(Path(f"{self.prefix}.idx")) as index:
+                    self._write_index(index.file)
+                    self._publish(index)
 
-    def _write_index(self) -> None:
+    def _write_index(self, file: IO[bytes]) -> None:
         sizes = np.frombuffer(self._sizes, np.int32) if self._sizes else np.empty(0, np.int32)
         count = len(sizes)
-        with open(self._parts[1], "wb", buffering=2**20) as file:
-            file.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
-            file.write(sizes.astype("<i4").tobytes())
-            start = 0
-            for first, last in ranges(count, 2**20):
-                ends = start + np.cumsum(sizes[first:last], dtype=np.int64) * self.dtype.itemsize
-                file.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
-                start = int(ends[-1])
-            for first, last in ranges(count + 1, 2**20):
-                file.write(np.arange(first, last, dtype="<i8").tobytes())
-            _sync(file)
+        file.write(HEADER.pack(MAGIC, 1, self._code, count, count + 1))
+        file.write(sizes.astype("<i4").tobytes())
+        start = 0
+        for first, last in ranges(count, 2**20):
+            ends = start + np.cumsum(sizes[first:last], dtype=np.int64) * self.dtype.itemsize
+            file.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for first, last in ranges(count + 1, 2**20):
+            file.write(np.arange(first, last, dtype="<i8").tobytes())
 
-    def _publish(self) -> None:
+    def _publish(self, index: NewFile) -> None:
+        self._bin.sync()
+        index.sync()
         self._refuse_existing()
-        bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
         # A crash in between leaves a .bin without an index, which is refused, never an old index beside new tokens.
-        idx_path.unlink(missing_ok=True)
-        os.replace(self._parts[0], bin_path)
-        os.replace(self._parts[1], idx_path)
+        index.path.unlink(missing_ok=True)
+        self._bin.publish()
+        index.publish()
         sync_folder(self.prefix.parent)
 
     def _refuse_existing(self) -> None:
@@ -404,8 +395,3 @@ class TokenFileWriter:
             path = Path(f"{self.prefix}.{suffix}")
             if path.exists() and not self._overwrite:
                 raise UserError(f"{path} exists: remove it, choose another name, or add --overwrite")
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    sync(file.fileno())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.data import DataConfig
-from megarewarm.data.mixture.mixture import Mixture, lay_out
+from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.mixture.mixture import Mixture, build_mixture
 from megarewarm.data.mixture.phases import Phase
 from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.order.sample_order import SamplesRead
@@ -88,8 +88,6 @@ class TrainingBatches:
             )
 
 
-def build_training_batches(
-    data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vocab_size: int
-) -> TrainingBatches:
-    """``total_samples`` samples (steps x global batch) of the ``phases``, as ``mixture.lay_out`` lays them out."""
-    return TrainingBatches(lay_out(data, phases, total_samples=total_samples, vocab_size=vocab_size), total_samples)
+def build_training_batches(files: TokenFiles, phases: Sequence[Phase], *, total_samples: int) -> TrainingBatches:
+    """``total_samples`` samples (steps x global batch) of the ``phases``, as ``build_mixture`` orders them."""
+    return TrainingBatches(build_mixture(files, phases, total_samples=total_samples), total_samples)

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.config.data import DataConfig, Source
-from megarewarm.data.files.split import Rule, split_documents
-from megarewarm.data.files.token_file import TokenView, open_tokens
+from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.mixture.blend import AnyBlend, Blend, GreedyTable, normalised
 from megarewarm.data.mixture.blended_rows import BlendedRows
 from megarewarm.data.mixture.phases import AnySource, Phase, PhasedBlend, all_sources
@@ -47,21 +47,20 @@ class Mixture:
         return fingerprint_of(self.data, self.data.seed, self.rows.samples[:known], self.shares[0][:known], later)
 
 
-def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vocab_size: int) -> Mixture:
-    """The rows of ``total_samples`` samples in ``data.order``. The weights of each phase are final.
+def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: int) -> Mixture:
+    """The rows of ``total_samples`` samples in the order of ``files.data``. The weights of each phase are final.
 
     Raises ``UserError`` for files that can't be read or hold ids outside of the vocabulary, for sources too short for
     one sample, and where the run would read a source more often than its ``max_epochs``.
     """
+    data = files.data
     phases = [phase for phase in phases if phase.first < total_samples] or list(phases[:1])
     sources, places = all_sources(phases)
     names = source_names(sources)
     lengths = [last - first for first, last in pairwise([*(phase.first for phase in phases), total_samples])]
     wanted = _wanted(data, phases, lengths, places, len(sources))
     samples = [
-        source.open(vocab_size, data.sequence_length)
-        if isinstance(source, SeenSource)
-        else _open_samples(data, source, i, open_view(source, data, vocab_size), wanted[i])
+        source.open(files) if isinstance(source, SeenSource) else _open_samples(data, source, i, files.view(source), wanted[i])
         for i, source in enumerate(sources)
     ]
     blends: list[AnyBlend] = []
@@ -80,7 +79,7 @@ def lay_out(data: DataConfig, phases: Sequence[Phase], *, total_samples: int, vo
         shares.append([by_place.get(i) for i in range(len(sources))])
     firsts = [phase.first for phase in phases]
     whole = blends[0] if len(blends) == 1 else PhasedBlend(firsts, blends, places, len(sources))
-    rows = BlendedRows(names, samples, whole, vocab_size)
+    rows = BlendedRows(names, samples, whole, files.vocab_size)
     for name, source, part, need in zip(names, sources, samples, rows.counts(total_samples).tolist(), strict=True):
         _check_epochs(name, source, part, need)
         if source.max_epochs is None and part.num_samples is not None and need > part.num_samples:
@@ -98,21 +97,6 @@ def source_names(sources: Sequence[AnySource]) -> list[str]:
     if twice:
         raise UserError(f"two sources are named '{twice[0]}': give each its own 'name'")
     return names
-
-
-def open_view(source: Source, data: DataConfig, vocab_size: int) -> TokenView:
-    """The tokens of a source, or of its part of a split, after a check of the ids.
-
-    Splits follow Megatron-LM's rounding in the ``megatron`` order, else GPT-NeoX's, whose data they are to fit.
-    """
-    file = open_tokens(source.path, dtype=source.dtype, vocab_size=vocab_size)
-    file.check_vocabulary(vocab_size)
-    if source.split is None:
-        return file.view()
-    if file.index_path is None:
-        raise UserError(f"{file.path} has no .idx, so no documents to split: remove 'split', or split the file itself")
-    rule: Rule = "megatron" if data.order == "megatron" else "neox"
-    return file.view(*split_documents(source.split, file.num_documents, rule)[source.part])
 
 
 def fingerprint_of(

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
-import numpy.typing as npt
-
-from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.config.data import ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import normalised
-from megarewarm.data.mixture.mixture import lay_out
+from megarewarm.data.mixture.mixture import build_mixture
 from megarewarm.data.mixture.phases import Phase
+from megarewarm.data.mixture.validation import Slice
 from megarewarm.errors import UserError
-
-
-class Slice:
-    """The windows [first, first + count) of a set: what one evaluation reads."""
-
-    def __init__(self, windows: MovingWindows, first: int, count: int) -> None:
-        self._windows, self._first, self._count = windows, first, count
-
-    def share(self, rank: int, world: int) -> range:
-        """The windows of a rank. All ranks' shares together are each window once; they differ by at most one window."""
-        if not 0 <= rank < world:
-            raise ValueError(f"no share of rank {rank} of {world}")
-        first, count = self._first, self._count
-        return range(first + rank * count // world, first + (rank + 1) * count // world)
-
-    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
-        """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
-        mine = self.share(rank, world)
-        for first in range(mine.start, mine.stop, micro_batch):
-            yield self._windows.read(first, min(micro_batch, mine.stop - first))
 
 
 class MovingWindows:
@@ -42,7 +19,8 @@ class MovingWindows:
     source's file holds.
     """
 
-    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int, evaluations: int) -> None:
+    def __init__(self, config: ValidationSet, files: TokenFiles, evaluations: int) -> None:
+        data = files.data
         self.name = config.name
         self.role = config.role
         self.when = config.when
@@ -57,7 +35,7 @@ class MovingWindows:
         shares = normalised([source.weight for source in config.sources], data.order)
         sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
         samples = self.windows_per_slice * self.evaluations
-        mixture = lay_out(data, [Phase(0, sources)], total_samples=samples, vocab_size=vocab_size)
+        mixture = build_mixture(files, [Phase(0, sources)], total_samples=samples)
         self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
         self.files = self._rows.files()
         self.notes: list[str] = []
@@ -84,8 +62,4 @@ class MovingWindows:
         """The windows of evaluation ``number``, counted from 0."""
         if not 0 <= number < self.evaluations:
             raise ValueError(f"validation set '{self.name}' has no slice {number} of {self.evaluations}")
-        return Slice(self, number * self.windows_per_slice, self.windows_per_slice)
-
-    def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Rows of the windows [first, first + count), (count, s + 1) int64."""
-        return self._rows.read(first, count)
+        return Slice(self._rows, number * self.windows_per_slice, self.windows_per_slice)

@@ -8,15 +8,36 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.config.data import ValidationSet
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import Blend
 from megarewarm.data.mixture.blended_rows import BlendedRows
-from megarewarm.data.mixture.mixture import fingerprint_of, open_view, source_names
+from megarewarm.data.mixture.mixture import fingerprint_of, source_names
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.samples import PermutedSamples
 from megarewarm.errors import UserError
 
 SEED = 20240313  # of the choice of windows: fixed, so that runs with different data.seed see the same tokens
+
+
+class Slice:
+    """The windows [first, first + count) of a set: what one evaluation reads."""
+
+    def __init__(self, rows: BlendedRows, first: int, count: int) -> None:
+        self._rows, self._first, self._count = rows, first, count
+
+    def share(self, rank: int, world: int) -> range:
+        """The windows of a rank. All ranks' shares together are each window once; they differ by at most one window."""
+        if not 0 <= rank < world:
+            raise ValueError(f"no share of rank {rank} of {world}")
+        first, count = self._first, self._count
+        return range(first + rank * count // world, first + (rank + 1) * count // world)
+
+    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
+        """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
+        mine = self.share(rank, world)
+        for first in range(mine.start, mine.stop, micro_batch):
+            yield self._rows.read(first, min(micro_batch, mine.stop - first))
 
 
 class ValidationWindows:
@@ -27,18 +48,19 @@ class ValidationWindows:
     not one whole window is left, and for files that can't be read. ``files``: what each source's file holds.
     """
 
-    def __init__(self, config: ValidationSet, data: DataConfig, vocab_size: int) -> None:
+    def __init__(self, config: ValidationSet, files: TokenFiles) -> None:
+        data = files.data
         self.name = config.name
         self.role = config.role
         self.when = config.when
         self.sequence_length = data.sequence_length
-        views = [open_view(source, data, vocab_size) for source in config.sources]
+        views = [files.view(source) for source in config.sources]
         samples = [
             PermutedSamples(view, data.sequence_length, derive_key(SEED, i), min(source.max_epochs or 1.0, 1.0))
             for i, (view, source) in enumerate(zip(views, config.sources, strict=True))
         ]
         blend = Blend([source.weight for source in config.sources])
-        self._rows = BlendedRows(source_names(config.sources), samples, blend, vocab_size)
+        self._rows = BlendedRows(source_names(config.sources), samples, blend, files.vocab_size)
         wanted = config.tokens // data.sequence_length
         self.num_windows = _most(blend, [part.num_samples or 0 for part in samples], wanted)
         if self.num_windows < 1:
@@ -64,9 +86,9 @@ class ValidationWindows:
         over = [name for name, part, n in zip(names, samples, counts, strict=True) if n > (part.num_samples or 0)]
         return f" in these shares, '{over[0]}' is used up first" if over else ""
 
-    def slice(self, number: int) -> ValidationWindows:
+    def slice(self, number: int) -> Slice:
         """What evaluation ``number`` reads: always the same."""
-        return self
+        return Slice(self._rows, 0, self.num_windows)
 
     @property
     def num_tokens(self) -> int:
@@ -76,18 +98,6 @@ class ValidationWindows:
     def fingerprint(self) -> str:
         """32 hex digits; two sets with equal ones and equal ``num_windows`` hold the same windows."""
         return self._fingerprint
-
-    def share(self, rank: int, world: int) -> range:
-        """The windows of a rank. All ranks' shares together are each window once; they differ by at most one window."""
-        if not 0 <= rank < world:
-            raise ValueError(f"no share of rank {rank} of {world}")
-        return range(rank * self.num_windows // world, (rank + 1) * self.num_windows // world)
-
-    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
-        """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
-        mine = self.share(rank, world)
-        for first in range(mine.start, mine.stop, micro_batch):
-            yield self._rows.read(first, min(micro_batch, mine.stop - first))
 
 
 def _most(blend: Blend, limits: list[int], wanted: int) -> int:

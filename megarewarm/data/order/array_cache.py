@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.file_lock import FileLock, sync
+from megarewarm.file_lock import FileLock
+from megarewarm.files import PART, publish_folder
 from megarewarm.untrusted import is_name
 
 log = logging.getLogger(__name__)
@@ -102,19 +103,15 @@ def _checksum(path: Path) -> int:
 
 def _write(entry: Path, arrays: Arrays) -> None:
     # the lock is held, so what is there of that name was left by a kill; mkdtemp's 0700 would shut others out of a shared cache
-    partial = entry.with_name(f"{entry.name}.part")
+    partial = entry.with_name(f"{entry.name}{PART}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         for name, array in arrays.items():
-            with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                sync(file.fileno())
+            np.save(partial / f"{name}.npy", array, allow_pickle=False)
         told = {name: (array.shape, _checksum(partial / f"{name}.npy")) for name, array in arrays.items()}
         (partial / "arrays.json").write_text(json.dumps(told), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)  # what was there could not be read
-        os.rename(partial, entry)
+        publish_folder(partial, entry, lambda: shutil.rmtree(entry, ignore_errors=True))  # what was there could not be read
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

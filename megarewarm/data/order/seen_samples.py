@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.files.file_identity import FileIdentity, identity_of
-from megarewarm.data.files.token_file import TokenFile, TokenView, open_tokens
+from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.token_file import TokenFile, TokenView
 from megarewarm.data.order.array_cache import cached
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
@@ -61,8 +62,9 @@ class SeenSource:
         """The same source with another share."""
         return replace(self, weight=weight)
 
-    def open(self, vocab_size: int, sequence_length: int) -> SeenSamples:
+    def open(self, files: TokenFiles) -> SeenSamples:
         """The samples. Raises ``UserError`` where the file is gone or another one, or the sequences are of another length."""
+        sequence_length = files.data.sequence_length
         for order in (part.order for part in self.parts):
             if order.sequence_length != sequence_length:
                 raise UserError(
@@ -70,20 +72,20 @@ class SeenSource:
                     f"data.sequence_length is {sequence_length}: make it {order.sequence_length}, or give replay.sources"
                 )
         try:
-            files = {part.order.dtype: open_tokens(self.path, dtype=part.order.dtype) for part in self.parts}
+            opened = {part.order.dtype: files.open(self.path, part.order.dtype) for part in self.parts}
         except UserError as error:
             raise UserError(
                 f"replay of lineage: '{self.pool}': {error}; if it has moved, say where in replay.paths: "
                 f"{{{self.pool}: NEW_PATH}}"
             ) from error
-        for file in files.values():
+        for file in opened.values():
             if not (now := identity_of(file)).agrees_with(self.file):
                 raise UserError(
                     f"replay of lineage: {file.path} is not the file that was read as '{self.pool}' (fingerprint "
                     f"{now.differing(self.file)}): say where that one is in replay.paths"
                 )
-            file.check_vocabulary(vocab_size)
-        originals = [_reopen(part.order, files[part.order.dtype]) for part in self.parts]
+            files.check(file)
+        originals = [_reopen(part.order, opened[part.order.dtype]) for part in self.parts]
         return SeenSamples(originals, [part.seen for part in self.parts], self.ended, self.max_epochs)
 
 

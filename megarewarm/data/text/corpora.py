@@ -32,7 +32,7 @@ from megarewarm.data.text.preprocess.records import EMPTY
 from megarewarm.data.text.preprocess.shard import Counts
 from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError, nearest
-from megarewarm.file_lock import sync, write_atomically
+from megarewarm.files import PART, NewFile, write_whole
 
 PROSE = "installed_prose"
 CODE = "installed_code"
@@ -237,7 +237,7 @@ class _Record:
 
     def forget(self, step: str) -> None:
         """To be called before a step's files are touched."""
-        for part in self.folder.glob(f"{step}*.part"):  # of a run that was killed
+        for part in self.folder.glob(f"{step}*{PART}"):  # of a run that was killed
             part.unlink()
         if self.steps.pop(step, None) is not None:
             self._write()
@@ -248,7 +248,7 @@ class _Record:
         self._write()
 
     def _write(self) -> None:
-        write_atomically(self._path, (json.dumps({"steps": self.steps}, indent=2) + "\n").encode())
+        write_whole(self._path, (json.dumps({"steps": self.steps}, indent=2) + "\n").encode())
 
 
 class _Text:
@@ -264,8 +264,7 @@ class _Text:
         self._seen: set[int] = set()
         self.bytes = self.duplicates = 0
         self.paths = [_text_file(folder, name, part) for part in PARTS]
-        self._parts = [path.with_name(f"{path.name}.{os.getpid()}.part") for path in self.paths]
-        self._files = [part.open("wb") for part in self._parts]
+        self._files = [NewFile(path) for path in self.paths]
         self._hashes = [hashlib.sha256() for _ in PARTS]
         self._counts = [{"documents": 0, "bytes": 0} for _ in PARTS]
 
@@ -287,7 +286,7 @@ class _Text:
         self.bytes += len(data)
         part = int(digest < self._threshold)
         line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-        self._files[part].write(line)
+        self._files[part].file.write(line)
         self._hashes[part].update(line)
         self._counts[part]["documents"] += 1
         self._counts[part]["bytes"] += len(data)
@@ -300,17 +299,14 @@ class _Text:
                     f"corpus '{self.name}': none of its {total} documents ({self.bytes} bytes) falls to {part}: give "
                     f"more documents (a .txt is divided by lines '<|endoftext|>') or another validation_fraction"
                 )
-        for file, partial, path in zip(self._files, self._parts, self.paths, strict=True):
-            file.flush()
-            sync(file.fileno())
-            os.replace(partial, path)
+        for file in self._files:
+            file.publish()
         digests = [{"sha256": digest.hexdigest()} for digest in self._hashes]
         return {part: self._counts[i] | digests[i] for i, part in enumerate(PARTS)}
 
     def close(self) -> None:
-        for file, partial in zip(self._files, self._parts, strict=True):
+        for file in self._files:
             file.close()
-            partial.unlink(missing_ok=True)
 
 
 def _write_texts(record: _Record, corpora: Mapping[str, Corpus], fraction: float, progress: Progress) -> None:

@@ -25,7 +25,7 @@ from megarewarm.data.files.tokenizer_identity import TokenizerIdentity, fingerpr
 from megarewarm.data.text.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.text.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.errors import UserError, nearest
-from megarewarm.file_lock import write_atomically
+from megarewarm.files import write_whole
 
 PADDING = "<|padding|>"
 
@@ -288,7 +288,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     _check_size(tokenizer.get_vocab_size(), vocab_size)
-    write_atomically(path, tokenizer.to_str(pretty=True).encode())
+    write_whole(path, tokenizer.to_str(pretty=True).encode())
     return load_tokenizer(path)
 
 
@@ -325,7 +325,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> To
     except RuntimeError as error:
         raise UserError(f"sentencepiece can't train a vocabulary of {vocab_size} on this text: {error}") from error
     _check_size(library.SentencePieceProcessor(model_proto=model.content).get_piece_size(), vocab_size)
-    write_atomically(path, model.content)
+    write_whole(path, model.content)
     return load_tokenizer(path)
 
 

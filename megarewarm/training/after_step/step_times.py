@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from megarewarm.checkpoint.own.together import gather
 from megarewarm.config.reliability import ReliabilityConfig
+from megarewarm.parallel.agreement import gather
 from megarewarm.training.after_step.part import Context, Moment, Stateless
 
 _WINDOW = 64  # steps whose median is the usual time

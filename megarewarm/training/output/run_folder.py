@@ -12,12 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from megarewarm.checkpoint.own.folder import newest_whole
-from megarewarm.checkpoint.own.together import gather
 from megarewarm.config.load import dump
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
-from megarewarm.file_lock import FileLock, write_atomically
+from megarewarm.file_lock import FileLock
+from megarewarm.files import write_whole
+from megarewarm.parallel.agreement import on_all_ranks
+from megarewarm.parallel.collective import collective
 from megarewarm.record.run_format import RUN_FORMAT, take_format
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
@@ -43,6 +45,7 @@ class RunFolder:
         self.batches = path / "batches"
         self._lock: FileLock | None = None
 
+    @collective
     def newest_checkpoint(
         self, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
     ) -> tuple[Path | None, list[str]]:
@@ -103,33 +106,31 @@ class RunFolder:
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: can't be written ({error}); make room, or set 'folder' to another place")
 
+    @collective
     def lock(self, *, main: bool) -> None:
         """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
 
         All ranks call it, the main one takes it; raises ``UserError`` on all of them where another process has it.
         """
-        self._together(self._lock_if_there if main else None)
+        self._on_main(self._lock_if_there, main)
 
+    @collective
     def open(self, config: RunConfig, *, main: bool) -> None:
         """Make the folder, take its lock unless it is held, and write the resolved configuration.
 
         All ranks call it, the main one does it; raises ``UserError`` on all of them where that fails.
         """
-        self._together((lambda: self._open(config)) if main else None)
+        self._on_main(lambda: self._open(config), main)
 
-    def _together(self, action: Callable[[], None] | None) -> None:
-        problem: str | None = None
+    def _on_main(self, action: Callable[[], None], main: bool) -> None:
         try:
-            if action is not None:
-                action()
-        except BlockingIOError:
-            problem = f"{self.path}: another process is training in this folder; wait for it or set 'name'"
+            on_all_ranks(action if main else None, OSError)
         except OSError as error:
-            problem = str(self._refused(error))
-        problem = gather(problem)[0]
-        if problem is not None:
             self.close()
-            raise UserError(problem)
+            if isinstance(error, BlockingIOError):
+                busy = f"{self.path}: another process is training in this folder; wait for it or set 'name'"
+                raise UserError(busy) from error
+            raise self._refused(error) from error
 
     def _lock_if_there(self) -> None:
         # whether a folder may be written is not the question yet: a complete run is only read
@@ -143,7 +144,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._take_lock()
-        write_atomically(self.config_file, f"format: {RUN_FORMAT}\n{dump(config)}".encode())
+        write_whole(self.config_file, f"format: {RUN_FORMAT}\n{dump(config)}".encode())
 
     def close(self) -> None:
         """Give the lock back."""

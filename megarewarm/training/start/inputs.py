@@ -13,6 +13,7 @@ import torch
 from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.validation import ValidationWindows
@@ -20,6 +21,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import Layout, choose_layout
@@ -63,6 +65,7 @@ def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
     return folder
 
 
+@collective
 def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     """Everything that a run of ``plan`` on ``world_size`` ranks reads besides its weights. Writes only the cache of orders.
 
@@ -72,8 +75,9 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     layout = choose_layout(config.parallel, world_size)
     fit = check_fit(config, plan.model, layout)
     texts = settle_texts(plan)
-    data = open_data(plan)
-    validation, left_out = open_validation(config, plan.model.vocab_size)
+    files = TokenFiles(config.data, plan.model.vocab_size)
+    data = open_data(plan, files)
+    validation, left_out = open_validation(config, files)
     check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from megarewarm.checkpoint.lineage import DataSeen
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
-from megarewarm.data.mixture.mixture import open_view
 from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import UserError
@@ -16,8 +16,8 @@ from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.start.plan import Plan
 
 
-def open_data(plan: Plan) -> TrainingBatches:
-    """All samples of the run, replays among them.
+def open_data(plan: Plan, files: TokenFiles) -> TrainingBatches:
+    """All samples of the run, replays among them, out of ``files``.
 
     Raises ``UserError`` for files that can't be read or hold too little, where the lineage doesn't say what is to be replayed,
     where the position in the data has no meaning in these, and where a held-out set is trained on.
@@ -25,13 +25,12 @@ def open_data(plan: Plan) -> TrainingBatches:
     config = plan.config
     old = replayed(config.replay, plan.history_to_replay)
     data = build_training_batches(
-        config.data,
+        files,
         training_phases(config, plan.schedule, plan.origin, old),
         total_samples=plan.samples(config.total_steps),
-        vocab_size=plan.model.vocab_size,
     )
     _check_position(plan, data)
-    check_apart(config.data, old, plan.model.vocab_size)
+    check_apart(files, old)
     return data
 
 
@@ -90,26 +89,25 @@ def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[t
     ]
 
 
-def open_validation(config: RunConfig, vocab_size: int) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
+def open_validation(config: RunConfig, files: TokenFiles) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
     """The validation sets of a run, and notes on those that are left out, or hold less than is asked for. Raises ``UserError``.
 
     A moving set whose split gives it no documents is left out, as GPT-NeoX does: its default split of 969, 30, 1 leaves
     small files without a test set.
     """
-    data = config.data
     if config.evaluation.windows == "fixed":
-        fixed = [ValidationWindows(item, data, vocab_size) for item in data.validation]
+        fixed = [ValidationWindows(item, files) for item in files.data.validation]
         return [*fixed], [note for windows in fixed for note in windows.notes]
     evaluations = config.grid(config.evaluation.every).count(config.total_steps) + 1
     sets: list[ValidationWindows | MovingWindows] = []
     notes = []
-    for item in data.validation:
-        empty = [source for source in item.sources if open_view(source, data, vocab_size).num_documents == 0]
+    for item in files.data.validation:
+        empty = [source for source in item.sources if files.view(source).num_documents == 0]
         if empty:
             where = f"split '{empty[0].split}' gives its part of {empty[0].path} no documents"
             notes.append(f"validation set '{item.name}' is left out: {where}")
         else:
-            moving = MovingWindows(item, data, vocab_size, evaluations)
+            moving = MovingWindows(item, files, evaluations)
             sets.append(moving)
             notes += moving.notes
     return sets, notes

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 from torch import Tensor
 
 from megarewarm.checkpoint.source import CheckpointSource, open_checkpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import on_all_ranks
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.rewarm.reset import resolve
 from megarewarm.training.start.plan import Plan
 
 StartWeights = dict[str, Tensor]
 """This rank's parts of the start weights by the parameters' names, in host memory, laid out as the parameters."""
-
-T = TypeVar("T")
 
 
 def keeps_start(config: RunConfig) -> bool:
@@ -35,6 +31,7 @@ def copy_weights(model: ParallelModel) -> StartWeights:
     }
 
 
+@collective
 def load_start(plan: Plan, model: ParallelModel) -> None:
     """Fill ``model`` with what the run began with: drawn again from the seed, or read again from ``start.from``.
 
@@ -44,9 +41,10 @@ def load_start(plan: Plan, model: ParallelModel) -> None:
     if source is None:
         model.initialize(plan.config.training.seed)
     else:
-        _on_all_ranks(lambda: source.load_weights(model))
+        on_all_ranks(lambda: source.load_weights(model), UserError)
 
 
+@collective
 def start_source(plan: Plan) -> CheckpointSource | None:
     """The checkpoint with the weights that the run began with, opened again if the run is resumed; None: they were drawn.
 
@@ -55,7 +53,7 @@ def start_source(plan: Plan) -> CheckpointSource | None:
     """
     if not plan.resumed:
         return plan.source if plan.policy.weights == "load" else None
-    return _on_all_ranks(lambda: _reopened(plan))
+    return on_all_ranks(lambda: _reopened(plan), UserError)
 
 
 def _reopened(plan: Plan) -> CheckpointSource | None:
@@ -71,18 +69,6 @@ def _reopened(plan: Plan) -> CheckpointSource | None:
             f"checkpoint itself (RUN/checkpoints/step_N) where a run goes on"
         )
     return source
-
-
-def _on_all_ranks(action: Callable[[], T]) -> T:
-    """What ``action`` returns. A ``UserError`` on any rank is one on all of them."""
-    problem: UserError | None = None
-    try:
-        result = action()
-    except UserError as error:
-        problem = error
-    if all_reduce_sums([float(problem is not None)])[0]:
-        raise problem or UserError("start.from: another rank can't read it; all hosts need it under the same name")
-    return result
 
 
 def again(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megarewarm.data.files.index_file import CODES, HEADER, MAGIC, ranges
 from megarewarm.data.text.preprocess.shard import Tokenised, stem
-from megarewarm.file_lock import sync
+from megarewarm.files import sync
 
 _PIECE = 2**26  # bytes of ids in a piece
 _BLOCK = 2**20  # documents, or 8 of them bytes, in memory at a time
@@ -122,7 +122,7 @@ def write(piece: Piece) -> int:
 def sha256(path: Path) -> str:
     """Of a whole file, after it has been brought onto the disk."""
     with open(path, "rb") as file:
-        sync(file.fileno())
+        sync(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

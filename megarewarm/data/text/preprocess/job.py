@@ -32,7 +32,8 @@ from megarewarm.data.text.preprocess.records import STDIN, input_files, spans_of
 from megarewarm.data.text.preprocess.shard import Counts, Recipe, Shard, Tokenised, finished, progress_of, tokenise
 from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
-from megarewarm.file_lock import FileLock, write_atomically
+from megarewarm.file_lock import FileLock
+from megarewarm.files import PART, write_whole
 
 _EXAMPLES = 5
 
@@ -285,9 +286,9 @@ class _Job:
                     f"options, or --overwrite instead of --resume to begin again"
                 )
             for old in self.folder.iterdir():
-                if not old.name.startswith("lock") and (before is None or old.suffix in (".progress", ".part")):
+                if not old.name.startswith("lock") and (before is None or old.suffix in (".progress", PART)):
                     old.unlink()
-            write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
+            write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
             yield
 
     def _tokenise(self, shards: Sequence[Shard], hands: workers.Workers, resume: bool) -> list[Tokenised]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.data.text.preprocess.shard import Counts
-from megarewarm.file_lock import move, write_atomically
+from megarewarm.files import move, write_whole
 
 _PLAN = "publication.json"
 
@@ -42,10 +42,10 @@ def prepare(folder: Path, outputs: Sequence[Whole]) -> None:
         path = folder / f"whole{'.' * bool(output.part)}{output.part}.manifest"
         # half surrogate pairs, of a key or a file's name, are no text: they are written as JSON's own escapes
         text = json.dumps(output.manifest, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, text.encode("utf-8", "backslashreplace"))
+        write_whole(path, text.encode("utf-8", "backslashreplace"))
         files = {"bin": output.data.name, "json": path.name} | ({"idx": output.index.name} if output.index else {})
         plan.append({"part": output.part, "files": files})
-    write_atomically(folder / _PLAN, json.dumps(plan).encode())
+    write_whole(folder / _PLAN, json.dumps(plan).encode())
 
 
 def is_prepared(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from megarewarm.data.text.preprocess.documents import Skipped
 from megarewarm.data.text.preprocess.records import Span, records
 from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
-from megarewarm.file_lock import sync, write_atomically
+from megarewarm.files import sync, write_whole
 
 _BATCH = 2**21  # characters that are encoded together
 _BLOCK = 2**21  # tokens that are written together where order is kept
@@ -153,7 +153,7 @@ def tokenise(shard: Shard, recipe: Recipe, folder: Path, threads: int) -> Tokeni
     parts = {name: writer.counts for name, writer in writers.items()}
     result = Tokenised(shard.number, parts, runs, dict(skipped.counts), skipped.examples)
     content = json.dumps({"identity": shard.identity(), **asdict(result)}).encode()
-    write_atomically(folder / f"{shard.number:06d}.json", content)
+    write_whole(folder / f"{shard.number:06d}.json", content)
     word.done()
     return result
 
@@ -279,8 +279,7 @@ class _Writer:
         """Everything onto the disk. Returns the documents of each run."""
         self._flush()
         for file in self._files.values():
-            file.flush()
-            sync(file.fileno())
+            sync(file)
         return self._runs
 
     def close(self) -> None:
