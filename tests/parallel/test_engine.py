@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarewarm.config.execution import LossScaleConfig, ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import cards
 from megarewarm.parallel import connect as connect_module
 from megarewarm.parallel.launchers import Launch
