@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["megarewarm", "megarewarm.*"]), "megarewarm_kernels"],
+    packages=[*find_packages(include=["megarewarm", "megarewarm.*"]), *find_packages("kernels")],
     package_dir={"megarewarm": "megarewarm", "megarewarm_kernels": "kernels/megarewarm_kernels"},
     install_requires=[
         "torch>=2.11",

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from megarewarm_kernels import AdamWTensors, attention, bias_gelu, linear_cross_entropy, no_triton, residual_norms, rotate_
-from megarewarm_kernels.attention import BACKENDS, choose
+from megarewarm_kernels.attention.choose import BACKENDS, choose
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -20,19 +20,24 @@ from typing import Any
 
 import torch
 import triton
-from megarewarm_kernels._flash_blocks import blocks_of, width_of
-from megarewarm_kernels._flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
-from megarewarm_kernels.adamw import _BLOCK, _WALK, adamw_step, squares
-from megarewarm_kernels.adamw_tensors import _BLOCK as MANY_BLOCK
-from megarewarm_kernels.adamw_tensors import _WARPS as MANY_WARPS
-from megarewarm_kernels.adamw_tensors import adamw_many
-from megarewarm_kernels.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
-from megarewarm_kernels.logit_passes import _BLOCK as LOGITS_BLOCK
-from megarewarm_kernels.logit_passes import _WARPS as LOGITS_WARPS
-from megarewarm_kernels.logit_passes import gradient_pass, statistics_pass
-from megarewarm_kernels.residual_norms import _MOST_COLUMNS_BACKWARD, residual_norms_backward, residual_norms_forward, warps
-from megarewarm_kernels.rotary import _ELEMENTS as ROTARY_ELEMENTS
-from megarewarm_kernels.rotary import rotary as rotary_kernel
+from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
+from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
+from megarewarm_kernels.attention.rotary import _ELEMENTS as ROTARY_ELEMENTS
+from megarewarm_kernels.attention.rotary import rotary as rotary_kernel
+from megarewarm_kernels.layer.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
+from megarewarm_kernels.layer.residual_norms import (
+    _MOST_COLUMNS_BACKWARD,
+    residual_norms_backward,
+    residual_norms_forward,
+    warps,
+)
+from megarewarm_kernels.loss.logit_passes import _BLOCK as LOGITS_BLOCK
+from megarewarm_kernels.loss.logit_passes import _WARPS as LOGITS_WARPS
+from megarewarm_kernels.loss.logit_passes import gradient_pass, statistics_pass
+from megarewarm_kernels.optimizer.adamw import _BLOCK, _WALK, adamw_step, squares
+from megarewarm_kernels.optimizer.adamw_tensors import _BLOCK as MANY_BLOCK
+from megarewarm_kernels.optimizer.adamw_tensors import _WARPS as MANY_WARPS
+from megarewarm_kernels.optimizer.adamw_tensors import adamw_many
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -109,7 +114,7 @@ def _shipped(every: bool) -> Iterator[Configuration]:
         block = {"BLOCK": LOGITS_BLOCK}
         yield Configuration(f"logit_statistics {dtype}", statistics_pass, dtype, block, LOGITS_WARPS, rows)
         yield Configuration(f"logit_gradient {dtype}", gradient_pass, dtype, block, LOGITS_WARPS, rows)
-    statistics = ("mean_ptr", "scale_ptr")
+    statistics = ("mean_ptr", "rstd_ptr")
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):
             name = f"residual_norms {'added' if added else 'first'} bf16 {columns}"

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from megarewarm_kernels._operators import no_triton
-from megarewarm_kernels.adamw import adamw_, squared_norm
-from megarewarm_kernels.adamw_tensors import AdamWTensors
-from megarewarm_kernels.attention import attention
-from megarewarm_kernels.bias_gelu import bias_gelu
-from megarewarm_kernels.flash_attention import flash_attention
-from megarewarm_kernels.linear_cross_entropy import linear_cross_entropy
-from megarewarm_kernels.linear_distillation import linear_distillation
-from megarewarm_kernels.residual_norms import residual_norms
-from megarewarm_kernels.rotary import rotate_
-from megarewarm_kernels.sharded_linear_cross_entropy import sharded_linear_cross_entropy
+from megarewarm_kernels.attention.choose import attention
+from megarewarm_kernels.attention.flash_attention import flash_attention
+from megarewarm_kernels.attention.rotary import rotate_
+from megarewarm_kernels.layer.bias_gelu import bias_gelu
+from megarewarm_kernels.layer.residual_norms import residual_norms
+from megarewarm_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from megarewarm_kernels.loss.linear_distillation import linear_distillation
+from megarewarm_kernels.loss.sharded_linear_cross_entropy import sharded_linear_cross_entropy
+from megarewarm_kernels.operators import no_triton
+from megarewarm_kernels.optimizer.adamw import adamw_, squared_norm
+from megarewarm_kernels.optimizer.adamw_tensors import AdamWTensors
 
 __all__ = [
     "AdamWTensors",

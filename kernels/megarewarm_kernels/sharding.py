@@ -31,9 +31,9 @@ def _where(placement: Any, *parts: Any) -> list[Any]:
 
 
 @_rule("residual_norms")
-def _norms(x: Any, attended: Any, mixed: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, eps: float) -> Rules:
+def _norms(x: Any, attn_out: Any, mlp_out: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, eps: float) -> Rules:
     weights = [_WHOLE] * 4
-    if attended is None:  # the first result is then an empty tensor, the same everywhere
+    if attn_out is None:  # the first result is then an empty tensor, the same everywhere
         rules: Rules = [([_WHOLE] * 5, [_WHOLE, None, None, *weights, None])]
         return rules + [([_WHOLE, *[Shard(d)] * 4], [Shard(d), None, None, *weights, None]) for d in range(x.ndim - 1)]
     rules = [([_WHOLE] * 5, [_WHOLE] * 3 + [*weights, None])]

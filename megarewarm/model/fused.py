@@ -1,7 +1,7 @@
 """Fused operations, applied to a NeoX from outside: parts of it are replaced by ones that compute the same in fewer passes.
 
 With the parallel residual a layer begins with x + attention + MLP of the layer before and two norms of that sum: one operation,
-if a layer hands its parts on instead of adding them (``Pending``).
+if a layer hands its parts on instead of adding them (``DeferredResidual``).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megarewarm_kernels.apex import fused_layer_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megarewarm.model.neox import MLP, Attention, Layer, Pending, Positions
+from megarewarm.model.neox import MLP, Attention, DeferredResidual, Layer, Positions
 
 
 @dataclass(frozen=True)
 class Operations:
     """Which implementation computes what. ``loss``: the ``kernel`` of linear_cross_entropy; ``norms``: triton, apex or
-    reference; ``gelu``: triton or reference; ``attention``: a backend of megarewarm_kernels.attention."""
+    reference; ``gelu``: triton or reference; ``attention``: a backend of megarewarm_kernels.attention.choose."""
 
     norms: str = "reference"
     gelu: str = "reference"
@@ -51,11 +51,11 @@ class FusedLayer(Layer):
     The stream is in autocast's dtype where there is one.
     """
 
-    def forward(self, x: Tensor | Pending, positions: Positions) -> Pending:  # type: ignore[override]
-        parts: tuple[Any, Any, Any] = x if isinstance(x, Pending) else (_at_work(x), None, None)
+    def forward(self, x: Tensor | DeferredResidual, positions: Positions) -> DeferredResidual:  # type: ignore[override]
+        parts: tuple[Any, Any, Any] = x if isinstance(x, DeferredResidual) else (_at_work(x), None, None)
         one, other = self.input_layernorm, self.post_attention_layernorm
         total, first, second = residual_norms(*parts, one.weight, one.bias, other.weight, other.bias, eps=one.eps)
-        return Pending(total, self.attention(first, positions), self.mlp(second))
+        return DeferredResidual(total, self.attention(first, positions), self.mlp(second))
 
 
 class FusedMLP(MLP):

@@ -52,7 +52,7 @@ class NeoX(nn.Module):
         positions = positions_of(tokens.shape[1], self.config, x, starts)
         for layer in self.layers:
             x = layer(x, positions)
-        return self.final_layer_norm(settled(x))
+        return self.final_layer_norm(add_deferred(x))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(b, s) token ids to (b, s, v) logits, padded rows cut off. For inspection: training uses ``loss``."""
@@ -85,17 +85,17 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
-        attended = self.attention(self.input_layernorm(x), positions)
+        attn_out = self.attention(self.input_layernorm(x), positions)
         if self.parallel:
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
-        x = x + attended
+            return x + attn_out + self.mlp(self.post_attention_layernorm(x))
+        x = x + attn_out
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
     """Causal attention. ``query_key_value`` has, head by head, the rows of the query, the key and the value.
 
-    ``backend``, ``deterministic``: see megarewarm_kernels.attention.
+    ``backend``, ``deterministic``: see megarewarm_kernels.attention.choose.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -166,14 +166,14 @@ def positions_of(length: int, config: ModelConfig, x: Tensor, starts: Tensor | N
     return Positions(angles.cos().to(exact), angles.sin().to(exact), starts)
 
 
-class Pending(NamedTuple):
+class DeferredResidual(NamedTuple):
     """A residual stream to which two parts have yet to be added: the next layer does so where it reads them (fused.py)."""
 
     x: Tensor
-    attended: Tensor
-    mixed: Tensor
+    attn_out: Tensor
+    mlp_out: Tensor
 
 
-def settled(x: Tensor | Pending) -> Tensor:
+def add_deferred(x: Tensor | DeferredResidual) -> Tensor:
     """The stream as one tensor."""
-    return x.x + x.attended + x.mixed if isinstance(x, Pending) else x
+    return x.x + x.attn_out + x.mlp_out if isinstance(x, DeferredResidual) else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megarewarm_kernels import no_triton
 from megarewarm_kernels.apex import fused_adam, fused_layer_norm
-from megarewarm_kernels.attention import choose
+from megarewarm_kernels.attention.choose import choose
 
 from megarewarm.config.execution import KernelsConfig
 from megarewarm.config.schema import ModelConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX, positions_of, settled
+from megarewarm.model.neox import NeoX, add_deferred, positions_of
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
@@ -109,7 +109,7 @@ class Stage(nn.Module):
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers.values():
             x = layer(x, positions)
-        x = settled(x)
+        x = add_deferred(x)
         return self.final_layer_norm(x) if self.last else x
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megarewarm.model.neox import MLP, Pending, Positions, settled
+from megarewarm.model.neox import MLP, DeferredResidual, Positions, add_deferred
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -18,9 +18,9 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
     if what == "full":
         whole = layer.forward
 
-        def forward_whole(x: Tensor | Pending, positions: Positions) -> Tensor | Pending:
+        def forward_whole(x: Tensor | DeferredResidual, positions: Positions) -> Tensor | DeferredResidual:
             # one tensor to keep, not the three that a fused layer hands on
-            result: Tensor | Pending = checkpoint(whole, settled(x), positions, use_reentrant=False)
+            result: Tensor | DeferredResidual = checkpoint(whole, add_deferred(x), positions, use_reentrant=False)
             return result
 
         layer.forward = forward_whole

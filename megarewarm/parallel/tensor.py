@@ -140,11 +140,11 @@ class ShardedLayer(nn.Module):
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
         if self.parallel:
             whole = self._enter(x)
-            attended = self.attention(self._normed(whole, self.input_layernorm), positions)
-            partial = attended + self.mlp(self._normed(whole, self.post_attention_layernorm))
+            attn_out = self.attention(self._normed(whole, self.input_layernorm), positions)
+            partial = attn_out + self.mlp(self._normed(whole, self.post_attention_layernorm))
             return x + self._add_biases(self.ranks.leave(partial), self.attention.dense.bias, self.mlp.dense_4h_to_h.bias)
-        attended = self.attention(self._normed(self._enter(x), self.input_layernorm), positions)
-        x = x + self._add_biases(self.ranks.leave(attended), self.attention.dense.bias)
+        attn_out = self.attention(self._normed(self._enter(x), self.input_layernorm), positions)
+        x = x + self._add_biases(self.ranks.leave(attn_out), self.attention.dense.bias)
         out = self.mlp(self._normed(self._enter(x), self.post_attention_layernorm))
         return x + self._add_biases(self.ranks.leave(out), self.mlp.dense_4h_to_h.bias)
 

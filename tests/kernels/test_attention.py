@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megarewarm_kernels.attention import attention, choose, documents_of
-from megarewarm_kernels.flash_attention import flash_attention, reference
+from megarewarm_kernels.attention.choose import attention, choose, documents_of
+from megarewarm_kernels.attention.flash_attention import flash_attention, reference
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import checkpoint
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.attention_cases import Arguments, arguments, assert_as_exact_as_torch, by_torch, results
 
-MODULE = importlib.import_module("megarewarm_kernels.attention")
+MODULE = importlib.import_module("megarewarm_kernels.attention.choose")
 DOCUMENTS = [[4, 5], [1, 6, 2]]
 
 

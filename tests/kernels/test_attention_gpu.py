@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megarewarm_kernels import attention, flash_attention
-from megarewarm_kernels.attention import BACKENDS, choose
+from megarewarm_kernels.attention.choose import BACKENDS, choose
 
 from tests.support.attention_cases import arguments, assert_as_exact_as_torch, results
 

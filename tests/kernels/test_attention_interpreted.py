@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megarewarm_kernels import flash_attention, rotary
+from megarewarm_kernels import flash_attention
+from megarewarm_kernels.attention import rotary
 
 from tests.support.attention_cases import arguments, assert_as_exact_as_torch, by_torch, errors, results
 
@@ -47,7 +48,9 @@ def test_attention_is_as_exact_as_torch(batch, length, heads, head_dim, rotated,
 @pytest.mark.parametrize("documents", [None, [[31, 1, 38], [70]]])
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 160])
 def test_the_blocks_that_gpus_get_in_fp32(monkeypatch: pytest.MonkeyPatch, head_dim: int, documents) -> None:
-    monkeypatch.setattr(importlib.import_module("megarewarm_kernels.flash_attention"), "architecture", lambda device: 90)
+    monkeypatch.setattr(
+        importlib.import_module("megarewarm_kernels.attention.flash_attention"), "architecture", lambda device: 90
+    )
     case = arguments(2, 70, 1, head_dim, 4, documents)
     found, true = results(flash_attention, case.to(torch.float32)), results(by_torch, case)
     assert max(errors(found, true)) < 2e-6

@@ -90,8 +90,8 @@ def test_gradients_that_nobody_asks_for() -> None:
     [
         (lambda x: kernels.bias_gelu(x, torch.ones(3)), r"need x .* got \(2, 4\) and \(3,\)"),
         (lambda x: kernels.bias_gelu(x, torch.ones(4), approximate="fast"), "not 'fast'"),
-        (lambda x: kernels.residual_norms(x, x, None, *[torch.ones(4)] * 4), "'mixed' is nothing"),
-        (lambda x: kernels.residual_norms(x, x, x[:1], *[torch.ones(4)] * 4), r"'mixed' is \(1, 4\)"),
+        (lambda x: kernels.residual_norms(x, x, None, *[torch.ones(4)] * 4), "'mlp_out' is nothing"),
+        (lambda x: kernels.residual_norms(x, x, x[:1], *[torch.ones(4)] * 4), r"'mlp_out' is \(1, 4\)"),
         (lambda x: kernels.residual_norms(x, x, x, *[torch.ones(5)] * 4), r"are \(4,\), got \(5,\)"),
     ],
 )

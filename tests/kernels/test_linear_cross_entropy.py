@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarewarm_kernels import linear_cross_entropy
-from megarewarm_kernels.linear_cross_entropy import reference
-from megarewarm_kernels.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics
-from megarewarm_kernels.logits_in_place import chunk_of, compute, width_of
+from megarewarm_kernels.loss.linear_cross_entropy import reference
+from megarewarm_kernels.loss.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics
+from megarewarm_kernels.loss.logits_in_place import chunk_of, compute, width_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -143,7 +143,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("budget", [16 * 333 * 4, 100_000, 2**20])
 def test_logits_stay_within_the_budget(budget: int) -> None:
     hidden, weight, targets = inputs(512, 16, 333, torch.float32)
-    from megarewarm_kernels.linear_cross_entropy import _chunk, _compute
+    from megarewarm_kernels.loss.linear_cross_entropy import _chunk, _compute
 
     with Largest(333) as seen, torch.no_grad():
         chunk = _chunk(512, 333, torch.float32, budget)

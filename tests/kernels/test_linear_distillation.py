@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megarewarm_kernels import linear_cross_entropy, linear_distillation
-from megarewarm_kernels.linear_distillation import _operator, reference
+from megarewarm_kernels.loss.linear_distillation import _operator, reference
 from torch import Tensor
 
 SHARE = 0.7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megarewarm_kernels import linear_cross_entropy
-from megarewarm_kernels.logit_passes import define_statistics, log_terms, logit_gradient_, logit_statistics
+from megarewarm_kernels.loss.logit_passes import define_statistics, log_terms, logit_gradient_, logit_statistics
 
 from tests.support.loss_cases import IGNORE, arguments, assert_as_exact_as_torch, errors, results
 

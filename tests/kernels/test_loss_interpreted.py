@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
-from megarewarm_kernels.logit_passes import log_terms, logit_gradient_, logit_statistics
+from megarewarm_kernels.loss.logit_passes import log_terms, logit_gradient_, logit_statistics
 
 from megarewarm.parallel.ranks import Ranks
 from tests.support.distributed import run_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megarewarm_kernels.rotary import reference
+from megarewarm_kernels.attention.rotary import reference
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megarewarm_kernels.flash_attention import visible
+from megarewarm_kernels.attention.flash_attention import visible
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import megarewarm_kernels as kernels
 import torch
-from megarewarm_kernels.bias_gelu import reference as bias_gelu_reference
-from megarewarm_kernels.residual_norms import reference as residual_norms_reference
+from megarewarm_kernels.layer.bias_gelu import reference as bias_gelu_reference
+from megarewarm_kernels.layer.residual_norms import reference as residual_norms_reference
 from torch import Tensor
 from torch.nn import functional as F
 

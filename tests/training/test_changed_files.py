@@ -19,6 +19,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files import token_file
 from megarewarm.data.files.file_identity import FileIdentity, identity_of
 from megarewarm.data.files.index_file import HEADER
+from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
@@ -145,12 +146,12 @@ def test_a_replay_of_what_was_read(stopped: RunConfig) -> None:
     path, token = place_of(stopped, "train.bin"), 3_066_818
     history = open_checkpoint(str(Path(stopped.run_folder) / "checkpoints" / "step_5")).lineage
     (source,) = seen_sources(ReplayConfig(fraction=0.1, of="lineage"), history)
-    assert source.open(VOCABULARY, 16).samples_per_epoch == 10
+    assert source.open(TokenFiles(stopped.data, VOCABULARY)).samples_per_epoch == 10
     with (
         changed(path, 2 * token, another(path, token)),
         pytest.raises(UserError, match="not the file that was read as 'train'"),
     ):
-        source.open(VOCABULARY, 16)
+        source.open(TokenFiles(stopped.data, VOCABULARY))
 
 
 def test_what_earlier_versions_recorded_is_compared_as_far_as_it_goes() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact
 
 _ELEMENTS = 1024  # of a program: 8 for each thread, 16 bytes of bf16
 _WARPS = 4
@@ -80,7 +80,7 @@ def consume(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
     Whoever has saved qkv, as selective checkpointing may, hears from autograd that it has changed.
     """
     if cos.shape[1]:
-        turn(qkv.view(-1, qkv.shape[-1]), cos, sin, head_dim, False)
+        apply_rotary(qkv.view(-1, qkv.shape[-1]), cos, sin, head_dim, False)
         if not torch.compiler.is_compiling() and not qkv.is_inference():  # a compiler sees the change by itself
             torch.autograd.graph.increment_version(qkv)
 
@@ -88,7 +88,7 @@ def consume(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, overwrite: bool) -> Tensor:
-        turn(qkv, cos, sin, head_dim, False)
+        apply_rotary(qkv, cos, sin, head_dim, False)
         ctx.mark_dirty(qkv)
         ctx.save_for_backward(cos, sin)
         ctx.head_dim, ctx.overwrite = head_dim, overwrite
@@ -98,7 +98,7 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous() if ctx.overwrite else grad.clone(memory_format=torch.contiguous_format)
-        turn(grad, *ctx.saved_tensors, ctx.head_dim, True)
+        apply_rotary(grad, *ctx.saved_tensors, ctx.head_dim, True)
         return grad, None, None, None, None
 
 
@@ -184,9 +184,10 @@ if HAS_TRITON:
 else:
     _kernel = None  # type: ignore[assignment]
 
-turn = define(
-    "rotate_(Tensor(a!) qkv, Tensor cos, Tensor sin, int head_dim, bool back) -> ()",
-    definition=_define,
+apply_rotary = define(
+    "rotate_",
+    _define,
     shapes=_shape,
     kernel=_kernel,
+    mutates=("qkv",),
 )

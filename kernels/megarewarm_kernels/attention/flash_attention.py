@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from megarewarm_kernels import rotary
-from megarewarm_kernels._operators import HAS_TRITON, define, exact
+from megarewarm_kernels.attention import rotary
+from megarewarm_kernels.operators import HAS_TRITON, define, exact
 
 MOST_CHANNELS = 256
 
@@ -95,7 +95,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, cos, sin, starts = ctx.saved_tensors
         dqkv = _backward(grad, qkv, out, lse, starts, ctx.head_dim)
-        rotary.turn(dqkv.view(-1, dqkv.shape[2]), cos, sin, ctx.head_dim, True)
+        rotary.apply_rotary(dqkv.view(-1, dqkv.shape[2]), cos, sin, ctx.head_dim, True)
         return dqkv, None, None, None, None
 
 
@@ -121,9 +121,9 @@ def _define_forward(qkv: Tensor, starts: Tensor | None, head_dim: int) -> tuple[
 def _define_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, head_dim: int) -> Tensor:
     query, key, value = _heads(qkv, head_dim)
     heads = query.shape[1]
-    wide, mixed = (part.to(query.dtype).view(*part.shape[:2], heads, head_dim).transpose(1, 2) for part in (grad, out))
+    wide, out_heads = (part.to(query.dtype).view(*part.shape[:2], heads, head_dim).transpose(1, 2) for part in (grad, out))
     p = (_scores(query, key, starts) - lse[..., None]).exp()
-    ds = p * (wide @ value.transpose(2, 3) - (wide * mixed).sum(-1, keepdim=True)) / math.sqrt(head_dim)
+    ds = p * (wide @ value.transpose(2, 3) - (wide * out_heads).sum(-1, keepdim=True)) / math.sqrt(head_dim)
     parts = (ds @ key, ds.transpose(2, 3) @ query, p.transpose(2, 3) @ wide)
     return torch.stack([part.transpose(1, 2) for part in parts], 3).flatten(2).to(qkv.dtype)
 
@@ -141,8 +141,8 @@ def _shape_backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts:
 if HAS_TRITON:
     import triton
 
-    from megarewarm_kernels import _flash_kernels as kernels
-    from megarewarm_kernels._flash_blocks import Blocks, architecture, blocks_of, width_of
+    from megarewarm_kernels.attention import flash_kernels as kernels
+    from megarewarm_kernels.attention.flash_blocks import Blocks, architecture, blocks_of, width_of
 
     def _launch(kernel: Any, name: str, pointers: list[Tensor], qkv: Tensor, starts: Tensor | None, head_dim: int) -> None:
         batch, length, row = qkv.shape
@@ -197,14 +197,14 @@ else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
 _forward = define(
-    "flash_attention(Tensor qkv, Tensor? starts, int head_dim) -> (Tensor, Tensor)",
-    definition=_define_forward,
+    "flash_attention",
+    _define_forward,
     shapes=_shape_forward,
     kernel=_kernel_forward,
 )
 _backward = define(
-    "flash_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? starts, int head_dim) -> Tensor",
-    definition=_define_backward,
+    "flash_attention_backward",
+    _define_backward,
     shapes=_shape_backward,
     kernel=_kernel_backward,
 )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact
 
 _BLOCK = 1024
 _WALK = 16  # blocks of which one program adds up the squares
@@ -154,38 +154,18 @@ if HAS_TRITON:
         tl.store(partial_ptr + part, tl.sum(total, axis=0))
 
     def _kernel_step(
-        parameter: Tensor,
-        gradient: Tensor,
-        first: Tensor,
-        second: Tensor,
-        copy: Tensor | None,
-        scale: Tensor,
-        keep: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        rate: float,
-        root: float,
+        parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, copy: Tensor | None, *rest: Any
     ) -> None:
         if parameter.dtype == torch.float64:
-            _define_step(parameter, gradient, first, second, copy, scale, keep, beta1, beta2, eps, rate, root)
+            _define_step(parameter, gradient, first, second, copy, *rest)
         elif parameter.numel():
+            scale, keep, beta1, beta2, *others = rest
             target = parameter if copy is None else copy
             # 1 - beta in double precision: in fp32 its last digits would be lost
-            numbers = keep, beta1, beta2, 1 - beta1, 1 - beta2, eps, rate, root
+            numbers = keep, beta1, beta2, 1 - beta1, 1 - beta2, *others
             grid = (triton.cdiv(parameter.numel(), _BLOCK),)
-            adamw_step[grid](
-                parameter,
-                gradient,
-                first,
-                second,
-                target,
-                scale,
-                parameter.numel(),
-                *numbers,
-                COPY=copy is not None,
-                BLOCK=_BLOCK,
-            )
+            tensors = parameter, gradient, first, second, target, scale
+            adamw_step[grid](*tensors, parameter.numel(), *numbers, COPY=copy is not None, BLOCK=_BLOCK)
 
     def _kernel_squared_norm(x: Tensor) -> Tensor:
         if x.dtype == torch.float64 or not x.numel():
@@ -202,15 +182,15 @@ def _shape_step(*arguments: Any) -> None:
 
 
 _step = define(
-    "adamw_(Tensor(a!) parameter, Tensor gradient, Tensor(b!) first, Tensor(c!) second, Tensor(d!)? copy, Tensor scale, "
-    "float keep, float beta1, float beta2, float eps, float rate, float root) -> ()",
-    definition=_define_step,
+    "adamw_",
+    _define_step,
     shapes=_shape_step,
     kernel=_kernel_step,
+    mutates=("parameter", "first", "second", "copy"),
 )
 _squared_norm = define(
-    "squared_norm(Tensor x) -> Tensor",
-    definition=_define_squared_norm,
+    "squared_norm",
+    _define_squared_norm,
     shapes=lambda x: x.new_empty((), dtype=exact(x.dtype)),
     kernel=_kernel_squared_norm,
 )

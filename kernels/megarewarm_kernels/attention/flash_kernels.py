@@ -50,9 +50,9 @@ def first_key(starts_ptr, first, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr):  
 
 @triton.jit
 def attention_step(  # type: ignore[no-untyped-def]
-    top,
-    total,
-    mixed,
+    m_i,
+    l_i,
+    acc,
     q,
     key_ptr,
     query,
@@ -76,14 +76,14 @@ def attention_step(  # type: ignore[no-untyped-def]
         score = tl.where(query[:, None] >= key[None, :], score, -float("inf"))
     if DOCUMENTS:
         score = tl.where(start[:, None] <= key[None, :], score, -float("inf"))
-    new = tl.maximum(top, tl.max(score, 1) * scale)
+    new = tl.maximum(m_i, tl.max(score, 1) * scale)
     # within documents a query may see none of the keys yet: not infinity from infinity
     least = tl.where(new == -float("inf"), 0.0, new) if DOCUMENTS else new
     p = tl.exp2(score * scale - least[:, None])
-    shrink = tl.exp2(top - least)
+    alpha = tl.exp2(m_i - least)
     v = load_block(key_ptr + D, first, length, stride, DIAGONAL, KEYS, D, WIDTH)
-    mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
-    return new, total * shrink + tl.sum(p, 1), mixed
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return new, l_i * alpha + tl.sum(p, 1), acc
 
 
 @triton.jit
@@ -117,26 +117,26 @@ def attention_forward(  # type: ignore[no-untyped-def]
     start = query
     if DOCUMENTS:
         start = tl.load(starts_ptr + batch * length + query, mask=query < length, other=0)
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    mixed = tl.zeros((QUERIES, WIDTH), tl.float32)
+    m_i = tl.full((QUERIES,), -float("inf"), tl.float32)
+    l_i = tl.zeros((QUERIES,), tl.float32)
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
     scale = scale * LOG2E
     begin = first_key(starts_ptr + batch * length, first, KEYS, DOCUMENTS)
     middle = first // KEYS * KEYS
     for key in range(begin, middle, KEYS):
-        top, total, mixed = attention_step(
-            top, total, mixed, q, query_ptr + D, query, start, key, length, stride, scale,
+        m_i, l_i, acc = attention_step(
+            m_i, l_i, acc, q, query_ptr + D, query, start, key, length, stride, scale,
             False, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     for key in range(middle, min(first + QUERIES, length), KEYS):
-        top, total, mixed = attention_step(
-            top, total, mixed, q, query_ptr + D, query, start, key, length, stride, scale,
+        m_i, l_i, acc = attention_step(
+            m_i, l_i, acc, q, query_ptr + D, query, start, key, length, stride, scale,
             True, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     row = heads * D
     out_ptr += batch * length * row + head * D
-    store_block(out_ptr, mixed / total[:, None], first, length, row, QUERIES, D, WIDTH)
-    lse = (top + tl.log2(total)) * LN2
+    store_block(out_ptr, acc / l_i[:, None], first, length, row, QUERIES, D, WIDTH)
+    lse = (m_i + tl.log2(l_i)) * LN2
     tl.store(lse_ptr + which.to(tl.int64) * length + query, lse, mask=query < length)
 
 

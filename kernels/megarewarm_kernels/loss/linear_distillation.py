@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels._operators import check_floats, define, exact
-from megarewarm_kernels.logits_in_place import accumulate
+from megarewarm_kernels.loss.logits_in_place import accumulate
+from megarewarm_kernels.operators import check_floats, define, exact
 
 MIB = 2**20
 
@@ -179,20 +179,8 @@ def _compute(
     return parts.to(kind), grad_hidden, grad_weight
 
 
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    rows: int,
-    ignore_index: int,
-    share: float,
-    chunk: int,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype, need_hidden, need_weight = rest
     return (
         hidden.new_empty(2, dtype=exact(dtype)),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
@@ -200,10 +188,4 @@ def _shapes(
     )
 
 
-_operator = define(
-    "linear_distillation(Tensor hidden, Tensor weight, Tensor targets, Tensor teacher_hidden, Tensor teacher_weight, int rows, "
-    "int ignore_index, float share, int chunk, ScalarType dtype, bool need_hidden, bool need_weight) -> "
-    "(Tensor, Tensor, Tensor)",
-    definition=_compute,
-    shapes=_shapes,
-)
+_operator = define("linear_distillation", _compute, shapes=_shapes)

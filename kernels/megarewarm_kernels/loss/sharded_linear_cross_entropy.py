@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels import logits_in_place
-from megarewarm_kernels._operators import check_floats, exact
-from megarewarm_kernels.logit_passes import at_target, define_statistics, log_terms, loss_of, place_of
-from megarewarm_kernels.logits_in_place import gathered
+from megarewarm_kernels.loss import logits_in_place
+from megarewarm_kernels.loss.logit_passes import at_target, define_statistics, log_terms, loss_of, place_of
+from megarewarm_kernels.loss.logits_in_place import gathered
+from megarewarm_kernels.operators import check_floats, exact
 
 MIB = 2**20
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, rows_of
 
 FORMS = ("none", "tanh")
 
@@ -190,14 +190,14 @@ else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
 _forward = define(
-    "bias_gelu(Tensor x, Tensor bias, bool tanh) -> Tensor",
-    definition=_define_forward,
+    "bias_gelu",
+    _define_forward,
     shapes=_shape_forward,
     kernel=_kernel_forward,
 )
 _backward = define(
-    "bias_gelu_backward(Tensor grad, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)",
-    definition=_define_backward,
+    "bias_gelu_backward",
+    _define_backward,
     shapes=_shape_backward,
     kernel=_kernel_backward,
 )

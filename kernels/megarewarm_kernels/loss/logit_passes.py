@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm_kernels._operators import HAS_TRITON, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, define, exact
 
 _BLOCK = 4096  # columns at a time
 _WARPS = 8  # 16 columns for each thread
@@ -144,25 +144,15 @@ if HAS_TRITON:
             statistics_pass[(rows,)](logits, targets.contiguous(), found, *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
         return found
 
-    def _kernel_gradient(
-        logits: Tensor,
-        targets: Tensor,
-        log_sum: Tensor,
-        special: Tensor,
-        first: int,
-        valid: int,
-        ignore_index: int,
-        z_loss: float,
-    ) -> None:
+    def _kernel_gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, special: Tensor, *numbers: Any) -> None:
         if logits.dtype == torch.float64:
-            _define_gradient(logits, targets, log_sum, special, first, valid, ignore_index, z_loss)
+            _define_gradient(logits, targets, log_sum, special, *numbers)
             return
         rows, width = _rows(logits)
         if rows and width:
             vectors = targets.contiguous(), log_sum.contiguous(), special.contiguous()
-            numbers = width, logits.stride(0), first, valid, ignore_index, z_loss
             grid = (rows, triton.cdiv(width, _BLOCK))
-            gradient_pass[grid](logits, *vectors, *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
+            gradient_pass[grid](logits, *vectors, width, logits.stride(0), *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
 
     def _rows(logits: Tensor) -> tuple[int, int]:
         rows, width = logits.shape
@@ -178,15 +168,15 @@ def _shape_gradient(*arguments: Any) -> None:
 
 
 logit_statistics = define(
-    "logit_statistics(Tensor logits, Tensor targets, int first, int valid, int ignore_index) -> Tensor",
-    definition=define_statistics,
+    "logit_statistics",
+    define_statistics,
     shapes=lambda logits, *_: logits.new_empty((3, logits.shape[0]), dtype=exact(logits.dtype)),
     kernel=_kernel_statistics,
 )
 logit_gradient_ = define(
-    "logit_gradient_(Tensor(a!) logits, Tensor targets, Tensor log_sum, Tensor special, int first, int valid, "
-    "int ignore_index, float z_loss) -> ()",
-    definition=_define_gradient,
+    "logit_gradient_",
+    _define_gradient,
     shapes=_shape_gradient,
     kernel=_kernel_gradient,
+    mutates=("logits",),
 )

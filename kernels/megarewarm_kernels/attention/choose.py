@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megarewarm_kernels import rotary
-from megarewarm_kernels._operators import HAS_TRITON, INTERPRETED
-from megarewarm_kernels.flash_attention import MOST_CHANNELS, check, flash_attention, reference, visible
+from megarewarm_kernels.attention import rotary
+from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, flash_attention, reference, visible
+from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
 
 BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference")
 """In the order in which they are tried."""
@@ -182,7 +182,7 @@ class _RotateAndSplit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = torch.stack(grads, 3).flatten(2)
-        rotary.turn(grad.view(-1, grad.shape[2]), *ctx.saved_tensors, ctx.head_dim, True)
+        rotary.apply_rotary(grad.view(-1, grad.shape[2]), *ctx.saved_tensors, ctx.head_dim, True)
         return grad, None, None, None
 
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels._operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
 
 
 def residual_norms(
     x: Tensor,
-    attended: Tensor | None,
-    mixed: Tensor | None,
+    attn_out: Tensor | None,
+    mlp_out: Tensor | None,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
@@ -30,11 +30,11 @@ def residual_norms(
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + attended + mixed, its first LayerNorm, its second LayerNorm).
+    """(x + attn_out + mlp_out, its first LayerNorm, its second LayerNorm).
 
     Args:
         x: (..., h), any floating dtype.
-        attended, mixed: like x, or None both for nothing to be added.
+        attn_out, mlp_out: like x, or None both for nothing to be added.
         weight1, bias1, weight2, bias2: (h,), the two norms', any floating dtype.
         eps: added to the variance.
 
@@ -43,22 +43,22 @@ def residual_norms(
         the next layer reads it. Statistics are fp32. Gradients come in the dtypes of the arguments; the weights' are summed in
         fp32, in the same order at every run. Raises ValueError on wrong shapes or dtypes.
     """
-    for name, part in (("attended", attended), ("mixed", mixed)):
-        if (part is None) != (attended is None) or (part is not None and part.shape != x.shape):
+    for name, part in (("attn_out", attn_out), ("mlp_out", mlp_out)):
+        if (part is None) != (attn_out is None) or (part is not None and part.shape != x.shape):
             found = "nothing" if part is None else tuple(part.shape)
-            raise ValueError(f"attended and mixed are like x {tuple(x.shape)} or both None, '{name}' is {found}")
+            raise ValueError(f"attn_out and mlp_out are like x {tuple(x.shape)} or both None, '{name}' is {found}")
     for part in (weight1, bias1, weight2, bias2):
         if part.shape != x.shape[-1:]:
             raise ValueError(f"weights and biases of the norms are {tuple(x.shape[-1:])}, got {tuple(part.shape)}")
-    check_floats(x=x, attended=attended, mixed=mixed, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    total, first, second = _ResidualNorms.apply(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
+    check_floats(x=x, attn_out=attn_out, mlp_out=mlp_out, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    total, first, second = _ResidualNorms.apply(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps)
     return total, first, second
 
 
 def reference(
     x: Tensor,
-    attended: Tensor | None,
-    mixed: Tensor | None,
+    attn_out: Tensor | None,
+    mlp_out: Tensor | None,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
@@ -69,8 +69,8 @@ def reference(
     """The definition of ``residual_norms`` in plain PyTorch."""
     kind = exact(x.dtype)
     total = x
-    if attended is not None and mixed is not None:
-        total = (x.to(kind) + attended + mixed).to(x.dtype)
+    if attn_out is not None and mlp_out is not None:
+        total = (x.to(kind) + attn_out + mlp_out).to(x.dtype)
     wide = total.to(kind)
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -80,20 +80,13 @@ def reference(
 class _ResidualNorms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        attended: Tensor | None,
-        mixed: Tensor | None,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        eps: float,
+        ctx: Any, x: Tensor, attn_out: Tensor | None, mlp_out: Tensor | None, *norms: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total, first, second, mean, scale = _forward(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
-        total = x.view_as(x) if attended is None else total
-        ctx.added = attended is not None
-        ctx.save_for_backward(total, weight1, weight2, mean, scale)
+        total, first, second, mean, rstd = _forward(x, attn_out, mlp_out, *norms)
+        weight1, _, weight2, _, _ = norms
+        total = x.view_as(x) if attn_out is None else total
+        ctx.added = attn_out is not None
+        ctx.save_for_backward(total, weight1, weight2, mean, rstd)
         return total, first, second
 
     @staticmethod
@@ -109,30 +102,30 @@ Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _define_forward(
     x: Tensor,
-    attended: Tensor | None,
-    mixed: Tensor | None,
+    attn_out: Tensor | None,
+    mlp_out: Tensor | None,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
     eps: float,
 ) -> Five:
-    total, first, second = reference(x, attended, mixed, weight1, bias1, weight2, bias2, eps=eps)
+    total, first, second = reference(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps=eps)
     wide = total.to(exact(x.dtype))
     mean = wide.mean(-1)
-    scale = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
-    added = x.new_empty(0) if attended is None else total.contiguous()
-    return added, first.contiguous(), second.contiguous(), mean.contiguous(), scale.contiguous()
+    rstd = torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
+    added = x.new_empty(0) if attn_out is None else total.contiguous()
+    return added, first.contiguous(), second.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def _define_backward(
-    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, scale: Tensor
+    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, rstd: Tensor
 ) -> Five:
     kind = exact(total.dtype)
-    normed = (total.to(kind) - mean[..., None]) * scale[..., None]
+    normed = (total.to(kind) - mean[..., None]) * rstd[..., None]
     wide1, wide2 = grad1.to(kind), grad2.to(kind)
     inner = wide1 * weight1 + wide2 * weight2
-    dx = (inner - normed * (normed * inner).mean(-1, keepdim=True) - inner.mean(-1, keepdim=True)) * scale[..., None]
+    dx = (inner - normed * (normed * inner).mean(-1, keepdim=True) - inner.mean(-1, keepdim=True)) * rstd[..., None]
     dx = dx + residual
     rows = tuple(range(total.dim() - 1))
 
@@ -143,23 +136,14 @@ def _define_backward(
     return dx.to(total.dtype).contiguous(), *weights
 
 
-def _shape_forward(
-    x: Tensor,
-    attended: Tensor | None,
-    mixed: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    eps: float,
-) -> Five:
+def _shape_forward(x: Tensor, attn_out: Tensor | None, *_: Any) -> Five:
     statistic = x.new_empty(x.shape[:-1], dtype=exact(x.dtype))
-    added = x.new_empty(0 if attended is None else x.shape)
+    added = x.new_empty(0 if attn_out is None else x.shape)
     return added, x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
 
 
 def _shape_backward(
-    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, scale: Tensor
+    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, *_: Any
 ) -> Five:
     one, two = weight1.new_empty(weight1.shape), weight2.new_empty(weight2.shape)
     return total.new_empty(total.shape), one, torch.empty_like(one), two, torch.empty_like(two)
@@ -172,8 +156,8 @@ if HAS_TRITON:
     @triton.jit
     def residual_norms_forward(  # type: ignore[no-untyped-def]
         x_ptr,
-        attended_ptr,
-        mixed_ptr,
+        attn_out_ptr,
+        mlp_out_ptr,
         weight1_ptr,
         bias1_ptr,
         weight2_ptr,
@@ -182,10 +166,10 @@ if HAS_TRITON:
         first_ptr,
         second_ptr,
         mean_ptr,
-        scale_ptr,
+        rstd_ptr,
         x_stride,
-        attended_stride,
-        mixed_stride,
+        attn_out_stride,
+        mlp_out_stride,
         columns,
         eps,
         ADDED: tl.constexpr,
@@ -196,15 +180,15 @@ if HAS_TRITON:
         inside = column < columns
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         if ADDED:
-            x += tl.load(attended_ptr + row * attended_stride + column, mask=inside, other=0.0).to(tl.float32)
-            x += tl.load(mixed_ptr + row * mixed_stride + column, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(attn_out_ptr + row * attn_out_stride + column, mask=inside, other=0.0).to(tl.float32)
+            x += tl.load(mlp_out_ptr + row * mlp_out_stride + column, mask=inside, other=0.0).to(tl.float32)
             rounded = x.to(total_ptr.dtype.element_ty)
             tl.store(total_ptr + row * columns + column, rounded, mask=inside)
             x = rounded.to(tl.float32)
         mean = tl.sum(x, axis=0) / columns
         centred = tl.where(inside, x - mean, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / columns + eps)
-        normed = centred * scale
+        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / columns + eps)
+        normed = centred * rstd
         weight1 = tl.load(weight1_ptr + column, mask=inside, other=0.0).to(tl.float32)
         bias1 = tl.load(bias1_ptr + column, mask=inside, other=0.0).to(tl.float32)
         weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -214,7 +198,7 @@ if HAS_TRITON:
         tl.store(first_ptr + row * columns + column, first, mask=inside)
         tl.store(second_ptr + row * columns + column, second, mask=inside)
         tl.store(mean_ptr + row, mean)
-        tl.store(scale_ptr + row, scale)
+        tl.store(rstd_ptr + row, rstd)
 
     @triton.jit
     def residual_norms_backward(  # type: ignore[no-untyped-def]
@@ -225,7 +209,7 @@ if HAS_TRITON:
         weight1_ptr,
         weight2_ptr,
         mean_ptr,
-        scale_ptr,
+        rstd_ptr,
         dx_ptr,
         partial_ptr,
         residual_stride,
@@ -251,12 +235,12 @@ if HAS_TRITON:
             grad1 = tl.load(grad1_ptr + row * grad1_stride + column, mask=inside, other=0.0).to(tl.float32)
             grad2 = tl.load(grad2_ptr + row * grad2_stride + column, mask=inside, other=0.0).to(tl.float32)
             residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.load(scale_ptr + row)
-            normed = tl.where(inside, (x - tl.load(mean_ptr + row)) * scale, 0.0)
+            rstd = tl.load(rstd_ptr + row)
+            normed = tl.where(inside, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
             inner = grad1 * weight1 + grad2 * weight2
             along = tl.sum(inner * normed, axis=0) / columns
             level = tl.sum(inner, axis=0) / columns
-            dx = (inner - normed * along - level) * scale + residual
+            dx = (inner - normed * along - level) * rstd + residual
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             dw1 += grad1 * normed
             db1 += grad1
@@ -273,58 +257,42 @@ if HAS_TRITON:
         """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
         return min(16, max(1, triton.next_power_of_2(columns) // 256))
 
-    def _kernel_forward(
-        x: Tensor,
-        attended: Tensor | None,
-        mixed: Tensor | None,
-        weight1: Tensor,
-        bias1: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        eps: float,
-    ) -> Five:
+    def _kernel_forward(x: Tensor, attn_out: Tensor | None, mlp_out: Tensor | None, *norms: Any) -> Five:
         if x.dtype == torch.float64 or x.shape[-1] > _MOST_COLUMNS:
-            return _define_forward(x, attended, mixed, weight1, bias1, weight2, bias2, eps)
+            return _define_forward(x, attn_out, mlp_out, *norms)
+        *parameters, eps = norms
         flat = rows_of(x)
         rows, columns = flat.shape
-        parts = [flat if part is None else rows_of(part) for part in (attended, mixed)]
-        added = torch.empty((0,) if attended is None else flat.shape, dtype=x.dtype, device=x.device)
+        parts = [flat if part is None else rows_of(part) for part in (attn_out, mlp_out)]
+        added = torch.empty((0,) if attn_out is None else flat.shape, dtype=x.dtype, device=x.device)
         first, second = (torch.empty(flat.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-        mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         if flat.numel():
             residual_norms_forward[(rows,)](
                 flat,
                 *parts,
-                *(part.contiguous() for part in (weight1, bias1, weight2, bias2)),
+                *(part.contiguous() for part in parameters),
                 added,
                 first,
                 second,
                 mean,
-                scale,
+                rstd,
                 flat.stride(0),
                 *(part.stride(0) for part in parts),
                 columns,
                 eps,
-                ADDED=attended is not None,
+                ADDED=attn_out is not None,
                 COLUMNS=triton.next_power_of_2(columns),
                 num_warps=warps(columns),
             )
-        shaped = added if attended is None else added.view(x.shape)
-        return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), scale.view(x.shape[:-1])
+        shaped = added if attn_out is None else added.view(x.shape)
+        return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
-    def _kernel_backward(
-        residual: Tensor,
-        grad1: Tensor,
-        grad2: Tensor,
-        total: Tensor,
-        weight1: Tensor,
-        weight2: Tensor,
-        mean: Tensor,
-        scale: Tensor,
-    ) -> Five:
+    def _kernel_backward(*arguments: Tensor) -> Five:
+        total, weight1, weight2, mean, rstd = arguments[3:]
         if total.dtype == torch.float64 or total.shape[-1] > _MOST_COLUMNS_BACKWARD:
-            return _define_backward(residual, grad1, grad2, total, weight1, weight2, mean, scale)
-        parts = [rows_of(part) for part in (residual, grad1, grad2, total)]
+            return _define_backward(*arguments)
+        parts = [rows_of(part) for part in arguments[:4]]
         rows, columns = parts[3].shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
         count = programs(rows, total.device)
@@ -335,7 +303,7 @@ if HAS_TRITON:
                 weight1.contiguous(),
                 weight2.contiguous(),
                 mean.contiguous(),
-                scale.contiguous(),
+                rstd.contiguous(),
                 dx,
                 partial,
                 *(part.stride(0) for part in parts),
@@ -355,16 +323,14 @@ else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
 _forward = define(
-    "residual_norms(Tensor x, Tensor? attended, Tensor? mixed, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    definition=_define_forward,
+    "residual_norms",
+    _define_forward,
     shapes=_shape_forward,
     kernel=_kernel_forward,
 )
 _backward = define(
-    "residual_norms_backward(Tensor residual, Tensor grad1, Tensor grad2, Tensor total, Tensor weight1, Tensor weight2, "
-    "Tensor mean, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    definition=_define_backward,
+    "residual_norms_backward",
+    _define_backward,
     shapes=_shape_backward,
     kernel=_kernel_backward,
 )

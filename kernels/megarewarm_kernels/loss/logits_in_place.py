@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarewarm_kernels._operators import HAS_TRITON, INTERPRETED
-from megarewarm_kernels.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
+from megarewarm_kernels.loss.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
+from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
 
 FORMS = ("auto", "triton", "reference")
 # torch 2.13 renamed it and warns of the old name

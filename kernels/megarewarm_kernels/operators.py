@@ -7,7 +7,7 @@ see one operator for each direction.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,21 @@ _LIBRARY = torch.library.Library("megarewarm", "FRAGMENT")
 
 
 def define(
-    schema: str, *, definition: Callable[..., Any], shapes: Callable[..., Any], kernel: Callable[..., Any] | None = None
+    name: str,
+    definition: Callable[..., Any],
+    *,
+    shapes: Callable[..., Any],
+    kernel: Callable[..., Any] | None = None,
+    mutates: Sequence[str] = (),
 ) -> Any:
-    """Make the operator ``megarewarm::NAME`` of a schema and return it.
+    """Make the operator ``megarewarm::name`` with the signature of ``definition``, whose annotations are its schema.
 
     ``definition`` computes it on any device, ``kernel`` on CUDA (and on the CPU where Triton is interpreted), ``shapes``
-    gives empty results for tracing.
+    gives empty results for tracing; both take its positional arguments.
+    ``mutates``: arguments that are written to.
     """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
+    schema = torch.library.infer_schema(definition, mutates_args=mutates)
+    _LIBRARY.define(name + schema.replace("SymInt", "int"))  # kernels are compiled for plain numbers
     _LIBRARY.impl(name, definition, "CompositeExplicitAutograd")
     if kernel is not None and HAS_TRITON:
         _LIBRARY.impl(name, kernel, "CUDA")

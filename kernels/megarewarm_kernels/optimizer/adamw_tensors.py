@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megarewarm_kernels._operators import HAS_TRITON, no_triton
-from megarewarm_kernels.adamw import adamw_
+from megarewarm_kernels.operators import HAS_TRITON, no_triton
+from megarewarm_kernels.optimizer.adamw import adamw_
 
 _BLOCK = 1024
 _WARPS = 4

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels import logits_in_place
-from megarewarm_kernels._operators import check_floats, define, exact
-from megarewarm_kernels.logit_passes import at_target, loss_of
-from megarewarm_kernels.logits_in_place import accumulate
+from megarewarm_kernels.loss import logits_in_place
+from megarewarm_kernels.loss.logit_passes import at_target, loss_of
+from megarewarm_kernels.loss.logits_in_place import accumulate
+from megarewarm_kernels.operators import check_floats, define, exact
 
 MIB = 2**20
 
@@ -115,21 +115,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one pass; backward multiplies them by the upstream gradient, in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        rows: int,
-        ignore_index: int,
-        z_loss: float,
-        chunk: int,
-        dtype: torch.dtype,
-        triton: bool,
-        need_hidden: bool,
-        need_weight: bool,
-    ) -> Tensor:
-        ctx.arguments = (rows, ignore_index, z_loss, chunk, dtype, triton, need_hidden, need_weight)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+        ctx.arguments = rest
         with torch.autocast(hidden.device.type, enabled=False):
             loss, *ctx.grads = _operator(hidden, weight, targets, *ctx.arguments)
         ctx.save_for_backward(hidden, weight, targets)
@@ -209,19 +196,8 @@ def _compute(
     return loss.to(kind), grad_hidden, grad_weight
 
 
-def _shapes(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: int,
-    ignore_index: int,
-    z_loss: float,
-    chunk: int,
-    dtype: torch.dtype,
-    triton: bool,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype, _triton, need_hidden, need_weight = rest
     return (
         hidden.new_empty((), dtype=exact(dtype)),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
@@ -230,9 +206,4 @@ def _shapes(
 
 
 # An operator of its own, so that torch.compile passes it through whole. The derivative stays outside, in the Function.
-_operator = define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int rows, int ignore_index, float z_loss, int chunk, "
-    "ScalarType dtype, bool triton, bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)",
-    definition=_compute,
-    shapes=_shapes,
-)
+_operator = define("linear_cross_entropy", _compute, shapes=_shapes)

@@ -1,0 +1,1 @@
+"""Attention: which implementation runs, FlashAttention in Triton, rotary positions."""
