@@ -36,8 +36,7 @@ class MovingWindows:
         sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
         samples = self.windows_per_slice * self.evaluations
         mixture = build_mixture(files, [Phase(0, sources)], total_samples=samples)
-        self._rows, self._fingerprint = mixture.rows, mixture.fingerprint(samples)
-        self.files = self._rows.files()
+        self._rows, self.files = mixture.rows, mixture.rows.files()
         self.notes: list[str] = []
         epochs = max(
             count / max(part.samples_per_epoch, 1)
@@ -53,10 +52,6 @@ class MovingWindows:
     def num_tokens(self) -> int:
         """Tokens whose loss one evaluation evaluates."""
         return self.windows_per_slice * self.sequence_length
-
-    def fingerprint(self) -> str:
-        """32 hex digits of the order of the set's windows."""
-        return self._fingerprint
 
     def slice(self, number: int) -> Slice:
         """The windows of evaluation ``number``, counted from 0."""

@@ -12,7 +12,7 @@ from megarewarm.config.data import ValidationSet
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import Blend
 from megarewarm.data.mixture.blended_rows import BlendedRows
-from megarewarm.data.mixture.mixture import fingerprint_of, source_names
+from megarewarm.data.mixture.mixture import source_names
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.samples import PermutedSamples
 from megarewarm.errors import UserError
@@ -75,7 +75,6 @@ class ValidationWindows:
                 f"for: its sources hold no more{self._why(config, samples)}"
             )
         self.files = self._rows.files()
-        self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
 
     def _why(self, config: ValidationSet, samples: list[PermutedSamples]) -> str:
         """Of several sources, which one ends first."""
@@ -94,10 +93,6 @@ class ValidationWindows:
     def num_tokens(self) -> int:
         """Tokens whose loss is evaluated: s per window."""
         return self.num_windows * self.sequence_length
-
-    def fingerprint(self) -> str:
-        """32 hex digits; two sets with equal ones and equal ``num_windows`` hold the same windows."""
-        return self._fingerprint
 
 
 def _most(blend: Blend, limits: list[int], wanted: int) -> int:
