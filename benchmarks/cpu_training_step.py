@@ -51,7 +51,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
 
     def step(rows: Any) -> float:
         model.gradients.zero()
-        loss = model.forward_backward(rows)[0] / (arguments.batch * arguments.sequence)
+        loss = model.forward_backward(rows).sum / (arguments.batch * arguments.sequence)
         model.gradients.reduce()
         norm = model.gradients.norm()
         if norm > 1:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -42,7 +44,25 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
 from megarewarm.parallel.pipeline import Order, Pipeline, my_stages, rank_of, stages_per_rank
 from megarewarm.parallel.ranks import Ranks
-from tests.support.distributed import run_ranks
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """``[function(ranks, *args) for each rank]`` on gloo ranks of this machine, each a process."""
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, mp.get_context("spawn")) as pool:
+        work = [pool.submit(_on_rank, rank, world_size, f"{folder}/store", function, args) for rank in range(world_size)]
+        return [each.result() for each in work]
+
+
+def _on_rank(rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    dist.barrier()  # or a rank that is done at once would close connections that others are still making
+    try:
+        return function(Ranks(rank, world_size, torch.device("cpu")), *args)
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
 
 # ---- overhead -----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +111,7 @@ def engine_step(config: ModelConfig, ranks: Ranks, parallel: ParallelConfig, lay
 
     def step(batch: np.ndarray) -> float:
         model.gradients.zero()
-        loss = model.forward_backward(batch)[0] / tokens
+        loss = model.forward_backward(batch).sum / tokens
         model.gradients.reduce()
         norm = model.gradients.norm()
         if norm > 1:
@@ -194,7 +214,7 @@ def wire() -> list[dict[str, Any]]:
     """Bytes per step, summed over the ranks, and the largest excess of a rank."""
     rows = []
     for world_size, layouts in LAYOUTS.items():
-        answers = run_ranks(_send, world_size, layouts, timeout=600)
+        answers = run_ranks(_send, world_size, layouts)
         for i, settings in enumerate(layouts):
             least = sum(answer[i][0] for answer in answers)
             sent = sum(answer[i][1] for answer in answers)
@@ -401,7 +421,7 @@ def bubble(unit: float, repeats: int) -> tuple[list[dict[str, Any]], dict[str, l
     rows, pictures = [], {}
     for ranks, micro_batches in ((2, 8), (4, 8)):
         for order in ("1f1b", "interleaved", "zero_bubble"):
-            answers = run_ranks(_pipeline, ranks, order, micro_batches, unit, repeats, timeout=600)
+            answers = run_ranks(_pipeline, ranks, order, micro_batches, unit, repeats)
             seconds = statistics.median(max(answer[0][i] for answer in answers) for i in range(repeats)) / unit
             ideal = shortest(order, ranks, micro_batches)  # type: ignore[arg-type]
             work = 3.0 * micro_batches

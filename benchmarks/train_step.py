@@ -69,7 +69,8 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
     from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
     from megarewarm.model.operations import choose_operations, choose_optimizer
     from megarewarm.optimizers.adamw import AdamW
-    from megarewarm.parallel.engine import DTYPES, ParallelModel
+    from megarewarm.parallel.engine import ParallelModel
+    from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
 
@@ -93,11 +94,11 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
 
     def step(rows: Any) -> float:
         model.gradients.zero()
-        loss, targets = model.forward_backward(rows)
+        losses = model.forward_backward(rows)
         model.gradients.reduce()
         norm = model.gradients.norm()
         optimizer.step(RATE, model.gradients, 1 / (norm + 1e-6) if norm > 1 else 1.0)
-        return loss / targets
+        return losses.sum / losses.targets
 
     return step, f"{vars(operations)}, optimizer {kind}" + "".join(f"; {note}" for note in [*notes, *more])
 

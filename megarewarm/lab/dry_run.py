@@ -34,7 +34,7 @@ from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import tokens_text
-from megarewarm.training.owed import is_trained
+from megarewarm.training.finish import is_trained
 from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
 from megarewarm.training.start.inputs import check_place
 from megarewarm.training.start.memory import memory_note

@@ -24,7 +24,7 @@ from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.record.follow import Follower
 from megarewarm.spelling import duration_text, tokens_text
-from megarewarm.training.owed import is_trained, owed
+from megarewarm.training.finish import is_trained, pending
 from megarewarm.training.start.evaluation_cost import evaluation_cost, tokens_asked
 from megarewarm.training.start.plan import Plan
 
@@ -69,7 +69,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         follower = Follower(Path(config.run_folder) / "metrics.jsonl")
         follower.poll()
         state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
-        if is_trained(plan) and not owed(plan):
+        if is_trained(plan) and not pending(plan):
             state = "done"
         else:
             try:

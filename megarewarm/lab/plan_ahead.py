@@ -12,7 +12,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.errors import UserError
-from megarewarm.training.owed import is_trained
+from megarewarm.training.finish import is_trained
 from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import data_seen, open_data

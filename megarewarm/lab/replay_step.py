@@ -89,7 +89,6 @@ def replay_step(
         for number in range(first + 1, step):
             progress(number, first, step)
             result = training_step(run, plan.lr(number))
-            run.step = number
             if number in losses and losses[number] != _finite(result.loss):
                 differing.append(number)
         progress(step, first, step)
@@ -107,13 +106,13 @@ def _look(run: Run, step: int, since: int, recorded: RecordedRun, differing: lis
         sums[mine + i], sums[size + mine + i] = run.model.evaluate([rows[i : i + 1]], most=1, micro_batch=1)
     sums = all_reduce_sums(sums)
     row_losses = [loss / count if count else math.nan for loss, count in zip(sums[:size], sums[size:], strict=True)]
-    loss, norm, _ = compute_gradients(run, rows, Clock(run.ranks.device))
+    computed = compute_gradients(run, rows, Clock(run.ranks.device))
     then = [_column(recorded, name).get(step) for name in ("loss", "grad_norm")]
     return Replayed(
         step=step,
         since=since,
-        loss=loss,
-        norm=norm,
+        loss=computed.loss,
+        norm=computed.norm,
         recorded=(then[0], then[1]) if step in _column(recorded, "loss") else None,
         differing=differing,
         places=run.data.places(first_sample, size),

@@ -18,8 +18,8 @@ from megarewarm.lab.plan_ahead import plan_ahead
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import choose_layout
+from megarewarm.training.finish import is_trained
 from megarewarm.training.output.notes import logged_notes
-from megarewarm.training.owed import is_trained
 from megarewarm.training.start.evaluation_cost import tokens_asked, tokens_held
 from megarewarm.training.start.inputs import check_training, open_inputs
 from megarewarm.training.start.plan import Plan

@@ -5,45 +5,43 @@ Nothing outside this room knows of groups, stages or shards. With one rank nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.documents import IGNORE, DocumentRules
-from megarewarm.model.fused import Operations, fuse
-from megarewarm.model.initialize import initial_value
-from megarewarm.model.neox import LOSS_MEMORY, NeoX
-from megarewarm.model.parameters import EMBEDDING, cards
-from megarewarm.model.size import stage_costs
-from megarewarm.parallel import pipeline, tensor
+from megarewarm.model.fused import Operations
+from megarewarm.model.neox import LOSS_MEMORY
+from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
-from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
-from megarewarm.parallel.groups import new_groups
+from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
-from megarewarm.parallel.placement import Slice, place
-from megarewarm.parallel.recompute import recompute
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ParallelModel:
-    """A NeoX laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
+@dataclass(frozen=True)
+class Losses:
+    """Of this rank's sequences, in nats summed over their targets; zeros on a rank whose loss another rank returns, so that the
+    sums over all ranks are the batch's. ``targets``: their number; ``distilled``: the teacher's term, summed alike; ``rows``:
+    the loss of each sequence, where it was asked for."""
 
-    ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
-    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``:
-    parameters that the first and the last pipeline rank both hold.
-    """
+    sum: float
+    targets: float
+    distilled: float = 0.0
+    rows: list[float] | None = None
+
+
+class ParallelModel(LaidOutModel):
+    """A model laid out over ranks that computes losses and gradients. ``teacher``: of ``distill``, None without."""
 
     def __init__(
         self,
@@ -58,223 +56,82 @@ class ParallelModel:
         compile_layers: bool = False,
         loss_memory: int = LOSS_MEMORY,
         documents: DocumentRules | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.config, self.mesh = config, mesh
-        self._documents = documents
         operations = operations or Operations()
+        super().__init__(config, mesh, parallel, training, sequence_length, precision, operations, compile_layers)
+        self.teacher, self._documents = teacher, documents
         self._loss_memory, self._loss_kernel = loss_memory, operations.loss
         self._micro_batch, self._sequence_length = training.micro_batch, sequence_length
         self._targets_per_step = training.global_batch * sequence_length
-        self._dtype = DTYPES[precision]
-        layout = mesh.layout
-        with torch.device("meta"):
-            model = NeoX(config)
-        self.cards = cards(config)
-        self.shapes = {name: card.shape for name, card in self.cards.items()}
-
-        sequence = layout.tensor > 1 and parallel.sequence
-        self._tensor: tensor.TensorRanks | None = None
-        if mesh.tensor is not None:
-            self._tensor = tensor.TensorRanks(mesh.tensor, sequence)
-            tensor.shard(model, self._tensor)
-        self.placements = {name: place(card, mesh.tensor_rank, layout.tensor, sequence) for name, card in self.cards.items()}
-
-        fuse(model.layers, operations)
-
-        numbers, count = [0], 1
-        self._modules: list[nn.Module] = [model]
-        if layout.pipeline > 1:
-            per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
-            count = layout.pipeline * per_rank
-            cut = pipeline.balance(config.num_layers, count, *stage_costs(config, sequence_length))
-            numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
-            self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
-        self._has_last = count - 1 in numbers
-        self._sharded = parallel.sharding != "none" and layout.data > 1
-        self._head: nn.Module | None = None
-        self._head_shard: nn.Parameter | None = None
-        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._sharded:
-            # the two ends of a V share the matrix itself, but fully_shard can't divide one that two modules hold
-            embedding = self._modules[0].get_parameter(EMBEDDING)
-            self._head = self._modules[-1].embed_in = _Matrix(embedding)
-        for module in self._modules:
-            module.to_empty(device=mesh.device)
-            for layer in _layers(module):
-                recompute(layer, training.recompute)
-                if compile_layers:
-                    layer.compile()
-        if config.tie_embeddings and count > 1 and 0 in numbers and self._has_last and self._head is None:
-            self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
-        self.tied: frozenset[str] = frozenset()
-        copies, reduce_copies = self._tie(parallel.schedule)
-        self._copies = copies
-
-        self._keeps_gathered = parallel.sharding == "zero2"
-        if self._sharded:
-            self._shard(parallel, precision)
-        else:
-            self.parameters = self._named()
-            self.gradients: Gradients = (
-                OwnGradients(self.parameters)
-                if mesh.ranks.world_size == 1
-                else FlatGradients(self.parameters, self.placements, mesh, copies, reduce_copies)
-            )
-        for name, local in self.parameters.items():
-            if self.placements[name].slice(local.detach(), *self._shard_of_all).local.numel() < local.numel():
-                local.detach().zero_()  # loading a checkpoint leaves padding as it is
         self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
-        if self._sharded:
-            self.gradients = ShardedGradients(self._named(), self.parameters, self.placements, mesh, copies, reduce_copies)
         # fully_shard takes the mean over data-parallel ranks, the trainer wants the sum
-        self._factor = layout.data if self._sharded else 1
+        self._factor = mesh.layout.data if self._sharded else 1
         self._loss_scale = 1.0
+        self._rows: list[Tensor] | None = None
+        """Losses of single rows, while they are asked for."""
+        self._pipeline = self._make_pipeline(parallel, training)
 
-        self.teacher: Teacher | None = None
-        self.distilled = 0.0
-        """The teacher's term summed over this rank's targets of the newest ``forward_backward``, as its loss is."""
-        self._pipeline: pipeline.Pipeline | None = None
-        if mesh.pipeline is not None and mesh.way_back is not None:
-            share = training.global_batch // layout.data
-            self._pipeline = pipeline.Pipeline(
-                self._modules,
-                numbers,
-                count,
-                order=parallel.schedule,
-                group=mesh.pipeline,
-                way_back=mesh.way_back,
-                device=mesh.device,
-                micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
-                micro_batch=training.micro_batch,
-                sequence_length=sequence_length,
-                local_length=sequence_length // layout.tensor if sequence else sequence_length,
-                hidden_size=config.hidden_size,
-                dtype=self._dtype if self._sharded else torch.float32,
-                loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
-            )
-
-    # ---- parameters ------------------------------------------------------------------------------------------------
-
-    def initialize(self, seed: int) -> None:
-        """Draw the initial weights: those of the model on one device, whatever the layout."""
-        for name in self.parameters:
-            self.fill(name, initial_value(self.cards[name], self.config, seed))
-
-    def fill(self, name: str, whole: Tensor) -> None:
-        """Copy this rank's part of parameter ``name``, given whole, if it holds one."""
-        if name not in self.parameters:
-            return
-        self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
-
-    def whole(self, name: str, local: Tensor) -> Tensor | Slice:
-        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
-        mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
-        return mine if mine.local.shape != mine.shape else mine.local
-
-    def counted(self, name: str, local: Tensor) -> Tensor | None:
-        """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
-        the whole, each value once, without padding. None where other ranks count all of it."""
-        placement, mesh = self.placements[name], self.mesh
-        replica = mesh.data_rank // mesh.layout.shard
-        if replica or name in self._copies or (placement.dim is None and mesh.tensor_rank):
+    def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
+        mesh, length = self.mesh, self._sequence_length
+        if mesh.pipeline is None or mesh.way_back is None:
             return None
-        return placement.slice(local.detach(), *self._shard_of_all).local.reshape(-1)
-
-    @property
-    def _shard_of_all(self) -> tuple[int, int]:
-        """Which shard of this rank's part of a parameter it keeps, and of how many."""
-        return (self.mesh.shard_rank, self.mesh.layout.shard) if self._sharded else (0, 1)
-
-    def forget_gathered(self) -> None:
-        """To be called after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
-        for module in self._modules:
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
-
-    def weights(self) -> dict[str, Tensor | Slice]:
-        """The parameters on this rank by name, each as ``whole`` shows it."""
-        return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
-
-    def _named(self) -> dict[str, nn.Parameter]:
-        named: dict[str, nn.Parameter] = {}
-        for module in self._modules:
-            for name, parameter in module.named_parameters():
-                named.setdefault(name, parameter)  # the V's head that follows its embedding has the same name
-        return named
-
-    def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
-        """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
-        layout = self.mesh.layout
-        name = EMBEDDING
-        if self._head is not None:
-            return frozenset(), self._add_head_gradient
-        if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
-            return frozenset(), None
-        self.tied = frozenset([name])
-        per_stage = layout.data * layout.tensor
-        group = new_groups([(i, (layout.pipeline - 1) * per_stage + i) for i in range(per_stage)])
-        if group is None:
-            return frozenset(), None
-
-        def reduce() -> None:
-            grad = self.parameters[name].grad
-            assert grad is not None
-            dist.all_reduce(grad, group=group)
-
-        return self.tied if self._has_last else frozenset(), reduce
-
-    def _add_head_gradient(self) -> None:
-        """What the head that follows the embedding contributes to the gradient of both."""
-        assert self._head_shard is not None
-        gradient, total = self._head_shard.grad, self.parameters[EMBEDDING].grad
-        assert isinstance(gradient, DTensor) and total is not None
-        total.add_(gradient.to_local())
-        self._head_shard.grad = None
-
-    def _follow(self) -> None:
-        """Before computing: the V's head takes over the embedding."""
-        if self._head_shard is not None:
-            assert isinstance(self._head_shard, DTensor)
-            self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
-
-    def _shard(self, parallel: ParallelConfig, precision: str) -> None:
-        low = None if precision == "fp32" else self._dtype
-        # inputs are in the right type already, and the cosines of the positions must stay in fp32
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        axes = ("replicate", "shard") if self.mesh.layout.replicate > 1 else ("shard",)
-        again = parallel.sharding == "zero3" and self.mesh.layout.pipeline == 1
-        for module in self._modules:
-            for layer in _layers(module):
-                fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
-            fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
-        # kept here: while it is gathered, the module has the whole one in its place
-        self._head_shard = self._head.get_parameter("weight") if self._head is not None else None
-        self.parameters = {
-            name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
-            for name, parameter in self._named().items()
-        }
-
-    # ---- computing -------------------------------------------------------------------------------------------------
+        share = training.global_batch // mesh.layout.data
+        sequence = mesh.layout.tensor > 1 and parallel.sequence
+        return pipeline.Pipeline(
+            self._modules,
+            self._numbers,
+            self._count,
+            order=parallel.schedule,
+            group=mesh.pipeline,
+            way_back=mesh.way_back,
+            device=mesh.device,
+            micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
+            micro_batch=training.micro_batch,
+            sequence_length=length,
+            local_length=length // mesh.layout.tensor if sequence else length,
+            hidden_size=self.config.hidden_size,
+            dtype=self._dtype if self._sharded else torch.float32,
+            loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
+        )
 
     @collective
     def forward_backward(
-        self, rows: npt.NDArray[np.int64], loss_scale: float = 1.0, between: Between = nothing_between
-    ) -> tuple[float, float]:
-        """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced.
+        self,
+        rows: npt.NDArray[np.int64],
+        loss_scale: float = 1.0,
+        between: Between = nothing_between,
+        *,
+        per_row: bool = False,
+    ) -> Losses:
+        """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced. All ranks call it.
 
-        They are those of the mean loss per target of the global batch, times ``loss_scale``. Returns the loss summed over
-        this rank's targets, and their number; zeros on a rank whose loss another rank returns, so that the sums over all ranks
-        are the batch's. All ranks call it. ``between``: of micro-batches; those of a pipeline are one piece of work.
+        They are those of the mean loss per target of the global batch, times ``loss_scale``. ``between``: of micro-batches;
+        those of a pipeline are one piece of work. ``per_row``: the losses of the single rows as well, for which the head is
+        computed row by row: other last bits.
         """
         self._loss_scale = loss_scale
         self._follow()
         tokens = torch.from_numpy(rows)
         count = self._count_targets(tokens)
-        if self._pipeline is not None:
-            inputs, targets, starts = self._padded(tokens)
-            with self._autocast:
-                losses = self._pipeline.train(inputs, targets, starts)
-            return self._mine(sum(float(loss) for loss in losses) / self._scale()), count
+        self._rows = [] if per_row else None
+        try:
+            total, distilled = self._pipelined(tokens) if self._pipeline is not None else self._accumulated(tokens, between)
+            each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
+        finally:
+            self._rows = None
+        return Losses(
+            self._mine(total), count, self._mine(distilled), None if each is None else [self._mine(loss) for loss in each]
+        )
+
+    def _pipelined(self, tokens: Tensor) -> tuple[float, float]:
+        assert self._pipeline is not None
+        inputs, targets, starts = self._padded(tokens)
+        with self._autocast:
+            losses = self._pipeline.train(inputs, targets, starts)
+        return sum(float(loss) for loss in losses) / self._scale(), 0.0
+
+    def _accumulated(self, tokens: Tensor, between: Between) -> tuple[float, float]:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
         parts = tokens.split(self._micro_batch)
@@ -299,8 +156,7 @@ class ParallelModel:
                     distilled += apart
             (loss * self._scale()).backward()
             total += cross
-        self.distilled = self._mine(float(distilled))
-        return self._mine(float(total)), count
+        return float(total), float(distilled)
 
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_mine``. Where not every token is one, the batch's number is agreed on."""
@@ -329,6 +185,9 @@ class ParallelModel:
             targets = rules.targets(inputs, targets)
         hidden, head = self._modules[0](inputs, starts), self._modules[-1].head
         assert isinstance(head, Tensor)
+        if self._rows is not None:
+            with torch.no_grad():
+                self._cross_entropy(hidden, targets)
         return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
@@ -398,6 +257,13 @@ class ParallelModel:
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""
+        if self._rows is None:
+            return self._summed(hidden, targets)
+        each = [self._summed(hidden[i : i + 1], targets[i : i + 1]) for i in range(len(hidden))]
+        self._rows += [loss.detach() for loss, _ in each]
+        return torch.stack([loss for loss, _ in each]).sum(), torch.stack([count for _, count in each]).sum()
+
+    def _summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
         if self._tensor is None:
@@ -418,19 +284,6 @@ class ParallelModel:
             memory_budget=self._loss_memory,
             kernel=self._loss_kernel,
         )
-
-
-class _Matrix(nn.Module):
-    """A parameter of the shape of ``like``, empty."""
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty_like(like))
-
-
-def _layers(module: nn.Module) -> list[nn.Module]:
-    layers = module.layers
-    return list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)  # type: ignore[arg-type]
 
 
 def _regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:

@@ -12,8 +12,9 @@ from rich.table import Table
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import Between, nothing_between
 from megarewarm.parallel.collective import collective
-from megarewarm.training.after_step.evaluate import evaluate
+from megarewarm.training.after_step.evaluate import evaluate_set
 from megarewarm.training.output.metrics import Metrics
+from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluations_at
 from megarewarm.training.start.weights import load_start
@@ -22,8 +23,7 @@ from megarewarm.training.start.weights import load_start
 @collective
 def interpolate(
     run: Run,
-    metrics: Metrics,
-    console: Console,
+    voice: Voice,
     alphas: Sequence[float] | None = None,
     show: Callable[[str], Between] = lambda what: nothing_between,
 ) -> None:
@@ -42,19 +42,19 @@ def interpolate(
     try:
         _load_start(run)
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        rows = {1.0: dict(run.losses)}
-        if run.start_losses:
-            rows[0.0] = dict(run.start_losses)
+        rows = {1.0: dict(run.state.losses)}
+        if run.state.start_losses:
+            rows[0.0] = dict(run.state.start_losses)
         for alpha in config.interpolate.alphas if alphas is None else alphas:
             for name, parameter in parameters.items():
                 parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
             run.model.forget_gathered()
-            rows[alpha] = _losses(run, metrics, alpha, show)
+            rows[alpha] = _losses(run, voice.metrics, alpha, show)
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(end[name])
         run.model.forget_gathered()
-    _show(rows, config.name, console)
+    _show(rows, config.name, voice.console)
 
 
 def _load_start(run: Run) -> None:
@@ -68,15 +68,11 @@ def _load_start(run: Run) -> None:
 
 
 def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Between]) -> dict[str, float]:
-    config = run.plan.config
-    number, _ = evaluations_at(config, config.total_steps)[-1]
+    number, _ = evaluations_at(run.plan.config, run.step)[-1]
     losses = {}
     for windows in run.validation:
-        turn = number if windows.when == "always" else 0
-        micro_batch = config.evaluation.micro_batch or config.training.micro_batch
-        between = show(f"{windows.name} at alpha {alpha:g}")
-        losses[windows.name], _ = evaluate(run.model, windows.slice(turn), micro_batch, run.mesh, between)
-    for windows in run.validation:  # once all are known: what is broken off is told of not at all
+        losses[windows.name], _ = evaluate_set(run, windows, number, show(f"{windows.name} at alpha {alpha:g}"))
+    for windows in run.validation:  # once all are known: nothing is logged of what is broken off
         metrics.event(
             "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]
         )

@@ -1,4 +1,4 @@
-"""From a plan to everything that trains: model, data, optimizer, each loaded or reset as the plan says, then checked."""
+"""From a plan to everything that trains: model, weights, optimizer, each loaded or reset as the plan says, then checked."""
 
 from __future__ import annotations
 
@@ -8,33 +8,56 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from megarewarm.checkpoint.own.state import RecentSteps
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
-from megarewarm.model.size import count_parameters
 from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.distillation import Teacher
-from megarewarm.parallel.engine import DTYPES, ParallelModel
+from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.reset import table
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
-from megarewarm.training.start.inputs import open_inputs
+from megarewarm.training.start.inputs import Inputs, open_inputs
 from megarewarm.training.start.plan import Plan, settle_model
 from megarewarm.training.start.weights import StartWeights, again, copy_weights, keeps_start
+from megarewarm.training.state import RunState
 
 
 def build(plan: Plan, ranks: Ranks) -> Run:
-    """Build the run. Files are opened and checked before a model is made. Raises ``UserError``; writes nothing."""
-    config = plan.config
+    """Build the run. All ranks call it. Files are opened and checked before a model is made; nothing is written.
+
+    Raises ``UserError``.
+    """
     _check_agreement(plan, ranks)
     inputs = open_inputs(plan, ranks.world_size, ranks.device)
-    data, precision = inputs.data, inputs.precision
+    mesh, model = _make_model(plan, ranks, inputs)
+    start_weights, lost = _load_weights(plan, model)
+    optimizer, scaler = _make_optimizer(plan, model, inputs)
+    state, spikes = _make_state(plan)
+    # loading may have added to the source's notes
+    notes = list(dict.fromkeys([*inputs.notes, *(plan.source.notes if plan.source else []), *lost]))
+    batches = Prefetch(_batches(plan, inputs.data, mesh))
+    run = Run(plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes)
+    _assert_applied(run)
+    return run
 
+
+def _check_agreement(plan: Plan, ranks: Ranks) -> None:
+    total = all_reduce_sums([float(plan.position.step)])[0]
+    if total != ranks.world_size * plan.position.step:
+        raise UserError(
+            f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} stands at step "
+            f"{plan.position.step}); the run folder must lie on a file system that all hosts share"
+        )
+
+
+def _make_model(plan: Plan, ranks: Ranks, inputs: Inputs) -> tuple[Mesh, ParallelModel]:
+    """The ranks in their layout, and the model laid out over them, its parameters still empty."""
+    config = plan.config
     torch.manual_seed(config.training.seed + ranks.rank)
     _choose_algorithms(config.kernels.deterministic)
     mesh = Mesh(ranks, inputs.layout)
@@ -47,90 +70,20 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         compile_layers=config.kernels.use == "compile",
         loss_memory=config.kernels.logit_bytes(ranks.device.type),
         sequence_length=config.data.sequence_length,
-        precision=precision,
+        precision=inputs.precision,
         documents=inputs.documents,
+        teacher=_load_teacher(plan, ranks, inputs),
     )
-    begun: StartWeights | None = None
-    lost: list[str] = []
-    if plan.resumed and keeps_start(config):
-        begun, lost = again(plan, model)
-    if plan.policy.weights == "load":
-        assert plan.source is not None
-        plan.source.load_weights(model)
-    else:
-        model.initialize(config.training.seed)
-    if not plan.resumed and keeps_start(config):
-        begun = copy_weights(model)
-    if config.distill is not None:
-        assert inputs.teacher is not None
-        taught = settle_model(config, inputs.teacher).model
-        assert taught is not None
-        model.teacher = Teacher(config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[precision])
-    optimizer = make_optimizer(model, config.optimizer, inputs.optimizer)
-    _apply(plan, model, optimizer)
-
-    watched = config.reliability
-    scaler = LossScaler(config.training.loss_scale) if precision == "fp16" else None
-    stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
-    if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
-        scaler.restore(stored)
-
-    run = Run(
-        plan=plan,
-        ranks=ranks,
-        mesh=mesh,
-        model=model,
-        optimizer=optimizer,
-        data=data,
-        batches=Prefetch(_batches(plan, data, mesh)),
-        validation=inputs.validation,
-        precision=precision,
-        scaler=scaler,
-        table_rows=table(
-            plan.policy,
-            plan.source,
-            plan.schedule,
-            plan.position,
-            count_parameters(plan.model),
-            config.training.seed,
-            scaler.scale if scaler is not None else None,
-        ),
-        operations=inputs.operations,
-        # loading may have added to the source's
-        notes=list(dict.fromkeys([*inputs.notes, *(plan.source.notes if plan.source else []), *lost])),
-        history=plan.history,
-        texts=inputs.texts,
-        step=plan.position.step,
-        start_weights=begun,
-        spikes=None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations),
-    )
-    if plan.resumed:
-        assert plan.source is not None and plan.source.training is not None
-        stage = plan.source.training.lineage.stages[-1]
-        run.losses, run.start_losses = dict(stage.losses), dict(plan.source.training.start_losses)
-        run.last_lr, run.max_lr = stage.last_lr or 0.0, stage.max_lr or 0.0
-        run.left_out = list(stage.left_out)
-        recent = plan.source.training.recent or RecentSteps()
-        run.unchanged, run.due, run.unevaluated = recent.unchanged, recent.due, recent.unevaluated
-        if run.spikes is not None:
-            run.spikes.restore(recent.losses, recent.norms)
-    _assert_applied(run)
-    return run
+    return mesh, model
 
 
-def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
-    size = plan.config.training.global_batch
-    for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
-        yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
-
-
-def _check_agreement(plan: Plan, ranks: Ranks) -> None:
-    total = all_reduce_sums([float(plan.position.step)])[0]
-    if total != ranks.world_size * plan.position.step:
-        raise UserError(
-            f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} stands at step "
-            f"{plan.position.step}); the run folder must lie on a file system that all hosts share"
-        )
+def _load_teacher(plan: Plan, ranks: Ranks, inputs: Inputs) -> Teacher | None:
+    if plan.config.distill is None:
+        return None
+    assert inputs.teacher is not None
+    taught = settle_model(plan.config, inputs.teacher).model
+    assert taught is not None
+    return Teacher(plan.config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[inputs.precision])
 
 
 def _choose_algorithms(deterministic: bool) -> None:
@@ -141,8 +94,25 @@ def _choose_algorithms(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def _apply(plan: Plan, model: ParallelModel, optimizer: Optimizer) -> None:
-    """The reset table, last: what is kept is loaded, what is not is zero."""
+def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
+    """Fill ``model``; returns the weights that the run began with, where something has a use for them, and notes."""
+    start: StartWeights | None = None
+    lost: list[str] = []
+    if plan.resumed and keeps_start(plan.config):
+        start, lost = again(plan, model)
+    if plan.policy.weights == "load":
+        assert plan.source is not None
+        plan.source.load_weights(model)
+    else:
+        model.initialize(plan.config.training.seed)
+    if not plan.resumed and keeps_start(plan.config):
+        start = copy_weights(model)
+    return start, lost
+
+
+def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[Optimizer, LossScaler | None]:
+    """The optimizer and the loss scale. The reset table is applied: what is kept is loaded, what is not is zero."""
+    optimizer = make_optimizer(model, plan.config.optimizer, inputs.optimizer)
     tensors = {name: t for name, t in moment_tensors(model, optimizer).items() if _is_kept(plan, name.split(".")[1])}
     rng = torch.get_rng_state()
     if plan.policy.rng == "keep":
@@ -154,10 +124,34 @@ def _apply(plan: Plan, model: ParallelModel, optimizer: Optimizer) -> None:
         torch.set_rng_state(rng)
     optimizer.set_completed_steps(plan.position.optimizer_step)
     optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
+    scaler = LossScaler(plan.config.training.loss_scale) if inputs.precision == "fp16" else None
+    stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
+    if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
+        scaler.restore(stored)
+    return optimizer, scaler
 
 
 def _is_kept(plan: Plan, state: str) -> bool:
     return plan.policy.moments == "keep" or (plan.policy.moments == "keep_second" and state == "exp_avg_sq")
+
+
+def _make_state(plan: Plan) -> tuple[RunState, SpikeDetector | None]:
+    """What moves with the steps: as it was saved, or at the run's beginning."""
+    watched = plan.config.reliability
+    spikes = None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations)
+    if not plan.resumed:
+        return RunState(plan.position.step), spikes
+    assert plan.source is not None and plan.source.training is not None
+    if spikes is not None:
+        recent = plan.source.training.recent_steps
+        spikes.restore(recent.losses, recent.norms)
+    return RunState.of_checkpoint(plan.source.training), spikes
+
+
+def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
+    size = plan.config.training.global_batch
+    for first in range(plan.position.samples, plan.samples(plan.config.total_steps), size):
+        yield first, data.share(first, size, mesh.data_rank, mesh.layout.data)
 
 
 def _assert_applied(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,9 @@ class StepResult:
     """What became of a step: mean ``loss`` per target and gradient ``norm`` before clipping, the same on all ranks.
 
     ``fault``: what was wrong with it, in ``words``; ``changed``: whether it changed the weights. An overflow in fp16 is no
-    fault. ``busy``: seconds that each rank worked, from asking for its batch to the end of its backward pass.
+    fault. ``distilled``: the teacher's term, a mean per target. ``busy``: seconds that each rank worked, from asking for its
+    batch to the end of its backward pass; ``waited``: that this rank waited for its batch. ``row_losses``: the loss of each
+    sequence of the global batch, summed over its targets in nats, where ``run.wants_row_losses``.
     """
 
     loss: float
@@ -34,11 +36,14 @@ class StepResult:
     changed: bool = True
     fault: Kind | None = None
     words: str = ""
+    distilled: float = 0.0
     busy: list[float] = field(default_factory=list)
+    waited: float = 0.0
+    row_losses: list[float] | None = None
 
 
 def training_step(run: Run, lr: float) -> StepResult:
-    """One optimizer step on the next global batch, at learning rate ``lr``.
+    """One optimizer step on the next global batch, at learning rate ``lr``. All ranks call it.
 
     The loss of every micro-batch is a sum divided by the targets of the whole global batch, so gradients add up to those of one
     large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing but the loss
@@ -48,69 +53,81 @@ def training_step(run: Run, lr: float) -> StepResult:
     again, one of the data or the weights does. ``reliability`` says what follows then, and after a spike; all ranks do the
     same. Where ``run.between`` breaks the step off, nothing but its batch and its gradients is lost.
     """
-    config, scaler = run.plan.config, run.scaler
-    began = Clock(run.ranks.device)
+    clock = Clock(run.ranks.device)
     waiting = time.perf_counter()
     first_sample, rows = next(run.batches)
-    run.waited += time.perf_counter() - waiting
-    assert first_sample == run.plan.samples(run.step), "the loader and the step counter have parted; please report this"
+    waited = time.perf_counter() - waiting
+    assert first_sample == run.plan.samples(run.step), "data loader and step counter are out of sync; please report this"
+    result = compute_gradients(run, rows, clock)
     fault: Kind | None = None
     words = ""
-    scale = scaler.scale if scaler is not None else 1.0
-    loss, norm, busy = compute_gradients(run, rows, began)
-    if not _usable(run, loss, norm):
-        first = _measured(loss, norm)
-        loss, norm, busy = compute_gradients(run, rows, began)
-        if not _usable(run, loss, norm):
-            which = "gradient" if math.isfinite(loss) else "loss"
-            again = "the same" if _measured(loss, norm) == first else _measured(loss, norm)
-            words = f"the {which} is not finite ({first}; computed once more: {again})"
-            return StepResult(loss, norm, changed=False, fault="non_finite", words=words, busy=busy)
-        fault = "transient"
-        words = f"{first} at first, {_measured(loss, norm)} computed once more: a fault of the hardware that left no trace"
-    if scaler is not None:
-        scaler.update(math.isfinite(norm))
-        if not math.isfinite(norm):
-            return StepResult(loss, norm, changed=False, fault=fault, words=words, busy=busy)
-    changed = True
-    if run.spikes is not None:
-        if (leap := run.spikes.judge(loss, norm)) is not None:
+    scale = _scale(run)
+    if not _usable(run, result):
+        first, result = result, compute_gradients(run, rows, clock)
+        if _usable(run, result):
+            fault = "transient"
+            words = f"{_measured(first)} at first, {_measured(result)} computed once more: "
+            words += "a fault of the hardware that left no trace"
+        else:
+            which = "gradient" if math.isfinite(result.loss) else "loss"
+            again = "the same" if _measured(result) == _measured(first) else _measured(result)
+            fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; computed once more: {again})"
+    changed = fault != "non_finite"
+    if changed and run.scaler is not None:
+        run.scaler.update(math.isfinite(result.norm))
+        changed = math.isfinite(result.norm)
+    if changed and run.spikes is not None:
+        if (leap := run.spikes.judge(result.loss, result.norm)) is not None:
             fault, words = "spike", leap
-            changed = config.reliability.spikes == "warn"
-        run.spikes.add(loss, norm)
+            changed = run.plan.config.reliability.spikes == "warn"
+        run.spikes.add(result.loss, result.norm)
     if changed:
-        limit = config.optimizer.clip_norm
-        factor = limit / (norm + 1e-6) if limit is not None and norm > limit else 1.0
+        limit = run.plan.config.optimizer.clip_norm
+        factor = limit / (result.norm + 1e-6) if limit is not None and result.norm > limit else 1.0
         run.optimizer.step(lr, run.model.gradients, factor / scale)
-    return StepResult(loss, norm, changed, fault, words, busy)
+    run.state.complete_step(lr)
+    return replace(result, changed=changed, fault=fault, words=words, waited=waited)
 
 
-def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> tuple[float, float, list[float]]:
-    """(mean loss, gradient norm, seconds of each rank) of a global batch, of which ``rows`` are this rank's.
+def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> StepResult:
+    """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it.
 
     The gradients, still scaled, are in ``run.model.gradients``. ``clock``: of this rank's work.
     """
     gradients, ranks = run.model.gradients, run.ranks
-    scale = run.scaler.scale if run.scaler is not None else 1.0
     gradients.zero()
-    loss_sum, targets = run.model.forward_backward(rows, loss_scale=scale, between=run.between)
+    losses = run.model.forward_backward(rows, loss_scale=_scale(run), between=run.between, per_row=run.wants_row_losses)
     clock.stop()
     ranks.report(run.step + 1)
     gradients.reduce()
-    norm = gradients.norm() / scale
+    norm = gradients.norm() / _scale(run)
     times = [0.0] * ranks.world_size
     times[ranks.rank] = clock.seconds()
-    loss_sum, targets, distilled, *busy = all_reduce_sums([loss_sum, targets, run.model.distilled, *times])
-    run.distilled = distilled / targets if targets else math.nan
-    return loss_sum / targets if targets else math.nan, norm, busy
+    each = [0.0] * (len(rows) * run.mesh.layout.data if losses.rows is not None else 0)
+    if losses.rows is not None:
+        mine = run.mesh.data_rank * len(rows)
+        each[mine : mine + len(rows)] = losses.rows
+    loss, targets, distilled, *rest = all_reduce_sums([losses.sum, losses.targets, losses.distilled, *times, *each])
+    busy, each = rest[: ranks.world_size], rest[ranks.world_size :]
+    return StepResult(
+        loss / targets if targets else math.nan,
+        norm,
+        distilled=distilled / targets if targets else math.nan,
+        busy=busy,
+        row_losses=each if losses.rows is not None else None,
+    )
 
 
-def _usable(run: Run, loss: float, norm: float) -> bool:
-    return math.isfinite(loss) and (math.isfinite(norm) or (run.scaler is not None and run.scaler.adapts))
+def _scale(run: Run) -> float:
+    return run.scaler.scale if run.scaler is not None else 1.0
 
 
-def _measured(loss: float, norm: float) -> str:
-    return f"loss {loss:.6g}, gradient norm {norm:.6g}"
+def _usable(run: Run, result: StepResult) -> bool:
+    return math.isfinite(result.loss) and (math.isfinite(result.norm) or (run.scaler is not None and run.scaler.adapts))
+
+
+def _measured(result: StepResult) -> str:
+    return f"loss {result.loss:.6g}, gradient norm {result.norm:.6g}"
 
 
 class Clock:

@@ -9,8 +9,24 @@ from rich.table import Table
 
 from megarewarm.model.size import count_parameters
 from megarewarm.rewarm.reset import Row
+from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluation_cost import EvaluationCost
+
+
+def announce(run: Run, voice: Voice, evaluations: EvaluationCost | None) -> None:
+    """Record and print that the run starts or resumes."""
+    plan, metrics = run.plan, voice.metrics
+    if plan.resumed:
+        metrics.event("resume", step=plan.position.step)
+    else:
+        if metrics.has_past:
+            # killed before its first checkpoint: what was logged then is superseded as a whole
+            metrics.event("resume", step=-1)
+        metrics.event("start", **run.description())
+    print_start(run, voice.console, evaluations)
+    if not plan.resumed:
+        print_reset_table(run.reset_table(), voice.console, metrics.text)
 
 
 def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) -> None:
@@ -18,7 +34,7 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
     plan, config = run.plan, run.plan.config
     shape = f"{count_parameters(plan.model):,} parameters"
     length = f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens"
-    where = f"{run.ranks.world_size} x {run.ranks.device.type}, {run.precision}"
+    where = f"{run.ranks.world_size} x {run.ranks.device.type}, {run.inputs.precision}"
     if run.ranks.world_size > 1:
         where += f", {run.mesh.layout} (by {run.ranks.launcher})"
     if plan.resumed:
@@ -30,7 +46,7 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
     else:
         what = "from scratch"
     console.print(f"[bold]{config.name}[/]: {what}; {shape}, {length}, {where}", highlight=False)
-    chosen = {**vars(run.operations), "optimizer": run.optimizer.kind}
+    chosen = {**vars(run.inputs.operations), "optimizer": run.optimizer.kind}
     del chosen["deterministic"]
     shown = ", ".join(f"{key} {value}" for key, value in chosen.items())
     compiled = "; layers compiled" if config.kernels.use == "compile" else ""

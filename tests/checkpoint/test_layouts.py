@@ -47,7 +47,7 @@ def _load_and_save(ranks: Ranks, place: str, way: list[tuple[str, str, dict[str,
     for name, start, parallel in way:
         run = build(make_plan(settings(Path(place), name, start, parallel)), ranks)
         with Saver(Path(place) / name / "checkpoints", Retention(1), asynchronous=True) as saver:
-            saver.save(run.state(), run.tensors())
+            saver.save(run.training_state({}), run.tensors())
             saver.wait()
         run.batches.close()
 

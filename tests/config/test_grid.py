@@ -17,9 +17,10 @@ from megarewarm.config.grid import Grid
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.after_step.dynamics import dynamics_steps
+from megarewarm.training.after_step.replicas import replica_checks
 from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.saving import check_saving, is_saved, saves
-from megarewarm.training.trainer import replica_checks, train
+from megarewarm.training.trainer import train
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

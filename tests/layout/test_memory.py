@@ -181,7 +181,6 @@ def _sent(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) ->
     for parallel in layouts:
         run = _build(place, size, ranks, parallel, micro_batch=2)
         training_step(run, 1e-3)
-        run.step += 1
         with Wire() as wire:
             training_step(run, 1e-3)
         run.batches.close()

@@ -76,7 +76,6 @@ def test_steps_are_those_of_the_definition(tmp_path: Path) -> None:
     for number in range(1, 4):
         lr = run.plan.lr(number)
         training_step(run, lr)
-        run.step = number
         for name, held in momentum.items():
             gradient, weight = gradients[name], weights[name]
             held.mul_(0.9).add_(gradient, alpha=0.1)

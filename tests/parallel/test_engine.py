@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megarewarm.config.execution import LossScaleConfig, ParallelConfig
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import cards
 from megarewarm.parallel import connect as connect_module
-from megarewarm.parallel import engine as engine_module
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
@@ -150,7 +150,7 @@ def test_the_loss_scale_survives_a_restart_and_can_be_reset(tmp_path: Path) -> N
         other = build(make_plan(config(tmp_path, folder=choice, start=start, training={"precision": "fp16"})), ALONE)
         other.batches.close()
         assert other.scaler is not None and other.scaler.finite_steps == steps
-        (row,) = (row for row in other.table_rows if row.line == "loss_scale")
+        (row,) = (row for row in other.reset_table() if row.line == "loss_scale")
         assert (row.choice, row.checkpoint_had) == (choice, "65536")
 
 
@@ -205,7 +205,6 @@ def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
         for micro_batch in (4, 1):
             run = _run(place_, ranks, parallel=parallel, training={"micro_batch": micro_batch})
             training_step(run, 1e-3)
-            run.step += 1
             with Collectives() as seen:
                 training_step(run, 1e-3)
             run.batches.close()
@@ -227,7 +226,6 @@ def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
     for module in run.model._modules:
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     training_step(run, 1e-3)
-    run.step += 1
     calls.clear()
     rows = list(run.validation[0].slice(0).micro_batches(0, 1, 2))
     run.model.evaluate(rows, 2 * len(rows), 2)
@@ -371,7 +369,7 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
     run = _run(str(tmp_path), ALONE)
     run.batches.close()
     (module,) = run.model._modules
-    assert type(module) is engine_module.NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
+    assert type(module) is NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
     assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
 
 

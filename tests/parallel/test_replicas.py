@@ -18,6 +18,7 @@ from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.replicas import ReplicasDiffer, _holders, checksum
 from megarewarm.training import trainer
+from megarewarm.training.after_step.replicas import replica_checks
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.tiny import config, events, mapping, quiet
@@ -66,7 +67,7 @@ def _train(ranks: Ranks, place: str, flipped: int | None, changes: dict[str, Any
 
     def step(run: Any, lr: float) -> Any:
         result = original(run, lr)
-        if run.step == FLIPPED - 1 and ranks.rank == flipped:
+        if run.step == FLIPPED and ranks.rank == flipped:
             held = run.model.parameters[name].data if moment is None else run.optimizer.state()[moment, name]
             held.view(-1).view(torch.int32)[3] ^= 1 << 20
         return result
@@ -150,6 +151,6 @@ def test_comparing_can_be_turned_off_and_has_its_interval(tmp_path: Path) -> Non
     mapping(tmp_path)
     assert run_ranks(_train, 2, str(tmp_path), 1, off, MATRIX, None) == [None, None]
     every = config(tmp_path, reliability={"check_replicas": 3})
-    assert list(trainer.replica_checks(every, 0)) == [3, 6, 9, 12, 15, 18]
-    assert list(trainer.replica_checks(every, 7)) == [9, 12, 15, 18]
-    assert list(trainer.replica_checks(config(tmp_path, **off), 0)) == []
+    assert list(replica_checks(every, 0)) == [3, 6, 9, 12, 15, 18]
+    assert list(replica_checks(every, 7)) == [9, 12, 15, 18]
+    assert list(replica_checks(config(tmp_path, **off), 0)) == []

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
-from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.engine import Losses, ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.after_step.signals import StopRequest
@@ -39,19 +40,19 @@ class Faults:
         self.count = 0
         original = ParallelModel.forward_backward
 
-        def damaged(model: ParallelModel, rows: Any, **options: Any) -> tuple[float, float]:
+        def damaged(model: ParallelModel, rows: Any, **options: Any) -> Losses:
             self.count += 1
-            loss, targets = original(model, rows, **options)
+            losses = original(model, rows, **options)
             match calls.get(self.count):
                 case "gradient":
                     parameter = next(iter(model.parameters.values()))
                     assert parameter.grad is not None
                     parameter.grad.view(-1)[7] = math.nan
                 case "loss":
-                    loss = math.inf
+                    return replace(losses, sum=math.inf)
                 case "leap":
-                    loss += 50.0 * targets
-            return loss, targets
+                    return replace(losses, sum=losses.sum + 50.0 * losses.targets)
+            return losses
 
         monkeypatch.setattr(ParallelModel, "forward_backward", damaged)
 
@@ -147,7 +148,7 @@ def test_a_stop_amid_bad_steps_saves_if_the_weights_are_good(
 
     def stopped(run: Any, lr: float) -> Any:
         result = original(run, lr)
-        if run.step == 10:
+        if run.step == 11:
             os.kill(os.getpid(), signal.SIGUSR1)
             while not requests[0].received:
                 time.sleep(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,12 +84,17 @@ def test_what_is_evaluated_and_saved_is_shown(tmp_path: Path, monkeypatch: pytes
     assert "tiny: evaluates old 75 %" in said
 
 
+def _run(name: str, steps: int) -> Any:
+    """What the progress needs to know of a run."""
+    return SimpleNamespace(name=name, total_steps=steps, tokens_per_step=100, logging=SimpleNamespace(every=100))
+
+
 def test_a_long_evaluation_is_heard_of_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 short sets of 12 s each: a line a minute, however short the sets."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     console = quiet()
-    shown = RunProgress(console, "run", 0, 10, 100, 100, None)
+    shown = RunProgress(console, _run("run", 10), 0, None)
     for name in range(20):
         for done in range(3):
             shown.evaluating(f"set_{name}", done, 3)
@@ -108,7 +114,7 @@ def test_the_time_left_counts_evaluation(monkeypatch: pytest.MonkeyPatch) -> Non
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     cost = EvaluationCost((4, 10), (300, 300), 0, 0.0)
-    shown = RunProgress(quiet(), "run", 0, 10, 100, 100, cost)
+    shown = RunProgress(quiet(), _run("run", 10), 0, cost)
     now[0] = 2.0
     assert shown._left(2) == pytest.approx(8 + 2)  # not measured yet: a third of training on 300 tokens, each
     now[0] = 4.0
@@ -117,13 +123,13 @@ def test_the_time_left_counts_evaluation(monkeypatch: pytest.MonkeyPatch) -> Non
     shown.evaluated(300, 9.0)
     now[0] += 1.0
     assert shown._left(5) == pytest.approx(5 + 9)
-    assert RunProgress(quiet(), "run", 0, 10, 100, 100, None)._left(0) == 0
+    assert RunProgress(quiet(), _run("run", 10), 0, None)._left(0) == 0
 
 
 @pytest.mark.parametrize("name", ["de", "rewarm_2308_04014_mini_seed3_lr3e-4"])
 def test_no_number_of_the_bar_is_cut_off(name: str) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    with RunProgress(console, name, 0, 131296, 10, 100, None) as shown:
+    with RunProgress(console, _run(name, 131296), 0, None) as shown:
         shown.step(123456, 4.12345, 2.285e-7, 1756e3)
         shown.evaluating("german_validation", 55, 100)
     said = console.file.getvalue()  # type: ignore[attr-defined]

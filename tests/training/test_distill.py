@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_two_losses_written_out(place: Path, kind: st
     student = OwnCheckpoint(place / "up" / "checkpoints" / "step_20").whole_model()
     student.load_state_dict(dict(run.model.parameters))
     rows = torch.randint(64, (8, 17), generator=random)
-    run.model.forward_backward(rows.numpy().astype(np.int64))
+    losses = run.model.forward_backward(rows.numpy().astype(np.int64))
     inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
     logits, wanted = student.logits(inputs).flatten(0, 1), teacher.logits(inputs).flatten(0, 1).detach()
     if kind == "logits":
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_two_losses_written_out(place: Path, kind: st
     (F.cross_entropy(logits, targets) + 0.5 * term).backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(run.model.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
-    assert run.model.distilled / rows[:, 1:].numel() == pytest.approx(float(term), rel=1e-5)
+    assert losses.distilled / rows[:, 1:].numel() == pytest.approx(float(term), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

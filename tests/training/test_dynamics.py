@@ -49,7 +49,6 @@ def test_numbers_are_those_of_the_weights(
     for step in (1, 2, 3):
         before, lr = weights_of(run), run.plan.lr(step)
         training_step(run, lr)
-        run.step = step
         after, moments = weights_of(run), run.optimizer.state()
         found = measure(run.model, run.optimizer, run.start_weights)
         assert list(found) == GROUPS

@@ -114,7 +114,7 @@ def test_what_was_lost_after_the_last_step_is_made_up_for(
             patched.setattr(trainer, "training_step", step_and_signal)
             assert train(wanted, ALONE, quiet()).exit_code == 128 + signal.SIGTERM
         else:
-            measured, measurements = interpolation.evaluate, list[Any]()
+            measured, measurements = interpolation.evaluate_set, list[Any]()
 
             def evaluate_or_die(*words: Any) -> Any:
                 measurements.append(words)
@@ -122,7 +122,7 @@ def test_what_was_lost_after_the_last_step_is_made_up_for(
                     raise KeyboardInterrupt
                 return measured(*words)
 
-            patched.setattr(interpolation, "evaluate", evaluate_or_die)
+            patched.setattr(interpolation, "evaluate_set", evaluate_or_die)
             with pytest.raises(KeyboardInterrupt):
                 train(wanted, ALONE, quiet())
     assert set(between(place / name)) < set(between(place / "run")) and not (place / name / "huggingface").exists()

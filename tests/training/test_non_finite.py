@@ -27,7 +27,8 @@ from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
 from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.terminal_table import summary_table
-from megarewarm.training import interpolation, trainer
+from megarewarm.training import trainer
+from megarewarm.training.after_step import evaluate as evaluation
 from tests.support.tiny import config, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -45,15 +46,14 @@ def test_a_run_with_validation_losses_that_are_not_finite(tmp_path: Path, loss: 
         export={"huggingface": True},
         logging={"dynamics": None},
     )
-    original, calls = trainer.evaluate, [0]
+    original, calls = evaluation.evaluate, [0]
 
     def evaluate(*arguments: Any) -> tuple[float, int]:
         calls[0] += 1
         found, tokens = original(*arguments)
         return (found if calls[0] in (3, 4) else loss), tokens  # those after step 2
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    monkeypatch.setattr(interpolation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     outcome = trainer.train(trained, ALONE, quiet())
     console = quiet()
     assert trainer.train(trained, ALONE, console).losses.keys() == {"old", "new"}

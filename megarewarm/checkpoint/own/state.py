@@ -20,10 +20,11 @@ STATE_FILE = "state.json"
 
 
 class RecentSteps(BaseModel):
-    """Losses and gradient norms of the last steps, how many in a row changed nothing, whether a save was due that waits for a
-    step that did, and whether the run was stopped before the evaluation after its newest step was whole."""
+    """What the parts that follow a step keep: losses and gradient norms of the last steps, how many in a row changed nothing,
+    whether a save was due that waits for a step that did, whether the run was stopped before the evaluation after its newest
+    step was whole; and what further parts keep, under keys of their own."""
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings", extra="allow")
 
     losses: list[Loss] = []
     norms: list[Loss] = []
@@ -74,6 +75,11 @@ class TrainingState(BaseModel):
     step_tokens: int | None = None
     optimizer: str = "adamw"
     held_out: dict[str, list[FileIdentity]] = {}
+
+    @property
+    def recent_steps(self) -> RecentSteps:
+        """``recent``, or where it was not recorded a beginning."""
+        return self.recent or RecentSteps()
 
     @property
     def tokens_counted(self) -> int | None:

@@ -3,66 +3,85 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.errors import UserError
-from megarewarm.training.output.metrics import Metrics
+from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.output.run_folder import RunFolder
-from megarewarm.training.run import Run, take_back
+from megarewarm.training.run import Run
 from megarewarm.training.step import StepResult, TrainingDiverged
 
 
-@dataclass(frozen=True)
-class Answer:
-    """``lines`` that a person should read; ``went_back``: a checkpoint has to be written now, or a run that is killed would go
-    on from the spike."""
+class Judge:
+    """Does what ``reliability`` says about the step just made."""
 
-    lines: list[str]
-    went_back: bool = False
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._unchanged = 0
+        """How many of the newest steps in a row changed nothing."""
 
+    def state(self) -> dict[str, Any]:
+        return {"unchanged": self._unchanged}
 
-def answer(run: Run, result: StepResult, folder: RunFolder, saver: Saver, metrics: Metrics) -> Answer:
-    """Do what ``reliability`` says about the step just made, ``run.step``.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._unchanged = state["unchanged"]
 
-    All ranks call it. Raises ``TrainingDiverged`` where the run has to end; the event is written then.
-    """
-    settings, step = run.plan.config.reliability, run.step
-    if not result.changed and result.fault in (None, "transient"):  # fp16's gradients overflowed
-        _leave_out(run, step, step)
-    if result.fault is None:
-        run.unchanged = 0
-        return Answer([])
-    metrics.event("alarm", step=step, kind=result.fault, message=result.words, loss=result.loss, grad_norm=result.norm)
-    lines = [f"step {step}: {result.words}"]
-    if result.fault == "transient":
-        run.unchanged = 0
-        return Answer(lines)
-    record = write_place(run, result, folder)
-    if result.changed:
-        run.unchanged = 0
-        return Answer([f"{lines[0]}; its data: {record}"])
-    run.unchanged += 1
-    ends = result.fault == "non_finite" and settings.non_finite == "stop"
-    if ends or run.unchanged >= settings.give_up_after:
-        many = f", as were the {run.unchanged - 1} before it" if run.unchanged > 1 and not ends else ""
-        raise TrainingDiverged(
-            f"step {step}: {result.words}{many}; the last checkpoint is untouched. A lower schedule.max_lr or a longer warmup "
-            f"usually helps. The step's data are named in {record}; look at it with tools/replay_batch.py {folder.path}"
-        )
-    if result.fault == "spike" and settings.spikes == "roll_back":
-        back = _roll_back(run, folder, saver)
-        if back is not None:
-            run.unchanged = 0
-            metrics.event("alarm", step=step, kind="roll_back", message=f"back to the weights of step {back}", to=back)
-            told = f"{lines[0]}; back to the weights of step {back}, and on behind the spike; its data: {record}"
-            return Answer([told], went_back=True)
-        lines[0] += f"; no checkpoint is {settings.roll_back_steps} steps old yet, so the step alone is left out"
-    _leave_out(run, step, step)
-    return Answer([f"{lines[0]}; it changes nothing, its data: {record}"])
+    def after(self, moment: Moment) -> None:
+        """Raises ``TrainingDiverged`` where the run has to end; the event is written then."""
+        if moment.result is not None:
+            try:
+                line = self._judge(moment.result, moment)
+            except TrainingDiverged:
+                self._context.metrics.event("stop", step=self._context.run.step, reason="diverged")
+                raise
+            if line is not None:
+                line = f"step {self._context.run.step}: {line}"
+                self._context.metrics.text(line)
+                self._context.voice.warn(line)
+        moment.sound = self._unchanged == 0
+
+    def _judge(self, result: StepResult, moment: Moment) -> str | None:
+        """What a person should read."""
+        run, metrics = self._context.run, self._context.metrics
+        settings, step = run.plan.config.reliability, run.step
+        if not result.changed and result.fault in (None, "transient"):  # fp16's gradients overflowed
+            run.state.leave_out(step, step)
+        if result.fault is None:
+            self._unchanged = 0
+            return None
+        metrics.event("alarm", step=step, kind=result.fault, message=result.words, loss=result.loss, grad_norm=result.norm)
+        if result.fault == "transient":
+            self._unchanged = 0
+            return result.words
+        record = write_place(run, result, self._context.folder)
+        if result.changed:
+            self._unchanged = 0
+            return f"{result.words}; its data: {record}"
+        self._unchanged += 1
+        ends = result.fault == "non_finite" and settings.non_finite == "stop"
+        if ends or self._unchanged >= settings.give_up_after:
+            many = f", as were the {self._unchanged - 1} before it" if self._unchanged > 1 and not ends else ""
+            raise TrainingDiverged(
+                f"step {step}: {result.words}{many}; the last checkpoint is untouched. A lower schedule.max_lr or a longer "
+                f"warmup usually helps. The step's data are named in {record}; look at it with tools/replay_batch.py "
+                f"{self._context.folder.path}"
+            )
+        too_young = ""
+        if result.fault == "spike" and settings.spikes == "roll_back":
+            back = _roll_back(run, self._context.folder, self._context.saver)
+            if back is not None:
+                self._unchanged, moment.went_back = 0, True
+                metrics.event("alarm", step=step, kind="roll_back", message=f"back to the weights of step {back}", to=back)
+                return f"{result.words}; back to the weights of step {back}, and on behind the spike; its data: {record}"
+            too_young = f"; no checkpoint is {settings.roll_back_steps} steps old yet, so the step alone is left out"
+        run.state.leave_out(step, step)
+        return f"{result.words}{too_young}; it changes nothing, its data: {record}"
 
 
 def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
@@ -102,8 +121,8 @@ def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
         return None
     source = OwnCheckpoint(found, verified=True)
     assert source.training is not None
-    take_back(run, source)
-    _leave_out(run, source.training.step + 1, run.step)
+    run.restore_from(source)
+    run.state.leave_out(source.training.step + 1, run.step)
     if run.spikes is not None:
         run.spikes.clear()
     return source.training.step
@@ -116,12 +135,5 @@ def _is_behind(run: Run, checkpoint: Path) -> bool:
         state = read_state(checkpoint)
     except UserError:
         return True  # that it is damaged is found with the others
-    lacking = [(first, min(last, state.step)) for first, last in run.left_out if first <= state.step]
+    lacking = [(first, min(last, state.step)) for first, last in run.state.left_out if first <= state.step]
     return not state.interim and lacking == list(state.lineage.stages[-1].left_out)
-
-
-def _leave_out(run: Run, first: int, last: int) -> None:
-    """Record that the steps from ``first`` to ``last`` are not in the weights, in disjoint ascending ranges."""
-    kept = [(a, b) for a, b in run.left_out if b < first - 1]
-    begin = min([first, *(a for a, b in run.left_out if b >= first - 1)])
-    run.left_out = [*kept, (begin, last)]

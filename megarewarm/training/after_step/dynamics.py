@@ -15,10 +15,26 @@ from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.optimizers.sums import SUMS
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.training.after_step.part import Context, Moment, Stateless
 
 ALL = "all"
 
 Groups = dict[str, dict[str, float]]
+
+
+class Dynamics(Stateless):
+    """Writes the event 'dynamics' after the steps that are measured."""
+
+    def __init__(self, context: Context) -> None:
+        self._run, self._metrics = context.run, context.metrics
+        self._steps = dynamics_steps(context.run.plan.config, context.run.plan.origin.step)
+
+    def after(self, moment: Moment) -> None:
+        run = self._run
+        if moment.result is None or not moment.result.changed or run.step not in self._steps:
+            return
+        groups = measure(run.model, run.optimizer, run.start_weights)
+        self._metrics.event("dynamics", step=run.step, tokens=run.plan.tokens(run.step), groups=groups)
 
 
 def dynamics_steps(config: RunConfig, first: int) -> set[int]:

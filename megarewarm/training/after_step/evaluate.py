@@ -3,15 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.mixture.moving import MovingWindows
+from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Mesh
+from megarewarm.training.after_step.part import Context, Moment
+from megarewarm.training.after_step.progress import loss_line
+from megarewarm.training.run import Run
+from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
+
+Evaluated = tuple[ValidationWindows | MovingWindows, float, int]
+"""A set, its mean loss in nats per token, and the tokens that is the mean of."""
+
+
+class Evaluate:
+    """Evaluates every set that is due, all of them or, where the run breaks off, none."""
+
+    def __init__(self, context: Context) -> None:
+        plan = context.run.plan
+        self._context = context
+        self._steps = set(evaluation_steps(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
+        self._unevaluated = False
+        """Whether the evaluation after the newest step is yet to be made."""
+
+    def state(self) -> dict[str, Any]:
+        return {"unevaluated": self._unevaluated}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._unevaluated = state["unevaluated"]
+
+    def after(self, moment: Moment) -> None:
+        run = self._context.run
+        is_due = run.step in self._steps  # also "late": evaluation.every may have changed since the run was stopped here
+        if moment.when == "step":
+            self._unevaluated = is_due
+        if moment.when == "start" and is_due:
+            self._evaluate([(0, False)], "at the start")
+            run.state.start_losses = dict(run.state.losses)
+        elif moment.when != "stop" and self._unevaluated:
+            if is_due:
+                self._evaluate(evaluations_at(run.plan.config, run.step), f"step {run.step}")
+            self._unevaluated = False
+        moment.unevaluated = self._unevaluated
+
+    def _evaluate(self, turns: Sequence[tuple[int, bool]], when: str) -> None:
+        context, run = self._context, self._context.run
+        began = time.monotonic()
+        evaluated: list[list[Evaluated]] = []
+        for number, last in turns:
+            due = [windows for windows in run.validation if windows.when != "end" or last]
+            evaluated.append([(windows, *evaluate_set(run, windows, number, context.between(windows.name))) for windows in due])
+        context.progress.evaluated(sum(tokens for turn in evaluated for _, _, tokens in turn), time.monotonic() - began)
+        for turn in evaluated:
+            for windows, loss, tokens in turn:
+                run.state.evaluated({windows.name: loss})
+                context.metrics.event(
+                    "eval",
+                    step=run.step,
+                    tokens=run.plan.tokens(run.step),
+                    name=windows.name,
+                    role=windows.role,
+                    loss=loss,
+                    over=tokens,
+                )
+            if turn:
+                losses = {windows.name: loss for windows, loss, _ in turn}
+                context.voice.tell(loss_line(when, losses, run.state.start_losses, context.voice.width))
+
+
+def evaluate_set(run: Run, windows: ValidationWindows | MovingWindows, number: int, between: Between) -> tuple[float, int]:
+    """(mean loss in nats per token, tokens) of one validation set in evaluation ``number``. All ranks call it."""
+    config = run.plan.config
+    micro_batch = config.evaluation.micro_batch or config.training.micro_batch
+    part = windows.slice(number if windows.when == "always" else 0)
+    return evaluate(run.model, part, micro_batch, run.mesh, between)
 
 
 class Windows(Protocol):

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from megarewarm.config.schema import RunConfig
 from megarewarm.spelling import duration_text
 from megarewarm.training.start.evaluation_cost import EvaluationCost
 
@@ -24,24 +25,16 @@ class _Name(ProgressColumn):
 
 
 class RunProgress:
-    """Shows the steps and evaluations of one run. On a terminal a live bar; in a log file a line every ``every`` steps.
+    """Shows the steps and evaluations of one run. On a terminal a live bar; in a log file a line every ``logging.every`` steps.
 
-    ``evaluations``: those of the run, None where there are none: what is left of them is part of the time that is left.
+    ``first``: steps that were completed before; ``evaluations``: those of the run, None where there are none: what is left of
+    them is part of the time that is left.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        title: str,
-        first: int,
-        total: int,
-        every: int,
-        tokens_per_step: int,
-        evaluations: EvaluationCost | None,
-    ) -> None:
-        self._console, self._title = console, title
-        self._first, self._total, self._every = first, total, every
-        self._tokens_per_step, self._evaluations = tokens_per_step, evaluations
+    def __init__(self, console: Console, config: RunConfig, first: int, evaluations: EvaluationCost | None) -> None:
+        self._console, self._title, self._every = console, config.name, config.logging.every
+        self._first, self._total = first, config.total_steps
+        self._tokens_per_step, self._evaluations = config.tokens_per_step, evaluations
         self._started = time.monotonic()
         self._evaluated, self._evaluating = 0, 0.0  # tokens, seconds
         self._shown = self._started
@@ -55,7 +48,7 @@ class RunProgress:
                 console=console,
                 expand=True,
             )
-            self._task = self._bar.add_task(title, total=total, completed=first, numbers="")
+            self._task = self._bar.add_task(config.name, total=config.total_steps, completed=first, numbers="")
 
     def __enter__(self) -> RunProgress:
         if self._bar is not None:

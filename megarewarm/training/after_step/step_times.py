@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from megarewarm.config.reliability import ReliabilityConfig
+from megarewarm.parallel.agreement import gather
+from megarewarm.training.after_step.part import Context, Moment, Stateless
 
 _WINDOW = 64  # steps whose median is the usual time
 _FEWEST = 16  # before which nothing is judged
@@ -21,6 +24,24 @@ class SlowAlarm:
 
     kind: str
     message: str
+
+
+class Times(Stateless):
+    """Raises an alarm for each of them."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._times = StepTimes(context.run.plan.config.reliability, gather(socket.gethostname()))
+
+    def after(self, moment: Moment) -> None:
+        if moment.result is None:
+            return
+        step = self._context.run.step
+        for alarm in self._times.add(moment.seconds, moment.result.busy):
+            line = f"step {step}: {alarm.message}"
+            self._context.metrics.event("alarm", step=step, kind=alarm.kind, message=alarm.message)
+            self._context.metrics.text(line)
+            self._context.voice.warn(line)
 
 
 class StepTimes:

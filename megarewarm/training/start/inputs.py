@@ -22,8 +22,8 @@ from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.engine import DTYPES
 from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.output.metrics import check_loggers
 from megarewarm.training.output.run_folder import RunFolder

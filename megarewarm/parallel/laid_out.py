@@ -1,0 +1,233 @@
+"""A NeoX laid out over ranks: cut into stages, tensor-parallel parts and shards, and which part of each parameter is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from megarewarm.config.execution import ParallelConfig, TrainingConfig
+from megarewarm.config.schema import ModelConfig
+from megarewarm.model.fused import Operations, fuse
+from megarewarm.model.initialize import initial_value
+from megarewarm.model.neox import NeoX
+from megarewarm.model.parameters import EMBEDDING, cards
+from megarewarm.model.size import stage_costs
+from megarewarm.parallel import pipeline, tensor
+from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
+from megarewarm.parallel.groups import new_groups
+from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.placement import Slice, place
+from megarewarm.parallel.recompute import recompute
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LaidOutModel:
+    """A NeoX laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
+
+    ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
+    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``:
+    parameters that the first and the last pipeline rank both hold.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        sequence_length: int,
+        precision: str,
+        operations: Operations,
+        compile_layers: bool,
+    ) -> None:
+        self.config, self.mesh = config, mesh
+        self._dtype = DTYPES[precision]
+        self._sharded = parallel.sharding != "none" and mesh.layout.data > 1
+        self._keeps_gathered = parallel.sharding == "zero2"
+        self._cut(parallel, sequence_length, operations)
+        self._join_ends()
+        for module in self._modules:
+            module.to_empty(device=mesh.device)
+            for layer in _layers(module):
+                recompute(layer, training.recompute)
+                if compile_layers:
+                    layer.compile()
+        if self._head is None and self._ends_meet:
+            self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
+        self._copies, reduce_copies = self._tie(parallel.schedule)
+        if self._sharded:
+            self._shard(parallel, precision)
+        else:
+            self.parameters = self._named()
+        self._clear_padding()
+        self.gradients = self._make_gradients(reduce_copies)
+
+    def _cut(self, parallel: ParallelConfig, sequence_length: int, operations: Operations) -> None:
+        """The parts of the model that this rank computes: ``_modules``, one for each of its pipeline stages."""
+        layout = self.mesh.layout
+        with torch.device("meta"):
+            model = NeoX(self.config)
+        self.cards = cards(self.config)
+        self.shapes = {name: card.shape for name, card in self.cards.items()}
+        sequence = layout.tensor > 1 and parallel.sequence
+        self._tensor: tensor.TensorRanks | None = None
+        if self.mesh.tensor is not None:
+            self._tensor = tensor.TensorRanks(self.mesh.tensor, sequence)
+            tensor.shard(model, self._tensor)
+        rank = self.mesh.tensor_rank
+        self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}
+        fuse(model.layers, operations)
+        self._numbers, self._count = [0], 1
+        self._modules: list[nn.Module] = [model]
+        if layout.pipeline > 1:
+            per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
+            self._count = layout.pipeline * per_rank
+            cut = pipeline.balance(self.config.num_layers, self._count, *stage_costs(self.config, sequence_length))
+            self._numbers = pipeline.my_stages(parallel.schedule, self.mesh.pipeline_rank, layout.pipeline, per_rank)
+            last = self._count - 1
+            self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == last) for n in self._numbers]
+        self._has_last = self._count - 1 in self._numbers
+
+    @property
+    def _ends_meet(self) -> bool:
+        """Whether this rank has both ends of a pipeline, a V's, and these share one matrix."""
+        return self.config.tie_embeddings and self._count > 1 and 0 in self._numbers and self._has_last
+
+    def _join_ends(self) -> None:
+        """The two ends of a V share a matrix, but fully_shard can't divide one that two modules hold: the head has its own."""
+        self._head: nn.Module | None = None
+        self._head_shard: nn.Parameter | None = None
+        if self._ends_meet and self._sharded:
+            self._head = self._modules[-1].embed_in = _Matrix(self._modules[0].get_parameter(EMBEDDING))
+
+    def _clear_padding(self) -> None:
+        for name, local in self.parameters.items():
+            if self.placements[name].slice(local.detach(), *self._shard_of_all).local.numel() < local.numel():
+                local.detach().zero_()  # loading a checkpoint leaves padding as it is
+
+    def _make_gradients(self, reduce_copies: Callable[[], None] | None) -> Gradients:
+        if self._sharded:
+            return ShardedGradients(self._named(), self.parameters, self.placements, self.mesh, self._copies, reduce_copies)
+        if self.mesh.ranks.world_size == 1:
+            return OwnGradients(self.parameters)
+        return FlatGradients(self.parameters, self.placements, self.mesh, self._copies, reduce_copies)
+
+    def initialize(self, seed: int) -> None:
+        """Draw the initial weights: those of the model on one device, whatever the layout."""
+        for name in self.parameters:
+            self.fill(name, initial_value(self.cards[name], self.config, seed))
+
+    def fill(self, name: str, whole: Tensor) -> None:
+        """Copy this rank's part of parameter ``name``, given whole, if it holds one."""
+        if name not in self.parameters:
+            return
+        self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
+
+    def whole(self, name: str, local: Tensor) -> Tensor | Slice:
+        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
+        mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
+        return mine if mine.local.shape != mine.shape else mine.local
+
+    def counted(self, name: str, local: Tensor) -> Tensor | None:
+        """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
+        the whole, each value once, without padding. None where other ranks count all of it."""
+        placement, mesh = self.placements[name], self.mesh
+        replica = mesh.data_rank // mesh.layout.shard
+        if replica or name in self._copies or (placement.dim is None and mesh.tensor_rank):
+            return None
+        return placement.slice(local.detach(), *self._shard_of_all).local.reshape(-1)
+
+    @property
+    def _shard_of_all(self) -> tuple[int, int]:
+        """Which shard of this rank's part of a parameter it keeps, and of how many."""
+        return (self.mesh.shard_rank, self.mesh.layout.shard) if self._sharded else (0, 1)
+
+    def forget_gathered(self) -> None:
+        """To be called after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
+        for module in self._modules:
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+    def weights(self) -> dict[str, Tensor | Slice]:
+        """The parameters on this rank by name, each as ``whole`` shows it."""
+        return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        named: dict[str, nn.Parameter] = {}
+        for module in self._modules:
+            for name, parameter in module.named_parameters():
+                named.setdefault(name, parameter)  # the V's head that follows its embedding has the same name
+        return named
+
+    def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
+        """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
+        layout = self.mesh.layout
+        name = EMBEDDING
+        self.tied: frozenset[str] = frozenset()
+        if self._head is not None:
+            return frozenset(), self._add_head_gradient
+        if not self.config.tie_embeddings or layout.pipeline == 1 or order == "zero_bubble":
+            return frozenset(), None
+        self.tied = frozenset([name])
+        per_stage = layout.data * layout.tensor
+        group = new_groups([(i, (layout.pipeline - 1) * per_stage + i) for i in range(per_stage)])
+        if group is None:
+            return frozenset(), None
+
+        def reduce() -> None:
+            grad = self.parameters[name].grad
+            assert grad is not None
+            dist.all_reduce(grad, group=group)
+
+        return self.tied if self._has_last else frozenset(), reduce
+
+    def _add_head_gradient(self) -> None:
+        """What the head that follows the embedding contributes to the gradient of both."""
+        assert self._head_shard is not None
+        gradient, total = self._head_shard.grad, self.parameters[EMBEDDING].grad
+        assert isinstance(gradient, DTensor) and total is not None
+        total.add_(gradient.to_local())
+        self._head_shard.grad = None
+
+    def _follow(self) -> None:
+        """Before computing: the V's head takes over the embedding."""
+        if self._head_shard is not None:
+            assert isinstance(self._head_shard, DTensor)
+            self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
+
+    def _shard(self, parallel: ParallelConfig, precision: str) -> None:
+        low = None if precision == "fp32" else self._dtype
+        # inputs are in the right type already, and the cosines of the positions must stay in fp32
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        axes = ("replicate", "shard") if self.mesh.layout.replicate > 1 else ("shard",)
+        again = parallel.sharding == "zero3" and self.mesh.layout.pipeline == 1
+        for module in self._modules:
+            for layer in _layers(module):
+                fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
+            fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
+        # kept here: while it is gathered, the module has the whole one in its place
+        self._head_shard = self._head.get_parameter("weight") if self._head is not None else None
+        self.parameters = {
+            name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
+            for name, parameter in self._named().items()
+        }
+
+
+class _Matrix(nn.Module):
+    """A parameter of the shape of ``like``, empty."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(like))
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    layers = module.layers
+    return list(layers.values() if isinstance(layers, nn.ModuleDict) else layers)  # type: ignore[arg-type]

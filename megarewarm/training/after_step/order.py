@@ -1,0 +1,30 @@
+"""What follows each step of a run, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megarewarm.training.after_step.bad_steps import Judge
+from megarewarm.training.after_step.dynamics import Dynamics
+from megarewarm.training.after_step.evaluate import Evaluate
+from megarewarm.training.after_step.log import Log, Show
+from megarewarm.training.after_step.part import Context, Part
+from megarewarm.training.after_step.replicas import Replicas
+from megarewarm.training.after_step.saving import Due, Save
+from megarewarm.training.after_step.step_times import Times
+from megarewarm.training.after_step.stopping import AskStop, EndStopped
+
+PARTS: list[Callable[[Context], Part]] = [
+    Log,
+    Judge,
+    Times,
+    Dynamics,
+    Show,
+    Evaluate,
+    AskStop,
+    Due,
+    Replicas,
+    Save,
+    EndStopped,
+]
+"""A part that only looks belongs before ``Evaluate``; one with state that a checkpoint keeps before ``Save``."""
