@@ -15,9 +15,8 @@ from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
 from megarewarm.data.mixture.batches import TrainingBatches
-from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.prefetch import Prefetch
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.model.size import count_parameters
 from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
@@ -75,7 +74,7 @@ class Run:
         return self.inputs.data
 
     @property
-    def validation(self) -> list[ValidationWindows | MovingWindows]:
+    def validation(self) -> list[WindowSet]:
         """The validation sets."""
         return self.inputs.validation
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megarewarm.data.mixture.moving import MovingWindows
-from megarewarm.data.mixture.validation import Slice, ValidationWindows
+from megarewarm.data.mixture.validation import Slice, WindowSet
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
@@ -18,7 +17,7 @@ from megarewarm.training.after_step.progress import loss_line
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
 
-Evaluated = tuple[ValidationWindows | MovingWindows, float, int]
+Evaluated = tuple[WindowSet, float, int]
 """A set, its mean loss in nats per token, and the tokens that is the mean of."""
 
 
@@ -78,7 +77,7 @@ class Evaluate:
 
 
 @collective
-def evaluate_set(run: Run, windows: ValidationWindows | MovingWindows, number: int, between: Between) -> tuple[float, int]:
+def evaluate_set(run: Run, windows: WindowSet, number: int, between: Between) -> tuple[float, int]:
     """(mean loss in nats per token, tokens) of one validation set in evaluation ``number``. All ranks call it."""
     config = run.plan.config
     micro_batch = config.evaluation.micro_batch or config.training.micro_batch
