@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: they get their names when all of them is on the disk.
+"""Files and folders that appear whole or not at all: they get their names when all of them is on the disk; checksums of files.
 
 What is being written lies beside its place, under a name that ends in ``PART``; a kill leaves that and nothing else.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,15 @@ def publish_folder(new: Path, place: Path, make_room: Callable[[], object]) -> N
     make_room()
     new.rename(place)
     sync_folder(place.parent)
+
+
+def sha256(*parts: Path) -> str:
+    """SHA-256 of the bytes of files, one after another, in hexadecimal. Raises ``OSError``."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with open(part, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def sync(file: IO[bytes]) -> None:

@@ -127,3 +127,18 @@ def test_what_a_parameter_is_stands_on_its_card() -> None:
             continue
         found = [line.strip() for line in path.read_text().splitlines() if guess.search(line)]
         assert not found, f"{path}: {found}; ask model/parameters.py"
+
+
+def test_what_all_ranks_must_call_is_marked() -> None:
+    """``@collective`` and the words "All ranks call it" stand at the same functions; those of protocols are only described."""
+    says = re.compile(r"\ball ranks( of ``group``)? call it\b", re.IGNORECASE)
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        protocols = [each for each in classes if any("Protocol" in ast.unparse(base) for base in each.bases)]
+        described = {node for protocol in protocols for node in ast.walk(protocol)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node not in described:
+                said = says.search(" ".join((ast.get_docstring(node) or "").split())) is not None
+                marked = any(ast.unparse(each) == "collective" for each in node.decorator_list)
+                assert said == marked, f"{path}:{node.lineno}: {node.name} is marked @collective: {marked}, says so: {said}"

@@ -15,12 +15,12 @@ from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
 from megarewarm.data.mixture.batches import TrainingBatches
-from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.prefetch import Prefetch
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.model.size import count_parameters
 from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
@@ -74,7 +74,7 @@ class Run:
         return self.inputs.data
 
     @property
-    def validation(self) -> list[ValidationWindows | MovingWindows]:
+    def validation(self) -> list[WindowSet]:
         """The validation sets."""
         return self.inputs.validation
 
@@ -82,6 +82,7 @@ class Run:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
         return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
 
+    @collective
     def is_finite(self) -> bool:
         """Whether all weights and moments are, on every rank. All ranks call it."""
         held = (*self.model.parameters.values(), *self.optimizer.state().values())
@@ -177,6 +178,7 @@ class Run:
         parameters, seed = count_parameters(plan.model), plan.config.training.seed
         return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale)
 
+    @collective
     def restore_from(self, source: OwnCheckpoint) -> None:
         """Weights, moments, random numbers and loss scale of an earlier checkpoint of the run. All ranks call it."""
         assert source.training is not None

@@ -13,6 +13,7 @@ from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.laid_out import DTYPES
@@ -27,6 +28,7 @@ from megarewarm.training.start.weights import StartWeights, again, copy_weights,
 from megarewarm.training.state import RunState
 
 
+@collective
 def build(plan: Plan, ranks: Ranks) -> Run:
     """Build the run. All ranks call it. Files are opened and checked before a model is made; nothing is written.
 

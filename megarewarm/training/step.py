@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.collective import collective
 from megarewarm.training.run import Run
 
 Kind = Literal["transient", "non_finite", "spike"]
@@ -42,6 +43,7 @@ class StepResult:
     row_losses: list[float] | None = None
 
 
+@collective
 def training_step(run: Run, lr: float) -> StepResult:
     """One optimizer step on the next global batch, at learning rate ``lr``. All ranks call it.
 
@@ -89,6 +91,7 @@ def training_step(run: Run, lr: float) -> StepResult:
     return replace(result, changed=changed, fault=fault, words=words, waited=waited)
 
 
+@collective
 def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> StepResult:
     """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it.
 

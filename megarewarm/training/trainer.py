@@ -11,6 +11,7 @@ from rich.console import Console
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import gather
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.spelling import duration_text
 from megarewarm.training.after_step.order import PARTS
@@ -37,6 +38,7 @@ from megarewarm.training.summary import announce
 _NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
 
 
+@collective
 def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
     """Train ``config`` to its end, from its own newest checkpoint if it has one. All ranks call it.
 
@@ -109,6 +111,7 @@ class _Loop:
         context.parts += [make(context) for make in PARTS]
         self.started, self.waited = time.monotonic(), 0.0
 
+    @collective
     def train(self) -> Outcome:
         """All steps that are left. All ranks call it."""
         run, plan = self.context.run, self.context.run.plan

@@ -106,7 +106,7 @@ def test_of_many_that_ask_at_once_one_makes_it_and_a_killed_one_leaves_it_to_the
     tally, answers = tmp_path / "tally", context.SimpleQueue()
     asking = [context.Process(target=_ask, args=(str(tally), answers)) for _ in range(5)]
     asking[0].start()
-    while not tally.exists():
+    while not (tally.exists() and tally.read_text()):
         time.sleep(0.01)
     for process in asking[1:]:
         process.start()

@@ -48,10 +48,9 @@ def test_windows_are_the_same_in_every_run(paths):
     assert rows(made) == expected  # at every evaluation
     for data in ({"seed": 99}, {"order": "neox"}, {"order": "megatron"}):
         other = windows(sources, 130, **data)
-        assert rows(other) == expected and other.fingerprint() == made.fingerprint()
+        assert rows(other) == expected
     assert rows(windows(sources, 64)) == expected[:16]  # fewer tokens: the first of them
-    assert windows(sources[:1], 64).fingerprint() != made.fingerprint()
-    assert windows(sources[::-1], 64).fingerprint() != made.fingerprint()
+    assert rows(windows(sources[:1], 64)) != rows(windows(sources, 64)) != rows(windows(sources[::-1], 64))
 
 
 def test_windows_are_frozen(paths):

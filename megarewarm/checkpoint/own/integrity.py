@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from megarewarm.files import sha256
 from megarewarm.parallel.agreement import gather, position
 from megarewarm.parallel.collective import collective
 from megarewarm.untrusted import is_name
 
 SUMS_FILE = "SHA256SUMS"
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises ``OSError``."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_sums(checkpoint: Path, digests: Mapping[str, str]) -> None:
@@ -81,7 +75,7 @@ def _share(checkpoint: Path, sums: Mapping[str, str], rank: int, ranks: int) -> 
 
 def _problem(file: Path, expected: str) -> str | None:
     try:
-        found = digest(file)
+        found = sha256(file)
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:

@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from megarewarm.checkpoint.own.integrity import SUMS_FILE, digest, write_sums
+from megarewarm.checkpoint.own.integrity import SUMS_FILE, write_sums
 from megarewarm.checkpoint.own.misplaced_rows import Misplaced
 from megarewarm.checkpoint.own.slices import SlicesToLoad, SlicesToSave, local
 from megarewarm.checkpoint.own.state import STATE_FILE, TrainingState, write_state
 from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.errors import UserError
-from megarewarm.files import publish_folder
+from megarewarm.files import publish_folder, sha256
 from megarewarm.parallel.agreement import gather, on_all_ranks, position
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.placement import Slice
@@ -92,7 +92,7 @@ def write(
     def finish(digests: Mapping[str, str]) -> None:
         write_state(partial, state)
         rest = [file for file in partial.iterdir() if file.name not in digests]
-        write_sums(partial, {**digests, **{file.name: digest(file) for file in rest}})
+        write_sums(partial, {**digests, **{file.name: sha256(file) for file in rest}})
         replaced = final.with_name(f"{final.name}-replaced{PARTIAL}")
 
         def make_room() -> None:
@@ -119,7 +119,7 @@ def write(
             raise _cause(error) from error
         # each rank sums up what it wrote itself: its files may not be visible to others yet
         own = f"__{rank}_"
-        share = on_all_ranks(lambda: {f.name: digest(f) for f in partial.iterdir() if f.name.startswith(own)}, OSError, group)
+        share = on_all_ranks(lambda: {f.name: sha256(f) for f in partial.iterdir() if f.name.startswith(own)}, OSError, group)
         digests = {name: value for each in gather(share, group) for name, value in (each or {}).items()}
         on_all_ranks((lambda: finish(digests)) if rank == 0 else None, OSError, group)
     except (OSError, UserError):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from megarewarm.data.files.file_bytes import find_bin
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.errors import UserError
+from megarewarm.files import sha256
 
 _BLOCK = 2**22  # tokens in memory at a time
 
@@ -97,20 +96,10 @@ def _verify_manifest(file: TokenFile) -> list[str]:
             f"it belongs to other files"
         )
     for suffix, sha in wanted.items():
-        if _sha256(find_bin(str(file.path.with_suffix(""))) if suffix == "bin" else [file.path.with_suffix(".idx")]) != sha:
-            path = file.path.with_suffix(f".{suffix}")
+        path = file.path.with_suffix(f".{suffix}")
+        if sha256(*(find_bin(str(file.path.with_suffix(""))) if suffix == "bin" else [path])) != sha:
             raise UserError(f"{path}: its SHA-256 is not the one in {manifest.name}: it is damaged, make or copy it again")
     return [f"{manifest}: its counts and checksums are those of the files"]
-
-
-def _sha256(parts: list[Path]) -> str:
-    """Of the files one after another: a .bin, or the shards of one."""
-    digest = hashlib.sha256()
-    for part in parts:
-        with open(part, "rb") as content:
-            while block := content.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def first_difference(one: str, other: str, dtype: str | None = None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from megarewarm.data.files.manifest import made_by, manifest_of, refuse_other_tokenizers
 from megarewarm.data.files.token_file import TokenFile, TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
-from megarewarm.files import write_whole
+from megarewarm.files import sha256, write_whole
 
 _BLOCK = 2**22  # tokens in memory at a time, or one document, if that is longer
 _DOCUMENTS = 2**20
@@ -69,7 +68,7 @@ def merge_token_files(
         said["tokenizer"] = told["tokenizer"]
         if len({each.end for each in made}) == 1 and told.get("eod") is not None:
             said["eod"] = told["eod"]
-    said["sha256"] = {suffix: _sha256(Path(f"{output}.{suffix}")) for suffix in ("bin", "idx")}
+    said["sha256"] = {suffix: sha256(Path(f"{output}.{suffix}")) for suffix in ("bin", "idx")}
     write_whole(manifest, (json.dumps(said, indent=2) + "\n").encode())
     return counts
 
@@ -85,11 +84,6 @@ def _check_ids(file: TokenFile, document: int, start: int, ids: np.ndarray) -> N
             f"{file.path}: token {place}, in document {document}, is {ids[bad[0]]}: ids are 0 to 2147483647; it is damaged or "
             f"holds something else"
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _blocks(file: TokenFile) -> Iterator[tuple[int, int]]:

@@ -40,11 +40,24 @@ class Mixture:
     shares: list[list[int | str | None]]
 
     def fingerprint(self, before: int) -> str:
-        """Fingerprint of the order of the positions [0, ``before``): phases that begin later have no part in it."""
+        """32 hex digits of all that decides which tokens stand at the positions [0, ``before``); later phases have no part in
+        it. See ``TrainingBatches.fingerprint``."""
         begun = max(1, sum(first < before for first in self.firsts))
         known = 1 + max(i for shares in self.shares[:begun] for i, share in enumerate(shares) if share is not None)
         later = [[first, shares[:known]] for first, shares in zip(self.firsts[1:begun], self.shares[1:begun], strict=True)]
-        return fingerprint_of(self.data, self.data.seed, self.rows.samples[:known], self.shares[0][:known], later)
+        sources = [
+            {
+                "file": part.tokens.file.fingerprint(),
+                "documents": [part.tokens.first_document, part.tokens.last_document],
+                "order": part.order,
+                "shuffled": getattr(part, "epoch_ranges", None),
+                "share": share,
+            }
+            for part, share in zip(self.rows.samples[:known], self.shares[0][:known], strict=True)
+        ]
+        settings = {"version": ORDER_VERSION, "seed": self.data.seed, "sequence_length": self.data.sequence_length}
+        content = settings | {"sources": sources} | ({"phases": later} if later else {})
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: int) -> Mixture:
@@ -97,30 +110,6 @@ def source_names(sources: Sequence[AnySource]) -> list[str]:
     if twice:
         raise UserError(f"two sources are named '{twice[0]}': give each its own 'name'")
     return names
-
-
-def fingerprint_of(
-    data: DataConfig,
-    seed: int,
-    samples: Sequence[Samples],
-    shares: Sequence[int | str | None],
-    phases: Sequence[list[object]] = (),
-) -> str:
-    """32 hex digits of all that decides which tokens stand at which position; see ``TrainingBatches.fingerprint``."""
-    sources = [
-        {
-            "file": part.tokens.file.fingerprint(),
-            "documents": [part.tokens.first_document, part.tokens.last_document],
-            "order": part.order,
-            "shuffled": getattr(part, "epoch_ranges", None),
-            "share": share,
-        }
-        for part, share in zip(samples, shares, strict=True)
-    ]
-    content = {"version": ORDER_VERSION, "seed": seed, "sequence_length": data.sequence_length, "sources": sources}
-    if phases:
-        content["phases"] = phases
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _open_samples(data: DataConfig, source: Source, place: int, view: TokenView, wanted: int) -> Samples:

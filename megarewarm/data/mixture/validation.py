@@ -12,7 +12,7 @@ from megarewarm.config.data import ValidationSet
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.blend import Blend
 from megarewarm.data.mixture.blended_rows import BlendedRows
-from megarewarm.data.mixture.mixture import fingerprint_of, source_names
+from megarewarm.data.mixture.mixture import source_names
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.samples import PermutedSamples
 from megarewarm.errors import UserError
@@ -40,42 +40,53 @@ class Slice:
             yield self._rows.read(first, min(micro_batch, mine.stop - first))
 
 
-class ValidationWindows:
+class WindowSet:
+    """A validation set, of which each evaluation reads ``num_windows`` windows, ``num_tokens`` tokens whose loss it measures.
+
+    ``files``: what each source's file holds; ``notes``: what a user must know of the set.
+    """
+
+    def __init__(self, config: ValidationSet, rows: BlendedRows, num_windows: int) -> None:
+        self.name, self.role, self.when = config.name, config.role, config.when
+        self.num_windows, self.num_tokens = num_windows, num_windows * rows.sequence_length
+        self.files = rows.files()
+        self.notes: list[str] = []
+        self._rows = rows
+
+    def slice(self, number: int) -> Slice:
+        """What evaluation ``number`` reads, counted from 0: the same each time."""
+        return Slice(self._rows, 0, self.num_windows)
+
+
+class ValidationWindows(WindowSet):
     """The first floor(tokens / s) windows of the permuted order of the set's sources, blended by weight.
 
     At most as many as the sources hold in one epoch (or in ``max_epochs``, where that is less), which ``notes`` say.
     Neither ``data.order`` (but for the rounding of splits) nor ``data.seed`` changes them. Raises ``UserError`` where
-    not one whole window is left, and for files that can't be read. ``files``: what each source's file holds.
+    not one whole window is left, and for files that can't be read.
     """
 
     def __init__(self, config: ValidationSet, files: TokenFiles) -> None:
         data = files.data
-        self.name = config.name
-        self.role = config.role
-        self.when = config.when
-        self.sequence_length = data.sequence_length
         views = [files.view(source) for source in config.sources]
         samples = [
             PermutedSamples(view, data.sequence_length, derive_key(SEED, i), min(source.max_epochs or 1.0, 1.0))
             for i, (view, source) in enumerate(zip(views, config.sources, strict=True))
         ]
         blend = Blend([source.weight for source in config.sources])
-        self._rows = BlendedRows(source_names(config.sources), samples, blend, files.vocab_size)
+        rows = BlendedRows(source_names(config.sources), samples, blend, files.vocab_size)
         wanted = config.tokens // data.sequence_length
-        self.num_windows = _most(blend, [part.num_samples or 0 for part in samples], wanted)
+        super().__init__(config, rows, _most(blend, [part.num_samples or 0 for part in samples], wanted))
         if self.num_windows < 1:
             raise UserError(
                 f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
                 f"'tokens' ({config.tokens}) or give it longer sources"
             )
-        self.notes: list[str] = []
         if self.num_windows < wanted:
             self.notes.append(
                 f"validation set '{self.name}' is evaluated on {self.num_tokens:,} tokens, not on the {config.tokens:,} asked "
                 f"for: its sources hold no more{self._why(config, samples)}"
             )
-        self.files = self._rows.files()
-        self._fingerprint = fingerprint_of(data, SEED, samples, [*blend.numerators.tolist()])
 
     def _why(self, config: ValidationSet, samples: list[PermutedSamples]) -> str:
         """Of several sources, which one ends first."""
@@ -85,19 +96,6 @@ class ValidationWindows:
         names = source_names(config.sources)
         over = [name for name, part, n in zip(names, samples, counts, strict=True) if n > (part.num_samples or 0)]
         return f" in these shares, '{over[0]}' is used up first" if over else ""
-
-    def slice(self, number: int) -> Slice:
-        """What evaluation ``number`` reads: always the same."""
-        return Slice(self._rows, 0, self.num_windows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose loss is evaluated: s per window."""
-        return self.num_windows * self.sequence_length
-
-    def fingerprint(self) -> str:
-        """32 hex digits; two sets with equal ones and equal ``num_windows`` hold the same windows."""
-        return self._fingerprint
 
 
 def _most(blend: Blend, limits: list[int], wanted: int) -> int:

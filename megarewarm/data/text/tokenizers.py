@@ -240,7 +240,7 @@ class _SentencePiece(Tokenizer):
         return str(self._model.id_to_piece(number)) if 0 <= number < self.vocab_size else None
 
     def fingerprint(self) -> str:
-        return _sha256(self._bytes)
+        return hashlib.sha256(self._bytes).hexdigest()
 
     def identity(self) -> TokenizerIdentity:
         return TokenizerIdentity(fingerprint=self.fingerprint(), file=str(self.path), function=self.fingerprint(), added={})
@@ -347,10 +347,6 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _check_size(reached: int, wanted: int) -> None:
     if reached != wanted:
         raise UserError(f"the text gives {reached} tokens, not {wanted}: use more text or a smaller vocab_size")
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _library(name: str) -> ModuleType:

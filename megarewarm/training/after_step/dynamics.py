@@ -14,6 +14,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.optimizers.sums import SUMS
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.training.after_step.part import Context, Moment, Stateless
 
@@ -45,6 +46,7 @@ def dynamics_steps(config: RunConfig, first: int) -> set[int]:
     return {*(first + point for point in points), config.total_steps}
 
 
+@collective
 def measure(model: ParallelModel, optimizer: Optimizer, start: Mapping[str, Tensor] | None) -> Groups:
     """The dynamics of the step that ``optimizer`` has just made, by ``Card.group``, and of 'all' of them.
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from megarewarm.data.mixture.moving import MovingWindows
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import Slice, WindowSet
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.training.after_step.part import Context, Moment
@@ -20,7 +17,7 @@ from megarewarm.training.after_step.progress import loss_line
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
 
-Evaluated = tuple[ValidationWindows | MovingWindows, float, int]
+Evaluated = tuple[WindowSet, float, int]
 """A set, its mean loss in nats per token, and the tokens that is the mean of."""
 
 
@@ -79,7 +76,8 @@ class Evaluate:
                 context.voice.tell(loss_line(when, losses, run.state.start_losses, context.voice.width))
 
 
-def evaluate_set(run: Run, windows: ValidationWindows | MovingWindows, number: int, between: Between) -> tuple[float, int]:
+@collective
+def evaluate_set(run: Run, windows: WindowSet, number: int, between: Between) -> tuple[float, int]:
     """(mean loss in nats per token, tokens) of one validation set in evaluation ``number``. All ranks call it."""
     config = run.plan.config
     micro_batch = config.evaluation.micro_batch or config.training.micro_batch
@@ -87,16 +85,8 @@ def evaluate_set(run: Run, windows: ValidationWindows | MovingWindows, number: i
     return evaluate(run.model, part, micro_batch, run.mesh, between)
 
 
-class Windows(Protocol):
-    """The windows of one evaluation of one set."""
-
-    def share(self, rank: int, world: int) -> range: ...
-
-    def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]: ...
-
-
 def evaluate(
-    model: ParallelModel, windows: Windows, micro_batch: int, mesh: Mesh, between: Between = nothing_between
+    model: ParallelModel, windows: Slice, micro_batch: int, mesh: Mesh, between: Between = nothing_between
 ) -> tuple[float, int]:
     """Mean loss in nats per token over all windows of a set, and the number of tokens it is the mean of."""
     ranks = mesh.layout.data

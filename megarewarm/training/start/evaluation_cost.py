@@ -9,8 +9,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from megarewarm.config.schema import RunConfig
-from megarewarm.data.mixture.moving import MovingWindows
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.model.size import PASSES
 from megarewarm.spelling import tokens_text
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
@@ -25,7 +24,7 @@ def tokens_asked(config: RunConfig) -> dict[str, int]:
     return {entry.name: entry.tokens // length * length for entry in config.data.validation}
 
 
-def tokens_held(validation: list[ValidationWindows | MovingWindows]) -> dict[str, int]:
+def tokens_held(validation: list[WindowSet]) -> dict[str, int]:
     """Tokens of one evaluation of each set."""
     return {windows.name: windows.num_tokens for windows in validation}
 

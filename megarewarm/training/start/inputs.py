@@ -15,8 +15,7 @@ from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
-from megarewarm.data.mixture.moving import MovingWindows
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
@@ -45,7 +44,7 @@ class Inputs:
     layout: Layout
     texts: Texts
     data: TrainingBatches
-    validation: list[ValidationWindows | MovingWindows]
+    validation: list[WindowSet]
     documents: DocumentRules | None
     precision: str
     operations: Operations

@@ -9,7 +9,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
 from megarewarm.data.mixture.moving import MovingWindows
-from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.mixture.validation import ValidationWindows, WindowSet
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import check_apart, replayed
 from megarewarm.rewarm.switches import training_phases
@@ -52,7 +52,7 @@ def _check_position(plan: Plan, data: TrainingBatches) -> None:
             raise UserError(f"{what}; {'put the old file back' if plan.resumed else 'set start.data to restart'}")
 
 
-def check_held_out(plan: Plan, validation: Sequence[ValidationWindows | MovingWindows]) -> None:
+def check_held_out(plan: Plan, validation: Sequence[WindowSet]) -> None:
     """Raise ``UserError`` where a resumed run would measure its validation losses on other tokens than before."""
     if not plan.resumed or plan.source is None or plan.source.training is None:
         return
@@ -89,7 +89,7 @@ def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[t
     ]
 
 
-def open_validation(config: RunConfig, files: TokenFiles) -> tuple[list[ValidationWindows | MovingWindows], list[str]]:
+def open_validation(config: RunConfig, files: TokenFiles) -> tuple[list[WindowSet], list[str]]:
     """The validation sets of a run, and notes on those that are left out, or hold less than is asked for. Raises ``UserError``.
 
     A moving set whose split gives it no documents is left out, as GPT-NeoX does: its default split of 969, 30, 1 leaves
@@ -99,7 +99,7 @@ def open_validation(config: RunConfig, files: TokenFiles) -> tuple[list[Validati
         fixed = [ValidationWindows(item, files) for item in files.data.validation]
         return [*fixed], [note for windows in fixed for note in windows.notes]
     evaluations = config.grid(config.evaluation.every).count(config.total_steps) + 1
-    sets: list[ValidationWindows | MovingWindows] = []
+    sets: list[WindowSet] = []
     notes = []
     for item in files.data.validation:
         empty = [source for source in item.sources if files.view(source).num_documents == 0]

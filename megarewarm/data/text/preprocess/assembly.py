@@ -8,7 +8,6 @@ ever in memory, and the result does not depend on who wrote what.
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm import files
 from megarewarm.data.files.index_file import CODES, HEADER, MAGIC, ranges
 from megarewarm.data.text.preprocess.shard import Tokenised, stem
 from megarewarm.files import sync
@@ -123,7 +123,7 @@ def sha256(path: Path) -> str:
     """Of a whole file, after it has been brought onto the disk."""
     with open(path, "rb") as file:
         sync(file)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return files.sha256(path)
 
 
 def _copy(piece: Piece) -> None:
