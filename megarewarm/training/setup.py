@@ -24,7 +24,7 @@ from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.inputs import Inputs, open_inputs
 from megarewarm.training.start.plan import Plan, settle_model
-from megarewarm.training.start.weights import StartWeights, again, copy_weights, keeps_start
+from megarewarm.training.start.weights import StartWeights, copy_weights, keeps_start, reload_start_weights
 from megarewarm.training.state import RunState
 
 
@@ -101,7 +101,7 @@ def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None
     start: StartWeights | None = None
     lost: list[str] = []
     if plan.resumed and keeps_start(plan.config):
-        start, lost = again(plan, model)
+        start, lost = reload_start_weights(plan, model)
     if plan.policy.weights == "load":
         assert plan.source is not None
         plan.source.load_weights(model)

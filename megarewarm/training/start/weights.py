@@ -71,7 +71,7 @@ def _reopened(plan: Plan) -> CheckpointSource | None:
     return source
 
 
-def again(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
+def reload_start_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
     """The start weights of a resumed run, or None and a note that says why. Leaves ``model`` filled with anything."""
     try:
         load_start(plan, model)
