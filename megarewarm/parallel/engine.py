@@ -30,7 +30,7 @@ from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
-from megarewarm.parallel.placement import Slice, place
+from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.recompute import recompute
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +87,7 @@ class ParallelModel:
             count = layout.pipeline * per_rank
             cut = pipeline.balance(config.num_layers, count, *stage_costs(config, sequence_length))
             numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
-            self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
+            self._modules = [pipeline.StageModule(model, cut[n], first=n == 0, last=n == count - 1) for n in numbers]
         self._has_last = count - 1 in numbers
         self._sharded = parallel.sharding != "none" and layout.data > 1
         self._head: nn.Module | None = None
@@ -132,7 +132,7 @@ class ParallelModel:
         self.distilled = 0.0
         """The teacher's term summed over this rank's targets of the newest ``forward_backward``, as its loss is."""
         self._pipeline: pipeline.Pipeline | None = None
-        if mesh.pipeline is not None and mesh.way_back is not None:
+        if mesh.pipeline is not None and mesh.reverse_group is not None:
             share = training.global_batch // layout.data
             self._pipeline = pipeline.Pipeline(
                 self._modules,
@@ -140,7 +140,7 @@ class ParallelModel:
                 count,
                 order=parallel.schedule,
                 group=mesh.pipeline,
-                way_back=mesh.way_back,
+                reverse_group=mesh.reverse_group,
                 device=mesh.device,
                 micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
                 micro_batch=training.micro_batch,
@@ -164,12 +164,12 @@ class ParallelModel:
             return
         self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
 
-    def whole(self, name: str, local: Tensor) -> Tensor | Slice:
+    def whole(self, name: str, local: Tensor) -> Tensor | TensorSlice:
         """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
         mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
         return mine if mine.local.shape != mine.shape else mine.local
 
-    def counted(self, name: str, local: Tensor) -> Tensor | None:
+    def unique_shard(self, name: str, local: Tensor) -> Tensor | None:
         """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
         the whole, each value once, without padding. None where other ranks count all of it."""
         placement, mesh = self.placements[name], self.mesh
@@ -190,7 +190,7 @@ class ParallelModel:
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
-    def weights(self) -> dict[str, Tensor | Slice]:
+    def weights(self) -> dict[str, Tensor | TensorSlice]:
         """The parameters on this rank by name, each as ``whole`` shows it."""
         return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
 
@@ -272,7 +272,7 @@ class ParallelModel:
             inputs, targets, starts = self._padded(tokens)
             with self._autocast:
                 losses = self._pipeline.train(inputs, targets, starts)
-            return self._mine(sum(float(loss) for loss in losses) / self._scale()), count
+            return self._if_loss_owner(sum(float(loss) for loss in losses) / self._scale()), count
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
         parts = tokens.split(self._micro_batch)
@@ -297,16 +297,16 @@ class ParallelModel:
                     distilled += apart
             (loss * self._scale()).backward()
             total += cross
-        self.distilled = self._mine(float(distilled))
-        return self._mine(float(total)), count
+        self.distilled = self._if_loss_owner(float(distilled))
+        return self._if_loss_owner(float(total)), count
 
     def _count_targets(self, tokens: Tensor) -> float:
-        """The targets of this rank's rows, as ``_mine``. Where not every token is one, the batch's number is agreed on."""
-        count = self._mine(float(tokens[:, 1:].numel()))
+        """The targets of this rank's rows, as ``_if_loss_owner``. Where not every token is one, the batch's is agreed on."""
+        count = self._if_loss_owner(float(tokens[:, 1:].numel()))
         if self._documents is None or not self._documents.mask_loss:
             return count
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
-        count = self._mine(float((targets != IGNORE).sum()))
+        count = self._if_loss_owner(float((targets != IGNORE).sum()))
         self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
 
@@ -360,7 +360,7 @@ class ParallelModel:
         finally:
             for module in self._modules:
                 module.train()
-        return self._mine(total), self._mine(count)
+        return self._if_loss_owner(total), self._if_loss_owner(count)
 
     def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
         """(loss summed, tokens) of rows (b, s + 1), at most as many as are computed at once."""
@@ -376,7 +376,7 @@ class ParallelModel:
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step
 
-    def _mine(self, value: float) -> float:
+    def _if_loss_owner(self, value: float) -> float:
         """``value`` on the one rank of a replica that speaks for its loss."""
         return value if self._has_last and self.mesh.tensor_rank == 0 else 0.0
 

@@ -26,7 +26,7 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.reset import Row
+from megarewarm.rewarm.reset import ResetLine
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.run_data import data_seen
@@ -62,7 +62,7 @@ class Run:
     precision: str
     operations: Operations
     scaler: LossScaler | None
-    table_rows: list[Row]
+    table_rows: list[ResetLine]
     notes: list[str]
     history: Lineage
     texts: Texts

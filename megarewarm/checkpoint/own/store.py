@@ -32,12 +32,12 @@ from megarewarm.checkpoint.own.tensor_index import TensorIndexReader
 from megarewarm.checkpoint.own.together import position, together
 from megarewarm.errors import UserError
 from megarewarm.file_lock import sync, sync_folder
-from megarewarm.parallel.placement import Slice
-from megarewarm.parallel.ranks import is_loss
+from megarewarm.parallel.placement import TensorSlice
+from megarewarm.parallel.ranks import is_rank_loss
 
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, Tensor | Slice]
+Tensors = dict[str, Tensor | TensorSlice]
 """Tensors of a checkpoint by name: whole ones, which are equal on all ranks, or this rank's slices."""
 PARTIAL = ".partial"
 _LEFT = "-left"
@@ -51,7 +51,7 @@ def _quietly_alone() -> Iterator[None]:
         yield
 
 
-class _Writer(FileSystemWriter):
+class _TensorWriter(FileSystemWriter):
     """torch's writer, which says what the disk said: its own words for a write that fails amid a tensor don't."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -68,7 +68,7 @@ class _Writer(FileSystemWriter):
 def write(
     final: Path,
     state: TrainingState,
-    tensors: Mapping[str, Tensor | Slice],
+    tensors: Mapping[str, Tensor | TensorSlice],
     group: dist.ProcessGroup | None = None,
     *,
     planner: SavePlanner | None = None,
@@ -102,7 +102,7 @@ def write(
 
     try:
         together(prepare if rank == 0 else _nothing, group)
-        writer = _Writer(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
+        writer = _TensorWriter(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
         try:
             with _quietly_alone():
                 dcp.save(
@@ -208,7 +208,7 @@ def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
                 no_dist=not several,
             )
     except (OSError, EOFError, RuntimeError, dcp.CheckpointException) as error:
-        if is_loss(error):
+        if is_rank_loss(error):
             raise  # another rank is gone, which is no fault of the checkpoint
         first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"{checkpoint}: can't be read ({first}); name another checkpoint") from error
