@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from megarewarm.checkpoint.convert import Wish, write_weights
-from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.convert import ConvertOptions, convert
+from megarewarm.checkpoint.source import ForeignCheckpoint
 from megarewarm.checkpoint.weights import Description, expected_shapes
 from megarewarm.config.schema import ModelConfig
 
@@ -75,7 +75,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         place = Path(name)
-        write_weights(RandomWeights(config), config, place / "hf", Wish("hf"), Lineage())
+        source = ForeignCheckpoint("random", "random", config, lambda: RandomWeights(config), [])
+        convert(source, place / "hf", ConvertOptions("hf"))
         size = sum(file.stat().st_size for file in (place / "hf").iterdir())
         largest = max(item.nbytes for item in RandomWeights(config).describe().values())
         print(

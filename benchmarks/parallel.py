@@ -281,15 +281,15 @@ def _pipeline(
     # a stage's share of the work, so that a rank's is the same in every order
     stages = [SleepingStage(number, unit / per_rank, first=number == 0) for number in numbers]
     everyone = list(range(ranks.world_size))
-    group, way_back = dist.new_group(everyone), dist.new_group(everyone)
-    assert group is not None and way_back is not None
+    group, reverse_group = dist.new_group(everyone), dist.new_group(everyone)
+    assert group is not None and reverse_group is not None
     pipeline = Pipeline(
         stages,
         numbers,
         count,
         order=order,
         group=group,
-        way_back=way_back,
+        reverse_group=reverse_group,
         device=ranks.device,
         micro_batches=micro_batches,
         micro_batch=1,

@@ -11,7 +11,8 @@ from megarewarm import __version__
 from megarewarm.errors import nearest
 
 DTYPES = ("fp32", "fp16", "bf16")
-"""Of checkpoints that are written; their types are in checkpoint/convert.py."""
+FORMS = ("hf", "neox", "megarewarm")
+"""Of checkpoints that are written; what they mean is in checkpoint/convert.py."""
 
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.

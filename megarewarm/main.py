@@ -76,7 +76,7 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
     # imported here so that --help and a mistyped key answer at once, without loading torch
     with importing():
         from megarewarm.parallel.connect import connect
-        from megarewarm.parallel.ranks import is_loss
+        from megarewarm.parallel.ranks import is_rank_loss
         from megarewarm.parallel.replicas import ReplicasDiffer
         from megarewarm.training.step import TrainingDiverged
         from megarewarm.training.trainer import train
@@ -104,7 +104,7 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
                 )
             )
             code = EXIT_OUT_OF_MEMORY
-        elif ranks.world_size == 1 or not is_loss(error):
+        elif ranks.world_size == 1 or not is_rank_loss(error):
             raise
         else:
             say(

@@ -19,3 +19,10 @@ def golden() -> Path:
     if "MEGAREWARM_TEST_DATA" not in os.environ or not folder.is_dir():
         pytest.skip("set MEGAREWARM_TEST_DATA to the folder that holds neox_golden/")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured beside passing, such as the size of the product."""
+    for reports in (terminalreporter.stats.get(outcome, []) for outcome in ("passed", "failed")):
+        for what, value in (item for report in reports for item in report.user_properties):
+            terminalreporter.write_line(f"{what}: {value:,}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,27 @@ def test_one_file_is_one_idea(path: Path) -> None:
     assert len(text.splitlines()) <= 450, f"{path}: over 450 lines is usually two ideas"
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), f"{path}: say in one to three sentences what the file does"
+
+
+PRODUCT = [path for path in SOURCES if not path.is_relative_to(ROOT / "tools")]
+RENAMED_SOON = {"Arm", "Experiment", "Run", "Trial", "_Record"}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    names = Counter(
+        node.name for path in PRODUCT for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
+    )
+    assert {name for name, count in names.items() if count > 1} <= RENAMED_SOON
+
+
+MAX_LINES = 36_500
+"""Of megarewarm/ and kernels/: whoever adds a thing first looks for what can go."""
+
+
+def test_the_whole_stays_small(record_property: Callable[[str, object], None]) -> None:
+    lines = sum(len(path.read_text().splitlines()) for path in PRODUCT)
+    record_property("lines of megarewarm/ and kernels/", lines)
+    assert lines <= MAX_LINES, f"{lines:,} lines, the budget is {MAX_LINES:,}: shorten something before you add to it"
 
 
 def test_no_marks_of_unfinished_work() -> None:

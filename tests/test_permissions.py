@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from megarewarm.checkpoint.convert import Wish, convert
+from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.data.order import samples
 from megarewarm.data.text.preprocess.job import Options, preprocess
@@ -49,8 +49,8 @@ def test_all_that_is_written_has_the_users_mode(tmp_path: Path, umask: int, monk
     folder = train(run, ALONE, quiet()).folder
     report([folder], place / "report")
     source = open_checkpoint(str(folder))
-    convert(source, place / "to_neox", Wish("neox"))
-    convert(source, place / "to_own", Wish("megarewarm"))
+    convert(source, place / "to_neox", ConvertOptions("neox"))
+    convert(source, place / "to_own", ConvertOptions("megarewarm"))
     assert tokenizers.Tokenizer.from_file(str(bpe.path)).get_vocab_size() == bpe.vocab_size
 
     found = sorted(place.rglob("*"))

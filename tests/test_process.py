@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from megarewarm.arguments import DTYPES
+from megarewarm.arguments import DTYPES, FORMS
 from megarewarm.checkpoint import convert
 from megarewarm.main import main
 from megarewarm.parallel.connect import connect
@@ -303,7 +303,7 @@ def test_a_mistyped_option(words: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_the_names_of_types_are_those_that_are_written() -> None:
-    assert tuple(convert.DTYPES) == DTYPES
+    assert tuple(convert.DTYPES) == DTYPES and tuple(convert.FORMS) == FORMS
 
 
 SOURCES = [path for folder in ("megarewarm", "tools", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]

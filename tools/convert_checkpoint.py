@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from megarewarm.arguments import DTYPES, Parser, path_text
+from megarewarm.arguments import DTYPES, FORMS, Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.process import importing, run
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path_text, metavar="SRC")
     parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
-    parser.add_argument("--to", required=True, choices=("hf", "neox", "megarewarm"), help="the form to write")
+    parser.add_argument("--to", required=True, choices=FORMS, help="the form to write")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: as stored; fp32 takes the optimizer's masters where there are any"
@@ -41,13 +41,13 @@ def main() -> None:
     console = make_console()
     source = open_checkpoint(arguments.source)
     dtype = convert.DTYPES[arguments.dtype] if arguments.dtype else None
-    wish = convert.Wish(arguments.to, dtype, arguments.tp, arguments.vocab_size, arguments.tokenizer)
+    options = convert.ConvertOptions(arguments.to, dtype, arguments.tp, arguments.vocab_size, arguments.tokenizer)
     for note in source.notes:
         console.print(f"{source.name}: {note}", highlight=False)
     began = time.perf_counter()
-    total = convert.bytes_to_read(source, wish)
+    total = convert.bytes_to_read(source, options)
     with reading(console, f"{source.format} to {arguments.to}", total) as advance:
-        notes = convert.convert(source, arguments.destination, wish, advance)
+        notes = convert.convert(source, arguments.destination, options, advance)
     for note in notes:
         console.print(f"{arguments.destination}: {note}", highlight=False)
     seconds = time.perf_counter() - began

@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import DTYPES, Parser, path_text
+from megarewarm.arguments import DTYPES, FORMS, Parser, path_text
 from megarewarm.console import make_console
 from megarewarm.errors import UserError
 from megarewarm.process import importing, run
@@ -36,7 +36,7 @@ def main() -> None:
     how.add_argument("--ema", type=path_text, nargs="+", metavar="DECAY CHECKPOINT")
     how.add_argument("--interpolate", type=path_text, nargs=2, metavar=("START", "END"))
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
-    parser.add_argument("--to", choices=("megarewarm", "hf", "neox"), default="megarewarm", help="default: %(default)s")
+    parser.add_argument("--to", choices=FORMS, default="megarewarm", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: the first's"
@@ -57,12 +57,12 @@ def main() -> None:
                 style="yellow",
                 highlight=False,
             )
-    wish = convert.Wish(
+    options = convert.ConvertOptions(
         arguments.to, convert.DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer
     )
     for merged, destination in _merges(arguments):
         with reading(console, destination.name, bytes_to_read(merged)) as advance:
-            notes = merge(merged, destination, wish, advance)
+            notes = merge(merged, destination, options, advance)
         console.print(f"{destination}: {merged.description}", highlight=False)
         for note in notes:
             console.print(f"{destination}: {note}", highlight=False)

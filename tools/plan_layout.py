@@ -18,7 +18,7 @@ from megarewarm.layout.gpus import GPUS
 from megarewarm.process import importing, run
 
 if TYPE_CHECKING:
-    from megarewarm.layout.cluster import Plan
+    from megarewarm.layout.cluster import LayoutEstimate
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)
 
 
-COLUMNS: dict[str, Callable[[Plan, int], str]] = {
+COLUMNS: dict[str, Callable[[LayoutEstimate, int], str]] = {
     "pipe": lambda plan, gpus: f"{plan.layout.pipeline}",
     "data": lambda plan, gpus: f"{plan.layout.data}",
     "tensor": lambda plan, gpus: f"{plan.layout.tensor}{' seq' if plan.keys.get('parallel.sequence') else ''}",
@@ -62,7 +62,7 @@ COLUMNS: dict[str, Callable[[Plan, int], str]] = {
 DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # where the terminal is narrow, in this order
 
 
-def fitted(plans: list[Plan], gpus: int, width: int) -> Table:
+def fitted(plans: list[LayoutEstimate], gpus: int, width: int) -> Table:
     """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as ``width`` shows whole."""
     cells = {name: [cell(plan, gpus) for plan in plans] for name, cell in COLUMNS.items()}
     for name in DISPENSABLE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,9 @@ from torch import Tensor
 
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.source import OpenedCheckpoint
-from megarewarm.checkpoint.weights import Weights, in_order
+from megarewarm.checkpoint.weights import OnBytes, Weights, in_order
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """Of one parameter in two checkpoints: values that differ, and |b - a| / |a| (2-norms)."""
 
     name: str
@@ -42,19 +40,21 @@ class Difference:
     relative: float
 
 
-def norms(source: OpenedCheckpoint, advance: Advance = lambda _: None) -> Iterator[Norms]:
+def norms(source: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None) -> Iterator[Norms]:
     """One after the other, in the model's order. Sums are made in float64."""
     described = source.stored.describe()
     for name in in_order(described, source.model_config):
         tensor = source.stored.read(name)
-        advance(tensor.nbytes)
+        on_bytes(tensor.nbytes)
         finite = torch.isfinite(tensor)
         values = tensor if bool(finite.all()) else torch.where(finite, tensor, 0)
         rms = _norm(values) / max(1, tensor.numel()) ** 0.5
         yield Norms(name, tuple(tensor.shape), tensor.dtype, rms, float(values.abs().max()), int((~finite).sum()))
 
 
-def differences(one: OpenedCheckpoint, other: OpenedCheckpoint, advance: Advance = lambda _: None) -> Iterator[Difference]:
+def differences(
+    one: OpenedCheckpoint, other: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None
+) -> Iterator[TensorDifference]:
     """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` where names or shapes don't match."""
     mine, theirs = one.stored.describe(), other.stored.describe()
     for name in in_order({*mine, *theirs}, one.model_config):
@@ -65,11 +65,11 @@ def differences(one: OpenedCheckpoint, other: OpenedCheckpoint, advance: Advance
                 f"{name}: {mine[name].shape} in {one.name}, {theirs[name].shape} in {other.name}; the models differ"
             )
         before, after = one.stored.read(name), other.stored.read(name)
-        advance(before.nbytes + after.nbytes)
+        on_bytes(before.nbytes + after.nbytes)
         changed = int((before != after).sum())
         scale = _norm(before)
         relative = _norm(after.double() - before.double()) / scale if scale else float(changed > 0)
-        yield Difference(name, tuple(before.shape), changed, relative)
+        yield TensorDifference(name, tuple(before.shape), changed, relative)
 
 
 def _norm(tensor: Tensor) -> float:
@@ -165,7 +165,7 @@ def norms_table(found: list[Norms]) -> Table:
     return table
 
 
-def differences_table(found: list[Difference], most: int) -> Table:
+def differences_table(found: list[TensorDifference], most: int) -> Table:
     """The parameters that changed most, and one line for those that did not change at all."""
     same = sum(each.changed == 0 for each in found)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")

@@ -7,19 +7,18 @@ The result is a checkpoint whose history says what it is made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megarewarm.checkpoint.convert import Wish, write_weights
-from megarewarm.checkpoint.export.own import weights_only_state, write_streaming
+from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Watched
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.folder import checkpoints_in
-from megarewarm.checkpoint.source import open_checkpoint, tokenizers_of
-from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
+from megarewarm.checkpoint.source import ForeignCheckpoint, open_checkpoint, tokenizers_of
+from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
@@ -118,10 +117,10 @@ def bytes_to_read(merged: Merge) -> int:
     return sum(item.nbytes for source in opened for item in source.weights.describe().values())
 
 
-def merge(merged: Merge, destination: Path, wish: Wish, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+def merge(merged: Merge, destination: Path, options: ConvertOptions, on_bytes: OnBytes = lambda _: None) -> list[str]:
     """Write ``merged``. Returns notes.
 
-    ``advance`` is called with the bytes that were read. Raises ``UserError`` for a single checkpoint, for models that differ,
+    ``on_bytes`` is called with the bytes that were read. Raises ``UserError`` for a single checkpoint, for models that differ,
     and where ``destination`` holds anything else; nothing is written then.
     """
     if len(merged.names) < 2:
@@ -130,24 +129,14 @@ def merge(merged: Merge, destination: Path, wish: Wish, advance: Callable[[int],
     check_alike([(source.name, source.model_config) for source in sources])
     first = sources[0]
     refuse_other_tokenizers([made for source in sources for made in tokenizers_of(source)])
-    combination = Combination([source.weights for source in sources], merged.shares)
     per_read = sum(share != 0 for share in merged.shares)
+    combination = Watched(Combination([source.weights for source in sources], merged.shares), lambda n: on_bytes(n * per_read))
     shapes = expected_shapes(first.model_config)
     for source in sources:
         check(source.weights, shapes)
-    history = sources[-1].lineage.extended(Stage(run=destination.name, intent=f"merged: {merged.description}"))
-    state = weights_only_state(destination.name, first.model_config, history)
-    if wish.form == "megarewarm":
-        described = {f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-        def read(key: str) -> torch.Tensor:
-            tensor = combination.read(key.removeprefix("model."))
-            advance(tensor.nbytes * per_read)
-            return tensor
-
-        write_streaming(destination, state, described, read)
-        return []
     tokenizer = first.tokenizer
     for source in sources[1:]:
         tokenizer = tokenizer.over(source.tokenizer)
-    return write_weights(combination, first.model_config, destination, wish, state.lineage, tokenizer)
+    average = ForeignCheckpoint(destination.name, "merged", first.model_config, lambda: combination, [], tokenizer)
+    average.lineage = sources[-1].lineage.extended(Stage(run=destination.name, intent=f"merged: {merged.description}"))
+    return FORMS[options.form].write(Conversion(average, combination, first.model_config, destination, options))

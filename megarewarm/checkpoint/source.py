@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +39,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
-from megarewarm.parallel.placement import Slice
+from megarewarm.parallel.placement import TensorSlice
 
 ALL_LINES = frozenset({"moments", "optimizer_step", "schedule", "iteration", "data", "rng", "loss_scale"})
 
@@ -188,60 +189,52 @@ class _OwnWeights:
         return tensor
 
 
-class HuggingFaceCheckpoint:
-    """A folder or hub name that transformers loads: weights only."""
+@dataclass(eq=False)
+class ForeignCheckpoint:
+    """Weights in another program's format, opened once they are needed; a subclass may have more."""
 
-    format = "huggingface"
+    name: str
+    format: str
+    model_config: ModelConfig
+    open: Callable[[], Weights]
+    notes: list[str]
+    tokenizer: TokenizerSource = TokenizerSource()  # noqa: RUF009 (frozen)
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.model_config, self.notes = huggingface.read_model_config(folder)
-        self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (huggingface)")])
-        self._folder = folder
-        found = tokenizer_files_in(folder)
-        stated = stated_ids(huggingface.read_json(folder / "config.json"))
-        self.tokenizer = TokenizerSource(found[0] if found else None, stated=stated)
+    def __post_init__(self) -> None:
+        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})")])
 
     @cached_property
     def stored(self) -> Weights:
-        """The weights, once their headers are needed."""
-        return huggingface.HuggingFaceWeights(self._folder)
+        return self.open()
 
-    @property
+    @cached_property
     def weights(self) -> Weights:
-        """The same: there are no others."""
         return self.stored
 
     def load_weights(self, model: ParallelModel) -> None:
         fill(self.weights, model.shapes, model.fill)
 
     def load_tensors(self, tensors: Tensors) -> None:
-        raise UserError(f"{self.name}: a Hugging Face folder holds weights only; set start.moments to 'reset'")
+        raise UserError(f"{self.name}: only weights are read from this format; set start.moments to 'reset'")
 
 
-class NeoXCheckpoint:
+class NeoXCheckpoint(ForeignCheckpoint):
     """A ``global_stepN`` folder of GPT-NeoX: weights, and where its optimizer's files are there, moments and fp32 masters."""
 
-    format = "gpt-neox"
-
     def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.stored = neox_folder.NeoXFolder(folder)
+        files = neox_folder.NeoXFolder(folder)
         # an export of ours holds it; else its own configuration names it, if that file is on this machine
         beside = tokenizer_files_in(folder.parent)
-        self.tokenizer = TokenizerSource(beside[0] if beside else readable_tokenizer(self.stored.tokenizer_file))
-        self.model_config, self.notes = self.stored.model_config, self.stored.notes
-        self.training, self._optimizer, notes = read_training(self.stored)
+        tokenizer = TokenizerSource(beside[0] if beside else readable_tokenizer(files.tokenizer_file))
+        super().__init__(name, "gpt-neox", files.model_config, lambda: files, files.notes, tokenizer)
+        self.training, self._optimizer, notes = read_training(files)
         self.notes += notes
-        self.keeps = ALL_LINES - {"rng"} if self.training is not None else frozenset()
-        self.weights: Weights = self.stored if self._optimizer is None else with_masters(self.stored, self._optimizer)
-        stage = Stage(run=name, intent="foreign checkpoint (gpt-neox)")
-        self.lineage = Lineage(stages=[stage]) if self.training is None else self.training.lineage
-
-    def load_weights(self, model: ParallelModel) -> None:
-        fill(self.weights, model.shapes, model.fill)
+        if self.training is not None:
+            self.keeps, self.lineage = ALL_LINES - {"rng"}, self.training.lineage
+        if self._optimizer is not None:
+            self.weights = with_masters(files, self._optimizer)
 
     def load_tensors(self, tensors: Tensors) -> None:
         assert self._optimizer is not None
@@ -249,29 +242,7 @@ class NeoXCheckpoint:
             kind, moment, name = key.split(".", 2)
             assert kind == "optimizer" and moment in ("exp_avg", "exp_avg_sq"), key
             whole = self._optimizer.read(moment, name)  # type: ignore[arg-type]
-            store.local(tensor).copy_(tensor.of(whole) if isinstance(tensor, Slice) else whole)
-
-
-class MegatronCheckpoint:
-    """An ``iter_N`` folder of Megatron-LM in its 'torch' format: weights only."""
-
-    format = "megatron-lm"
-    tokenizer = TokenizerSource()
-    training: TrainingState | None = None
-    keeps: frozenset[str] = frozenset()
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.stored = MegatronFolder(folder)
-        self.weights: Weights = self.stored
-        self.model_config, self.notes = self.stored.model_config, self.stored.notes
-        self.lineage = Lineage(stages=[Stage(run=name, intent="foreign checkpoint (megatron-lm)")])
-
-    def load_weights(self, model: ParallelModel) -> None:
-        fill(self.weights, model.shapes, model.fill)
-
-    def load_tensors(self, tensors: Tensors) -> None:
-        raise UserError(f"{self.name}: only weights are read from Megatron-LM's files; set start.moments to 'reset'")
+            store.local(tensor).copy_(tensor.of(whole) if isinstance(tensor, TensorSlice) else whole)
 
 
 def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[Made]:
@@ -299,30 +270,58 @@ def weight_tensors(model: ParallelModel) -> Tensors:
     return {f"model.{name}": tensor for name, tensor in model.weights().items()}
 
 
+def _own(name: str, path: Path) -> OpenedCheckpoint | None:
+    own, notes = locate(path)
+    if own is None:
+        return None
+    found = OwnCheckpoint(own, verified=own != path)
+    found.notes += notes
+    return found
+
+
+def _huggingface(name: str, path: Path) -> OpenedCheckpoint | None:
+    if not (path / "config.json").is_file():
+        return None
+    shape, notes = huggingface.read_model_config(path)
+    files = tokenizer_files_in(path)
+    tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(huggingface.read_json(path / "config.json")))
+    return ForeignCheckpoint(name, "huggingface", shape, lambda: huggingface.HuggingFaceWeights(path), notes, tokenizer)
+
+
+def _neox(name: str, path: Path) -> OpenedCheckpoint | None:
+    folder = neox_folder.find(path)
+    return None if folder is None else NeoXCheckpoint(name, folder)
+
+
+def _megatron(name: str, path: Path) -> OpenedCheckpoint | None:
+    if (folder := find_megatron(path)) is None:
+        return None
+    files = MegatronFolder(folder)
+    return ForeignCheckpoint(name, "megatron-lm", files.model_config, lambda: files, files.notes)
+
+
+Opener = Callable[[str, Path], OpenedCheckpoint | None]
+
+FORMATS: dict[str, tuple[Opener, str]] = {
+    "megarewarm": (_own, "a run or checkpoint folder of megarewarm (no finished step_N in it)"),
+    "huggingface": (_huggingface, "a Hugging Face folder (no config.json)"),
+    "gpt-neox": (_neox, "one of GPT-NeoX (no 'latest', no layer_* or mp_rank_* files)"),
+    "megatron-lm": (_megatron, "one of Megatron-LM (no iter_N with mp_rank_*)"),
+}
+"""Every format that is read, tried in this order: what opens a checkpoint from its name and folder, from headers only (None:
+the folder is of another format), and what such a folder is, with what shows that one is not."""
+
+
 def open_checkpoint(name: str) -> OpenedCheckpoint:
-    """The checkpoint ``name`` means: a run or checkpoint folder of ours, one of GPT-NeoX or Megatron-LM, a Hugging Face folder,
-    or a hub name.
+    """The checkpoint ``name`` means: a folder in one of ``FORMATS``, or a hub name.
 
     Reads headers only. Raises ``UserError`` for a folder that is none of them, and for a hub name that can't be had.
     """
     path = Path(name)
-    if path.is_dir():
-        own, notes = locate(path)
-        if own is not None:
-            found = OwnCheckpoint(own, verified=own != path)
-            found.notes += notes
-            return found
-        if (path / "config.json").is_file():
-            return HuggingFaceCheckpoint(name, path)
-        if (neox := neox_folder.find(path)) is not None:
-            return NeoXCheckpoint(name, neox)
-        if (megatron := find_megatron(path)) is not None:
-            return MegatronCheckpoint(name, megatron)
-        raise UserError(
-            f"{name} is neither a run or checkpoint folder of megarewarm (no finished step_N in it), nor a "
-            f"Hugging Face folder (no config.json), nor one of GPT-NeoX (no 'latest', no layer_* or mp_rank_* files) or "
-            f"Megatron-LM (no iter_N with mp_rank_*)"
-        )
-    if path.exists():
+    if path.exists() and not path.is_dir():
         raise UserError(f"{name} is a file; name the folder of the checkpoint")
-    return HuggingFaceCheckpoint(name, hub.resolve(name))
+    here = path.is_dir()
+    for opens, _ in FORMATS.values() if here else [FORMATS["huggingface"]]:
+        if (found := opens(name, path if here else hub.resolve(name))) is not None:
+            return found
+    raise UserError(f"{name} is neither {', nor '.join(kind for _, kind in FORMATS.values())}")

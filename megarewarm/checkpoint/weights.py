@@ -17,6 +17,9 @@ from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 
+OnBytes = Callable[[int], None]
+"""Called with the bytes of what has been read."""
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

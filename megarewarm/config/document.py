@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import types
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ from megarewarm.config.experiment import ExperimentConfig
 from megarewarm.config.paths import PathMark
 from megarewarm.config.reliability import Duration
 from megarewarm.config.schema import RunConfig
+from megarewarm.config.section import OneOf
 from megarewarm.record.run_format import RUN_FORMAT
 
 _INTRODUCTION = """\
@@ -42,11 +44,11 @@ Editors that know the YAML language server check and complete these files with
 def _type_name(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        return (
-            "path" if any(isinstance(mark, PathMark) for mark in get_args(annotation)) else _type_name(get_args(annotation)[0])
-        )
+        inner, *marks = get_args(annotation)
+        names = [name for mark in marks if isinstance(mark, OneOf) for name in mark.names]
+        return "path" if any(isinstance(mark, PathMark) for mark in marks) else _choices(names) or _type_name(inner)
     if origin is Literal:
-        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+        return _choices(get_args(annotation))
     if origin in (Union, types.UnionType):
         names = [_type_name(arg) for arg in get_args(annotation) if arg is not type(None)]
         return " or ".join(names) + (", or null" if type(None) in get_args(annotation) else "")
@@ -67,6 +69,10 @@ def _type_name(annotation: Any) -> str:
     if annotation not in plain:
         raise ValueError(f"a key of type {annotation}, which has no name for people yet")
     return plain[annotation]
+
+
+def _choices(values: Iterable[Any]) -> str:
+    return " \\| ".join(f"`{value}`" for value in values)
 
 
 def _default(field: FieldInfo) -> str:
@@ -109,7 +115,7 @@ def _section(model: type[BaseModel]) -> str:
     ]
     for name, field in model.model_fields.items():
         meaning = (field.description or _first_line(field.annotation)).replace("|", "\\|")
-        kind = "path" if any(isinstance(mark, PathMark) for mark in field.metadata) else _type_name(field.annotation)
+        kind = _type_name(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)
         lines.append(f"| `{field.alias or name}` | {kind} | {_default(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 

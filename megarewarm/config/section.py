@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
 
 Positive = Annotated[int, Field(gt=0)]
 LearningRate = Annotated[float, Field(ge=0)]
@@ -20,6 +22,25 @@ def _no_way_out(name: str) -> str:
 
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$"), AfterValidator(_no_way_out)]
 """A name after which a folder is called."""
+
+
+class OneOf:
+    """Of a text: one of ``names``, as ``Literal`` says it; a table that grows later may be given."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        return {"enum": list(self.names), "type": "string"}
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, str) and value in self.names:
+            return value
+        *names, last = map(repr, self.names)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(names)} or {last}"})
 
 
 def _types(annotation: Any) -> Iterator[Any]:

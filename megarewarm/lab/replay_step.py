@@ -135,11 +135,11 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
     scale = run.scaler.scale if run.scaler is not None else 1.0
     for name, parameter in run.model.parameters.items():
-        weights = run.model.counted(name, parameter)
+        weights = run.model.unique_shard(name, parameter)
         if weights is None:
             continue
         assert parameter.grad is not None
-        gradient = run.model.counted(name, parameter.grad)
+        gradient = run.model.unique_shard(name, parameter.grad)
         assert gradient is not None
         for i, values in enumerate((weights, gradient / scale)):
             finite = values.isfinite()

@@ -9,10 +9,10 @@ from typing import Any
 
 from megarewarm.errors import UserError
 from megarewarm.laws.annealing import AnnealingLaw
-from megarewarm.laws.answer import Answer, answer, share_of_new_data
+from megarewarm.laws.answer import Recommendation, answer, share_of_new_data
 from megarewarm.laws.arms import questions, read_trained, replay_families, schedule_families
 from megarewarm.laws.replay import ReplayLaw
-from megarewarm.laws.sections import Prediction, Section, sections_of
+from megarewarm.laws.sections import LawSection, Prediction, sections_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Advice:
     title: str
     within: float
     notes: list[str]
-    answers: list[Answer]
+    answers: list[Recommendation]
 
     @property
-    def sections(self) -> list[Section]:
+    def sections(self) -> list[LawSection]:
         """The laws of all answers, those that could be fitted first."""
         found = [section for one in self.answers for section in one.sections]
         return sorted(found, key=lambda section: not section.laws)
@@ -82,7 +82,7 @@ def as_json(advice: Advice) -> dict[str, Any]:
     }
 
 
-def _answer_json(one: Answer) -> dict[str, Any]:
+def _answer_json(one: Recommendation) -> dict[str, Any]:
     return {
         "arms": one.measured,
         "start": {role: one.question.mean_start(role) for role in one.question.roles},

@@ -12,7 +12,7 @@ import numpy as np
 from megarewarm.laws.arms import Family
 from megarewarm.laws.fitting import quantile
 from megarewarm.laws.replay import ReplayLaw, largest_new_share
-from megarewarm.laws.sections import Prediction, Section, describe
+from megarewarm.laws.sections import LawSection, Prediction, describe
 from megarewarm.laws.support import FRACTION, Space, natural
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM
 from megarewarm.spelling import loss_text, rate_text
@@ -22,13 +22,13 @@ _NAMED = 4  # arms named in a sentence
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Recommendation:
     """``question`` holds the arms that are compared, ``measured`` their final losses by role, ``aim`` what is lowest in
     ``best``: a role's loss or the mean of both. ``limit`` is that of the upstream loss, ``None`` without one. ``next`` is a run
     that wasn't made and is predicted to be better by more than its band; ``sentences`` say all of it."""
 
     question: Family
-    sections: list[Section]
+    sections: list[LawSection]
     measured: dict[str, dict[str, float]]
     limit: float | None
     aim: str
@@ -37,7 +37,7 @@ class Answer:
     sentences: list[str]
 
 
-def answer(question: Family, sections: Sequence[Section], within: float) -> Answer:
+def answer(question: Family, sections: Sequence[LawSection], within: float) -> Recommendation:
     """Judge the arms of ``question`` by their measured ends, and the sections' predictions against the best of them."""
     measured = {arm: {role: question.mean_final(arm, role) for role in question.roles} for arm in question.arms}
     limit = question.mean_start(UPSTREAM) * (1 + within) if UPSTREAM in question.roles else None
@@ -47,7 +47,9 @@ def answer(question: Family, sections: Sequence[Section], within: float) -> Answ
     best = min(able, key=lambda arm: aimed(measured[arm], aim))
     sentences = [_best(question, measured, best, aim, limit, within, len(able)), *_noise(question, able, best, aim)]
     chosen, told = _next(question, sections, measured[best], best, aim, limit)
-    return Answer(question, list(sections), measured, limit, aim, best, chosen, [*sentences, *told, *_edges(question, best)])
+    return Recommendation(
+        question, list(sections), measured, limit, aim, best, chosen, [*sentences, *told, *_edges(question, best)]
+    )
 
 
 def aimed(losses: dict[str, float], aim: str) -> float:
@@ -100,7 +102,7 @@ def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[s
 
 
 def _next(
-    question: Family, sections: Sequence[Section], losses: dict[str, float], best: str, aim: str, limit: float | None
+    question: Family, sections: Sequence[LawSection], losses: dict[str, float], best: str, aim: str, limit: float | None
 ) -> tuple[Prediction | None, list[str]]:
     """The run that is predicted to be better than the best by more than its band; else what can be said."""
     known = [
@@ -129,7 +131,7 @@ def _next(
     return None, [f"No run that wasn't made is predicted to be better{within}, within what was tried: stay with {best}."]
 
 
-def _not_enough(question: Family, sections: Sequence[Section], best: str) -> str:
+def _not_enough(question: Family, sections: Sequence[LawSection], best: str) -> str:
     reasons = []
     for kind, what in (("schedule", "schedules"), ("replay", "replay fractions")):
         same = [section for section in sections if section.kind == kind]
@@ -179,7 +181,7 @@ def _edges(question: Family, best: str) -> list[str]:
     return [f"{best} has {' and '.join(told)} that was tried: nothing is said of what lies beyond."]
 
 
-def share_of_new_data(section: Section, within: float) -> list[str]:
+def share_of_new_data(section: LawSection, within: float) -> list[str]:
     """The largest share of new data that keeps the upstream loss within the limit, where the law of replay holds."""
     law = section.laws.get(UPSTREAM)
     if not isinstance(law, ReplayLaw) or not law.trial.holds:

@@ -43,7 +43,7 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
+class LawSection:
     """The laws of one family. ``kind`` says what its runs differ in; ``laws`` are empty where nothing could be fitted."""
 
     kind: Literal["schedule", "replay"]
@@ -58,7 +58,7 @@ class Section:
         return {role: law.trial for role, law in self.laws.items()}
 
 
-def sections_of(schedules: Sequence[Family], replays: Sequence[Family]) -> list[Section]:
+def sections_of(schedules: Sequence[Family], replays: Sequence[Family]) -> list[LawSection]:
     """The families' laws, fitted and tried, and their predictions."""
     fitted = [_fitted("schedule", family) for family in schedules] + [_fitted("replay", family) for family in replays]
     told = []
@@ -69,17 +69,17 @@ def sections_of(schedules: Sequence[Family], replays: Sequence[Family]) -> list[
     return told
 
 
-def _fitted(kind: Literal["schedule", "replay"], family: Family) -> Section:
+def _fitted(kind: Literal["schedule", "replay"], family: Family) -> LawSection:
     found: dict[str, AnnealingLaw | ReplayLaw] = {}
     space = Space.of_schedules(family) if kind == "schedule" else Space.of_replay(family)
     for role in family.roles:
         law = fit_annealing(family, role, space) if kind == "schedule" else fit_replay(family, role, space)
         if law is not None:
             found[role] = law
-    return Section(kind, family, space, found)
+    return LawSection(kind, family, space, found)
 
 
-def _pooled(sections: Sequence[Section]) -> list[Section]:
+def _pooled(sections: Sequence[LawSection]) -> list[LawSection]:
     """The sections, each law's band no narrower than that of the same law over all of them."""
     laws = [dict(section.laws) for section in sections]
     for kind, role in itertools.product(("schedule", "replay"), (UPSTREAM, DOWNSTREAM)):
@@ -89,7 +89,7 @@ def _pooled(sections: Sequence[Section]) -> list[Section]:
     return [dataclasses.replace(section, laws=law) for section, law in zip(sections, laws, strict=True)]
 
 
-def _predictions(section: Section) -> tuple[list[Prediction], list[str]]:
+def _predictions(section: LawSection) -> tuple[list[Prediction], list[str]]:
     """Predictions of all points within what was tried, and a sentence where some were refused."""
     laws = {role: law for role, law in section.laws.items() if law.trial.holds}
     impossible, vague = 0, 0
@@ -127,7 +127,7 @@ def possible(family: Family, role: str, value: float, band: float) -> bool:
     return low <= value <= high
 
 
-def _value(section: Section, role: str, law: AnnealingLaw | ReplayLaw, point: Point) -> tuple[float, float]:
+def _value(section: LawSection, role: str, law: AnnealingLaw | ReplayLaw, point: Point) -> tuple[float, float]:
     """The predicted final loss, and the standard error that the fit leaves it."""
     if isinstance(law, ReplayLaw):
         fraction = point.values[FRACTION]
@@ -139,7 +139,7 @@ def _value(section: Section, role: str, law: AnnealingLaw | ReplayLaw, point: Po
     return section.family.mean_start(role) + float(np.mean(ends)), law.uncertainty(rates, *next(iter(starts)))
 
 
-def _schedule(section: Section, point: Point) -> Schedule:
+def _schedule(section: LawSection, point: Point) -> Schedule:
     """The schedule at a point: that of an arm of its kind, with the point's numbers."""
     arm = next(iter(section.space.of(point.kind)))
     run = section.family.of(arm)[0]
@@ -147,7 +147,7 @@ def _schedule(section: Section, point: Point) -> Schedule:
     return Schedule.from_spec(run.schedule | numbers)
 
 
-def _keys(section: Section, point: Point) -> dict[str, Any]:
+def _keys(section: LawSection, point: Point) -> dict[str, Any]:
     if section.kind == "replay":
         return keys_of(section.family.runs[0]) | {"replay": {"fraction": round(point.values[FRACTION], 6)}}
     run = section.family.of(next(iter(section.space.of(point.kind))))[0]
@@ -174,7 +174,7 @@ def _schedule_keys(spec: dict[str, Any], values: Mapping[str, float]) -> dict[st
     return {"schedule": told}
 
 
-def _what(section: Section, point: Point) -> str:
+def _what(section: LawSection, point: Point) -> str:
     if section.kind == "replay":
         return describe(section.family.runs[0], {}, point.values[FRACTION])
     run = section.family.of(next(iter(section.space.of(point.kind))))[0]
@@ -210,7 +210,7 @@ def describe(run: Trained, values: dict[str, float], fraction: float | None = No
     return ", ".join(parts)
 
 
-def _trust(section: Section) -> list[str]:
+def _trust(section: LawSection) -> list[str]:
     what = "schedules" if section.kind == "schedule" else "replay fractions"
     sentences = []
     for role, trial in section.trials.items():
@@ -225,7 +225,7 @@ def _trust(section: Section) -> list[str]:
     return sentences
 
 
-def _few(section: Section) -> str:
+def _few(section: LawSection) -> str:
     """Why no law could be fitted."""
     if section.kind == "schedule":
         count = len(distinct_rates(section.family.runs))

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megarewarm.laws.advice import Advice
-from megarewarm.laws.answer import Answer
+from megarewarm.laws.answer import Recommendation
 from megarewarm.laws.sections import keys_of
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import place_labels
@@ -40,7 +40,7 @@ def draw_advice(advice: Advice, path: Path) -> bool:
 def advice_figure(advice: Advice) -> Figure | None:
     """Two columns, upstream and downstream; for every question a row for each axis that was varied and one for the levels left
     out. ``None`` where no law was fitted."""
-    rows: list[tuple[Answer, str]] = []
+    rows: list[tuple[Recommendation, str]] = []
     for one in advice.answers:
         if any(section.laws for section in one.sections):
             varied = [axis for axis in _AXES if len({_settings(keys_of(run))[axis] for run in one.question.runs}) > 1]
@@ -95,7 +95,7 @@ def _label(settings: Settings, axis: str, varied: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _draw_losses(axis: Axes, one: Answer, role: str, along: str) -> None:
+def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None:
     """Final loss against peak or replay, a colour for every setting of all else: crosses measured, lines predicted."""
     told = [(_settings(keys_of(run)), run) for run in one.question.runs]
     runs = sorted(told, key=lambda pair: (str(pair[0].get("curve")), pair[0]["replay"], pair[0]["peak"]))
@@ -144,7 +144,7 @@ def _scale(axis: Axes, along: str, values: list[float]) -> None:
     axis.set_xticks(values, texts, fontsize=7)
 
 
-def _points(one: Answer, role: str) -> list[tuple[str, float, float, float]]:
+def _points(one: Recommendation, role: str) -> list[tuple[str, float, float, float]]:
     """Arm, measured, predicted and band of everything that was left out inside of what was tried."""
     return [
         (arm.arm, arm.measured, arm.predicted, section.laws[role].trial.band)
@@ -154,7 +154,7 @@ def _points(one: Answer, role: str) -> list[tuple[str, float, float, float]]:
     ]
 
 
-def _draw_left_out(axis: Axes, one: Answer, role: str) -> None:
+def _draw_left_out(axis: Axes, one: Recommendation, role: str) -> None:
     """Predicted against measured final loss of arms whose level the fit hadn't seen."""
     for index, kind in enumerate(("schedule", "replay")):
         points = [
@@ -180,7 +180,7 @@ def _draw_left_out(axis: Axes, one: Answer, role: str) -> None:
     axis.set_ylabel("predicted, 90 % band", fontsize=8)
 
 
-def _name_left_out(axis: Axes, one: Answer, role: str) -> None:
+def _name_left_out(axis: Axes, one: Recommendation, role: str) -> None:
     """The arms' names beside their points; of many arms those of the largest errors."""
     worst: dict[str, tuple[str, float, float, float]] = {}
     told = _points(one, role)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.laws.advice import Advice
-from megarewarm.laws.answer import Answer, aimed
-from megarewarm.laws.sections import Prediction, Section, describe
+from megarewarm.laws.answer import Recommendation, aimed
+from megarewarm.laws.sections import LawSection, Prediction, describe
 from megarewarm.spelling import loss_text, rate_text
 
 FORMS = {
@@ -49,14 +49,14 @@ def print_advice(advice: Advice, console: Console, details: bool = False) -> Non
             console.print(f"- {sentence}", highlight=False, markup=False)
 
 
-def _group(one: Answer) -> str:
+def _group(one: Recommendation) -> str:
     run = one.question.runs[0]
     names = one.question.arms
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} (from {run.config.get('start', {}).get('from', 'a checkpoint')}, {run.steps} steps)"
 
 
-def _grid(one: Answer) -> Table | None:
+def _grid(one: Recommendation) -> Table | None:
     """Peak x replay, where the arms differ in just these: upstream above downstream, predictions with a tilde."""
     cells: dict[tuple[float, float], dict[str, float]] = {}
     for arm, losses in one.measured.items():
@@ -102,7 +102,7 @@ def _cell(peak: float, fraction: float) -> tuple[float, float]:
     return float(f"{peak:.4g}"), round(fraction, 5)
 
 
-def _list(one: Answer) -> Table:
+def _list(one: Recommendation) -> Table:
     """The best arms, and the best predictions of runs that weren't made."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("", overflow="fold")
@@ -119,13 +119,13 @@ def _list(one: Answer) -> Table:
     return table
 
 
-def _not_run(one: Answer) -> list[Prediction]:
+def _not_run(one: Recommendation) -> list[Prediction]:
     """Predictions with all losses of runs that weren't made, the lowest first."""
     made = [p for section in one.sections for p in section.predictions if p.arm is None]
     return sorted((p for p in made if set(p.losses) == set(one.question.roles)), key=lambda p: aimed(p.losses, one.aim))
 
 
-def _held_out(section: Section) -> Table:
+def _held_out(section: LawSection) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title="left out, then predicted", title_justify="left"
     )

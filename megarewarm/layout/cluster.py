@@ -28,7 +28,7 @@ MEMORY_IN_USE = 0.92  # the rest is the allocator's and the driver's
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutEstimate:
     """A layout with its estimates. ``keys``: the configuration that asks for it; ``hours``: of all steps of the run."""
 
     layout: Layout
@@ -41,7 +41,7 @@ class Plan:
     hours: float
 
 
-def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> list[Plan]:
+def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> list[LayoutEstimate]:
     """All layouts of ``gpus`` GPUs that fit into memory, fastest first. Raises ``UserError`` where none does."""
     plans = []
     smallest = math.inf
@@ -80,7 +80,7 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
             keys["parallel.schedule"] = parallel.schedule
         keys |= {"training.micro_batch": micro_batch, "training.recompute": recompute}
         mfu = tokens * flops / (gpus * gpu.tflops * 1e12)
-        plans.append(Plan(layout, keys, memory, seconds, bubble, tokens, mfu, config.total_steps * seconds / 3600))
+        plans.append(LayoutEstimate(layout, keys, memory, seconds, bubble, tokens, mfu, config.total_steps * seconds / 3600))
     if not plans:
         least = "no layout divides model and batch" if math.isinf(smallest) else f"the least is {smallest / 2**30:.0f} GiB"
         raise UserError(

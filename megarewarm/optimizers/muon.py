@@ -24,7 +24,7 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import Gradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import ranks_along
-from megarewarm.parallel.placement import Slice
+from megarewarm.parallel.placement import TensorSlice
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _TINY = 1e-7
@@ -87,7 +87,7 @@ class Muon:
                 dist.broadcast(move, group_src=owner, group=self._group)
             parameter = self._model.parameters[name].detach()
             part = self._model.whole(name, parameter)
-            mine, local = (part.of(move), part.local) if isinstance(part, Slice) else (move, part)
+            mine, local = (part.of(move), part.local) if isinstance(part, TensorSlice) else (move, part)
             rate = lr * self._factors[name]
             change = mine * -rate - local * (rate * self.config.weight_decay)
             local.add_(change)
@@ -104,10 +104,10 @@ class Muon:
     def _gathered(self, name: str, local: Tensor, owner: int) -> Tensor:
         """The whole on rank ``owner`` of the group, and room for it on the others."""
         part = self._model.whole(name, local)
-        if not isinstance(part, Slice):
+        if not isinstance(part, TensorSlice):
             return part.contiguous()
         whole = local.new_zeros(part.shape)
-        if self._model.counted(name, local) is not None:
+        if self._model.unique_shard(name, local) is not None:
             part.of(whole).copy_(part.local)
         dist.reduce(whole, group_dst=owner, group=self._group)  # each value is on one rank, the others add zero
         return whole

@@ -58,7 +58,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             os.environ["GLOO_SOCKET_IFNAME"] = name
     try:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", _store(launch, timeout))
-        _wait_for_all(store, launch, timeout, "here", _Word(refused, _gpu(chosen)))
+        _wait_for_all(store, launch, timeout, "here", _Report(refused, _gpu(chosen)))
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=store,
@@ -67,7 +67,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             timeout=timeout,
         )
         # a rank that ends at once, on bad input, would close connections that others are still making
-        _wait_for_all(store, launch, timeout, "connected", _Word())
+        _wait_for_all(store, launch, timeout, "connected", _Report())
         if launch.rank == 0 and launch.local_world_size == launch.world_size and launch.launcher != "torchrun":
             forget_port(launch)
     except (RuntimeError, dist.DistError, TimeoutError) as error:
@@ -97,14 +97,14 @@ def _address(launch: Launch) -> str:
     return f"{host}:{launch.master_port}"
 
 
-class _Word(NamedTuple):
+class _Report(NamedTuple):
     """What a rank tells the main rank: why it won't start, and which GPU it takes (empty: nothing, none)."""
 
     refused: str = ""
     gpu: str = ""
 
 
-def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str, word: _Word) -> None:
+def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str, word: _Report) -> None:
     """Return once every rank is so far. Raises ``TimeoutError`` naming those that are not, and ``UserError`` on every rank
     where one refuses or two can't go together."""
     refused = f"refused/{named_job()}"
@@ -117,7 +117,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: s
         if why := store.get(f"all_{what}").decode():
             raise UserError(why)
         return
-    words: dict[int, _Word] = {}
+    words: dict[int, _Report] = {}
     deadline = time.monotonic() + timeout.total_seconds()
     why = ""
     while not why and (missing := [rank for rank in range(launch.world_size) if rank not in words]):
@@ -129,7 +129,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: s
         time.sleep(0.05)
         for rank in missing:
             if store.check([f"{what}/{rank}"]):
-                words[rank] = _Word(*json.loads(store.get(f"{what}/{rank}")))
+                words[rank] = _Report(*json.loads(store.get(f"{what}/{rank}")))
         why = _conflict(words) or refusal() or (store.get(refused).decode() if store.check([refused]) else "")
     store.set(f"all_{what}", why)
     if why:
@@ -137,7 +137,7 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: s
         raise UserError(why)
 
 
-def _conflict(words: Mapping[int, _Word]) -> str:
+def _conflict(words: Mapping[int, _Report]) -> str:
     """Why ranks that have come can't begin; empty where they can."""
     owner: dict[str, int] = {}
     for rank, word in words.items():

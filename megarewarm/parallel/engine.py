@@ -29,7 +29,7 @@ from megarewarm.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Losses:
+class BatchLosses:
     """Of this rank's sequences, in nats summed over their targets; zeros on a rank whose loss another rank returns, so that the
     sums over all ranks are the batch's. ``targets``: their number; ``distilled``: the teacher's term, summed alike; ``rows``:
     the loss of each sequence, where it was asked for."""
@@ -69,12 +69,12 @@ class ParallelModel(LaidOutModel):
         self._factor = mesh.layout.data if self._sharded else 1
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
-        """Losses of single rows, while they are asked for."""
+        """BatchLosses of single rows, while they are asked for."""
         self._pipeline = self._make_pipeline(parallel, training)
 
     def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
         mesh, length = self.mesh, self._sequence_length
-        if mesh.pipeline is None or mesh.way_back is None:
+        if mesh.pipeline is None or mesh.reverse_group is None:
             return None
         share = training.global_batch // mesh.layout.data
         sequence = mesh.layout.tensor > 1 and parallel.sequence
@@ -84,7 +84,7 @@ class ParallelModel(LaidOutModel):
             self._count,
             order=parallel.schedule,
             group=mesh.pipeline,
-            way_back=mesh.way_back,
+            reverse_group=mesh.reverse_group,
             device=mesh.device,
             micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
             micro_batch=training.micro_batch,
@@ -103,7 +103,7 @@ class ParallelModel(LaidOutModel):
         between: Between = nothing_between,
         *,
         per_row: bool = False,
-    ) -> Losses:
+    ) -> BatchLosses:
         """Add the gradients of this rank's ``rows`` (B / data, s + 1) to ``gradients``, not yet reduced. All ranks call it.
 
         They are those of the mean loss per target of the global batch, times ``loss_scale``. ``between``: of micro-batches;
@@ -120,9 +120,8 @@ class ParallelModel(LaidOutModel):
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
             self._rows = None
-        return Losses(
-            self._mine(total), count, self._mine(distilled), None if each is None else [self._mine(loss) for loss in each]
-        )
+        rows_of_owner = None if each is None else [self._if_loss_owner(loss) for loss in each]
+        return BatchLosses(self._if_loss_owner(total), count, self._if_loss_owner(distilled), rows_of_owner)
 
     def _pipelined(self, tokens: Tensor) -> tuple[float, float]:
         assert self._pipeline is not None
@@ -159,12 +158,12 @@ class ParallelModel(LaidOutModel):
         return float(total), float(distilled)
 
     def _count_targets(self, tokens: Tensor) -> float:
-        """The targets of this rank's rows, as ``_mine``. Where not every token is one, the batch's number is agreed on."""
-        count = self._mine(float(tokens[:, 1:].numel()))
+        """The targets of this rank's rows, as ``_if_loss_owner``. Where not every token is one, the batch's is agreed on."""
+        count = self._if_loss_owner(float(tokens[:, 1:].numel()))
         if self._documents is None or not self._documents.mask_loss:
             return count
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
-        count = self._mine(float((targets != IGNORE).sum()))
+        count = self._if_loss_owner(float((targets != IGNORE).sum()))
         self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
 
@@ -221,7 +220,7 @@ class ParallelModel(LaidOutModel):
         finally:
             for module in self._modules:
                 module.train()
-        return self._mine(total), self._mine(count)
+        return self._if_loss_owner(total), self._if_loss_owner(count)
 
     def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
         """(loss summed, tokens) of rows (b, s + 1), at most as many as are computed at once."""
@@ -237,7 +236,7 @@ class ParallelModel(LaidOutModel):
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step
 
-    def _mine(self, value: float) -> float:
+    def _if_loss_owner(self, value: float) -> float:
         """``value`` on the one rank of a replica that speaks for its loss."""
         return value if self._has_last and self.mesh.tensor_rank == 0 else 0.0
 

@@ -21,7 +21,7 @@ from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
-from megarewarm.parallel.placement import Slice, place
+from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.recompute import recompute
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +91,7 @@ class LaidOutModel:
             cut = pipeline.balance(self.config.num_layers, self._count, *stage_costs(self.config, sequence_length))
             self._numbers = pipeline.my_stages(parallel.schedule, self.mesh.pipeline_rank, layout.pipeline, per_rank)
             last = self._count - 1
-            self._modules = [pipeline.Stage(model, cut[n], first=n == 0, last=n == last) for n in self._numbers]
+            self._modules = [pipeline.StageModule(model, cut[n], first=n == 0, last=n == last) for n in self._numbers]
         self._has_last = self._count - 1 in self._numbers
 
     @property
@@ -129,12 +129,12 @@ class LaidOutModel:
             return
         self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
 
-    def whole(self, name: str, local: Tensor) -> Tensor | Slice:
+    def whole(self, name: str, local: Tensor) -> Tensor | TensorSlice:
         """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
         mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
         return mine if mine.local.shape != mine.shape else mine.local
 
-    def counted(self, name: str, local: Tensor) -> Tensor | None:
+    def unique_shard(self, name: str, local: Tensor) -> Tensor | None:
         """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
         the whole, each value once, without padding. None where other ranks count all of it."""
         placement, mesh = self.placements[name], self.mesh
@@ -155,7 +155,7 @@ class LaidOutModel:
                 if isinstance(part, FSDPModule):
                     part.reshard()
 
-    def weights(self) -> dict[str, Tensor | Slice]:
+    def weights(self) -> dict[str, Tensor | TensorSlice]:
         """The parameters on this rank by name, each as ``whole`` shows it."""
         return {name: self.whole(name, parameter) for name, parameter in self.parameters.items()}
 

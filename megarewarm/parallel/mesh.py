@@ -86,7 +86,7 @@ class Mesh:
         self.ranks, self.layout, self.device = ranks, layout, ranks.device
         self.tensor: dist.ProcessGroup | None = None
         self.pipeline: dist.ProcessGroup | None = None
-        self.way_back: dist.ProcessGroup | None = None  # the pipeline's ranks again, for messages to earlier ones
+        self.reverse_group: dist.ProcessGroup | None = None  # the pipeline's ranks again, for messages to earlier ones
         self.data: dist.ProcessGroup | None = None
         self.devices: DeviceMesh | None = None
         self._submeshes: dict[tuple[str, ...], DeviceMesh] = {}
@@ -104,7 +104,7 @@ class Mesh:
         if layout.tensor > 1:
             self.tensor = groups["tensor"]
         if layout.pipeline > 1:
-            self.pipeline, self.way_back = groups["pipeline"], new_groups(ranks_along(grid, "pipeline"))
+            self.pipeline, self.reverse_group = groups["pipeline"], new_groups(ranks_along(grid, "pipeline"))
         if layout.replicate > 1 and layout.shard > 1:
             self.data = new_groups(ranks_along(grid, "replicate", "shard"))
         elif layout.data > 1:

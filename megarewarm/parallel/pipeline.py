@@ -77,7 +77,7 @@ def rank_of(order: Order, number: int, ranks: int) -> int:
     return number % ranks
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Some layers of a NeoX under the names they have in the whole; the embedding before or the last norm after them.
 
     Tied embeddings: the last stage holds a copy of the embedding as its head.
@@ -140,7 +140,7 @@ class Pipeline:
         *,
         order: Order,
         group: dist.ProcessGroup,
-        way_back: dist.ProcessGroup,
+        reverse_group: dist.ProcessGroup,
         device: torch.device,
         micro_batches: int,
         micro_batch: int,
@@ -157,7 +157,7 @@ class Pipeline:
         self.sequences = micro_batches * micro_batch
         self._stages = dict(zip(numbers, stages, strict=True))
         self._last = count - 1
-        self._groups = (group, way_back)
+        self._groups = (group, reverse_group)
         self._rank_of = [rank_of(order, number, group.size()) for number in range(count)]
         self._length, self._micro_batch, self._loss = sequence_length, micro_batch, loss
         self._hidden = (micro_batch, local_length, hidden_size), dtype

@@ -15,7 +15,7 @@ from megarewarm.model.parameters import Card
 
 
 @dataclass(frozen=True)
-class Slice:
+class TensorSlice:
     """What a rank holds of a tensor of ``shape``: ``local``, which begins at ``offsets`` of the whole. It may be empty.
 
     Explicit, and not a DTensor: DTensors can only say what torch's own rule of dividing gives, and padded rows that are
@@ -59,7 +59,7 @@ class Placement:
             return self.shape
         return (*self.shape[: self.dim], self.per_rank, *self.shape[self.dim + 1 :])
 
-    def slice(self, local: Tensor, shard: int = 0, shards: int = 1) -> Slice:
+    def slice(self, local: Tensor, shard: int = 0, shards: int = 1) -> TensorSlice:
         """What ``local`` holds of the whole, without padding. It is what this rank allocated or, of ``shards``, the one with
         number ``shard``, which fully_shard cuts off along the first dimension."""
         offsets = [0] * len(self.shape)
@@ -72,7 +72,7 @@ class Placement:
             offsets[0] += before
         offsets = [min(first, end) for first, end in zip(offsets, self.shape, strict=True)]
         sizes = [min(n, end - first) for n, end, first in zip(local.shape, self.shape, offsets, strict=True)]
-        return Slice(local[tuple(slice(0, size) for size in sizes)], tuple(offsets), self.shape)
+        return TensorSlice(local[tuple(slice(0, size) for size in sizes)], tuple(offsets), self.shape)
 
     def fill(self, local: Tensor, whole: Tensor, shard: int = 0, shards: int = 1) -> None:
         """Copy the part of ``whole`` that ``local`` (see ``slice``) holds into it; padding becomes zero."""

@@ -140,7 +140,7 @@ def _keeper() -> str:
 _LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|nccl.*(error|abort)|peer", re.IGNORECASE)
 
 
-def is_loss(error: BaseException | None) -> bool:
+def is_rank_loss(error: BaseException | None) -> bool:
     """Whether ``error`` came out of a collective because another rank is gone or hangs.
 
     torch's pipelines wrap what a stage fails of in words of their own: its causes are looked at as well.

@@ -124,7 +124,7 @@ def start_position(policy: ResetPolicy, training: TrainingState | None) -> Posit
 
 
 @dataclass(frozen=True)
-class Row:
+class ResetLine:
     """One line of the printed table."""
 
     line: str
@@ -141,7 +141,7 @@ def table(
     parameters: int,
     seed: int,
     loss_scale: float | None = None,
-) -> list[Row]:
+) -> list[ResetLine]:
     """The reset table with the values of both sides, in the order of the config's keys."""
     old = source.training if source is not None else None
     nothing = "-" if source is None else "not stored"
@@ -167,4 +167,4 @@ def table(
         "rng": f"seed {seed}" if policy.rng == "reseed" else "kept",
         "loss_scale": "none" if loss_scale is None else f"{loss_scale:g}",
     }
-    return [Row(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]
+    return [ResetLine(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]

@@ -103,14 +103,6 @@ def anneal(u: ArrayLike, constant_lr: float, min_lr: float) -> Values:
     return constant_lr * (min_lr / constant_lr) ** np.asarray(u, dtype=np.float64)
 
 
-DECAYS: dict[str, Callable[[Any, float, float], Values]] = {
-    "linear": linear,
-    "linear_clipped": linear_clipped,
-    "cosine": cosine,
-    "exponential": exponential,
-}
-"""Curves that, after the warmup, are one function of (u, max_lr, min_lr)."""
-
 WSD_DECAYS: dict[str, Callable[[Any, float, float], Values]] = {
     "linear": linear,
     "cosine": cosine,

@@ -1,4 +1,4 @@
-"""A learning-rate schedule with every length settled in steps: built from the config, stored whole in a checkpoint."""
+"""A learning-rate schedule with every length settled in steps, stored whole in a checkpoint; and the table of all curves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from megarewarm.config.budget import Budget
-from megarewarm.config.schema import ScheduleConfig
 from megarewarm.errors import UserError
 from megarewarm.schedules import curves
 from megarewarm.schedules.curves import Values
-
-UNCLAMPED = ("constant", "cosine", "linear_clipped", "exponential")
-"""Curves that GPT-NeoX has, and that may run on past their length as they do there."""
 
 # Lengths given as percentages add up to the whole only within rounding: less than this share of it is nothing.
 _ROUNDING = 1e-9
@@ -57,7 +52,9 @@ class Schedule:
         n = np.asarray(n, dtype=np.float64)
         if np.any(n < 0):
             raise ValueError("a schedule has no position before its first step")
-        rates = self._neox(n) if self.unclamped else self._after_warmup(np.minimum(n, self.length))
+        rates = self._curve.rate(self, n if self.unclamped else np.minimum(n, self.length))
+        if self.unclamped and self.min_lr is not None:
+            rates = np.maximum(self.min_lr, rates)
         if self.warmup_steps > 0:
             rising = (n <= self.warmup_steps) & (bool(self.unclamped) | (n < self.length))
             rates = np.where(rising, curves.warmup(n, self.max_lr, self.warmup_steps, not self.unclamped), rates)
@@ -66,22 +63,9 @@ class Schedule:
     def phases(self) -> list[tuple[str, float, float]]:
         """Name, first position and end (exclusive; inf for the last) of every phase that is not empty, in order.
 
-        The names are 'warmup', 'stable', 'decay', 'cooldown', 'constant', 'anneal' and 'after'.
+        The first is 'warmup', the others the curve's own.
         """
-        w, end = self.warmup_steps, self.length
-        match self.curve:
-            case "constant":
-                middle = [("constant", w)]
-            case "wsd":
-                middle = [("stable", w), ("decay", end - self._get("decay")), ("after", end)]
-            case "infinite_cosine" | "infinite_inverse_sqrt":
-                constant, anneal = self._infinite_joints()
-                middle = [("cooldown", w), ("constant", constant)]
-                if anneal < end:
-                    middle += [("anneal", anneal), ("after", end)]
-            case _:
-                middle = [("decay", w), ("after", end)]
-        starts = [("warmup", 0.0), *middle]
+        starts = [("warmup", 0.0), *self._curve.phases(self)]
         ends = [*(start for _, start in starts[1:]), np.inf]
         return [(name, start, stop) for (name, start), stop in zip(starts, ends, strict=True) if stop > start]
 
@@ -106,101 +90,42 @@ class Schedule:
             raise UserError(f"stored schedule: key '{missing[0]}' is missing: set start.schedule to 'restart'")
         return cls(**spec)
 
-    def _after_warmup(self, n: Values) -> Values:
-        """The curve without its warmup, at positions already held at or below ``length``."""
-        w, end, high = self.warmup_steps, self.length, self.max_lr
-        match self.curve:
-            case "constant":
-                return np.full_like(n, high)
-            case "cosine_clipped":
-                return curves.cosine_clipped(n, high, self._get("min_lr"), w, end)
-            case "inverse_sqrt":
-                return curves.inverse_sqrt(n, high, self._get("min_lr"), w)
-            case "wsd":
-                decay = self._get("decay")
-                u = curves.progress(n, end - decay, decay)
-                return curves.WSD_DECAYS[self.decay_shape or "minus_sqrt"](u, high, self._get("min_lr"))
-            case "infinite_cosine" | "infinite_inverse_sqrt":
-                return self._infinite(n)
-            case curve if curve in curves.DECAYS:
-                return curves.DECAYS[curve](curves.progress(n, w, end - w), high, self._get("min_lr"))
-        raise UserError(f"schedule.curve '{self.curve}' is unknown")
+    def get(self, key: str) -> Any:
+        """The value of ``key``, or the curve's default. Raises UserError where there is neither."""
+        value = getattr(self, key)
+        value = self._curve.defaults.get(key) if value is None else value
+        if value is None:
+            raise UserError(f"schedule.{key} is missing: curve '{self.curve}' needs it")
+        return value
 
-    def _neox(self, n: Values) -> Values:
-        """GPT-NeoX's formulas after the warmup, at any position: u runs on past 1, only ``min_lr`` is a limit.
+    def progress(self, n: Values) -> Values:
+        """u at positions ``n``: from 0 at the end of the warmup to 1 at ``length``; ``unclamped``, it goes on past 1.
 
         A warmup as long as the whole leaves nothing to decay over, and GPT-NeoX divides by zero; we stay at the peak.
         """
-        if self.curve == "constant":
-            return np.full_like(n, self.max_lr)
         span = self.length - self.warmup_steps
-        u = (n - self.warmup_steps) / span if span != 0 else np.zeros_like(n)
-        low = self._get("min_lr")
-        return np.maximum(low, curves.DECAYS[self.curve](u, self.max_lr, low))
+        if not self.unclamped:
+            return curves.progress(n, self.warmup_steps, span)
+        return (n - self.warmup_steps) / span if span != 0 else np.zeros_like(n)
 
-    def _infinite(self, n: Values) -> Values:
-        """Cooldown, constant and anneal of arXiv 2403.08763, section 7."""
-        constant, anneal = self._infinite_joints()
-        height, low = self._get("constant_lr"), self._get("min_lr")
-        u = curves.progress(n, self.warmup_steps, self._get("cooldown"))
-        if self.curve == "infinite_cosine":
-            rates = curves.cosine(u, self.max_lr, height)
-        else:
-            rates = curves.inverse_sqrt_cooldown(u, self.max_lr, height, self.timescale or 10.0)
-        rates = np.where(n >= constant, height, rates)
-        if anneal == self.length:
-            return rates
-        u = curves.progress(n, anneal, self.length - anneal)
-        return np.where(n >= anneal, curves.anneal(u, height, low), rates)
-
-    def _infinite_joints(self) -> tuple[float, float]:
-        """Positions at which the constant phase and the anneal begin; the second is ``length`` without an anneal."""
-        constant = self.warmup_steps + self._get("cooldown")
-        anneal = constant + self._get("constant")
-        return constant, self.length if self.length - anneal <= _ROUNDING * self.length else anneal
-
-    def _get(self, key: str) -> float:
-        value = getattr(self, key)
-        if value is None:
-            raise UserError(f"schedule.{key} is missing: curve '{self.curve}' needs it")
-        return float(value)
+    @property
+    def _curve(self) -> RateCurve:
+        if self.curve not in CURVES:
+            raise UserError(f"schedule.curve '{self.curve}' is unknown")
+        return CURVES[self.curve]
 
 
-def build_schedule(config: ScheduleConfig, to_steps: Callable[[Budget], float], total_steps: int) -> Schedule:
-    """The schedule of a run: ``config`` with every length turned into steps by ``to_steps``.
-
-    ``total_steps`` is the training budget in steps, the length of a curve that gives none. Raises UserError, naming
-    the keys, where the phases are longer than the whole.
-    """
-
-    def steps(budget: Budget | None) -> float | None:
-        return None if budget is None else float(to_steps(budget))
-
-    length = steps(config.length)
-    return Schedule(
-        curve=config.curve,
-        max_lr=config.max_lr,
-        warmup_steps=float(to_steps(config.warmup)),
-        length=float(total_steps) if length is None else length,
-        min_lr=config.min_lr,
-        decay=steps(config.decay),
-        decay_shape=(config.decay_shape or "minus_sqrt") if config.curve == "wsd" else None,
-        constant_lr=config.constant_lr,
-        cooldown=steps(config.cooldown),
-        constant=steps(config.constant),
-        timescale=(config.timescale or 10.0) if config.curve == "infinite_inverse_sqrt" else None,
-        unclamped=config.unclamped or None,
-    )
+def _whole(schedule: Schedule) -> str:
+    return f"schedule.length (null: training.budget), {schedule.length:g} steps"
 
 
 def _check_lengths(schedule: Schedule) -> None:
     """Raise UserError unless the phases fit into the length, each in its place."""
     length = schedule.length
-    whole = f"schedule.length (null: training.budget), {length:g} steps"
     if not length > 0:
         raise UserError(f"schedule.length is {length:g} steps: it must be above 0")
     if schedule.unclamped:
-        if schedule.curve not in UNCLAMPED:
+        if "unclamped" not in schedule._curve.may:
             raise UserError(f"schedule.unclamped: curve '{schedule.curve}' has no formula past its length: remove it")
         return
     parts = {"warmup": schedule.warmup_steps}
@@ -210,11 +135,107 @@ def _check_lengths(schedule: Schedule) -> None:
     if sum(parts.values()) > length * (1 + _ROUNDING):
         told = " + ".join(f"schedule.{key} ({steps:g} steps)" for key, steps in parts.items())
         fit = "doesn't fit" if len(parts) == 1 else "don't fit"
-        raise UserError(f"{told} {fit} into {whole}: shorten the phases or lengthen the whole")
-    if schedule.curve == "wsd" and not schedule.decay:
-        raise UserError("schedule.decay is 0 steps: give the final decay a length, or use curve 'constant'")
-    if schedule.curve == "cosine_clipped" and 2 * schedule.warmup_steps > length:
+        raise UserError(f"{told} {fit} into {_whole(schedule)}: shorten the phases or lengthen the whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class RateCurve:
+    """All that is known of a curve; the schema of ``schedule``, its documents and the gallery ask it.
+
+    ``rate``: learning rates after the warmup at positions n (float64, any shape), which are at most ``length`` unless the
+    schedule is ``unclamped``; raises UserError for lengths that can't be. ``needs`` and ``may``: keys of ``ScheduleConfig``
+    that it must and may have, beside those of all curves; ``defaults`` of these. ``phases``: name and start of each after the
+    warmup. ``anneals``: exponentially, so that min_lr must be above 0. ``example``: keys of the gallery's panel.
+    """
+
+    rate: Callable[[Schedule, Values], Values]
+    needs: tuple[str, ...] = ("min_lr",)
+    may: tuple[str, ...] = ("length",)
+    phases: Callable[[Schedule], list[tuple[str, float]]] = lambda s: [("decay", s.warmup_steps), ("after", s.length)]
+    anneals: bool = False
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"min_lr": 0.1, "length": "90%"})
+
+
+def decay(formula: Callable[[Values, float, float], Values], *may: str) -> RateCurve:
+    """A curve that is one function of (u, max_lr, min_lr) after the warmup."""
+    return RateCurve(lambda s, n: formula(s.progress(n), s.max_lr, s.get("min_lr")), may=("length", *may))
+
+
+def _cosine_clipped(s: Schedule, n: Values) -> Values:
+    if 2 * s.warmup_steps > s.length:
         raise UserError(
-            f"schedule.warmup ({schedule.warmup_steps:g} steps) is above half of {whole}, where curve 'cosine_clipped' "
-            "jumps: shorten it, or use curve 'cosine'"
+            f"schedule.warmup ({s.warmup_steps:g} steps) is above half of {_whole(s)}, where curve 'cosine_clipped' jumps: "
+            "shorten it, or use curve 'cosine'"
         )
+    return curves.cosine_clipped(n, s.max_lr, s.get("min_lr"), s.warmup_steps, s.length)
+
+
+def _wsd(s: Schedule, n: Values) -> Values:
+    if not s.get("decay"):
+        raise UserError("schedule.decay is 0 steps: give the final decay a length, or use curve 'constant'")
+    u = curves.progress(n, s.length - s.get("decay"), s.get("decay"))
+    return curves.WSD_DECAYS[s.get("decay_shape")](u, s.max_lr, s.get("min_lr"))
+
+
+def _joints(s: Schedule) -> tuple[float, float]:
+    """Positions at which the constant phase and the anneal begin; the second is ``length`` without an anneal."""
+    constant = s.warmup_steps + s.get("cooldown")
+    anneal = constant + s.get("constant")
+    return constant, s.length if s.length - anneal <= _ROUNDING * s.length else anneal
+
+
+def _infinite(cooldown: Callable[[Schedule, Values], Values], **defaults: float) -> RateCurve:
+    """``cooldown`` (of its own progress), constant and anneal of arXiv 2403.08763, section 7."""
+
+    def rate(s: Schedule, n: Values) -> Values:
+        constant, anneal = _joints(s)
+        height, low = s.get("constant_lr"), s.get("min_lr")
+        rates = cooldown(s, curves.progress(n, s.warmup_steps, s.get("cooldown")))
+        rates = np.where(n >= constant, height, rates)
+        if anneal == s.length:
+            return rates
+        return np.where(n >= anneal, curves.anneal(curves.progress(n, anneal, s.length - anneal), height, low), rates)
+
+    def phases(s: Schedule) -> list[tuple[str, float]]:
+        constant, anneal = _joints(s)
+        last = [("anneal", anneal), ("after", s.length)] if anneal < s.length else []
+        return [("cooldown", s.warmup_steps), ("constant", constant), *last]
+
+    return RateCurve(
+        rate,
+        needs=("min_lr", "constant_lr", "cooldown", "constant"),
+        may=("length", *defaults),
+        phases=phases,
+        anneals=True,
+        defaults=defaults,
+        example={"min_lr": 0.1, "constant_lr": 0.55, "cooldown": "50%", "constant": "25%"},
+    )
+
+
+CURVES: dict[str, RateCurve] = {
+    "constant": RateCurve(
+        lambda s, n: np.full_like(n, s.max_lr), (), ("unclamped",), lambda s: [("constant", s.warmup_steps)], example={}
+    ),
+    "linear": decay(curves.linear),
+    "linear_clipped": decay(curves.linear_clipped, "unclamped"),
+    "cosine": decay(curves.cosine, "unclamped"),
+    "cosine_clipped": RateCurve(_cosine_clipped),
+    "exponential": decay(curves.exponential, "unclamped"),
+    "inverse_sqrt": RateCurve(
+        lambda s, n: curves.inverse_sqrt(n, s.max_lr, s.get("min_lr"), s.warmup_steps), may=(), example={"min_lr": 0.1}
+    ),
+    "wsd": RateCurve(
+        _wsd,
+        needs=("min_lr", "decay"),
+        may=("length", "decay_shape"),
+        phases=lambda s: [("stable", s.warmup_steps), ("decay", s.length - s.get("decay")), ("after", s.length)],
+        defaults={"decay_shape": "minus_sqrt"},
+        example={"min_lr": 0.1, "length": "90%", "decay": "30%"},
+    ),
+    "infinite_cosine": _infinite(lambda s, u: curves.cosine(u, s.max_lr, s.get("constant_lr"))),
+    "infinite_inverse_sqrt": _infinite(
+        lambda s, u: curves.inverse_sqrt_cooldown(u, s.max_lr, s.get("constant_lr"), s.get("timescale")), timescale=10.0
+    ),
+}
+"""Every curve there is, by the name that ``schedule.curve`` gives it."""

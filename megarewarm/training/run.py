@@ -25,7 +25,7 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.reset import Row, table
+from megarewarm.rewarm.reset import ResetLine, table
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.inputs import Inputs
 from megarewarm.training.start.plan import Plan
@@ -171,7 +171,7 @@ class Run:
             },
         }
 
-    def reset_table(self) -> list[Row]:
+    def reset_table(self) -> list[ResetLine]:
         """What the run has kept and lost of what its start checkpoint held."""
         plan = self.plan
         scale = self.scaler.scale if self.scaler is not None else None

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.model.size import count_parameters
-from megarewarm.rewarm.reset import Row
+from megarewarm.rewarm.reset import ResetLine
 from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluation_cost import EvaluationCost
@@ -57,7 +57,7 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
         console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
 
 
-def print_reset_table(rows: list[Row], console: Console, log: Callable[[str], None]) -> None:
+def print_reset_table(rows: list[ResetLine], console: Console, log: Callable[[str], None]) -> None:
     """The reset table: what the checkpoint had, what this run has."""
     table = Table(title="reset table", title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("line", "choice", "checkpoint had", "this run has"):

@@ -13,12 +13,13 @@ from transformers import GPTNeoXForCausalLM
 
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.foreign.hub import resolve
-from megarewarm.checkpoint.foreign.huggingface import load_weights, read_model_config
+from megarewarm.checkpoint.foreign.huggingface import read_model_config
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.initialize import initialize
 from megarewarm.model.neox import NeoX
 from tests.model.test_neox import SHAPE, VARIANTS, some_tokens, their_parameters, transformers_model
+from tests.support.huggingface import load_weights
 
 
 def theirs(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> GPTNeoXForCausalLM:

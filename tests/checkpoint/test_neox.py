@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megarewarm.checkpoint.export.neox import export_neox
-from megarewarm.checkpoint.foreign.huggingface import load_weights
 from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder
 from megarewarm.checkpoint.source import NeoXCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
@@ -30,6 +29,7 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
 from tests.support import neox_writer as theirs
 from tests.support.distributed import run_ranks, whole
+from tests.support.huggingface import load_weights
 from tests.support.neox_writer import Shape, our_name, whole_model
 from tests.support.tiny import config, write_tokens
 

@@ -18,7 +18,7 @@ from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.errors import UserError
-from megarewarm.parallel.ranks import Ranks, is_loss
+from megarewarm.parallel.ranks import Ranks, is_rank_loss
 from tests.checkpoint.test_crash import go_on, state_of, tensors_of
 from tests.support.distributed import run_ranks
 
@@ -59,7 +59,7 @@ def _frozen(ranks: Ranks, folder: str, asynchronous: bool) -> str:
             saving.save(state_of(1), tensors_of(1))
             saving.wait()
     except RuntimeError as error:
-        said = f"lost after {time.monotonic() - began:.1f} s" if is_loss(error) else str(error)
+        said = f"lost after {time.monotonic() - began:.1f} s" if is_rank_loss(error) else str(error)
     if ranks.rank == 0:
         os.kill(int((place / "pid.1").read_text()), signal.SIGCONT)
     return said
@@ -95,7 +95,7 @@ def _dies_while_loading(ranks: Ranks, folder: str) -> str:
     except UserError as error:
         return f"blamed: {error}"
     except RuntimeError as error:
-        return "lost" if is_loss(error) else str(error)
+        return "lost" if is_rank_loss(error) else str(error)
     return "nothing was noticed"
 
 

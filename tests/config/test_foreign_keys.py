@@ -22,6 +22,7 @@ from megarewarm.config.neox_function import another_function
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
 from tests.support import megatron_writer, neox_writer
+from tests.support.huggingface import load_weights
 
 # ---- Megatron-LM ---------------------------------------------------------------------------------------------------
 
@@ -276,7 +277,7 @@ def test_a_config_is_read_as_transformers_does_or_refused(tmp_path: Path, name: 
     transformers = pytest.importorskip("transformers")
     config, _ = huggingface.read_model_config(folder)
     model = NeoX(config).eval()
-    huggingface.load_weights(folder, model)
+    load_weights(folder, model)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():
         theirs = transformers.GPTNeoXForCausalLM.from_pretrained(folder).eval()(tokens).logits

@@ -22,6 +22,7 @@ from megarewarm.config.load import dump, read_configs, validate
 from megarewarm.config.paths import PathMark, expanded
 from megarewarm.config.reliability import Duration
 from megarewarm.config.schema import RunConfig
+from megarewarm.config.section import OneOf
 from megarewarm.config.yaml_text import parse_yaml, write_yaml
 from megarewarm.errors import UserError
 from tests.config.test_schema import MINIMAL, ROOT, load, refusal
@@ -109,17 +110,19 @@ def texts(model: type[BaseModel], seen: set[type]) -> Iterator[tuple[str, bool]]
     seen.add(model)
     for name, field in model.model_fields.items():
         parts, marked = [field.annotation, *field.metadata], False
-        text = False
+        text = chosen = False
         while parts:
             part = parts.pop()
             if isinstance(part, PathMark):
                 marked = True
+            elif isinstance(part, OneOf):
+                chosen = True
             elif part is str:
                 text = True
             elif isinstance(part, type) and issubclass(part, BaseModel):
                 yield from texts(part, seen)
             parts += [arg for arg in get_args(part) if not isinstance(arg, str)]
-        if text:
+        if text and not chosen:
             yield f"{model.__name__}.{name}", marked
 
 

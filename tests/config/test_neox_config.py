@@ -24,13 +24,13 @@ from megarewarm.config.neox_document import neox_markdown
 from megarewarm.config.neox_keys import HONOURED, NOT_APPLICABLE, ONLY, OVERWRITTEN, is_known
 from megarewarm.config.neox_read import NeoxFile, neox_files, read_neox
 from megarewarm.config.neox_translate import translate
+from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.neox_start import load_neox, show_account
-from megarewarm.schedules.schedule import build_schedule
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_convert import tool

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.data import DataConfig, Source
+from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches, build_training_batches
@@ -20,7 +21,6 @@ from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import Position
 from megarewarm.rewarm.switches import switch_step, training_phases
-from megarewarm.schedules.schedule import build_schedule
 from megarewarm.training import trainer
 from megarewarm.training.trainer import train
 from tests.support.tiny import config, events, quiet, write_tokens

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from megarewarm.config.schema import ModelConfig, RunConfig
-from megarewarm.layout.cluster import Plan, rank_layouts
+from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
 from tests.support.tiny import config
 
@@ -31,7 +31,7 @@ def tool() -> ModuleType:
         sys.path.remove(str(TOOLS))
 
 
-def planned(place: Path, gpus: int, batch: int) -> tuple[RunConfig, list[Plan]]:
+def planned(place: Path, gpus: int, batch: int) -> tuple[RunConfig, list[LayoutEstimate]]:
     model = ModelConfig(num_layers=4, hidden_size=512, num_heads=8, vocab_size=50304)
     run = config(
         place, model=model.model_dump(), data={"sequence_length": 512}, training={"global_batch": batch, "budget": 131296}
@@ -56,7 +56,7 @@ def test_no_digit_is_dropped(tmp_path: Path, tool: ModuleType, gpus: int, batch:
         check(tool, plans, gpus, width)
 
 
-def check(tool: ModuleType, plans: list[Plan], gpus: int, width: int) -> None:
+def check(tool: ModuleType, plans: list[LayoutEstimate], gpus: int, width: int) -> None:
     console = Console(width=width)
     with console.capture() as shown:
         console.print(tool.fitted(plans[:10], gpus, width))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from megarewarm.checkpoint.convert import Wish, convert
+from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
@@ -208,7 +208,7 @@ def test_another_optimizer_is_said_and_its_state_is_not_kept(tmp_path: Path) -> 
     run.batches.close()
     again = OwnCheckpoint(tmp_path / "muon" / "checkpoints" / "step_4")
     assert again.state.optimizer == "muon"
-    convert(again, tmp_path / "copy", Wish("megarewarm"))
+    convert(again, tmp_path / "copy", ConvertOptions("megarewarm"))
     kept, copied = tensors_of(again.folder), tensors_of(tmp_path / "copy")
     assert kept.keys() == copied.keys() and all(torch.equal(kept[key], copied[key]) for key in kept)
 

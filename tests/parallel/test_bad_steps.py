@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megarewarm.checkpoint.own.state import read_state
-from megarewarm.parallel.engine import Losses, ParallelModel
+from megarewarm.parallel.engine import BatchLosses, ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
@@ -28,7 +28,7 @@ def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, l
     """Train with a loss that is infinite on the last rank, once in call ``transient``, twice from call ``lasting`` on."""
     original, calls = ParallelModel.forward_backward, [0]
 
-    def damaged(model: ParallelModel, rows: Any, **options: Any) -> Losses:
+    def damaged(model: ParallelModel, rows: Any, **options: Any) -> BatchLosses:
         losses = original(model, rows, **options)
         calls[0] += 1
         if ranks.rank == ranks.world_size - 1 and calls[0] in (transient, lasting, lasting + 1):

@@ -436,7 +436,7 @@ def _meet(words: dict[int, tuple[str, str]]) -> dict[int, str]:
     def one(rank: int) -> None:
         launch = Launch(rank, len(words), rank, len(words), "127.0.0.1", 29500, "environment")
         try:
-            connect_module._wait_for_all(store, launch, timedelta(seconds=20), "here", connect_module._Word(*words[rank]))
+            connect_module._wait_for_all(store, launch, timedelta(seconds=20), "here", connect_module._Report(*words[rank]))
             said[rank] = ""
         except UserError as error:
             said[rank] = str(error)

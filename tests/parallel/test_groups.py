@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megarewarm.parallel.groups import new_groups, new_patient_group, patience
 from megarewarm.parallel.mesh import Layout, ranks_along
-from megarewarm.parallel.ranks import Ranks, is_loss
+from megarewarm.parallel.ranks import Ranks, is_rank_loss
 from tests.support.distributed import run_ranks
 
 
@@ -27,7 +27,7 @@ def _make(ranks: Ranks, kind: str) -> float | None:
     began = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         new_patient_group(timedelta(hours=2)) if kind == "patient" else new_groups([[0, 1]])
-    assert is_loss(caught.value)
+    assert is_rank_loss(caught.value)
     return time.monotonic() - began
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megarewarm.parallel import ranks as ranks_module
 from megarewarm.parallel.mesh import Layout, Mesh
-from megarewarm.parallel.ranks import Ranks, is_loss
+from megarewarm.parallel.ranks import Ranks, is_rank_loss
 from tests.support.distributed import run_ranks
 
 PATIENCE = 2.0
@@ -27,7 +27,13 @@ def _wait_in_every_group(ranks: Ranks, layout: Layout) -> list[tuple[str, str, f
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=PATIENCE))
     mesh = Mesh(ranks, layout)
     shard = mesh.submesh("shard").get_group() if layout.shard > 1 else None
-    groups = {"tensor": mesh.tensor, "pipeline": mesh.pipeline, "way back": mesh.way_back, "data": mesh.data, "shard": shard}
+    groups = {
+        "tensor": mesh.tensor,
+        "pipeline": mesh.pipeline,
+        "way back": mesh.reverse_group,
+        "data": mesh.data,
+        "shard": shard,
+    }
     if layout.replicate > 1 and layout.shard > 1:
         groups["replicate"] = mesh.submesh("replicate").get_group()
     found = []
@@ -46,7 +52,7 @@ def _wait_in_every_group(ranks: Ranks, layout: Layout) -> list[tuple[str, str, f
                 else:
                     dist.all_reduce(torch.zeros(1), group=group)
             except RuntimeError as error:
-                said = "lost" if is_loss(error) else str(error)
+                said = "lost" if is_rank_loss(error) else str(error)
             found.append((name, said, time.monotonic() - began))
     if ranks.rank == 3:
         time.sleep(6 * PATIENCE)
@@ -75,9 +81,9 @@ def test_a_loss_within_a_pipelines_stage_is_known_by_its_cause() -> None:
         except RuntimeError as error:
             raise RuntimeError("Failed to run stage backward: Stage output: ('Tensor(torch.Size([2, 16, 32]))',)") from error
     except RuntimeError as error:
-        assert is_loss(error)
-    assert not is_loss(RuntimeError("Failed to run stage backward: a defect"))
-    assert not is_loss(OSError("Connection timed out")) and not is_loss(None)
+        assert is_rank_loss(error)
+    assert not is_rank_loss(RuntimeError("Failed to run stage backward: a defect"))
+    assert not is_rank_loss(OSError("Connection timed out")) and not is_rank_loss(None)
 
 
 class FrozenStore:

@@ -23,7 +23,7 @@ from megarewarm.checkpoint.own.slices import tile
 from megarewarm.checkpoint.own.store import load, misplaced_rows, stored_tensors
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.parameters import cards
-from megarewarm.parallel.placement import Slice, place
+from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
@@ -268,7 +268,7 @@ def test_misplaced_rows_are_read_where_they_belong(tmp_path: Path) -> None:
     load(tmp_path, {"model.embed_in.weight": found}, alone=True)
     assert torch.equal(found, whole)
     for first in (0, 9, 17, 18, 34, 35, 44, 51, 52, 53, 60):
-        part = Slice(torch.empty(9, 6), (first, 0), (69, 6))
+        part = TensorSlice(torch.empty(9, 6), (first, 0), (69, 6))
         load(tmp_path, {"model.embed_in.weight": part}, alone=True)
         assert torch.equal(part.local, whole[first : first + 9])
     told = misplaced_rows(tmp_path)

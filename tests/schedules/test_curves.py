@@ -5,20 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from pydantic import ValidationError
 
-from megarewarm.config.schema import Curve, ScheduleConfig
+from megarewarm.config.schedule import ScheduleConfig, build_schedule
 from megarewarm.errors import UserError
-from megarewarm.report.figures import schedules as gallery
-from megarewarm.schedules.schedule import Schedule, build_schedule
+from megarewarm.schedules.curves import WSD_DECAYS
+from megarewarm.schedules.schedule import CURVES, Schedule
 
 TOKENS_PER_STEP = 1104 * 2048
 
@@ -179,8 +177,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return build(total, **keys)
 
 
-CURVES = set(ScheduleConfig.model_fields["curve"].annotation.__args__)  # type: ignore[union-attr]
-SHAPES = ["linear", "cosine", "exponential", "minus_sqrt"]
+SHAPES = list(WSD_DECAYS)
 
 
 @settings(max_examples=150, deadline=None)
@@ -322,16 +319,3 @@ def test_negative_position_is_refused() -> None:
 def test_config_refuses_keys_of_another_curve() -> None:
     with pytest.raises(ValidationError, match="no use for 'decay'"):
         ScheduleConfig.model_validate({"curve": "cosine", "max_lr": 1e-3, "min_lr": 0.0, "decay": 10})
-
-
-def test_the_gallery_has_a_panel_for_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eleventh curve has one too, in a fifth row, and no two are drawn over each other."""
-    assert set(gallery._PANELS) == set(get_args(Curve))
-    monkeypatch.setattr(gallery, "_PANELS", gallery._PANELS | {"Linear": {"min_lr": 0.5}})
-    draw, figures = gallery._curve, []
-    monkeypatch.setattr(gallery, "_curve", lambda axes, curve, keys: draw(axes, curve.lower(), keys))
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    gallery.draw_gallery(tmp_path / "all.png")
-    shown = [axes.get_title(loc="left") for axes in figures[0].axes if axes.axison]
-    assert shown[:11] == [curve.lower() for curve in gallery._PANELS] and len(set(shown)) == len(shown) - 1 == 12
-    assert [bool(axes.lines) for axes in figures[0].axes] == [axes.axison for axes in figures[0].axes]

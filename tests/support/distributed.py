@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megarewarm.parallel.placement import Slice
+from megarewarm.parallel.placement import TensorSlice
 from megarewarm.parallel.ranks import Ranks
 
 # Ranks are forked from one process that has imported what they need: seconds, once and not once a rank.
@@ -81,13 +81,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
-def whole(tensor: torch.Tensor | Slice) -> torch.Tensor:
+def whole(tensor: torch.Tensor | TensorSlice) -> torch.Tensor:
     """The tensor of which each rank holds a slice, NaN where nobody does. All ranks call it for the same tensors."""
-    if not isinstance(tensor, Slice):
+    if not isinstance(tensor, TensorSlice):
         return tensor
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, (tensor.offsets, tensor.local))
     found = torch.full(tensor.shape, torch.nan)
     for offsets, local in held:
-        Slice(local, offsets, tensor.shape).of(found).copy_(local)
+        TensorSlice(local, offsets, tensor.shape).of(found).copy_(local)
     return found

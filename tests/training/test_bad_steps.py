@@ -20,7 +20,7 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
-from megarewarm.parallel.engine import Losses, ParallelModel
+from megarewarm.parallel.engine import BatchLosses, ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.after_step.signals import StopRequest
@@ -40,7 +40,7 @@ class Faults:
         self.count = 0
         original = ParallelModel.forward_backward
 
-        def damaged(model: ParallelModel, rows: Any, **options: Any) -> Losses:
+        def damaged(model: ParallelModel, rows: Any, **options: Any) -> BatchLosses:
             self.count += 1
             losses = original(model, rows, **options)
             match calls.get(self.count):

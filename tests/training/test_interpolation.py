@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from megarewarm.checkpoint.convert import Wish
+from megarewarm.checkpoint.convert import ConvertOptions
 from megarewarm.checkpoint.merge import Merge, interpolation_shares, merge
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
@@ -56,7 +56,7 @@ def test_losses_are_those_of_the_merged_checkpoints(place: Path) -> None:
     assert set(found) == {(alpha, name) for alpha in ALPHAS for name in ("old", "new")}
     for alpha in (0.25, 1.5):
         names = [str(place / "up"), str(place / "run")]
-        merge(Merge(names, interpolation_shares(alpha), "between"), place / f"merged_{alpha}", Wish("megarewarm"))
+        merge(Merge(names, interpolation_shares(alpha), "between"), place / f"merged_{alpha}", ConvertOptions("megarewarm"))
         again = config(
             place,
             name="again",

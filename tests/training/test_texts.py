@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from megarewarm.checkpoint.convert import Wish, convert
+from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.merge import Merge, merge
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.experiment import load_experiment
@@ -169,7 +169,11 @@ def test_the_start_has_the_same_tokenizer(two: tuple[Path, Path, Path]) -> None:
     with pytest.raises(UserError, match=r"in the history of .*, which gives other ids"):
         said(place / "new", b), said(place / "old", b)
         run(config(place, folder=str(place / "third"), data={"tokenizer": str(b)}))
-        merge(Merge([str(place / "first"), str(place / "third")], [0.5, 0.5], "mean"), place / "merged", Wish("megarewarm"))
+        merge(
+            Merge([str(place / "first"), str(place / "third")], [0.5, 0.5], "mean"),
+            place / "merged",
+            ConvertOptions("megarewarm"),
+        )
 
 
 def test_what_is_not_known_is_said_once(two: tuple[Path, Path, Path]) -> None:
@@ -280,12 +284,12 @@ def test_the_tokenizer_is_the_named_one_the_starts_or_that_of_the_files(two: tup
     run(config(place, export=EXPORT, model=None, start={"from": str(place / "second")}, folder=str(place / "fourth")))
     check_export(place / "fourth/huggingface", a, "</s>")
     for form, name in (("hf", "five"), ("megarewarm", "six"), ("neox", "seven")):
-        convert(open_checkpoint(str(place / "fourth")), place / name, Wish(form))  # type: ignore[arg-type]
-    convert(open_checkpoint(str(place / "six")), place / "eight", Wish("hf"))
-    convert(open_checkpoint(str(place / "seven")), place / "nine", Wish("hf"))
+        convert(open_checkpoint(str(place / "fourth")), place / name, ConvertOptions(form))
+    convert(open_checkpoint(str(place / "six")), place / "eight", ConvertOptions("hf"))
+    convert(open_checkpoint(str(place / "seven")), place / "nine", ConvertOptions("hf"))
     for name in ("five", "eight", "nine"):
         check_export(place / name, a, "</s>")
-    merge(Merge([str(place / "second"), str(place / "fourth")], [0.5, 0.5], "mean"), place / "ten", Wish("hf"))
+    merge(Merge([str(place / "second"), str(place / "fourth")], [0.5, 0.5], "mean"), place / "ten", ConvertOptions("hf"))
     check_export(place / "ten", a, "</s>")
 
 

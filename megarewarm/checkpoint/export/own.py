@@ -16,7 +16,7 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.folder import is_checkpoint
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import OpenedCheckpoint
-from megarewarm.checkpoint.weights import Weights, check, expected_shapes
+from megarewarm.checkpoint.weights import OnBytes, Weights, check, expected_shapes
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import states_of
@@ -36,12 +36,10 @@ class _Streaming(DefaultSavePlanner):
         return self._read(write_item.index.fqn)
 
 
-def export_own(
-    source: OpenedCheckpoint, weights: Weights, config: ModelConfig, folder: Path, advance: Callable[[int], None]
-) -> list[str]:
+def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, folder: Path, on_bytes: OnBytes) -> None:
     """Write ``weights`` as a checkpoint of ours, with the moments and counters of ``source`` where it has them.
 
-    ``folder`` is the checkpoint itself, to be named in ``start.from``. Returns notes. Raises ``UserError`` where something else
+    ``folder`` is the checkpoint itself, to be named in ``start.from``. Raises ``UserError`` where something else
     stands there and where the disk refuses.
     """
     training = source.training
@@ -53,7 +51,7 @@ def export_own(
         shape = (torch.get_rng_state().shape, torch.uint8) if key == _RNG else (shapes[key.split(".", 2)[2]], torch.float32)
         tensor = torch.empty(shape[0], dtype=shape[1])
         source.load_tensors({key: tensor})
-        advance(tensor.nbytes)
+        on_bytes(tensor.nbytes)
         return tensor
 
     check(weights, shapes)
@@ -66,7 +64,6 @@ def export_own(
         described[_RNG] = torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")
     state = training.model_copy(update={"keeps": source.keeps}) if training is not None else None
     write_streaming(folder, state or weights_only_state(source.name, config, source.lineage), described, read)
-    return ["weights only: start.intent 'rewarm' can load it"] if training is None else []
 
 
 def weights_only_state(name: str, config: ModelConfig, lineage: Lineage) -> TrainingState:

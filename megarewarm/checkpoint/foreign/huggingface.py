@@ -19,10 +19,9 @@ from torch import Tensor
 from megarewarm.checkpoint.foreign.huggingface_keys import KEYS, ROPE_KEYS
 from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
-from megarewarm.checkpoint.weights import Description, expected_shapes, fill, make_model_config, unreadable
+from megarewarm.checkpoint.weights import Description, make_model_config, unreadable
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import HEAD
 from megarewarm.untrusted import is_name
 
@@ -196,21 +195,6 @@ def _headers(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         raise UserError(f"{file}: no such file, yet the index beside it names it") from error
     except (SafetensorError, OSError) as error:
         raise unreadable(file, "safetensors file", first_line(error)) from error
-
-
-def load_weights(folder: str | Path, model: NeoX) -> None:
-    """Fill every parameter of ``model`` from the weights in ``folder``, cast to the parameter's dtype.
-
-    Rows of a padded vocabulary become zero. Otherwise as ``weights.fill``.
-    """
-    parameters = dict(model.named_parameters())
-
-    def take(name: str, tensor: Tensor) -> None:
-        parameters[name][: len(tensor)].copy_(tensor)
-        parameters[name][len(tensor) :].zero_()
-
-    with torch.no_grad():
-        fill(HuggingFaceWeights(folder), expected_shapes(model.config), take)
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign.megatron_keys import KEYS
-from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pickles import InertRecord, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
@@ -251,7 +251,7 @@ class MegatronFolder:
 
 def _arguments(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
     args = loaded.get("args")
-    return args.values if isinstance(args, Record) else args if isinstance(args, Mapping) else {}
+    return args.values if isinstance(args, InertRecord) else args if isinstance(args, Mapping) else {}
 
 
 def _tensors(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[tuple[str, ...], Tensor]]:

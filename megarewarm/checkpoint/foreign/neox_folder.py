@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pickles import InertRecord, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
@@ -246,7 +246,7 @@ class NeoXFolder:
             other = read_pickle(file)
             for key in ("iteration", "args"):
                 one, two = self.state.get(key), other.get(key)
-                if not isinstance(two, Record):
+                if not isinstance(two, InertRecord):
                     require_agreement(str(file), key, {"the file of the first rank": one, "this one": two})
         if self._settings.get("no_weight_tying") and HEAD not in self._parts:
             name = f"layer_{self.layers + 4:02d}-model_00-model_states.pt"
@@ -318,7 +318,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
-    return value.values if isinstance(value, Record) else value if isinstance(value, Mapping) else {}
+    return value.values if isinstance(value, InertRecord) else value if isinstance(value, Mapping) else {}
 
 
 def step_of(folder: Path) -> int | None:

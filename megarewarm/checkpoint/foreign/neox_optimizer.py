@@ -27,7 +27,7 @@ from megarewarm.checkpoint.foreign.neox_groups import (
     recorded_groups,
     steps_of,
 )
-from megarewarm.checkpoint.foreign.pickles import Record, read_pickle
+from megarewarm.checkpoint.foreign.pickles import InertRecord, read_pickle
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of
 from megarewarm.errors import UserError
 
@@ -86,7 +86,7 @@ class NeoXOptimizer:
         """The fp16 loss scale, None where there is none."""
         state = next(iter(self._states.values()))[0]
         scaler = state.get("loss_scaler")
-        scale = scaler.get("cur_scale") if isinstance(scaler, Record) else state.get("cur_scale")
+        scale = scaler.get("cur_scale") if isinstance(scaler, InertRecord) else state.get("cur_scale")
         dynamic = state.get("dynamic_loss_scale", False)
         return float(scale) if scale is not None and dynamic else None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, step_of
 from megarewarm.checkpoint.foreign.neox_optimizer import NeoXOptimizer
-from megarewarm.checkpoint.foreign.pickles import Record
+from megarewarm.checkpoint.foreign.pickles import InertRecord
 from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.weights import Description, Weights
@@ -93,7 +93,7 @@ def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimiz
 
 def _schedule(saved: Any) -> dict[str, Any]:
     """What GPT-NeoX's AnnealingLR stored, under our names where they are the same thing."""
-    if isinstance(saved, Record):
+    if isinstance(saved, InertRecord):
         saved = saved.values
     if not isinstance(saved, Mapping):
         return {"curve": "not recorded"}

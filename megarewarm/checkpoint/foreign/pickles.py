@@ -41,7 +41,7 @@ _RECORDS = (
 _NAMED_IN_ERROR = re.compile(r"(?:GLOBAL|class|function|global) ['`]?([A-Za-z_][\w.]*\.\w+)")
 
 
-class Record:
+class InertRecord:
     """Something of another program, as its values: ``values`` where it was an object, ``arguments`` where it was a call."""
 
     name = "?"
@@ -69,19 +69,19 @@ class Record:
         return f"<{self.name} read as a record>"
 
 
-def _record(name: str) -> type[Record]:
+def _record(name: str) -> type[InertRecord]:
     # a new class for every name: the unpickler makes objects of it, by a call or without one
-    def make(cls: type[Record], *arguments: Any) -> Record:
+    def make(cls: type[InertRecord], *arguments: Any) -> InertRecord:
         made = object.__new__(cls)
         made.arguments, made.values = arguments, {}
         return made
 
-    return type("Record", (Record,), {"name": name, "__new__": make})
+    return type("InertRecord", (InertRecord,), {"name": name, "__new__": make})
 
 
 def read_pickle(path: Path) -> Any:
     """The mapping that ``torch.load`` gives, on the CPU and mapped into memory where the format allows it; foreign objects as
-    ``Record``.
+    ``InertRecord``.
 
     Raises ``UserError`` for a file that is missing or damaged, and for one that names anything which is not on the list.
     """
@@ -112,7 +112,7 @@ def read_pickle(path: Path) -> Any:
 
 
 @contextmanager
-def _only(records: list[tuple[type[Record], str]]) -> Iterator[None]:
+def _only(records: list[tuple[type[InertRecord], str]]) -> Iterator[None]:
     """While it lasts torch takes ``records`` and nothing that another library (transformers, DeepSpeed) told it to trust."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()

@@ -22,8 +22,8 @@ from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums, on_all_ranks, position
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.groups import new_patient_group
-from megarewarm.parallel.placement import Slice
-from megarewarm.parallel.ranks import is_loss
+from megarewarm.parallel.placement import TensorSlice
+from megarewarm.parallel.ranks import is_rank_loss
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
 _WORD_EVERY = 1.0  # seconds between words that ranks give each other while they wait for their disks
@@ -59,12 +59,12 @@ class Saver:
         self._pending: Future[Saved] | None = None
         self._finished: list[Saved] = []
 
-    def reserve(self, tensors: Mapping[str, Tensor | Slice]) -> None:
+    def reserve(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         """Make the buffers for ``tensors`` while training begins, so that the first save need not: fresh memory is slow."""
         if self._staging is not None and self._thread is not None:
             self._reserved = self._thread.submit(self._staging.reserve, tensors)
 
-    def save(self, state: TrainingState, tensors: Mapping[str, Tensor | Slice]) -> None:
+    def save(self, state: TrainingState, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         """Save; a save that is still being written is waited for first. Raises ``UserError`` where the disk refused."""
         began = time.perf_counter()
         self.wait()
@@ -116,9 +116,9 @@ class Saver:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Wait for what is being written, whatever comes of it; not if another rank is lost, for whom it would wait as well."""
         if self._thread is not None:
-            self._thread.shutdown(wait=error is None or not is_loss(error))
+            self._thread.shutdown(wait=error is None or not is_rank_loss(error))
 
-    def _write(self, state: TrainingState, tensors: Mapping[str, Tensor | Slice], began: float, released: float) -> Saved:
+    def _write(self, state: TrainingState, tensors: Mapping[str, Tensor | TensorSlice], began: float, released: float) -> Saved:
         path = self._folder / f"step_{state.step}"
         main = position(self._group)[0] == 0
 
@@ -146,12 +146,12 @@ class _Staging:
     def __init__(self) -> None:
         self._held: Tensors = {}
 
-    def reserve(self, tensors: Mapping[str, Tensor | Slice]) -> None:
+    def reserve(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         for name, tensor in tensors.items():
             if name not in self._held:
                 self._held[name] = _in_host_memory(tensor)
 
-    def copy(self, tensors: Mapping[str, Tensor | Slice]) -> Tensors:
+    def copy(self, tensors: Mapping[str, Tensor | TensorSlice]) -> Tensors:
         self.reserve(tensors)
         for name, tensor in tensors.items():
             local(self._held[name]).copy_(local(tensor), non_blocking=True)
@@ -160,11 +160,11 @@ class _Staging:
         return {name: self._held[name] for name in tensors}
 
 
-def _in_host_memory(tensor: Tensor | Slice) -> Tensor | Slice:
+def _in_host_memory(tensor: Tensor | TensorSlice) -> Tensor | TensorSlice:
     part = local(tensor)
     # written to, not only asked for: the system gives memory when it is first touched
     copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda).fill_(0)
-    return replace(tensor, local=copy) if isinstance(tensor, Slice) else copy
+    return replace(tensor, local=copy) if isinstance(tensor, TensorSlice) else copy
 
 
 def _device() -> int | None:

@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megarewarm.parallel.placement import Slice
+from megarewarm.parallel.placement import TensorSlice
 
 
-def local(tensor: Tensor | Slice) -> Tensor:
+def local(tensor: Tensor | TensorSlice) -> Tensor:
     """What of ``tensor`` is in this rank's memory."""
-    return tensor.local if isinstance(tensor, Slice) else tensor
+    return tensor.local if isinstance(tensor, TensorSlice) else tensor
 
 
 def tile(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> bool:
@@ -36,22 +36,22 @@ def tile(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int
     return not any(corners.values())
 
 
-def _box(tensor: Tensor | Slice) -> ChunkStorageMetadata:
-    offsets = tensor.offsets if isinstance(tensor, Slice) else (0,) * tensor.dim()
+def _box(tensor: Tensor | TensorSlice) -> ChunkStorageMetadata:
+    offsets = tensor.offsets if isinstance(tensor, TensorSlice) else (0,) * tensor.dim()
     return ChunkStorageMetadata(torch.Size(offsets), local(tensor).shape)
 
 
 class SlicesToSave(DefaultSavePlanner):
     """Saves the slices, or whole tensors, of ``tensors``. What several ranks hold alike is written by one of them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor | Slice]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         super().__init__()
         self._tensors = tensors
 
     def create_local_plan(self) -> SavePlan:
         items = []
         for name, tensor in self._tensors.items():
-            if isinstance(tensor, Slice) and tensor.local.numel() == 0:
+            if isinstance(tensor, TensorSlice) and tensor.local.numel() == 0:
                 continue
             box = _box(tensor)
             data = TensorWriteData(box, TensorProperties.create_from_tensor(local(tensor)), torch.Size(tensor.shape))
@@ -74,7 +74,7 @@ class SlicesToSave(DefaultSavePlanner):
 class SlicesToLoad(DefaultLoadPlanner):
     """Fills the slices, or whole tensors, of ``tensors`` in place."""
 
-    def __init__(self, tensors: Mapping[str, Tensor | Slice]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         super().__init__()
         self._tensors = tensors
 

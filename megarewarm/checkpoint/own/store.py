@@ -33,12 +33,12 @@ from megarewarm.errors import UserError
 from megarewarm.files import publish_folder, sha256
 from megarewarm.parallel.agreement import gather, on_all_ranks, position
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.placement import Slice
-from megarewarm.parallel.ranks import is_loss
+from megarewarm.parallel.placement import TensorSlice
+from megarewarm.parallel.ranks import is_rank_loss
 
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, Tensor | Slice]
+Tensors = dict[str, Tensor | TensorSlice]
 """Tensors of a checkpoint by name: whole ones, which are equal on all ranks, or this rank's slices."""
 PARTIAL = ".partial"
 _LEFT = "-left"
@@ -52,7 +52,7 @@ def _quietly_alone() -> Iterator[None]:
         yield
 
 
-class _Writer(FileSystemWriter):
+class _TensorWriter(FileSystemWriter):
     """torch's writer, which says what the disk said: its own words for a write that fails amid a tensor don't."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -70,7 +70,7 @@ class _Writer(FileSystemWriter):
 def write(
     final: Path,
     state: TrainingState,
-    tensors: Mapping[str, Tensor | Slice],
+    tensors: Mapping[str, Tensor | TensorSlice],
     group: dist.ProcessGroup | None = None,
     *,
     planner: SavePlanner | None = None,
@@ -105,7 +105,7 @@ def write(
 
     try:
         on_all_ranks(prepare if rank == 0 else None, OSError, group)
-        writer = _Writer(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
+        writer = _TensorWriter(partial, single_file_per_rank=not file_per_tensor, sync_files=False)
         try:
             with _quietly_alone():
                 dcp.save(
@@ -200,7 +200,7 @@ def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
                 no_dist=not several,
             )
     except (OSError, EOFError, RuntimeError, dcp.CheckpointException) as error:
-        if is_loss(error):
+        if is_rank_loss(error):
             raise  # another rank is gone, which is no fault of the checkpoint
         first = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UserError(f"{checkpoint}: can't be read ({first}); name another checkpoint") from error

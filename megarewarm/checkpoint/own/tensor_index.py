@@ -99,7 +99,7 @@ def _check_sizes(content: bytes) -> None:
             _refuse(f"it numbers an object {argument}, in {len(content)} bytes")
 
 
-class _Record:
+class _IndexRecord:
     """An object of the file: what it was called with, and its state."""
 
     kind = ""
@@ -115,7 +115,7 @@ class _Record:
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file)
-        self._classes: dict[tuple[str, str], type[_Record]] = {}
+        self._classes: dict[tuple[str, str], type[_IndexRecord]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _NEEDED.get(module, ()):
@@ -124,14 +124,14 @@ class _Unpickler(pickle.Unpickler):
             return _DTYPES[name]
         if (module, name) not in self._classes:
 
-            def new(cls: type[_Record], *arguments: Any) -> _Record:
+            def new(cls: type[_IndexRecord], *arguments: Any) -> _IndexRecord:
                 made = object.__new__(cls)
                 made.arguments, made.state = arguments, None
                 if name == "getattr":
                     _check_taken(*arguments)
                 return made
 
-            self._classes[module, name] = type(name, (_Record,), {"kind": name, "__new__": new})
+            self._classes[module, name] = type(name, (_IndexRecord,), {"kind": name, "__new__": new})
         return self._classes[module, name]
 
 
@@ -143,7 +143,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, _Record) and type(value).kind == kind
+    return isinstance(value, _IndexRecord) and type(value).kind == kind
 
 
 def _state(value: Any, kind: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _metadata(record: Any) -> Metadata:
 def _tensor(record: Any, name: str) -> TensorStorageMetadata:
     state = _state(record, "TensorStorageMetadata")
     properties, size, chunks = state.get("properties"), _size(state.get("size")), state.get("chunks")
-    stated = properties.state if isinstance(properties, _Record) and _is(properties, "TensorProperties") else None
+    stated = properties.state if isinstance(properties, _IndexRecord) and _is(properties, "TensorProperties") else None
     if not isinstance(stated, tuple) or len(stated) != 5 or not isinstance(stated[0], torch.dtype):
         _refuse(f"{name} has no dtype")
     if not _is(stated[3], "_MEM_FORMAT_ENCODING") and not _is(stated[3], "getattr"):

@@ -9,36 +9,24 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from megarewarm.config.schema import ScheduleConfig
+from megarewarm.config.schedule import ScheduleConfig, build_schedule
 from megarewarm.report.figures import style
-from megarewarm.schedules.schedule import Schedule, build_schedule
+from megarewarm.schedules.curves import WSD_DECAYS
+from megarewarm.schedules.schedule import CURVES, Schedule
 
 _STEPS, _COLUMNS = 1000, 3
 _PEAK = {"max_lr": 1.0, "warmup": "5%"}
-_INFINITE = {"min_lr": 0.1, "constant_lr": 0.55, "cooldown": "50%", "constant": "25%"}
-_PANELS: dict[str, dict[str, Any]] = {
-    "constant": {},
-    "linear": {"min_lr": 0.1, "length": "90%"},
-    "linear_clipped": {"min_lr": 0.1, "length": "90%"},
-    "cosine": {"min_lr": 0.1, "length": "90%"},
-    "cosine_clipped": {"min_lr": 0.1, "length": "90%"},
-    "exponential": {"min_lr": 0.1, "length": "90%"},
-    "inverse_sqrt": {"min_lr": 0.1},
-    "wsd": {"min_lr": 0.1, "length": "90%", "decay": "30%"},
-    "infinite_cosine": _INFINITE,
-    "infinite_inverse_sqrt": _INFINITE,
-}
 
 
 def draw_gallery(path: Path) -> None:
     """Write a PNG with one panel per curve, one for the first steps, and one that compares the two cosines."""
     with style.style():
-        rows = math.ceil((len(_PANELS) + 2) / _COLUMNS)
+        rows = math.ceil((len(CURVES) + 2) / _COLUMNS)
         figure = style.new_figure(11, 2.875 * rows)
         panels = list(figure.subplots(rows, _COLUMNS).flat)
         figure.subplots_adjust(left=0.065, right=0.97, top=0.965, bottom=0.05, hspace=0.42, wspace=0.24)
-        for curve, keys in _PANELS.items():
-            _curve(panels.pop(0), curve, keys)
+        for name in CURVES:
+            _curve(panels.pop(0), name)
         _two_cosines(panels.pop(0))
         _first_steps(panels.pop(0))
         for axes in panels:
@@ -51,23 +39,24 @@ def _build(**keys: Any) -> Schedule:
     return build_schedule(config, lambda budget: budget.in_steps(1, _STEPS), _STEPS)
 
 
-def _curve(axes: Axes, curve: str, keys: dict[str, Any]) -> None:
+def _curve(axes: Axes, name: str) -> None:
+    curve = CURVES[name]
     n = np.arange(_STEPS + 1)
-    shapes = ("linear", "cosine", "exponential", "minus_sqrt") if curve == "wsd" else (None,)
+    shapes = list(WSD_DECAYS) if "decay_shape" in curve.may else [None]
     for index, shape in enumerate(shapes):
-        schedule = _build(curve=curve, **_PEAK, **keys, **({"decay_shape": shape} if shape else {}))
+        schedule = _build(curve=name, **_PEAK, **curve.example, **({"decay_shape": shape} if shape else {}))
         axes.plot(n / _STEPS, schedule.values(n), color=style.colour(index), label=shape)
     if len(shapes) > 1:
         shared = n[n <= schedule.length - (schedule.decay or 0)]
         axes.plot(shared / _STEPS, schedule.values(shared), color=style.QUIET)  # what all the shapes have in common
         axes.legend(title="decay_shape", loc="lower left", bbox_to_anchor=(0.06, 0.1), frameon=False, fontsize=8.5)
-    for name, start, stop in schedule.phases():
+    for phase, start, stop in schedule.phases():
         stop = min(stop, _STEPS)
-        if name != "warmup" and stop - start >= 150:
-            axes.text((start + stop) / 2 / _STEPS, 1.05, name, ha="center", va="bottom", fontsize=8.5, color=style.QUIET)
+        if phase != "warmup" and stop - start >= 150:
+            axes.text((start + stop) / 2 / _STEPS, 1.05, phase, ha="center", va="bottom", fontsize=8.5, color=style.QUIET)
         if start > 0 and start < _STEPS:
             axes.axvline(start / _STEPS, color=style.QUIET, linewidth=0.8, linestyle=(0, (1, 2)), ymax=0.9)
-    _frame(axes, curve)
+    _frame(axes, name)
 
 
 def _two_cosines(axes: Axes) -> None:
@@ -97,7 +86,7 @@ def _first_steps(axes: Axes) -> None:
 
 
 def _frame(axes: Axes, title: str, x_label: str = "") -> None:
-    axes.set_title(title, fontfamily="DejaVu Sans Mono" if title in _PANELS else None)
+    axes.set_title(title, fontfamily="DejaVu Sans Mono" if title in CURVES else None)
     axes.set_xlabel(x_label or "share of the run")
     axes.set_ylim(0, 1.15)
     axes.set_yticks([0.1, 0.5, 1], ["min", "max/2", "max"])

@@ -61,11 +61,11 @@ def measure(model: ParallelModel, optimizer: Optimizer, start: Mapping[str, Tens
     for (what, name), tensor in optimizer.state().items():
         held.setdefault(name, {})[what] = tensor
     for name, parameter in model.parameters.items():
-        weights = model.counted(name, parameter)
+        weights = model.unique_shard(name, parameter)
         if weights is None:
             continue
-        state = {what: counted for what, t in held[name].items() if (counted := model.counted(name, t)) is not None}
-        begun = model.counted(name, start[name]) if start is not None else None
+        state = {what: counted for what, t in held[name].items() if (counted := model.unique_shard(name, t)) is not None}
+        begun = model.unique_shard(name, start[name]) if start is not None else None
         sums[names.index(model.cards[name].group)] += optimizer.sums(name, weights, state, begun)
     total = torch.tensor(all_reduce_sums(sums.flatten().tolist()), dtype=torch.float64).view(-1, SUMS)
     rows = {**dict(zip(names, total, strict=True)), ALL: total.sum(0)}

@@ -8,13 +8,13 @@ from megarewarm.training.after_step.bad_steps import Judge
 from megarewarm.training.after_step.dynamics import Dynamics
 from megarewarm.training.after_step.evaluate import Evaluate
 from megarewarm.training.after_step.log import Log, Show
-from megarewarm.training.after_step.part import Context, Part
+from megarewarm.training.after_step.part import Context, StepPart
 from megarewarm.training.after_step.replicas import Replicas
 from megarewarm.training.after_step.saving import Due, Save
 from megarewarm.training.after_step.step_times import Times
 from megarewarm.training.after_step.stopping import AskStop, EndStopped
 
-PARTS: list[Callable[[Context], Part]] = [
+PARTS: list[Callable[[Context], StepPart]] = [
     Log,
     Judge,
     Times,

@@ -62,7 +62,7 @@ class Moment:
     outcome: Outcome | None = None
 
 
-class Part(Protocol):
+class StepPart(Protocol):
     """What follows a step in one respect. It is made with the run's ``Context``, on all ranks."""
 
     def after(self, moment: Moment) -> None:
@@ -98,7 +98,7 @@ class Context:
     stop: StopRequest
     lookout: Lookout
     limit: TimeLimit
-    parts: list[Part] = field(default_factory=list)
+    parts: list[StepPart] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """What the parts keep in a checkpoint."""

@@ -11,13 +11,14 @@ import numpy as np
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.rewarm.replay import history_to_replay
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
-from megarewarm.schedules.schedule import Schedule, build_schedule
+from megarewarm.schedules.schedule import Schedule
 from megarewarm.training.output.run_folder import RunFolder
 
 

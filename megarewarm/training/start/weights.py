@@ -27,7 +27,7 @@ def copy_weights(model: ParallelModel) -> StartWeights:
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in model.parameters.items()
-        if model.counted(name, parameter) is not None
+        if model.unique_shard(name, parameter) is not None
     }
 
 
