@@ -21,6 +21,7 @@ import torch
 
 from megarewarm.checkpoint.convert import Wish, write_weights
 from megarewarm.checkpoint.lineage import Lineage
+from megarewarm.checkpoint.tokenizer_source import TokenizerSource
 from megarewarm.checkpoint.weights import Description, expected_shapes
 from megarewarm.config.schema import ModelConfig
 
@@ -75,7 +76,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         place = Path(name)
-        write_weights(RandomWeights(config), config, place / "hf", Wish("hf"), Lineage())
+        write_weights(RandomWeights(config), config, place / "hf", Wish("hf"), Lineage(), TokenizerSource())
         size = sum(file.stat().st_size for file in (place / "hf").iterdir())
         largest = max(item.nbytes for item in RandomWeights(config).describe().values())
         print(

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarewarm.config.execution import LossScaleConfig, ParallelConfig
 from megarewarm.config.schema import ModelConfig
+from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import cards
 from megarewarm.parallel import connect as connect_module
-from megarewarm.parallel import engine as engine_module
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Layout, Mesh, choose_layout
@@ -199,7 +200,7 @@ def _run(place_: str, ranks: Ranks, **changes: Any) -> Run:
 
 
 def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
-    counts = []
+    counts: list[tuple[str, int, int]] = []
     for name, parallel in (("data", {}), ("zero2", {"sharding": "zero2"})):
         found = []
         for micro_batch in (4, 1):
@@ -209,7 +210,7 @@ def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
                 training_step(run, 1e-3)
             run.batches.close()
             found.append(len(seen.names))
-        counts.append((name, *found))
+        counts.append((name, found[0], found[1]))
     return counts
 
 
@@ -227,7 +228,9 @@ def _forwards(ranks: Ranks, place_: str) -> tuple[int, int]:
         module.register_forward_pre_hook(lambda *_: calls.append(1))
     training_step(run, 1e-3)
     calls.clear()
-    rows = list(run.validation[0].micro_batches(0, 1, 2))
+    windows = run.validation[0]
+    assert isinstance(windows, ValidationWindows)
+    rows = list(windows.micro_batches(0, 1, 2))
     run.model.evaluate(rows, 2 * len(rows), 2)
     evaluated, expected = len(calls), len(rows)
     calls.clear()
@@ -369,7 +372,7 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
     run = _run(str(tmp_path), ALONE)
     run.batches.close()
     (module,) = run.model._modules
-    assert type(module) is engine_module.NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
+    assert type(module) is NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
     assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
 
 

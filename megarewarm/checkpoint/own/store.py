@@ -184,7 +184,7 @@ def _sync_tree(folder: Path) -> None:
     sync_folder(folder)
 
 
-def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
+def load(checkpoint: Path, tensors: Mapping[str, Tensor | Slice], *, alone: bool = False) -> None:
     """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
 
     All ranks call it, unless ``alone``.
