@@ -85,9 +85,9 @@ def main() -> None:
         seconds, _ = timed(["cp", "-r", str(place / "hf"), str(place / "copy")])
         print(f"cp: {size / 1e9 / seconds:.2f} GB/s")
         subprocess.run(["rm", "-r", str(place / "copy")], check=True)
-        for source, destination, more in (("hf", "neox", ["--tp", str(arguments.tp)]), ("neox", "back", [])):
+        for origin, destination, more in (("hf", "neox", ["--tp", str(arguments.tp)]), ("neox", "back", [])):
             form = "hf" if destination == "back" else destination
-            command = [str(TOOL), str(place / source), str(place / destination), "--to", form, *more]
+            command = [str(TOOL), str(place / origin), str(place / destination), "--to", form, *more]
             converting, output = timed([sys.executable, "-c", _MEASURED, *command])
             peak = int(re.search(r"PEAK (\d+)", output)[1]) / 1024  # type: ignore[index]
             speed = size / 1e9 / converting

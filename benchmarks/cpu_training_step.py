@@ -72,7 +72,7 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
 
     config = model_config(arguments)
     model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
+        GPTNeoXConfig(  # type: ignore[call-arg]
             num_hidden_layers=config.num_layers,
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_heads,

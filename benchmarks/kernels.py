@@ -223,7 +223,7 @@ def measure(run: Run, device: str, least: float, smoke: bool) -> float:
         run()
         return time.perf_counter() - began
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
-    pairs = []
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     began = time.perf_counter()
     while len(pairs) < 20 or (time.perf_counter() - began < least and len(pairs) < 300):
         flush.zero_()

@@ -307,7 +307,7 @@ def _pipeline(
             stage.events.clear()
         dist.barrier()
         began = time.perf_counter()
-        pipeline.train(tokens, tokens)
+        pipeline.train(tokens, tokens, None)
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     return seconds[1:], [event for stage in stages for event in stage.events], began
@@ -329,11 +329,9 @@ def closed_form(order: Order, ranks: int, micro_batches: int) -> float | None:
 
 def shortest(order: Order, ranks: int, micro_batches: int) -> float:
     """The same by playing the library's own order of work: each piece begins when its rank and what it needs are ready."""
-    from torch.distributed.pipelining.schedules import _Action
-
     per_rank = stages_per_rank(order, None)
     count, unit = per_rank * ranks, 1.0 / per_rank
-    pieces: list[list[_Action]] = _order_of_work(order, ranks, micro_batches, per_rank)
+    pieces: list[list[tuple[str, int, int]]] = _order_of_work(order, ranks, micro_batches, per_rank)
     done: dict[tuple[str, int, int], float] = {}
     clock, position = [0.0] * ranks, [0] * ranks
     while any(position[rank] < len(pieces[rank]) for rank in range(ranks)):
@@ -423,14 +421,14 @@ def bubble(unit: float, repeats: int) -> tuple[list[dict[str, Any]], dict[str, l
         for order in ("1f1b", "interleaved", "zero_bubble"):
             answers = run_ranks(_pipeline, ranks, order, micro_batches, unit, repeats)
             seconds = statistics.median(max(answer[0][i] for answer in answers) for i in range(repeats)) / unit
-            ideal = shortest(order, ranks, micro_batches)  # type: ignore[arg-type]
+            ideal = shortest(order, ranks, micro_batches)
             work = 3.0 * micro_batches
             rows.append(
                 {
                     "ranks": ranks,
                     "micro_batches": micro_batches,
                     "order": order,
-                    "formula": closed_form(order, ranks, micro_batches),  # type: ignore[arg-type]
+                    "formula": closed_form(order, ranks, micro_batches),
                     "shortest": ideal,
                     "measured": seconds,
                     "excess": seconds / ideal - 1,
@@ -486,7 +484,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="a PNG of who did what and when in the pipelines")
     arguments = parser.parse_args()
-    console, result = Console(), {}
+    console = Console()
+    result: dict[str, Any] = {}
     if "overhead" in arguments.what:
         found = result["overhead"] = overhead(arguments.steps)
         seconds = found["seconds"]
@@ -496,7 +495,7 @@ def main() -> None:
         )
     if "wire" in arguments.what:
         rows = result["wire"] = wire()
-        heads = ("ranks", "layout", "least, kB", "sent, kB", "more, all", "more, worst rank", "loopback, kB")
+        heads = ["ranks", "layout", "least, kB", "sent, kB", "more, all", "more, worst rank", "loopback, kB"]
         table = Table(*heads, title="bytes sent in a step")
         for row in rows:
             layout = ", ".join(f"{key} {value}" for key, value in row["layout"].items()) or "data"
@@ -508,7 +507,7 @@ def main() -> None:
     if "bubble" in arguments.what:
         rows, pictures = bubble(arguments.unit, 3)
         result["bubble"] = rows
-        heads = ("ranks", "micro-batches", "order", "formula", "shortest", "measured", "more", "bubble")
+        heads = ["ranks", "micro-batches", "order", "formula", "shortest", "measured", "more", "bubble"]
         table = Table(*heads, title="a pipeline's step, in units of a rank's forward pass of a micro-batch")
         for row in rows:
             numbers = [f"{row[key]:.2f}" if row[key] else "" for key in ("formula", "shortest", "measured")]

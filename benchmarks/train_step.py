@@ -114,7 +114,7 @@ def theirs(arguments: argparse.Namespace, compiled: bool) -> tuple[Callable[[Any
 
     config = shape(arguments)
     model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(
+        GPTNeoXConfig(  # type: ignore[call-arg]
             num_hidden_layers=config.num_layers,
             hidden_size=config.hidden_size,
             num_attention_heads=config.num_heads,

@@ -79,15 +79,15 @@ def text(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
     return test, seeds
 
 
-def of_hostile(kind: str) -> Callable[[Path], tuple[Callable[[bytes], None], list[bytes]]]:
+def of_hostile(kind: str) -> Callable[[Path], tuple[Callable[[bytes], object], list[bytes]]]:
     """A reader of hostile.py; what is worth putting into files comes as further seeds."""
 
-    def begin(folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
+    def begin(folder: Path) -> tuple[Callable[[bytes], object], list[bytes]]:
         os.chdir(folder)
         reader = hostile.READERS[kind]
         right = hostile.seeds()[kind]
         small = [seed for seed in right if len(seed) < 4000]
-        return lambda data: reader(folder, data) and None, [*small, *(right[0][:40] + word for word in hostile.WORDS)]
+        return lambda data: reader(folder, data), [*small, *(right[0][:40] + word for word in hostile.WORDS)]
 
     return begin
 

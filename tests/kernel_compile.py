@@ -133,8 +133,8 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
                 blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
-                values = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim), "QUERIES": blocks.queries}
-                values |= {"KEYS": blocks.keys, "PRECISION": blocks.precision}
+                values: dict[str, Any] = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim)}
+                values |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": blocks.precision}
                 yield Configuration(
                     f"attention {name} {dtype} d {head_dim}{' documents' * documents}",
                     kernel,

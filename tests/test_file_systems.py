@@ -82,7 +82,7 @@ def test_text_is_prepared_where_files_only_move_within_their_folder(tmp_path: Pa
     """As between the quotas of projects, the servers of some parallel file systems, and what mergerfs joins."""
     text, tokenizer = tmp_path / "a.txt", tmp_path / "tokenizer.json"
     text.write_text("some words\n" * 50)
-    train_bpe([["some words"]], 258, tokenizer)
+    train_bpe(["some words"], 258, tokenizer)
     for name, fails in (("plain", ""), ("lacking", f"rename={errno.EXDEV}")):
         words = [sys.executable, "tools/preprocess_data.py", str(text), "--tokenizer", str(tokenizer)]
         environ = os.environ | {"LD_PRELOAD": str(shim), "FAILS": fails}

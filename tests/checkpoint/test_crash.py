@@ -65,7 +65,7 @@ def go_on(folder: Path, steps: int, *, asynchronous: bool = False) -> int:
     return step
 
 
-def forked(action: Callable[[], object]) -> int:
+def forked(action: Callable[..., object]) -> int:
     """Run ``action`` in a child process; its exit status as ``os.waitpid`` gives it."""
     sys.stdout.flush()
     child = os.fork()
@@ -106,13 +106,13 @@ def die_at(moment: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
     opened = builtins.open
 
-    def open_counted(file, mode="r", *args, **kwargs):  # type: ignore[no-untyped-def]
+    def open_counted(file, mode="r", *args, **kwargs):
         tick()
         stream = opened(file, mode, *args, **kwargs)
         if "w" in mode:
             write = stream.write
 
-            def write_in_halves(data):  # type: ignore[no-untyped-def]
+            def write_in_halves(data):
                 # so that files are cut off in the middle as well
                 half = len(data) // 2
                 done = write(data[:half])
@@ -123,20 +123,20 @@ def die_at(moment: int) -> None:
             return stream if isinstance(stream, io.TextIOWrapper) else _Writing(stream, write_in_halves)
         return stream
 
-    builtins.open = open_counted  # type: ignore[assignment]
-    io.open = open_counted  # type: ignore[assignment] # pathlib's
+    builtins.open = open_counted
+    io.open = open_counted  # pathlib's
 
 
 class _Writing:
     """A binary file whose ``write`` is another one."""
 
-    def __init__(self, stream, write) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, stream, write) -> None:
         self._stream, self.write = stream, write
 
-    def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+    def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
-    def __enter__(self):  # type: ignore[no-untyped-def]
+    def __enter__(self):
         self._stream.__enter__()
         return self
 

@@ -81,7 +81,8 @@ def test_what_we_export_transformers_loads(tmp_path: Path, changes: dict[str, An
     initialize(model, 3)
     export(ModelWeights(model), config, tmp_path / "out")
     tokens = some_tokens(config)
-    peer, report = GPTNeoXForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
+    peer_of: Any = GPTNeoXForCausalLM.from_pretrained
+    peer, report = peer_of(tmp_path / "out", attn_implementation="eager", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert peer.config.vocab_size == 61
     torch.testing.assert_close(peer(tokens).logits, model.logits(tokens), rtol=2e-5, atol=2e-5)
@@ -162,12 +163,12 @@ def broken(folder: Path, how: str) -> None:
         (folder / "config.json").write_text("{")
     elif how in ("type", "rope", "activation"):
         config = json.loads((folder / "config.json").read_text())
-        change: dict[str, Any] = {
+        changes: dict[str, dict[str, Any]] = {
             "type": {"model_type": "llama"},
             "rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
             "activation": {"hidden_act": "relu"},
-        }[how]
-        (folder / "config.json").write_text(json.dumps(config | change))
+        }
+        (folder / "config.json").write_text(json.dumps(config | changes[how]))
     else:
         save_file(tensors, path, metadata={"format": "pt"})
 

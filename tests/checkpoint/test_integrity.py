@@ -94,7 +94,7 @@ class _Hostile:
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
-    def __reduce__(self):  # type: ignore[no-untyped-def]
+    def __reduce__(self):
         return os.system, (f"touch {self.marker}",)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from megarewarm.checkpoint.export.neox import export_neox
 from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder
+from megarewarm.checkpoint.foreign.neox_optimizer import What
 from megarewarm.checkpoint.source import NeoXCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import check, expected_shapes
 from megarewarm.errors import UserError
@@ -90,7 +91,7 @@ SHAPES = {
 }
 
 
-def written(place: Path, shape: Shape) -> tuple[Path, dict, dict, tuple]:  # type: ignore[type-arg]
+def written(place: Path, shape: Shape) -> tuple[Path, dict, dict, tuple]:
     # masters that fp16 can't hold, so that it shows which of the two was read; powers of two as divisors keep bits
     masters = whole_model(1)
     if shape.tied:
@@ -98,12 +99,15 @@ def written(place: Path, shape: Shape) -> tuple[Path, dict, dict, tuple]:  # typ
     weights = {name: tensor.to(shape.dtype) for name, tensor in masters.items()}
     if shape.era == "none":
         masters = weights
-    moments = (whole_model(2), {name: tensor.square() for name, tensor in whole_model(3).items()})
+    moments: tuple[dict[str, torch.Tensor], ...] = (
+        whole_model(2),
+        {name: tensor.square() for name, tensor in whole_model(3).items()},
+    )
     moments = tuple({name: each[name] for name in masters} for each in moments)
     return theirs.write(place, shape, weights, masters, moments), weights, masters, moments
 
 
-def assert_read(folder: Path, shape: Shape, weights: dict, masters: dict, moments: tuple) -> None:  # type: ignore[type-arg]
+def assert_read(folder: Path, shape: Shape, weights: dict, masters: dict, moments: tuple) -> None:
     source = open_checkpoint(str(folder.parent))
     assert isinstance(source, NeoXCheckpoint)
     stored = NeoXFolder(folder)
@@ -112,7 +116,7 @@ def assert_read(folder: Path, shape: Shape, weights: dict, masters: dict, moment
         assert torch.equal(stored.read(our_name(name)), tensor), name
         assert torch.equal(source.weights.read(our_name(name)), masters[name].float()), name
         for what, values in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-            assert torch.equal(source._optimizer.read(what, our_name(name)), values[name]), (what, name)
+            assert torch.equal(source._optimizer.read(cast(What, what), our_name(name)), values[name]), (what, name)
     state = source.training
     assert (state.step, state.optimizer_step, state.schedule_position, state.samples) == (7, 6, 6, 28)
     assert state.loss_scale == (
@@ -128,7 +132,7 @@ def test_weights_masters_and_moments_of_every_form(tmp_path: Path, shape: Shape)
     assert_read(*written_and_shape(tmp_path, shape))
 
 
-def written_and_shape(place: Path, shape: Shape):  # type: ignore[no-untyped-def]
+def written_and_shape(place: Path, shape: Shape):
     folder, weights, masters, moments = written(place, shape)
     return folder, shape, weights, masters, moments
 
@@ -142,7 +146,7 @@ def written_and_shape(place: Path, shape: Shape):  # type: ignore[no-untyped-def
     per_communication=st.sampled_from([64, 700, 3001, 10**9]),
     legacy=st.booleans(),
 )
-def test_any_way_of_cutting_is_put_together_again(tmp_path_factory, tensor, data, pipe, era, per_communication, legacy) -> None:  # type: ignore[no-untyped-def]
+def test_any_way_of_cutting_is_put_together_again(tmp_path_factory, tensor, data, pipe, era, per_communication, legacy) -> None:
     dtype = torch.bfloat16 if era == "bf16" else torch.float16
     shape = Shape(tensor, data, pipe, legacy, era, per_communication, dtype)
     place = tmp_path_factory.mktemp("cut")
@@ -153,7 +157,7 @@ def test_any_way_of_cutting_is_put_together_again(tmp_path_factory, tensor, data
 # ---- training goes on ----------------------------------------------------------------------------------------------
 
 
-def _run(place: Path, save: Path, start: dict[str, object], parallel: dict[str, object] | None = None):  # type: ignore[no-untyped-def]
+def _run(place: Path, save: Path, start: dict[str, Any], parallel: dict[str, Any] | None = None):
     return config(
         place,
         model=None,
@@ -171,9 +175,7 @@ def small_vocabulary(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _built(
-    ranks: Ranks, place: str, save: str, start: dict[str, object], parallel: dict[str, object]
-) -> dict[str, torch.Tensor]:
+def _built(ranks: Ranks, place: str, save: str, start: dict[str, Any], parallel: dict[str, Any]) -> dict[str, torch.Tensor]:
     run = build(make_plan(_run(Path(place), Path(save), start, parallel)), ranks)
     run.batches.close()
     return {name: whole(tensor).clone() for name, tensor in run.tensors().items()} | {
@@ -236,8 +238,8 @@ def _deepspeed(ranks: Ranks, save: str, stage: int, dtype: str) -> dict[str, tup
                 module.add_module(key, torch.nn.Module())
             module = module.get_submodule(key)
         module.register_parameter(name.rsplit(".", 1)[1], torch.nn.Parameter(tensor.clone()))
-    model.forward = lambda x: sum((p * x).square().sum() for p in model.parameters())  # type: ignore[assignment]
-    named = {name.removeprefix("sequential."): p for name, p in model.named_parameters()}
+    model.forward = lambda x: sum((p * x).square().sum() for p in model.parameters())
+    named: dict[str, Any] = {name.removeprefix("sequential."): p for name, p in model.named_parameters()}
     groups = [
         {"params": [p for name, p in named.items() if theirs.decays(name)], "weight_decay": 0.1},
         {"params": [p for name, p in named.items() if not theirs.decays(name)], "weight_decay": 0.0},
@@ -278,7 +280,7 @@ def test_files_that_deepspeed_writes(tmp_path: Path, stage: int, ranks: int) -> 
     assert len(set().union(*fragments)) == 3 * len(whole_model(5))
     for key, (first, values) in [item for rank in fragments for item in rank.items()]:
         what, name = key.split(".", 1)
-        found = source._optimizer.read(what, our_name(name))  # type: ignore[arg-type]
+        found = source._optimizer.read(what, our_name(name))
         assert np.array_equal(found.flatten()[first : first + len(values)].numpy(), values), key
 
 
@@ -329,10 +331,10 @@ def test_hugging_face_to_neox_and_back_is_bit_exact(golden: Path, tmp_path: Path
 
 
 def _breakage() -> dict[str, tuple[object, str]]:
-    def remove(pattern: str):  # type: ignore[no-untyped-def]
+    def remove(pattern: str):
         return lambda folder: [file.unlink() for file in folder.glob(pattern)]
 
-    def rewrite(name: str, change):  # type: ignore[no-untyped-def]
+    def rewrite(name: str, change):
         def act(folder: Path) -> None:
             content = torch.load(folder / name, weights_only=True)
             change(content)
@@ -436,7 +438,7 @@ def test_the_configuration_that_we_write_is_read_by_gpt_neox(tmp_path: Path) -> 
         assert (read["layernorm_epsilon"], read["rotary_emb_base"], read["rotary_pct"]) == (eps, base, share), text
         defaults = _defaults_of_gpt_neox()
         for key, value in read.items():
-            wanted = {"int": int, "float": (int, float), "bool": bool, "str": str}[defaults.get(key, type(value).__name__)]
+            wanted: Any = {"int": int, "float": (int, float), "bool": bool, "str": str}[defaults.get(key, type(value).__name__)]
             assert isinstance(value, wanted) and (isinstance(value, bool) == (wanted is bool)), (key, value)
         assert type(read["rotary_emb_base"]) is int
         assert NeoXFolder(tmp_path / f"ours{number}/global_step0").model_config == shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from megarewarm import arguments
 from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Form, convert
 from megarewarm.checkpoint.source import FORMATS, ForeignCheckpoint, OpenedCheckpoint, open_checkpoint
-from megarewarm.checkpoint.weights import Description
+from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.training.trainer import train
@@ -47,7 +48,7 @@ def opened(name: str, folder: Path) -> OpenedCheckpoint | None:
 
 def write(it: Conversion) -> list[str]:
     it.destination.mkdir(parents=True)
-    arrays = {name: it.weights.read(name).float().numpy() for name in it.weights.describe()}
+    arrays: dict[str, Any] = {name: it.weights.read(name).float().numpy() for name in it.weights.describe()}
     np.savez(it.destination / FILE, shape=json.dumps(it.config.model_dump()), **arrays)
     return ["weights only"]
 
@@ -84,8 +85,7 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither a run .*, nor one of numpy \(no model.npz\)"):
         open_checkpoint(str(tmp_path / "empty"))
-    source = ForeignCheckpoint(
-        "x", "numpy", ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=8), lambda: None, []
-    )  # type: ignore[arg-type,return-value]
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=8)
+    source = ForeignCheckpoint("x", "numpy", model, lambda: cast(Weights, None), [])
     with pytest.raises(UserError, match="only '--to neox' has files for each tensor rank"):
         convert(source, tmp_path / "out", ConvertOptions("numpy", tensor_ranks=2))

@@ -31,7 +31,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
     for_good=st.frozensets(st.integers(0, 60), max_size=4),
     best_on=st.none() | st.just("old"),
 )
-def test_rules(steps, losses, keep_last, keep_every, for_good, best_on) -> None:  # type: ignore[no-untyped-def]
+def test_rules(steps, losses, keep_last, keep_every, for_good, best_on) -> None:
     table = {step: losses[step] for step in steps}
     staying = Retention(keep_last, None if keep_every is None else Grid(keep_every), for_good, best_on).staying(table)
     assert staying <= steps and max(steps) in staying

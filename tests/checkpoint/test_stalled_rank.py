@@ -87,7 +87,7 @@ def _dies_while_loading(ranks: Ranks, folder: str) -> str:
     def dies(*args: object, **kwargs: object) -> None:
         if ranks.rank == 1:
             dist.destroy_process_group()  # closes the connections, as the end of its process does
-        read(*args, **kwargs)  # type: ignore[arg-type]
+        read(*args, **kwargs)
 
     dcp.load = dies
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ base:
 UPSTREAM = "runs:\n  - {name: upstream}\n"
 
 
-def load(text: str, **keywords: bool) -> Experiment:
+def load(text: str, **keywords: Any) -> Experiment:
     return load_experiment(*parse_yaml(text, "e.yml"), **keywords)
 
 

@@ -308,5 +308,6 @@ def test_the_weights_are_those_that_transformers_takes(tmp_path: Path) -> None:
 
 
 def test_what_is_off() -> None:
-    assert all(is_off(value) for value in (None, False, 0, 0.0, "", [], (0, 0), {}, {"a": None}))
+    off: list[Any] = [None, False, 0, 0.0, "", [], (0, 0), {}, {"a": None}]
+    assert all(is_off(value) for value in off)
     assert not any(is_off(value) for value in (True, 1, "no", [0, 1], {"a": 2}, torch.float32))

@@ -21,7 +21,7 @@ from megarewarm.training.after_step.replicas import replica_checks
 from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.saving import check_saving, is_saved, saves
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 INTERVALS = st.fractions(1, 50, max_denominator=400)
@@ -110,7 +110,7 @@ def test_a_run_that_an_earlier_version_began_keeps_its_steps(tmp_path: Path) -> 
     for _ in range(2):
         console = quiet()
         train(config(tmp_path, **settings), ALONE, console)
-        assert "intervals: 'rounded', as when this run was begun" in " ".join(console.file.getvalue().split())
+        assert "intervals: 'rounded', as when this run was begun" in " ".join(printed(console).split())
         assert sorted({line["step"] for line in events(outcome.folder, "eval")}) == expected
         assert yaml.safe_load((outcome.folder / "config.yaml").read_text())["intervals"] == "rounded"
         shutil.rmtree(outcome.folder / "checkpoints/step_27")

@@ -17,7 +17,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import AutoTokenizer, GPT2TokenizerFast
+from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
 
 from megarewarm.config import neox_blocks
 from megarewarm.config.neox_document import neox_markdown
@@ -37,7 +37,7 @@ from tests.checkpoint.test_convert import tool
 from tests.checkpoint.test_neox import written
 from tests.support import neox_writer
 from tests.support.distributed import run_ranks
-from tests.support.tiny import events, quiet, write_tokens
+from tests.support.tiny import events, printed, quiet, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -171,7 +171,7 @@ def as_file(values: dict[str, Any]) -> NeoxFile:
 def test_every_documented_key_has_one_fate_and_a_line_in_the_docs() -> None:
     assert [key for key in DOCUMENTED if not is_known(key)] == []
     inside = (neox_blocks.HONOURED, neox_blocks.NOT_APPLICABLE, neox_blocks.ONLY)
-    tables = [*map(set, (HONOURED, NOT_APPLICABLE, ONLY, OVERWRITTEN)), *map(set, inside)]
+    tables: list[set[str]] = [set(table) for table in (HONOURED, NOT_APPLICABLE, ONLY, OVERWRITTEN, *inside)]
     assert sum(map(len, tables)) == len(set().union(*tables))
     page = (ROOT / "docs" / "neox_config.md").read_text()
     assert page == neox_markdown(), "run: python tools/document_config.py"
@@ -192,7 +192,7 @@ def test_pythia_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.run_folder == "checkpoints/410m"
     said = Console(file=io.StringIO(), width=120)
     show_account(account, said)
-    text = said.file.getvalue()
+    text = printed(said)
     keys = set(read_neox(files).values)
     fated = {key.partition(".")[0] for key in (*account.honoured, *account.not_applicable)}
     assert fated | (keys & set(ONLY)) == keys
@@ -283,7 +283,7 @@ def annealing_lr(n: int, style: str, peak: float, floor: float, warm: float, end
     peak=st.sampled_from([3e-4, 1e-2]),
     floor=st.sampled_from([None, 0.0, 3e-5]),
 )
-def test_the_rate_of_every_step_is_gpt_neoxs(style, iterations, decay, warmup, peak, floor) -> None:  # type: ignore[no-untyped-def]
+def test_the_rate_of_every_step_is_gpt_neoxs(style, iterations, decay, warmup, peak, floor) -> None:
     values = SMALL | {"train_iters": iterations, "lr_decay_style": style, "optimizer": {"params": {"lr": peak}}}
     values |= {} if decay is None else {"lr_decay_fraction": decay} if isinstance(decay, float) else {"lr_decay_iters": decay}
     values |= {} if warmup is None else {"warmup": warmup}
@@ -307,7 +307,7 @@ def test_the_rate_of_every_step_is_gpt_neoxs(style, iterations, decay, warmup, p
     steps=st.none() | st.integers(1, 4),
     total=st.none() | st.integers(1, 96),
 )
-def test_two_of_the_three_batch_sizes_give_the_third(ranks, micro, steps, total) -> None:  # type: ignore[no-untyped-def]
+def test_two_of_the_three_batch_sizes_give_the_third(ranks, micro, steps, total) -> None:
     given_ = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": steps}
     values = {k: v for k, v in (SMALL | given_).items() if v is not None}
     if total is None and micro is None:
@@ -361,8 +361,8 @@ def test_the_tokenizer_that_a_file_names_is_taken_or_why_not_is_said(tmp_path: P
     for file in HERE:
         (tmp_path / file).write_text("")
     values = SMALL | {"tokenizer_type": kind}
-    for key, file in (("vocab_file", vocabulary), ("merge_file", merges)):
-        values |= {} if file is None else {key: str(tmp_path / file)}
+    for key, given_file in (("vocab_file", vocabulary), ("merge_file", merges)):
+        values |= {} if given_file is None else {key: str(tmp_path / given_file)}
     made = translate(as_file(values), 1)
     assert made.mapping["data"]["tokenizer"] == (str(tmp_path / vocabulary) if vocabulary and why is None else None)
     notes = [note for note in made.notes if note.startswith("vocab_file")]

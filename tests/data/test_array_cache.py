@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_without_a_place_or_turned_off_it_is_made_in_memory(
 def test_what_was_not_used_for_long_goes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(array_cache, "KEPT", 3)
     for seed in range(3):
-        cached({"seed": seed}, lambda seed=seed: arrays(seed))
+        cached({"seed": seed}, partial(arrays, seed))
         os.utime(max(folder.glob("*/"), key=os.path.getmtime), (seed, seed))
     cached({"seed": 0}, never)  # used again, so it stays
     cached({"seed": 9}, arrays)
@@ -110,7 +111,9 @@ def test_of_many_that_ask_at_once_one_makes_it_and_a_killed_one_leaves_it_to_the
         time.sleep(0.01)
     for process in asking[1:]:
         process.start()
-    os.kill(asking[0].pid, signal.SIGKILL)
+    pid = asking[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
     for process in asking:
         process.join(60)
     assert [answers.get() for _ in asking[1:]] == [int(arrays()["a"].sum())] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_decimal_weights_are_exact_and_others_are_rounded():
     assert Blend([0.1, 0.2, 0.7]).period == 10
     assert Blend([1, 1, 1]).numerators.tolist() == [1, 1, 1]
     weights = np.random.default_rng(0).random(7)
-    made = Blend(weights)
+    made = Blend(weights.tolist())
     assert made.period <= 2**20
     assert np.abs(made.numerators / made.period - weights / weights.sum()).max() <= 2**-20
     with pytest.raises(UserError, match="weight 1e-09 is less than one sample in 1048576"):
@@ -145,7 +146,7 @@ def test_shares_as_numbers_of_tokens() -> None:
     assert [source.weight for source in with_replay(data.train, [], 0)] == [0.8, 0.2]
     again = DataConfig.model_validate(data.model_dump(mode="json"))
     assert again == data, "a resolved config says the same"
-    final = with_replay(data.train, [], 0)
+    final: list[Any] = with_replay(data.train, [], 0)
     assert DataConfig.model_validate(data.model_dump() | {"train": [source.model_dump() for source in final]}).train == final
 
 

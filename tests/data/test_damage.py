@@ -34,7 +34,7 @@ Files = dict[str, bytes]
 class Form(NamedTuple):
     """How the tokens are stored and read. ``cuts``: where the .bin is cut into shards; none for a whole one."""
 
-    index: str
+    index: str  # type: ignore[assignment]
     code: int
     cuts: tuple[int, ...]
     inclusive: bool

@@ -7,6 +7,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,7 @@ def test_published_tokenizers_on_real_text(published: list[Path]) -> None:
         for text, ids in zip([*sources, *mixed], tokenizer.encode_batch([*sources, *mixed]), strict=True):
             assert np.array_equal(ids, ids_of(library, text)), text[:60]
         assert tokenizer.notes == [], "the fast path was taken"
-        assert (
-            first_difference(
-                FastBPE(json.loads(path.read_text())), lambda text, of=library: ids_of(of, text), library.get_vocab()
-            )
-            is None
-        )
+        assert first_difference(FastBPE(json.loads(path.read_text())), partial(ids_of, library), library.get_vocab()) is None
 
 
 def _change(path: Path, act: Callable[[dict[str, Any]], None]) -> Path:

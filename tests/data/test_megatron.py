@@ -10,6 +10,7 @@ import types
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_they_read_what_we_write(tmp_path_factory, megatron, documents, wide):
 
 
 def test_merged_files_are_the_same_bytes(tmp_path, megatron):
-    for name, documents in (("a", [[[1, 2]], [[3]]]), ("b", [[[4, 5, 6]], [[]], [[7]]])):
+    parts: dict[str, list[list[list[int]]]] = {"a": [[[1, 2]], [[3]]], "b": [[[4, 5, 6]], [[]], [[7]]]}
+    for name, documents in parts.items():
         write_theirs(megatron, tmp_path / name, documents, np.uint16)
     merge_token_files([tmp_path / "a", tmp_path / "b"], tmp_path / "ours")
     builder = megatron.indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
@@ -262,6 +264,7 @@ def their_picks(megatron, shares: list[float], size: int) -> tuple[np.ndarray, n
 
 def test_decimal_weights_tie_as_theirs(megatron):
     """Both trainers use this one rule; they add up the weights differently, and each divides twice."""
+    equal: Any = np.array_equal
     random, apart = np.random.default_rng(0), 0
     for _ in range(1500):
         weights = decimal_weights(random)
@@ -269,11 +272,11 @@ def test_decimal_weights_tie_as_theirs(megatron):
         theirs = their_picks(megatron, megatron.utils.normalize(shares), 300)
         ours = normalised(weights, "megatron")
         assert ours == shares
-        assert all(map(np.array_equal, greedy_blend(ours, 300), theirs)), weights
+        assert all(map(equal, greedy_blend(ours, 300), theirs)), weights
         total = functools.reduce(operator.add, weights)  # GPT-NeoX's get_normalized_weights_and_num_samples ...
         once = np.array([weight / total for weight in weights])
         neox = their_picks(megatron, (once / np.sum(once)).tolist(), 300)  # ... and its BlendableDataset
-        assert all(map(np.array_equal, greedy_blend(normalised(weights, "neox"), 300), neox)), weights
+        assert all(map(equal, greedy_blend(normalised(weights, "neox"), 300), neox)), weights
         apart += not np.array_equal(theirs[0], neox[0])
     assert apart > 50  # or the difference between the two would not have been tried
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_phases_are_their_blends_one_after_the_other(phases, table, data):
     firsts = np.cumsum([0] + [length for length, _ in phases])
     phased = PhasedBlend(firsts[:-1].tolist(), blends, places, sources)
     taken = np.zeros(sources, int)
-    expected = []
+    expected: list[tuple[int, int]] = []
     for (length, _), blend, mine in zip(phases, blends, places, strict=True):
         for local in blend.locate(np.arange(length))[0].tolist():
             assert np.array_equal(phased.counts(len(expected)), taken)
@@ -112,7 +113,7 @@ WARM_2 = {"warmup": 2}
 
 def test_when_a_switch_takes_place(tmp_path):
     train_on = [{"path": str(tmp_path / "old")}]
-    moments = [{"at": 4}, {"at": "1024 tokens"}, {"at": "60%"}, {"lr_below": 2e-3}]
+    moments: list[dict[str, Any]] = [{"at": 4}, {"at": "1024 tokens"}, {"at": "60%"}, {"lr_below": 2e-3}]
     run = config(tmp_path, data={"switches": [moment | {"train": train_on} for moment in moments]}, schedule=WARM_2)
     steps = steps_of(run, Position(0, 0, 0, 0))
     schedule = build_schedule(run.schedule, run.steps, run.total_steps)

@@ -73,7 +73,7 @@ def test_in_a_blend_with_a_permuted_source(tmp_path: Path) -> None:
 
 def test_more_rows_than_there_are(tmp_path: Path) -> None:
     rows = rows_in(tmp_path / "a.bin", 5)
-    source = {"path": f"{tmp_path}/a.bin", "layout": "rows"}
+    source: dict[str, object] = {"path": f"{tmp_path}/a.bin", "layout": "rows"}
     with pytest.raises(UserError, match=r"gives 5 samples .* the run needs 6 .* max_epochs to 1\.2 or more"):
         batches(source, total=6)
     again = batches(source | {"max_epochs": 2.0}, total=10).rows(0, 10)

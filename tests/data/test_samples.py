@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.data.files.split import split_documents
+from megarewarm.data.files.split import Part, split_documents
 from megarewarm.data.files.token_file import TokenFile, TokenFileWriter, open_tokens
 from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples
 from megarewarm.errors import UserError
@@ -68,9 +69,11 @@ def test_recorded_index_maps_of_gpt_neox(golden):
     found = sorted((golden / "indexmaps").glob("*_doc_idx.npy"))
     assert len(found) == 6
     for path in found:
-        name, part, requested = re.match(r"(.*)_(train|valid|test)_indexmap_(\d+)ns_64sl_1234s", path.name).groups()
+        found_name = re.match(r"(.*)_(train|valid|test)_indexmap_(\d+)ns_64sl_1234s", path.name)
+        assert found_name
+        name, part, requested = found_name.groups()
         file = open_tokens(golden / name)
-        view = file.view(*split_documents("900,50,50", file.num_documents)[part])
+        view = file.view(*split_documents("900,50,50", file.num_documents)[cast(Part, part)])
         samples = NeoxSamples(view, 64, 1234, int(requested))
         maps = {key: np.load(str(path).replace("doc_idx", f"{key}_idx")) for key in ("doc", "sample", "shuffle")}
         assert np.array_equal(samples.document_order, maps["doc"])

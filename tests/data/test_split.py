@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megarewarm.data.files.split import split_documents
+from megarewarm.data.files.split import Part, Rule, split_documents
 from megarewarm.errors import UserError
 
 
@@ -34,7 +36,8 @@ def megatron_bounds(shares: list[float], size: int) -> list[int]:
 def test_rules(shares, size, separator):
     assume(sum(shares))
     text = separator.join(map(str, shares))
-    for rule, bounds in (("neox", neox_bounds(shares, size)), ("megatron", megatron_bounds(shares, size))):
+    theirs: dict[Rule, list[int]] = {"neox": neox_bounds(shares, size), "megatron": megatron_bounds(shares, size)}
+    for rule, bounds in theirs.items():
         if min(bounds) < 0:
             with pytest.raises(UserError, match="negative length"):
                 split_documents(text, size, rule)
@@ -59,7 +62,7 @@ def test_parts_of_the_recorded_runs(golden):
         for part, samples in (("train", 160), ("valid", 24), ("test", 8)):
             map_name = f"{name}_text_document_{part}_indexmap_{samples}ns_64sl_1234s_packedpi_ac_doc_idx.npy"
             documents = np.load(golden / "indexmaps" / map_name)
-            assert parts[part] == (documents.min(), documents.max() + 1)
+            assert parts[cast(Part, part)] == (documents.min(), documents.max() + 1)
 
 
 def test_left_out_shares_are_zero():

@@ -7,6 +7,7 @@ import os
 import re
 import struct
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def write_pair(prefix: Path, documents: list[list[int]], code: int = 8, **change
         pointers.append(position)
         position += len(document) * itemsize
     n = len(documents)
-    parts = {
+    parts: dict[str, Any] = {
         "magic": b"MMIDIDX\x00\x00",
         "version": 1,
         "code": code,
@@ -263,7 +264,7 @@ def test_reading_outside_is_an_error_not_a_wrap(tmp_path):
             view.read(start, length)
     with pytest.raises(IndexError):
         file.view(3, 6)
-    assert file.document(np.int64(3)).tolist() == [5, 6, 7, 8, 9]  # numpy integers are integers
+    assert file.document(cast(int, np.int64(3))).tolist() == [5, 6, 7, 8, 9]  # numpy integers are integers
 
 
 def test_file_that_shrinks_while_open_is_an_error(tmp_path):

@@ -33,7 +33,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 60_000), max_size=9), min_size=1, m
 
 @settings(max_examples=60, deadline=None)
 @given(files=st.lists(st.tuples(DOCUMENTS, st.booleans()), min_size=1, max_size=4), block=st.sampled_from([1, 7, 2**22]))
-def test_merged_files_are_those_written_at_once(tmp_path_factory, files, block) -> None:  # type: ignore[no-untyped-def]
+def test_merged_files_are_those_written_at_once(tmp_path_factory, files, block) -> None:
     place = tmp_path_factory.mktemp("merged")
     names = [write(place / str(i), docs, np.int32 if wide else np.uint16) for i, (docs, wide) in enumerate(files)]
     before, merge._BLOCK = merge._BLOCK, block

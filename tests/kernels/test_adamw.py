@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from megarewarm_kernels import AdamWTensors, adamw_, squared_norm
@@ -36,7 +38,7 @@ def test_operators_keep_pytorchs_rules() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     parameter, first, second, gradient, *_ = state_of(10, torch.float32)
-    call = {"step": 1, "lr": 1e-3}
+    call: dict[str, Any] = {"step": 1, "lr": 1e-3}
     with pytest.raises(ValueError, match=r"'gradient' is \(5,\), need \(10,\)"):
         adamw_(parameter, gradient[:5], first, second, **call)
     with pytest.raises(ValueError, match="without gaps"):

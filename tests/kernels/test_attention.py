@@ -253,8 +253,8 @@ def flash_module(name: str, with_statistics: bool) -> ModuleType:
     """FlashAttention's interface, as its packages have it, computed document by document."""
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Any:
-        parts = [part.transpose(1, 2) for part in (q, k, v)]
-        out = F.scaled_dot_product_attention(*parts, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
         return (out, None) if with_statistics else out
 
     def flash_attn_varlen_func(
@@ -274,13 +274,13 @@ def flash_module(name: str, with_statistics: bool) -> ModuleType:
         assert max(sizes) == max_seqlen_q == max_seqlen_k and cuts[0] == 0 and cuts[-1] == q.shape[0] and min(sizes) > 0
         outs = []
         for begin, end in pairwise(cuts):
-            out = flash_attn_func(*(part[None, begin:end] for part in (q, k, v)), softmax_scale, causal)
+            out = flash_attn_func(q[None, begin:end], k[None, begin:end], v[None, begin:end], softmax_scale, causal)
             outs.append((out[0] if with_statistics else out)[0])
         return (torch.cat(outs), None) if with_statistics else torch.cat(outs)
 
     module: Any = ModuleType(name)
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 @pytest.fixture

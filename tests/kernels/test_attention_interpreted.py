@@ -82,7 +82,8 @@ def test_nothing_is_read_or_written_outside_of_the_tensors() -> None:
     case = arguments(2, 45, 2, 20, 8, [[13, 32], [45]]).to(torch.float32)
     bands: list[torch.Tensor] = []
 
-    def guarded(tensor: torch.Tensor) -> torch.Tensor:
+    def guarded(tensor: torch.Tensor | None) -> torch.Tensor:
+        assert tensor is not None
         band = torch.full((tensor.numel() + 2048,), float("nan") if tensor.is_floating_point() else 7).to(tensor.dtype)
         inside = band[1024 : 1024 + tensor.numel()].view(tensor.shape)
         inside.copy_(tensor)

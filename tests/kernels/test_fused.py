@@ -80,8 +80,11 @@ def test_gradients_that_nobody_asks_for() -> None:
     case = CASES["residual_norms"]
     arguments = [argument.detach() for argument in arguments_of(case, 4, 8, torch.float64)]
     arguments[3].requires_grad_()
-    (gradient,) = torch.autograd.grad(sum(output.square().sum() for output in case.ours(*arguments)), [arguments[3]])
-    (wanted,) = torch.autograd.grad(sum(output.square().sum() for output in case.torch(*arguments)), [arguments[3]])
+    ours, theirs = (
+        torch.stack([output.square().sum() for output in side(*arguments)]).sum() for side in (case.ours, case.torch)
+    )
+    (gradient,) = torch.autograd.grad(ours, [arguments[3]])
+    (wanted,) = torch.autograd.grad(theirs, [arguments[3]])
     torch.testing.assert_close(gradient, wanted)
 
 
@@ -112,7 +115,7 @@ def test_dtypes_that_nothing_computes_in_are_named(dtype: torch.dtype) -> None:
     wrong, right, targets = torch.zeros(4, 4).to(dtype), torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64)
     calls: list[Callable[[], object]] = [
         lambda: kernels.bias_gelu(wrong, right[0]),
-        lambda: kernels.residual_norms(right, right, right, *[right[0]] * 3, wrong[0]),
+        lambda: kernels.residual_norms(right, right, right, right[0], right[0], right[0], wrong[0]),
         lambda: kernels.linear_cross_entropy(wrong, right, targets),
         lambda: kernels.squared_norm(wrong),
         lambda: kernels.adamw_(right, wrong, right, right, step=1, lr=0.1),

@@ -198,7 +198,7 @@ def test_z_loss_is_the_square_of_log_sum_exp(
     hidden, weight, targets = arguments(t, 5, v + padding, v, torch.float64)
     targets[[i for i in ignored if i < t]] = -100
     want = results(lambda h, w: by_torch(h, w, targets, valid=v, z_loss=z_loss), hidden, weight)
-    asked = {"valid_rows": v, "z_loss": z_loss}
+    asked: dict[str, Any] = {"valid_rows": v, "z_loss": z_loss}
     for function in (
         lambda h, w: linear_cross_entropy(h, w, targets, memory_budget=budget, **asked)[0],
         lambda h, w: reference(h, w, targets, **asked)[0],
@@ -286,8 +286,8 @@ def test_compiled_whole_with_z_loss() -> None:
     for ours, theirs in zip(results(compiled, hidden, weight), results(whole, hidden, weight), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     logits = hidden @ weight.t()
-    compiled = torch.compile(passes, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(compiled(logits, targets + 10, 0.1), passes(logits, targets + 10, 0.1), strict=True):
+    compiled_passes = torch.compile(passes, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled_passes(logits, targets + 10, 0.1), passes(logits, targets + 10, 0.1), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 

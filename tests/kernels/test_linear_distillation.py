@@ -92,7 +92,7 @@ def test_wrong_shapes_are_refused(wrong: int) -> None:
             linear_distillation(*given, share=1.0)
     elif wrong == 3:
         with pytest.raises(ValueError, match=r"'teacher_hidden' is torch\.int64, need"):
-            linear_distillation(*given[:3], given[3].long(), given[4], share=1.0)
+            linear_distillation(given[0], given[1], given[2], given[3].long(), given[4], share=1.0)
     else:
         with pytest.raises(ValueError, match="valid_rows 10"):
             linear_distillation(*given, share=1.0, valid_rows=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_any_shape(tokens: int, valid: int, padding: int, budget: int, z_loss: f
     if turned:
         hidden, weight = hidden.t().contiguous().t(), weight.t().contiguous().t()
         targets = torch.stack([targets, targets + 1], 1)[:, 0]
-    asked = {"valid_rows": valid, "z_loss": z_loss, "memory_budget": budget}
+    asked: dict[str, Any] = {"valid_rows": valid, "z_loss": z_loss, "memory_budget": budget}
     found = results(lambda h, w: linear_cross_entropy(h, w, targets, **asked)[0], hidden, weight)
     for mine, wanted in zip(found, true, strict=True):
         torch.testing.assert_close(mine.double(), wanted, rtol=2e-5, atol=2e-5)
@@ -153,7 +154,7 @@ def test_guard_bands_around_the_arguments() -> None:
     before = [band.clone() for band in bands]
     around = torch.full((len(targets) + 64,), 2**40)
     around[32:-32] = targets
-    asked = {"valid_rows": 125, "z_loss": 0.1}
+    asked: dict[str, Any] = {"valid_rows": 125, "z_loss": 0.1}
     found = results(lambda h, w: linear_cross_entropy(h, w, around[32:-32], **asked)[0], *guarded)
     wanted = results(lambda h, w: linear_cross_entropy(h, w, targets, **asked)[0], hidden, weight)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
@@ -196,7 +197,7 @@ def _sharded(ranks: Ranks) -> list[tuple[list[float], list[float]]]:
     def of(kernel: str, dtype: torch.dtype, classes: int) -> list[float]:
         hidden, weight, targets = arguments(21, 12, 140, classes, dtype)
         true = results(lambda h, w: by_torch(h, w, targets, valid=classes, z_loss=0.1), hidden.double(), weight.double())
-        asked = {"group": group, "vocab_size": classes, "z_loss": 0.1, "memory_budget": 8000, "kernel": kernel}
+        asked: dict[str, Any] = {"group": group, "vocab_size": classes, "z_loss": 0.1, "memory_budget": 8000, "kernel": kernel}
         found = results(lambda h, w: sharded_linear_cross_entropy(h, w, targets, **asked)[0], hidden, weight[part])
         found[1] = found[1].float()
         torch.distributed.all_reduce(found[1])

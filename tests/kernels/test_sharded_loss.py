@@ -30,7 +30,7 @@ def _apart(ranks: Ranks) -> int:
     for tokens, classes, rows, z_loss, budget in CASES:
         hidden, weight, targets = arguments(tokens, 6, rows, classes, torch.float64)
         hidden[::3] *= 1000  # exponentials of such logits overflow where the largest is not taken off first
-        asked = {"group": dist.group.WORLD, "vocab_size": classes, "z_loss": z_loss, "memory_budget": budget}
+        asked: dict[str, Any] = {"group": dist.group.WORLD, "vocab_size": classes, "z_loss": z_loss, "memory_budget": budget}
         wanted = results(lambda h, w: by_torch(h, w, targets, valid=classes, z_loss=z_loss), hidden, weight)  # noqa: B023
         wanted[2] = wanted[2][_part(ranks, weight)]
         mine = weight[_part(ranks, weight)]
@@ -50,10 +50,12 @@ def _details(ranks: Ranks) -> dict[str, Any]:
     hidden, weight, targets = arguments(16, 6, 32, 29, torch.float32)
     mine = weight[_part(ranks, weight)]
     group = dist.group.WORLD
+    assert group is not None
     found: dict[str, Any] = {}
 
     def loss(h: Tensor, w: Tensor, **changes: Any) -> Tensor:
-        return sharded_linear_cross_entropy(h, w, targets, **({"group": group, "vocab_size": 29} | changes))[0]
+        options: dict[str, Any] = {"group": group, "vocab_size": 29} | changes
+        return sharded_linear_cross_entropy(h, w, targets, **options)[0]
 
     with Wire() as wire:
         loss(hidden, mine, memory_budget=16 * 16 * 4)
@@ -76,7 +78,12 @@ def _details(ranks: Ranks) -> dict[str, Any]:
         found["autocast"] = float(loss(*live).detach() - loss(hidden.bfloat16(), mine.bfloat16()))
     _, count = sharded_linear_cross_entropy(hidden, mine, targets, group=group, vocab_size=29)
     found["count"] = int(count) == int((targets != IGNORE).sum())
-    for name, change in {"size": {"vocab_size": 33}, "kernel": {"kernel": "fast"}, "triton": {"kernel": "triton"}}.items():
+    refused: dict[str, dict[str, Any]] = {
+        "size": {"vocab_size": 33},
+        "kernel": {"kernel": "fast"},
+        "triton": {"kernel": "triton"},
+    }
+    for name, change in refused.items():
         try:
             loss(hidden, mine, **change)
         except ValueError as error:

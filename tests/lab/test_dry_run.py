@@ -88,7 +88,7 @@ def test_what_could_not_run_is_refused(anywhere: Path, capsys: pytest.CaptureFix
     assert "start.moments: 'keep' can't be honoured" in capsys.readouterr().err
 
 
-def _alone():  # type: ignore[no-untyped-def]
+def _alone():
     from megarewarm.parallel.connect import connect
 
     return connect(Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"), "cpu", 1)

@@ -30,7 +30,7 @@ from megarewarm.lab.slurm import command_of, waves
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
-from tests.support.tiny import events, mapping, quiet
+from tests.support.tiny import events, mapping, printed, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = """\
@@ -133,7 +133,7 @@ def test_a_sweep_of_some_runs_shows_those_alone(tmp_path: Path, calls: Path, mon
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
     options: dict[str, Any] = {"launcher": "local", "jobs": 2, "ranks": 1, "options": [], "dry_run": False, "environment": {}}
     assert lab_sweep.sweep(whole, [], console, only=["second", "third"], **options) == 0
-    screen = console.file.getvalue().partition("begun")[2]  # type: ignore[attr-defined]
+    screen = printed(console).partition("begun")[2]
     assert "2 waiting" in screen and "first" not in screen and "3 waiting" not in screen
 
 
@@ -182,7 +182,9 @@ def test_costs_follow_from_the_steps_left(tmp_path: Path) -> None:
     whole = experiment(tmp_path, runs(a=None, b="a", c=None))
     found = prospects(whole, whole.arms)
     assert [p.tokens for p in found] == [20 * 8 * 16] * 3 and len({p.flops for p in found}) == 1
-    per_token = training_flops_per_token(whole.arms[0].config.model, 16)
+    model = whole.arms[0].config.model
+    assert model is not None
+    per_token = training_flops_per_token(model, 16)
     evaluated = 5 * 2 * 256  # at the start and after every fifth step, both sets
     assert found[0].flops == pytest.approx((20 * 8 * 16 + evaluated / 3) * per_token)
     assert longest_chain(found, found[0].flops) == pytest.approx(2.0)  # a, then b; c at the same time
@@ -205,7 +207,7 @@ def said(whole: Experiment, **options: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
     usual: dict[str, Any] = {"launcher": "local", "jobs": None, "ranks": 1, "options": [], "only": [], "environment": {}}
     assert lab_sweep.sweep(whole, [], console, **usual | options) == 0
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return printed(console)
 
 
 def sweep(place: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from megarewarm.errors import UserError
 from megarewarm.lab.replay_step import _groups, replay_step, show
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_bad_steps import Faults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ def test_any_step_comes_out_as_recorded(trained: Path, step: int) -> None:
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
     console = quiet()
     show(again, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(console)
     assert "bit for bit as recorded" in text and "layers.1" in text
 
 
@@ -66,7 +66,7 @@ def test_without_a_step_the_newest_bad_one_is_taken(tmp_path: Path, monkeypatch:
     assert again.step == 7 and again.recorded is not None and again.recorded[1] is None
     console = quiet()
     show(again, console)
-    assert "does not come again" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "does not come again" in printed(console)
     # and one that does come again: the parts that are not finite are counted
     Faults(monkeypatch, {2: "gradient"})
     broken = replay_step(folder, 7, ALONE)

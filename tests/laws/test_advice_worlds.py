@@ -132,7 +132,7 @@ def test_promises(tmp_path: Path, name: str, world: str) -> None:
         if answer.next is not None:
             roles = worlds.ROLES if answer.aim.startswith("mean") else [answer.aim]
             recommended = worlds.end(truth, spec_of(answer.next.keys, best))
-            loss, of_best = (np.mean([ends[role] for role in roles]) for ends in (recommended, worlds.end(truth, best)))
+            loss, of_best = (float(np.mean([ends[role] for role in roles])) for ends in (recommended, worlds.end(truth, best)))
             assert loss <= of_best + max(answer.next.bands.values())
     if name in SILENT:
         assert not predictions(advice, arms) and all(answer.next is None for answer in advice.answers)

@@ -174,7 +174,8 @@ def test_the_picture_says_which_replay_and_its_lines_pass_the_crosses(tmp_path: 
     band = max(trial.band for section in advice.sections for trial in section.trials.values() if section.laws)
     for cross, curve in zip(crosses, curves, strict=True):
         x, y = (np.asarray(data, dtype=float) for data in cross.get_data())
-        assert np.abs(np.interp(x, *(np.asarray(d, dtype=float) for d in curve.get_data())) - y).max() <= band
+        across, along = (np.asarray(data, dtype=float) for data in curve.get_data())
+        assert np.abs(np.interp(x, across, along) - y).max() <= band
 
 
 def test_a_grid_of_peaks_and_replay_is_one_table(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[
 
 def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
     """Planned and real bytes of weights, gradients and moments of every layout, weights gathered as they are in a step."""
-    found = []
+    found: list[tuple[str, float, float]] = []
     for parallel, kind in [*((layout, "adamw") for layout in layouts), (layouts[0], "muon")]:
         run = _build(place, size, ranks, parallel, micro_batch=1, kind=kind)
         run.batches.close()
@@ -248,7 +248,7 @@ def test_layouts_are_ranked_by_time_and_fit(tmp_path: Path) -> None:
     assert all(plan.memory < 40 * 2**30 and 0 < plan.mfu < 0.65 and 0 <= plan.bubble < 1 for plan in plans)
     assert all(plan.layout.data * plan.layout.model == 64 for plan in plans)
     for plan in plans[::50]:  # none is recommended that would be refused
-        keys = {"parallel": {}, "training": {}}
+        keys: dict[str, dict[str, Any]] = {"parallel": {}, "training": {}}
         for key, value in plan.keys.items():
             keys[key.split(".")[0]][key.split(".")[1]] = value
         check_fit(validate(RunConfig, merge(mapping(tmp_path, **CLUSTER), keys), {}), settings.model, plan.layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,7 @@ def test_the_masks_are_megatron_cores(tokens):
     inputs = torch.tensor(tokens)
     mask, loss_mask, places = data._get_ltor_masks_and_position_ids(inputs, EOD, True, True, True, True)
     starts = RULES.starts(inputs[None])
+    assert starts is not None
     assert torch.equal(torch.arange(len(tokens)) - starts[0], places)
     ours = visible(len(tokens), starts.int(), inputs.device)
     assert torch.equal(ours[0], ~mask), "theirs is true where a position does not attend"
@@ -48,6 +51,7 @@ def test_hidden_states_and_loss_are_transformers():
     rows = packed(1)
     inputs, targets = rows[:, :-1], RULES.targets(rows[:, :-1], rows[:, 1:])
     starts = RULES.starts(inputs)
+    assert starts is not None
     place = torch.arange(inputs.shape[1])
     allowed = (place <= place[:, None]) & (place >= starts[..., None])
     bias = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
@@ -81,7 +85,7 @@ def test_the_mean_is_over_what_is_left(tmp_path):
     run = build(make_plan(config(tmp_path, data=data)), ALONE)
     rows = torch.from_numpy(run.data.rows(0, 8))
     inputs, targets = rows[:, :-1], rows[:, 1:]
-    model = run.model._modules[0]
+    model: Any = run.model._modules[0]
     starts = DocumentRules(5, True, True).starts(inputs)
     losses = F.cross_entropy(F.linear(model(inputs, starts), model.head).flatten(0, 1), targets.flatten(), reduction="none")
     kept = losses[inputs.flatten() != 5]

@@ -26,7 +26,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.recompute import recompute
 from megarewarm.training.trainer import train
 from tests.model.test_neox import VARIANTS, pair, some_tokens
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
@@ -58,7 +58,7 @@ def test_the_fused_model_is_the_model(name: str, what: str, documents: bool) -> 
     (loss, gradients), (ours, mine) = (losses_and_gradients(model, tokens, **more) for model in (plain, fused))
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
     for key, gradient in gradients.items():
-        torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=f"{key}: {{}}".format)
 
 
 def test_under_autocast_the_fused_model_is_no_worse_than_the_plain_one() -> None:
@@ -91,7 +91,7 @@ def test_compiled_whole(tmp_path: Path) -> None:
     plain(tokens).sum().backward()
     for (key, mine), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         if other.grad is not None:
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-3, msg=f"{key}: {{}}".format)
 
 
 def losses_of(run: RunConfig) -> list[float]:
@@ -112,7 +112,7 @@ MODEL = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, vocab_size=64)
 
 
 def chosen(kernels: Any, device: str = "cpu", model: ModelConfig = MODEL, **more: Any) -> tuple[Operations, list[str]]:
-    settings = {"dtype": torch.bfloat16, "documents": False} | more
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "documents": False} | more
     return choose_operations(KernelsConfig.model_validate(kernels), model, torch.device(device), **settings)
 
 
@@ -169,7 +169,7 @@ def test_the_old_key_still_means_what_it_did() -> None:
 def test_the_start_says_what_computes_what(tmp_path: Path) -> None:
     console = quiet()
     outcome = train(config(tmp_path, kernels="triton", training={"budget": 1}), ALONE, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(console)
     assert "kernels: norms reference, gelu reference, attention sdpa, loss reference, optimizer torch" in text
     assert text.count("note: kernels.norms: reference, not triton: it runs on GPUs") == 1
     (start,) = events(outcome.folder, "start")

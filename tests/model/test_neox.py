@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def transformers_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> GPTNeoXForCausalLM:
     """The peer with the same shape; its own random weights."""
-    settings = GPTNeoXConfig(
+    settings = GPTNeoXConfig(  # type: ignore[call-arg]
         num_hidden_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
@@ -51,7 +51,8 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype = torch.float32) 
         bos_token_id=0,
         eos_token_id=0,
     )
-    return GPTNeoXForCausalLM(settings).to(dtype)
+    model: Any = GPTNeoXForCausalLM(settings)
+    return model.to(dtype)
 
 
 def pair(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[NeoX, GPTNeoXForCausalLM]:

@@ -137,7 +137,7 @@ def test_initial_weights_have_the_spread_they_should() -> None:
         ({"init": "normal", "init_std": 0.05, "output_init": "scaled_normal"}, 0.05, 0.05 / math.sqrt(12)),
         ({"init": "normal", "init_std": 0.01, "output_init": "normal"}, 0.01, 0.01),
     ]:
-        model = NeoX(ModelConfig(**shape, **settings_))  # type: ignore[arg-type]
+        model = NeoX(ModelConfig(**shape, **settings_))
         initialize(model, 1)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -163,4 +163,5 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     other = NeoX(ModelConfig(num_layers=2, **shape))
     initialize(other, 5)
     assert not torch.equal(other.embed_in.weight, small.embed_in.weight)
-    assert not torch.equal(small.layers[0].mlp.dense_h_to_4h.weight, small.layers[1].mlp.dense_h_to_4h.weight)  # type: ignore[union-attr]
+    layers: Any = small.layers
+    assert not torch.equal(layers[0].mlp.dense_h_to_4h.weight, layers[1].mlp.dense_h_to_4h.weight)

@@ -72,7 +72,7 @@ def test_steps_are_those_of_the_definition(tmp_path: Path) -> None:
         gradients.update({name: p.grad.double() * scale for name, p in run.model.parameters.items() if p.grad is not None})
         step(lr, flat, scale)
 
-    run.optimizer.step = watched  # type: ignore[method-assign]
+    run.optimizer.step = watched  # type: ignore[assignment, method-assign]
     for number in range(1, 4):
         lr = run.plan.lr(number)
         training_step(run, lr)
@@ -182,9 +182,9 @@ def test_every_layout_trains_saves_and_resumes_as_one_process(tmp_path: Path, ra
             assert found.keys() == wanted.keys()
             for key, tensor in wanted.items():
                 assert torch.allclose(found[key], tensor, rtol=1e-3, atol=2e-5), (name, folder.name, key)
-        for one, other in zip(events(alone, "dynamics"), events(whole[name], "dynamics"), strict=True):
-            for group, numbers in one["groups"].items():
-                assert other["groups"][group] == pytest.approx(numbers, rel=2e-3), (name, group)
+        for line, its in zip(events(alone, "dynamics"), events(whole[name], "dynamics"), strict=True):
+            for group, numbers in line["groups"].items():
+                assert its["groups"][group] == pytest.approx(numbers, rel=2e-3), (name, group)
 
 
 def test_another_optimizer_is_said_and_its_state_is_not_kept(tmp_path: Path) -> None:

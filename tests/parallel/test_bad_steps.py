@@ -35,7 +35,7 @@ def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, l
             return replace(losses, sum=math.inf)
         return losses
 
-    ParallelModel.forward_backward = damaged  # type: ignore[method-assign]
+    ParallelModel.forward_backward = damaged  # type: ignore[assignment, method-assign]
     try:
         return train(config(Path(place), parallel=parallel), ranks, quiet()).losses
     finally:

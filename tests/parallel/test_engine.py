@@ -199,7 +199,7 @@ def _run(place_: str, ranks: Ranks, **changes: Any) -> Run:
 
 
 def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
-    counts = []
+    counts: list[tuple[str, int, int]] = []
     for name, parallel in (("data", {}), ("zero2", {"sharding": "zero2"})):
         found = []
         for micro_batch in (4, 1):
@@ -209,7 +209,7 @@ def _accumulation(ranks: Ranks, place_: str) -> list[tuple[str, int, int]]:
                 training_step(run, 1e-3)
             run.batches.close()
             found.append(len(seen.names))
-        counts.append((name, *found))
+        counts.append((name, found[0], found[1]))
     return counts
 
 

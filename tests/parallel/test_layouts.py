@@ -160,7 +160,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _alone(place: Path, changes: dict[str, Any]) -> Path:
     """The folder of the single-process run with the same model and batch."""
-    kept = {key: changes[key] for key in ("model", "data") if key in changes}
+    kept: dict[str, Any] = {key: changes[key] for key in ("model", "data") if key in changes}
     name = f"alone_{'_'.join(f'{key}_{value}' for part in kept.values() for key, value in sorted(part.items()))}"
     train(_settings(place, name, {}, kept), ALONE, quiet())
     return place / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def _norms(ranks: Ranks, place: str, layouts: dict[str, dict[str, object]]) -> d
         run.model.gradients.reduce()
         clean, unseen = run.model.gradients.norm(), []
         last = sorted(run.model.parameters) if ranks.rank == 1 else []
-        names = [None] * 2
+        names: list[Any] = [None] * 2
         torch.distributed.all_gather_object(names, last)
         for victim in names[1]:
             gradient = run.model.parameters[victim].grad if ranks.rank == 1 else None

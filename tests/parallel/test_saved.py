@@ -228,7 +228,9 @@ def test_boxes_tile_if_every_place_is_covered_once(data: st.DataObject) -> None:
 
 def _old(rows: int, tensor: int, shards: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The places that revisions up to 98ed75b named, and the true ones."""
-    padded, named, true = -(-rows // tensor), [], []
+    padded = -(-rows // tensor)
+    named: list[tuple[int, int]] = []
+    true: list[tuple[int, int]] = []
     for rank in range(tensor):
         own = range(rank * padded, min(rows, (rank + 1) * padded))
         for parts, size in ((named, -(-len(own) // shards)), (true, -(-padded // shards))):

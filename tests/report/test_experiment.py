@@ -158,7 +158,7 @@ def test_interval_against_a_worked_example() -> None:
 def test_interval_moves_with_the_data(count: int, shift: float, key: int) -> None:
     """A shift moves the mean and leaves the margin; swapping the arms turns the sign and nothing else."""
     rng = np.random.default_rng(key)
-    a, b = (dict(enumerate(rng.normal(0, 1, count).tolist())) for _ in range(2))
+    a, b = (dict[int | None, float](enumerate(rng.normal(0, 1, count).tolist())) for _ in range(2))
     plain, swapped = paired(a, b), paired(b, a)
     moved = paired({seed: value + shift for seed, value in a.items()}, b)
     assert plain and swapped and moved and plain.margin is not None

@@ -206,8 +206,9 @@ def test_along_an_axis_the_seeds_are_a_band_and_no_replay_has_its_place(experime
     assert found is not None and found[1][0].values == [0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5]
     figure = draw_axis(*found)
     for axes, measure in zip(figure.axes, ("upstream_after", "downstream_after", "average_after"), strict=True):
-        band = next(part for part in axes.collections if isinstance(part, PolyCollection)).get_paths()[0].vertices
-        for x, row in zip(axes.lines[0].get_xdata(), found[1][0].rows, strict=True):
+        band: Any = next(part for part in axes.collections if isinstance(part, PolyCollection)).get_paths()[0].vertices
+        places: Any = axes.lines[0].get_xdata()
+        for x, row in zip(places, found[1][0].rows, strict=True):
             spread = row.spread(measure)
             assert {y for at, y in band.tolist() if at == x} >= {spread.low, spread.high} and spread.low != spread.high
     written = [box for text, box in boxes(figure) if re.fullmatch(r"0(\.\d+)?", text) and box[1] < 60]
@@ -232,7 +233,8 @@ def test_labels_keep_clear_of_the_bars(tmp_path: Path) -> None:
     for text, (x0, y0, x1, y1) in boxes(figure):
         if text in names:
             for row in group:
-                x, y = row.spread("forgetting"), row.spread("adaptation")
+                x: Any = row.spread("forgetting")
+                y: Any = row.spread("adaptation")
                 across, along = (axes.transData.transform([(s, y.mean), (x.mean, t)]) for s, t in
                                  ((x.low, y.low), (x.high, y.high)))  # fmt: skip
                 inside = y0 < across[0][1] < y1 and across[0][0] < x1 and along[0][0] > x0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ from megarewarm.training.trainer import train
 from tests.support.tiny import config, quiet, write_tokens
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), min_size=1, max_size=5)
+RANGES: st.SearchStrategy[Any] = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(0, 60)).map(sorted).map(tuple), min_size=1, max_size=5
+)
 
 
 @given(RANGES)
@@ -160,14 +163,16 @@ def inputs_of(samples: Samples, index: int) -> list[int]:
 @given(readings())
 def test_the_samples_of_a_lineage_are_a_set(file, stages):
     """No token is replayed twice, nothing that was not read, nothing that could be is missing; in the order of the reading."""
-    data, expected, taken = [], [], set()
+    data: list[Any] = []
+    expected: list[Any] = []
+    taken: set[Any] = set()
     for kind, documents, key, first, last in stages:
         samples = opened(file, kind, documents, key, last)
         data.append(stage("x", seen("text", file, samples.sample_order(), first, last)))
     for order in dict.fromkeys(item.data[0].read.order for item in data):
         ranges = union([item.data[0].read.ranges[0] for item in data if item.data[0].read.order == order])
         samples = next(
-            opened(file, *each[:3], each[4])
+            opened(file, each[0], each[1], each[2], each[4])
             for each, item in zip(stages, data, strict=True)
             if item.data[0].read.order == order
         )

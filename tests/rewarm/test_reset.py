@@ -60,7 +60,8 @@ class Checkpoint:
         raise AssertionError("the table is settled before anything is loaded")
 
 
-FULL, WEIGHTS_ONLY = Checkpoint(TRAINING), Checkpoint(None)
+FULL: Any = Checkpoint(TRAINING)
+WEIGHTS_ONLY: Any = Checkpoint(None)
 
 
 def start(**keys: Any) -> StartConfig:

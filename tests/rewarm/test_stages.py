@@ -4,6 +4,7 @@ chains that are taken up again wherever they were cut off."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def chain(place: Path, **second: object) -> Experiment:
     schedule = {"curve": "infinite_cosine", "constant_lr": "50%", "cooldown": "40%", "constant": "50%"}
     flat = {"curve": "constant", "max_lr": CONSTANT, "min_lr": None, "warmup": 0} | second
     data = {"train": [{"path": str(place / "old"), "max_epochs": 9}]}
-    runs = [
+    runs: list[dict[str, Any]] = [
         {
             "name": "trunk",
             "stages": [

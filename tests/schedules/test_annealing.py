@@ -56,7 +56,7 @@ def test_a_run_says_them_and_a_resumed_one_says_the_same(tmp_path: Path, monkeyp
     settings = config(tmp_path)
     original = trainer.training_step
 
-    def step_or_die(run, lr):  # type: ignore[no-untyped-def]
+    def step_or_die(run, lr):
         if run.step == 12:
             raise KeyboardInterrupt
         return original(run, lr)

@@ -258,7 +258,7 @@ def test_infinite_schedule_without_an_anneal_stays_constant() -> None:
     keys: dict[str, Any] = {"curve": "infinite_cosine", "max_lr": 3e-4, "min_lr": 3e-5, "constant_lr": 1.65e-4}
     sums = set()
     for tenth in range(1, 200):
-        parts = {"warmup": "1%", "cooldown": f"{tenth / 10}%", "constant": f"{99 - tenth / 10:.1f}%"}
+        parts: dict[str, Any] = {"warmup": "1%", "cooldown": f"{tenth / 10}%", "constant": f"{99 - tenth / 10:.1f}%"}
         schedule = build(1000, **keys, **parts)
         assert schedule.lr(1000) == schedule.lr(10**7) == 1.65e-4
         assert schedule.phase(10**7) == "constant"

@@ -84,7 +84,7 @@ def end(truth: Truth, arm: ArmSpec) -> dict[str, float]:
 
 def experiment(root: Path, arms: Sequence[ArmSpec], truth: Truth, noise: float = 0.0) -> Path:
     """An experiment's folder with a run for every one of ``arms``. ``noise``: deviation of a run's level, in nats."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     for arm in arms:
         name = arm.arm if arm.seed is None else f"{arm.arm}.s{arm.seed}"
         rng = np.random.default_rng([*name.encode()])

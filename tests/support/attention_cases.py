@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Arguments:
     def on(self, device: str) -> Arguments:
         """On a device."""
         names = ("qkv", "cos", "sin", "grad", "starts")
-        return replace(self, **{name: None if (x := getattr(self, name)) is None else x.to(device) for name in names})
+        moved: dict[str, Any] = {name: None if (x := getattr(self, name)) is None else x.to(device) for name in names}
+        return replace(self, **moved)
 
 
 def starts_of(documents: Sequence[Sequence[int]], length: int) -> Tensor:

@@ -18,7 +18,7 @@ STEPS = 200
 def entry(arm: str, seed: int | None = None, **keys: Any) -> dict[str, Any]:
     """A run of experiment.json."""
     group = keys.get("group")
-    made = {
+    made: dict[str, Any] = {
         "name": arm if seed is None else f"{arm}.s{seed}",
         "arm": arm,
         "seed": seed,
@@ -135,7 +135,7 @@ def write_grid(folder: Path, seeds: Sequence[int] = (1, 2, 3), started: float = 
         add("same_data", *_curves(0.8, 0.05, seed, 0.0), after=["upstream"])
         for lr in (2.5e-4, 5e-4, 2e-3, 4e-3):
             up, down = _curves(lr / 1e-3, (lr / 1e-3) ** 0.25, seed, 0.0)
-            axes = {"schedule.max_lr": lr}
+            axes: dict[str, Any] = {"schedule.max_lr": lr}
             config = {"schedule": {"max_lr": lr}}
             add(f"max_lr_{lr:g}", up, down, after=["upstream"], group="max_lr", axes=axes, peak=lr, config=config)
         for warmup in (0, "2%", "8%"):
@@ -158,7 +158,7 @@ def write_grid(folder: Path, seeds: Sequence[int] = (1, 2, 3), started: float = 
             level = 10.0
             for stage, name in enumerate(("first", "second", "third")):
                 low = 2.9 - 0.25 * stage - gain + np.random.default_rng(seed).normal(0, 0.01)
-                bump = 0.0 if stage == 0 else (0.15 if not gain else 0.03) * np.exp(-np.linspace(0, 6, 41))
+                bump: Any = 0.0 if stage == 0 else (0.15 if not gain else 0.03) * np.exp(-np.linspace(0, 6, 41))
                 bump = bump * (np.arange(41) > 0)
                 curve = fall(level, low) + bump
                 curve[0] = level

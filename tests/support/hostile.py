@@ -98,7 +98,7 @@ def _damage(folder: Path) -> None:
     assert damage is None or ("\n" not in damage and damage.startswith(str(folder)))
 
 
-_FILES: list[tuple[str, Reader | Callable[[Path], object]]] = [  # type: ignore[type-arg]
+_FILES: list[tuple[str, Callable[[Path], object]]] = [
     ("state.json", read_state),
     ("SHA256SUMS", _damage),
     (".metadata", stored_tensors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import megarewarm_kernels as kernels
 import torch
@@ -41,7 +42,7 @@ def _norms_by_torch(*arguments: Tensor) -> Outputs:
 
 
 def _norms(added: bool) -> Case:
-    def padded(arguments: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    def padded(arguments: tuple[Tensor, ...]) -> tuple[Any, ...]:
         return arguments if added else (arguments[0], None, None, *arguments[1:])
 
     return Case(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megarewarm_kernels import linear_cross_entropy
@@ -61,7 +62,7 @@ def assert_as_exact_as_torch(
     true = results(lambda h, w: by_torch(h, w, targets, valid=valid, z_loss=z_loss), hidden.double(), weight.double())
     hidden, weight, targets = hidden.to(device), weight.to(device), targets.to(device)
     theirs = results(lambda h, w: by_torch(h, w, targets, valid=valid, z_loss=z_loss), hidden, weight)
-    settings = {"valid_rows": valid, "z_loss": z_loss, "memory_budget": budget, "kernel": kernel}
+    settings: dict[str, Any] = {"valid_rows": valid, "z_loss": z_loss, "memory_budget": budget, "kernel": kernel}
     ours = results(lambda h, w: linear_cross_entropy(h, w, targets, **settings)[0], hidden, weight)
     assert ours[0].dtype == torch.float32 and [g.dtype for g in ours[1:]] == [dtype] * 2
     assert [tuple(x.shape) for x in ours] == [(), (tokens, width), (rows, width)]

@@ -173,7 +173,7 @@ def _mlp(tensors: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     return {n.replace("linear1", "dense_h_to_4h").replace("linear2", "dense_4h_to_h"): t for n, t in tensors.items()}
 
 
-def _write_rank(folder, shape, model_rank, rank, names, parts, masters, moments) -> None:  # type: ignore[no-untyped-def]
+def _write_rank(folder, shape, model_rank, rank, names, parts, masters, moments) -> None:
     stage = int(shape.pipe == 2 and model_rank >= shape.tensor)
     if shape.tied and stage:
         names = ["0.word_embeddings.weight", *names]  # DeepSpeed registers tied modules first
@@ -241,7 +241,7 @@ def _write_rank(folder, shape, model_rank, rank, names, parts, masters, moments)
             torch.save(content, folder / ("bf16_" * shape.era.startswith("bf16") + name))
 
 
-def _torch_form(first, second, groups, parts, *, cut) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def _torch_form(first, second, groups, parts, *, cut) -> dict[str, Any]:
     state, param_groups, number = {}, [], 0
     for group, names in enumerate(groups):
         held, position = [], 0
@@ -259,7 +259,7 @@ def _torch_form(first, second, groups, parts, *, cut) -> dict[str, Any]:  # type
     return {"state": state, "param_groups": param_groups}
 
 
-def _bf16_unsharded(shape, data_rank, masters, first, second, groups, parts) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def _bf16_unsharded(shape, data_rank, masters, first, second, groups, parts) -> dict[str, Any]:
     """DeepSpeed's BF16_Optimizer, which names the parameters of each partition where ZeRO is off."""
     mine = [[_share(flat, data_rank, shape.data) for flat in source] for source in (masters, first, second)]
     maps = []
@@ -286,7 +286,7 @@ def _share(flat: Tensor, rank: int, ranks: int) -> Tensor:
     return flat[rank * size : (rank + 1) * size].clone()
 
 
-def _modern(shape, rank, masters, first, second, scaler) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def _modern(shape, rank, masters, first, second, scaler) -> dict[str, Any]:
     mine = [[_share(flat, rank, shape.data) for flat in source] for source in (masters, first, second)]
     if shape.era == "modern_rigid":
         base: Any = _torch_form(mine[1], mine[2], [[None] for _ in mine[1]], None, cut=False)
@@ -310,7 +310,7 @@ def _modern(shape, rank, masters, first, second, scaler) -> dict[str, Any]:  # t
     }
 
 
-def _pythia(shape, rank, masters, first, second, shapes, scaler) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def _pythia(shape, rank, masters, first, second, shapes, scaler) -> dict[str, Any]:
     """Sub-partition j of an interval belongs to rank j mod dp; it has ceil(n / dp) elements, or what an interval allows."""
 
     def cut(flat: Tensor) -> list[Tensor]:

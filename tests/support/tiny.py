@@ -66,6 +66,12 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=140)
 
 
+def printed(console: Console) -> str:
+    """What was printed on a console of ``quiet``."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def events(run_folder: Path, event: str) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl of one kind, in order."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

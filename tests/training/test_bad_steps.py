@@ -27,7 +27,7 @@ from megarewarm.training.after_step.signals import StopRequest
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.step import TrainingDiverged
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -78,7 +78,7 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path: Path, what: 
     assert same(weights(whole.folder, 20), weights(hit.folder, 20))
     (alarm,) = events(hit.folder, "alarm")
     assert (alarm["step"], alarm["kind"]) == (7, "transient")
-    assert "computed once more" in " ".join(console.file.getvalue().split())
+    assert "computed once more" in " ".join(printed(console).split())
     assert [line["loss"] for line in events(hit.folder, "train")] == [line["loss"] for line in events(whole.folder, "train")]
 
 
@@ -165,7 +165,7 @@ def test_a_stop_amid_bad_steps_saves_if_the_weights_are_good(
     assert (outcome.step, outcome.exit_code) == (11, 128 + signal.SIGUSR1)
     saved = sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())
     assert saved == (["step_5"] if damaged else ["step_11", "step_5"])
-    said = " ".join(console.file.getvalue().split())
+    said = " ".join(printed(console).split())
     assert ("not saved, for the weights are not finite" if damaged else "saved; the same command continues from here") in said
 
 

@@ -54,7 +54,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     run = config(place, data=data, checkpoint={"every": 5}, training={"budget": 10, "global_batch": 2, "micro_batch": 2})
     original = trainer.training_step
 
-    def step_or_die(run, lr):  # type: ignore[no-untyped-def]
+    def step_or_die(run, lr):
         if run.step == 5:
             raise Killed
         return original(run, lr)

@@ -23,7 +23,7 @@ from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation
 from megarewarm.training.start.memory import memory_note
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, mapping, quiet
+from tests.support.tiny import config, events, mapping, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NOWHERE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "none")
@@ -42,7 +42,7 @@ def only_at_the_end(place: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", ["fixed", "moving", "end"])
 def test_the_cost_is_what_a_run_evaluates(tmp_path: Path, case: str) -> None:
-    changes: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         "fixed": {
             "evaluation": {"every": 4, "every_in_warmup": 1},
             "schedule": {"warmup": 2},
@@ -50,8 +50,8 @@ def test_the_cost_is_what_a_run_evaluates(tmp_path: Path, case: str) -> None:
         },
         "moving": {"evaluation": {"every": 3, "windows": "moving", "at_start": False}},
         "end": {"evaluation": {"every": 2}, "data": {"validation": only_at_the_end(tmp_path)}},
-    }[case]
-    run = config(tmp_path, **settings(tmp_path, **changes))
+    }
+    run = config(tmp_path, **settings(tmp_path, **changes[case]))
     plan = make_plan(run)
     cost = evaluation_cost(plan, tokens_asked(run))
     assert cost is not None
@@ -64,7 +64,7 @@ def test_the_cost_is_what_a_run_evaluates(tmp_path: Path, case: str) -> None:
     assert [cost.after(step) for step in range(7)] == [sum(n for at, n in evaluated.items() if at > step) for step in range(7)]
     forward, step = sum(evaluated.values()), run.tokens_per_step
     assert cost.share == pytest.approx(forward / (forward + 3 * 6 * step))
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    said = printed(console)
     assert f"evaluation: {cost}" in said and "% of the compute" in str(cost)
 
 
@@ -72,7 +72,7 @@ def test_what_is_evaluated_and_saved_is_shown(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(progress, "_LINE_EVERY", -1.0)  # as if each portion took a minute
     console = Console(file=io.StringIO(), width=80)
     train(config(tmp_path, **settings(tmp_path, evaluation={"every": 3})), ALONE, console)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    said = printed(console)
     losses = {(line["step"], line["name"]): line["loss"] for line in events(tmp_path / "tiny", "eval")}
     for step in (3, 6):
         shown = ", ".join(f"{n} {losses[step, n]:.4f} ({losses[step, n] - losses[0, n]:+.4f})" for n in ("old", "new"))
@@ -99,7 +99,7 @@ def test_a_long_evaluation_is_heard_of_in_a_file(monkeypatch: pytest.MonkeyPatch
         for done in range(3):
             shown.evaluating(f"set_{name}", done, 3)
             now[0] += 4.0
-    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    said = printed(console).splitlines()
     assert said[0] == "run: evaluates set_5 33 %" and len(said) == 3
 
 
@@ -132,7 +132,7 @@ def test_no_number_of_the_bar_is_cut_off(name: str) -> None:
     with RunProgress(console, _run(name, 131296), 0, None) as shown:
         shown.step(123456, 4.12345, 2.285e-7, 1756e3)
         shown.evaluating("german_validation", 55, 100)
-    said = console.file.getvalue()  # type: ignore[attr-defined]
+    said = printed(console)
     shown.step(123457, 4.12345, 2.285e-7, 1756e3)
     assert shown._bar is not None
     with console.capture() as frame:

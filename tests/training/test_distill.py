@@ -133,8 +133,8 @@ def test_what_can_not_be_distilled_is_refused(place: Path, tmp_path: Path) -> No
             settings(place, "no", "logits", **changes)
     lost = settings(tmp_path, "lost", "logits")
     data = {"train": [{"path": str(tmp_path / "old"), "max_epochs": 9}]}
-    changes = {"data": data, "model": HEADS, "training": {"budget": 2}}
-    train(config(tmp_path, name="up", folder=str(tmp_path / "up"), **changes), ALONE, quiet())
+    parent: dict[str, Any] = {"data": data, "model": HEADS, "training": {"budget": 2}}
+    train(config(tmp_path, name="up", folder=str(tmp_path / "up"), **parent), ALONE, quiet())
     train(lost, ALONE, quiet())
     shutil.rmtree(tmp_path / "lost" / "checkpoints" / "step_20")
     shutil.rmtree(tmp_path / "up")

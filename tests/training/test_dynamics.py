@@ -23,7 +23,7 @@ from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import training_step
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 # an odd vocabulary: padded rows under tensor parallelism, unequal shards. No attention biases: the keys' have no gradient but
@@ -139,7 +139,7 @@ def _killed_and_again(settings: Any, after: int, monkeypatch: pytest.MonkeyPatch
     """The run's folder, and what the second start printed."""
     original = trainer.training_step
 
-    def step_or_die(run: Run, lr: float) -> tuple[float, float]:
+    def step_or_die(run: Run, lr: float) -> Any:
         if run.step == after:
             raise KeyboardInterrupt
         return original(run, lr)
@@ -152,7 +152,7 @@ def _killed_and_again(settings: Any, after: int, monkeypatch: pytest.MonkeyPatch
         meanwhile()
     console = quiet()
     folder = train(settings, ALONE, console).folder
-    return folder, console.file.getvalue()  # type: ignore[attr-defined]
+    return folder, printed(console)
 
 
 def test_a_resumed_run_measures_from_where_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

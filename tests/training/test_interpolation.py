@@ -26,7 +26,7 @@ from megarewarm.training import interpolation, trainer
 from megarewarm.training.run import Run
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import ALONE
 
 ALPHAS = [0.25, 0.5, 1.5]
@@ -87,7 +87,7 @@ def test_a_complete_run_makes_up_for_alphas_that_are_asked_for_later(place: Path
     console = quiet()
     assert train(later, ALONE, console).exit_code == 0
     assert between(place / "later") == {key: loss for key, loss in between(place / "run").items() if key[0] in alphas}
-    assert "(1 - alpha) start" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "(1 - alpha) start" in printed(console)
     assert (place / "later" / "huggingface" / "model.safetensors").is_file()
     train(settings(place, "later"), ALONE, quiet())  # one more alpha
     assert between(place / "later") == between(place / "run")

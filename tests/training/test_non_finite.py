@@ -29,7 +29,7 @@ from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.terminal_table import summary_table
 from megarewarm.training import trainer
 from megarewarm.training.after_step import evaluate as evaluation
-from tests.support.tiny import config, quiet
+from tests.support.tiny import config, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -57,7 +57,7 @@ def test_a_run_with_validation_losses_that_are_not_finite(tmp_path: Path, loss: 
     outcome = trainer.train(trained, ALONE, quiet())
     console = quiet()
     assert trainer.train(trained, ALONE, console).losses.keys() == {"old", "new"}
-    assert "already complete" in console.file.getvalue()
+    assert "already complete" in printed(console)
     assert [step for step, _ in checkpoints_in(outcome.folder / "checkpoints")] == [2, 8]  # the best is a number
     state = read_state(outcome.folder / "checkpoints/step_8")
     kept = [state.measured["old"], state.start_losses["new"], state.lineage.stages[-1].losses["old"]]

@@ -23,7 +23,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.step import TrainingDiverged
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, mapping, quiet
+from tests.support.tiny import config, events, mapping, printed, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -51,7 +51,7 @@ def test_killed_and_started_again_is_the_undisturbed_run(
     broken = config(tmp_path, folder=str(tmp_path / "broken"))
     original = trainer.training_step
 
-    def step_or_die(run, lr):  # type: ignore[no-untyped-def]
+    def step_or_die(run, lr):
         if run.step == killed_after:
             raise Killed
         return original(run, lr)
@@ -92,7 +92,7 @@ def test_a_run_rewarms_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rewarm = config(tmp_path, start={"from": str(tmp_path / "up")}, schedule={"max_lr": 5e-3})
     original = trainer.training_step
 
-    def step_or_die(run, lr):  # type: ignore[no-untyped-def]
+    def step_or_die(run, lr):
         if run.step == 8:
             raise Killed
         return original(run, lr)
@@ -104,13 +104,13 @@ def test_a_run_rewarms_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     shutil.rmtree(tmp_path / "up")  # what was re-warmed from is not needed any more
     console = quiet()
     outcome = train(rewarm, ALONE, console)
-    assert "resumes at step 5" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "resumes at step 5" in printed(console)
     rates = {line["step"]: line["lr"] for line in events(outcome.folder, "train")}
     assert max(rates.values()) == 5e-3 and next(step for step, lr in rates.items() if lr == 5e-3) <= 3
     assert all(rates[step] > rates[step + 1] for step in range(3, 20))
     assert len(events(outcome.folder, "start")) == 1
     finished = train(rewarm, ALONE, console)
-    assert "already complete" in console.file.getvalue() and finished.losses == outcome.losses  # type: ignore[attr-defined]
+    assert "already complete" in printed(console) and finished.losses == outcome.losses
     assert len(losses(outcome.folder)) == 20
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_continued(tm
     (tmp_path / "tiny/checkpoints/step_6/state.json").write_text("{")
     console = quiet()
     again = train(six, ALONE, console)
-    assert "step_6/state.json is damaged" in (said := " ".join(console.file.getvalue().split()))
+    assert "step_6/state.json is damaged" in (said := " ".join(printed(console).split()))
     assert "the checkpoint of step 5 is used" in said
     assert again.step == 6 and again.losses == whole.losses
     one, two = (tensors_of(folder / "checkpoints/step_6") for folder in (whole.folder, again.folder))
@@ -267,17 +267,17 @@ def test_waiting_for_data_is_measured_and_said(tmp_path: Path, monkeypatch: pyte
 
     read = BlendedRows.read
 
-    def slowly(self, first, count):  # type: ignore[no-untyped-def]
+    def slowly(self, first, count):
         time.sleep(0.3)
         return read(self, first, count)
 
     fast = quiet()
     train(config(tmp_path, name="fast", folder=str(tmp_path / "fast")), ALONE, fast)
-    assert "waiting for data" not in fast.file.getvalue()  # type: ignore[attr-defined]
+    assert "waiting for data" not in printed(fast)
     monkeypatch.setattr(BlendedRows, "read", slowly)
     slow = quiet()
     settings = config(tmp_path, name="slow", folder=str(tmp_path / "slow"), data={"validation": []}, training={"budget": 8})
     outcome = train(settings, ALONE, slow)
-    assert "of the time went into waiting for data" in slow.file.getvalue()  # type: ignore[attr-defined]
+    assert "of the time went into waiting for data" in printed(slow)
     waits = [line["data_wait"] for line in events(outcome.folder, "train")]
     assert len(waits) == 8 and sum(waits) > 0.5

@@ -15,7 +15,7 @@ import pytest
 
 from megarewarm.training.after_step import signals
 from megarewarm.training.after_step.signals import StopRequest
-from tests.support.tiny import quiet
+from tests.support.tiny import printed, quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +38,7 @@ def test_a_signal_is_a_request_and_handlers_come_back(number: signal.Signals) ->
         os.kill(os.getpid(), signal.SIGTERM)  # what a launcher passes on within its grace
         time.sleep(0.2)
     assert signal.getsignal(number) is before
-    assert "stopping and saving" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopping and saving" in printed(console)
 
 
 def test_many_requests_one_after_another_leave_no_file_open() -> None:

@@ -23,7 +23,7 @@ from megarewarm.training.after_step import signals
 from megarewarm.training.after_step.signals import Lookout, StopAgreed, StopRequest
 from megarewarm.training.start.plan import make_plan
 from tests.support.distributed import run_ranks
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_stopped import told
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -110,11 +110,11 @@ def test_nothing_is_saved_of_half_a_step(tmp_path: Path, watched: None) -> None:
     outcome = trainer.train(run, ALONE, console)
     assert (outcome.step, [step for step, _ in checkpoints_in(outcome.folder / "checkpoints")]) == (1, [1])
     assert read_state(outcome.folder / "checkpoints/step_1").interim
-    assert "stopped after step 1 of 8 (signal 15), saved; the same" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stopped after step 1 of 8 (signal 15), saved; the same" in printed(console)
     first = settings(tmp_path, "first")
     Watched.count, Watched.at = 0, 2
     assert trainer.train(first, ALONE, console).step == 0
-    assert "nothing to save yet; the same command begins again" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "nothing to save yet; the same command begins again" in printed(console)
     assert not events(tmp_path / "first", "eval") and not checkpoints_in(tmp_path / "first/checkpoints")
 
 
@@ -129,7 +129,7 @@ def test_a_run_whose_last_evaluation_is_missing_is_not_complete(tmp_path: Path, 
 
 def _stopped_on_one_rank(ranks: Ranks, place: str, parallel: dict[str, Any], share: float) -> list[int]:
     """The exit codes of a run that rank 1 alone is asked to stop at a place, ``share`` of all it has behind it."""
-    trainer.Lookout, signals._ASK_EVERY = Watched, 0.0  # type: ignore[misc, attr-defined]
+    trainer.Lookout, signals._ASK_EVERY = Watched, 0.0  # type: ignore[misc]
     layers = parallel.get("pipeline", 1)
     codes = [one_run(settings(Path(place), "whole", layers, parallel=parallel), ranks).exit_code]
     at = int(share * Watched.count) if ranks.rank == 1 else -1
@@ -192,7 +192,7 @@ def test_ranks_of_other_speeds_ask_after_the_same_portion_and_seldom() -> None:
 
 def test_stopped_between_start_and_end_it_is_made_up_for(tmp_path: Path, watched: None) -> None:
     one_run(settings(tmp_path, "up"), ALONE)
-    between = {"start": {"from": str(tmp_path / "up")}, "interpolate": {"alphas": [0.25, 0.5]}}
+    between: dict[str, Any] = {"start": {"from": str(tmp_path / "up")}, "interpolate": {"alphas": [0.25, 0.5]}}
     one_run(settings(tmp_path, "whole", **between), ALONE)
     assert Watched.count == PLACES + 2 * 4
     broken = settings(tmp_path, "broken", **between)

@@ -176,7 +176,7 @@ def set_aside(checkpoint: Path, doomed: Path) -> None:
 
 
 @collective
-def load(checkpoint: Path, tensors: Tensors, *, alone: bool = False) -> None:
+def load(checkpoint: Path, tensors: Mapping[str, Tensor | TensorSlice], *, alone: bool = False) -> None:
     """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
 
     All ranks call it, unless ``alone``.

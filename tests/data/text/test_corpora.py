@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,10 @@ def texts(folder: Path, name: str, part: str) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / "text" / f"{name}_{part}.jsonl").read_text().splitlines()]
 
 
-def prepare_stories(folder: Path, source: Path, **options: object) -> corpora.Prepared:
+def prepare_stories(folder: Path, source: Path, **options: Any) -> corpora.Prepared:
     return prepare_corpora(
         folder, {"stories": ([source], None)}, vocab_size=300, train_on="stories", validation_fraction=0.2, **options
-    )  # type: ignore[arg-type]
+    )
 
 
 def test_the_parts_are_disjoint_complete_and_without_duplicates(tmp_path: Path) -> None:
@@ -98,12 +99,13 @@ def test_limits_and_bad_requests(tmp_path: Path) -> None:
     source = write_stories(tmp_path / "a.jsonl", 200)
     prepared = prepare_corpora(tmp_path / "out", {"s": ([source], 0.02)}, vocab_size=300, train_on="s", validation_fraction=0.2)
     assert 15_000 < sum(counts.bytes for counts in prepared.outputs.values()) <= 20_000
-    for wanted, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"s": (PROSE + "x", None)}, r"neither installed_prose nor installed_code.*did you mean"),
         ({"a b": ([source], None)}, "letters, digits"),
         ({"other": ([source], None)}, "trains on 's', which is no corpus"),
         ({"s": ([tmp_path / "missing.txt"], None)}, "does not exist"),
-    ]:
+    ]
+    for wanted, message in refused:
         with pytest.raises(UserError, match=message):
             prepare_corpora(tmp_path / "bad", wanted, vocab_size=300, train_on="a b" if "a b" in wanted else "s")
     (tmp_path / "one.txt").write_text("a single document " * 50)

@@ -92,7 +92,7 @@ def test_sentencepiece_has_an_end_of_its_own(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("\n".join("the quick brown fox jumps over a lazy dog" for _ in range(40)))
     options: dict[str, Any] = {"input": str(text), "vocab_size": 40, "hard_vocab_limit": False, "minloglevel": 2}
-    with_end = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, eos_piece="<eos>", user_defined_symbols=["</s>"])
+    with_end: dict[str, Any] = dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, eos_piece="<eos>", user_defined_symbols=["</s>"])
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "gemma"), **options, **with_end)
     assert load_tokenizer(tmp_path / "gemma.model").end.token == "<eos>"
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "none"), **options, eos_id=-1, bos_id=-1)

@@ -49,7 +49,7 @@ def texts_of(seed: int, count: int) -> list[str]:
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     data = "".join(json.dumps({key: text}, ensure_ascii=False) + "\n" for text in texts).encode()
-    pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+    pack: Any = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
     path.write_bytes(pack(data))
     return path
 
@@ -57,7 +57,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 def ids_of(bpe: Tokenizer, texts: list[str], end: bool = True) -> list[tuple[int, ...]]:
     """What the library itself says."""
     library = tokenizers.Tokenizer.from_file(str(bpe.path))
-    last = [library.token_to_id(END)] if end else []
+    last: list[Any] = [library.token_to_id(END)] if end else []
     return [(*library.encode(text).ids, *last) for text in texts]
 
 
