@@ -12,11 +12,11 @@ from megarewarm.record.run import Run
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import place_labels
 from megarewarm.report.figures.lines import lines_of
-from megarewarm.report.numbers.runs import Row, distinct_lengths
+from megarewarm.report.numbers.runs import RunRow, distinct_lengths
 from megarewarm.spelling import listed, rate_text, signed_text, tokens_text
 
 
-def draw_tradeoff(runs: Sequence[Run], table: Sequence[Row]) -> Figure | None:
+def draw_tradeoff(runs: Sequence[Run], table: Sequence[RunRow]) -> Figure | None:
     """Adaptation against forgetting, one point per run, with its tokens where they differ; ``None`` with fewer than two."""
     length = " · {}" if len(distinct_lengths([row.tokens for row in _pointed(table)])) > 1 else ""
     points = [
@@ -49,12 +49,12 @@ def draw_tradeoff(runs: Sequence[Run], table: Sequence[Row]) -> Figure | None:
         return figure
 
 
-def _pointed(table: Sequence[Row]) -> list[Row]:
+def _pointed(table: Sequence[RunRow]) -> list[RunRow]:
     """The rows that are drawn."""
     return [row for row in table if row.forgetting is not None and row.adaptation is not None]
 
 
-def caption_tradeoff(table: Sequence[Row]) -> str:
+def caption_tradeoff(table: Sequence[RunRow]) -> str:
     """What the points are, which of them compare, and which runs have none."""
     text = "Both against the checkpoint that the run started from; up and left is better."
     drawn = _pointed(table)
@@ -70,7 +70,7 @@ def caption_tradeoff(table: Sequence[Row]) -> str:
     return text
 
 
-def describe_tradeoff(table: Sequence[Row]) -> str:
+def describe_tradeoff(table: Sequence[RunRow]) -> str:
     """Alternative text of ``draw_tradeoff``."""
     points = [
         f"{row.label}: forgetting {signed_text(row.forgetting)}, adaptation {signed_text(row.adaptation)}"

@@ -7,34 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Run
+from megarewarm.record.run import DOWNSTREAM, Run
 from megarewarm.report.numbers.experiment import Arm, Experiment, Trial
-from megarewarm.report.numbers.runs import Kind, change_of, same_length, tokens_to_reach
+from megarewarm.report.numbers.measure import MEASURES, run_measures
+from megarewarm.report.numbers.runs import Kind, row_of, same_length, tokens_to_reach
 from megarewarm.report.numbers.seeds import Difference, Spread, paired, spread_of
-
-MEASURES = (
-    "peak_lr",
-    "tokens",
-    "upstream_before",
-    "upstream_after",
-    "forgetting",
-    "upstream_rise",
-    "upstream_rise_tokens",
-    "upstream_recovered_tokens",
-    "downstream_before",
-    "downstream_after",
-    "adaptation",
-    "downstream_rise",
-    "downstream_rise_tokens",
-    "downstream_recovered_tokens",
-    "average_after",
-    "tokens_saved",
-)
-"""In the order of the table. ``average_after`` is the mean of the two final losses. Tokens are those of the stage.
-
-Infinite: a final loss that diverged, a rise that was not recovered (``*_recovered_tokens``), and minus infinity for
-``tokens_saved`` of an arm that never reached the loss of the arm from scratch.
-"""
 
 COMPARED = ("upstream_after", "downstream_after", "average_after")
 
@@ -81,35 +58,17 @@ class ArmRow:
             "seeds": self.seeds[1],
             "compared_with_scratch": self.scratch,
         }
-        for measure in MEASURES:
-            spread = self.spread(measure)
+        for key in (measure.key for measure in MEASURES if measure.arms):
+            spread = self.spread(key)
             flat |= {
-                f"{measure}_mean": spread.mean,
-                f"{measure}_deviation": spread.deviation,
-                f"{measure}_lowest": spread.low,
-                f"{measure}_highest": spread.high,
-                f"{measure}_finite": len(spread.values),
-                f"{measure}_infinite": spread.others,
+                f"{key}_mean": spread.mean,
+                f"{key}_deviation": spread.deviation,
+                f"{key}_lowest": spread.low,
+                f"{key}_highest": spread.high,
+                f"{key}_finite": len(spread.values),
+                f"{key}_infinite": spread.others,
             }
         return flat
-
-
-def run_measures(run: Run) -> dict[str, float]:
-    """The measures of one run that need no other; absent where the run has no such number."""
-    found: dict[str, float | None] = {"peak_lr": run.peak_lr, "tokens": run.tokens}
-    for role in (UPSTREAM, DOWNSTREAM):
-        change = change_of(run, role)
-        found[f"{role}_before"] = change.before
-        found[f"{role}_after"] = change.after
-        found["forgetting" if role == UPSTREAM else "adaptation"] = (
-            change.difference if role == UPSTREAM or change.difference is None else -change.difference
-        )
-        found[f"{role}_rise"] = change.peak_rise
-        found[f"{role}_rise_tokens"] = change.peak_tokens if change.peak_rise else None
-        found[f"{role}_recovered_tokens"] = change.recovered_tokens
-    up, down = found["upstream_after"], found["downstream_after"]
-    found["average_after"] = None if up is None or down is None else (up + down) / 2
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def arm_rows(experiment: Experiment) -> list[ArmRow]:
@@ -118,7 +77,7 @@ def arm_rows(experiment: Experiment) -> list[ArmRow]:
     for arm in experiment.arms:
         values: dict[str, dict[int | None, float]] = {}
         for trial, run in _with_runs(arm.complete):
-            for name, value in run_measures(run).items():
+            for name, value in run_measures(row_of(run, trial.name, arm.kind)).items():
                 values.setdefault(name, {})[trial.seed] = value
         rows.append(ArmRow(arm, values))
     return [_with_tokens_saved(row, rows) for row in rows]

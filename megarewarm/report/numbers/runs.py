@@ -51,7 +51,7 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses
     compare only where they are the same."""
 
@@ -79,48 +79,30 @@ class Row:
         """Whether a last loss was not finite."""
         return math.inf in (self.upstream.after, self.downstream.after)
 
-    def flat(self) -> dict[str, Any]:
-        """One level of keys and JSON values, for a table in a file."""
-        flat: dict[str, Any] = {
-            "run": self.label,
-            "kind": self.kind,
-            "from": self.origin,
-            "peak_lr": self.peak_lr,
-            "steps": self.steps,
-            "tokens": round(self.tokens),
-        }
-        for role, change in ((UPSTREAM, self.upstream), (DOWNSTREAM, self.downstream)):
-            flat[f"{role}_before"] = change.before
-            flat[f"{role}_after"] = change.after
-            flat[f"{role}_perplexity_before"] = perplexity(change.before)
-            flat[f"{role}_perplexity_after"] = perplexity(change.after)
-            flat[f"{role}_peak_rise"] = change.peak_rise
-            flat[f"{role}_peak_rise_tokens"] = change.peak_tokens
-        flat |= {"forgetting": self.forgetting, "adaptation": self.adaptation}
-        return flat | {"diverged": self.diverged}
-
 
 def perplexity(loss: float | None) -> float | None:
     """exp(loss); infinite instead of an overflow, ``None`` for ``None``."""
     return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[Run]) -> list[RunRow]:
     """One row per run, in order."""
-    return [
-        Row(
-            label=label,
-            kind=kind,
-            origin=run.origin,
-            peak_lr=run.peak_lr,
-            steps=run.steps,
-            tokens=run.tokens,
-            upstream=change_of(run, UPSTREAM),
-            downstream=change_of(run, DOWNSTREAM),
-            sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
-        )
-        for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)
-    ]
+    return [row_of(run, label, kind) for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)]
+
+
+def row_of(run: Run, label: str, kind: Kind) -> RunRow:
+    """``run`` in numbers."""
+    return RunRow(
+        label=label,
+        kind=kind,
+        origin=run.origin,
+        peak_lr=run.peak_lr,
+        steps=run.steps,
+        tokens=run.tokens,
+        upstream=change_of(run, UPSTREAM),
+        downstream=change_of(run, DOWNSTREAM),
+        sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
+    )
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

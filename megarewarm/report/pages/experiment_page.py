@@ -17,9 +17,10 @@ from megarewarm.report.figures.lines import Line
 from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_interpolation, lines_of_arms, panels_of
 from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
 from megarewarm.report.figures.sweeps import axis_lines, describe_axis, draw_axis
-from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons, run_measures
+from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons
 from megarewarm.report.numbers.experiment import Arm, Experiment, read_experiment
-from megarewarm.report.numbers.runs import differences
+from megarewarm.report.numbers.measure import run_measures
+from megarewarm.report.numbers.runs import differences, row_of
 from megarewarm.report.pages import html
 from megarewarm.report.pages import tables as arm_table
 from megarewarm.report.pages.findings import summarise_experiment
@@ -207,7 +208,9 @@ def _flat_runs(experiment: Experiment) -> list[dict[str, Any]]:
         for trial in arm.trials:
             keys: dict[str, Any] = {"run": trial.name, "arm": arm.name, "seed": trial.seed, "state": trial.state}
             keys |= {"steps": trial.run.steps if trial.run else 0, "planned_steps": trial.steps}
-            flat.append(keys | (run_measures(trial.run) if trial.run and trial.state == "complete" else {}))
+            if trial.run and trial.state == "complete":
+                keys |= run_measures(row_of(trial.run, trial.name, arm.kind))
+            flat.append(keys)
     return flat
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from megarewarm.record.run import Run, read_runs
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures import style, tradeoff
-from megarewarm.report.numbers.runs import Change, Row, differences, perplexity, rows
+from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
+from megarewarm.report.numbers.runs import RunRow, differences, rows
 from megarewarm.report.pages.html import STYLE, breakable, setting_text, value_cells
 from megarewarm.report.pages.words import summarise
-from megarewarm.spelling import DASH, loss_text, rate_text, signed_text, tokens_text
+from megarewarm.spelling import DASH, tokens_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
     return page
 
 
-def _pictures(runs: Sequence[Run], table: Sequence[Row]) -> list[_Picture]:
+def _pictures(runs: Sequence[Run], table: Sequence[RunRow]) -> list[_Picture]:
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
             "curves",
@@ -77,7 +78,7 @@ def _pictures(runs: Sequence[Run], table: Sequence[Row]) -> list[_Picture]:
     return [_Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
 
 
-def _page(runs: Sequence[Run], table: Sequence[Row], pictures: Sequence[_Picture]) -> str:
+def _page(runs: Sequence[Run], table: Sequence[RunRow], pictures: Sequence[_Picture]) -> str:
     title = table[0].label if len(table) == 1 else f"{len(table)} runs compared"
     first = ("curves", "tradeoff") if any(picture.name == "curves" for picture in pictures) else ("pretraining",)
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summarise(runs))
@@ -119,20 +120,20 @@ def _section(picture: _Picture) -> str:
     )
 
 
-def _numbers(table: Sequence[Row]) -> str:
-    """One row per run; a role that no run was evaluated on has no columns."""
-    roles: list[tuple[str, str, Callable[[Row], Change], Callable[[Row], float | None]]] = [
-        ("Upstream", "Forgetting", lambda row: row.upstream, lambda row: row.forgetting),
-        ("Downstream", "Adaptation", lambda row: row.downstream, lambda row: row.adaptation),
-    ]
-    roles = [role for role in roles if any(role[2](row).after is not None for row in table)]
-    head = "".join(f'<th colspan="4" scope="colgroup" class="group">{name} loss</th>' for name, *_ in roles)
+def _numbers(table: Sequence[RunRow]) -> str:
+    """One row per run; a group of measures that no run has has no columns."""
+    shown = [measure for measure in MEASURES if measure.runs and measure.of is not None]
+    plain = [measure for measure in shown if not measure.group]
+    names = dict.fromkeys(measure.group for measure in shown if measure.group)
+    groups = {name: [measure for measure in shown if measure.group == name] for name in names}
+    groups = {name: held for name, held in groups.items() if any(m.of(row) is not None for m in held for row in table if m.of)}
+    head = "".join(f'<th rowspan="2" scope="col">{name}</th>' for name in ("Run", *(measure.heading for measure in plain)))
+    head += "".join(f'<th colspan="{len(g)}" scope="colgroup" class="group">{name}</th>' for name, g in groups.items())
     under = "".join(
-        f'<th scope="col" class="group">Before</th><th scope="col">After</th><th scope="col">{measure}</th>'
-        '<th scope="col">Highest rise</th>'
-        for _, measure, *_ in roles
+        f'<th scope="col"{_GROUP if index == 0 else ""}>{measure.heading}</th>'
+        for group in groups.values()
+        for index, measure in enumerate(group)
     )
-    plain = "".join(f'<th rowspan="2" scope="col">{name}</th>' for name in ("Run", "Peak LR", "Steps", "Tokens"))
     body = []
     for index, row in enumerate(table):
         note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
@@ -140,39 +141,32 @@ def _numbers(table: Sequence[Row]) -> str:
             f'<th scope="row"><span class="dot" style="background:{style.colour(index)}"></span>{breakable(row.label)}'
             + (f"<small>{note}</small>" if note else "")
             + "</th>",
-            f"<td>{rate_text(row.peak_lr)}</td><td>{row.steps:,}</td><td>{tokens_text(row.tokens)}</td>",
+            *(_cell(measure, row) for measure in plain),
+            *(_cell(measure, row, at == 0) for group in groups.values() for at, measure in enumerate(group)),
         ]
-        for _, _, change_of, measure_of in roles:
-            change = change_of(row)
-            at = None if not change.peak_rise else f"at {tokens_text(change.peak_tokens or 0)}"
-            cells.append(
-                _cell(loss_text(change.before), _perplexity_text(change.before), "group")
-                + _cell(loss_text(change.after), _perplexity_text(change.after))
-                + f"<td><b>{signed_text(measure_of(row))}</b></td>"
-                + _cell(signed_text(change.peak_rise), at)
-            )
         body.append(f"<tr>{''.join(cells)}</tr>")
     note = (
         "Grey: perplexity below a loss, tokens at which the highest rise above the start was measured. "
         "Forgetting is the rise of the upstream loss, adaptation the fall of the downstream loss."
     )
     return (
-        f'<div class="wide"><table class="numbers"><thead><tr>{plain}{head}</tr><tr>{under}</tr></thead>'
+        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr><tr>{under}</tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div>\n<p class="quiet">{note}</p>'
     )
 
 
-def _cell(text: str, small: str | None, group: str = "") -> str:
+_GROUP = ' class="group"'
+
+
+def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
+    assert measure.of is not None
+    text = measure.show(measure.of(row))
+    small = measure.small(row) if measure.small is not None else None
     below = f"<small>{small}</small>" if small else ""
-    return f"<td{f' class={chr(34)}{group}{chr(34)}' if group else ''}>{text}{below}</td>"
+    return f"<td{_GROUP if begins_group else ''}>{f'<b>{text}</b>' if measure.headline else text}{below}</td>"
 
 
-def _perplexity_text(loss: float | None) -> str | None:
-    value = perplexity(loss)
-    return None if value is None or not math.isfinite(value) else f"{value:,.0f}" if value >= 999.5 else f"{value:.2f}"
-
-
-def _starts(runs: Sequence[Run], table: Sequence[Row]) -> str:
+def _starts(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
     """Where every run came from, and what of the checkpoint it did not keep."""
     if not any(run.start for run in runs):
         return ""
@@ -194,7 +188,7 @@ def _starts(runs: Sequence[Run], table: Sequence[Row]) -> str:
     )
 
 
-def _notes(runs: Sequence[Run], table: Sequence[Row]) -> str:
+def _notes(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
     """What each run said at its start, such as validation sets that hold less than was asked for."""
     said: dict[str, list[str]] = {}
     for run, row in zip(runs, table, strict=True):
@@ -212,7 +206,7 @@ def _choice(line: Any) -> str:
     return f"{line.get('line')}: {line.get('choice')}" if isinstance(line, dict) else str(line)
 
 
-def _settings(runs: Sequence[Run], table: Sequence[Row]) -> str:
+def _settings(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
     """The config keys in which the runs differ. Pre-training differs in most and is left out."""
     kept = [(run, row) for run, row in zip(runs, table, strict=True) if row.kind != "pretraining"]
     if len(kept) < 2:
@@ -234,10 +228,10 @@ def _cells(values: Sequence[Any]) -> str:
     return "".join(value_cells([setting_text(value) for value in values]))
 
 
-def _write_table(folder: Path, table: Sequence[Row]) -> None:
+def _write_table(folder: Path, table: Sequence[RunRow]) -> None:
     """table.csv and table.json. A loss that isn't finite is null there, with 'diverged' true."""
     flat = [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.flat().items()}
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in file_row(row).items()}
         for row in table
     ]
     (folder / "table.json").write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from megarewarm.report.numbers.arms import ArmRow, Comparison
+from megarewarm.report.numbers.measure import MEASURES, Measure
 from megarewarm.report.numbers.seeds import Spread
 from megarewarm.report.pages.findings import difference_text
 from megarewarm.report.pages.html import breakable
-from megarewarm.spelling import DASH, MINUS, loss_text, rate_text, signed_text, tokens_text
+from megarewarm.spelling import DASH, tokens_text
 
 # Sorts a table by a click on (or Enter in) a header, or by the address: #sort=KEY, #sort=-KEY for descending. Rows without a
 # number stay last. Without it the table is a plain one.
@@ -84,44 +86,15 @@ def content_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
 
 
-_Show = Callable[[float], str]
-_COLUMNS: tuple[tuple[str, str, str, _Show], ...] = (
-    ("peak_lr", "", "Peak LR", rate_text),
-    ("tokens", "", "Tokens", tokens_text),
-    ("upstream_before", "Upstream loss", "Before", loss_text),
-    ("upstream_after", "Upstream loss", "After", loss_text),
-    ("forgetting", "Upstream loss", "Forgetting", signed_text),
-    ("upstream_rise", "Upstream loss", "Highest rise", signed_text),
-    ("upstream_recovered_tokens", "Upstream loss", "Recovered at", tokens_text),
-    ("downstream_before", "Downstream loss", "Before", loss_text),
-    ("downstream_after", "Downstream loss", "After", loss_text),
-    ("adaptation", "Downstream loss", "Adaptation", signed_text),
-    ("downstream_rise", "Downstream loss", "Highest rise", signed_text),
-    ("downstream_recovered_tokens", "Downstream loss", "Recovered at", tokens_text),
-    ("average_after", "", "Average of both", loss_text),
-    ("tokens_saved", "", "Tokens saved", lambda value: f"{MINUS if value < 0 else ''}{tokens_text(abs(value))}"),
-)
-_NEVER = {
-    "upstream_recovered_tokens": "not recovered",
-    "downstream_recovered_tokens": "not recovered",
-    "tokens_saved": "never",
-    "upstream_after": "diverged",
-    "downstream_after": "diverged",
-    "average_after": "diverged",
-}
-
-
 def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
     """One row per arm, in order. Every cell carries its number, by which the script sorts; columns without any are left out."""
-    columns = [column for column in _COLUMNS if any(row.values.get(column[0]) for row in rows)]
-    groups: list[list[str | int]] = []
-    for _, group, *_ in columns:
-        if groups and groups[-1][0] == group and group:
-            groups[-1][1] = int(groups[-1][1]) + 1
-        else:
-            groups.append([group, 1])
-    above = "".join(f'<th colspan="{count}"{" class=group" if name else ""}>{name}</th>' for name, count in groups)
-    heads = [("arm", "Arm", "text"), ("seeds", "Seeds", "number"), *((key, name, "number") for key, _, name, _ in columns)]
+    columns = [m for m in MEASURES if m.arms and m.heading and any(row.values.get(m.key) for row in rows)]
+    # columns without a group stand alone, next to each other or not
+    groups = itertools.groupby(enumerate(columns), lambda place: (place[1].group, place[1].group or place[0]))
+    above = "".join(
+        f'<th colspan="{len(list(same))}"{" class=group" if group else ""}>{group}</th>' for (group, _), same in groups
+    )
+    heads = [("arm", "Arm", "text"), ("seeds", "Seeds", "number"), *((m.key, m.heading, "number") for m in columns)]
     below = "".join(
         f'<th scope="col" data-key="{key}" data-column="{index}" data-kind="{kind}">{name}</th>'
         for index, (key, name, kind) in enumerate(heads)
@@ -138,32 +111,29 @@ def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
     )
 
 
-def _row(row: ArmRow, columns: Sequence[tuple[str, str, str, _Show]], main: bool) -> str:
+def _row(row: ArmRow, columns: Sequence[Measure], main: bool) -> str:
     complete, planned = row.seeds
     note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
     cells = [
         f'<th scope="row" data-value="{escape(row.name)}">{breakable(row.name)}{f"<small>{note}</small>" if note else ""}</th>',
         f'<td data-value="{complete}">{complete if complete == planned else f"{complete} of {planned}"}</td>',
     ]
-    for key, _, _, show in columns:
-        spread = row.spread(key)
-        bold = key in ("forgetting", "adaptation")
-        cells.append(_cell(spread, show, _NEVER.get(key, ""), bold, key not in ("peak_lr", "tokens")))
+    cells += [_cell(row.spread(measure.key), measure) for measure in columns]
     return f"<tr{' class=main' if main else ''}>{''.join(cells)}</tr>"
 
 
-def _cell(spread: Spread, show: _Show, never: str, bold: bool, deviation: bool) -> str:
+def _cell(spread: Spread, measure: Measure) -> str:
     count = len(spread.values) + spread.others
     if spread.mean is None:
-        return f'<td data-value="">{never if spread.others else DASH}</td>'
+        return f'<td data-value="">{measure.infinite if spread.others else DASH}</td>'
     small = []
-    if deviation and spread.deviation is not None:
-        small.append(f"± {show(spread.deviation).lstrip('+')}")
+    if measure.spread and spread.deviation is not None:
+        small.append(f"± {measure.text(spread.deviation).lstrip('+')}")
     if spread.others:
-        small.append(f"{never} in {spread.others} of {count}")
-    text = show(spread.mean)
+        small.append(f"{measure.infinite} in {spread.others} of {count}")
+    text = measure.text(spread.mean)
     below = f"<small>{', '.join(small)}</small>" if small else ""
-    return f'<td data-value="{spread.mean!r}">{f"<b>{text}</b>" if bold else text}{below}</td>'
+    return f'<td data-value="{spread.mean!r}">{f"<b>{text}</b>" if measure.headline else text}{below}</td>'
 
 
 def comparisons_html(compared: Sequence[Comparison]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megarewarm.record.run import Run
-from megarewarm.report.numbers.runs import LENGTHS, Change, Row, differences, labels, rows, same_length, same_value
+from megarewarm.report.numbers.runs import LENGTHS, Change, RunRow, differences, labels, rows, same_length, same_value
 from megarewarm.spelling import counted, listed, loss_text, rate_text, signed_text, tokens_text
 
 # Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
@@ -35,7 +35,7 @@ def summarise(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _overview(table: Sequence[Row]) -> list[str]:
+def _overview(table: Sequence[RunRow]) -> list[str]:
     continued = [row for row in table if row.kind == "continued"]
     if not continued:
         return [
@@ -63,12 +63,12 @@ def _overview(table: Sequence[Row]) -> list[str]:
     return [text]
 
 
-def _extremes(table: Sequence[Row]) -> list[str]:
+def _extremes(table: Sequence[RunRow]) -> list[str]:
     """Who forgot and who learned most, among runs that can be compared; a run without any such has its own numbers told."""
     changed = [row for row in table if row.forgetting is not None or row.adaptation is not None]
     if len(changed) < 2:
         return [text for row in changed if (text := _own(row))]
-    groups: list[list[Row]] = []
+    groups: list[list[RunRow]] = []
     for row in changed:
         like = [group for group in groups if group[0].sets == row.sets and same_length(group[0].tokens, row.tokens)]
         if like:
@@ -89,11 +89,11 @@ def _extremes(table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _sets(row: Row) -> str:
+def _sets(row: RunRow) -> str:
     return ", ".join(dict.fromkeys(row.sets))
 
 
-def _superlatives(table: Sequence[Row], lost: Sequence[Row]) -> list[str]:
+def _superlatives(table: Sequence[RunRow], lost: Sequence[RunRow]) -> list[str]:
     """Who forgot and who learned most of comparable runs, in one breath with the highest peak where that is the same run and no
     peak of those that diverged, ``lost``, is higher."""
     forgot, learned = _first(table, "forgetting"), _first(table, "adaptation")
@@ -115,7 +115,7 @@ def _superlatives(table: Sequence[Row], lost: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _own(row: Row) -> str:
+def _own(row: RunRow) -> str:
     """A lone run's numbers."""
     parts = []
     for role, change in (("upstream", row.upstream), ("downstream", row.downstream)):
@@ -125,7 +125,7 @@ def _own(row: Row) -> str:
     return f"{row.label}: {' and '.join(parts)}." if parts else ""
 
 
-def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
+def _single_causes(runs: Sequence[Run], table: Sequence[RunRow]) -> list[str]:
     """For every setting: the runs that differ in nothing else, compared. Settings that move together are one."""
     different = differences(runs)
     by_setting: dict[str, list[str]] = {}
@@ -147,7 +147,7 @@ def _single_causes(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _of_one_length(group: Sequence[int], table: Sequence[Row]) -> list[int]:
+def _of_one_length(group: Sequence[int], table: Sequence[RunRow]) -> list[int]:
     """Those of the runs that trained as far as the longest: one that was stopped ends elsewhere for that reason alone."""
     most = max(table[index].tokens for index in group)
     return [index for index in group if same_length(table[index].tokens, most)]
@@ -158,7 +158,7 @@ def _alike(one: int, other: int, keys: Sequence[str], different: dict[str, list[
 
 
 def _compare(
-    setting: str, keys: Sequence[str], group: Sequence[int], different: dict[str, list[Any]], table: Sequence[Row]
+    setting: str, keys: Sequence[str], group: Sequence[int], different: dict[str, list[Any]], table: Sequence[RunRow]
 ) -> str:
     key = "schedule.max_lr" if setting == "peak LR" else keys[0] if len(keys) == 1 else None
     values: dict[int, Any] = {index: different[key][index] for index in group} if key in different else {}
@@ -208,10 +208,10 @@ def _setting(key: str) -> str:
     return rest if first == "schedule" else key
 
 
-def _early_rise(table: Sequence[Row]) -> list[str]:
+def _early_rise(table: Sequence[RunRow]) -> list[str]:
     sentences = []
     for role in ("upstream", "downstream"):
-        risen: list[tuple[float, Row, Change]] = []
+        risen: list[tuple[float, RunRow, Change]] = []
         for row in table:
             change = row.upstream if role == "upstream" else row.downstream
             if change.peak_rise is None or change.difference is None:
@@ -234,7 +234,7 @@ def _early_rise(table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _scratch(table: Sequence[Row]) -> list[str]:
+def _scratch(table: Sequence[RunRow]) -> list[str]:
     sentences = []
     continued = [row for row in table if row.kind == "continued" and row.downstream.after is not None]
     for row in table:
@@ -251,7 +251,7 @@ def _scratch(table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _incidents(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
+def _incidents(runs: Sequence[Run], table: Sequence[RunRow]) -> list[str]:
     sentences = [f"{row.label} diverged: its last loss is not finite." for row in table if row.diverged]
     for run, label in zip(runs, labels(runs), strict=True):
         resumes = sum(event["event"] == "resume" for event in run.events)
@@ -269,7 +269,7 @@ def _incidents(runs: Sequence[Run], table: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def _first(table: Sequence[Row], measure: str, lowest: bool = False, share: float | None = None) -> Row | None:
+def _first(table: Sequence[RunRow], measure: str, lowest: bool = False, share: float | None = None) -> RunRow | None:
     """The row that stands out at the upper (or lower) end by more than ``SAME``, or by a ``share`` of its value; ``None``
     where there is none."""
     ranked = [row for row in table if getattr(row, measure) is not None]
@@ -282,7 +282,7 @@ def _first(table: Sequence[Row], measure: str, lowest: bool = False, share: floa
     return ranked[0]
 
 
-def _downstream(row: Row) -> str:
+def _downstream(row: RunRow) -> str:
     """With the sign that adaptation has in the table: a fall of the loss is positive."""
     return f"adaptation {signed_text(row.adaptation)}"
 
@@ -296,9 +296,9 @@ def _value_text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _some(table: Sequence[Row]) -> str:
+def _some(table: Sequence[RunRow]) -> str:
     return _names(table) if len(table) <= 4 else f"{len(table)} runs"
 
 
-def _names(table: Sequence[Row]) -> str:
+def _names(table: Sequence[RunRow]) -> str:
     return listed([row.label for row in table])

@@ -1,0 +1,185 @@
+"""The measures of a report, one row each: what page, experiment, terminal and files show of a run follows from this table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM
+from megarewarm.report.numbers.runs import Change, RunRow, perplexity
+from megarewarm.spelling import DASH, MINUS, loss_text, rate_text, signed_text, tokens_text
+
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run.
+
+    ``of`` gives it, None where the run has none, or is None itself where it takes other runs to know (``arms.py``).
+    ``heading`` under ``group``: of its column in the pages; a measure without one is in the files only. ``text``: how its
+    numbers are written; ``infinite``: what stands for an infinite one; ``small``: what is written below it in a page of runs.
+    ``headline``: bold, and last in a file of runs. ``spread``: whether its deviation over seeds is shown.
+
+    Where it is shown: ``runs``: the page of runs; ``arms``: everything of experiments, under ``key``; ``file``: its key in
+    table.csv and table.json of runs; ``terminal``: (heading, text of a run) of its column in the terminal.
+    """
+
+    key: str
+    of: Callable[[RunRow], Number] | None
+    heading: str = ""
+    group: str = ""
+    text: Callable[[float], str] = loss_text
+    infinite: str = ""
+    small: Callable[[RunRow], str | None] | None = None
+    headline: bool = False
+    spread: bool = True
+    runs: bool = False
+    arms: bool = True
+    file: str | None = None
+    terminal: tuple[str, Callable[[RunRow], str]] | None = None
+
+    def show(self, value: Number) -> str:
+        """``value`` as text; a dash for none."""
+        return DASH if value is None else self.text(value)
+
+
+def _ends(change: Change) -> str:
+    if change.before is None or not math.isfinite(change.before):
+        return loss_text(change.after)
+    return f"{loss_text(change.before)} → {loss_text(change.after)}"
+
+
+def _perplexity_text(loss: Number) -> str | None:
+    value = perplexity(loss)
+    return None if value is None or not math.isfinite(value) else f"{value:,.0f}" if value >= 999.5 else f"{value:.2f}"
+
+
+def _peak_text(change: Change) -> str | None:
+    return f"at {tokens_text(change.peak_tokens or 0)}" if change.peak_rise else None
+
+
+def _saved_text(tokens: float) -> str:
+    return f"{MINUS if tokens < 0 else ''}{tokens_text(abs(tokens))}"
+
+
+def _average(row: RunRow) -> Number:
+    up, down = row.upstream.after, row.downstream.after
+    return None if up is None or down is None else (up + down) / 2
+
+
+def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -> list[Measure]:
+    """The losses of the ``role`` before and after, and on the way."""
+    group = f"{role.capitalize()} loss"
+    return [
+        Measure(
+            f"{role}_before",
+            lambda row: change(row).before,
+            "Before",
+            group,
+            small=lambda row: _perplexity_text(change(row).before),
+            runs=True,
+            file=f"{role}_before",
+        ),
+        Measure(
+            f"{role}_after",
+            lambda row: change(row).after,
+            "After",
+            group,
+            infinite="diverged",
+            small=lambda row: _perplexity_text(change(row).after),
+            runs=True,
+            file=f"{role}_after",
+            terminal=(role, lambda row: _ends(change(row))),
+        ),
+        *(
+            Measure(f"{role}_perplexity_{end}", of, arms=False, file=f"{role}_perplexity_{end}")
+            for end, of in (
+                ("before", lambda row: perplexity(change(row).before)),
+                ("after", lambda row: perplexity(change(row).after)),
+            )
+        ),
+        headline,
+        Measure(
+            f"{role}_rise",
+            lambda row: change(row).peak_rise,
+            "Highest rise",
+            group,
+            text=signed_text,
+            small=lambda row: _peak_text(change(row)),
+            runs=True,
+            file=f"{role}_peak_rise",
+        ),
+        Measure(f"{role}_rise_tokens", lambda row: change(row).peak_tokens if change(row).peak_rise else None),
+        Measure(f"{role}_peak_rise_tokens", lambda row: change(row).peak_tokens, arms=False, file=f"{role}_peak_rise_tokens"),
+        Measure(
+            f"{role}_recovered_tokens",
+            lambda row: change(row).recovered_tokens,
+            "Recovered at",
+            group,
+            text=tokens_text,
+            infinite="not recovered",
+        ),
+    ]
+
+
+def _headline(key: str, of: Callable[[RunRow], Number], group: str, word: str) -> Measure:
+    terminal = word, lambda row: signed_text(of(row))
+    return Measure(key, of, key.capitalize(), group, text=signed_text, headline=True, runs=True, file=key, terminal=terminal)
+
+
+MEASURES: list[Measure] = [
+    Measure(
+        "peak_lr",
+        lambda row: row.peak_lr,
+        "Peak LR",
+        text=rate_text,
+        spread=False,
+        runs=True,
+        file="peak_lr",
+        terminal=("peak LR", lambda row: rate_text(row.peak_lr)),
+    ),
+    Measure("steps", lambda row: row.steps, "Steps", text="{:,}".format, arms=False, runs=True, file="steps"),
+    Measure(
+        "tokens",
+        lambda row: row.tokens,
+        "Tokens",
+        text=tokens_text,
+        spread=False,
+        runs=True,
+        file="tokens",
+        terminal=("tokens", lambda row: tokens_text(row.tokens)),
+    ),
+    *_of_role(
+        UPSTREAM, lambda row: row.upstream, _headline("forgetting", lambda row: row.forgetting, "Upstream loss", "forgot")
+    ),
+    *_of_role(
+        DOWNSTREAM,
+        lambda row: row.downstream,
+        _headline("adaptation", lambda row: row.adaptation, "Downstream loss", "learned"),
+    ),
+    Measure("average_after", _average, "Average of both", infinite="diverged"),
+    Measure("tokens_saved", None, "Tokens saved", text=_saved_text, infinite="never"),
+]
+"""In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage.
+
+Infinite: a final loss that diverged, a rise that was not recovered (``*_recovered_tokens``), and minus infinity for
+``tokens_saved`` of an arm that never reached the loss of the arm from scratch.
+"""
+
+
+def run_measures(row: RunRow) -> dict[str, float]:
+    """The measures of one run that need no other, by their keys in an experiment; absent where the run has no such number."""
+    values = {measure.key: measure.of(row) for measure in MEASURES if measure.arms and measure.of is not None}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def file_row(row: RunRow) -> dict[str, Any]:
+    """One run as one level of keys and JSON values, for table.csv and table.json."""
+    flat: dict[str, Any] = {"run": row.label, "kind": row.kind, "from": row.origin}
+    for measure in sorted(MEASURES, key=lambda measure: measure.headline):
+        if measure.file is not None and measure.of is not None:
+            flat[measure.file] = measure.of(row)
+    return flat | {"tokens": round(row.tokens), "diverged": row.diverged}
