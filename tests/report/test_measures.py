@@ -13,6 +13,7 @@ import pytest
 from megarewarm.record.run import Run, read_run, read_runs
 from megarewarm.report.figures import tradeoff
 from megarewarm.report.figures.curves import describe_curves
+from megarewarm.report.figures.lines import lines_of
 from megarewarm.report.numbers.runs import differences, flatten, kinds, labels, rows
 from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.words import summarise
@@ -213,7 +214,7 @@ def test_who_diverged_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     ]
     text = "\n".join(summarise(runs))
     assert "Without c, which diverged: b forgot most (+0.500 upstream)." in text and "The highest peak" not in text
-    assert "nan" not in text and "inf" not in text and "nan" not in describe_curves(runs)
+    assert "nan" not in text and "inf" not in text and "nan" not in describe_curves(lines_of(runs, rows(runs)))
 
 
 @pytest.mark.parametrize("unlike", [(), ("length",), ("start",), ("sets",), ("length", "start", "sets")])
@@ -230,7 +231,7 @@ def test_the_picture_of_forgetting_says_which_points_compare(tmp_path: Path, unl
     caption = tradeoff.caption_tradeoff(rows(runs))
     for what, words in (("length", "numbers of tokens"), ("start", "starts"), ("sets", "validation sets")):
         assert (words in caption.partition("compare")[0]) == (what in unlike)
-    figure = tradeoff.draw_tradeoff(runs, rows(runs))
+    figure = tradeoff.draw_tradeoff(lines_of(runs, rows(runs)))
     assert figure is not None
     named = sorted(text.get_text() for text in figure.axes[0].texts if text.get_text().startswith("run_"))
     assert len(named) == 3 and all(" · " in text for text in named) == ("length" in unlike)

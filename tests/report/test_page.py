@@ -20,7 +20,7 @@ from megarewarm.record.run import read_runs
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures import style, tradeoff
 from megarewarm.report.figures.labels import spread
-from megarewarm.report.figures.lines import short_labels
+from megarewarm.report.figures.lines import lines_of, short_labels
 from megarewarm.report.numbers.runs import rows
 from megarewarm.report.pages.run_page import report
 from megarewarm.spelling import tokens_text
@@ -203,7 +203,7 @@ def test_where_and_that_a_run_diverged_is_said_in_the_pictures(tmp_path: Path) -
     runs = read_runs([diverged(tmp_path / "lost"), renamed(tmp_path, "sound", "rewarm", 60, 0.0)])
     caption = tradeoff.caption_tradeoff(rows(runs))
     assert caption.endswith("Without a point, for a loss that is not finite: diverged.")
-    figure = draw.draw_curves(runs)
+    figure = draw.draw_curves(lines_of(runs, rows(runs)))
     assert figure is not None
     first = 48 * TOKENS_PER_STEP  # the evaluation after step 44
     said = {text.get_text() for axes in figure.axes for text in axes.texts if text.get_text().startswith("diverged")}
@@ -219,8 +219,9 @@ def test_nothing_written_overlaps_or_is_cut_off(arms: list[Path], tmp_path: Path
     for folders in (arms, arms[3:4], arms[:1], crowd, mixed):
         runs = read_runs(folders)
         with style.style():
-            drawn = [draw.draw_curves(runs), draw.draw_pretraining(runs), draw.draw_sets(runs)]
-            drawn.append(tradeoff.draw_tradeoff(runs, rows(runs)))
+            lines = lines_of(runs, rows(runs))
+            drawn = [draw.draw_curves(lines), draw.draw_pretraining(lines), draw.draw_sets(lines)]
+            drawn.append(tradeoff.draw_tradeoff(lines))
             for figure in drawn:
                 if figure is not None:
                     assert_legible(figure)

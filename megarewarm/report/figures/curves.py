@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, Run
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import spread
-from megarewarm.report.figures.lines import Line, lines_of
-from megarewarm.report.numbers.runs import kinds, labels
+from megarewarm.report.figures.lines import Line
 from megarewarm.spelling import rate_text, tokens_text
 
 _WIDTH = 11.0
@@ -26,18 +25,18 @@ _AT_END = 0.97  # of the axis: a curve that ends before is not joined to its lab
 _POINTS = 1200  # more points than this are not visible on a page
 
 
-def draw_curves(runs: Sequence[Run]) -> Figure | None:
+def draw_curves(lines: Sequence[Line]) -> Figure | None:
     """Learning rate, upstream and downstream loss against the tokens of this stage, for every run but pre-training.
 
     Where there are enough evaluations, a left column enlarges the first tenth. ``None`` where nothing is left to draw.
     """
-    kept = [line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"]
+    kept = [line for line in lines if not line.is_pretraining]
     return curves_figure(kept) if kept else None
 
 
-def draw_pretraining(runs: Sequence[Run]) -> Figure | None:
+def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
     """The runs that others continue, in a small figure of their own; ``None`` where there is none."""
-    lines = [line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind == "pretraining"]
+    lines = [line for line in lines if line.is_pretraining]
     if not lines:
         return None
     quantities = ["lr", *(role for role in (UPSTREAM, DOWNSTREAM) if any(line.run.sets(role) for line in lines))]
@@ -62,9 +61,9 @@ def draw_pretraining(runs: Sequence[Run]) -> Figure | None:
         return figure
 
 
-def draw_sets(runs: Sequence[Run]) -> Figure | None:
+def draw_sets(lines: Sequence[Line]) -> Figure | None:
     """Every validation set by itself, where a role has several sets or a set has no role; else ``None``."""
-    lines = [line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"] or lines_of(runs)
+    lines = [line for line in lines if not line.is_pretraining] or lines
     sets = list(dict.fromkeys((e.role, e.name) for line in lines for e in line.run.evaluations))
     if len(sets) == len({role for role, _ in sets} - {"other"}):
         return None
@@ -91,14 +90,14 @@ def draw_sets(runs: Sequence[Run]) -> Figure | None:
         return figure
 
 
-def describe_curves(runs: Sequence[Run]) -> str:
+def describe_curves(lines: Sequence[Line]) -> str:
     """Alternative text of ``draw_curves``: what is drawn, and where each run begins and ends."""
-    return _describe([run for run, kind in zip(runs, kinds(runs), strict=True) if kind != "pretraining"])
+    return _describe([line for line in lines if not line.is_pretraining])
 
 
-def caption_curves(runs: Sequence[Run]) -> str:
-    """What a reader must know to read ``draw_curves`` of these runs."""
-    return caption_lines([line for line, kind in zip(lines_of(runs), kinds(runs), strict=True) if kind != "pretraining"])
+def caption_curves(lines: Sequence[Line]) -> str:
+    """What a reader must know to read ``draw_curves`` of these lines."""
+    return caption_lines([line for line in lines if not line.is_pretraining])
 
 
 def caption_lines(kept: Sequence[Line], stages: Sequence[tuple[float, str]] = ()) -> str:
@@ -115,13 +114,13 @@ def caption_lines(kept: Sequence[Line], stages: Sequence[tuple[float, str]] = ()
     return text
 
 
-def describe_pretraining(runs: Sequence[Run]) -> str:
+def describe_pretraining(lines: Sequence[Line]) -> str:
     """Alternative text of ``draw_pretraining``."""
-    return _describe([run for run, kind in zip(runs, kinds(runs), strict=True) if kind == "pretraining"])
+    return _describe([line for line in lines if line.is_pretraining])
 
 
-def _describe(runs: Sequence[Run]) -> str:
-    return describe_named(list(zip(labels(runs), runs, strict=True)))
+def _describe(lines: Sequence[Line]) -> str:
+    return describe_named([(line.row.label, line.run) for line in lines if line.row is not None])
 
 
 def describe_named(named: Sequence[tuple[str, Run]]) -> str:

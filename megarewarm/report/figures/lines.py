@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megarewarm.record.run import Run
 from megarewarm.report.figures import style
-from megarewarm.report.numbers.runs import labels
+from megarewarm.report.numbers.runs import RunRow
 
 _LONGEST = 30
 
@@ -17,7 +17,8 @@ _LONGEST = 30
 class Line:
     """A run as it is drawn. ``dashes`` is a matplotlib line style, solid for the first eight runs.
 
-    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run.
+    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run, which has
+    a ``row``.
     """
 
     run: Run
@@ -26,13 +27,19 @@ class Line:
     marker: str
     dashes: str | tuple[float, tuple[float, ...]]
     seeds: tuple[Run, ...] = ()
+    row: RunRow | None = None
+
+    @property
+    def is_pretraining(self) -> bool:
+        return self.row is not None and self.row.kind == "pretraining"
 
 
-def lines_of(runs: Sequence[Run]) -> list[Line]:
-    """The runs' lines, in order."""
+def lines_of(runs: Sequence[Run], table: Sequence[RunRow]) -> list[Line]:
+    """The lines of ``runs``, whose rows are ``table``, in order."""
+    names = short_labels([row.label for row in table])
     return [
-        Line(run, label, style.colour(index), style.marker(index), style.dashes(index))
-        for index, (run, label) in enumerate(zip(runs, short_labels(labels(runs)), strict=True))
+        Line(run, name, style.colour(index), style.marker(index), style.dashes(index), row=row)
+        for index, (run, row, name) in enumerate(zip(runs, table, names, strict=True))
     ]
 
 

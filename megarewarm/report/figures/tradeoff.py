@@ -8,20 +8,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megarewarm.record.run import Run
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import place_labels
-from megarewarm.report.figures.lines import lines_of
+from megarewarm.report.figures.lines import Line
 from megarewarm.report.numbers.runs import RunRow, distinct_lengths
 from megarewarm.spelling import listed, rate_text, signed_text, tokens_text
 
 
-def draw_tradeoff(runs: Sequence[Run], table: Sequence[RunRow]) -> Figure | None:
+def draw_tradeoff(lines: Sequence[Line]) -> Figure | None:
     """Adaptation against forgetting, one point per run, with its tokens where they differ; ``None`` with fewer than two."""
+    table = [line.row for line in lines if line.row is not None]
     length = " · {}" if len(distinct_lengths([row.tokens for row in _pointed(table)])) > 1 else ""
     points = [
         (line, row.forgetting, row.adaptation, length.format(tokens_text(row.tokens)))
-        for line, row in zip(lines_of(runs), table, strict=True)
+        for line, row in zip(lines, table, strict=True)
         if row.forgetting is not None and row.adaptation is not None
     ]
     if len(points) < 2:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -23,8 +20,18 @@ from megarewarm.report.numbers.measure import run_measures
 from megarewarm.report.numbers.runs import differences, row_of
 from megarewarm.report.pages import html
 from megarewarm.report.pages import tables as arm_table
+from megarewarm.report.pages.files import write_csv, write_json
 from megarewarm.report.pages.findings import summarise_experiment
-from megarewarm.report.pages.html import Picture, breakable, picture_html, save_picture, setting_text, svg_of, value_cells
+from megarewarm.report.pages.html import (
+    Picture,
+    breakable,
+    page_html,
+    picture_html,
+    save_picture,
+    setting_text,
+    svg_of,
+    value_cells,
+)
 from megarewarm.report.pages.tables import SCRIPT, arms_html, comparisons_html, content_hash
 from megarewarm.spelling import tokens_text
 
@@ -54,9 +61,11 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
         told.setdefault(part, []).append(picture_html(picture, svg))
         picture.figure.clear()  # its memory: there may be dozens
     (output / ".pictures").write_text("\n".join(names), encoding="utf-8")
-    _write(output / "arms", [row.flat() for row in rows])
-    _write(output / "runs", _flat_runs(experiment))
-    _write(output / "comparisons", [comparison.flat() for comparison in compared])
+    comparison_rows = [comparison.flat() for comparison in compared]
+    tables = {"arms": [row.flat() for row in rows], "runs": _flat_runs(experiment), "comparisons": comparison_rows}
+    for name, table in tables.items():
+        write_json(output / f"{name}.json", table)
+        write_csv(output / f"{name}.csv", table)
     page = output / "report.html"
     page.write_text(_page(experiment, rows, compared, told), encoding="utf-8")
     return page
@@ -140,14 +149,8 @@ def _page(experiment: Experiment, rows: Sequence[ArmRow], compared: Sequence[Com
     ]
     css = html.STYLE + arm_table.STYLE
     policy = f"default-src 'none'; img-src data:; style-src {content_hash(css)}; script-src {content_hash(SCRIPT)}"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<meta http-equiv=\"Content-Security-Policy\" content=\"{policy}; base-uri 'none'; form-action 'none'\">\n"
-        f"<title>{escape(experiment.title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    policy += "; base-uri 'none'; form-action 'none'"
+    return page_html(experiment.title, css, policy, parts, f"\n<script>{SCRIPT}</script>")
 
 
 def _part(title: str, sections: Sequence[str] | None) -> str:
@@ -212,13 +215,3 @@ def _flat_runs(experiment: Experiment) -> list[dict[str, Any]]:
                 keys |= run_measures(row_of(trial.run, trial.name, arm.kind))
             flat.append(keys)
     return flat
-
-
-def _write(path: Path, flat: Sequence[dict[str, Any]]) -> None:
-    """``path`` with .json and .csv. What isn't finite (diverged, not recovered, never) is null and the word 'inf' there."""
-    plain = [{key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()} for row in flat]
-    path.with_suffix(".json").write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)

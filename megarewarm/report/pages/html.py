@@ -84,12 +84,25 @@ def svg_of(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def picture_html(picture: Picture, svg: bytes, heading: str = "h3") -> str:
+def page_html(title: str, css: str, policy: str, parts: Sequence[str], after: str = "") -> str:
+    """A whole page of ``parts``, of which empty ones are left out. ``policy``: its Content-Security-Policy."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + f"\n</main>{after}\n</body>\n</html>\n"
+    )
+
+
+def picture_html(picture: Picture, svg: bytes, heading: str = "h3", *, narrow: bool = False) -> str:
     """A section with the picture inside it, as a data URL."""
     data = base64.b64encode(svg).decode("ascii")
+    narrowly = ' class="narrow"' if narrow else ""
     caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
     return (
-        f"<section><{heading}>{escape(picture.title)}</{heading}>\n<figure>"
+        f"<section><{heading}>{escape(picture.title)}</{heading}>\n<figure{narrowly}>"
         f'<img alt="{escape(picture.description)}" src="data:image/svg+xml;base64,{data}">{caption}</figure></section>'
     )
 
@@ -97,6 +110,11 @@ def picture_html(picture: Picture, svg: bytes, heading: str = "h3") -> str:
 def save_picture(picture: Picture, svg: bytes, folder: Path) -> None:
     """NAME.png and NAME.svg in ``folder``."""
     (folder / f"{picture.name}.svg").write_bytes(svg)
+    save_png(picture, folder)
+
+
+def save_png(picture: Picture, folder: Path) -> None:
+    """NAME.png in ``folder``."""
     with style.style():
         picture.figure.savefig(folder / f"{picture.name}.png", dpi=160)
 

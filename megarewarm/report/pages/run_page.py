@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import dataclasses
-import io
-import json
-import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,20 +12,23 @@ from matplotlib.figure import Figure
 from megarewarm.record.run import Run, read_runs
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures import style, tradeoff
+from megarewarm.report.figures.lines import lines_of
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
 from megarewarm.report.numbers.runs import RunRow, differences, rows
-from megarewarm.report.pages.html import STYLE, breakable, setting_text, value_cells
+from megarewarm.report.pages.files import finite, write_csv, write_json
+from megarewarm.report.pages.html import (
+    STYLE,
+    Picture,
+    breakable,
+    page_html,
+    picture_html,
+    save_png,
+    setting_text,
+    svg_of,
+    value_cells,
+)
 from megarewarm.report.pages.words import summarise
 from megarewarm.spelling import DASH, tokens_text
-
-
-@dataclasses.dataclass(frozen=True)
-class _Picture:
-    name: str
-    title: str
-    figure: Figure
-    description: str
-    caption: str
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
@@ -48,37 +45,40 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
         (folder / f"{name}.png").unlink(missing_ok=True)  # a picture of an earlier report must not pass for this one's
     pictures = _pictures(runs, table)
     for picture in pictures:
-        with style.style():
-            picture.figure.savefig(folder / f"{picture.name}.png", dpi=160)
-    _write_table(folder, table)
+        save_png(picture, folder)
+    flat = [file_row(row) for row in table]
+    write_json(folder / "table.json", flat, indent=2)
+    # a loss that is not finite is empty there, too, with 'diverged' true
+    write_csv(folder / "table.csv", [finite(row) for row in flat])
     page = folder / "report.html"
     page.write_text(_page(runs, table, pictures), encoding="utf-8")
     return page
 
 
-def _pictures(runs: Sequence[Run], table: Sequence[RunRow]) -> list[_Picture]:
+def _pictures(runs: Sequence[Run], table: Sequence[RunRow]) -> list[Picture]:
+    lines = lines_of(runs, table)
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
             "curves",
             "Losses and learning rates",
-            draw.draw_curves(runs),
-            draw.describe_curves(runs),
-            draw.caption_curves(runs),
+            draw.draw_curves(lines),
+            draw.describe_curves(lines),
+            draw.caption_curves(lines),
         ),
         (
             "tradeoff",
             "Forgetting against adaptation",
-            tradeoff.draw_tradeoff(runs, table),
+            tradeoff.draw_tradeoff(lines),
             tradeoff.describe_tradeoff(table),
             tradeoff.caption_tradeoff(table),
         ),
-        ("sets", "Every validation set", draw.draw_sets(runs), "Line charts: loss of every set against tokens.", ""),
-        ("pretraining", "Pre-training", draw.draw_pretraining(runs), draw.describe_pretraining(runs), ""),
+        ("sets", "Every validation set", draw.draw_sets(lines), "Line charts: loss of every set against tokens.", ""),
+        ("pretraining", "Pre-training", draw.draw_pretraining(lines), draw.describe_pretraining(lines), ""),
     ]
-    return [_Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
+    return [Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
 
 
-def _page(runs: Sequence[Run], table: Sequence[RunRow], pictures: Sequence[_Picture]) -> str:
+def _page(runs: Sequence[Run], table: Sequence[RunRow], pictures: Sequence[Picture]) -> str:
     title = table[0].label if len(table) == 1 else f"{len(table)} runs compared"
     first = ("curves", "tradeoff") if any(picture.name == "curves" for picture in pictures) else ("pretraining",)
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summarise(runs))
@@ -96,28 +96,12 @@ def _page(runs: Sequence[Run], table: Sequence[RunRow], pictures: Sequence[_Pict
         '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
         "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return page_html(title, STYLE, policy, parts)
 
 
-def _section(picture: _Picture) -> str:
-    stream = io.BytesIO()
-    with style.style():
-        picture.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
-    caption = f"<figcaption>{escape(picture.caption)}</figcaption>" if picture.caption else ""
-    narrow = ' class="narrow"' if picture.name == "tradeoff" else ""
-    return (
-        f"<section><h2>{escape(picture.title)}</h2>\n<figure{narrow}>"
-        f'<img alt="{escape(picture.description)}" src="data:image/svg+xml;base64,{data}">{caption}</figure></section>'
-    )
+def _section(picture: Picture) -> str:
+    return picture_html(picture, svg_of(picture.figure), "h2", narrow=picture.name == "tradeoff")
 
 
 def _numbers(table: Sequence[RunRow]) -> str:
@@ -226,16 +210,3 @@ def _settings(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
 
 def _cells(values: Sequence[Any]) -> str:
     return "".join(value_cells([setting_text(value) for value in values]))
-
-
-def _write_table(folder: Path, table: Sequence[RunRow]) -> None:
-    """table.csv and table.json. A loss that isn't finite is null there, with 'diverged' true."""
-    flat = [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in file_row(row).items()}
-        for row in table
-    ]
-    (folder / "table.json").write_text(json.dumps(flat, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, flat[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
