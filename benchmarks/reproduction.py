@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The papers' claims, judged on the mini experiments: python benchmarks/reproduction.py [--write docs/reproduction.md]
 
-Run before it, either or both (the rows of one that is not there stay as they are):
+RecordedRun before it, either or both (the rows of one that is not there stay as they are):
     python tools/sweep.py configs/experiments/rewarm_2308_04014_mini.yml
     python tools/sweep.py configs/experiments/replay_2403_08763_mini.yml
 
@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from scipy.stats import t as student
 
-from megarewarm.record.run import Run, read_run
+from megarewarm.record.run import RecordedRun, read_run
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
 
@@ -38,7 +38,7 @@ class Arms:
     def __init__(self, folder: Path) -> None:
         record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
         self.folder, self.planned = folder, len(record["runs"])
-        self._runs: dict[str, dict[int, Run]] = {}
+        self._runs: dict[str, dict[int, RecordedRun]] = {}
         for item in record["runs"]:
             place = folder / item["folder"]
             if not (place / "metrics.jsonl").is_file():
@@ -55,7 +55,7 @@ class Arms:
         done = sum(len(seeds) for seeds in self._runs.values())
         return f"{self.folder.name}: {done} of {self.planned} runs finished"
 
-    def paired(self, measure: Callable[[Run], float], *arms: str) -> np.ndarray:
+    def paired(self, measure: Callable[[RecordedRun], float], *arms: str) -> np.ndarray:
         """(arms, seeds): ``measure`` of the seeds that all ``arms`` have finished."""
         for arm in arms:
             if arm not in self._runs:
@@ -64,32 +64,32 @@ class Arms:
         return np.array([[measure(self._runs[arm][seed]) for seed in seeds] for arm in arms])
 
 
-def end(role: str, name: str | None = None) -> Callable[[Run], float]:
+def end(role: str, name: str | None = None) -> Callable[[RecordedRun], float]:
     """The last loss of a role."""
     return lambda run: float(run.curve(role, name).losses[-1])
 
 
-def rise(role: str) -> Callable[[Run], float]:
+def rise(role: str) -> Callable[[RecordedRun], float]:
     """How far the loss ends above the start checkpoint's."""
     return lambda run: float(run.curve(role).losses[-1]) - _start(run, role)
 
 
-def peak(role: str) -> Callable[[Run], float]:
+def peak(role: str) -> Callable[[RecordedRun], float]:
     """How far the loss rises above the start checkpoint's at most."""
     return lambda run: float(run.curve(role).losses.max()) - _start(run, role)
 
 
-def at(role: str, share: float) -> Callable[[Run], float]:
+def at(role: str, share: float) -> Callable[[RecordedRun], float]:
     """The loss after a share of the run's tokens, between evaluations by a straight line."""
     return lambda run: float(np.interp(share * run.tokens, run.curve(role).tokens, run.curve(role).losses))
 
 
-def mean_end(run: Run) -> float:
+def mean_end(run: RecordedRun) -> float:
     """The mean of the last upstream and downstream loss."""
     return (end("upstream")(run) + end("downstream")(run)) / 2
 
 
-def _start(run: Run, role: str) -> float:
+def _start(run: RecordedRun, role: str) -> float:
     loss = run.start_loss(role)
     assert loss is not None, f"{run.folder}: not evaluated at its start"
     return loss
@@ -149,7 +149,7 @@ def rewarming(arms: Arms) -> Iterator[Claim]:
     """arXiv 2308.04014."""
     up, down = end("upstream"), end("downstream")
 
-    def gap(measure: Callable[[Run], float], more: str, less: str) -> Difference:
+    def gap(measure: Callable[[RecordedRun], float], more: str, less: str) -> Difference:
         one, two = arms.paired(measure, more, less)
         return Difference.of(one - two)
 

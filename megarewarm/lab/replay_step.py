@@ -22,8 +22,7 @@ from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.record.run import Run as RecordedRun
-from megarewarm.record.run import read_run
+from megarewarm.record.run import RecordedRun, read_run
 from megarewarm.record.run_format import take_format
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run

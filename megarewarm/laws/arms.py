@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, Run, read_run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, read_run
 
 Floats = NDArray[np.float64]
 
@@ -156,7 +156,7 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _finished(place: Path) -> Run | None:
+def _finished(place: Path) -> RecordedRun | None:
     """The run in the folder ``place`` where it has come to its end, be it that it diverged."""
     try:
         run = read_run(place) if (place / "metrics.jsonl").is_file() else None
@@ -166,7 +166,7 @@ def _finished(place: Path) -> Run | None:
     return run if any(end["event"] == "stop" and end.get("reason") in ("complete", "diverged") for end in ends) else None
 
 
-def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Path, Run]) -> Trained | str:
+def _trained(name: str, arm: str, seed: int | None, run: RecordedRun, by_place: dict[Path, RecordedRun]) -> Trained | str:
     """The run as the laws see it, or why it can't be used."""
     if run.origin is None:
         return _FROM_SCRATCH
@@ -205,7 +205,7 @@ def _trained(name: str, arm: str, seed: int | None, run: Run, by_place: dict[Pat
     )
 
 
-def _before(run: Run, by_place: dict[Path, Run]) -> tuple[float | None, float | None]:
+def _before(run: RecordedRun, by_place: dict[Path, RecordedRun]) -> tuple[float | None, float | None]:
     """Last rate and sum of rates of the runs before this one, as far back as they lie in the same experiment."""
     if run.origin is None:
         return None, 0.0

@@ -58,7 +58,7 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What a run folder tells, superseded lines left out.
 
     ``train`` holds the train events' columns, (steps,) float64 each, NaN where a line has no such number. ``start`` is
@@ -140,23 +140,25 @@ class Run:
         return sum(losses) / len(losses) if losses and len(losses) == len(self.sets(role)) else None
 
 
-def read_run(folder: Path | str) -> Run:
+def read_run(folder: Path | str) -> RecordedRun:
     """The run in ``folder``. Raises UserError where it has no readable metrics."""
     folder = Path(folder)
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{folder.absolute()}: no metrics.jsonl: give the folder of a run that has trained at least one step")
-    record = _Record()
+    record = _CountedLines()
     lines = _Lines(path)
     with open(path, "rb") as file:
         while chunk := file.readlines(_CHUNK):
             _take(chunk, lines, record)
     if not record.steps and not record.evaluations:
         raise NothingYet(f"{path}: no train and no eval line: the run ended before its first step")
-    return Run(folder, read_settings(folder), record.start, record.columns(), list(record.evaluations.values()), record.events)
+    return RecordedRun(
+        folder, read_settings(folder), record.start, record.columns(), list(record.evaluations.values()), record.events
+    )
 
 
-def read_runs(folders: Sequence[Path | str]) -> list[Run]:
+def read_runs(folders: Sequence[Path | str]) -> list[RecordedRun]:
     """``read_run`` of each folder, in order. Raises UserError for none, or for one given twice."""
     if not folders:
         raise UserError("no run to report: give at least one run folder")
@@ -168,7 +170,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[Run]:
     return [read_run(folder) for folder in folders]
 
 
-class _Record:
+class _CountedLines:
     """The lines that count so far, in the order of the file. Train lines are columns of numbers: there may be millions."""
 
     def __init__(self) -> None:
@@ -251,7 +253,7 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def _take(chunk: list[bytes], lines: _Lines, record: _Record) -> None:
+def _take(chunk: list[bytes], lines: _Lines, record: _CountedLines) -> None:
     """Take whole lines into ``record``: long rows of train lines together, which is several times as fast, others singly."""
     at = 0
     while at < len(chunk):

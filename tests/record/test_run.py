@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megarewarm.errors import UserError
 from megarewarm.record import run as reading
-from megarewarm.record.run import Run, _parse, read_run, read_runs
+from megarewarm.record.run import RecordedRun, _parse, read_run, read_runs
 from tests.support.report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write
 
 START = {
@@ -28,11 +28,11 @@ START = {
 }
 
 
-def read(folder: Path, events: list[dict[str, Any]], **keys: Any) -> Run:
+def read(folder: Path, events: list[dict[str, Any]], **keys: Any) -> RecordedRun:
     return read_run(write(folder, events, **keys))
 
 
-def steps_of(run: Run) -> list[int]:
+def steps_of(run: RecordedRun) -> list[int]:
     return [int(step) for step in run.train["step"]]
 
 

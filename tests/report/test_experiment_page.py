@@ -23,7 +23,7 @@ from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_inte
 from megarewarm.report.figures.pareto import comparable, draw_pareto, front
 from megarewarm.report.figures.sweeps import axis_lines, draw_axis, number_of
 from megarewarm.report.numbers.arms import arm_rows, comparisons
-from megarewarm.report.numbers.experiment import Experiment, read_experiment
+from megarewarm.report.numbers.experiment import ExperimentRecord, read_experiment
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.findings import summarise_experiment
 from megarewarm.report.pages.tables import SCRIPT, comparisons_html, content_hash
@@ -41,7 +41,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def experiment(grid: Path) -> Experiment:
+def experiment(grid: Path) -> ExperimentRecord:
     return read_experiment(grid)
 
 
@@ -166,7 +166,7 @@ def test_page_is_whole_and_allows_only_its_own_script(page: Path) -> None:
     assert not any(name == "style" or name.startswith("on") for _, name, _ in checker.attributes)
 
 
-def test_numbers_on_the_page_and_in_the_files(page: Path, experiment: Experiment) -> None:
+def test_numbers_on_the_page_and_in_the_files(page: Path, experiment: ExperimentRecord) -> None:
     text = " ".join(check(page).text)
     told = {row["arm"]: row for row in json.loads((page.parent / "arms.json").read_text())}
     with open(page.parent / "arms.csv", newline="") as file:
@@ -184,7 +184,7 @@ def test_numbers_on_the_page_and_in_the_files(page: Path, experiment: Experiment
     assert {"losses_max_lr", "pareto_1", "axis_replay", "chains", "interpolation_single", "dynamics_single"} <= pictures
 
 
-def test_nothing_written_overlaps_or_is_cut_off(experiment: Experiment) -> None:
+def test_nothing_written_overlaps_or_is_cut_off(experiment: ExperimentRecord) -> None:
     rows = arm_rows(experiment)
     figures = []
     for panel in panels_of(experiment):
@@ -200,7 +200,7 @@ def test_nothing_written_overlaps_or_is_cut_off(experiment: Experiment) -> None:
             assert_legible(figure)
 
 
-def test_along_an_axis_the_seeds_are_a_band_and_no_replay_has_its_place(experiment: Experiment) -> None:
+def test_along_an_axis_the_seeds_are_a_band_and_no_replay_has_its_place(experiment: ExperimentRecord) -> None:
     rows = arm_rows(experiment)
     found = axis_lines(rows, "replay")
     assert found is not None and found[1][0].values == [0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5]
@@ -248,13 +248,13 @@ def test_captions_speak_of_what_is_there(page: Path) -> None:
     assert "The left column enlarges" in page.read_text()
 
 
-def test_gradient_norms_are_medians_of_ten_steps_or_more(experiment: Experiment) -> None:
+def test_gradient_norms_are_medians_of_ten_steps_or_more(experiment: ExperimentRecord) -> None:
     run = experiment.arms[1].runs[0]
     xs, _ = panels._gradient_norm(run)
     assert len(xs) == run.steps // 10
 
 
-def test_panels_share_the_baseline_and_stay_small(experiment: Experiment) -> None:
+def test_panels_share_the_baseline_and_stay_small(experiment: ExperimentRecord) -> None:
     found = panels_of(experiment)
     assert [panel.key for panel in found] == ["single", "max_lr", "warmup", "replay", "early"]
     assert all(panel.arms[0].name == "rewarm" for panel in found[:4]) and all(len(panel.arms) <= 9 for panel in found)
@@ -290,7 +290,7 @@ def order(dom: str) -> list[str]:
 
 
 @needs_chromium
-def test_sorting_in_a_browser(page: Path, experiment: Experiment, tmp_path: Path) -> None:
+def test_sorting_in_a_browser(page: Path, experiment: ExperimentRecord, tmp_path: Path) -> None:
     rows = arm_rows(experiment)
     assert order(page.read_text()) == [row.name for row in rows]  # the plain table, without the script
     dom = browse(f"{page.as_uri()}#sort=-forgetting", "--dump-dom")

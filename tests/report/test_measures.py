@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megarewarm.record.run import Run, read_run, read_runs
+from megarewarm.record.run import RecordedRun, read_run, read_runs
 from megarewarm.report.figures import tradeoff
 from megarewarm.report.figures.curves import describe_curves
 from megarewarm.report.figures.lines import lines_of
@@ -106,7 +106,7 @@ def test_what_the_sentences_claim(arms: list[Path]) -> None:
     assert "constant_min" not in "".join(line for line in text.split("\n") if "alone" in line)
 
 
-def made(folder: Path, name: str, peak: float, up: float, down: float, **keys: Any) -> Run:
+def made(folder: Path, name: str, peak: float, up: float, down: float, **keys: Any) -> RecordedRun:
     """A run of one step with the given last losses; it starts from 2.0 on both sets."""
     events = [{"event": "start", "name": name, "from": "base"}]
     events += [eval_line(0, "u", "upstream", 2.0), eval_line(0, "d", "downstream", 2.0), train_line(1, peak, 3.0)]
@@ -186,7 +186,7 @@ def test_a_tie_in_the_peak_by_rounding_is_no_highest(tmp_path: Path) -> None:
 
 
 def test_runs_of_different_lengths_are_not_ranked_together(tmp_path: Path) -> None:
-    def longer(name: str, up: float, down: float) -> Run:
+    def longer(name: str, up: float, down: float) -> RecordedRun:
         events = [{"event": "start", "name": name, "from": "base"}]
         events += [eval_line(0, "u", "upstream", 2.0), eval_line(0, "d", "downstream", 2.0)]
         events += [train_line(step, 1e-3, 3.0) for step in (1, 2, 3)]

@@ -23,13 +23,15 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
     """File name -> digest. Raises ``ValueError`` saying what is wrong with the list itself."""
     path = checkpoint / SUMS_FILE
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read ({error})") from error
-    sums = {}
-    for line in lines:
+    sums: dict[str, str] = {}
+    if not content.endswith("\n"):
+        raise ValueError(f"{path} is cut off: its last line has no end")
+    for line in content.removesuffix("\n").split("\n"):  # not splitlines, to which other bytes end a line, too
         value, gap, name = line[:64], line[64:66], line[66:]
         if gap != "  " or not is_name(name) or name in sums or not all(c in "0123456789abcdef" for c in value):
             raise ValueError(f"{path} is damaged: {line[:80]!r} is no checksum")

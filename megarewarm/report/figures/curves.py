@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, Run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import spread
 from megarewarm.report.figures.lines import Line
@@ -123,7 +123,7 @@ def _describe(lines: Sequence[Line]) -> str:
     return describe_named([(line.row.label, line.run) for line in lines if line.row is not None])
 
 
-def describe_named(named: Sequence[tuple[str, Run]]) -> str:
+def describe_named(named: Sequence[tuple[str, RecordedRun]]) -> str:
     """Alternative text of ``curves_figure`` for runs under the given names."""
     ends = []
     for label, run in named:

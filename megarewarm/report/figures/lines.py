@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from megarewarm.record.run import Run
+from megarewarm.record.run import RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.numbers.runs import RunRow
 
@@ -21,12 +21,12 @@ class Line:
     a ``row``.
     """
 
-    run: Run
+    run: RecordedRun
     label: str
     colour: str
     marker: str
     dashes: str | tuple[float, tuple[float, ...]]
-    seeds: tuple[Run, ...] = ()
+    seeds: tuple[RecordedRun, ...] = ()
     row: RunRow | None = None
 
     @property
@@ -34,7 +34,7 @@ class Line:
         return self.row is not None and self.row.kind == "pretraining"
 
 
-def lines_of(runs: Sequence[Run], table: Sequence[RunRow]) -> list[Line]:
+def lines_of(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Line]:
     """The lines of ``runs``, whose rows are ``table``, in order."""
     names = short_labels([row.label for row in table])
     return [

@@ -12,11 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.lines import Line, short_labels
 from megarewarm.report.numbers.arms import chain_ends, chain_stages, reference_of, whole_runs
-from megarewarm.report.numbers.experiment import Arm, Experiment, joined_run, mean_run
+from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, joined_run, mean_run
 from megarewarm.spelling import tokens_text
 
 _MOST = 9  # arms in one picture
@@ -31,10 +31,10 @@ class Panel:
 
     key: str
     title: str
-    arms: list[Arm]
+    arms: list[ArmRecord]
 
 
-def panels_of(experiment: Experiment) -> list[Panel]:
+def panels_of(experiment: ExperimentRecord) -> list[Panel]:
     """The arms with something to draw: the single ones, those of every sweep, each with the arm it is compared with.
 
     Where validation sets differ they are apart, as are more than nine arms. Pre-training is left out, chains are elsewhere.
@@ -43,7 +43,7 @@ def panels_of(experiment: Experiment) -> list[Panel]:
     whole = whole_runs(experiment)
     singles = [arm for arm in able if not arm.groups and arm not in whole]
     main = experiment.main
-    wanted: list[tuple[str, str, Arm | None, list[Arm]]] = [("single", "Single arms", main, singles)]
+    wanted: list[tuple[str, str, ArmRecord | None, list[ArmRecord]]] = [("single", "Single arms", main, singles)]
     for group in experiment.groups:
         inside = [arm for arm in able if group in arm.groups]
         reference = reference_of(experiment, group)
@@ -51,7 +51,7 @@ def panels_of(experiment: Experiment) -> list[Panel]:
         wanted.append((group, f"{group} ({', '.join(axes)})" if axes and [*axes] != [group] else group, reference, inside))
     panels = []
     for key, title, reference, arms in wanted:
-        by_sets: dict[tuple[tuple[str, ...], ...], list[Arm]] = {}
+        by_sets: dict[tuple[tuple[str, ...], ...], list[ArmRecord]] = {}
         for arm in arms:
             by_sets.setdefault(arm.sets, []).append(arm)
         for number, (sets, same) in enumerate(by_sets.items()):
@@ -67,7 +67,7 @@ def panels_of(experiment: Experiment) -> list[Panel]:
     return panels
 
 
-def lines_of_arms(arms: Sequence[Arm], runs: Sequence[Sequence[Run]] | None = None) -> list[Line]:
+def lines_of_arms(arms: Sequence[ArmRecord], runs: Sequence[Sequence[RecordedRun]] | None = None) -> list[Line]:
     """The arms as they are drawn, each the mean of its seeds: the first black and solid, the others coloured and dashed.
 
     ``runs``: what is drawn of every arm, instead of its own runs.
@@ -84,7 +84,7 @@ def lines_of_arms(arms: Sequence[Arm], runs: Sequence[Sequence[Run]] | None = No
     return lines
 
 
-def _named(arm: Arm) -> str:
+def _named(arm: ArmRecord) -> str:
     """The arm's name, with how far its furthest run is where none is complete."""
     return arm.name if arm.complete else f"{arm.name} ({max(trial.share for trial in arm.trials):.0%})"
 
@@ -97,13 +97,13 @@ class Chains:
     stages: list[tuple[float, str]]
 
 
-def chains_of(experiment: Experiment) -> Chains | None:
+def chains_of(experiment: ExperimentRecord) -> Chains | None:
     """Every chain as one line, as far as its stages have begun, and single runs of the same length; ``None`` without chains.
 
     A seed is drawn if it has begun all of the stages that the chain's furthest seed has.
     """
-    arms: list[Arm] = []
-    runs: list[list[Run]] = []
+    arms: list[ArmRecord] = []
+    runs: list[list[RecordedRun]] = []
     stages: list[tuple[float, str]] = []
     for end in chain_ends(experiment):
         way = [arm for arm in chain_stages(experiment, end) if arm.runs]
@@ -125,7 +125,7 @@ def chains_of(experiment: Experiment) -> Chains | None:
     return Chains(lines_of_arms(arms, runs), stages)
 
 
-def draw_interpolation(arms: Sequence[Arm]) -> Figure | None:
+def draw_interpolation(arms: Sequence[ArmRecord]) -> Figure | None:
     """Loss on the straight line between the start's and the end's weights, against alpha; ``None`` where none was measured."""
     return _grid(
         arms,
@@ -138,7 +138,7 @@ def draw_interpolation(arms: Sequence[Arm]) -> Figure | None:
     )
 
 
-def draw_dynamics(arms: Sequence[Arm]) -> Figure | None:
+def draw_dynamics(arms: Sequence[ArmRecord]) -> Figure | None:
     """Size of a step and distance from the start, both of all weights, and gradient norm, against tokens."""
     return _grid(
         arms,
@@ -153,7 +153,7 @@ def draw_dynamics(arms: Sequence[Arm]) -> Figure | None:
 
 
 def _grid(
-    arms: Sequence[Arm], panels: Sequence[tuple[str, Callable[[Run], Points]]], axis: str, *, tokens: bool
+    arms: Sequence[ArmRecord], panels: Sequence[tuple[str, Callable[[RecordedRun], Points]]], axis: str, *, tokens: bool
 ) -> Figure | None:
     """One panel for each quantity that some run has, the mean over the seeds of every arm as a line; the names above."""
     lines = lines_of_arms(arms)
@@ -195,7 +195,7 @@ def _handle(axes: Axes, line: Line) -> Line2D:
     return axes.plot([], [], color=line.colour, linestyle=line.dashes, marker=line.marker, markersize=5, label=line.label)[0]
 
 
-def _mean_points(line: Line, points_of: Callable[[Run], Points]) -> Points:
+def _mean_points(line: Line, points_of: Callable[[RecordedRun], Points]) -> Points:
     """The mean over the seeds, where all of them have a point."""
     found = [points_of(run) for run in line.seeds or (line.run,)]
     xs = found[0][0]
@@ -204,7 +204,7 @@ def _mean_points(line: Line, points_of: Callable[[Run], Points]) -> Points:
     return xs, np.mean([ys[np.isin(own, xs)] for own, ys in found], axis=0)
 
 
-def _interpolation(run: Run, role: str) -> Points:
+def _interpolation(run: RecordedRun, role: str) -> Points:
     """The last measured curve: mean over the role's sets at every alpha."""
     events = [event for event in run.events if event["event"] == "interpolation" and event.get("role") == role]
     last = max((event["step"] for event in events), default=0)
@@ -216,7 +216,7 @@ def _interpolation(run: Run, role: str) -> Points:
     return np.array(alphas), np.array([np.mean(list(by_alpha[alpha].values())) for alpha in alphas])
 
 
-def _dynamics(run: Run, quantity: str) -> Points:
+def _dynamics(run: RecordedRun, quantity: str) -> Points:
     told = [
         (float(event["tokens"]) - run.tokens_before, float(event["groups"]["all"][quantity]))
         for event in run.events
@@ -225,7 +225,7 @@ def _dynamics(run: Run, quantity: str) -> Points:
     return np.array([x for x, _ in told]), np.array([y for _, y in told])
 
 
-def _gradient_norm(run: Run) -> Points:
+def _gradient_norm(run: RecordedRun) -> Points:
     """Medians of at most 100 stretches of 10 steps or more, where there are so many: single steps are noise."""
     norms = run.train["grad_norm"]
     tokens = run.train["tokens"] - run.tokens_before

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megarewarm.record.run import DOWNSTREAM, Run
-from megarewarm.report.numbers.experiment import Arm, Experiment, Trial
+from megarewarm.record.run import DOWNSTREAM, RecordedRun
+from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, TrialRecord
 from megarewarm.report.numbers.measure import MEASURES, run_measures
 from megarewarm.report.numbers.runs import Kind, row_of, same_length, tokens_to_reach
 from megarewarm.report.numbers.seeds import Difference, Spread, paired, spread_of
@@ -23,7 +23,7 @@ class ArmRow:
     ``scratch`` is the arm from scratch that ``tokens_saved`` is measured against.
     """
 
-    arm: Arm
+    arm: ArmRecord
     values: dict[str, dict[int | None, float]]
     scratch: str | None = None
 
@@ -71,7 +71,7 @@ class ArmRow:
         return flat
 
 
-def arm_rows(experiment: Experiment) -> list[ArmRow]:
+def arm_rows(experiment: ExperimentRecord) -> list[ArmRow]:
     """One row per arm, in order."""
     rows = []
     for arm in experiment.arms:
@@ -109,7 +109,7 @@ def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
     return dataclasses.replace(row, values=row.values | {"tokens_saved": saved}, scratch=scratch.name)
 
 
-def _training_data(arm: Arm) -> Any:
+def _training_data(arm: ArmRecord) -> Any:
     """What the arm was trained on, as its configuration says, replay left out; None where it says nothing."""
     for _, run in _with_runs(arm.complete):
         if isinstance(data := run.config.get("data"), dict):
@@ -117,7 +117,7 @@ def _training_data(arm: Arm) -> Any:
     return None
 
 
-def _with_runs(trials: Sequence[Trial]) -> list[tuple[Trial, Run]]:
+def _with_runs(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, RecordedRun]]:
     return [(trial, trial.run) for trial in trials if trial.run is not None]
 
 
@@ -161,13 +161,13 @@ class Comparison:
 CHAINS = "chains of stages"
 
 
-def reference_of(experiment: Experiment, group: str) -> Arm | None:
+def reference_of(experiment: ExperimentRecord, group: str) -> ArmRecord | None:
     """The arm that a sweep's arms are compared with: one that stands in its figure from outside, else its first."""
     inside = [arm for arm in experiment.arms if group in arm.groups]
     return next((arm for arm in inside if arm.group != group), inside[0] if inside else None)
 
 
-def comparisons(experiment: Experiment, rows: Sequence[ArmRow]) -> list[Comparison]:
+def comparisons(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[Comparison]:
     """The arms of every sweep against its reference, the ends of chains against the first chain's, and all other arms that
     continue a checkpoint or began from scratch against the main arm; where the validation sets are the same."""
     found: list[Comparison] = []
@@ -190,7 +190,7 @@ def comparisons(experiment: Experiment, rows: Sequence[ArmRow]) -> list[Comparis
 
 
 def _against(
-    group: str, reference: Arm | None, arms: Sequence[Arm], rows: dict[str, ArmRow], tokens: dict[str, float]
+    group: str, reference: ArmRecord | None, arms: Sequence[ArmRecord], rows: dict[str, ArmRow], tokens: dict[str, float]
 ) -> list[Comparison]:
     found = []
     for arm in arms:
@@ -204,16 +204,16 @@ def _against(
     return found
 
 
-def chain_ends(experiment: Experiment) -> list[Arm]:
+def chain_ends(experiment: ExperimentRecord) -> list[ArmRecord]:
     """The last stage of every chain."""
-    last: dict[str, Arm] = {}
+    last: dict[str, ArmRecord] = {}
     for arm in experiment.arms:
         if arm.chain is not None and ((arm.stage or 0) >= (last[arm.chain].stage or 0) if arm.chain in last else True):
             last[arm.chain] = arm
     return list(last.values())
 
 
-def chain_stages(experiment: Experiment, end: Arm) -> list[Arm]:
+def chain_stages(experiment: ExperimentRecord, end: ArmRecord) -> list[ArmRecord]:
     """The stages that lead to ``end``, first to last; stages of another chain too, where its chain starts from one."""
     stages = [end]
     while before := next((a for name in stages[0].after if (a := experiment.arm(name)) and a.chain is not None), None):
@@ -221,7 +221,7 @@ def chain_stages(experiment: Experiment, end: Arm) -> list[Arm]:
     return stages
 
 
-def whole_runs(experiment: Experiment) -> list[Arm]:
+def whole_runs(experiment: ExperimentRecord) -> list[ArmRecord]:
     """Single runs from scratch of the length of a whole chain: what a chain would be, had its data come at once."""
     lengths = [sum(arm.trials[0].tokens for arm in chain_stages(experiment, end)) for end in chain_ends(experiment)]
     return [

@@ -11,14 +11,14 @@ import numpy as np
 
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import FILE, read_record
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Evaluation, NothingYet, Run, read_run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Evaluation, NothingYet, RecordedRun, read_run
 from megarewarm.report.numbers.runs import Kind
 
 State = Literal["complete", "under way", "not begun"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class TrialRecord:
     """One run of an arm, with one seed (``None`` where the experiment has none). ``run`` is ``None`` before it has begun.
 
     ``state`` is 'complete' when all ``steps`` of its plan were trained; one that was stopped counts as 'under way'.
@@ -29,7 +29,7 @@ class Trial:
     steps: int
     tokens: float
     state: State
-    run: Run | None
+    run: RecordedRun | None
 
     @property
     def share(self) -> float:
@@ -38,7 +38,7 @@ class Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class ArmRecord:
     """The runs that differ in their seed alone. ``after``: the arms that they start from; ``continued`` whether others do
     from this one; ``groups``: the sweeps in whose figures it stands, with its values on their axes."""
 
@@ -49,20 +49,20 @@ class Arm:
     stage: int | None
     after: tuple[str, ...]
     continued: bool
-    trials: list[Trial]
+    trials: list[TrialRecord]
 
     @property
-    def complete(self) -> list[Trial]:
+    def complete(self) -> list[TrialRecord]:
         """The runs whose numbers count: those that are complete."""
         return [trial for trial in self.trials if trial.state == "complete"]
 
     @property
-    def shown(self) -> list[Trial]:
+    def shown(self) -> list[TrialRecord]:
         """The runs that are drawn: the complete ones, or where there is none yet, those that have begun."""
         return self.complete or [trial for trial in self.trials if trial.run is not None]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RecordedRun]:
         """The runs of ``shown``."""
         return [trial.run for trial in self.shown if trial.run is not None]
 
@@ -92,16 +92,16 @@ class Arm:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class ExperimentRecord:
     """An experiment as its folder tells it."""
 
     folder: Path
     name: str
     title: str
-    arms: list[Arm]
+    arms: list[ArmRecord]
 
     @property
-    def trials(self) -> list[Trial]:
+    def trials(self) -> list[TrialRecord]:
         return [trial for arm in self.arms for trial in arm.trials]
 
     @property
@@ -114,11 +114,11 @@ class Experiment:
         """The sweeps, in order."""
         return list(dict.fromkeys(arm.group for arm in self.arms if arm.group))
 
-    def arm(self, name: str) -> Arm | None:
+    def arm(self, name: str) -> ArmRecord | None:
         return next((arm for arm in self.arms if arm.name == name), None)
 
     @property
-    def main(self) -> Arm | None:
+    def main(self) -> ArmRecord | None:
         """The arm that others are compared with: the one in most sweeps' figures, the first among equals.
 
         Single runs come before those of sweeps, and only runs that continue a checkpoint and are no stage of a chain count.
@@ -132,7 +132,7 @@ def is_experiment(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def read_experiment(folder: Path | str) -> Experiment:
+def read_experiment(folder: Path | str) -> ExperimentRecord:
     """The experiment in ``folder``. Raises UserError for a damaged experiment.json and for runs with damaged metrics."""
     folder = Path(folder)
     path = folder / FILE
@@ -148,10 +148,10 @@ def read_experiment(folder: Path | str) -> Experiment:
         ) from None
     if not entries:
         raise UserError(f"{path}: lists no runs; start the experiment again, which writes it anew")
-    return Experiment(folder, name, title, _arms(entries))
+    return ExperimentRecord(folder, name, title, _arms(entries))
 
 
-def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Trial]:
+def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRecord]:
     steps, tokens_per_step = int(entry["steps"]), int(entry["tokens_per_step"])
     for key in ("arm", "groups", "after"):
         if key not in entry:
@@ -162,10 +162,10 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], Trial]:
     trained = run is not None and run.steps >= steps and stop.get("evaluated", True)
     if run is not None and (trained or stop.get("reason") == "complete"):
         state = "complete"
-    return entry, Trial(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
+    return entry, TrialRecord(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
 
 
-def _begun(folder: Path) -> Run | None:
+def _begun(folder: Path) -> RecordedRun | None:
     """The run in ``folder``; ``None`` where it has neither trained nor evaluated yet."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -176,14 +176,14 @@ def _begun(folder: Path) -> Run | None:
         return None
 
 
-def _arms(entries: Sequence[tuple[dict[str, Any], Trial]]) -> list[Arm]:
+def _arms(entries: Sequence[tuple[dict[str, Any], TrialRecord]]) -> list[ArmRecord]:
     arm_of = {trial.name: str(entry["arm"]) for entry, trial in entries}
     starts = {name: arm_of.get(name, name) for entry, _ in entries for name in entry["after"]}
-    found: dict[str, Arm] = {}
+    found: dict[str, ArmRecord] = {}
     for entry, trial in entries:
         name = str(entry["arm"])
         if name not in found:
-            found[name] = Arm(
+            found[name] = ArmRecord(
                 name=name,
                 group=entry.get("group"),
                 groups=dict(entry["groups"]),
@@ -197,7 +197,7 @@ def _arms(entries: Sequence[tuple[dict[str, Any], Trial]]) -> list[Arm]:
     return list(found.values())
 
 
-def mean_run(runs: Sequence[Run], name: str) -> Run:
+def mean_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
     """The mean of runs that differ in their seed: every number that all of them have, averaged step by step.
 
     Its config is the first run's, its events are dropped. One run is its own mean, under the new name.
@@ -222,10 +222,10 @@ def mean_run(runs: Sequence[Run], name: str) -> Run:
         for key in common
         for e in (found[0][key],)
     ]
-    return Run(first.folder, first.config, start, train, evaluations, [])
+    return RecordedRun(first.folder, first.config, start, train, evaluations, [])
 
 
-def joined_run(runs: Sequence[Run], name: str) -> Run:
+def joined_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
     """Runs that follow on each other (the stages of a chain) as one, whose steps and tokens are counted through.
 
     Where one ends and the next begins the same checkpoint was evaluated twice; the later one counts.
@@ -243,4 +243,4 @@ def joined_run(runs: Sequence[Run], name: str) -> Run:
         steps, tokens = steps + run.steps, tokens + run.tokens
     first = runs[0]
     train = {key: np.concatenate([moved[key] for moved in trains]) for key in first.train}
-    return Run(first.folder, first.config, first.start | {"name": name}, train, list(evaluations.values()), [])
+    return RecordedRun(first.folder, first.config, first.start | {"name": name}, train, list(evaluations.values()), [])

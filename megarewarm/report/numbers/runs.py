@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, Run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
 
 Kind = Literal["pretraining", "scratch", "continued"]
 
@@ -85,12 +85,12 @@ def perplexity(loss: float | None) -> float | None:
     return None if loss is None else math.exp(loss) if loss < 700 else math.inf
 
 
-def rows(runs: Sequence[Run]) -> list[RunRow]:
+def rows(runs: Sequence[RecordedRun]) -> list[RunRow]:
     """One row per run, in order."""
     return [row_of(run, label, kind) for run, label, kind in zip(runs, labels(runs), kinds(runs), strict=True)]
 
 
-def row_of(run: Run, label: str, kind: Kind) -> RunRow:
+def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
     """``run`` in numbers."""
     return RunRow(
         label=label,
@@ -105,13 +105,13 @@ def row_of(run: Run, label: str, kind: Kind) -> RunRow:
     )
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
+def labels(runs: Sequence[RecordedRun]) -> list[str]:
     """The runs' names; where two share one, their folders."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else str(run.folder) for run in runs]
 
 
-def kinds(runs: Sequence[Run]) -> list[Kind]:
+def kinds(runs: Sequence[RecordedRun]) -> list[Kind]:
     """What each run is to the others.
 
     'continued' started from a checkpoint. Without one, a run is the 'pretraining' where another run of the report
@@ -129,7 +129,7 @@ def kinds(runs: Sequence[Run]) -> list[Kind]:
     return kinds
 
 
-def change_of(run: Run, role: str) -> Change:
+def change_of(run: RecordedRun, role: str) -> Change:
     """The role's losses before and after the run, and the highest between; see ``Change`` for what may be missing."""
     curve = run.curve(role)
     losses, tokens = curve.losses[np.isfinite(curve.losses)], curve.tokens[np.isfinite(curve.losses)]
@@ -199,7 +199,7 @@ def distinct_lengths(tokens: Sequence[float]) -> list[float]:
     return found
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
     """The config keys that are not the same in all runs, each with its value in every run (``None`` where absent)."""
     flats = [flatten(run.config) if run.config else {} for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)

@@ -15,7 +15,7 @@ from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_inte
 from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
 from megarewarm.report.figures.sweeps import axis_lines, describe_axis, draw_axis
 from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons
-from megarewarm.report.numbers.experiment import Arm, Experiment, read_experiment
+from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, read_experiment
 from megarewarm.report.numbers.measure import run_measures
 from megarewarm.report.numbers.runs import differences, row_of
 from megarewarm.report.pages import html
@@ -81,7 +81,7 @@ def _remove_old(output: Path) -> None:
                 (output / f"{name}.{ending}").unlink(missing_ok=True)
 
 
-def _pictures(experiment: Experiment, rows: Sequence[ArmRow]) -> list[tuple[str, Picture]]:
+def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tuple[str, Picture]]:
     """The figures with the part of the page that each stands in."""
     main = experiment.main.name if experiment.main else None
     panels = panels_of(experiment)
@@ -127,7 +127,9 @@ def _named(lines: Sequence[Line]) -> str:
     return draw.describe_named([(line.label, line.run) for line in lines])
 
 
-def _page(experiment: Experiment, rows: Sequence[ArmRow], compared: Sequence[Comparison], told: dict[str, list[str]]) -> str:
+def _page(
+    experiment: ExperimentRecord, rows: Sequence[ArmRow], compared: Sequence[Comparison], told: dict[str, list[str]]
+) -> str:
     sentences = "".join(f"<li>{escape(text)}</li>" for text in summarise_experiment(experiment, rows, compared))
     main = experiment.main.name if experiment.main else None
     parts = [
@@ -161,7 +163,7 @@ def _folded(title: str, sections: Sequence[str] | None) -> str:
     return f"<details><summary>{title}</summary>\n" + "\n".join(sections) + "\n</details>" if sections else ""
 
 
-def _settings(arms: Sequence[Arm]) -> str:
+def _settings(arms: Sequence[ArmRecord]) -> str:
     """The config keys in which the arms differ, an arm a row; pre-training differs in most and is left out."""
     able = [arm for arm in arms if arm.runs and arm.runs[0].config and arm.kind != "pretraining"]
     if len(able) < 2:
@@ -186,7 +188,7 @@ def _settings(arms: Sequence[Arm]) -> str:
     )
 
 
-def _states(experiment: Experiment) -> str:
+def _states(experiment: ExperimentRecord) -> str:
     """The runs that are not complete."""
     waiting = [trial for trial in experiment.trials if trial.state != "complete"]
     if not waiting:
@@ -204,7 +206,7 @@ def _states(experiment: Experiment) -> str:
     )
 
 
-def _flat_runs(experiment: Experiment) -> list[dict[str, Any]]:
+def _flat_runs(experiment: ExperimentRecord) -> list[dict[str, Any]]:
     """Every run of the experiment, those included that have not begun."""
     flat = []
     for arm in experiment.arms:

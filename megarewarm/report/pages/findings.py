@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megarewarm.report.figures.pareto import comparable, front
 from megarewarm.report.numbers.arms import CHAINS, ArmRow, Comparison
-from megarewarm.report.numbers.experiment import Experiment
+from megarewarm.report.numbers.experiment import ExperimentRecord
 from megarewarm.report.numbers.runs import same_length
 from megarewarm.report.numbers.seeds import LEVEL, Difference
 from megarewarm.report.pages.words import SAME
@@ -19,7 +19,7 @@ from megarewarm.spelling import MINUS, counted, listed, loss_text, signed_text, 
 _NAMES = {"upstream_after": "upstream loss", "downstream_after": "downstream loss"}
 
 
-def summarise_experiment(experiment: Experiment, rows: Sequence[ArmRow], compared: Sequence[Comparison]) -> list[str]:
+def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], compared: Sequence[Comparison]) -> list[str]:
     """What the experiment shows, as sentences of plain text; what the data lack is not spoken of."""
     return [
         *_overview(experiment),
@@ -40,7 +40,7 @@ def difference_text(difference: Difference) -> str:
     return signed_text(difference.mean) + ("" if margin is None else f" ± {margin:.3f}")
 
 
-def _overview(experiment: Experiment) -> list[str]:
+def _overview(experiment: ExperimentRecord) -> list[str]:
     seeds = experiment.seeds
     each = f", each with seeds {listed(map(str, seeds))}" if len(seeds) > 1 else f", each with seed {seeds[0]}" if seeds else ""
     states = [trial.state for trial in experiment.trials]
@@ -68,7 +68,7 @@ def _noise(rows: Sequence[ArmRow]) -> list[str]:
     return [f"From seed to seed, the end of an arm varies by {listed(parts)} (standard deviation, median over arms)."]
 
 
-def _main(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
+def _main(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
     row = next((row for row in rows if experiment.main and row.name == experiment.main.name), None)
     if row is None:
         return []
@@ -226,7 +226,7 @@ def _tokens(row: ArmRow) -> str:
     return f"{MINUS if saved < 0 else ''}{tokens_text(abs(saved))}"
 
 
-def _incidents(experiment: Experiment, rows: Sequence[ArmRow]) -> list[str]:
+def _incidents(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
     sentences = []
     for row in rows:
         bad = max(row.spread(f"{role}_after").others for role in ("upstream", "downstream"))

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from megarewarm.record.run import Run, read_runs
+from megarewarm.record.run import RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures import style, tradeoff
 from megarewarm.report.figures.lines import lines_of
@@ -55,7 +55,7 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
     return page
 
 
-def _pictures(runs: Sequence[Run], table: Sequence[RunRow]) -> list[Picture]:
+def _pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Picture]:
     lines = lines_of(runs, table)
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
@@ -78,7 +78,7 @@ def _pictures(runs: Sequence[Run], table: Sequence[RunRow]) -> list[Picture]:
     return [Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
 
 
-def _page(runs: Sequence[Run], table: Sequence[RunRow], pictures: Sequence[Picture]) -> str:
+def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequence[Picture]) -> str:
     title = table[0].label if len(table) == 1 else f"{len(table)} runs compared"
     first = ("curves", "tradeoff") if any(picture.name == "curves" for picture in pictures) else ("pretraining",)
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in summarise(runs))
@@ -150,7 +150,7 @@ def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
     return f"<td{_GROUP if begins_group else ''}>{f'<b>{text}</b>' if measure.headline else text}{below}</td>"
 
 
-def _starts(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
+def _starts(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
     """Where every run came from, and what of the checkpoint it did not keep."""
     if not any(run.start for run in runs):
         return ""
@@ -172,7 +172,7 @@ def _starts(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
     )
 
 
-def _notes(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
+def _notes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
     """What each run said at its start, such as validation sets that hold less than was asked for."""
     said: dict[str, list[str]] = {}
     for run, row in zip(runs, table, strict=True):
@@ -190,7 +190,7 @@ def _choice(line: Any) -> str:
     return f"{line.get('line')}: {line.get('choice')}" if isinstance(line, dict) else str(line)
 
 
-def _settings(runs: Sequence[Run], table: Sequence[RunRow]) -> str:
+def _settings(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
     """The config keys in which the runs differ. Pre-training differs in most and is left out."""
     kept = [(run, row) for run, row in zip(runs, table, strict=True) if row.kind != "pretraining"]
     if len(kept) < 2:

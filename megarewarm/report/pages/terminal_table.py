@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from megarewarm.record.run import Run
+from megarewarm.record.run import RecordedRun
 from megarewarm.report.numbers.measure import MEASURES
 from megarewarm.report.numbers.runs import rows
 
 
-def summary_table(runs: Sequence[Run]) -> Table:
+def summary_table(runs: Sequence[RecordedRun]) -> Table:
     """The report's table for the terminal: one row per run, losses in nats per token, 80 columns wide."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("run", overflow="fold", min_width=10)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megarewarm.record.run import Run
+from megarewarm.record.run import RecordedRun
 from megarewarm.report.numbers.runs import LENGTHS, Change, RunRow, differences, labels, rows, same_length, same_value
 from megarewarm.spelling import counted, listed, loss_text, rate_text, signed_text, tokens_text
 
@@ -22,7 +22,7 @@ _COMPARISONS = 2  # as many sentences on one setting as a reader takes in
 _LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
 
 
-def summarise(runs: Sequence[Run]) -> list[str]:
+def summarise(runs: Sequence[RecordedRun]) -> list[str]:
     """What the runs show, as sentences of plain text. Raises nothing: what the data lack is not spoken of."""
     table = rows(runs)
     return [
@@ -125,7 +125,7 @@ def _own(row: RunRow) -> str:
     return f"{row.label}: {' and '.join(parts)}." if parts else ""
 
 
-def _single_causes(runs: Sequence[Run], table: Sequence[RunRow]) -> list[str]:
+def _single_causes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[str]:
     """For every setting: the runs that differ in nothing else, compared. Settings that move together are one."""
     different = differences(runs)
     by_setting: dict[str, list[str]] = {}
@@ -251,7 +251,7 @@ def _scratch(table: Sequence[RunRow]) -> list[str]:
     return sentences
 
 
-def _incidents(runs: Sequence[Run], table: Sequence[RunRow]) -> list[str]:
+def _incidents(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[str]:
     sentences = [f"{row.label} diverged: its last loss is not finite." for row in table if row.diverged]
     for run, label in zip(runs, labels(runs), strict=True):
         resumes = sum(event["event"] == "resume" for event in run.events)
