@@ -23,6 +23,7 @@ from megarewarm.config.schema import ModelConfig
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
+from megarewarm.record.layout import CHECKPOINTS
 
 # formats name the activation of one model differently
 _SAME_FUNCTION = tuple(key for key in FUNCTION_KEYS if key != "activation")
@@ -101,7 +102,7 @@ class Merge:
 def last_of(count: str, run: str) -> list[str]:
     """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` where there are fewer."""
     folder = Path(run)
-    found = checkpoints_in(folder / "checkpoints") or checkpoints_in(folder)
+    found = checkpoints_in(folder / CHECKPOINTS) or checkpoints_in(folder)
     if not count.isdigit() or int(count) < 1:
         raise UserError(f"--last {count}: the number of checkpoints comes first, then the run's folder")
     if len(found) < int(count):

@@ -40,6 +40,7 @@ from megarewarm.model.neox import NeoX
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.placement import TensorSlice
+from megarewarm.record.layout import CONFIG_FILE
 
 ALL_LINES = frozenset({"moments", "optimizer_step", "schedule", "iteration", "data", "rng", "loss_scale"})
 
@@ -135,7 +136,7 @@ class OwnCheckpoint:
 
     @cached_property
     def _run_config(self) -> dict[str, Any]:
-        config = self.folder.parent.parent / "config.yaml"
+        config = self.folder.parent.parent / CONFIG_FILE
         return read_yaml(config)[0] if config.is_file() else {}
 
     @collective

@@ -19,6 +19,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.config.unknown_keys import known_keys, meant
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError, nearest
+from megarewarm.record.layout import CHECKPOINTS, step_name
 from megarewarm.untrusted import is_name
 
 _WORD = re.compile(r"\$\{[^}]*\}")
@@ -244,7 +245,7 @@ def _linked(arms: list[Arm], folder: str, drafts: Mapping[str, _Draft]) -> list[
         run, _, moment = start.partition("@")
         if moment and run in by_folder:
             step = _step_of(moment, arms[by_folder[run]].config, where)
-            start = f"{run}/checkpoints/step_{step}"
+            start = f"{run}/{CHECKPOINTS}/{step_name(step)}"
             chosen = arm.config.start.model_copy(update={"from_": start})
             arm = replace(arm, config=arm.config.model_copy(update={"start": chosen}))
             arms[by_folder[run]] = _keeping(arms[by_folder[run]], step)

@@ -18,7 +18,7 @@ from megarewarm.config.paths import PathMark
 from megarewarm.config.reliability import Duration
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.section import OneOf
-from megarewarm.record.run_format import RUN_FORMAT
+from megarewarm.record.layout import RUN_FORMAT
 
 _INTRODUCTION = """\
 # Configuration

@@ -9,15 +9,13 @@ from typing import Any
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
 from megarewarm.files import write_whole
-
-FILE = "experiment.json"
-FORMAT = 1
+from megarewarm.record.layout import EXPERIMENT_FILE, EXPERIMENT_FORMAT, METRICS_FILE
 
 
 def record_of(experiment: Experiment) -> dict[str, Any]:
     """What the file says: names, groups, axes, seeds, chains, folders (relative), what each run starts from, and its length."""
     return {
-        "format": FORMAT,
+        "format": EXPERIMENT_FORMAT,
         "experiment": experiment.config.experiment,
         "title": experiment.config.title,
         "runs": [
@@ -43,10 +41,10 @@ def record_of(experiment: Experiment) -> dict[str, Any]:
 def check_record(experiment: Experiment) -> None:
     """Raise ``UserError`` where the folder is another experiment's, or no folder."""
     folder = Path(experiment.folder)
-    path = folder / FILE
+    path = folder / EXPERIMENT_FILE
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: the experiment's folder is a file; set 'folder' to another place")
-    if (folder / "metrics.jsonl").exists():
+    if (folder / METRICS_FILE).exists():
         raise UserError(f"{folder}: holds a single run, not an experiment; set 'experiment' or 'folder' to another name")
     if not path.is_file():
         return
@@ -64,7 +62,7 @@ def check_record(experiment: Experiment) -> None:
 def write_record(experiment: Experiment) -> Path:
     """Write the file, whole or not at all. Raises ``UserError`` as ``check_record``, and where it can't be written."""
     check_record(experiment)
-    path = Path(experiment.folder) / FILE
+    path = Path(experiment.folder) / EXPERIMENT_FILE
     try:
         write_whole(path, f"{json.dumps(record_of(experiment), indent=1)}\n".encode())
     except OSError as error:

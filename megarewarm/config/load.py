@@ -14,7 +14,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.config.unknown_keys import foreign_meaning, known_keys, meant
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_yaml
 from megarewarm.errors import UserError, nearest
-from megarewarm.record.run_format import take_format
+from megarewarm.record.layout import take_format
 from megarewarm.untrusted import redacted, secrets_of
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,7 +35,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
     if resolved in seen:
         raise UserError(f"{path}: 'extends' goes round in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
     mapping, origins = read_yaml(path)
-    mapping = take_format(mapping, str(path))
+    mapping = take_format(mapping, path)
     base = mapping.get("base")
     if isinstance(base, dict) and "extends" in base:  # an experiment whose base is a run's file
         parents, parent_origins = _parents(base, path, origins.get(("base", "extends"), str(path)), (*seen, resolved))

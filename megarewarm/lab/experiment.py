@@ -17,6 +17,7 @@ from megarewarm.file_lock import FileLock
 from megarewarm.lab.start_checks import check_runs
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.record.layout import METRICS_FILE
 from megarewarm.record.run import read_run
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.run_page import report
@@ -81,7 +82,7 @@ def write_report(experiment: Experiment) -> Path:
     if experiment.config.seeds or experiment.config.sweeps:
         return report_experiment(folder, folder / "report")
     runs = [Path(arm.config.run_folder) for arm in experiment.arms]
-    return report([run for run in runs if (run / "metrics.jsonl").exists()], folder / "report")
+    return report([run for run in runs if (run / METRICS_FILE).exists()], folder / "report")
 
 
 def prepare(experiment: Experiment, console: Console) -> None:

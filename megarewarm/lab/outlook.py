@@ -23,6 +23,7 @@ from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.launchers import Launch
 from megarewarm.record.follow import Follower
+from megarewarm.record.layout import METRICS_FILE
 from megarewarm.spelling import duration_text, tokens_text
 from megarewarm.training.finish import is_trained, pending
 from megarewarm.training.start.evaluation_cost import evaluation_cost, tokens_asked
@@ -66,7 +67,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         if arm.name not in wanted:
             continue
         config = plan.config
-        follower = Follower(Path(config.run_folder) / "metrics.jsonl")
+        follower = Follower(Path(config.run_folder) / METRICS_FILE)
         follower.poll()
         state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
         if is_trained(plan) and not pending(plan):

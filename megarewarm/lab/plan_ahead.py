@@ -12,6 +12,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.errors import UserError
+from megarewarm.record.layout import CHECKPOINTS, step_of
 from megarewarm.training.finish import is_trained
 from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.planned import PlannedCheckpoint
@@ -56,19 +57,15 @@ def _step_named(start: str, plan: Plan) -> int | None:
     folder = Path(plan.config.run_folder)
     if Path(start) == folder:
         return plan.config.total_steps
-    if Path(start).parent != folder / "checkpoints":
+    if Path(start).parent != folder / CHECKPOINTS:
         return None
-    word = Path(start).name.removeprefix("step_")
-    if (
-        not word.isdigit()
-        or not plan.origin.step < int(word) <= plan.config.total_steps
-        or not is_saved(plan.config, int(word))
-    ):
+    step = step_of(Path(start).name)
+    if step is None or not plan.origin.step < step <= plan.config.total_steps or not is_saved(plan.config, step):
         raise UserError(
             f"start.from: {start} will not be written: run '{plan.config.name}' saves no checkpoint of that name; add the step "
-            f"to its checkpoint.extra_steps, or write {folder}@{word} steps"
+            f"to its checkpoint.extra_steps, or write {folder}@{Path(start).name if step is None else step} steps"
         )
-    return int(word)
+    return step
 
 
 def _state_after(plan: Plan, step: int) -> TrainingState:

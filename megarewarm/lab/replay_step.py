@@ -22,8 +22,8 @@ from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.record.layout import step_of, take_format
 from megarewarm.record.run import RecordedRun, read_run
-from megarewarm.record.run_format import take_format
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
@@ -171,14 +171,14 @@ def _config_of(folder: Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{path}: not there, so {folder} is no run folder; name the folder of a run")
     mapping, origins = read_yaml(path)
-    config = validate(RunConfig, take_format(mapping, str(path)), origins)
+    config = validate(RunConfig, take_format(mapping, path), origins)
     kernels = config.kernels.model_copy(update={"deterministic": True})
     return config.model_copy(update={"folder": str(folder), "kernels": kernels})
 
 
 def _choose(step: int | None, folder: Path, recorded: RecordedRun, config: RunConfig) -> int:
     if step is None:
-        written = [int(path.stem.removeprefix("step_")) for path in RunFolder(folder).batches.glob("step_*.json")]
+        written = [n for path in RunFolder(folder).batches.glob("*.json") if (n := step_of(path.stem)) is not None]
         trained = list(_column(recorded, "loss"))
         if not written and not trained:
             raise UserError(f"{folder}: the run has made no step yet; give one with --step")

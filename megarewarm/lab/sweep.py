@@ -18,6 +18,7 @@ from megarewarm.lab.local import Job, Result, cores, devices, run_locally
 from megarewarm.lab.outlook import Prospect, prospects, show_outlook
 from megarewarm.lab.slurm import submit
 from megarewarm.model.size import count_parameters
+from megarewarm.record.layout import METRICS_FILE
 from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
 from megarewarm.training.start.memory import machine_memory
@@ -142,7 +143,7 @@ def _conclude(experiment: Experiment, result: Result, only: Sequence[str], conso
     if result.stopped_by is not None:
         console.print("stopped; the same command goes on from here", style="yellow")
         return 128 + result.stopped_by
-    if any((Path(arm.config.run_folder) / "metrics.jsonl").exists() for arm in experiment.arms):
+    if any((Path(arm.config.run_folder) / METRICS_FILE).exists() for arm in experiment.arms):
         console.print(f"report: {write_report(experiment)}", highlight=False, soft_wrap=True)
     if result.failed:
         console.print(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
+from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE, step_of
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, read_run
 
 Floats = NDArray[np.float64]
@@ -109,9 +110,9 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
 
     Raises ``UserError`` where the folder is no experiment's, or nothing in it is finished.
     """
-    path = folder / "experiment.json"
+    path = folder / EXPERIMENT_FILE
     if not path.is_file():
-        raise UserError(f"{folder.absolute()}: no experiment.json: give the folder of an experiment that has been started")
+        raise UserError(f"{folder.absolute()}: no {EXPERIMENT_FILE}: give the folder of an experiment that has been started")
     try:
         told = read_record(folder)
         entries = [(str(r["name"]), str(r["arm"]), r.get("seed"), folder / r["folder"]) for r in told["runs"]]
@@ -159,7 +160,7 @@ def _shown(names: Sequence[str]) -> str:
 def _finished(place: Path) -> RecordedRun | None:
     """The run in the folder ``place`` where it has come to its end, be it that it diverged."""
     try:
-        run = read_run(place) if (place / "metrics.jsonl").is_file() else None
+        run = read_run(place) if (place / METRICS_FILE).is_file() else None
     except NothingYet:
         return None
     ends = run.events[-1:] if run else []
@@ -210,7 +211,7 @@ def _before(run: RecordedRun, by_place: dict[Path, RecordedRun]) -> tuple[float 
     if run.origin is None:
         return None, 0.0
     origin, step = Path(run.origin), math.inf
-    if origin.parent.name == "checkpoints" and (number := origin.name.removeprefix("step_")).isdecimal():
+    if origin.parent.name == CHECKPOINTS and (number := step_of(origin.name)) is not None:
         step, origin = float(number), origin.parent.parent
     found = next((other for place, other in by_place.items() if _ends_alike(place, origin)), None)
     if found is None:

@@ -11,7 +11,7 @@ from yaml.constructor import SafeConstructor
 from yaml.resolver import Resolver
 
 from megarewarm.errors import UserError
-from megarewarm.record.experiment import RUN_FORMAT, check_format
+from megarewarm.record.layout import CONFIG_FILE, take_format
 from megarewarm.untrusted import one_line
 
 _MOST_VALUES = 500_000  # that aliases may stand for
@@ -34,7 +34,7 @@ except ImportError:  # PyYAML was built without libyaml
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """The run's resolved configuration without its format; empty where the folder has none. Raises ``UserError``."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         return {}
     try:
@@ -52,8 +52,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: nested too deeply") from None
     if not isinstance(config, dict):
         return {}
-    check_format(config.pop("format", 1), RUN_FORMAT, path)
-    return {str(key): value for key, value in config.items()}
+    return {str(key): value for key, value in take_format(config, path).items()}
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

@@ -1,7 +1,7 @@
 """Follows the metrics files of runs that are under way: each look costs only the bytes written since the last one.
 
-``read.py`` reads a finished file whole; this keeps what a live view needs, in memory that doesn't grow with the steps. Both
-agree on what counts: the tests compare them.
+``run.py`` reads a file whole; this keeps what a live view needs, in memory that doesn't grow with the steps. Both go by the
+rules of ``lines.py``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-
 from megarewarm.errors import UserError
-from megarewarm.record.experiment import RUN_FORMAT, check_format
-from megarewarm.record.run import Evaluation
+from megarewarm.record.lines import RESTARTS, TRAIN_START, CountedEvents, Lines, mean_losses, number, parse
 
 WINDOW = 1024
 """Train lines that are kept: what medians and rates are taken over."""
 
-_RESTARTS = ("resume", "start")
-_TRAIN = (b'{"event":"train"', b'{"event": "train"')
 _CHUNK = 1 << 22  # bytes in memory at once
 _GUARD = 64  # bytes before the offset that must still be what was read
 
@@ -43,16 +38,16 @@ class TrainLine:
     time: float
 
 
-class Follower:
-    """What ``metrics.jsonl`` tells so far; ``poll()`` reads on.
+class Follower(CountedEvents):
+    """What ``metrics.jsonl`` holds so far; ``poll()`` reads on.
 
-    ``start`` is the start event, empty before it. ``recent`` holds the last train lines, superseded ones left out;
-    ``evaluations`` all evaluations by (step, name); ``step`` is the newest completed step, ``None`` before the first;
-    ``first_step`` the step before the first one trained; ``stop`` the stop event, ``None`` while none is the last word;
-    ``alarms`` the alarm events that count; ``resumes`` how often it was taken up again; ``time`` the newest line's time
-    and ``longest_gap`` the longest that passed between two lines of the newest process, in seconds; ``damage`` a sentence
-    for the first line that is no JSON, ``None`` where there is none.
+    ``recent`` holds the last train lines, superseded ones left out; ``first_step`` the step before the first one trained;
+    ``stop`` the stop event, ``None`` while none is the last word; ``time`` the newest line's time and ``longest_gap`` the
+    longest that passed between two lines of the newest process, in seconds; ``damage`` a sentence for the first line that is
+    no JSON, ``None`` where there is none.
     """
+
+    keeps = ("alarm", "resume")
 
     def __init__(self, path: Path | str, window: int = WINDOW) -> None:
         self.path = Path(path)
@@ -60,24 +55,24 @@ class Follower:
         self._clear()
 
     def _clear(self) -> None:
-        self.start: dict[str, Any] = {}
+        super().__init__()
         self.recent: deque[TrainLine] = deque(maxlen=self._window)
-        self.evaluations: dict[tuple[int, str], Evaluation] = {}
-        self.step: int | None = None
         self.first_step: int | None = None
         self.stop: dict[str, Any] | None = None
-        self.alarms: list[dict[str, Any]] = []
-        self.resumes = 0
         self.time = math.nan
         self.damage: str | None = None
-        self.lines = 0
         self._offset = 0
         self._guard = b""
         self._inode: int | None = None
-        self._torn: int | None = None
+        self.lines = Lines(self.path, self._damaged)
         self._origin: int | None = None  # the start event's step counter
         self._session_lines = 0  # train lines since the newest process began
         self.longest_gap = 0.0
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """The alarm events that count."""
+        return [event for event in self.events if event["event"] == "alarm"]
 
     def poll(self) -> bool:
         """Read what is new. Returns whether anything was; a file that doesn't exist yet is nothing.
@@ -89,7 +84,7 @@ class Follower:
             with open(self.path, "rb") as file:
                 return self._read(file)
         except FileNotFoundError:
-            changed = self.lines > 0
+            changed = self.lines.number > 0
             self._clear()
             return changed
         except OSError as error:
@@ -123,105 +118,56 @@ class Follower:
 
     def _block(self, lines: list[bytes]) -> None:
         """Take in whole lines. Of a row of train lines only its ends and those that stay in the window are parsed."""
-        is_train = [line.startswith(_TRAIN) for line in lines]
-        later, at = sum(is_train), 0
+        trains = [line.startswith(TRAIN_START) for line in lines]
+        later, at = sum(trains), 0
         while at < len(lines):
             end = at
-            while end < len(lines) and is_train[end]:
+            while end < len(lines) and trains[end]:
                 end += 1
             later -= end - at  # train lines of the block after this row: they take its places in the window
             skip_to = min(end - 1, end - self._window + later)
             if skip_to > at + 2:
-                self._next(lines[at])
-                first, last = _parse(lines[at]), _parse(lines[end - 1])
+                self.lines.take(lines[at], self)
+                first, last = parse(lines[at]), parse(lines[end - 1])
                 # steps that count up by one leave no room for a torn line or a step told twice
-                if first and last and _number(last.get("step")) - _number(first.get("step")) == end - 1 - at:
+                if first and last and number(last.get("step")) - number(first.get("step")) == end - 1 - at:
                     self._session_lines += skip_to - at - 1
-                    self.lines += skip_to - at - 1
+                    self.lines.number += skip_to - at - 1
                     self.time = math.nan  # how long they took is not known
                     at = skip_to - 1
                 at += 1
             for line in lines[at : end + 1]:
-                self._next(line)
+                self.lines.take(line, self)
             at = end + 1
 
-    def _next(self, line: bytes) -> None:
-        self.lines += 1
-        self._line(line)
+    def _damaged(self, line: int, what: str) -> None:
+        self.damage = self.damage or f"line {line} of {self.path.name} is {what}"
 
-    def _line(self, line: bytes) -> None:
-        """Take in one line, by the rules for torn lines that ``read.py`` has; other damage is noted and passed over."""
-        if not line.strip():
-            return
-        event = _parse(line)
-        if event is None and (cut := line.rfind(b'{"event"')) > 0:
-            event = _parse(line[cut:])
-            self._torn = self.lines
-        elif event is None:
-            self._torn = self.lines
-        if event is None:
-            return
-        if self._torn is not None and event["event"] not in _RESTARTS:
-            self._note(self._torn, "is not a JSON object: the file was damaged or edited")
-        self._torn = None
-        try:
-            self._add(event)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            self._note(self.lines, f"is a '{event['event']}' line with a missing or wrong {error}")
-
-    def _note(self, number: int, what: str) -> None:
-        self.damage = self.damage or f"line {number} of {self.path.name} {what}"
-
-    def _add(self, event: dict[str, Any]) -> None:
+    def add(self, event: dict[str, Any]) -> None:
+        super().add(event)
         kind = event["event"]
-        if kind == "train":
-            step = int(event["step"])
-            if self.step is not None and step <= self.step and self.first_step is not None:
-                self._supersede(step - 1)  # the run was begun anew at this step, with no resume event
-            if self.first_step is None:
-                self.first_step = step - 1
-            self.step, self.stop = step, None
-            self._session_lines += 1
-            self.recent.append(
-                TrainLine(step, *(_number(event.get(name)) for name in _NUMBERS))  # the order of TrainLine's fields
-            )
-        elif kind == "eval":
-            role = str(event.get("role", "other"))
-            evaluation = Evaluation(
-                int(event["step"]), float(event["tokens"]), str(event["name"]), role, _number(event["loss"])
-            )
-            key = (evaluation.step, evaluation.name)
-            self.evaluations.pop(key, None)  # so that the new one takes the later place
-            self.evaluations[key] = evaluation
-        elif kind == "resume":
-            step = int(event["step"])
-            self._supersede(step)
-            self.resumes, self.stop = self.resumes + 1, None
-            if step < 0:  # begun anew: nothing of before counts
-                self.start, self.resumes, self.alarms, self._origin = {}, 0, [], None
-        elif kind == "start":
-            check_format(event.get("format", 1), RUN_FORMAT, self.path)
-            self.start = self.start or event
-            self.stop = None
-            self._origin = int(event["step"]) if isinstance(event.get("step"), int) else None
-        elif kind == "stop":
-            self.stop = event
-        elif kind == "alarm":
-            self.alarms.append(event)
-        if kind in _RESTARTS:
+        if kind in ("train", "stop", *RESTARTS):
+            self.stop = event if kind == "stop" else None
+        if kind == "start" or (kind == "resume" and int(event["step"]) < 0):
+            self._origin = step if isinstance(step := event.get("step"), int) and step >= 0 else None
+        if kind in RESTARTS:
             self._session_lines, self.longest_gap, self.time = 0, 0.0, math.nan
-        time = _number(event.get("time"))
+        time = number(event.get("time"))
         if math.isfinite(time - self.time):
             self.longest_gap = max(self.longest_gap, time - self.time)
         if math.isfinite(time):
             self.time = time
 
-    def _supersede(self, step: int) -> None:
-        """Forget what was told of the steps after ``step``."""
+    def add_step(self, step: int, event: dict[str, Any]) -> None:
+        if self.first_step is None:
+            self.first_step = step - 1
+        self._session_lines += 1
+        self.recent.append(TrainLine(step, *(number(event.get(name)) for name in _NUMBERS)))  # the order of its fields
+
+    def supersede(self, step: int) -> None:
+        super().supersede(step)
         while self.recent and self.recent[-1].step > step:
             self.recent.pop()
-        self.evaluations = {key: found for key, found in self.evaluations.items() if key[0] <= step}
-        self.alarms = [alarm for alarm in self.alarms if alarm.get("step", step) <= step]
         if self.first_step is not None and step <= self.first_step:
             self.first_step = self.step = None
         elif self.step is not None:
@@ -250,12 +196,7 @@ class Follower:
 
     def losses(self, role: str) -> list[tuple[int, float]]:
         """(step, loss) of every evaluation of ``role``, ascending: the mean of its sets where all were evaluated."""
-        names = {found.name for found in self.evaluations.values() if found.role == role}
-        by_step: dict[int, list[float]] = {}
-        for found in self.evaluations.values():
-            if found.role == role:
-                by_step.setdefault(found.step, []).append(found.loss)
-        return [(step, sum(found) / len(found)) for step, found in sorted(by_step.items()) if len(found) == len(names)]
+        return [(step, loss) for step, _, loss in mean_losses(self.evaluations.values(), role)]
 
     def seconds_per_step(self) -> float | None:
         """Wall-clock seconds of a step lately, evaluations and saves included; ``None`` where two lines don't tell it."""
@@ -283,16 +224,3 @@ class Follower:
 
 
 _NUMBERS = tuple(field.name for field in dataclasses.fields(TrainLine))[1:]
-
-
-def _number(value: Any) -> float:
-    """NaN for what is no number: a loss that overflowed is written as null."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return event if isinstance(event, dict) and "event" in event else None

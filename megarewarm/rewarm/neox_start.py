@@ -17,6 +17,7 @@ from megarewarm.config.neox_translate import Translation, ranks_asked, translate
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError
+from megarewarm.record.layout import CONFIG_FILE
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], di
 
 def _begins_here(folder: Path) -> bool:
     """Whether ``folder`` is to be this run's own: not there yet, empty, or a run of ours."""
-    return not folder.exists() or not any(folder.iterdir()) or (folder / "config.yaml").is_file()
+    return not folder.exists() or not any(folder.iterdir()) or (folder / CONFIG_FILE).is_file()
 
 
 def show_account(account: Account, console: Console) -> None:

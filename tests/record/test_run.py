@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from megarewarm.errors import UserError
 from megarewarm.record import run as reading
-from megarewarm.record.run import RecordedRun, _parse, read_run, read_runs
+from megarewarm.record.lines import parse
+from megarewarm.record.run import RecordedRun, read_run, read_runs
 from tests.support.report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write
 
 START = {
@@ -236,4 +237,4 @@ def test_rows_of_train_lines_are_read_as_they_are_one_by_one(tmp_path: Path, dat
 
 def test_a_number_of_thousands_of_digits_is_a_damaged_line(tmp_path: Path) -> None:
     """Found by the property test of hostile files: Python's JSON reader ends at 4,300 digits with an error of another kind."""
-    assert _parse(b"1" * 5000) is None and _parse(b'{"event": "x", "step": ' + b"1" * 5000 + b"}") is None
+    assert parse(b"1" * 5000) is None and parse(b'{"event": "x", "step": ' + b"1" * 5000 + b"}") is None

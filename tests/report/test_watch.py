@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from megarewarm.errors import UserError
 from megarewarm.record.follow import Follower
+from megarewarm.record.lines import Lines
 from megarewarm.record.run import read_run
 from megarewarm.report.live.frame import frame, sparkline
 from megarewarm.report.live.watch import Losses, RunView, Watch
@@ -151,8 +152,8 @@ def test_only_new_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     follower = Follower(folder / "metrics.jsonl")
     follower.poll()
     taken: list[bytes] = []
-    line = follower._line
-    monkeypatch.setattr(follower, "_line", lambda data: (taken.append(data), line(data)))
+    take = Lines.take
+    monkeypatch.setattr(Lines, "take", lambda lines, line, record: (taken.append(line), take(lines, line, record)))
     with open(follower.path, "a") as file:
         file.write(json.dumps(train_line(301, 1e-3, 2.5)) + "\n" + '{"event": "train", "step": 302')
     assert follower.poll() and len(taken) == 1 and follower.step == 301
@@ -172,7 +173,7 @@ def test_a_long_row_of_train_lines(tmp_path: Path, twice: int | None) -> None:
     follower = Follower(folder / "metrics.jsonl", window=4)
     follower.poll()
     same(follower, folder)
-    assert follower.lines == len(events) + 1 and len(follower.recent) == 4
+    assert follower.lines.number == len(events) + 1 and len(follower.recent) == 4
 
 
 @pytest.mark.parametrize("how", ["shorter", "longer", "replaced", "gone"])
@@ -182,7 +183,7 @@ def test_a_file_that_is_not_what_was_read_is_read_anew(tmp_path: Path, how: str)
     follower.poll()
     if how == "gone":
         follower.path.unlink()
-        assert follower.poll() and follower.lines == 0 and follower.step is None
+        assert follower.poll() and follower.lines.number == 0 and follower.step is None
         write(folder, simulated(90, name="no_warmup"))
     elif how == "replaced":
         text = follower.path.read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +12,14 @@ from megarewarm.checkpoint.own.store import PARTIAL, remove, set_aside
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import gather
 from megarewarm.parallel.collective import collective
-
-_STEP = re.compile(r"step_(\d+)$")
+from megarewarm.record.layout import CHECKPOINTS, step_of
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints in ``RUN/checkpoints``, oldest first. Their files are not looked at."""
     if not folder.is_dir():
         return []
-    matches = [(match, entry) for entry in folder.iterdir() if (match := _STEP.match(entry.name)) and entry.is_dir()]
-    return sorted((int(match[1]), entry) for match, entry in matches)
+    return sorted((n, entry) for entry in folder.iterdir() if (n := step_of(entry.name)) is not None and entry.is_dir())
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -75,7 +72,7 @@ def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
     """The checkpoint of ours that ``path`` means: itself, or the newest whole one of a run folder, with notes as above."""
     if is_checkpoint(path):
         return path, []
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS):
         if checkpoints_in(folder):
             return newest_whole(folder, alone=alone)
     return None, []

@@ -24,6 +24,7 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.groups import new_patient_group
 from megarewarm.parallel.placement import TensorSlice
 from megarewarm.parallel.ranks import is_rank_loss
+from megarewarm.record.layout import step_name
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
 _WORD_EVERY = 1.0  # seconds between words that ranks give each other while they wait for their disks
@@ -119,7 +120,7 @@ class Saver:
             self._thread.shutdown(wait=error is None or not is_rank_loss(error))
 
     def _write(self, state: TrainingState, tensors: Mapping[str, Tensor | TensorSlice], began: float, released: float) -> Saved:
-        path = self._folder / f"step_{state.step}"
+        path = self._folder / step_name(state.step)
         main = position(self._group)[0] == 0
 
         def clean(step: int) -> None:

@@ -18,6 +18,7 @@ import orjson
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
 from megarewarm.record.follow import Follower
+from megarewarm.record.layout import CONFIG_FILE, EXPERIMENT_FILE, METRICS_FILE
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM
 from megarewarm.spelling import duration_text, loss_text, rate_text
 
@@ -151,7 +152,7 @@ class Watch:
         return Overview(title, views, done / sum(weights) if sum(weights) else 0.0, left, idle)
 
     def _view(self, run: Planned) -> RunView:
-        path = run.folder / "metrics.jsonl"
+        path = run.folder / METRICS_FILE
         known = path in self._followers
         follower = self._followers.setdefault(path, Follower(path))
         if changed := follower.poll():
@@ -168,7 +169,7 @@ class Watch:
             times = f", {silent / pace:,.0f} step times" if pace and silent < 1000 * pace else ""
             alarms.insert(0, f"no new line for {duration_text(silent)}{times}: killed, or hanging")
         first = follower.origin_step
-        step = follower.step if follower.step is not None else first if follower.lines else None
+        step = follower.step if follower.step is not None else first if follower.lines.number else None
         return RunView(
             name=run.name,
             state=state,
@@ -198,17 +199,17 @@ def planned_runs(folder: Path) -> tuple[str, list[Planned]]:
 
     Raises ``UserError`` where the folder is none of these, or its experiment.json can't be understood.
     """
-    plan = folder / "experiment.json"
+    plan = folder / EXPERIMENT_FILE
     if plan.is_file():
         return _experiment(plan, folder)
-    if (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file():
+    if (folder / METRICS_FILE).is_file() or (folder / CONFIG_FILE).is_file():
         return folder.resolve().name, [Planned(folder.resolve().name, folder)]
     if not folder.is_dir():
         raise UserError(f"{folder.absolute()}: no such folder: give a run's folder or an experiment's")
-    runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    runs = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
     if not runs:
         raise UserError(f"{folder}: neither experiment.json nor metrics.jsonl in it: give a run's folder or an experiment's")
-    runs.sort(key=lambda run: (_first_time(run / "metrics.jsonl"), run.name))
+    runs.sort(key=lambda run: (_first_time(run / METRICS_FILE), run.name))
     return folder.resolve().name, [Planned(run.name, run) for run in runs]
 
 
@@ -259,7 +260,7 @@ def _losses(follower: Follower, role: str) -> Losses:
 
 
 def _state(follower: Follower, silent: float, pace: float | None, *roles: Losses) -> State:
-    if not follower.lines:
+    if not follower.lines.number:
         return "waiting"
     ends = [follower.recent[-1].loss] if follower.recent else []
     ends += [losses.newest for losses in roles if losses.newest is not None]

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from megarewarm.errors import UserError
-from megarewarm.record.experiment import FILE, read_record
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Evaluation, NothingYet, RecordedRun, read_run
+from megarewarm.record.experiment import read_record
+from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE
+from megarewarm.record.lines import Evaluation
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, read_run
 from megarewarm.report.numbers.runs import Kind
 
 State = Literal["complete", "under way", "not begun"]
@@ -86,7 +88,7 @@ class ArmRecord:
         if origin is None:
             return self.after[0] if self.after else ""
         path = PurePosixPath(origin)
-        if path.parent.name == "checkpoints":
+        if path.parent.name == CHECKPOINTS:
             return f"{path.parent.parent.name} at {path.name.replace('_', ' ')}"
         return path.name if self.after else origin
 
@@ -129,15 +131,17 @@ class ExperimentRecord:
 
 def is_experiment(folder: Path) -> bool:
     """Whether ``folder`` is an experiment's."""
-    return (folder / FILE).is_file()
+    return (folder / EXPERIMENT_FILE).is_file()
 
 
 def read_experiment(folder: Path | str) -> ExperimentRecord:
     """The experiment in ``folder``. Raises UserError for a damaged experiment.json and for runs with damaged metrics."""
     folder = Path(folder)
-    path = folder / FILE
+    path = folder / EXPERIMENT_FILE
     if not path.is_file():
-        raise UserError(f"{folder.absolute()}: no {FILE}: give the folder of an experiment that was started, or those of runs")
+        raise UserError(
+            f"{folder.absolute()}: no {path.name}: give the folder of an experiment that was started, or those of runs"
+        )
     try:
         record = read_record(folder)
         entries = [_entry(folder, entry) for entry in record["runs"]]
@@ -167,7 +171,7 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRe
 
 def _begun(folder: Path) -> RecordedRun | None:
     """The run in ``folder``; ``None`` where it has neither trained nor evaluated yet."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS_FILE
     if not path.is_file():
         return None
     try:

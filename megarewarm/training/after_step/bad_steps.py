@@ -12,6 +12,7 @@ from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.errors import UserError
+from megarewarm.record.layout import step_name
 from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
@@ -89,7 +90,7 @@ def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
 
     Raises ``UserError`` where the disk refuses.
     """
-    path = folder.batches / f"step_{run.step}.json"
+    path = folder.batches / f"{step_name(run.step)}.json"
     if run.ranks.is_main:
         plan = run.plan
         rows = run.data.places(plan.samples(run.step - 1), plan.config.training.global_batch)

@@ -15,7 +15,7 @@ import orjson
 
 from megarewarm.config.execution import LoggingConfig
 from megarewarm.errors import UserError
-from megarewarm.record.run_format import RUN_FORMAT
+from megarewarm.record.layout import LOG_FILE, METRICS_FILE, RUN_FORMAT, TENSORBOARD
 from megarewarm.training.output.tensorboard import Board
 
 
@@ -39,13 +39,13 @@ class Metrics:
         self.has_past = False
         if not writes:
             return
-        self._path, self._log_path = path, log_path = folder / "metrics.jsonl", folder / "log.txt"
+        self._path, self._log_path = path, log_path = folder / METRICS_FILE, folder / LOG_FILE
         self.has_past = path.exists() and path.stat().st_size > 0
         # unbuffered: what is in a buffer when the disk is full raises once more when the file is closed
         self._file, self._log = _opened(path), _opened(log_path)
         _end_torn_line(path, self._file)
         if config.tensorboard:
-            self._board = Board(folder / "tensorboard", self._warn)
+            self._board = Board(folder / TENSORBOARD, self._warn)
         if config.wandb is not None:
             import wandb
 

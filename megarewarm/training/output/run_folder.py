@@ -20,7 +20,7 @@ from megarewarm.file_lock import FileLock
 from megarewarm.files import write_whole
 from megarewarm.parallel.agreement import on_all_ranks
 from megarewarm.parallel.collective import collective
-from megarewarm.record.run_format import RUN_FORMAT, take_format
+from megarewarm.record.layout import BATCHES, CHECKPOINTS, CONFIG_FILE, EXPORT, METRICS_FILE, RUN_FORMAT, take_format
 
 # What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
@@ -38,11 +38,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config_file = path / "config.yaml"
-        self.metrics_file = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.export = path / "huggingface"
-        self.batches = path / "batches"
+        self.config_file = path / CONFIG_FILE
+        self.metrics_file = path / METRICS_FILE
+        self.checkpoints = path / CHECKPOINTS
+        self.export = path / EXPORT
+        self.batches = path / BATCHES
         self._lock: FileLock | None = None
 
     @collective
@@ -69,7 +69,7 @@ class RunFolder:
                 remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
                 raise UserError(f"{self.path}: holds a run without config.yaml; {remedy}")
             return
-        old = _completed(take_format(read_yaml(self.config_file)[0], str(self.config_file)))
+        old = _completed(take_format(read_yaml(self.config_file)[0], self.config_file))
         new = config.model_dump(mode="json", by_alias=True)
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:

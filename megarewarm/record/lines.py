@@ -1,0 +1,155 @@
+"""Which lines of metrics.jsonl count: the one set of rules, for a file that is read whole and for one that is followed.
+
+The file only grows. A run that went back to a checkpoint writes some steps twice; only the last line of a step counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megarewarm.record.layout import RUN_FORMAT, check_format
+
+RESTARTS = ("resume", "start")  # what a process writes first
+_EVENT_START = b'{"event"'
+TRAIN_START = (b'{"event":"train"', b'{"event": "train"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run."""
+
+    step: int
+    tokens: float
+    name: str
+    role: str
+    loss: float
+
+
+class Lines:
+    """The events that the lines of the metrics file at ``path`` hold, one line after the other; ``number`` counts the lines.
+
+    A crash may tear the last line that a process wrote: at the end of the file, or in front of the next process's first
+    line, with or without a line break between the two. Any other line that is not JSON is damage: ``damaged`` is called with
+    its number and what is wrong with it.
+    """
+
+    def __init__(self, path: Path, damaged: Callable[[int, str], None]) -> None:
+        self.path = path
+        self.number = 0
+        self.torn: int | None = None  # a line that is in order if nothing follows, or a process that starts
+        self._damaged = damaged
+
+    def event(self, line: bytes) -> dict[str, Any] | None:
+        """The next line's event, None for a line without one. Raises ``UserError`` for a start of a newer format."""
+        self.number += 1
+        event = parse(line)
+        if event is None:
+            if not line.strip():
+                return None
+            self.torn = self.number
+            cut = line.rfind(_EVENT_START)
+            event = parse(line[cut:]) if cut > 0 else None
+            if event is None:
+                return None
+        if self.torn is not None and event["event"] not in RESTARTS:
+            self._damaged(self.torn, "not a JSON object: the file was damaged or edited")
+        self.torn = None
+        if event["event"] == "start":
+            check_format(event.get("format", 1), RUN_FORMAT, self.path)
+        return event
+
+    def take(self, line: bytes, into: CountedEvents) -> None:
+        """Add the next line's event. Raises as ``event``."""
+        event = self.event(line)
+        if event is None:
+            return
+        try:
+            into.add(event)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            self._damaged(self.number, f"a '{event['event']}' line with a missing or wrong {error}")
+
+
+class CountedEvents(ABC):
+    """The events of a run that count so far. Subclasses keep the train lines, each as it needs them.
+
+    ``step``: the newest step, None before the first. ``start``: the start event, empty before it. ``evaluations``: by (step,
+    name), in the order of the file. ``events``: the other events, of them only the kinds in ``keeps`` where that is not None.
+    """
+
+    keeps: tuple[str, ...] | None = None
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.start: dict[str, Any] = {}
+        self.evaluations: dict[tuple[int, str], Evaluation] = {}
+        self.events: list[dict[str, Any]] = []
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in the next event. Raises KeyError, TypeError, ValueError or OverflowError for a missing or wrong value."""
+        kind = event["event"]
+        if kind == "train":
+            step = int(event["step"])
+            if self.step is not None and step <= self.step:
+                self.supersede(step - 1)  # the run was started over at this step, without a resume event
+            self.add_step(step, event)
+            self.step = step
+        elif kind == "eval":
+            step, tokens, name = int(event["step"]), float(event["tokens"]), str(event["name"])
+            evaluation = Evaluation(step, tokens, name, str(event.get("role", "other")), number(event["loss"]))
+            self.evaluations.pop((step, name), None)  # so that the new one takes the later place
+            self.evaluations[step, name] = evaluation
+        elif kind == "start":
+            self.start = self.start or event
+        else:
+            if kind == "resume":
+                self.supersede(step := int(event["step"]))
+                if step < 0:  # started over: nothing of before counts, the start event included
+                    self.start, self.events = {}, []
+                    return
+            if self.keeps is None or kind in self.keeps:
+                self.events.append(event)
+
+    @abstractmethod
+    def add_step(self, step: int, event: dict[str, Any]) -> None:
+        """Keep the train event of ``step``, which is later than the newest."""
+
+    def supersede(self, step: int) -> None:
+        """Drop what was recorded of the steps after ``step``. That there was a resume is never dropped."""
+        self.evaluations = {key: line for key, line in self.evaluations.items() if key[0] <= step}
+        self.events = [e for e in self.events if e["event"] == "resume" or e.get("step", step) <= step]
+
+
+def mean_losses(evaluations: Iterable[Evaluation], role: str, name: str | None = None) -> list[tuple[int, float, float]]:
+    """(step, tokens, loss), by step: of the set ``name``, or the mean of all sets of ``role`` where all were evaluated."""
+    by_step: dict[int, dict[str, Evaluation]] = {}
+    for found in evaluations:
+        if found.role == role and name in (None, found.name):
+            by_step.setdefault(found.step, {})[found.name] = found
+    count = len({name for sets in by_step.values() for name in sets})
+    whole = [(step, list(sets.values())) for step, sets in sorted(by_step.items()) if len(sets) == count]
+    return [(step, sets[0].tokens, sum(found.loss for found in sets) / count) for step, sets in whole]
+
+
+def number(value: Any) -> float:
+    """NaN for what is no number: a loss that overflowed is written as null."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """The event that is all of ``line``; None where it is no event."""
+    try:
+        event = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        try:
+            event = json.loads(line.decode("utf-8", errors="replace"))  # Python's dialect: NaN and Infinity
+        except (ValueError, RecursionError):  # not JSON, or a number of more digits than Python reads
+            return None
+    return event if isinstance(event, dict) and "event" in event else None
