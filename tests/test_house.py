@@ -90,6 +90,14 @@ def test_the_table_names_rooms_that_there_are() -> None:
     assert set(FLOORS) == there - {None}
 
 
+def test_the_table_names_files_that_there_are() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    for names, about in re.findall(r"^\| \d[a-z]? \| ([^|]+) \| (.*) \|$", text, re.MULTILINE):
+        rooms = [ROOT / name for name in re.findall(r"`([^`]+)`", names)]
+        for name in re.findall(r"`([\w/]+\.py)`", about):
+            assert any((room if room.is_dir() else room.parent).joinpath(name).is_file() for room in rooms), f"{names}: {name}"
+
+
 def test_kernels_stand_alone_and_report_knows_no_training() -> None:
     for path in SOURCES:
         rooms = {room(name, 2) for _, name in imports(path)} - {None}

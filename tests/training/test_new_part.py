@@ -52,7 +52,8 @@ class Worst:
         return {"worst": {"loss": self.worst, "place": self.place}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.worst, self.place = state["worst"]["loss"], state["worst"]["place"]
+        if "worst" in state:  # the checkpoint may be older than the part
+            self.worst, self.place = state["worst"]["loss"], state["worst"]["place"]
 
 
 @pytest.fixture
@@ -88,6 +89,26 @@ def test_a_new_part_sees_every_step_and_is_resumed(tmp_path: Path, with_worst: N
     recent = read_state(outcome.folder / f"checkpoints/step_{outcome.step}").recent_steps.model_dump()
     assert recent["worst"] == {key: expected[-1][key] for key in ("loss", "place")}
     assert {"losses", "norms", "unchanged", "due", "unevaluated"} <= recent.keys()
+
+
+def test_a_run_may_get_a_part_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = trainer.training_step
+
+    def step_and_stop(run: Run, lr: float) -> StepResult:
+        if run.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, lr)
+
+    run = config(tmp_path, training={"budget": 9})
+    monkeypatch.setattr(trainer, "training_step", step_and_stop)
+    stopped = train(run, ALONE, quiet())
+    monkeypatch.undo()
+    order.PARTS.insert(order.PARTS.index(Evaluate), Worst)
+    try:
+        outcome = train(run, ALONE, quiet())
+    finally:
+        order.PARTS.remove(Worst)
+    assert outcome.exit_code == 0 and [line["step"] for line in lines(outcome.folder)] == list(range(stopped.step + 1, 10))
 
 
 def _worst_of(ranks: Ranks, place: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:

@@ -72,7 +72,8 @@ class StepPart(Protocol):
         """What a checkpoint has to keep of the part, as JSON values under keys of its own; {} where it keeps nothing."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state`` gave when the checkpoint was written; other parts' keys are there, too."""
+        """Take over what ``state`` gave when the checkpoint was written. Other parts' keys are there, too; the part's own are
+        not where the checkpoint is older than the part."""
 
 
 class Stateless:
