@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megarewarm.errors import UserError
+from megarewarm.record.events import TrainLine
 from megarewarm.record.lines import RESTARTS, TRAIN_START, CountedEvents, Lines, mean_losses, number, parse
 
 WINDOW = 1024
@@ -22,20 +23,6 @@ WINDOW = 1024
 
 _CHUNK = 1 << 22  # bytes in memory at once
 _GUARD = 64  # bytes before the offset that must still be what was read
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TrainLine:
-    """One train line; NaN where it lacks a number. ``time`` and ``data_wait`` are in seconds, ``loss`` in nats per token."""
-
-    step: int
-    tokens: float
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    data_wait: float
-    time: float
 
 
 class Follower(CountedEvents):

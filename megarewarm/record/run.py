@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.record.config_yaml import read_settings
+from megarewarm.record.events import COLUMNS
 from megarewarm.record.layout import METRICS_FILE
 from megarewarm.record.lines import TRAIN_START, CountedEvents, Evaluation, Lines, mean_losses, number
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
-_COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "lr_sum", "annealing_area")
 _CHUNK = 1 << 18  # bytes of lines in memory at once
 _ROW = 16  # train lines in a row from which on they are taken in together
 
@@ -156,7 +156,7 @@ class _Columns(CountedEvents):
 
     def __init__(self) -> None:
         super().__init__()
-        self._columns = {name: array("d") for name in _COLUMNS}
+        self._columns = {name: array("d") for name in COLUMNS}
         self.steps = self._columns["step"]  # ascending
         self._others = [(name, column.append) for name, column in self._columns.items() if name != "step"]
 

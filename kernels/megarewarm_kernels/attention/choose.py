@@ -167,7 +167,7 @@ def functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]] | None
 
 
 class _RotateAndSplit(torch.autograd.Function):
-    """Queries, keys and values as views of the projection. Their gradients meet in one tensor and are turned there."""
+    """Queries, keys and values as views of the projection. Their gradients meet in one tensor and are rotated there."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, ...]:

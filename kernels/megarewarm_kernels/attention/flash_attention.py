@@ -50,8 +50,8 @@ def flash_attention(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, sta
 def reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: Tensor | None = None) -> Tensor:
     """The definition of ``flash_attention`` in plain PyTorch, with all scores in memory. Leaves ``qkv`` alone."""
     cos, sin = (table.flatten(0, -2) for table in (cos, sin))
-    turned = rotary.reference(qkv.flatten(0, 1), cos, sin, head_dim=head_dim).view(qkv.shape) if cos.shape[1] else qkv
-    query, key, value = _heads(turned, head_dim)
+    rotated = rotary.reference(qkv.flatten(0, 1), cos, sin, head_dim=head_dim).view(qkv.shape) if cos.shape[1] else qkv
+    query, key, value = _heads(rotated, head_dim)
     out = _scores(query, key, starts).softmax(-1) @ value
     return out.transpose(1, 2).flatten(2).to(qkv.dtype)
 
@@ -196,18 +196,8 @@ if HAS_TRITON:
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
-_forward = define(
-    "flash_attention",
-    _define_forward,
-    shapes=_shape_forward,
-    kernel=_kernel_forward,
-)
-_backward = define(
-    "flash_attention_backward",
-    _define_backward,
-    shapes=_shape_backward,
-    kernel=_kernel_backward,
-)
+_forward = define("flash_attention", _define_forward, shapes=_shape_forward, kernel=_kernel_forward)
+_backward = define("flash_attention_backward", _define_backward, shapes=_shape_backward, kernel=_kernel_backward)
 
 
 def _operations(products: int, qkv: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
 """Rotary positions on the fused projection of queries, keys and values, in place.
 
-Channels (i, i + r / 2) of a query or key are a point in a plane, which is turned by its position's angle (Su et al. 2021,
+Channels (i, i + r / 2) of a query or key are a point in a plane, which is rotated by its position's angle (Su et al. 2021,
 arXiv 2104.09864, section 3.2.2, with the planes of GPT-NeoX: halves, not neighbours). Channels from r on stay as they are.
 The derivative turns back: (cos, sin) become (cos, -sin).
 
@@ -28,10 +28,10 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, overwrite_g
     Args:
         qkv: (t, n x 3 x d), contiguous, any floating dtype: head by head the query, the key and the value. Nobody may have
             saved it: a projection's output is right, for its derivative does not need it.
-        cos, sin: (rows, r / 2), fp32 (fp64 for fp64), r <= d even, r = 0 turns nothing. Token i takes row i mod rows: one row
+        cos, sin: (rows, r / 2), fp32 (fp64 for fp64), r <= d even, r = 0 rotates nothing. Token i takes row i mod rows: one row
             for each position of a sequence, or one for each token. They get no gradients.
         head_dim: d.
-        overwrite_gradient: the gradient that comes back is nobody else's either, so it may be turned where it lies. True
+        overwrite_gradient: the gradient that comes back is nobody else's either, so it may be rotated in place. True
             where what follows splits qkv; wrong where qkv is, say, added to something, which hands its gradient to both.
 
     Returns:
@@ -55,12 +55,12 @@ def reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int) -> Tensor
     query_key = heads[..., :2, :].to(exact(qkv.dtype))
     first, second, rest = query_key.split([half, half, head_dim - 2 * half], -1)
     cos, sin = cos[:, None, None], sin[:, None, None]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(qkv.dtype)
-    return torch.cat([turned, heads[..., 2:, :]], -2).view(qkv.shape)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(qkv.dtype)
+    return torch.cat([rotated, heads[..., 2:, :]], -2).view(qkv.shape)
 
 
 def check(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
-    """Raise ValueError unless ``qkv`` (t, n x 3 x d) can be turned by ``cos`` and ``sin`` (rows, r / 2)."""
+    """Raise ValueError unless ``qkv`` (t, n x 3 x d) can be rotated by ``cos`` and ``sin`` (rows, r / 2)."""
     if qkv.dim() != 2 or head_dim < 1 or qkv.shape[1] % (3 * head_dim):
         raise ValueError(f"need qkv (t, heads x 3 x {head_dim}), got {tuple(qkv.shape)}")
     if cos.dim() != 2 or cos.shape != sin.shape or 2 * cos.shape[1] > head_dim:
@@ -109,9 +109,9 @@ def _define(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, back: bool) ->
     query_key = qkv.view(-1, rows, heads, 3, head_dim)[..., :2, :]
     first, second = query_key[..., :half], query_key[..., half : 2 * half]
     cos, sin = cos[:, None, None], (-sin if back else sin)[:, None, None]
-    turned = first * cos - second * sin  # the tables' dtype is the exact one, so this is too
+    rotated = first * cos - second * sin  # the tables' dtype is the exact one, so this is too
     second.copy_(second * cos + first * sin)
-    first.copy_(turned)
+    first.copy_(rotated)
 
 
 def _shape(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, back: bool) -> None:
@@ -184,10 +184,4 @@ if HAS_TRITON:
 else:
     _kernel = None  # type: ignore[assignment]
 
-apply_rotary = define(
-    "rotate_",
-    _define,
-    shapes=_shape,
-    kernel=_kernel,
-    mutates=("qkv",),
-)
+apply_rotary = define("rotate_", _define, shapes=_shape, kernel=_kernel, mutates=("qkv",))

@@ -189,15 +189,5 @@ if HAS_TRITON:
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
-_forward = define(
-    "bias_gelu",
-    _define_forward,
-    shapes=_shape_forward,
-    kernel=_kernel_forward,
-)
-_backward = define(
-    "bias_gelu_backward",
-    _define_backward,
-    shapes=_shape_backward,
-    kernel=_kernel_backward,
-)
+_forward = define("bias_gelu", _define_forward, shapes=_shape_forward, kernel=_kernel_forward)
+_backward = define("bias_gelu_backward", _define_backward, shapes=_shape_backward, kernel=_kernel_backward)

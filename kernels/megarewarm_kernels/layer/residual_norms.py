@@ -322,15 +322,5 @@ if HAS_TRITON:
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 
-_forward = define(
-    "residual_norms",
-    _define_forward,
-    shapes=_shape_forward,
-    kernel=_kernel_forward,
-)
-_backward = define(
-    "residual_norms_backward",
-    _define_backward,
-    shapes=_shape_backward,
-    kernel=_kernel_backward,
-)
+_forward = define("residual_norms", _define_forward, shapes=_shape_forward, kernel=_kernel_forward)
+_backward = define("residual_norms_backward", _define_backward, shapes=_shape_backward, kernel=_kernel_backward)

@@ -174,9 +174,5 @@ logit_statistics = define(
     kernel=_kernel_statistics,
 )
 logit_gradient_ = define(
-    "logit_gradient_",
-    _define_gradient,
-    shapes=_shape_gradient,
-    kernel=_kernel_gradient,
-    mutates=("logits",),
+    "logit_gradient_", _define_gradient, shapes=_shape_gradient, kernel=_kernel_gradient, mutates=("logits",)
 )

@@ -52,8 +52,8 @@ def gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
     everyone = mine.new_empty((group.size() * 3, mine.shape[1]))
     all_gather_single(everyone, mine, group=group)
     largest, sums, targets = everyone.view(-1, *mine.shape).unbind(1)
-    top = largest.amax(0)
-    return torch.stack([top, (sums * torch.exp(largest - top)).sum(0), targets.sum(0)])
+    maximum = largest.amax(0)
+    return torch.stack([maximum, (sums * torch.exp(largest - maximum)).sum(0), targets.sum(0)])
 
 
 def compute(

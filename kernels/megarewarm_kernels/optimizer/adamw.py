@@ -182,15 +182,8 @@ def _shape_step(*arguments: Any) -> None:
 
 
 _step = define(
-    "adamw_",
-    _define_step,
-    shapes=_shape_step,
-    kernel=_kernel_step,
-    mutates=("parameter", "first", "second", "copy"),
+    "adamw_", _define_step, shapes=_shape_step, kernel=_kernel_step, mutates=("parameter", "first", "second", "copy")
 )
 _squared_norm = define(
-    "squared_norm",
-    _define_squared_norm,
-    shapes=lambda x: x.new_empty((), dtype=exact(x.dtype)),
-    kernel=_kernel_squared_norm,
+    "squared_norm", _define_squared_norm, shapes=lambda x: x.new_empty((), dtype=exact(x.dtype)), kernel=_kernel_squared_norm
 )

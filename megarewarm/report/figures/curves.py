@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
@@ -329,7 +328,7 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
     """The runs by peak learning rate, beside the learning-rate panel."""
     ranked = sorted(lines, key=lambda line: -(line.run.peak_lr or 0.0))
     legend = axes.legend(
-        handles=[_handle(axes, line, f"{line.label}  {rate_text(line.run.peak_lr)}") for line in ranked],
+        handles=[line.legend_entry(axes, f"  {rate_text(line.run.peak_lr)}") for line in ranked],
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelspacing=0.35,
         handlelength=1.4, title="run and peak LR", title_fontsize=9, alignment="left", borderaxespad=0,
     )  # fmt: skip
@@ -338,7 +337,7 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
 
 def _legend_above(figure: Figure, lines: Sequence[Line]) -> None:
     figure.legend(
-        handles=[_handle(figure.axes[0], line, line.label) for line in lines],
+        handles=[line.legend_entry(figure.axes[0]) for line in lines],
         loc="upper left", bbox_to_anchor=(0.055, 1), ncols=_legend_columns(lines), frameon=False, fontsize=9,
     )  # fmt: skip
 
@@ -346,10 +345,6 @@ def _legend_above(figure: Figure, lines: Sequence[Line]) -> None:
 def _legend_columns(lines: Sequence[Line]) -> int:
     """As many columns of names as fit beside each other."""
     return max(1, min(len(lines), int((_WIDTH - 0.8) / (0.65 + 0.078 * max(len(line.label) for line in lines)))))
-
-
-def _handle(axes: Axes, line: Line, label: str) -> Line2D:
-    return axes.plot([], [], color=line.colour, linestyle=line.dashes, marker=line.marker, markersize=5, label=label)[0]
 
 
 def _limit(axes: Axes, lines: Sequence[Line], curves: Sequence[Curve]) -> None:

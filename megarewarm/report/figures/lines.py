@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
 from megarewarm.record.run import RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.numbers.runs import RunRow
@@ -32,6 +35,12 @@ class Line:
     @property
     def is_pretraining(self) -> bool:
         return self.row is not None and self.row.kind == "pretraining"
+
+    def legend_entry(self, axes: Axes, more: str = "") -> Line2D:
+        """What stands for this line in a legend of ``axes``, its label and ``more``; it draws no point."""
+        return axes.plot(
+            [], [], color=self.colour, linestyle=self.dashes, marker=self.marker, markersize=5, label=self.label + more
+        )[0]
 
 
 def lines_of(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Line]:

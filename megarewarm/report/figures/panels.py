@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -186,13 +185,9 @@ def _grid(
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
             style.quiet_axes(axes)
             if not handles:
-                handles = [_handle(axes, line) for line in shown]
+                handles = [line.legend_entry(axes) for line in shown]
         figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.055, 1), ncols=columns, frameon=False, fontsize=9)
         return figure
-
-
-def _handle(axes: Axes, line: Line) -> Line2D:
-    return axes.plot([], [], color=line.colour, linestyle=line.dashes, marker=line.marker, markersize=5, label=line.label)[0]
 
 
 def _mean_points(line: Line, points_of: Callable[[RecordedRun], Points]) -> Points:

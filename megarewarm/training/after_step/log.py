@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megarewarm.model.size import peak_tflops, training_flops_per_token
+from megarewarm.record.events import TrainEvent
 from megarewarm.training.after_step.part import Context, Moment, Stateless
 from megarewarm.training.run import Run
 
@@ -23,8 +24,7 @@ class Log(Stateless):
         plan, step = run.plan, run.step
         rate = plan.config.tokens_per_step / moment.seconds
         lr_sum, area = (float(column[step - plan.origin.step - 1]) for column in self._sums)
-        self._metrics.event(
-            "train",
+        event = TrainEvent(
             step=step,
             tokens=plan.tokens(step),
             loss=result.loss,
@@ -34,10 +34,11 @@ class Log(Stateless):
             grad_norm=result.norm,
             tokens_per_second=round(rate, 1),
             data_wait=round(result.waited, 4),
-            **({} if result.changed else {"changed": False}),
-            **({"distill_loss": result.distilled} if run.model.teacher is not None else {}),
-            **_utilisation(run, rate),
+            distill_loss=result.distilled if run.model.teacher is not None else None,
+            mfu=_utilisation(run, rate),
+            changed=result.changed,
         )
+        self._metrics.event("train", **event.values())
 
 
 class Show(Stateless):
@@ -56,11 +57,11 @@ class Show(Stateless):
             self._context.metrics.text(logged)
 
 
-def _utilisation(run: Run, tokens_per_second: float) -> dict[str, float]:
-    """``{"mfu": share}`` where the device's peak is known (causal-attention FLOPs of forward and backward), else {}."""
+def _utilisation(run: Run, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation (causal-attention FLOPs of forward and backward), ``None`` where the device's peak is unknown."""
     device, plan = run.ranks.device, run.plan
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is None:
-        return {}
+        return None
     flops = training_flops_per_token(plan.model, plan.config.data.sequence_length) * tokens_per_second
-    return {"mfu": round(flops / (peak * 1e12 * run.ranks.world_size), 4)}
+    return round(flops / (peak * 1e12 * run.ranks.world_size), 4)
