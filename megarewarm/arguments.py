@@ -1,8 +1,10 @@
-"""The command line of launch.sh, and what those of tools/ share. Without other packages, so that --help answers at once."""
+"""The command line of a run, and what all commands share. Without other packages, so that --help answers at once."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,18 +13,22 @@ from megarewarm import __version__
 from megarewarm.errors import nearest
 
 DTYPES = ("fp32", "fp16", "bf16")
+STORED_DTYPES = ("uint16", "uint32", "int32")
+"""Of token ids in a file."""
+
 FORMS = ("hf", "neox", "megarewarm")
 """Of checkpoints that are written; what they mean is in checkpoint/convert.py."""
 
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
 Start it with any of:
-  bash launch.sh configs/quickstart.yml
+  megarewarm train configs/quickstart.yml
+  bash launch.sh configs/quickstart.yml                             (from a checkout; installs what is missing into .venv)
   python launch.sh configs/410m_rewarm.yml training.micro_batch=4
   deepspeed launch.sh configs/410m_rewarm.yml
   torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
   deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
-The same command after an interruption continues where the run stood.
+The same command after an interruption resumes the run where it stopped.
 Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 6 out of memory, 75 the time limit is
 up, 128 + signal when stopped by one (after both a checkpoint was saved)."""
 
@@ -42,10 +48,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self._words: list[str] = []
         self.register("type", Path, lambda text: Path(path_text(text)))
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Print usage and ``message`` on stderr, exit with code 2."""
+        """Print usage and ``message`` on stderr, exit with code 2. A mistyped option is named before what is missing."""
+        options = [word.partition("=")[0] for word in self._words if re.match("--[a-z]", word)]
+        unknown = [option for option in options if option not in self._option_string_actions]
+        if unknown and "arguments are required: " in message:
+            message = f"unrecognized arguments: {unknown[0]}"
         _, colon, words = message.partition("unrecognized arguments: ")
         if colon and words.startswith("-"):
             option = words.split()[0].partition("=")[0]
@@ -62,17 +77,16 @@ class Parser(argparse.ArgumentParser):
         return f"; keys of a run are words without dashes, such as {key}=..." if key is not None and takes_keys else ""
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line. ``--local_rank`` is what the DeepSpeed launcher adds; it is read by the launcher's reader."""
+def run_command_line() -> Parser:
+    """The options of ``megarewarm train`` and launch.sh. ``--local_rank`` is what the DeepSpeed launcher adds."""
     parser = Parser(
-        prog="launch.sh",
-        description="megarewarm: continual pre-training of GPT-NeoX models.",
+        description="Continual pre-training of language models, from a run's YAML or an experiment's.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="YAML files, then overrides")
-    parser.add_argument("--quick", action="store_true", help="an experiment in the small form that it has under 'quick'")
+    parser.add_argument("--quick", action="store_true", help="run the reduced experiment that the file defines under 'quick'")
     parser.add_argument(
         "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
     )
@@ -82,4 +96,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")
-    return parser.parse_intermixed_args(list(argv))
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a run: ``argv`` without the program's name."""
+    return run_command_line().parse_intermixed_args(list(argv))

@@ -22,6 +22,15 @@ from typing import Any, NoReturn
 
 from megarewarm.errors import EXIT_BAD_INPUT, EXIT_OUT_OF_MEMORY, UserError
 
+_EXTRAS = {
+    **dict.fromkeys(("tiktoken", "sentencepiece", "zstandard", "pyarrow", "ftfy"), "data"),
+    **dict.fromkeys(("matplotlib", "scipy"), "report"),
+    "mpi4py": "mpi",
+    "huggingface_hub": "hub",
+    "wandb": "wandb",
+}
+"""Packages that not everyone needs, by the extra of pyproject.toml that installs them."""
+
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 
@@ -72,6 +81,12 @@ def run(main: Callable[[], int | None], *, stopped: str = "stopped") -> NoReturn
         else:
             code = EXIT_BAD_INPUT
             say(f"{error.filename or 'the output'}: {error.strerror or error}")
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
+            raise
+        code = EXIT_BAD_INPUT
+        say(f"the package {name} is not installed; pip install 'megarewarm[{_EXTRAS[name]}]'")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

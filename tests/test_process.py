@@ -275,14 +275,14 @@ def test_tools_without_their_packages_use_the_environment_beside_them(tmp_path: 
     (checkout / "tools").mkdir(parents=True)
     for name in ("launch.sh", "tools/report.py", "tools/find_megarewarm.py", "tools/environment.sh"):
         shutil.copy(ROOT / name, checkout / name)
-    for name in ("megarewarm", "kernels", "setup.py", "constraints.txt", "tests"):
+    for name in ("megarewarm", "kernels", "pyproject.toml", "constraints.txt", "tests"):
         (checkout / name).symlink_to(ROOT / name)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     bare = {"PATH": f"{tmp_path / 'bare' / 'bin'}:/usr/bin:/bin", "PYTHONPATH": ""}
     for key in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         bare[key] = ""
     python = str(tmp_path / "bare" / "bin" / "python")
-    done = ended([python, str(checkout / "tools" / "report.py"), "--help"], env=bare)
+    done = ended([python, str(checkout / "tools" / "report.py"), "runs/x"], env=bare)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"environment.sh" in done.stderr, done.stderr
     for words in ([], ["--help"], ["run.yml", "-h"], ["--version"]):  # installs nothing
         done = ended(["bash", str(checkout / "launch.sh"), *words], env=bare)

@@ -8,7 +8,7 @@ set -eu
 root=$(cd -- "$(dirname -- "$0")/.." && pwd)
 wanted=${1:-}
 venv="$root/.venv"
-stamp=$(cat "$root/setup.py" "$root/constraints.txt" "$root"/tests/requirements*.txt "$0" | cksum | tr ' ' '-')
+stamp=$(cat "$root/pyproject.toml" "$root/constraints.txt" "$root"/tests/requirements*.txt "$0" | cksum | tr ' ' '-')
 
 can_run() { "$1" "$root/tools/find_megarewarm.py" 2>/dev/null; }
 
@@ -52,7 +52,7 @@ if [ "$wanted" = test ]; then
   pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[test]"
   DS_BUILD_OPS=0 pip install --no-build-isolation --constraint "$root/constraints.txt" deepspeed
 else
-  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root"
+  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[data,report,mpi]"
 fi
 # last, so that an interrupted installation is taken up again
 touch "$venv/installed-$wanted-$stamp"

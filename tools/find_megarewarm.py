@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = [
@@ -22,9 +23,7 @@ NEEDED = [
     "safetensors",
     "tokenizers",
     "orjson",
-    "zstandard",
     "tensorboard",
-    "matplotlib",
 ]
 
 
@@ -62,3 +61,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from megarewarm.process import begin  # noqa: E402
 
 begin()
+
+
+def run(command: str) -> NoReturn:
+    """Run ``megarewarm COMMAND`` under the name of the tool that was started."""
+    from megarewarm.cli import run_command
+
+    run_command(command, sys.argv[1:], os.path.basename(sys.argv[0]))

@@ -1,51 +1,7 @@
 #!/usr/bin/env python3
-"""Look into a checkpoint: python tools/inspect_checkpoint.py CHECKPOINT [--norms] [--diff OTHER] [--verify]"""
+"""megarewarm inspect, from a checkout: python tools/inspect_checkpoint.py --help"""
 
-from __future__ import annotations
-
-import find_megarewarm  # noqa: F401  # isort: skip
-from megarewarm.arguments import Parser, path_text
-from megarewarm.console import make_console
-from megarewarm.errors import UserError
-from megarewarm.process import importing, run
-
-
-def main() -> None:
-    parser = Parser(description="Show what is in a checkpoint of any form that megarewarm reads.")
-    parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
-    parser.add_argument("--norms", action="store_true", help="root mean square and largest magnitude of every parameter")
-    parser.add_argument("--diff", type=path_text, metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
-    parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
-    arguments = parser.parse_args()
-    with importing():
-        from megarewarm.checkpoint import inspection
-        from megarewarm.checkpoint.progress import reading
-        from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
-
-    console = make_console()
-    source = open_checkpoint(arguments.checkpoint)
-    if arguments.verify:
-        if not isinstance(source, OwnCheckpoint):
-            raise UserError(f"{source.name}: {source.format} checkpoints have no checksums; only megarewarm's have")
-        source.verify(alone=True)
-        console.print(f"{source.name}: every file is as it was written", style="green", highlight=False)
-    console.print(inspection.state_table(source))
-    console.print()
-    console.print(inspection.lineage_tree(source))
-    size = inspection.size_of(source.stored)
-    if arguments.norms:
-        with reading(console, "norms", size) as advance:
-            found = list(inspection.norms(source, advance))
-        console.print()
-        console.print(inspection.norms_table(found))
-    if arguments.diff is not None:
-        other = open_checkpoint(arguments.diff)
-        with reading(console, "differences", size + inspection.size_of(other.stored)) as advance:
-            changes = list(inspection.differences(source, other, advance))
-        console.print(f"\nfrom {source.name} to {other.name}", style="bold", highlight=False)
-        console.print(inspection.differences_table(changes, arguments.most))
-
+import find_megarewarm
 
 if __name__ == "__main__":
-    run(main)
+    find_megarewarm.run("inspect")

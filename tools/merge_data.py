@@ -1,42 +1,7 @@
 #!/usr/bin/env python3
-"""Token files as one: python tools/merge_data.py PREFIX [PREFIX ...] --output PREFIX"""
+"""megarewarm merge-data, from a checkout: python tools/merge_data.py --help"""
 
-from __future__ import annotations
-
-import find_megarewarm  # noqa: F401  # isort: skip
-import sys
-from pathlib import Path
-
-from rich.progress import Progress
-
-from megarewarm.arguments import Parser, path_text
-from megarewarm.console import make_console
-from megarewarm.data.files.merge import merge_token_files
-from megarewarm.data.files.token_file import open_tokens
-from megarewarm.errors import UserError
-from megarewarm.process import run
-
-
-def main() -> None:
-    parser = Parser(description="Write the documents of several .bin/.idx pairs into one, in the order given.")
-    parser.add_argument("prefixes", type=path_text, nargs="+", metavar="PREFIX", help="name of a pair without suffix")
-    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the new pair's name, without suffix")
-    parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
-    arguments = parser.parse_args()
-    total = sum(open_tokens(prefix).total_tokens for prefix in arguments.prefixes)
-    try:
-        with Progress(transient=True, disable=not sys.stderr.isatty(), console=make_console(stderr=True)) as bar:
-            task = bar.add_task("merging", total=total)
-            documents, tokens = merge_token_files(
-                arguments.prefixes,
-                arguments.output,
-                overwrite=arguments.overwrite,
-                progress=lambda count: bar.advance(task, count),
-            )
-    except OSError as error:
-        raise UserError(f"{error.filename or arguments.output}: {error.strerror or error}; nothing was written") from error
-    print(f"{arguments.output}: {documents:,} documents, {tokens:,} tokens")
-
+import find_megarewarm
 
 if __name__ == "__main__":
-    run(main, stopped="stopped; nothing was written")
+    find_megarewarm.run("merge-data")

@@ -1,63 +1,7 @@
 #!/usr/bin/env python3
-"""Train a tokenizer: python tools/train_tokenizer.py FILE [FILE ...] --vocab-size 32768 --output tokenizer.json"""
+"""megarewarm tokenizer, from a checkout: python tools/train_tokenizer.py --help"""
 
-from __future__ import annotations
-
-import find_megarewarm  # noqa: F401  # isort: skip
-import argparse
-from pathlib import Path
-
-from rich.progress import Progress
-
-from megarewarm.arguments import Parser, path_text
-from megarewarm.console import make_console
-from megarewarm.data.text.preprocess.documents import Documents, first_bytes
-from megarewarm.data.text.tokenizers import train_bpe, train_sentencepiece
-from megarewarm.process import run
-
-TRAINERS = {".json": train_bpe, ".model": train_sentencepiece}
-
-
-def main() -> None:
-    parser = Parser(description="Train a byte-level BPE tokenizer or a sentencepiece model.")
-    parser.add_argument(
-        "files",
-        type=path_text,
-        nargs="+",
-        metavar="FILE",
-        help=".jsonl, .txt (also .gz, .zst), .parquet, folders, patterns, -",
-    )
-    parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
-    parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")
-    parser.add_argument(
-        "--text-key", default="text", help="key or column of the text, dots divide nested keys; default: %(default)s"
-    )
-    parser.add_argument("--sample-mb", type=_megabytes, default=100.0, help="megabytes to learn from; default: %(default)g")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    arguments = parser.parse_args()
-    if arguments.output.suffix not in TRAINERS:
-        parser.error(f"--output {arguments.output}: expected a name that ends in {' or '.join(TRAINERS)}")
-    if arguments.output.exists() and not arguments.overwrite:
-        parser.error(f"--output {arguments.output} exists: choose another name or add --overwrite")
-    documents = Documents(arguments.files, arguments.text_key)
-    console = make_console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        limit = int(arguments.sample_mb * 1e6)
-        task = bar.add_task("reading and learning", total=min(limit, documents.total_bytes) or None)
-        texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
-        tokenizer = TRAINERS[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
-        bar.update(task, total=1, completed=1)
-    print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
-    if documents.skipped.broken:
-        print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
-
-
-def _megabytes(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of megabytes above 0")
-    return value
-
+import find_megarewarm
 
 if __name__ == "__main__":
-    run(main, stopped="stopped; nothing was written")
+    find_megarewarm.run("tokenizer")

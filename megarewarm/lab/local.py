@@ -15,8 +15,11 @@ from typing import IO
 from megarewarm.config.arms import Arm
 from megarewarm.errors import UserError
 from megarewarm.process import in_main_thread
+from megarewarm.resources import CHECKOUT
 
-LAUNCHER = Path(__file__).resolve().parents[2] / "launch.sh"
+LAUNCHER = [str(CHECKOUT / "launch.sh")] if CHECKOUT else ["-m", "megarewarm", "train"]
+"""What Python starts for a run."""
+
 _GRACE = 120.0  # seconds that a stopped run may take to save
 
 
@@ -137,7 +140,7 @@ def _begin(
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     log = logs / f"{arm.name}.log"
     file = open(log, "ab")  # noqa: SIM115 - lives as long as the process
-    command = [*start, os.fspath(LAUNCHER), *words, "--only", arm.name]
+    command = [*start, *LAUNCHER, *words, "--only", arm.name]
     process = subprocess.Popen(  # noqa: S603 - our own launcher with the words of this very command line, and no shell
         command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megarewarm.config.arms import Arm
 from megarewarm.errors import UserError
+from megarewarm.resources import CHECKOUT, FOLDER
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "slurm" / "experiment.sbatch"
+SCRIPTS = CHECKOUT / "tools" / "slurm" if CHECKOUT else FOLDER / "slurm"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,17 @@ def command_of(wave: Wave, words: Sequence[str], jobs: int | None, options: Sequ
     array = f"1-{len(wave.arms)}" + (f"%{jobs}" if jobs is not None else "")
     waiting = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     output = f"--output={wave.list_file.parent}/%x-%A_%a.out"
-    return ["sbatch", "--parsable", f"--array={array}", output, *waiting, *options, str(SCRIPT), str(wave.list_file), *words]
+    return [
+        "sbatch",
+        "--parsable",
+        f"--array={array}",
+        output,
+        *waiting,
+        *options,
+        str(SCRIPTS / "experiment.sbatch"),
+        str(wave.list_file),
+        *words,
+    ]
 
 
 def submit(
@@ -56,6 +67,8 @@ def submit(
     """Submit ``arms`` in waves. ``words`` name the experiment to launch.sh, ``options`` go to sbatch. Raises ``UserError``."""
     if shutil.which("sbatch", path=environment.get("PATH")) is None:
         raise UserError("--launcher slurm: there is no sbatch on this machine; run this on the cluster's login node")
+    place = {"MEGAREWARM_ROOT": str(CHECKOUT)} if CHECKOUT else {"MEGAREWARM_PYTHON": sys.executable}
+    place["MEGAREWARM_SLURM"] = str(SCRIPTS)  # Slurm starts a copy of the script, which can't find its neighbour by itself
     submitted: list[Wave] = []
     for wave in waves(arms, folder):
         wave.list_file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +79,7 @@ def submit(
             capture_output=True,
             encoding="utf-8",
             errors="replace",
-            env=environment | {"MEGAREWARM_ROOT": str(ROOT)},
+            env=environment | place,
             check=False,
         )
         if done.returncode:

@@ -56,6 +56,7 @@ class RecordedRun:
 
     @property
     def name(self) -> str:
+        """The run's name; of a folder without one, the folder's."""
         return str(self.start.get("name") or self.config.get("name") or self.folder.name)
 
     @property

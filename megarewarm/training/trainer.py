@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from rich.console import Console
 
@@ -35,12 +38,17 @@ from megarewarm.training.start.texts import settle_texts
 from megarewarm.training.step import training_step
 from megarewarm.training.summary import announce
 
+Callback = Callable[[dict[str, Any]], object]
+
 _NOTICEABLE_WAIT = 0.05  # of the time of a run, spent on waiting for data
 
 
 @collective
-def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
+def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence[Callback] = ()) -> Outcome:
     """Train ``config`` to its end, from its own newest checkpoint if it has one. All ranks call it.
+
+    ``callbacks`` are called on the main rank with each event of metrics.jsonl after 'start'; one that returns True ends the
+    run after the step, saved.
 
     Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` where too many steps changed
     nothing, ``ReplicasDiffer`` where ranks that should hold the same weights don't.
@@ -68,6 +76,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         saver = opened.enter_context(Saver(folder.checkpoints, retention(plan.config), asynchronous=asynchronous))
         saver.reserve(run.tensors())
         with StopRequest(console) as stop:
+            voice.metrics.listeners += [functools.partial(_call, callback, stop) for callback in callbacks]
             run.between = Lookout(stop, ranks.world_size)
             progress = RunProgress(console, plan.config, plan.position.step, evaluations)
             lookout = Lookout(stop, ranks.world_size)
@@ -75,6 +84,11 @@ def train(config: RunConfig, ranks: Ranks, console: Console) -> Outcome:
         if outcome.exit_code == 0:
             export_run(plan, run.inputs.texts, folder, ranks, voice.say)
     return outcome
+
+
+def _call(callback: Callback, stop: StopRequest, event: dict[str, Any]) -> None:
+    if callback(event) is True:
+        stop.by_callback = True
 
 
 def _open(run: Run, config: RunConfig, folder: RunFolder, console: Console, opened: ExitStack) -> Voice:

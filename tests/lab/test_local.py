@@ -68,7 +68,7 @@ def runs(**starts: str | None) -> list[dict[str, Any]]:
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(local, "LAUNCHER", tmp_path / "stand_in.py")
+    monkeypatch.setattr(local, "LAUNCHER", [str(tmp_path / "stand_in.py")])
     monkeypatch.setattr(local, "devices", lambda: [])
     monkeypatch.setenv("PLACE", str(tmp_path))
     return tmp_path / "calls"

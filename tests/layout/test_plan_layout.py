@@ -1,34 +1,17 @@
-"""tools/plan_layout.py: every divisor of a rank's batch is tried, and no number is cut off, however narrow the terminal."""
+"""megarewarm plan: every divisor of a rank's batch is tried, and no number is cut off, however narrow the terminal."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rich.console import Console
 
+from megarewarm.cli import plan as tool
 from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
 from tests.support.tiny import config
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        spec = importlib.util.spec_from_file_location("plan_layout", TOOLS / "plan_layout.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(TOOLS))
 
 
 def planned(place: Path, gpus: int, batch: int) -> tuple[RunConfig, list[LayoutEstimate]]:
@@ -50,13 +33,13 @@ def test_every_divisor_is_a_micro_batch(tmp_path: Path, share: int) -> None:
 
 
 @pytest.mark.parametrize(("gpus", "batch"), [(1, 32), (2048, 2048)])
-def test_no_digit_is_dropped(tmp_path: Path, tool: ModuleType, gpus: int, batch: int) -> None:
+def test_no_digit_is_dropped(tmp_path: Path, gpus: int, batch: int) -> None:
     _, plans = planned(tmp_path, gpus, batch)
     for width in range(50, 100):
-        check(tool, plans, gpus, width)
+        check(plans, gpus, width)
 
 
-def check(tool: ModuleType, plans: list[LayoutEstimate], gpus: int, width: int) -> None:
+def check(plans: list[LayoutEstimate], gpus: int, width: int) -> None:
     console = Console(width=width)
     with console.capture() as shown:
         console.print(tool.fitted(plans[:10], gpus, width))

@@ -427,6 +427,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert time.perf_counter() - began < 20
     missing = subprocess.run([*command[:2], str(tmp_path / "nothing")], capture_output=True, text=True)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "give a run's folder" in missing.stderr
-    code = f"import sys; sys.argv = {command[1:]!r}; sys.path.insert(0, {str(ROOT / 'tools')!r}); import watch; watch.main(); "
+    code = f"import sys; from megarewarm.cli import watch; watch.main([{str(folder)!r}]); "
     code += "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT).returncode == 0

@@ -4,13 +4,18 @@
 : "${MEGAREWARM_RETRIES:=3}"
 
 run_and_requeue() {
-  local python code
-  python=$("$root/tools/environment.sh") || exit 2
+  local python code start
+  if [ -f "$root/launch.sh" ] && [ -z "${MEGAREWARM_PYTHON:-}" ]; then
+    python=$("$root/tools/environment.sh") || exit 2
+    start=("$python" -u "$root/launch.sh")
+  else # megarewarm is installed
+    start=("${MEGAREWARM_PYTHON:-python3}" -u -m megarewarm train)
+  fi
   # srun has not taken these over from sbatch since Slurm 22.05
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
   # the ranks end within seconds of each other; a minute after the first one those that hang are killed
-  srun --wait=60 "$python" -u "$root/launch.sh" "$@"
+  srun --wait=60 "${start[@]}" "$@"
   code=$?
   case $code in
     0 | 2 | 3) ;;    # done, bad input, diverged: another try would end the same

@@ -43,19 +43,20 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("curves", "tradeoff", "sets", "pretraining"):
         (folder / f"{name}.png").unlink(missing_ok=True)  # a picture of an earlier report must not pass for this one's
-    pictures = _pictures(runs, table)
-    for picture in pictures:
+    drawn = pictures(runs, table)
+    for picture in drawn:
         save_png(picture, folder)
     flat = [file_row(row) for row in table]
     write_json(folder / "table.json", flat, indent=2)
     # a loss that is not finite is empty there, too, with 'diverged' true
     write_csv(folder / "table.csv", [finite(row) for row in flat])
     page = folder / "report.html"
-    page.write_text(_page(runs, table, pictures), encoding="utf-8")
+    page.write_text(_page(runs, table, drawn), encoding="utf-8")
     return page
 
 
-def _pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Picture]:
+def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Picture]:
+    """The report's pictures of ``runs``, each with its row of ``table``; those that have nothing to show are left out."""
     lines = lines_of(runs, table)
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (

@@ -22,7 +22,8 @@ _ASK_EVERY = 1.0  # seconds between two questions among ranks
 
 
 class StopRequest:
-    """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None.
+    """Context in which SIGINT, SIGTERM and SIGUSR1 ask for a stop; ``received`` is the signal's number, or None. A callback of
+    the run asks for it by setting ``by_callback``.
 
     Signals are counted by a thread that the C handler wakes, since the interpreter's own runs only between two instructions of
     the main thread: a rank that waits in a collective for one that hangs would never see the second. In another thread than
@@ -31,6 +32,7 @@ class StopRequest:
 
     def __init__(self, console: Console) -> None:
         self.received: int | None = None
+        self.by_callback = False
         self._console = console
         self._previous: dict[int, Any] = {}
         self._first = 0.0
@@ -56,6 +58,10 @@ class StopRequest:
         os.close(self._writes)  # which ends the thread
         self._thread.join()
         os.close(self._reads)
+
+    @property
+    def is_asked(self) -> bool:
+        return self.by_callback or self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Nothing: the thread has it. Without a handler the signal would have its default effect."""
@@ -97,7 +103,7 @@ class Lookout:
         self._left -= 1
         if self._several and self._left:
             return
-        told, seconds = all_reduce_maxima([self._stop.received is not None, time.monotonic() - self._asked])
+        told, seconds = all_reduce_maxima([self._stop.is_asked, time.monotonic() - self._asked])
         if told:
             raise StopAgreed
         # by a factor of two at most, for the pace may change; all ranks come to the same number

@@ -23,7 +23,7 @@ class AskStop(Stateless):
         if self._began is not None:
             context.limit.step(moment.began - self._began)
         self._began = moment.began
-        mine = [context.stop.received is not None, context.limit.is_over and run.ranks.is_main, context.saver.failed]
+        mine = [context.stop.is_asked, context.limit.is_over and run.ranks.is_main, context.saver.failed]
         asked, out_of_time, failed = (count > 0 for count in all_reduce_sums(mine))
         if failed:
             context.saver.wait()  # which raises
@@ -43,7 +43,8 @@ class EndStopped(Stateless):
         config = run.plan.config
         # one word for all: ranks may have got different signals, or none
         number = round(max(all_reduce_maxima([float(context.stop.received or 0)])))
-        reason = f"signal {number}" if number else f"time limit of {config.reliability.max_wall_time}"
+        other = "a callback" if context.stop.by_callback else f"time limit of {config.reliability.max_wall_time}"
+        reason = f"signal {number}" if number else other
         context.metrics.event("stop", step=run.step, reason=reason, **({"evaluated": False} if moment.unevaluated else {}))
         if moment.saved:
             what = f"saved{', not yet evaluated' * moment.unevaluated}; the same command continues from here"

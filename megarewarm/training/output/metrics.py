@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Metrics:
         self._board = None
         self._wandb = None
         self.has_past = False
+        self.listeners: list[Callable[[dict[str, Any]], object]] = []
+        """Called with each event as it is written, on the rank that writes."""
         if not writes:
             return
         self._path, self._log_path = path, log_path = folder / METRICS_FILE, folder / LOG_FILE
@@ -64,7 +67,10 @@ class Metrics:
         if event == "start":
             values = {"format": RUN_FORMAT, **values}
         clean = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        _append(self._path, self._file, orjson.dumps({"event": event, "time": round(time.time(), 3), **clean}) + b"\n")
+        line = {"event": event, "time": round(time.time(), 3), **clean}
+        _append(self._path, self._file, orjson.dumps(line) + b"\n")
+        for listener in self.listeners:
+            listener(line)
         if points := _points(event, values):
             if self._board is not None:
                 self._board.scalars(values["step"], points)

@@ -1,0 +1,287 @@
+"""The Python interface: what ``import megarewarm`` offers. Every function raises ``UserError`` for bad input.
+
+It works in scripts, notebooks and threads, and under torchrun, srun or mpirun, where every rank makes the same calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megarewarm.checkpoint.convert import ConvertOptions, convert
+from megarewarm.checkpoint.source import OpenedCheckpoint, open_checkpoint
+from megarewarm.checkpoint.weights import expected_shapes, fill
+from megarewarm.config.data import DataConfig, ValidationSet
+from megarewarm.config.load import apply_override, dump, read_configs, validate
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.yaml_text import Origins
+from megarewarm.console import make_console
+from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.token_file import open_tokens
+from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.text.preprocess.job import Options, Written, preprocess
+from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
+from megarewarm.errors import UserError
+from megarewarm.model.neox import NeoX
+from megarewarm.parallel.connect import connect
+from megarewarm.parallel.meeting_place import launch_of_process
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.record.run import RecordedRun, read_run
+from megarewarm.rewarm.reset import ResetPolicy
+from megarewarm.training.after_step.part import Outcome
+from megarewarm.training.start.evaluations import evaluation_steps
+from megarewarm.training.start.plan import make_plan
+from megarewarm.training.trainer import Callback
+from megarewarm.training.trainer import train as train_on
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+__all__ = [
+    "LoadedModel",
+    "Outcome",
+    "RecordedRun",
+    "RunPlan",
+    "UserError",
+    "draw",
+    "load_config",
+    "load_model",
+    "plan",
+    "prepare",
+    "read_run",
+    "to_yaml",
+    "train",
+    "train_tokenizer",
+]
+
+_ranks: Ranks | None = None
+
+
+def load_config(source: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A run's configuration, checked.
+
+    Args:
+        source: a YAML file (its ``extends`` are followed), or the same as a mapping of sections.
+        overrides: values by dotted key, as on the command line: ``{"schedule.max_lr": 3e-4, "training.budget": "10M tokens"}``.
+    """
+    origins: Origins = {}
+    if isinstance(source, Mapping):
+        mapping = copy.deepcopy(dict(source))
+    else:
+        mapping, origins = read_configs([str(source)])
+    for key, value in (overrides or {}).items():
+        text = value if isinstance(value, str) else json.dumps(value)  # which is YAML of one line
+        apply_override(mapping, origins, f"{key}={text}")
+    return validate(RunConfig, mapping, origins)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:
+    """A byte-level BPE tokenizer of ``vocab_size`` ids, special tokens included, written to ``path`` (.json)."""
+    return train_bpe(texts, vocab_size, Path(path))
+
+
+def prepare(
+    texts: Sequence[Path | str], tokenizer: Path | str, prefix: Path | str, *, workers: int = 1, **options: Any
+) -> list[Written]:
+    """Tokenise files or folders of text into PREFIX.bin, .idx and .json, as ``megarewarm prepare`` does.
+
+    Args:
+        texts: .txt, .jsonl (both also .gz, .zst), .parquet, or folders of them.
+        tokenizer: a tokenizer.json, a sentencepiece .model, or a folder with one.
+        prefix: the files' name, without suffix.
+        workers: processes; more than 1 needs a script with ``if __name__ == "__main__"``.
+        options: fields of ``megarewarm.data.text.preprocess.job.Options``, such as ``split=(0.9, 0.1)``, ``shuffle=1``.
+    """
+    return preprocess(texts, tokenizer, prefix, Options(**options), worker_count=workers, threads_only=workers == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What a run will do; ``config`` has its model settled.
+
+    ``learning_rates`` (steps,) float64 is the rate of each step; ``evaluations`` are the steps after which the validation sets
+    are evaluated; ``reset`` says what of the start checkpoint is kept; ``resumes_at`` is the step that the run folder has
+    reached, 0 for a fresh run.
+    """
+
+    config: RunConfig
+    steps: int
+    tokens: int
+    learning_rates: NDArray[np.float64]
+    evaluations: list[int]
+    reset: ResetPolicy
+    resumes_at: int
+
+
+def plan(config: RunConfig) -> RunPlan:
+    """The plan of a run, without training or writing anything. The start checkpoint is opened, token files are not."""
+    made = make_plan(config)
+    first, last = made.origin.step, made.config.total_steps
+    return RunPlan(
+        made.config,
+        steps=last - first,
+        tokens=(last - first) * made.config.tokens_per_step,
+        learning_rates=np.array([made.lr(step) for step in range(first + 1, last + 1)]),
+        evaluations=sorted(evaluation_steps(made.config, first, first + made.schedule.warmup_steps)),
+        reset=made.policy,
+        resumes_at=made.position.step if made.resumed else 0,
+    )
+
+
+def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool = False) -> Outcome:
+    """Train ``config`` to its end, or on from where its folder stands, as ``megarewarm train`` does.
+
+    Args:
+        config: see ``load_config``.
+        callbacks: each is called, on the main rank, with every event as metrics.jsonl gets it (``{"event": "train", "step": 1,
+            "loss": ...}``; also eval, save, alarm, stop); one that returns ``True`` ends the run after that step, saved.
+        quiet: print nothing.
+
+    Returns:
+        The run's folder, last step and validation losses; ``exit_code`` is 0 where the run is complete.
+    """
+    global _ranks
+    if _ranks is None:  # ranks meet once a process
+        _ranks = connect(launch_of_process(), config.training.device, config.parallel.timeout_minutes)
+    ranks = _ranks
+    if ranks.world_size == 1:
+        ranks = connect(launch_of_process(), config.training.device, config.parallel.timeout_minutes)
+    return train_on(config, ranks, make_console(quiet=quiet or not ranks.is_main), callbacks)
+
+
+class LoadedModel:
+    """A checkpoint's model on one device. ``module`` is plain PyTorch: token ids (b, s) int64 to hidden states; ``config`` its
+    shape; ``tokenizer`` is ``None`` where the checkpoint names none."""
+
+    def __init__(self, source: OpenedCheckpoint, device: str, dtype: torch.dtype) -> None:
+        self._source, self.config = source, source.model_config
+        with torch.device("meta"):
+            module = NeoX(self.config)
+        self.module = module.to(dtype).to_empty(device=device).eval()
+        parameters = dict(self.module.named_parameters())
+
+        def take(name: str, tensor: torch.Tensor) -> None:
+            parameters[name].copy_(tensor)
+
+        with torch.no_grad():
+            fill(source.weights, expected_shapes(self.config), take)
+        self.device = torch.device(device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to ids and back."""
+        from megarewarm.checkpoint.tokenizer_source import loaded
+
+        file = self._source.tokenizer.file
+        return None if file is None else loaded(file)
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+        """(b, s) token ids to (b, s, v) logits in the model's dtype."""
+        return self.module.logits(torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        data: Path | str,
+        *,
+        tokens: int | None = None,
+        sequence_length: int | None = None,
+        micro_batch: int = 4,
+    ) -> tuple[float, int]:
+        """(mean cross entropy in nats per token, tokens it is the mean of) on a token file.
+
+        The windows are those of a validation set over the same file: the number equals that of a run's evaluation of it.
+
+        Args:
+            data: the file's name without suffix.
+            tokens: how many are evaluated, at most; default: all.
+            sequence_length: of the windows; default: all positions of the model.
+            micro_batch: windows at a time.
+        """
+        length = sequence_length or self.config.max_positions
+        if not 0 < length <= self.config.max_positions:
+            raise UserError(f"sequence_length {length}: expected 1 to {self.config.max_positions}, the positions of the model")
+        source = [{"path": str(data)}]
+        wanted = tokens or open_tokens(str(data)).total_tokens
+        section = DataConfig.model_validate({"sequence_length": length, "train": source})
+        asked = ValidationSet.model_validate({"name": "data", "sources": source, "tokens": max(wanted, 1)})
+        windows = ValidationWindows(asked, TokenFiles(section, self.config.vocab_size)).slice(0)
+        total, count = 0.0, 0
+        for rows in windows.micro_batches(0, 1, micro_batch):
+            batch = torch.from_numpy(rows).to(self.device)
+            loss, targets = self.module.loss(batch[:, :-1], batch[:, 1:])
+            total, count = total + float(loss), count + int(targets)
+        return total / count, count
+
+    def generate(
+        self, text: str, max_tokens: int = 100, *, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+    ) -> str:
+        """Continue ``text``; temperature 0 takes the likeliest token each time. Needs the package transformers."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise UserError(
+                f"{self._source.name}: no tokenizer is known; set data.tokenizer in its run, or put a tokenizer.json beside it"
+            )
+        (ids,) = tokenizer.encode_batch([text])
+        if not len(ids):
+            raise UserError("generate: give a text to continue")
+        room = self.config.max_positions - max_tokens
+        if room < 1:
+            raise UserError(f"max_tokens {max_tokens}: the model has {self.config.max_positions} positions")
+        prompt = torch.tensor([ids[-room:].tolist()], device=self.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        found = self._transformers.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_tokens,
+            eos_token_id=tokenizer.eod_id,
+            pad_token_id=tokenizer.eod_id,
+            **sampling,
+        )
+        new = found[0, prompt.shape[1] :].tolist()
+        return tokenizer.decode(new[: new.index(tokenizer.eod_id)] if tokenizer.eod_id in new else new)
+
+    @cached_property
+    def _transformers(self) -> Any:
+        """The same weights in transformers, which has the caches and samplers."""
+        from transformers import AutoModelForCausalLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            convert(self._source, Path(folder) / "model", ConvertOptions("hf"), lambda count: None)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                Path(folder) / "model", dtype=next(self.module.parameters()).dtype
+            )
+        return model.to(self.device).eval()
+
+
+def load_model(checkpoint: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model of a run's folder (its newest checkpoint), or of any checkpoint or hub name that ``start.from`` takes."""
+    return LoadedModel(open_checkpoint(str(checkpoint)), device, dtype)
+
+
+def draw(runs: Sequence[Path | str]) -> dict[str, Figure]:
+    """The pictures of the runs' report as matplotlib figures, by name: 'curves', 'tradeoff', ..."""
+    from megarewarm.record.run import read_runs
+    from megarewarm.report.numbers.runs import rows
+    from megarewarm.report.pages.run_page import pictures
+
+    found = read_runs(runs)
+    return {picture.name: picture.figure for picture in pictures(found, rows(found))}
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` as YAML that loads to the same configuration."""
+    return dump(config)

@@ -1,0 +1,89 @@
+"""The one command: ``megarewarm train | prepare | report | ...``. Which commands there are, and how one is started.
+
+A command is a module of this room with ``command_line()``, its parser, and ``main(words)``, which returns an exit code. Neither
+needs a package beyond Python's own until ``main`` has read its words, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+from megarewarm import __version__
+from megarewarm.errors import EXIT_BAD_INPUT, nearest
+from megarewarm.process import begin, run, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """``module`` lies in this room; ``about`` is its line in the list; ``stopped`` what it says after Ctrl-C."""
+
+    module: str
+    about: str
+    stopped: str = "stopped"
+
+    def load(self) -> ModuleType:
+        return import_module(f"{__name__}.{self.module}")
+
+
+_NOTHING_WRITTEN = "stopped; nothing was written"
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train", "train a run or an experiment; the same command resumes it"),
+    "continue": Command("continue_run", "from a checkpoint and a folder of text to a re-warmed model"),
+    "prepare": Command("prepare", "tokenise text into token files"),
+    "tokenizer": Command("tokenizer", "train a tokenizer", _NOTHING_WRITTEN),
+    "inspect-data": Command("inspect_data", "look into token files, check and compare them"),
+    "merge-data": Command("merge_data", "join token files", _NOTHING_WRITTEN),
+    "sweep": Command("sweep", "run an experiment, several runs at a time, here or on Slurm"),
+    "watch": Command("watch", "follow runs live in the terminal"),
+    "report": Command("report", "draw and compare runs, or the arms of an experiment"),
+    "advise": Command("advise", "say which arm of an experiment is best and what to run next"),
+    "plan": Command("plan", "rank the layouts of a run on a cluster"),
+    "inspect": Command("inspect_checkpoint", "look into a checkpoint, compare two"),
+    "convert": Command("convert", "convert a checkpoint: Hugging Face, GPT-NeoX, megarewarm"),
+    "merge": Command("merge_checkpoints", "average or interpolate checkpoints"),
+    "generate": Command("generate", "continue a text with a checkpoint"),
+    "evaluate": Command("evaluate", "measure a checkpoint's loss on token files"),
+    "replay-step": Command("replay_step", "compute one step of a run again, to look at it"),
+    "convert-config": Command("convert_config", "write GPT-NeoX files as a run of megarewarm"),
+    "schedules": Command("schedules", "draw every learning-rate schedule into one picture"),
+    "configs": Command("configs", "copy the example configs into a folder", _NOTHING_WRITTEN),
+    "completion": Command("completion", "print the completion script of a shell"),
+}
+
+
+def main() -> NoReturn:
+    """The installed command: ``sys.argv`` is ``megarewarm COMMAND ...``."""
+    begin()
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help", "help"):
+        run(_show_help)
+    if words[0] == "--version":
+        run(lambda: print(f"megarewarm {__version__}"))
+    run_command(words[0], words[1:])
+
+
+def run_command(name: str, words: Sequence[str], program: str | None = None) -> NoReturn:
+    """Run one command and end the process with its exit code. ``program``: what usage calls it."""
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or "; 'megarewarm --help' lists the commands"
+        say(f"megarewarm: no command '{name}'{hint}")
+        raise SystemExit(EXIT_BAD_INPUT)
+    command = COMMANDS[name]
+    sys.argv = [program or f"megarewarm {name}", *words]  # argparse takes the program's name from here
+    run(lambda: command.load().main(words), stopped=command.stopped)
+
+
+def _show_help() -> None:
+    print("usage: megarewarm COMMAND [...]\n\nContinual pre-training of language models: re-warm, re-decay, replay.\n")
+    width = max(map(len, COMMANDS))
+    print(*(f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()), sep="\n")
+    print(
+        "\n'megarewarm COMMAND --help' shows a command's options."
+        "\nFirst steps: megarewarm configs; megarewarm train configs/quickstart.yml"
+    )

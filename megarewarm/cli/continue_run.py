@@ -1,0 +1,174 @@
+"""From a checkpoint and text to a re-warmed model: megarewarm continue CHECKPOINT --on TEXT [...] --tokens 50M
+
+Tokenises the text with the checkpoint's own tokenizer, holds out a validation set, writes the run's YAML, trains it, and draws
+its report. The YAML may be edited and run again (megarewarm train); the same command resumes what was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarewarm.arguments import Parser, path_text
+from megarewarm.errors import UserError
+from megarewarm.process import importing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def command_line() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from: EleutherAI/pythia-160m")
+    parser.add_argument(
+        "--on",
+        type=path_text,
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="new text: files or folders of .txt, .jsonl, .parquet",
+    )
+    old = parser.add_mutually_exclusive_group()
+    old.add_argument("--replay", type=path_text, nargs="+", metavar="TEXT", help="old text, replayed against forgetting")
+    old.add_argument("--replay-tokens", type=path_text, nargs="+", metavar="PREFIX", help="the same as token files")
+    parser.add_argument("--replay-share", type=_share, default=0.05, metavar="SHARE", help="of the samples; default: 5%%")
+    parser.add_argument("--tokens", type=_count, required=True, metavar="N", help="tokens of training, such as 50M")
+    parser.add_argument(
+        "--peak", type=float, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
+    )
+    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's positions, up to 2048")
+    parser.add_argument("--tokenizer", type=path_text, help="default: the checkpoint's own")
+    parser.add_argument("--text-key", default="text", help="of .jsonl and .parquet; default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for everything that is written; default: CHECKPOINT-on-TEXT"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tokenise and write the YAML, show the run, train nothing")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    arguments = command_line().parse_args(words)
+    with importing():
+        from megarewarm.config.yaml_text import write_yaml
+        from megarewarm.console import make_console
+        from megarewarm.files import write_whole
+
+    console = make_console(highlight=False)
+    name = _name(arguments)
+    folder: Path = arguments.output or Path(name)
+    path = folder / "run.yml"
+    header = f"# megarewarm continue {shlex.join(words)}\n"
+    if path.exists():
+        before = path.read_text(encoding="utf-8").partition("\n")[0] + "\n"
+        made_by = before.strip("# \n")
+        if _without_dry_run(before) != _without_dry_run(header):
+            raise UserError(
+                f"{path}: made by another command ({made_by}); train it by 'megarewarm train {path}', or give another --output"
+            )
+        console.print(f"{path}: there already, trained as it is")
+    else:
+        mapping, chosen = _prepare(arguments, name, folder, console)
+        for line in chosen:
+            console.print(line)
+        write_whole(path, (header + write_yaml(mapping)).encode())
+        console.print(f"written: {path}")
+    from megarewarm.main import main as train
+
+    code = train([str(path), *(["--dry-run"] if arguments.dry_run else [])])
+    if code or arguments.dry_run:
+        return code
+    from megarewarm.report.pages.run_page import report
+
+    run = folder / "run"
+    console.print(f"report: {report([run], folder / 'report')}\nmodel for transformers: {run / 'huggingface'}")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Console) -> tuple[dict[str, object], list[str]]:
+    with importing():
+        from megarewarm.checkpoint.source import open_checkpoint
+        from megarewarm.lab.from_text import hold_out, settings
+
+    source = open_checkpoint(arguments.checkpoint)
+    tokenizer = arguments.tokenizer or source.tokenizer.file
+    if tokenizer is None:
+        raise UserError(f"{source.name}: comes without a tokenizer; give --tokenizer FILE")
+    length = arguments.sequence_length or min(source.model_config.max_positions, 2048)
+    if not 0 < length <= source.model_config.max_positions:
+        raise UserError(f"--sequence-length {length}: expected 1 to {source.model_config.max_positions}, the model's positions")
+    new = _tokenise(arguments, arguments.on, tokenizer, folder / "data" / "new", console)
+    old = list(arguments.replay_tokens or [])
+    if arguments.replay:
+        old = [_tokenise(arguments, arguments.replay, tokenizer, folder / "data" / "old", console)]
+    checkpoint = Path(arguments.checkpoint)
+    return settings(
+        name,
+        str(folder / "run"),
+        str(checkpoint.absolute()) if checkpoint.exists() else arguments.checkpoint,
+        source.model_config,
+        hold_out(new, length),
+        [hold_out(prefix, length) for prefix in old],
+        tokens=arguments.tokens,
+        sequence_length=length,
+        peak=arguments.peak,
+        replay=arguments.replay_share,
+        tokenizer=str(Path(tokenizer).absolute()),
+    )
+
+
+def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: object, prefix: Path, console: Console) -> str:
+    """The name of the token file, which an interrupted command may have written already."""
+    from megarewarm.cli.prepare import ProgressBar
+    from megarewarm.console import make_console
+    from megarewarm.data.text.preprocess import job
+
+    if not prefix.with_suffix(".json").exists():
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        bar = ProgressBar(make_console(stderr=True))
+        options = job.Options(text_key=arguments.text_key, shuffle=1234)
+        try:
+            (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=bar.show)
+        finally:
+            bar.finish()
+        console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
+        for reason, count in written.skipped.items():
+            console.print(f"left out: {count:,} records: {reason}")
+    return str(prefix.absolute())
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    """A run's name of CHECKPOINT and TEXT, in the characters that names have."""
+    parts = (
+        (arguments.output.name,)
+        if arguments.output
+        else (Path(arguments.checkpoint.partition("@")[0]).name, "on", Path(arguments.on[0]).stem)
+    )
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts)).strip("._-") or "continued"
+
+
+def _without_dry_run(header: str) -> str:
+    return header.replace(" --dry-run", "")
+
+
+def _count(text: str) -> int:
+    """'50M' -> 50,000,000."""
+    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)(?:\s*tokens?)?", text.strip(), re.IGNORECASE)
+    value = round(float(re.sub("[_,]", "", match[1])) * 1000 ** " kmbt".index(match[2].lower() or " ")) if match else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of tokens, such as 50M")
+    return value
+
+
+def _share(text: str) -> float:
+    """'5%' or '0.05' -> 0.05."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share from 0 to below 1, such as 5%")
+    return value

@@ -1,0 +1,36 @@
+"""Measure a checkpoint's loss: megarewarm evaluate CHECKPOINT --on PREFIX [PREFIX ...]"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megarewarm.arguments import Parser, path_text
+from megarewarm.process import importing
+
+
+def command_line() -> Parser:
+    parser = Parser(description="Mean cross entropy (nats per token) and perplexity of a checkpoint on token files.")
+    parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
+    parser.add_argument("--on", type=path_text, nargs="+", required=True, metavar="PREFIX", help="token files, without suffix")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of each file, at most; default: all")
+    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: all positions of the model")
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences at a time; default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    arguments = command_line().parse_args(words)
+    with importing():
+        from megarewarm.api import load_model
+
+    model = load_model(arguments.checkpoint, device=arguments.device)
+    for prefix in arguments.on:
+        loss, count = model.evaluate(
+            prefix,
+            tokens=arguments.tokens,
+            sequence_length=arguments.sequence_length,
+            micro_batch=arguments.micro_batch,
+        )
+        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {count:,} tokens", flush=True)

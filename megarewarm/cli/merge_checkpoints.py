@@ -1,0 +1,96 @@
+"""Average the weights of checkpoints, one parameter at a time.
+
+    megarewarm merge OUT --last 5 runs/mine                      mean of a run's five newest checkpoints
+    megarewarm merge OUT --mean A B C                            mean of any checkpoints
+    megarewarm merge OUT --ema 0.8 A B C                         moving average, oldest first
+    megarewarm merge OUT --interpolate START END --alpha 0.25 0.5 0.75
+
+Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: look at it with tools/inspect_checkpoint.py, train on
+from it (start.intent rewarm), or write it for transformers (--to hf).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarewarm.arguments import DTYPES, FORMS, Parser, path_text
+from megarewarm.errors import UserError
+from megarewarm.process import importing
+
+if TYPE_CHECKING:
+    from megarewarm.checkpoint.merge import Merge
+
+
+def command_line() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("destination", metavar="OUT", type=Path)
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--mean", type=path_text, nargs="+", metavar="CHECKPOINT")
+    how.add_argument("--last", type=path_text, nargs=2, metavar=("K", "RUN"))
+    how.add_argument("--ema", type=path_text, nargs="+", metavar="DECAY CHECKPOINT")
+    how.add_argument("--interpolate", type=path_text, nargs=2, metavar=("START", "END"))
+    parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
+    parser.add_argument("--to", choices=FORMS, default="megarewarm", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: the first's"
+    )
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    parser = command_line()
+    arguments = parser.parse_args(words)
+    with importing():
+        from megarewarm.checkpoint import convert
+        from megarewarm.checkpoint.merge import bytes_to_read, merge
+        from megarewarm.checkpoint.progress import reading
+        from megarewarm.console import make_console
+
+    console = make_console()
+    for alpha in arguments.alpha if arguments.interpolate else ():
+        if not math.isfinite(alpha):
+            raise UserError(f"--alpha {alpha}: expected a finite number, the share of END")
+        if not 0 <= alpha <= 1:
+            console.print(
+                f"--alpha {alpha:g} lies outside of [0, 1], beyond START or END: {1 - alpha:g} x START + {alpha:g} x END",
+                style="yellow",
+                highlight=False,
+            )
+    options = convert.ConvertOptions(
+        arguments.to, convert.DTYPES[arguments.dtype] if arguments.dtype else None, tokenizer=arguments.tokenizer
+    )
+    for merged, destination in _merges(arguments):
+        with reading(console, destination.name, bytes_to_read(merged)) as advance:
+            notes = merge(merged, destination, options, advance)
+        console.print(f"{destination}: {merged.description}", highlight=False)
+        for note in notes:
+            console.print(f"{destination}: {note}", highlight=False)
+
+
+def _merges(arguments: argparse.Namespace) -> list[tuple[Merge, Path]]:
+    from megarewarm.checkpoint.merge import Merge, ema_shares, interpolation_shares, last_of, mean_shares
+
+    out: Path = arguments.destination
+    if arguments.interpolate:
+        several = len(arguments.alpha) > 1
+        return [
+            (
+                Merge(arguments.interpolate, interpolation_shares(a), f"interpolation at {a:g}"),
+                Path(f"{out}_{a:g}") if several else out,
+            )
+            for a in arguments.alpha
+        ]
+    if arguments.ema:
+        decay, names = arguments.ema[0], arguments.ema[1:]
+        try:
+            shares = ema_shares(len(names), float(decay))
+        except ValueError:
+            raise UserError(f"--ema {decay}: the decay comes first, a number in [0, 1), then the checkpoints") from None
+        return [(Merge(names, shares, f"moving average with decay {decay}"), out)]
+    names = last_of(*arguments.last) if arguments.last else arguments.mean
+    return [(Merge(names, mean_shares(len(names)), f"mean of {len(names)}"), out)]

@@ -1,0 +1,88 @@
+"""Rank the layouts of a run on a cluster: megarewarm plan RUN.yml --gpus 64 --gpu h100-80gb"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from megarewarm.arguments import Parser
+from megarewarm.errors import UserError
+from megarewarm.layout.gpus import GPUS
+from megarewarm.process import importing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from megarewarm.layout.cluster import LayoutEstimate
+
+
+def command_line() -> Parser:
+    parser = Parser(description="Rank the layouts of a run on a cluster by a model of their step time.")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="as for launch.sh")
+    parser.add_argument("--gpus", type=int, required=True, help="how many")
+    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="which")
+    parser.add_argument("--most", type=int, default=10, help="layouts shown; default: %(default)s")
+    return parser
+
+
+def main(words: Sequence[str]) -> None:
+    parser = command_line()
+    arguments = parser.parse_args(words)
+    with importing():
+        from megarewarm.config.load import read_configs, validate
+        from megarewarm.config.schema import RunConfig
+        from megarewarm.console import make_console
+
+    with importing():
+        from megarewarm.layout.cluster import rank_layouts
+
+    config = validate(RunConfig, *read_configs(arguments.configs))
+    if config.model is None:
+        raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
+    gpus = arguments.gpus
+    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu])
+    console = make_console()
+    fit = f"{len(plans):,} layouts fit on {gpus} x {arguments.gpu}"
+    console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
+    console.print(fitted(plans[: arguments.most], gpus, console.width))
+    best = plans[0]
+    console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)
+
+
+COLUMNS: dict[str, Callable[[LayoutEstimate, int], str]] = {
+    "pipe": lambda plan, gpus: f"{plan.layout.pipeline}",
+    "data": lambda plan, gpus: f"{plan.layout.data}",
+    "tensor": lambda plan, gpus: f"{plan.layout.tensor}{' seq' if plan.keys.get('parallel.sequence') else ''}",
+    "shard": lambda plan, gpus: str(plan.keys["parallel.sharding"]),
+    "recomp.": lambda plan, gpus: str(plan.keys["training.recompute"]),
+    "micro": lambda plan, gpus: str(plan.keys["training.micro_batch"]),
+    "GiB": lambda plan, gpus: f"{plan.memory / 2**30:.1f}",
+    "bubble": lambda plan, gpus: f"{plan.bubble:.0%}",
+    "s/step": lambda plan, gpus: f"{plan.seconds:#.3g}" if plan.seconds < 100 else f"{plan.seconds:,.0f}",
+    "tok/s": lambda plan, gpus: f"{plan.tokens_per_second / 1e3:,.0f}k",
+    "MFU": lambda plan, gpus: f"{plan.mfu:.0%}",
+    "hours": lambda plan, gpus: _hours(plan.hours),
+    "GPU-h": lambda plan, gpus: _hours(plan.hours * gpus),
+}
+DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # where the terminal is narrow, in this order
+
+
+def fitted(plans: list[LayoutEstimate], gpus: int, width: int) -> Table:
+    """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as ``width`` shows whole."""
+    cells = {name: [cell(plan, gpus) for plan in plans] for name, cell in COLUMNS.items()}
+    for name in DISPENSABLE:
+        if sum(1 + max(map(len, (heading, *column))) for heading, column in cells.items()) - 1 <= width:
+            break
+        del cells[name]
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in cells:
+        table.add_column(name, justify="left" if name in ("shard", "recomp.") else "right", no_wrap=True)
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours < 100 else f"{hours:,.0f}"

@@ -1,0 +1,171 @@
+"""Text to token files: megarewarm prepare FILE [FILE ...] --tokenizer tokenizer.json --output PREFIX"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megarewarm.arguments import STORED_DTYPES, Parser, path_text
+from megarewarm.process import EXIT_INTERRUPTED, importing, say
+
+_LINES = 30.0
+"""Seconds between lines of progress where there is no terminal."""
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megarewarm.data.text.preprocess import job
+
+
+def command_line() -> Parser:
+    parser = Parser(
+        description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json, which says what is in them. What is written "
+        "does not depend on the number of workers. A run that was cut off goes on with --resume."
+    )
+    parser.add_argument(
+        "inputs",
+        type=path_text,
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl or .txt (also with .gz or .zst added), .parquet, folders of them, quoted patterns, - for .jsonl on stdin",
+    )
+    parser.add_argument(
+        "--tokenizer", type=path_text, required=True, help="tokenizer.json, sentencepiece .model, GPT-2 vocab.json, or a folder"
+    )
+    parser.add_argument("--merges", type=path_text, help="GPT-2's merges.txt; default: the one beside vocab.json")
+    parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the files' name, without suffix")
+    parser.add_argument("--text-key", default="text", help="key or column of the text, dots divide nested keys; default: text")
+    parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, as <|endoftext|>")
+    eod = parser.add_mutually_exclusive_group()
+    eod.add_argument("--append-eod", action="store_true", help="end each document with that token; this is the default")
+    eod.add_argument("--no-eod", action="store_true", help="put nothing between the documents")
+    parser.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy, which is slow")
+    parser.add_argument("--format", choices=("pair", "raw"), default="pair", help="raw: PREFIX.bin alone, without an index")
+    parser.add_argument("--dtype", choices=STORED_DTYPES, help="default: uint16 up to 65536 ids, else int32")
+    parser.add_argument(
+        "--split", metavar="A,B,C", help="as 0.98,0.01,0.01: PREFIX_train, _valid, _test, by each document's hash"
+    )
+    parser.add_argument("--shuffle", action="store_true", help="put the documents into a random order")
+    parser.add_argument("--seed", type=int, default=1234, help="of --shuffle; default: %(default)s")
+    parser.add_argument("--max-documents", type=_positive, metavar="N", help="the first N documents of the input only")
+    parser.add_argument("--strict", action="store_true", help="stop at the first broken or empty record")
+    parser.add_argument("--workers", type=_positive, metavar="N", help="processes on this machine; default: one per core")
+    parser.add_argument("--mpi", action="store_true", help="the ranks of this MPI job are the workers (one hands out the work)")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was cut off")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
+    return parser
+
+
+def main(words: Sequence[str]) -> int:
+    parser = command_line()
+    arguments = parser.parse_args(words)
+    with importing():
+        from megarewarm.console import make_console
+        from megarewarm.data.files.split import parse_split
+        from megarewarm.data.text.preprocess import job
+
+    if arguments.mpi and arguments.workers:
+        parser.error("--workers: with --mpi the ranks are the workers")
+    options = job.Options(
+        text_key=arguments.text_key,
+        eod_token=arguments.eod_token,
+        merges=arguments.merges,
+        append_eod=not arguments.no_eod,
+        ftfy=arguments.ftfy,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        split=parse_split(arguments.split) if arguments.split else None,
+        shuffle=arguments.seed if arguments.shuffle else None,
+        max_documents=arguments.max_documents,
+        strict=arguments.strict,
+    )
+    bar = ProgressBar(make_console(stderr=True))
+    try:
+        written = job.preprocess(
+            arguments.inputs,
+            arguments.tokenizer,
+            arguments.output,
+            options,
+            worker_count=arguments.workers,
+            mpi=arguments.mpi,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            tell=bar.show,
+        )
+    except KeyboardInterrupt:
+        bar.finish()
+        say(f"stopped; the same command with --resume goes on from {arguments.output}.parts")
+        return EXIT_INTERRUPTED
+    finally:
+        bar.finish()
+    for output in written:
+        counts = output.counts
+        print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")
+    for output in written[:1]:
+        print(*output.notes, sep="\n", end="\n" * bool(output.notes))
+        for reason, count in output.skipped.items():
+            print(f"left out: {count:,} records: {reason}")
+        print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
+    return 0
+
+
+class ProgressBar:
+    """What is being done, how far it is, its speed since it began, and when it will be done: a bar, or lines in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[speed]}"),
+            )
+            self._bar = Progress(*columns, console=console)
+        self._doing = ""
+        self._began, self._said = (0.0, 0), 0.0
+
+    def show(self, progress: job.Progress) -> None:
+        now = time.monotonic()
+        if progress.doing != self._doing:
+            if self._bar is not None:
+                self._bar.start()
+                self._task = self._bar.add_task(progress.doing, total=progress.total or None, speed="")
+            self._doing, self._began, self._said = progress.doing, (now, progress.done), now
+        speed = self._speed(progress, now - self._began[0])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress.done, speed=speed)
+        elif now - self._said >= _LINES:
+            self._said = now
+            share = f" {100 * progress.done / progress.total:.0f} %," if progress.total else ""
+            self._console.print(f"{progress.doing}:{share} {speed}", highlight=False)
+
+    def _speed(self, progress: job.Progress, seconds: float) -> str:
+        if seconds < 0.5:
+            return ""
+        done = progress.done - self._began[1]
+        words = [f"{done / seconds / 1e6:,.1f} MB/s"] if progress.total else [f"{progress.documents:,} documents"]
+        if progress.tokens:
+            words.append(f"{progress.tokens / seconds / 1e6:,.2f} M tokens/s")
+        if progress.total and done:
+            left = round(seconds * (progress.total - progress.done) / done)
+            words.append(f"left {datetime.timedelta(seconds=left)}")
+        return ", ".join(words)
+
+    def finish(self) -> None:
+        if self._bar is not None and self._doing:  # without a task it would print an empty line
+            self._bar.stop()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)

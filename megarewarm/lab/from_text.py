@@ -1,0 +1,129 @@
+"""A run's settings from a checkpoint and tokenised text: what ``megarewarm continue`` writes, each choice with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from megarewarm.config.schema import ModelConfig
+from megarewarm.data.files.split import split_documents
+from megarewarm.data.files.token_file import open_tokens
+from megarewarm.errors import UserError
+from megarewarm.model.size import count_parameters
+
+_PEAKS = [(1e8, 1e-3), (3e8, 6e-4), (1.2e9, 3e-4), (5e9, 2e-4), (math.inf, 1.2e-4)]
+"""(parameters up to, peak learning rate) of Pythia's pre-training (arXiv 2304.01373, table 6), to which both papers re-warm."""
+
+_SHARES = (1, 5, 20)  # percent of the documents that are held out, the least that is enough
+_ENOUGH = 64  # windows of validation that make a steady loss
+_STEPS = 400  # of a run, about: fewer leave no curve, more cost nothing but smaller batches
+_MOST_PER_STEP = 2**20  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A token file of shuffled documents: ``split`` holds out validation documents at its end, ``held_out`` tokens."""
+
+    prefix: str
+    split: str
+    trained: int
+    held_out: int
+
+    def source(self, part: str, **more: Any) -> dict[str, Any]:
+        return {"path": self.prefix, "split": self.split, "part": part, **more}
+
+
+def hold_out(prefix: str, sequence_length: int) -> Text:
+    """The smallest share of ``prefix``'s documents that makes a validation set. Raises UserError where there is none."""
+    file = open_tokens(prefix)
+    found = None
+    for share in _SHARES:
+        split = f"{100 - share},{share},0"
+        parts = split_documents(split, file.num_documents, "neox")
+        trained, held_out = (
+            file.view(*parts[name]).num_tokens if _documents(parts[name]) else 0 for name in ("train", "valid")
+        )
+        if trained > sequence_length and held_out > sequence_length:
+            found = Text(prefix, split, trained, held_out)
+            if held_out >= _ENOUGH * sequence_length:
+                break
+    if found is None:
+        raise UserError(
+            f"{file.path}: {file.num_documents:,} documents of {file.total_tokens:,} tokens leave no "
+            f"validation set of a window of {sequence_length} tokens; give more text, a file for each document, or a smaller "
+            f"--sequence-length"
+        )
+    return found
+
+
+def _documents(part: tuple[int, int]) -> int:
+    return part[1] - part[0]
+
+
+def settings(
+    name: str,
+    folder: str,
+    checkpoint: str,
+    model: ModelConfig,
+    new: Text,
+    old: Sequence[Text],
+    *,
+    tokens: int,
+    sequence_length: int,
+    peak: float | None = None,
+    replay: float = 0.05,
+    tokenizer: str | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    """(the run's YAML as a mapping, what was chosen and why, a line each).
+
+    Re-warming to the peak, cosine decay to a tenth of it, ``replay`` of the samples from ``old``: arXiv 2403.08763, sections
+    6 and 7. ``tokens``: of training; ``new`` is read as often as that takes, which a line says.
+    """
+    rate = peak or next(rate for parameters, rate in _PEAKS if count_parameters(model) <= parameters)
+    batch = max(1, min(tokens // _STEPS, _MOST_PER_STEP) // sequence_length)
+    epochs = tokens * (1 - replay * bool(old)) / new.trained
+    chosen = [
+        f"peak learning rate {rate:g}" + ("" if peak else f": Pythia's for {count_parameters(model):,} parameters (--peak)"),
+        f"global batch {batch} x {sequence_length} tokens: {math.ceil(tokens / (batch * sequence_length)):,} steps",
+        f"{new.prefix}: read {epochs:.2f} times; {new.held_out:,} tokens are held out as validation set 'new'",
+    ]
+    validation = [_validation("new", "downstream", new, sequence_length)]
+    mapping: dict[str, Any] = {
+        "name": name,
+        "folder": folder,
+        "start": {"from": checkpoint, "intent": "rewarm"},
+        "data": {
+            "sequence_length": sequence_length,
+            "train": [new.source("train", name="new", max_epochs=None)],
+            "validation": validation,
+        },
+        "schedule": {"curve": "cosine", "max_lr": rate, "min_lr": "10%", "warmup": "1%"},
+        "training": {"budget": f"{tokens} tokens", "global_batch": batch, "micro_batch": 8},
+        "evaluation": {"every": "5%"},
+        "checkpoint": {"every": "10%", "keep_last": 1},
+        "export": {"huggingface": True},
+    }
+    if tokenizer:
+        mapping["data"]["tokenizer"] = tokenizer
+    for number, text in enumerate(old, 1):
+        label = "old" if len(old) == 1 else f"old_{number}"
+        validation.append(_validation(label, "upstream", text, sequence_length))
+    if old:
+        sources = [text.source("train", name=f"old_{i}", weight=text.trained, max_epochs=None) for i, text in enumerate(old, 1)]
+        mapping["replay"] = {"fraction": replay, "sources": sources}
+        chosen.append(f"replay: {replay:.0%} of the samples are old text; validation set 'old' shows what is forgotten")
+    else:
+        chosen.append("no replay, and nothing shows what the model forgets: give old text by --replay")
+    return mapping, chosen
+
+
+def _validation(name: str, role: str, text: Text, sequence_length: int) -> dict[str, Any]:
+    tokens = min(text.held_out, max(_ENOUGH * sequence_length, 2**18))
+    return {
+        "name": name,
+        "role": role,
+        "tokens": tokens // sequence_length * sequence_length,
+        "sources": [text.source("valid")],
+    }

@@ -1,0 +1,164 @@
+"""The Python interface against the command line, the trainer's own evaluations, and transformers."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import megarewarm
+from megarewarm.data.text.tokenizers import train_bpe
+from megarewarm.errors import EXIT_TIME_LIMIT, UserError
+from tests.support.tiny import mapping
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS: dict[str, Any] = {"training": {"budget": 6}, "evaluation": {"every": 3}, "export": {"huggingface": True}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with token files, and a run 'tiny' that is complete and knows its tokenizer."""
+    folder = tmp_path_factory.mktemp("api")
+    settings = mapping(folder, **SETTINGS)
+    vocabulary = settings["model"]["vocab_size"]
+    if vocabulary >= 258:
+        train_bpe(["some text of a few words " * 20], vocabulary, folder / "tokenizer.json")
+    megarewarm.train(megarewarm.load_config(settings), quiet=True)
+    return folder
+
+
+def test_importing_it_costs_nothing() -> None:
+    code = "import sys, megarewarm; assert not {'torch', 'numpy'} & set(sys.modules); assert 'train' in dir(megarewarm)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        _ = megarewarm.tarin
+
+
+def test_a_mapping_a_file_and_overrides_are_the_same(place: Path, tmp_path: Path) -> None:
+    settings = mapping(place, **SETTINGS)
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(settings))
+    loaded = megarewarm.load_config(tmp_path / "run.yml")
+    assert loaded == megarewarm.load_config(settings)
+    assert yaml.safe_load(megarewarm.to_yaml(loaded))["training"]["budget"] == 6
+    sources = [{"path": "a", "weight": 2.0}, {"path": "b"}]
+    changed = megarewarm.load_config(settings, {"schedule.max_lr": 0.25, "training.budget": "9", "data.train": sources})
+    assert changed.schedule.max_lr == 0.25 and changed.total_steps == 9 and [s.path for s in changed.data.train] == ["a", "b"]
+    assert settings == mapping(place, **SETTINGS), "the caller's mapping is not changed"
+    with pytest.raises(UserError, match="did you mean 'max_lr'"):
+        megarewarm.load_config(settings, {"schedule.max_Ir": 1})
+
+
+def test_the_plan_is_what_the_run_does(place: Path) -> None:
+    config = megarewarm.load_config(mapping(place, **SETTINGS))
+    planned = megarewarm.plan(config)
+    run = megarewarm.read_run(place / "tiny")
+    assert planned.steps == 6 and planned.resumes_at == 6 and planned.tokens == run.tokens
+    assert np.array_equal(planned.learning_rates, run.train["lr"])
+    assert planned.evaluations == sorted({evaluation.step for evaluation in run.evaluations})
+
+
+def test_callbacks_see_the_events_and_can_stop(place: Path, tmp_path: Path) -> None:
+    settings = mapping(place, **SETTINGS, folder=str(tmp_path / "run"))
+    seen: list[dict[str, Any]] = []
+
+    def stop_at_four(event: dict[str, Any]) -> bool:
+        seen.append(event)
+        return event["event"] == "train" and event["step"] == 4
+
+    outcome = megarewarm.train(megarewarm.load_config(settings), [stop_at_four], quiet=True)
+    assert outcome.exit_code == EXIT_TIME_LIMIT and outcome.step == 4
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["event"] != "start"] == seen
+    assert seen[-1]["event"] == "stop" and seen[-1]["reason"] == "a callback"
+    again = megarewarm.train(megarewarm.load_config(settings), quiet=True)
+    assert (
+        again.exit_code == 0
+        and again.losses == megarewarm.train(megarewarm.load_config(mapping(place, **SETTINGS)), quiet=True).losses
+    )
+
+
+def test_it_trains_in_a_thread(place: Path, tmp_path: Path) -> None:
+    outcomes: list[megarewarm.Outcome] = []
+    config = megarewarm.load_config(mapping(place, **SETTINGS, folder=str(tmp_path / "run")))
+    thread = threading.Thread(target=lambda: outcomes.append(megarewarm.train(config, quiet=True)))
+    thread.start()
+    thread.join()
+    assert outcomes[0].exit_code == 0 and outcomes[0].losses == {
+        evaluation.name: evaluation.loss
+        for evaluation in megarewarm.read_run(place / "tiny").evaluations
+        if evaluation.step == 6
+    }
+
+
+def test_a_loaded_model_is_that_of_transformers(place: Path) -> None:
+    ours = megarewarm.load_model(place / "tiny")
+    theirs = AutoModelForCausalLM.from_pretrained(place / "tiny" / "huggingface")
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 7))
+    torch.testing.assert_close(ours.logits(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(megarewarm.load_model(place / "tiny" / "huggingface").logits(tokens), ours.logits(tokens))
+
+
+def test_its_evaluation_is_the_trainers(place: Path) -> None:
+    """The same windows, whatever the micro-batch: an odd one, too."""
+    settings = mapping(place, **SETTINGS)
+    model = megarewarm.load_model(place / "tiny")
+    run = megarewarm.read_run(place / "tiny")
+    for asked in settings["data"]["validation"]:
+        (source,) = asked["sources"]
+        length = settings["data"]["sequence_length"]
+        loss, count = model.evaluate(source["path"], tokens=asked["tokens"], sequence_length=length, micro_batch=3)
+        (recorded,) = [e.loss for e in run.evaluations if e.name == asked["name"] and e.step == 6]
+        assert loss == pytest.approx(recorded, rel=1e-6) and count <= asked["tokens"]
+    with pytest.raises(UserError, match="the positions of the model"):
+        model.evaluate(source["path"], sequence_length=10**6)
+
+
+def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:
+    """A model with a tokenizer: greedy tokens are the arg max of our own logits, one by one."""
+    train_bpe(["some text of a few words " * 20], 258, tmp_path / "tokenizer.json")
+    shape = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "vocab_size": 259, "max_positions": 48}
+    settings = mapping(place, **SETTINGS, model=shape, folder=str(tmp_path / "run"))
+    settings["data"]["tokenizer"] = str(tmp_path / "tokenizer.json")
+    megarewarm.train(megarewarm.load_config(settings), quiet=True)
+    model = megarewarm.load_model(tmp_path / "run")
+    assert model.tokenizer is not None
+    (ids,) = model.tokenizer.encode_batch(["some words"])
+    expected = ids.tolist()
+    for _ in range(5):
+        expected.append(int(model.logits([expected])[0, -1].argmax()))
+        if expected[-1] == model.tokenizer.eod_id:
+            break
+    assert model.generate("some words", 5, temperature=0) == model.tokenizer.decode(
+        [token for token in expected[len(ids) :] if token != model.tokenizer.eod_id]
+    )
+    assert model.generate("some words", 5, seed=1) == model.generate("some words", 5, seed=1)
+    with pytest.raises(UserError, match="48 positions"):
+        model.generate("some words", 48)
+    with pytest.raises(UserError, match="no tokenizer is known"):
+        megarewarm.load_model(place / "tiny").generate("x")
+
+
+def test_it_draws_the_reports_figures(place: Path) -> None:
+    figures = megarewarm.draw([place / "tiny"])
+    assert "pretraining" in figures and figures["pretraining"].get_axes()
+
+
+def test_the_page_of_the_interface_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        api_markdown = runpy.run_path(str(ROOT / "tools/document_config.py"))["api_markdown"]
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    page = (ROOT / "docs/api.md").read_text()
+    assert page == api_markdown(), "run: python tools/document_config.py"
+    assert all(f"## megarewarm.{name}\n" in page for name in megarewarm.__all__ if name not in ("__version__", "UserError"))
