@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
                 with importing():
                     from megarewarm.lab.dry_run import show_experiment
 
-                return show_experiment(experiment, console, launch, arguments.only, allow_missing=arguments.allow_missing)
+                return show_experiment(experiment, console, launch, arguments.only, **_shown(arguments))
             return _train(experiment, launch, console, arguments.only)
         if arguments.quick or arguments.only:
             raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
@@ -70,9 +70,12 @@ def _run(run: RunConfig, launch: Launch, console: Console, arguments: argparse.N
         with importing():
             from megarewarm.lab.dry_run import show_run
 
-        choices = {"allow_missing": arguments.allow_missing, "show_config": arguments.show_config}
-        return show_run(run, console, launch, world_size=world_size, **choices)
+        return show_run(run, console, launch, world_size=world_size, **_shown(arguments))
     return _train(run, launch, console)
+
+
+def _shown(arguments: argparse.Namespace) -> dict[str, bool]:
+    return {"allow_missing": arguments.allow_missing, "show_config": arguments.show_config}
 
 
 def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only: Sequence[str] = ()) -> int:

@@ -28,17 +28,18 @@ from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.report.figures.terminal import draw_curve
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
-from megarewarm.spelling import counted, tokens_text
+from megarewarm.spelling import bytes_text, counted, tokens_text
 from megarewarm.training.finish import is_trained
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
-from megarewarm.training.start.inputs import check_place
+from megarewarm.training.start.inputs import check_place, settle_precision
 from megarewarm.training.start.memory import Room, memory_note, room
 from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro_batch
 from megarewarm.training.start.plan import Plan
@@ -84,8 +85,7 @@ def show_run(
     except UserError as error:
         refusal = refusal or error
     if show_config:
-        console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
-        console.print()
+        _print_keys(plan.config, console)
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     for problem in checked.absent:
@@ -93,6 +93,11 @@ def show_run(
     if refusal is not None:
         raise refusal
     return 0
+
+
+def _print_keys(config: RunConfig, console: Console) -> None:
+    console.print(Syntax(dump(config).rstrip(), "yaml", background_color="default", word_wrap=True))
+    console.print()
 
 
 def _on_gpu(config: RunConfig) -> bool:
@@ -129,9 +134,16 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
 
 
 def show_experiment(
-    experiment: Experiment, console: Console, launch: Launch, only: Sequence[str] = (), *, allow_missing: bool = False
+    experiment: Experiment,
+    console: Console,
+    launch: Launch,
+    only: Sequence[str] = (),
+    *,
+    allow_missing: bool = False,
+    show_config: bool = False,
 ) -> int:
-    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0; raises as ``show_run``."""
+    """Print the runs of an experiment, their sum, and each one's LR curve, with ``show_config`` also its keys. Returns exit
+    code 0; raises as ``show_run``."""
     experiment = settled(experiment)
     chosen = chosen_arms(experiment, only)
     check_folders(experiment)
@@ -194,6 +206,8 @@ def show_experiment(
         console.print()
         console.print(name, style="bold")
         console.print(_curve(plan, console, width=min(80, console.width), height=6), highlight=False, markup=False)
+        if show_config:
+            _print_keys(plan.config, console)
     if costs:
         name = max(costs, key=lambda name: costs[name].share)
         console.print()
@@ -279,35 +293,19 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
     remarks = check_fit(config, plan.model, layout)
-    # what 'auto' will be on the cluster is not known here; fp32 is the larger
-    value_bytes = 2 if config.training.precision in ("bf16", "fp16") else 4
+    # what 'auto' is on another machine's GPU is not known here; fp32 is the larger
+    value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
     size = config.training.micro_batch_size
     work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config))
-    ranks = Table(
-        title=f"per rank: {counted(world_size, 'rank')}, {layout}; {work.micro_batches} micro-batches of {size}",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
+    portions = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches != 1)} of {size}"
+    title = f"per rank: {counted(world_size, 'rank')}, {layout}; {portions}"
+    ranks = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
     for heading in ("stage", "layers", "weights", "grads", "optim.", "activ.", "loss", "memory", "sent"):
         ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     needed: list[float] = []
     for rank, part in enumerate(parts(work, config.parallel, layout)):
         memory, traffic = memory_of(part, rank, work, config.parallel, layout), traffic_of(part, work, config.parallel, layout)
-        ranks.add_row(
-            ", ".join(map(str, part.numbers)),
-            "+".join(map(str, part.layers)),
-            *(_bytes(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "loss", "total")),
-            _bytes(traffic.total),
-        )
+        sizes = (*vars(memory).values(), memory.total, traffic.total)
+        ranks.add_row(", ".join(map(str, part.numbers)), "+".join(map(str, part.layers)), *map(bytes_text, sizes))
         needed += [memory.total] * (layout.data * layout.tensor)
     return needed, [ranks, *remarks]
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarewarm.config.budget import Budget, in_epochs, without_epochs
-from megarewarm.config.load import dump
+from megarewarm.config.experiment import ExperimentConfig, load_experiment
+from megarewarm.config.load import dump, validate
 from megarewarm.config.yaml_text import parse_scalar
+from megarewarm.errors import UserError
 from tests.config.test_schema import MINIMAL, load, refusal
 from tests.support.tiny import config
 
@@ -58,6 +60,30 @@ def test_an_axis_may_hold_the_arm_without_replay(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL, "replay={fraction: 5%, sources: [{path: b}]}").replay is not None
     switch = "data.switches=[{at: 50%, train: [{path: b}], replay_fraction: 5%}]"
     assert "nothing says what is replayed" in refusal(tmp_path, MINIMAL, "replay={fraction: 0}", switch)
+
+
+def test_a_run_without_replay_stands_at_0_of_the_axis() -> None:
+    base = {
+        "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 512},
+        "data": {"sequence_length": 64, "train": [{"path": "a"}]},
+        "schedule": {"curve": "constant", "max_lr": 1e-3},
+        "training": {"budget": 9, "global_batch": 4, "micro_batch": 4},
+        "replay": {"fraction": "1%", "sources": [{"path": "b"}]},
+    }
+    sweep = {"name": "s", "axes": {"replay.fraction": [0, "5%"]}, "with": ["none"]}
+    runs = [{"name": "none", "replay": None, "training": {"budget": 8}}]
+    none, zero, some = load_experiment({"experiment": "e", "base": base, "runs": runs, "sweeps": [sweep]}, {}).arms
+    assert none.groups["s"] == {"replay.fraction": 0.0} == zero.groups["s"] and zero.config.replay is None
+    assert some.config.replay is not None and some.config.replay.fraction == 0.05
+
+
+@pytest.mark.parametrize("length", ["0", "0%", "five", "true", "null"])
+def test_the_length_of_a_quick_form(length: str) -> None:
+    whole = {"experiment": "e", "runs": [{"name": "a"}], "quick": {"length": parse_scalar(length, "here")}}
+    with pytest.raises(UserError, match=r"quick: length: expected a share of the runs' budgets, such as 0.01 or '1%'"):
+        validate(ExperimentConfig, whole, {})
+    good = validate(ExperimentConfig, whole | {"quick": {"length": "1 %"}}, {})
+    assert good.quick == {"length": 0.01}
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_dry_run_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, training={"micro_batch": "auto"})))
     assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "training.micro_batch: auto is 8 sequences: a rank needs" in shown and "1 micro-batches of 8" in shown
+    assert "training.micro_batch: auto is 8 sequences: a rank needs" in shown and "1 micro-batch of 8" in shown
     assert main([str(tmp_path / "run.yml"), "--dry-run", "training.micro_batch=0"]) == 2
     assert "training.micro_batch: must be above 0, or 'auto' (given: 0)" in capsys.readouterr().err
     if not torch.cuda.is_available():

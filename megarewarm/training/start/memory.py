@@ -12,6 +12,7 @@ import torch
 from megarewarm.config.schema import RunConfig
 from megarewarm.layout.cluster import MEMORY_IN_USE
 from megarewarm.parallel.launchers import Launch
+from megarewarm.spelling import bytes_text
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -37,6 +38,7 @@ def remedies(run: RunConfig) -> str:
     """What makes ``run`` need less memory."""
     training = run.training
     found = [f"lower training.micro_batch (now {training.micro_batch})"] if training.micro_batch != 1 else []
+    found = ["set training.micro_batch to less than auto has chosen"] if training.micro_batch == "auto" else found
     found += ["set training.recompute to full"] if training.recompute != "full" else []
     return ", or ".join([*found, "divide the model with parallel.sharding, tensor or pipeline"])
 
@@ -51,7 +53,7 @@ class Room:
     has: float
 
     def __str__(self) -> str:
-        return f"{self.who} would need {self.needed / 2**30:.1f} GiB, {self.where} has {self.has / 2**30:.1f} GiB"
+        return f"{self.who} would need {bytes_text(self.needed)}, {self.where} has {bytes_text(self.has)}"
 
 
 def room(needed: Sequence[float], launch: Launch, *, on_gpu: bool) -> Room | None:

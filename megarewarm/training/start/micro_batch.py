@@ -15,6 +15,7 @@ from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.process import is_out_of_memory
+from megarewarm.spelling import bytes_text, counted
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.start.inputs import settle_precision
 from megarewarm.training.start.memory import free_memory
@@ -45,8 +46,8 @@ def settle_micro_batch(plan: Plan, world_size: int, device: torch.device, free: 
         value_bytes=DTYPES[settle_precision(config, device)].itemsize,
         on_gpu=device.type == "cuda",
     )
-    room = f"a rank needs {needed / 2**30:.3g} GiB of the {free / 2**30:.3g} GiB that are free"
-    return with_micro_batch(plan, size), [f"training.micro_batch: auto is {size} sequence{'s' * (size > 1)}: {room}"]
+    room = f"a rank needs {bytes_text(needed)} of the {bytes_text(free)} that are free"
+    return with_micro_batch(plan, size), [f"training.micro_batch: auto is {counted(size, 'sequence')}: {room}"]
 
 
 def with_micro_batch(plan: Plan, size: int) -> Plan:
