@@ -131,3 +131,14 @@ def test_a_dry_run_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     if not torch.cuda.is_available():
         assert main([str(tmp_path / "run.yml"), "--dry-run", "training.device=cuda", "--allow-missing"]) == 0
         assert "auto is chosen at the start, on the GPU" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    all_fit = micro_batch._all_fit
+    monkeypatch.setattr(micro_batch, "_all_fit", lambda *given: tried.append(given[1]) or all_fit(*given))
+    device = torch.device("cuda", 0)
+    run = build(make_plan(config(tmp_path, training={"micro_batch": "auto"})), Ranks(0, 1, device))
+    run.batches.close()
+    assert tried == [8] and run.model.micro_batch == run.plan.config.training.micro_batch == 8
