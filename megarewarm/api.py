@@ -40,6 +40,7 @@ from megarewarm.record.run import RecordedRun, read_run
 from megarewarm.rewarm.reset import ResetPolicy
 from megarewarm.training.after_step.part import Outcome
 from megarewarm.training.start.evaluations import evaluation_steps
+from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import Callback
 from megarewarm.training.trainer import train as train_on
@@ -126,7 +127,7 @@ class RunPlan:
 
 def plan(config: RunConfig) -> RunPlan:
     """The plan of a run, without training or writing anything. The start checkpoint is opened, token files are not."""
-    made = make_plan(config)
+    made = make_plan(settle_epochs(config)[0])
     first, last = made.origin.step, made.config.total_steps
     return RunPlan(
         made.config,

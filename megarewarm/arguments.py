@@ -90,7 +90,8 @@ def run_command_line() -> Parser:
     parser.add_argument(
         "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the resolved run and its LR curve; train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan of the run and its LR curve; train nothing")
+    parser.add_argument("--show-config", action="store_true", help="of --dry-run: also every key of the run, with its default")
     parser.add_argument(
         "--allow-missing", action="store_true", help="of --dry-run: files and GPUs that are not here are listed, not refused"
     )

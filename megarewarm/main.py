@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> int:
         console = make_console(quiet=launch.rank != 0, lasting=not arguments.dry_run)
         if arguments.allow_missing and not arguments.dry_run:
             raise UserError("--allow-missing goes with --dry-run: a run needs its files")
+        if arguments.show_config and not arguments.dry_run:
+            raise UserError("--show-config goes with --dry-run: a run writes its config.yaml")
         if files := neox_files(arguments.configs):
             with importing():
                 from megarewarm.rewarm.neox_start import load_neox, show_account
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
                 with importing():
                     from megarewarm.lab.dry_run import show_experiment
 
-                return show_experiment(experiment, console, launch, arguments.only, allow_missing=arguments.allow_missing)
+                return show_experiment(experiment, console, launch, arguments.only, **_shown(arguments))
             return _train(experiment, launch, console, arguments.only)
         if arguments.quick or arguments.only:
             raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
@@ -68,8 +70,12 @@ def _run(run: RunConfig, launch: Launch, console: Console, arguments: argparse.N
         with importing():
             from megarewarm.lab.dry_run import show_run
 
-        return show_run(run, console, launch, allow_missing=arguments.allow_missing, world_size=world_size)
+        return show_run(run, console, launch, world_size=world_size, **_shown(arguments))
     return _train(run, launch, console)
+
+
+def _shown(arguments: argparse.Namespace) -> dict[str, bool]:
+    return {"allow_missing": arguments.allow_missing, "show_config": arguments.show_config}
 
 
 def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only: Sequence[str] = ()) -> int:

@@ -16,6 +16,15 @@ def tokens_text(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
+def bytes_text(size: float) -> str:
+    """1536 -> '2 KiB', 3000000000 -> '2.8 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
 def duration_text(seconds: float | None) -> str:
     """95 -> '1m35s', 4000 -> '1h07m', 200000 -> '2d07h'; a question mark for none."""
     if seconds is None or not math.isfinite(seconds):

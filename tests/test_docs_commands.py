@@ -134,6 +134,8 @@ def test_every_command_is_tried_here_or_can_not_be(page: Path) -> None:
     "line", [line for page in PAGES for line in commands(page) if re.search(TRIED[0], line) and not is_not_here(line)]
 )
 def test_starts_of_a_run(place: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if "start.from=runs/OLD" in line:
+        assert main(["RUN.yml", "name=OLD", "training.budget=2", "training.micro_batch=auto"]) == 0
     launch(line, "--dry-run")
     assert "run" in capsys.readouterr().out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,9 @@ def command_line() -> Parser:
     parser.add_argument("--gpus", type=int, required=True, help="how many")
     parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="which")
     parser.add_argument("--most", type=int, default=10, help="layouts shown; default: %(default)s")
+    parser.add_argument(
+        "--price", type=Price, metavar="EUR_PER_GPU_HOUR", help="such as 2.50 or 2.50EUR: adds a column with what the run costs"
+    )
     return parser
 
 
@@ -35,8 +40,9 @@ def main(words: Sequence[str]) -> None:
 
     with importing():
         from megarewarm.layout.cluster import rank_layouts
+        from megarewarm.training.start.epochs import settle_epochs
 
-    config = validate(RunConfig, *read_configs(arguments.configs))
+    config, lengths = settle_epochs(validate(RunConfig, *read_configs(arguments.configs)))
     if config.model is None:
         raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
     gpus = arguments.gpus
@@ -44,9 +50,21 @@ def main(words: Sequence[str]) -> None:
     console = make_console()
     fit = f"{len(plans):,} layouts fit on {gpus} x {arguments.gpu}"
     console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
-    console.print(fitted(plans[: arguments.most], gpus, console.width))
+    for line in lengths:
+        console.print(line, highlight=False)
+    console.print(fitted(plans[: arguments.most], gpus, console.width, arguments.price))
     best = plans[0]
     console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)
+
+
+class Price:
+    """Of a GPU-hour: a number, and the word for its currency, which is printed as it is given."""
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\S{0,8})\s*", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a price; write it as 2.50 or 2.50EUR")
+        self.amount, self.word = float(found[1]), found[2] or "cost"
 
 
 COLUMNS: dict[str, Callable[[LayoutEstimate, int], str]] = {
@@ -67,9 +85,11 @@ COLUMNS: dict[str, Callable[[LayoutEstimate, int], str]] = {
 DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # where the terminal is narrow, in this order
 
 
-def fitted(plans: list[LayoutEstimate], gpus: int, width: int) -> Table:
+def fitted(plans: list[LayoutEstimate], gpus: int, width: int, price: Price | None = None) -> Table:
     """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as ``width`` shows whole."""
     cells = {name: [cell(plan, gpus) for plan in plans] for name, cell in COLUMNS.items()}
+    if price is not None:
+        cells[price.word] = [f"{plan.hours * gpus * price.amount:,.0f}" for plan in plans]
     for name in DISPENSABLE:
         if sum(1 + max(map(len, (heading, *column))) for heading, column in cells.items()) - 1 <= width:
             break

@@ -265,6 +265,10 @@ def _step_of(moment: str, config: RunConfig, where: str) -> int:
         raise UserError(
             f"{where}: '@{moment}' is no moment of a run; write it as '@20%', '@500 steps' or '@1B tokens'"
         ) from None
+    if "epochs" in (budget.unit, config.training.budget.unit):
+        raise UserError(
+            f"{where}: '@{moment}' of '{config.name}': where lengths are in epochs, write the step, as '@500 steps'"
+        )
     step = round(config.steps(budget))
     if not 1 <= step <= config.total_steps:
         raise UserError(f"{where}: '@{moment}' is step {step} of '{config.name}', which has steps 1 to {config.total_steps}")
@@ -305,6 +309,7 @@ def _grouped(arms: list[Arm], experiment: Mapping[str, Any], origins: Origins) -
             for j, arm in enumerate(arms):
                 if arm.arm == name:
                     content = arm.config.model_dump(mode="json", by_alias=True)
+                    content["replay"] = content["replay"] or {"fraction": 0.0}
                     values = {axis: _at(content, axis.split(".")) for axis in sweep["axes"]}
                     arms[j] = replace(arm, groups=arm.groups | {sweep["name"]: values})
     return arms

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from megarewarm.config.budget import Budget, Share, TokenAmount, Tokens
+from megarewarm.config.budget import Budget, Epochs, Row, Share, TokenAmount, Tokens
 from megarewarm.config.paths import PathText
 from megarewarm.config.section import LearningRate, Positive, Section, Seed
 
@@ -38,11 +38,11 @@ class Source(Section):
         description="rows: the file holds finished samples, rows of sequence_length + 1 ids, which are read in their order "
         "whatever 'data.order' says, as Pythia's published data order (rows of 2049, 1024 at each step).",
     )
-    first_row: int = Field(0, ge=0, description="layout rows: the row to begin with; Pythia's step N begins at row N x 1024.")
-    max_epochs: float | None = Field(
+    first_row: Row = Field(0, description="layout rows: the row to begin with; Pythia's step N begins at row N x 1024.")
+    max_epochs: Epochs | None = Field(
         1.0,
-        gt=0,
-        description="How often the source may be read through. Asking for more is an error; null: without limit.",
+        description="How often the source may be read through. Asking for more is an error; null: without limit. Left out "
+        "where training.budget is in epochs: as often as that says.",
     )
 
     @model_validator(mode="after")
@@ -119,6 +119,8 @@ class BlendSwitch(Section):
             raise ValueError(
                 "a switch takes place 'at' a point of the run or when the rate is 'lr_below' one: give one of them"
             )
+        if self.at is not None and self.at.unit == "epochs":
+            raise ValueError(f"at: {self.at}: an epoch has no length where the blend changes; give steps, tokens or a share")
         return self
 
 
@@ -195,9 +197,8 @@ class ReplayConfig(Section):
         description="The old data, blended by weight among themselves. Beside 'of: lineage': data of before the recorded "
         "stages, each with the 'tokens' that were seen of it.",
     )
-    max_epochs: float | None = Field(
+    max_epochs: Epochs | None = Field(
         1.0,
-        gt=0,
         description="of lineage: how often a sample may be replayed. Asking for more is an error; null: without limit.",
     )
     paths: dict[str, PathText] = Field(
@@ -206,7 +207,7 @@ class ReplayConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ReplayConfig:
-        if self.of is None and self.sources is None:
+        if self.of is None and self.sources is None and self.fraction:
             raise ValueError("nothing says what is replayed: give 'sources', or 'of: lineage'")
         if self.of is None and (self.paths or self.max_epochs != 1.0):
             raise ValueError("'max_epochs' and 'paths' belong to 'of: lineage'; each of 'sources' has a path and max_epochs")

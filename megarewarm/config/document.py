@@ -30,11 +30,13 @@ itself; several files on the command line merge from left to right; `section.key
 (`data.train.0.weight=2` reaches into a list). Mappings merge key by key, lists and values replace. An unknown key is an
 error. A file with the key `experiment` holds several runs (last section).
 
-A *length of training* is written as steps (`500` or `500 steps`), tokens (`2.5B tokens`, `2.5B`) or a share of the run (`1%`).
-Where only tokens make sense `10M` and `10M tokens` are the same; a *share* may be `0.05` or `5%`. An interval is above 0;
-null is never. In a *path* `~` is the home folder and `$NAME` or `${NAME}` the environment's; one that is not set is refused.
-Relative paths are relative to the working directory. Without quotes, `yes`, `no`, `on` and `off` are text where text is
-expected and switches elsewhere; `0100` is a hundred, `23:30:00`, `1:30` and `2026-11-28` are text.
+A *length of training* is written as steps (`500` or `500 steps`), tokens (`2.5B tokens`, `2.5B`), epochs of the new data
+(`2 epochs`; the start and `--dry-run` count them and show the steps) or a share of the run (`1%`). Counts of steps, tokens and
+sequences may be written `10_000`, `10,000`, `5e6` or `5M`. Where only tokens make sense `10M` and `10M tokens` are the same; a
+*share* may be `0.05` or `5%`. An interval is above 0; null is never. In a *path* `~` is the home folder and `$NAME` or
+`${NAME}` the environment's; one that is not set is refused. Relative paths are relative to the working directory. Without
+quotes, `yes`, `no`, `on` and `off` are text where text is expected and switches elsewhere; `0100` is a hundred, `23:30:00`,
+`1:30` and `2026-11-28` are text.
 
 Editors that know the YAML language server check and complete these files with
 `# yaml-language-server: $schema=../docs/config.schema.json` in their first line.

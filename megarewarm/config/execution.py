@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megarewarm.config.budget import Budget, Interval, Steps
+from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
 from megarewarm.config.section import Positive, Section, Seed
 
 
@@ -64,9 +64,16 @@ class LossScaleConfig(Section):
 class TrainingConfig(Section):
     """How long and in what portions."""
 
-    budget: Budget = Field(description="Length of the run, in steps or tokens.")
-    global_batch: Positive = Field(description="Sequences per optimizer step, over all ranks.")
-    micro_batch: Positive = Field(description="Sequences per forward pass on one rank.")
+    budget: Budget = Field(
+        description="Length of the run, in steps, tokens, or epochs of data.train: '2 epochs' are as many whole steps as read "
+        "the samples of all its sources twice; what is replayed comes on top."
+    )
+    global_batch: Sequences = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch: Sequences | Literal["auto"] = Field(
+        description="Sequences per forward pass on one rank. auto: as many as the memory plan has room for, confirmed by a "
+        "step that is tried on a GPU; at most 8192 tokens on a CPU; the start shows and records the number, and a resumed run "
+        "keeps it. Losses depend on it by rounding only."
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="bf16, fp16: autocast over fp32 master weights, fp16 with dynamic loss scaling. auto: bf16 on GPUs that "
@@ -84,8 +91,14 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if self.budget.unit == "percent":
-            raise ValueError(f"budget '{self.budget}' is a share of itself: give steps or tokens")
+            raise ValueError(f"budget '{self.budget}' is a share of itself: give steps, tokens or epochs")
         return self
+
+    @property
+    def micro_batch_size(self) -> int:
+        """``micro_batch`` as a number, which the start of a run makes of 'auto'."""
+        assert isinstance(self.micro_batch, int), "'auto' was not settled"
+        return self.micro_batch
 
 
 class EvaluationConfig(Section):
@@ -130,7 +143,7 @@ class CheckpointConfig(Section):
         description="Name of a validation set: the checkpoint with the lowest loss on it stays as well. The sets are then "
         "evaluated at every save of 'every', too.",
     )
-    extra_steps: list[Annotated[int, Field(ge=0)]] | Literal["log_spaced"] = Field(
+    extra_steps: list[Step] | Literal["log_spaced"] = Field(
         [],
         description="Steps that are saved besides, and stay for good; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
         "Pythia's.",

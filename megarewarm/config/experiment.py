@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from megarewarm.config.arms import Arm, arms_of
-from megarewarm.config.budget import Share
+from megarewarm.config.budget import Share, share
 from megarewarm.config.load import merge, validate
 from megarewarm.config.paths import PathTemplate, PathText
 from megarewarm.config.section import FolderName, Positive, Section, Seed
@@ -85,6 +85,14 @@ class ExperimentConfig(Section):
             if names.count(name) > 1:
                 raise ValueError(f"two entries are named '{name}'")
         return runs
+
+    @field_validator("quick")
+    @classmethod
+    def _length(cls, quick: dict[str, Any]) -> dict[str, Any]:
+        length = share(quick.get("length", 1.0))
+        if not isinstance(length, int | float) or isinstance(length, bool) or length <= 0:
+            raise ValueError(f"length: expected a share of the runs' budgets, such as 0.01 or '1%', not {length!r}")
+        return quick | {"length": length} if "length" in quick else quick
 
     @model_validator(mode="after")
     def _check(self) -> ExperimentConfig:

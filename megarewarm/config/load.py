@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_
 from megarewarm.errors import UserError, nearest
 from megarewarm.record.layout import take_format
 from megarewarm.untrusted import redacted, secrets_of
+
+_CHOICE = re.compile(r"^[a-z-]+\[|^constrained-|^(str|int|float|bool)$")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -178,12 +181,20 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
             if found:
                 hint += f"{f' ({what})' if (what := foreign_meaning(model, path[-1])) else ''}?"
             unknown.append(f"{_place(path, origins)}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
+    wrong: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for path, item in items:
-        place, key = _place(path, origins), ".".join(path)
-        if item["type"] == "missing" and path not in instead:
-            others.append(f"{place}: '{key}' is missing and has no default")
+        if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+            wrong.setdefault(path[:-1], []).append(item)
+        elif item["type"] == "missing" and path not in instead:
+            others.append(f"{_place(path, origins)}: '{'.'.join(path)}' is missing and has no default")
         elif item["type"] not in ("extra_forbidden", "missing"):
-            others.append(f"{place}: {key + ': ' if key else ''}{in_words(item, known_keys(model, item['loc']))}")
+            # of a key that may be one of several things, pydantic names each of them as a step of the way
+            wrong.setdefault(tuple(part for part in path if not _CHOICE.search(part)), []).append(item)
+    for path, problems in wrong.items():
+        if any(other[: len(path)] == path and other != path for other in wrong):
+            continue  # a list with a wrong item is no wrong word
+        words = in_words(problems, known_keys(model, problems[0]["loc"]))
+        others.append(f"{_place(path, origins)}: {'.'.join(path) + ': ' if path else ''}{words}")
     return unknown + others
 
 

@@ -26,30 +26,38 @@ _WORDS = {
 }
 
 
-def in_words(item: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """One of pydantic's errors as a sentence. ``keys``: those that the schema knows below the place, if it is a section's."""
+def in_words(items: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """What pydantic says of one value, once for each thing that it may be, as a sentence. ``keys``: those that the schema knows
+    below the place, if it is a section's."""
+    said = [_in_words(item, keys) for item in items]
+    first, *others = dict.fromkeys(expected for expected, _ in said)
+    expected = ", or ".join([first, *(other.removeprefix("expected ") for other in others)])
+    given = "" if items[0]["type"] == "missing" else _given(items[0].get("input"))
+    return f"{expected}{given}{''.join(hint for _, hint in said)}"
+
+
+def _in_words(item: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, str]:
+    """(what is wrong or expected, a hint that follows what was given)."""
     kind, value, context = item["type"], item.get("input"), item.get("ctx") or {}
-    given = _given(value)
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        return f"expected keys below it, such as {{{keys[0] if keys else 'key'}: ...}}{given}"
+        return f"expected keys below it, such as {{{keys[0] if keys else 'key'}: ...}}", ""
     if kind in ("list_type", "tuple_type"):
-        return f"expected a list, such as {f'[{{{keys[0]}: ...}}]' if keys else '[1, 2]'}{given}"
+        return f"expected a list, such as {f'[{{{keys[0]}: ...}}]' if keys else '[1, 2]'}", ""
     if kind in ("too_short", "too_long"):
         bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
-        return f"expected {bound} in the list, found {context['actual_length']}"
+        return f"expected {bound} in the list, found {context['actual_length']}", ""
+    if kind == "missing":  # the item of a list of some length
+        return f"expected at least {item['loc'][-1] + 1} in the list, found {item['loc'][-1]}", ""
     if kind == "string_type":
-        quoted = f"; put it in quotes: '{value}'" if isinstance(value, int | float) else ""
-        return f"expected text{given}{quoted}"
+        return "expected text", f"; put it in quotes: '{value}'" if isinstance(value, int | float) else ""
     if kind == "literal_error":
         choices = str(context.get("expected", "")).replace(" or ", ", ").split(", ")
         hint = nearest(value, [choice.strip("'") for choice in choices]) if isinstance(value, str) else ""
-        return f"expected {context.get('expected')}{given}{hint}"
+        return f"expected {context.get('expected')}", hint
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        return f"must be {words} {context[name]:g}{given}"
-    if kind in _WORDS:
-        return f"{_WORDS[kind]}{given}"
-    return f"{str(item['msg']).removeprefix('Value error, ')}{given}"
+        return f"must be {words} {context[name]:g}", ""
+    return _WORDS.get(kind) or str(item["msg"]).removeprefix("Value error, "), ""
 
 
 def _given(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from megarewarm.config.budget import Budget, Share
+from megarewarm.config.budget import Budget, Share, in_epochs
 from megarewarm.config.data import DataConfig, ReplayConfig
 from megarewarm.config.execution import (
     CheckpointConfig,
@@ -28,6 +28,7 @@ from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.schedule import ScheduleConfig
 from megarewarm.config.section import FolderName, Positive, Section
+from megarewarm.errors import UserError
 
 
 class ModelConfig(Section):
@@ -173,6 +174,8 @@ class RunConfig(Section):
         later = any(switch.replay_fraction for switch in self.data.switches)
         if self.replay is not None and not self.replay.fraction and not later:
             object.__setattr__(self, "replay", None)
+        elif self.replay is not None and self.replay.of is None and self.replay.sources is None:
+            raise ValueError("replay: nothing says what is replayed: give 'sources', or 'of: lineage'")
         return self
 
     @model_validator(mode="after")
@@ -195,7 +198,9 @@ class RunConfig(Section):
             )
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
-        if self.total_steps < 1:
+        if self.data.switches and (keys := list(in_epochs(self))):
+            raise ValueError(f"{keys[0]}: where data.switches change the blend an epoch has no length; give steps or tokens")
+        if self.training.budget.unit != "epochs" and self.total_steps < 1:
             raise ValueError(
                 f"training.budget '{self.training.budget}' is less than one step of {self.tokens_per_step:,} tokens"
             )
@@ -211,7 +216,12 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run; a token budget is rounded to the nearest whole step."""
+        """Optimizer steps of the run; a token budget is rounded to the nearest whole step. Raises ``UserError`` for one in
+        epochs, which ``training/start/epochs.py`` counts."""
+        if self.training.budget.unit == "epochs":
+            raise UserError(
+                f"training.budget: {self.training.budget} of {self.name} can't be counted here: give steps or tokens"
+            )
         return round(self.training.budget.in_steps(self.tokens_per_step))
 
     def steps(self, budget: Budget) -> float:

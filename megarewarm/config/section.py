@@ -62,5 +62,5 @@ class Section(BaseModel):
         if isinstance(value, bool) and (name := info.field_name) is not None:
             taken = set(_types(cls.model_fields[name].annotation))
             if taken & {int, float} and bool not in taken:
-                raise ValueError(f"expected a number, not a switch (given: {str(value).lower()})")
+                raise ValueError("expected a number, not a switch")
         return value

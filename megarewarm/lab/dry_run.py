@@ -1,4 +1,4 @@
-"""``--dry-run``: the resolved configuration, sizes, costs, the reset table and the LR curve. Nothing is trained."""
+"""``--dry-run``: sizes, costs, the LR curve, the ranks, the data, the reset table. Nothing is trained."""
 
 from __future__ import annotations
 
@@ -19,59 +19,73 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.console import only_ascii
 from megarewarm.data.order.seen_samples import SeenSource
 from megarewarm.errors import UserError
-from megarewarm.lab.experiment import check_folders, chosen_arms
+from megarewarm.lab.experiment import check_folders, chosen_arms, settled
 from megarewarm.lab.plan_ahead import plan_ahead
+from megarewarm.lab.seen_pace import SeenPace, seen_pace
 from megarewarm.lab.start_checks import Checked, check_start, missing_files, prepared_folder, ranks_of
-from megarewarm.layout.memory import Work, memory_of, parts, traffic_of
+from megarewarm.layout.memory import memory_of, parts, traffic_of
+from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.size import count_parameters, training_flops_per_token
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.mesh import choose_layout
-from megarewarm.parallel.pipeline import micro_batches
 from megarewarm.report.figures.terminal import draw_curve
 from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
-from megarewarm.spelling import tokens_text
+from megarewarm.spelling import bytes_text, counted, tokens_text
 from megarewarm.training.finish import is_trained
+from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
-from megarewarm.training.start.inputs import check_place
-from megarewarm.training.start.memory import memory_note
+from megarewarm.training.start.inputs import check_place, settle_precision
+from megarewarm.training.start.memory import Room, memory_note, room
+from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro_batch
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.summary import print_reset_table
 
 
 def show_run(
-    config: RunConfig, console: Console, launch: Launch, *, allow_missing: bool = False, world_size: int | None = None
+    config: RunConfig,
+    console: Console,
+    launch: Launch,
+    *,
+    allow_missing: bool = False,
+    show_config: bool = False,
+    world_size: int | None = None,
 ) -> int:
     """Print everything about one run on ``world_size`` ranks; None: those that a launcher started, else as many as the file
-    needs. Returns exit code 0.
+    needs. ``show_config``: its keys as well. Returns exit code 0.
 
     Raises ``UserError`` for whatever its start would be refused for, after all that can be shown is shown; with
     ``allow_missing`` files, start checkpoints and GPUs that this machine lacks are only listed.
     """
+    config, lengths = settle_epochs(config)
     check_place(config)
     plan, missing = plan_ahead(config)
     world_size = world_size or ranks_of(config, launch.world_size)
-    console.print(Syntax(dump(plan.config).rstrip(), "yaml", background_color="default", word_wrap=True))
-    console.print()
     refusal = None
     checked = Checked([], [], tokens_asked(config))
-    if not is_trained(plan):
-        try:
-            checked = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
-        except UserError as error:
-            refusal, checked = error, replace(checked, absent=[*missing, *missing_files(plan.config)])
-    cost = evaluation_cost(plan, checked.evaluated)
-    notes = [*checked.notes, *evaluation_note(plan, cost)]
+    chosen: list[str] = []
     try:
-        needed, on_gpu = _show_plan(plan, console, world_size, cost)
-        if on_gpu or not allow_missing:  # which is for a plan on another machine
-            notes += memory_note(config, needed, launch, on_gpu=on_gpu)
+        plan, chosen = settle_micro_batch(plan, world_size, _device(config))
+        if not is_trained(plan):
+            checked = check_start(plan, world_size, missing, partial(choose_device, launch), allow_missing=allow_missing)
+    except UserError as error:
+        refusal, checked = error, replace(checked, absent=[*missing, *missing_files(plan.config)])
+        plan = with_micro_batch(plan, 1) if plan.config.training.micro_batch == "auto" else plan
+    cost = evaluation_cost(plan, checked.evaluated)
+    notes = [*lengths, *chosen, *checked.notes, *evaluation_note(plan, cost)]
+    try:
+        needed = _show_plan(plan, console, world_size, cost, launch)
+        if _on_gpu(config) or not allow_missing:  # which is for a plan on another machine
+            notes += memory_note(plan.config, needed, launch, on_gpu=_on_gpu(config))
     except UserError as error:
         refusal = refusal or error
+    if show_config:
+        _print_keys(plan.config, console)
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     for problem in checked.absent:
@@ -81,11 +95,31 @@ def show_run(
     return 0
 
 
-def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None) -> tuple[list[float], bool]:
-    """Returns the bytes that each rank needs, and whether on a GPU."""
+def _print_keys(config: RunConfig, console: Console) -> None:
+    console.print(Syntax(dump(config).rstrip(), "yaml", background_color="default", word_wrap=True))
+    console.print()
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    device = config.training.device
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def _device(config: RunConfig) -> torch.device:
+    return torch.device("cuda" if _on_gpu(config) and torch.cuda.is_available() else "cpu")
+
+
+def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None, launch: Launch) -> list[float]:
+    """Returns the bytes that each rank needs."""
     config = plan.config
-    _print_costs(plan, console, cost)
-    needed = _print_ranks(plan, console, world_size)
+    pace = seen_pace(plan, world_size, "cuda" if _on_gpu(config) else "cpu")
+    needed, ranks = _ranks(plan, world_size)
+    _print_costs(plan, console, cost, room(needed, launch, on_gpu=_on_gpu(config)), pace)
+    console.print()
+    console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
+    console.print()
+    for line in ranks:
+        console.print(line, style="yellow" if isinstance(line, str) else None, highlight=False)
     console.print()
     _print_data(plan, console)
     console.print()
@@ -96,14 +130,21 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
     elif plan.resumed:
         console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
     console.print()
-    console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
     return needed
 
 
 def show_experiment(
-    experiment: Experiment, console: Console, launch: Launch, only: Sequence[str] = (), *, allow_missing: bool = False
+    experiment: Experiment,
+    console: Console,
+    launch: Launch,
+    only: Sequence[str] = (),
+    *,
+    allow_missing: bool = False,
+    show_config: bool = False,
 ) -> int:
-    """Print the runs of an experiment, their sum, and each one's LR curve. Returns exit code 0; raises as ``show_run``."""
+    """Print the runs of an experiment, their sum, and each one's LR curve, with ``show_config`` also its keys. Returns exit
+    code 0; raises as ``show_run``."""
+    experiment = settled(experiment)
     chosen = chosen_arms(experiment, only)
     check_folders(experiment)
     prepared = prepared_folder(experiment)
@@ -165,6 +206,8 @@ def show_experiment(
         console.print()
         console.print(name, style="bold")
         console.print(_curve(plan, console, width=min(80, console.width), height=6), highlight=False, markup=False)
+        if show_config:
+            _print_keys(plan.config, console)
     if costs:
         name = max(costs, key=lambda name: costs[name].share)
         console.print()
@@ -193,18 +236,23 @@ def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str
     )
 
 
-def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None) -> None:
+def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here: Room | None, pace: SeenPace | None) -> None:
     config = plan.config
     length = config.data.sequence_length
     tokens = config.total_steps * config.tokens_per_step
     per_token = training_flops_per_token(plan.model, length)
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    costs.add_row("run", f"{config.name}: {plan.policy.intent}{f' from {config.start.from_}' if config.start.from_ else ''}")
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
     if cost is not None:
         costs.add_row("evaluation", str(cost))
+    if here is not None:
+        costs.add_row("memory", str(here))
+    if pace is not None and not is_trained(plan):
+        costs.add_row("time", pace.outlook(plan, cost))
     console.print(costs, highlight=False)
 
 
@@ -239,53 +287,25 @@ def _print_data(plan: Plan, console: Console) -> None:
         console.print(note, style="yellow", highlight=False)
 
 
-def _print_ranks(plan: Plan, console: Console, world_size: int) -> tuple[list[float], bool]:
-    """Memory and traffic of each pipeline rank; the others of its tensor and data groups are like it. Returns as
-    ``_show_plan``."""
+def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]:
+    """The bytes that each rank needs, and what to print: memory and traffic of each pipeline rank (the others of its tensor and
+    data groups are like it), and remarks."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
     remarks = check_fit(config, plan.model, layout)
-    on_gpu = config.training.device == "cuda" or (config.training.device == "auto" and torch.cuda.is_available())
-    work = Work(
-        plan.model,
-        config.data.sequence_length,
-        config.training.micro_batch,
-        micro_batches(config.parallel, config.training.global_batch // layout.data, config.training.micro_batch),
-        config.training.recompute,
-        # what 'auto' will be on the cluster is not known here; fp32 is the larger
-        2 if config.training.precision in ("bf16", "fp16") else 4,
-        config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
-        config.optimizer.kind,
-    )
-    ranks = Table(
-        title=f"per rank: {world_size} rank{'s' * (world_size > 1)}, {layout}; {work.micro_batches} micro-batches",
-        title_justify="left",
-        box=None,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
+    # what 'auto' is on another machine's GPU is not known here; fp32 is the larger
+    value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
+    size = config.training.micro_batch_size
+    work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config))
+    portions = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches != 1)} of {size}"
+    title = f"per rank: {counted(world_size, 'rank')}, {layout}; {portions}"
+    ranks = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
     for heading in ("stage", "layers", "weights", "grads", "optim.", "activ.", "loss", "memory", "sent"):
         ranks.add_column(heading, justify="left" if heading == "stage" else "right", no_wrap=True)
     needed: list[float] = []
     for rank, part in enumerate(parts(work, config.parallel, layout)):
         memory, traffic = memory_of(part, rank, work, config.parallel, layout), traffic_of(part, work, config.parallel, layout)
-        ranks.add_row(
-            ", ".join(map(str, part.numbers)),
-            "+".join(map(str, part.layers)),
-            *(_bytes(getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "loss", "total")),
-            _bytes(traffic.total),
-        )
+        sizes = (*vars(memory).values(), memory.total, traffic.total)
+        ranks.add_row(", ".join(map(str, part.numbers)), "+".join(map(str, part.layers)), *map(bytes_text, sizes))
         needed += [memory.total] * (layout.data * layout.tensor)
-    console.print()
-    console.print(ranks, highlight=False)
-    for remark in remarks:
-        console.print(remark, style="yellow", highlight=False)
-    return needed, on_gpu
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+    return needed, [ranks, *remarks]

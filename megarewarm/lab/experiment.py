@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from megarewarm.config.arms import Arm
+from megarewarm.config.budget import in_epochs
 from megarewarm.config.experiment import Experiment, PrepareConfig
 from megarewarm.config.experiment_record import check_record, write_record
 from megarewarm.data.text.corpora import prepare_corpora
@@ -22,6 +24,7 @@ from megarewarm.record.run import read_run
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.terminal_table import summary_table
+from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.inputs import check_place
 from megarewarm.training.trainer import train
 
@@ -39,6 +42,23 @@ def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
     return [arm for arm in experiment.arms if not only or called[arm.name] & set(only)]
 
 
+def settled(experiment: Experiment) -> Experiment:
+    """``experiment`` with the lengths of its runs that are in epochs in steps. Raises ``UserError``."""
+    arms = []
+    for arm in experiment.arms:
+        keys = list(in_epochs(arm.config))
+        if keys and experiment.config.prepare is not None:
+            raise UserError(
+                f"run '{arm.name}': {keys[0]}: epochs are counted before the first run, and 'prepare' makes the data then; "
+                f"give steps or tokens"
+            )
+        try:
+            arms.append(replace(arm, config=settle_epochs(arm.config)[0]))
+        except UserError as error:
+            raise UserError(f"run '{arm.name}': {error}") from error
+    return replace(experiment, arms=arms)
+
+
 def check_folders(experiment: Experiment) -> None:
     """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
     check_record(experiment)
@@ -53,6 +73,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
 
     All ranks call it. Raises ``UserError``.
     """
+    experiment = settled(experiment)
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
     if ranks.is_main:

@@ -100,7 +100,7 @@ def settings(
             "validation": validation,
         },
         "schedule": {"curve": "cosine", "max_lr": rate, "min_lr": "10%", "warmup": "1%"},
-        "training": {"budget": f"{tokens} tokens", "global_batch": batch, "micro_batch": 8},
+        "training": {"budget": f"{tokens} tokens", "global_batch": batch, "micro_batch": "auto"},
         "evaluation": {"every": "5%"},
         "checkpoint": {"every": "10%", "keep_last": 1},
         "export": {"huggingface": True},

@@ -22,6 +22,7 @@ from megarewarm.training.finish import is_trained
 from megarewarm.training.output.notes import logged_notes
 from megarewarm.training.start.evaluation_cost import tokens_asked, tokens_held
 from megarewarm.training.start.inputs import check_training, open_inputs
+from megarewarm.training.start.micro_batch import settle_micro_batch
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.texts import settle_texts
@@ -74,6 +75,7 @@ def check_start(
     if tokenizer is not None and allow_missing and not _is_below(tokenizer, prepared):
         absent.append(f"{tokenizer.absolute()}: no such tokenizer here")
     device = _device(config, choose, absent, allow_missing)
+    plan, _ = settle_micro_batch(plan, world_size, device)
     check_training(plan)
     if missing and not allow_missing:
         raise UserError(missing[0])

@@ -13,7 +13,7 @@ from rich.live import Live
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.experiment_record import write_record
 from megarewarm.errors import UserError
-from megarewarm.lab.experiment import check_folders, chosen_arms, prepare, write_report
+from megarewarm.lab.experiment import check_folders, chosen_arms, prepare, settled, write_report
 from megarewarm.lab.local import Job, Result, cores, devices, run_locally
 from megarewarm.lab.outlook import Prospect, prospects, show_outlook
 from megarewarm.lab.slurm import submit
@@ -45,6 +45,7 @@ def sweep(
 ) -> int:
     """Carry out what of ``experiment`` is not done. ``words`` name it to launch.sh; the rest is as on tools/sweep.py's command
     line. Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
+    experiment = settled(experiment)
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
     found = prospects(experiment, arms, ranks if launcher == "local" else None)

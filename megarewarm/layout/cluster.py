@@ -15,10 +15,10 @@ from megarewarm.config.schema import ModelConfig, RunConfig
 from megarewarm.errors import UserError
 from megarewarm.layout.gpus import Gpu
 from megarewarm.layout.memory import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
+from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.size import PASSES, stage_costs, training_flops_per_token
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import Layout
-from megarewarm.parallel.pipeline import micro_batches
 
 MATMUL_EFFICIENCY = 0.65  # share of the peak that large bf16 matrix products reach, with what stands between them
 HALF_EFFICIENT = (768, 192)  # tokens of a micro-batch, and columns of a rank's share of a layer, that halve it
@@ -49,22 +49,13 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
         left = gpus // (parallel.pipeline * parallel.tensor)
         shard = 1 if parallel.sharding == "none" else left
         layout = Layout(parallel.pipeline, left // shard, shard, parallel.tensor)
-        training = config.training.model_copy(update={"micro_batch": micro_batch})
+        training = config.training.model_copy(update={"micro_batch": micro_batch, "recompute": recompute})
+        tried = config.model_copy(update={"parallel": parallel, "training": training})
         try:
-            check_fit(config.model_copy(update={"parallel": parallel, "training": training}), model, layout)
+            check_fit(tried, model, layout)
         except UserError:
             continue
-        share = config.training.global_batch // layout.data
-        work = Work(
-            model,
-            config.data.sequence_length,
-            micro_batch,
-            micro_batches(parallel, share, micro_batch),
-            recompute,  # type: ignore[arg-type]
-            2,
-            config.kernels.logit_bytes("cuda"),
-            config.optimizer.kind,
-        )
+        work = work_of(tried, model, layout, micro_batch, value_bytes=2, on_gpu=True)
         held = parts(work, parallel, layout)
         memory = max(memory_of(part, rank, work, parallel, layout).total for rank, part in enumerate(held))
         smallest = min(smallest, memory)

@@ -41,7 +41,8 @@ class BatchLosses:
 
 
 class ParallelModel(LaidOutModel):
-    """A model laid out over ranks that computes losses and gradients. ``teacher``: of ``distill``, None without."""
+    """A model laid out over ranks that computes losses and gradients. ``teacher``: of ``distill``, None without;
+    ``micro_batch``: sequences of a micro-batch, which a pipeline can't change."""
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class ParallelModel(LaidOutModel):
         super().__init__(config, mesh, parallel, training, sequence_length, precision, operations, compile_layers)
         self.teacher, self._documents = teacher, documents
         self._loss_memory, self._loss_kernel = loss_memory, operations.loss
-        self._micro_batch, self._sequence_length = training.micro_batch, sequence_length
+        self.micro_batch, self._sequence_length = training.micro_batch_size, sequence_length
         self._targets_per_step = training.global_batch * sequence_length
         self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
         # fully_shard takes the mean over data-parallel ranks, the trainer wants the sum
@@ -86,8 +87,8 @@ class ParallelModel(LaidOutModel):
             group=mesh.pipeline,
             reverse_group=mesh.reverse_group,
             device=mesh.device,
-            micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch),
-            micro_batch=training.micro_batch,
+            micro_batches=pipeline.micro_batches(parallel, share, training.micro_batch_size),
+            micro_batch=training.micro_batch_size,
             sequence_length=length,
             local_length=length // mesh.layout.tensor if sequence else length,
             hidden_size=self.config.hidden_size,
@@ -133,7 +134,7 @@ class ParallelModel(LaidOutModel):
     def _accumulated(self, tokens: Tensor, between: Between) -> tuple[float, float]:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
-        parts = tokens.split(self._micro_batch)
+        parts = tokens.split(self.micro_batch)
         for i, part in enumerate(parts):
             if i:
                 between(i, len(parts))

@@ -24,8 +24,8 @@ def check_fit(config: RunConfig, model: ModelConfig, layout: Layout) -> list[str
     stages = layout.pipeline * pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
     pipeline.balance(model.num_layers, stages, *stage_costs(model, length))
     share = training.global_batch // layout.data
-    filled = -(-share // training.micro_batch)
-    count = pipeline.micro_batches(parallel, share, training.micro_batch)
+    filled = -(-share // training.micro_batch_size)
+    count = pipeline.micro_batches(parallel, share, training.micro_batch_size)
     if count == filled:
         return []
     return [

@@ -12,7 +12,7 @@ from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
-from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.engine import ParallelModel
@@ -23,6 +23,8 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.inputs import Inputs, open_inputs
+from megarewarm.training.start.memory import free_memory
+from megarewarm.training.start.micro_batch import confirmed, settle_micro_batch
 from megarewarm.training.start.plan import Plan, settle_model
 from megarewarm.training.start.weights import StartWeights, copy_weights, keeps_start, reload_start_weights
 from megarewarm.training.state import RunState
@@ -35,13 +37,20 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     Raises ``UserError``.
     """
     _check_agreement(plan, ranks)
+    chosen: list[str] = []
+    if is_auto := plan.config.training.micro_batch == "auto":
+        free = -all_reduce_maxima([-free_memory(ranks.device, ranks.world_size)])[0]
+        plan, chosen = settle_micro_batch(plan, ranks.world_size, ranks.device, free)
     inputs = open_inputs(plan, ranks.world_size, ranks.device)
     mesh, model = _make_model(plan, ranks, inputs)
     start_weights, lost = _load_weights(plan, model)
     optimizer, scaler = _make_optimizer(plan, model, inputs)
+    if is_auto and ranks.device.type == "cuda" and not plan.resumed:
+        plan, smaller = confirmed(model, plan)
+        chosen = smaller or chosen
     state, spikes = _make_state(plan)
     # loading may have added to the source's notes
-    notes = list(dict.fromkeys([*inputs.notes, *(plan.source.notes if plan.source else []), *lost]))
+    notes = list(dict.fromkeys([*chosen, *inputs.notes, *(plan.source.notes if plan.source else []), *lost]))
     batches = Prefetch(_batches(plan, inputs.data, mesh))
     run = Run(plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes)
     _assert_applied(run)

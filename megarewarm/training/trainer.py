@@ -30,6 +30,7 @@ from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
+from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import evaluation_cost, evaluation_note, tokens_held
 from megarewarm.training.start.inputs import check_place, check_training
 from megarewarm.training.start.plan import Plan, make_plan
@@ -53,6 +54,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
     Raises ``UserError`` for bad input before anything is overwritten, ``TrainingDiverged`` where too many steps changed
     nothing, ``ReplicasDiffer`` where ranks that should hold the same weights don't.
     """
+    config, lengths = settle_epochs(config)
     folder = check_place(config)
     with ExitStack() as opened:
         opened.callback(folder.close)
@@ -66,7 +68,8 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
         check_training(plan)
         with logged_notes() as logged:
             run = build(plan, ranks)
-        run.notes += logged
+        plan = run.plan
+        run.notes += [*lengths, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         voice = _open(run, config, folder, console, opened)
         evaluations = evaluation_cost(plan, tokens_held(run.validation))
@@ -94,8 +97,10 @@ def _call(callback: Callback, stop: StopRequest, event: dict[str, Any]) -> None:
 def _open(run: Run, config: RunConfig, folder: RunFolder, console: Console, opened: ExitStack) -> Voice:
     """Begin to write in the run's folder; ``opened`` closes what is then open."""
     opened.callback(run.batches.close)
-    # as it was given, but with the run's own rule for intervals
-    folder.open(config.model_copy(update={"intervals": run.plan.config.intervals}), main=run.ranks.is_main)
+    # as it was given, but with the run's own rule for intervals, and the micro-batch that 'auto' has become
+    training = config.training.model_copy(update={"micro_batch": run.plan.config.training.micro_batch})
+    settled = {"intervals": run.plan.config.intervals, "training": training}
+    folder.open(config.model_copy(update=settled), main=run.ranks.is_main)
     metrics = Metrics(folder.path, config.logging, config.name, writes=run.ranks.is_main)
     opened.callback(metrics.close)
     return Voice(console, config.name, metrics)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from megarewarm.config.budget import Budget, Interval, Share, Steps, TokenAmount, Tokens
+from megarewarm.config.budget import Budget, Epochs, Interval, Row, Sequences, Share, Step, Steps, TokenAmount, Tokens
 from megarewarm.config.experiment import ExperimentConfig, load_experiment
 from megarewarm.config.load import dump, read_configs, validate
 from megarewarm.config.paths import PathMark, expanded
@@ -68,7 +68,7 @@ def test_words_for_switches_and_names(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL.replace("budget: 40", "budget: 0100")).training.budget.amount == 100
     assert load(tmp_path, MINIMAL, "training.global_batch=010").training.global_batch == 10
     assert load(tmp_path, MINIMAL.replace("global_batch: 4", "global_batch: 0x10")).training.global_batch == 16
-    assert "expected a whole number" in refusal(tmp_path, MINIMAL, "training.global_batch=1:30")
+    assert "is no number of sequences" in refusal(tmp_path, MINIMAL, "training.global_batch=1:30")
     assert "expected true or false" in refusal(tmp_path, MINIMAL, "evaluation.at_start=perhaps")
 
 
@@ -229,7 +229,13 @@ def test_counts_are_above_nothing(tmp_path: Path, key: str) -> None:
     [
         (Budget, "10M", "10M tokens"), (Budget, "1B", "1B tokens"), (Budget, "1,000", 1000), (Budget, "1e3", 1000),
         (Budget, "2k steps", 2000), (Budget, "1.5%", "1.5%"), (Budget, "1.5", None), (Budget, "10k", None),
-        (Budget, "-1", None),
+        (Budget, "-1", None), (Budget, "2.5 epochs", "2.5 epochs"), (Budget, "1 epoch", "1 epoch"), (Budget, "5e9", None),
+        (Budget, 5e9, None), (Budget, "5e9 steps", "5000000000 steps"), (Budget, "5e9 tokens", "5B tokens"),
+        (Budget, 99_999_999, 99_999_999), (Budget, {"a": 1}, None), (Budget, "2 samples", None),
+        (Sequences, "512 sequences", 512), (Sequences, "512 samples", 512), (Sequences, "1_024", 1024),
+        (Sequences, "1e3", 1000), (Sequences, "2 tokens", None),
+        (Step, 0, 0), (Step, "2k steps", 2000), (Step, -1, None), (Row, "1.5M", 1_500_000),
+        (Epochs, "2.5 epochs", 2.5), (Epochs, 0.5, 0.5), (Epochs, "2 steps", None), (Epochs, 0, None),
         (Tokens, "10M", 10_000_000), (Tokens, "10M tokens", 10_000_000), (Tokens, 5, 5), (Tokens, "2,000", 2000),
         (Tokens, "10k", 10_000), (Tokens, "1%", None), (Tokens, "3 steps", None), (Tokens, "0", None), (Tokens, "1.5", None),
         (Tokens, "2_000", 2000), (Steps, "50 steps", 50), (Steps, "50", 50), (Steps, "2k", 2000), (Steps, "5 tokens", None),

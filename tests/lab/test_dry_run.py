@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import yaml
 
 from megarewarm.main import main
 from megarewarm.parallel.launchers import Launch
+from megarewarm.spelling import duration_text
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, mapping, quiet
+from tests.support.tiny import config, events, mapping, quiet
 from tests.test_bad_input import without_notes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +41,8 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
         "405,334,016",  # parameters
         "131,296 of 2,260,992 tokens",
         "296,859,205,632",
-        "curve: cosine_clipped",
+        "rewarm from EleutherAI/pythia-410m",
+        "memory the run would need",
         "reset table",
         "first lr 2.285e-07",  # 3e-4 / 1312.96 steps of warmup
         "17.4 GiB",
@@ -50,13 +53,18 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
     # 6 x (302e6 matrix weights + head 50304 x 1024) + 6 x 24 x 1024 x 2048, times the tokens
     assert "7.19e+20" in shown
     assert not list(anywhere.iterdir())
+    assert main([*words, "--allow-missing", "--show-config"]) == 0
+    with_keys = " ".join(capsys.readouterr().out.split())
+    assert "curve: cosine_clipped" in with_keys and "curve: cosine_clipped" not in shown
+    assert main([words[0], "--show-config"]) == 2
+    assert "--show-config goes with --dry-run" in capsys.readouterr().err
 
 
 def test_layouts_are_shown_per_rank(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["parallel.pipeline=4", "parallel.tensor=2", "parallel.data=8"]
     assert main([str(ROOT / "configs" / "410m_rewarm.yml"), *words, "--dry-run", "--allow-missing"]) == 0
     shown = capsys.readouterr().out
-    assert "per rank: 64 ranks, pipeline 4 x data 8 x tensor 2; 35 micro-batches" in shown
+    assert "per rank: 64 ranks, pipeline 4 x data 8 x tensor 2; 35 micro-batches of 4" in shown
     rows = [line.split() for line in shown.splitlines() if line[:2] in ("0 ", "1 ", "2 ", "3 ")]
     assert sum(int(row[1]) for row in rows) == 24 and int(rows[-1][1]) < int(rows[0][1]), "the head costs layers"
 
@@ -125,3 +133,44 @@ def test_empty_micro_batches_are_told(anywhere: Path, tmp_path: Path, capsys: py
     assert "'1f1b' on 2 pipeline ranks runs 2 micro-batches, the batch fills 1; the others are empty" in shown
     assert main([str(tmp_path / "run.yml"), "training.micro_batch=4", "--dry-run"]) == 0
     assert "are empty" not in capsys.readouterr().out
+
+
+def test_hours_are_those_of_a_run_like_it(anywhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = tmp_path / "runs"
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, folder=str(runs / "next"))))
+    words = [str(tmp_path / "run.yml"), "--dry-run"]
+    assert main(words) == 0 and "tokens/s" not in capsys.readouterr().out
+    train(config(tmp_path, folder=str(runs / "before"), training={"budget": 8}), _alone(), quiet())
+    metrics = runs / "before" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    slowly = [line | {"tokens_per_second": 0.5} if line["event"] == "train" else line for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in slowly))
+    assert main(words) == 0
+    # 20 steps of 128 tokens, and 5 evaluations of two sets of 256 tokens, which cost a third
+    seconds = (20 * 128 + 5 * 2 * 256 / 3) / 0.5
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"time about {duration_text(seconds)}, at the 0 tokens/s of {runs}/before" in shown
+    for other in (["model.num_layers=1"], ["data.sequence_length=8"], ["parallel.data=2"], ["training.recompute=full"]):
+        assert main([*words, *other]) == 0 and "tokens/s of" not in capsys.readouterr().out
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in slowly if line["event"] != "stop"))
+    assert main(words) == 0 and "tokens/s of" not in capsys.readouterr().out
+
+
+def test_a_longer_budget_is_a_branch(anywhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = train(config(tmp_path, training={"budget": 6}), _alone(), quiet())
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, training={"budget": 9})))
+    for mode in (["--dry-run"], []):
+        assert main([str(tmp_path / "run.yml"), *mode]) == 2
+        refused = capsys.readouterr().err
+        assert "holds a run in which training.budget was 6, now it is 9; to train on, make it a new run" in refused
+        assert f"start.from={old.folder}, start.intent=branch" in refused
+    new = {"folder": str(tmp_path / "longer"), "start": {"from": str(old.folder), "intent": "branch"}}
+    longer = config(tmp_path, training={"budget": 3}, **new)
+    train(longer, _alone(), quiet())
+    lines = [line for line in events(tmp_path / "longer", "train")]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    whole = train(config(tmp_path, folder=str(tmp_path / "whole"), training={"budget": 9}), _alone(), quiet())
+    ends = (tmp_path / "longer" / "checkpoints" / "step_3", whole.folder / "checkpoints" / "step_9")
+    states = [json.loads((end / "state.json").read_text()) for end in ends]
+    assert states[0]["samples"] == states[1]["samples"] == 9 * 8, "it reads on where the old run ended"
+    assert states[0]["optimizer_step"] == states[1]["optimizer_step"] == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_no_digit_is_dropped(tmp_path: Path, gpus: int, batch: int) -> None:
     _, plans = planned(tmp_path, gpus, batch)
     for width in range(50, 100):
         check(plans, gpus, width)
+
+
+def test_the_price_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, plans = planned(tmp_path, 8, 96)
+    for text, heading, amount in (("2.5", "cost", 2.5), ("2.50EUR", "EUR", 2.5), ("3 USD", "USD", 3.0)):
+        with (console := Console(width=80)).capture() as shown:
+            console.print(tool.fitted(plans[:5], 8, 80, tool.Price(text)))
+        headings, *rows = shown.get().splitlines()
+        assert headings.split()[-1] == heading and all(len(row) <= 80 for row in rows)
+        for plan, row in zip(plans, rows, strict=False):
+            assert row.split()[-1] == f"{plan.hours * 8 * amount:,.0f}"
+    for wrong in ("", "EUR", "-2", "2.5.1 EUR EUR"):
+        with pytest.raises(ArgumentTypeError, match="is not a price; write it as"):
+            tool.Price(wrong)
 
 
 def check(plans: list[LayoutEstimate], gpus: int, width: int) -> None:

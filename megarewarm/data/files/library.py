@@ -46,9 +46,14 @@ class TokenFiles:
         """
         file = self.open(source.path, source.dtype)
         self.check(file)
-        if source.split is None:
-            return file.view()
-        if file.index_path is None:
-            raise UserError(f"{file.path} has no .idx, so no documents to split: remove 'split', or split the file itself")
-        rule: Rule = "megatron" if self.data.order == "megatron" else "neox"
-        return file.view(*split_documents(source.split, file.num_documents, rule)[source.part])
+        return part_of(file, source, self.data)
+
+
+def part_of(file: TokenFile, source: Source, data: DataConfig) -> TokenView:
+    """The tokens of ``source`` in its ``file``, unchecked; as ``TokenFiles.view``."""
+    if source.split is None:
+        return file.view()
+    if file.index_path is None:
+        raise UserError(f"{file.path} has no .idx, so no documents to split: remove 'split', or split the file itself")
+    rule: Rule = "megatron" if data.order == "megatron" else "neox"
+    return file.view(*split_documents(source.split, file.num_documents, rule)[source.part])

@@ -80,7 +80,7 @@ class Evaluate:
 def evaluate_set(run: Run, windows: WindowSet, number: int, between: Between) -> tuple[float, int]:
     """(mean loss in nats per token, tokens) of one validation set in evaluation ``number``. All ranks call it."""
     config = run.plan.config
-    micro_batch = config.evaluation.micro_batch or config.training.micro_batch
+    micro_batch = config.evaluation.micro_batch or config.training.micro_batch_size
     part = windows.slice(number if windows.when == "always" else 0)
     return evaluate(run.model, part, micro_batch, run.mesh, between)
 

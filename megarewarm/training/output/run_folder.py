@@ -75,6 +75,11 @@ class RunFolder:
         if difference is not None:
             key, before, now = difference
             alone = f"give this run another 'name', or continue the old one in a new run with start.from={self.path}"
+            if key == "training.budget":
+                alone = (
+                    f"to train on, make it a new run: another 'name', start.from={self.path}, start.intent=branch (the data go "
+                    f"on, Adam's moments are kept, the schedule begins again) and as training.budget what is added"
+                )
             remedy = other if experiment is not None else alone
             raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")
 
@@ -83,6 +88,12 @@ class RunFolder:
         if not self.config_file.is_file():
             return None
         return str(read_yaml(self.config_file)[0].get("intervals", "rounded"))
+
+    def micro_batch(self) -> int | None:
+        """``training.micro_batch`` of the run that the folder holds; None without one."""
+        training = read_yaml(self.config_file)[0].get("training") if self.config_file.is_file() else None
+        size = training.get("micro_batch") if isinstance(training, dict) else None
+        return size if isinstance(size, int) else None
 
     def check_writable(self) -> None:
         """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Leaves nothing behind."""

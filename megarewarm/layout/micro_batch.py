@@ -1,0 +1,52 @@
+"""The micro-batch that a rank's memory has room for, by arithmetic alone."""
+
+from __future__ import annotations
+
+from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.layout.memory import Work, memory_of, parts
+from megarewarm.parallel.mesh import Layout
+from megarewarm.parallel.pipeline import micro_batches
+
+_MOST_ON_CPU = 8192  # tokens of a micro-batch: a CPU is no faster with more of them
+_TO_FILL = 4  # micro-batches for each rank of a pipeline, which then waits for a fifth of the time at most
+
+
+def sizes(share: int, pipeline: int = 1) -> list[int]:
+    """The micro-batches to choose from, ascending, for ``share`` sequences a step on a rank of ``pipeline``: divisors, and
+    powers of two, whose last one may be smaller; a pipeline would fill that up, and gets divisors only."""
+    most = share if pipeline == 1 else max(1, share // (_TO_FILL * pipeline))
+    divisors = {size for size in range(1, most + 1) if share % size == 0}
+    return sorted(divisors | ({2**k for k in range(most.bit_length())} if pipeline == 1 else set()))
+
+
+def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *, value_bytes: int, on_gpu: bool) -> Work:
+    """What a rank of ``layout`` computes in micro-batches of ``size`` sequences."""
+    return Work(
+        model,
+        config.data.sequence_length,
+        size,
+        micro_batches(config.parallel, config.training.global_batch // layout.data, size),
+        config.training.recompute,
+        value_bytes,
+        config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
+        config.optimizer.kind,
+    )
+
+
+def fitting(
+    config: RunConfig, model: ModelConfig, layout: Layout, memory: float, *, value_bytes: int, on_gpu: bool
+) -> tuple[int, float]:
+    """(sequences, bytes that the fullest rank then needs) of the micro-batch for which ``memory`` bytes on each rank suffice.
+
+    It is the smallest with as few micro-batches a step as the largest that fits has; 1 where nothing does.
+    """
+    share = max(1, config.training.global_batch // layout.data)
+    needed: dict[int, float] = {}
+    for size in sizes(share, layout.pipeline):
+        work = work_of(config, model, layout, size, value_bytes=value_bytes, on_gpu=on_gpu)
+        held = parts(work, config.parallel, layout)
+        most = max(memory_of(part, rank, work, config.parallel, layout).total for rank, part in enumerate(held))
+        if not needed or (most <= memory and (on_gpu or work.tokens <= _MOST_ON_CPU)):
+            needed[size] = most
+    fewest = -(-share // max(needed))
+    return next((size, most) for size, most in needed.items() if -(-share // size) == fewest)
