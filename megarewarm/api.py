@@ -39,8 +39,8 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import RecordedRun, read_run
 from megarewarm.rewarm.reset import ResetPolicy
 from megarewarm.training.after_step.part import Outcome
-from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.epochs import settle_epochs
+from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import Callback
 from megarewarm.training.trainer import train as train_on

@@ -10,6 +10,7 @@ from typing import Any
 
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity
 from megarewarm.data.text.end_of_document import TOKENIZER_FILES
+from megarewarm.data.text.hub_tokenizer import local_tokenizer
 from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer
 from megarewarm.errors import UserError
 
@@ -53,9 +54,10 @@ def _loaded(path: str, modified: int, size: int) -> Tokenizer:
 
 
 def named_tokenizer(name: str | Path, key: str) -> Path:
-    """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` where it can't be read."""
-    if not Path(name).exists():
-        raise UserError(f"{Path(name).absolute()}: no such tokenizer file or folder, which {key} names")
+    """The tokenizer that ``key`` names: a file, in a folder, or on the hub. Raises ``UserError`` where it can't be read."""
+    name = local_tokenizer(name)
+    if not name.exists():
+        raise UserError(f"{name.absolute()}: no such tokenizer file or folder, which {key} names")
     try:
         return loaded(name).path
     except UserError as error:

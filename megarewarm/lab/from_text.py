@@ -18,6 +18,9 @@ _PEAKS = [(1e8, 1e-3), (3e8, 6e-4), (1.2e9, 3e-4), (5e9, 2e-4), (math.inf, 1.2e-
 
 _SHARES = (1, 5, 20)  # percent of the documents that are held out, the least that is enough
 _ENOUGH = 64  # windows of validation that make a steady loss
+_LEAST = 8  # windows
+_EVALUATION_SHARE = 140  # 21 evaluations at a third of a training step's cost: a twentieth of the compute
+_MOST_EVALUATED = 2**18  # tokens
 _STEPS = 400  # of a run, about: fewer leave no curve, more cost nothing but smaller batches
 _MOST_PER_STEP = 2**20  # tokens
 
@@ -89,7 +92,7 @@ def settings(
         f"global batch {batch} x {sequence_length} tokens: {math.ceil(tokens / (batch * sequence_length)):,} steps",
         f"{new.prefix}: read {epochs:.2f} times; {new.held_out:,} tokens are held out as validation set 'new'",
     ]
-    validation = [_validation("new", "downstream", new, sequence_length)]
+    validation = [_validation("new", "downstream", new, tokens, sequence_length)]
     mapping: dict[str, Any] = {
         "name": name,
         "folder": folder,
@@ -109,7 +112,7 @@ def settings(
         mapping["data"]["tokenizer"] = tokenizer
     for number, text in enumerate(old, 1):
         label = "old" if len(old) == 1 else f"old_{number}"
-        validation.append(_validation(label, "upstream", text, sequence_length))
+        validation.append(_validation(label, "upstream", text, tokens, sequence_length))
     if old:
         sources = [text.source("train", name=f"old_{i}", weight=text.trained, max_epochs=None) for i, text in enumerate(old, 1)]
         mapping["replay"] = {"fraction": replay, "sources": sources}
@@ -119,11 +122,8 @@ def settings(
     return mapping, chosen
 
 
-def _validation(name: str, role: str, text: Text, sequence_length: int) -> dict[str, Any]:
-    tokens = min(text.held_out, max(_ENOUGH * sequence_length, 2**18))
-    return {
-        "name": name,
-        "role": role,
-        "tokens": tokens // sequence_length * sequence_length,
-        "sources": [text.source("valid")],
-    }
+def _validation(name: str, role: str, text: Text, tokens: int, sequence_length: int) -> dict[str, Any]:
+    """So many held-out tokens that all evaluations of a set take about a twentieth of the run's compute, 8 windows at least."""
+    wanted = max(_LEAST * sequence_length, min(tokens // _EVALUATION_SHARE, _MOST_EVALUATED))
+    windows = min(text.held_out, wanted) // sequence_length
+    return {"name": name, "role": role, "tokens": windows * sequence_length, "sources": [text.source("valid")]}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from megarewarm.checkpoint.foreign.huggingface import WEIGHT_FILES, first_line, weight_files
+from megarewarm.data.text.hub_tokenizer import HUB_NAME, SIDE_FILES
 from megarewarm.errors import UserError
-
-# neither part of the name, nor any of the revision, may begin with a dot: both become paths in the cache
-_HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?", re.ASCII)
 
 
 def resolve(name_or_folder: str) -> Path:
@@ -20,7 +17,7 @@ def resolve(name_or_folder: str) -> Path:
     """
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
-    match = _HUB_NAME.fullmatch(name_or_folder)
+    match = HUB_NAME.fullmatch(name_or_folder)
     if not match:
         raise UserError(f"{Path(name_or_folder).absolute()}: no such folder, and not a hub name (organisation/name@revision)")
     try:
@@ -36,7 +33,9 @@ def resolve(name_or_folder: str) -> Path:
     for local, weights in ((True, "*"), (False, "*.safetensors"), (False, "*.bin")):
         try:
             folder = Path(
-                snapshot_download(repository, revision=revision, allow_patterns=["*.json", weights], local_files_only=local)
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=["*.json", *SIDE_FILES, weights], local_files_only=local
+                )
             )
         except Exception as error:  # the hub's own errors, and those of whatever carries its requests
             problem = error

@@ -24,6 +24,7 @@ from megarewarm.config.paths import merges_beside
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
 from megarewarm.data.text.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.text.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
+from megarewarm.data.text.hub_tokenizer import local_tokenizer
 from megarewarm.errors import UserError, nearest
 from megarewarm.files import write_whole
 
@@ -74,14 +75,15 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path: str | Path, *, eod_token: str | None = None, merges: str | Path | None = None) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, a sentencepiece .model, GPT-2's vocab.json and merges.txt, or a folder with one.
+    """The tokenizer in a tokenizer.json, a sentencepiece .model, GPT-2's vocab.json and merges.txt, a folder with
+    one, or the name of a model on the Hugging Face hub.
 
     ``merges`` is the file of merges of a vocab.json; without it the merges.txt (gpt2-merges.txt beside gpt2-vocab.json).
     ``eod_token`` is the token that ends documents; without it the one that the tokenizer calls so: tokenizer_config.json beside
     it, its special tokens, for sentencepiece the model's own end symbol. Raises ``UserError`` for anything that isn't a
     tokenizer.
     """
-    path = Path(path)
+    path = local_tokenizer(path)
     if path.is_dir():
         found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
         if not found:

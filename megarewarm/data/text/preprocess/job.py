@@ -25,6 +25,7 @@ import numpy as np
 
 from megarewarm.data.files.split import PARTS
 from megarewarm.data.files.token_file import dtype_for
+from megarewarm.data.text.hub_tokenizer import local_tokenizer
 from megarewarm.data.text.preprocess import assembly, publication, workers
 from megarewarm.data.text.preprocess.documents import BadInput
 from megarewarm.data.text.preprocess.publication import Written
@@ -133,11 +134,12 @@ class _Job:
         self.tell = tell
         self._unneeded = False
         self._made: list[Path] = []
+        tokenizer = local_tokenizer(tokenizer)
         self.tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token, merges=options.merges)
         shares = options.split or (1.0,)
         self.names = list(PARTS[: len(shares)]) if options.split else [""]
         self.recipe = Recipe(
-            tokenizer=str(Path(tokenizer).resolve()),
+            tokenizer=str(tokenizer.resolve()),
             fingerprint=self.tokenizer.fingerprint(),
             merges=options.merges,
             eod_token=options.eod_token,
