@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,28 @@ def test_the_readme_is_short() -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _strings(source: str) -> Iterator[str]:
+    """The strings in a module, of f-strings with an ellipsis for each value."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_there_are() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    there = [text for path in (ROOT / "megarewarm").rglob("*.py") for text in _strings(path.read_text(encoding="utf-8"))]
+    quoted = [quote for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for quote in re.findall("`([^`]+)`", cell)]
+    assert len(quoted) > 40
+    patterns = {quote: re.compile(r"[^\n]*?".join(map(re.escape, quote.split("…")))) for quote in quoted}
+    assert [quote for quote, pattern in patterns.items() if not any(map(pattern.search, there))] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

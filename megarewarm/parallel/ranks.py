@@ -64,7 +64,7 @@ class Ranks:
         if len(behind) == self.world_size:
             return "one of the other ranks"
         shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
-        return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
+        return f"rank{'s' * (len(behind) > 1)} {shown} (last seen at step {max(0, min(steps.values()))})"
 
     def say_once(self, message: str, patience: float = 2.0) -> None:
         """Print on stderr ``message``, an error that ends this rank and that others may have as well.

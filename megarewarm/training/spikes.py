@@ -31,9 +31,9 @@ class SpikeDetector:
         loss_above, norm_above = _above(loss, self._losses), _above(_log(norm), self._norms)
         count = len(self._losses)
         if loss_above is not None and loss_above.deviations >= self._deviations:
-            return f"loss {loss:.4f}, {loss_above} above the {loss_above.mean:.4f} of the last {count} steps"
+            return f"loss {loss:.4f}, {loss_above} the mean {loss_above.mean:.4f} of the last {count} steps"
         if norm_above is not None and norm_above.deviations >= self._deviations and norm_above.distance > _LEAST_FACTOR:
-            return f"gradient norm {norm:.4g}, {norm_above} above the {math.exp(norm_above.mean):.4g} of the last {count} steps"
+            return f"gradient norm {norm:.4g}, {norm_above} the mean {math.exp(norm_above.mean):.4g} of the last {count} steps"
         return None
 
     def add(self, loss: float, norm: float) -> None:
@@ -64,7 +64,7 @@ class _Above:
     deviations: float
 
     def __str__(self) -> str:
-        return f"{self.deviations:.1f} deviations" if math.isfinite(self.deviations) else "where there was no deviation,"
+        return f"{self.deviations:.1f} deviations above" if math.isfinite(self.deviations) else "above"
 
 
 def _above(value: float, known: deque[float]) -> _Above | None:

@@ -51,9 +51,9 @@ def training_step(run: Run, lr: float) -> StepResult:
     large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing but the loss
     scale.
 
-    A loss or gradient that is not finite is computed once more from the same batch: a fault of the hardware does not come
-    again, one of the data or the weights does. ``reliability`` says what follows then, and after a spike; all ranks do the
-    same. Where ``run.between`` breaks the step off, nothing but its batch and its gradients is lost.
+    A loss or gradient that is not finite is recomputed from the same batch: a transient hardware fault does not recur, a fault
+    of the data or the weights does. ``reliability`` configures what happens then, and after a spike; all ranks do the same.
+    If ``run.between`` interrupts the step, only its batch and its gradients are lost.
     """
     clock = Clock(run.ranks.device)
     waiting = time.perf_counter()
@@ -68,12 +68,11 @@ def training_step(run: Run, lr: float) -> StepResult:
         first, result = result, compute_gradients(run, rows, clock)
         if _usable(run, result):
             fault = "transient"
-            words = f"{_measured(first)} at first, {_measured(result)} computed once more: "
-            words += "a fault of the hardware that left no trace"
+            words = f"{_measured(first)} at first, {_measured(result)} when recomputed: transient hardware fault, no effect"
         else:
             which = "gradient" if math.isfinite(result.loss) else "loss"
             again = "the same" if _measured(result) == _measured(first) else _measured(result)
-            fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; computed once more: {again})"
+            fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; recomputed: {again})"
     changed = fault != "non_finite"
     if changed and run.scaler is not None:
         run.scaler.update(math.isfinite(result.norm))

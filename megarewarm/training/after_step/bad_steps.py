@@ -63,14 +63,14 @@ class Judge:
         record = write_place(run, result, self._context.folder)
         if result.changed:
             self._unchanged = 0
-            return f"{result.words}; its data: {record}"
+            return f"{result.words}; batch recorded in {record}"
         self._unchanged += 1
         ends = result.fault == "non_finite" and settings.non_finite == "stop"
         if ends or self._unchanged >= settings.give_up_after:
             many = f", as were the {self._unchanged - 1} before it" if self._unchanged > 1 and not ends else ""
             raise TrainingDiverged(
                 f"step {step}: {result.words}{many}; the last checkpoint is untouched. A lower schedule.max_lr or a longer "
-                f"warmup usually helps. The step's data are named in {record}; look at it with tools/replay_batch.py "
+                f"warmup usually helps. The step's batch is recorded in {record}; look at it with tools/replay_batch.py "
                 f"{self._context.folder.path}"
             )
         too_young = ""
@@ -78,11 +78,11 @@ class Judge:
             back = _roll_back(run, self._context.folder, self._context.saver)
             if back is not None:
                 self._unchanged, moment.went_back = 0, True
-                metrics.event("alarm", step=step, kind="roll_back", message=f"back to the weights of step {back}", to=back)
-                return f"{result.words}; back to the weights of step {back}, and on behind the spike; its data: {record}"
-            too_young = f"; no checkpoint is {settings.roll_back_steps} steps old yet, so the step alone is left out"
+                metrics.event("alarm", step=step, kind="roll_back", message=f"rolled back to step {back}", to=back)
+                return f"{result.words}; rolled back to step {back}, skipping the spike's data; batch recorded in {record}"
+            too_young = f"; no checkpoint is {settings.roll_back_steps} steps old yet, so only this step is skipped"
         run.state.leave_out(step, step)
-        return f"{result.words}{too_young}; it changes nothing, its data: {record}"
+        return f"{result.words}{too_young}; step skipped; batch recorded in {record}"
 
 
 def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
