@@ -92,7 +92,7 @@ def test_boards_show_what_is_written_down_under_the_same_names(tmp_path: Path, m
 
     writer = SimpleNamespace(log=log, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: writer, __spec__=SimpleNamespace()))
-    monkeypatch.setattr(log_part, "_utilisation", lambda run, rate: {"mfu": 0.25})  # that of a known GPU
+    monkeypatch.setattr(log_part, "_utilisation", lambda run, rate: 0.25)  # that of a known GPU
     quick: dict[str, Any] = {"training": {"budget": 4}, "evaluation": {"every": 2}, "checkpoint": {"every": 4}}
     train(config(tmp_path, **quick, folder=str(tmp_path / "up"), logging={"dynamics": None}), ALONE, quiet())
     boards = {"tensorboard": True, "wandb": {"project": "p"}, "dynamics": 2}
