@@ -34,13 +34,24 @@ class DataSeen(FileIdentity):
         return FileIdentity.model_validate(self.model_dump(include=set(FileIdentity.model_fields)))
 
 
+class StatedTerms(BaseModel):
+    """What is known of a start checkpoint for the model cards of its descendants; ``base_model`` is a name on the hub."""
+
+    model_config = ConfigDict(frozen=True)
+
+    license: str | None = None
+    languages: list[str] = []
+    base_model: str | None = None
+
+
 class Stage(BaseModel):
     """One run's part in a checkpoint: from its start (or from scratch) to the step at which it was saved.
 
     ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
-    ``goes_on``: it read on where the stage before it stood in the same data (null: not recorded).
+    ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
+    ``reset``: its choices in the reset table (null: not recorded). ``card``: of a foreign checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -59,6 +70,8 @@ class Stage(BaseModel):
     tokenizers: list[TokenizerIdentity] = []
     eod: int | None = None
     goes_on: bool | None = None
+    reset: dict[str, str] | None = None
+    card: StatedTerms | None = None
 
 
 class Lineage(BaseModel):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign import hub, huggingface, neox_folder
+from megarewarm.checkpoint.foreign.card import read_card
 from megarewarm.checkpoint.foreign.megatron import MegatronFolder
 from megarewarm.checkpoint.foreign.megatron import find as find_megatron
 from megarewarm.checkpoint.foreign.neox_state import read_training, with_masters
-from megarewarm.checkpoint.lineage import Lineage, Stage
+from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.folder import locate
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
@@ -202,9 +203,10 @@ class ForeignCheckpoint:
     tokenizer: TokenizerSource = TokenizerSource()  # noqa: RUF009 (frozen)
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
+    card: StatedTerms | None = None
 
     def __post_init__(self) -> None:
-        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})")])
+        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})", card=self.card)])
 
     @cached_property
     def stored(self) -> Weights:
@@ -286,7 +288,8 @@ def _huggingface(name: str, path: Path) -> OpenedCheckpoint | None:
     shape, notes = huggingface.read_model_config(path)
     files = tokenizer_files_in(path)
     tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(huggingface.read_json(path / "config.json")))
-    return ForeignCheckpoint(name, "huggingface", shape, lambda: huggingface.HuggingFaceWeights(path), notes, tokenizer)
+    weights, card = lambda: huggingface.HuggingFaceWeights(path), read_card(name, path)
+    return ForeignCheckpoint(name, "huggingface", shape, weights, notes, tokenizer, card=card)
 
 
 def _neox(name: str, path: Path) -> OpenedCheckpoint | None:

@@ -108,6 +108,7 @@ class Run:
             tokenizers=self.inputs.texts.tokenizers,
             eod=self.inputs.texts.eod,
             goes_on=plan.goes_on,
+            reset=self._own_state().lineage.stages[-1].reset if plan.resumed else plan.policy.lines(),
         )
 
     def _own_state(self) -> TrainingState:

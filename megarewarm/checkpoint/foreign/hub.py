@@ -36,7 +36,9 @@ def resolve(name_or_folder: str) -> Path:
     for local, weights in ((True, "*"), (False, "*.safetensors"), (False, "*.bin")):
         try:
             folder = Path(
-                snapshot_download(repository, revision=revision, allow_patterns=["*.json", weights], local_files_only=local)
+                snapshot_download(
+                    repository, revision=revision, allow_patterns=["*.json", "README.md", weights], local_files_only=local
+                )
             )
         except Exception as error:  # the hub's own errors, and those of whatever carries its requests
             problem = error
