@@ -1,4 +1,4 @@
-"""From any checkpoint we read to any form we write, one tensor at a time."""
+"""Conversion from any readable checkpoint format to any writable one, one tensor at a time."""
 
 from __future__ import annotations
 

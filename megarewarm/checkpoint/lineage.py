@@ -16,9 +16,9 @@ Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None 
 
 
 class DataSeen(FileIdentity):
-    """What one stage read of one source, and what identifies its tokens, wherever the file lies. ``read`` says which samples
-    they were, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions know nothing of
-    these: null, and all that was read is in ``read``.)"""
+    """What one stage read of one source, with the identity of its tokens, independent of the file's place. ``read``: the
+    samples, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions recorded neither: null,
+    and ``read`` covers all.)"""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,7 +30,7 @@ class DataSeen(FileIdentity):
 
     @property
     def file(self) -> FileIdentity:
-        """What it read of, alone."""
+        """The identity of the file alone."""
         return FileIdentity.model_validate(self.model_dump(include=set(FileIdentity.model_fields)))
 
 

@@ -132,10 +132,8 @@ def _counters(config: ModelConfig, step: int, tensor_ranks: int) -> dict[str, An
 
 
 def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
-    """The model in GPT-NeoX's keys, of the types that its reader insists on.
-
-    Raises ``UserError`` for a rotary base that is no whole number, which GPT-NeoX can't be given.
-    """
+    """The model in GPT-NeoX's keys, of the types that its reader insists on. Raises ``UserError`` for a rotary base that is
+    no whole number, which GPT-NeoX can't be given."""
     if config.rotary_base != int(config.rotary_base):
         raise UserError(f"model.rotary_base {config.rotary_base!r}: GPT-NeoX's rotary_emb_base is a whole number; export to hf")
     return {

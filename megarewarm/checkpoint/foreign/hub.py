@@ -15,8 +15,8 @@ _HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>\w[\
 def resolve(name_or_folder: str) -> Path:
     """The folder of a checkpoint: the folder itself, or the local copy of the hub's ``organisation/name@revision``.
 
-    The local Hugging Face cache comes first, so that a run starts without a network and from the same files again;
-    what it lacks is downloaded. Raises UserError where neither works.
+    The local Hugging Face cache comes first, so that a run starts without a network and from the same files;
+    missing files are downloaded. Raises ``UserError`` if neither works.
     """
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)

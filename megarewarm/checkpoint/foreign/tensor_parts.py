@@ -70,10 +70,8 @@ def require_divisible(name: str, shape: Sequence[int], ranks: int, sharing: Shar
 
 
 def split(whole: Tensor, ranks: int, sharing: Sharing, name: str) -> list[Tensor]:
-    """The parts of a parameter for ``ranks`` tensor ranks; ``merge`` gives back the same bits.
-
-    Raises ``UserError`` where the ranks don't divide it.
-    """
+    """The parts of a parameter for ``ranks`` tensor ranks; ``merge`` gives back the same bits. Raises ``UserError`` where
+    the ranks don't divide it."""
     if ranks == 1:
         return [whole]
     if sharing in ("rows", "columns"):

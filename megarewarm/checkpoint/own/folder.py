@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which there are, which is the newest whole one, and which go when another is written."""
+"""The folder of a run's checkpoints: its checkpoints, the newest intact one, and removal after a save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint of ours, whole or not."""
+    """Whether ``path`` is a native checkpoint, intact or not."""
     return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
 
 
@@ -54,7 +54,7 @@ def newest_whole(
             return checkpoint, [f"{why}: the checkpoint of step {step} is used" for why in damages] + told
         damages.append(damage)
     if damages:
-        raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to begin anew")
+        raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to start over")
     return None, []
 
 
@@ -69,7 +69,7 @@ def _is_older_than_checksums(checkpoint: Path) -> bool:
 
 
 def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
-    """The checkpoint of ours that ``path`` means: itself, or the newest whole one of a run folder, with notes as above."""
+    """The native checkpoint that ``path`` means: itself, or the newest intact one of a run folder, with notes as above."""
     if is_checkpoint(path):
         return path, []
     for folder in (path, path / CHECKPOINTS):
@@ -79,10 +79,10 @@ def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
 
 
 def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced: int | None = None) -> None:
-    """Remove what need not stay of a run that has come to ``step``. One process calls it. Raises ``OSError``.
+    """Remove checkpoints that retention does not keep, of a run at ``step``. One process calls it. Raises ``OSError``.
 
-    Checkpoints of later steps are damaged ones that the run went back from: they go as well, but for the one that is about to
-    be ``replaced``: it is the newest until then.
+    Checkpoints of later steps are damaged ones that a roll-back has left: they are removed as well, except one that is about
+    to be ``replaced``, which stays the newest until then.
     """
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)
