@@ -175,7 +175,7 @@ def small_chain(place: Path, *changes: tuple[str, str]) -> Path:
             "run 'release': .*was trained on other data",
         ),
         (("budget: 20 steps", "budget: 20000 steps"), "run 'trunk-first': source 'first' gives"),
-        (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "goes on at the rate at which the checkpoint stands"),
+        (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "continues at the checkpoint's learning rate"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first_trains(

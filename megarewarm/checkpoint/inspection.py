@@ -55,7 +55,7 @@ def norms(source: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None) -> Itera
 def differences(
     one: OpenedCheckpoint, other: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None
 ) -> Iterator[TensorDifference]:
-    """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` where names or shapes don't match."""
+    """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` if names or shapes don't match."""
     mine, theirs = one.stored.describe(), other.stored.describe()
     for name in in_order({*mine, *theirs}, one.model_config):
         if name not in mine or name not in theirs:

@@ -98,7 +98,7 @@ class Merge:
 
 
 def last_of(count: str, run: str) -> list[str]:
-    """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` where there are fewer."""
+    """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` if there are fewer."""
     folder = Path(run)
     found = checkpoints_in(folder / CHECKPOINTS) or checkpoints_in(folder)
     if not count.isdigit() or int(count) < 1:

@@ -18,7 +18,7 @@ ROLES = ("bos", "eos", "pad")
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """``file``: the tokenizer, None where none is known; ``eod``: the id that ends the documents of the data that were trained
+    """``file``: the tokenizer, None if none is known; ``eod``: the id that ends the documents of the data that were trained
     on; ``stated``: ids of 'bos', 'eos' and 'pad' in a config.json that the weights come with."""
 
     file: Path | None = None
@@ -53,7 +53,7 @@ def _loaded(path: str, modified: int, size: int) -> Tokenizer:
 
 
 def named_tokenizer(name: str | Path, key: str) -> Path:
-    """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` where it can't be read."""
+    """The tokenizer that ``key`` names: a file, or what is in a folder. Raises ``UserError`` if it can't be read."""
     if not Path(name).exists():
         raise UserError(f"{Path(name).absolute()}: no such tokenizer file or folder, which {key} names")
     try:

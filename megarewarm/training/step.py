@@ -1,4 +1,4 @@
-"""One optimizer step: batch, loss and gradients, judgement, update."""
+"""One optimizer step: batch, loss and gradients, check, update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kind = Literal["transient", "non_finite", "spike"]
 
 
 class TrainingDiverged(Exception):
-    """The loss or the gradient is not a finite number any more, or spikes without end; nothing of that step was saved."""
+    """The loss or the gradient is not finite any more, or spikes don't end; nothing of that step was saved."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,8 @@ def training_step(run: Run, lr: float) -> StepResult:
 
 @collective
 def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> StepResult:
-    """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it.
-
-    The gradients, still scaled, are in ``run.model.gradients``. ``clock``: of this rank's work.
-    """
+    """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it. The gradients, still
+    scaled, are in ``run.model.gradients``. ``clock``: of this rank's work."""
     gradients, ranks = run.model.gradients, run.ranks
     gradients.zero()
     losses = run.model.forward_backward(rows, loss_scale=_scale(run), between=run.between, per_row=run.wants_row_losses)
@@ -133,7 +131,7 @@ def _measured(result: StepResult) -> str:
 
 
 class Clock:
-    """Seconds that this rank works: on a GPU, whose work is only queued by the host, those of the device."""
+    """Seconds that this rank works: on a GPU device time, because the host only queues work."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -148,7 +146,7 @@ class Clock:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """The time between, once the device has come there."""
+        """The time between, when the device has reached this point."""
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return self._ended - self._began

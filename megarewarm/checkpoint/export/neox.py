@@ -38,7 +38,7 @@ def export_neox(
     One parameter is held at a time. The MLP has today's names (linear1, linear2). Beside the layers there are
     ``mp_rank_YY_model_states.pt`` with the counters that GPT-NeoX asks for, and ``configs/model.yml`` with the model's keys.
     ``tokenizer``: its files by name, to lie beside ``latest``.
-    Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, where GPT-NeoX has no key for its shape,
+    Raises ``UserError`` if ``tensor_ranks`` doesn't divide the model, where GPT-NeoX has no key for its shape,
     and where ``folder`` holds anything else.
     """
     shapes = expected_shapes(config)

@@ -37,7 +37,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """``files`` by name, ``ids`` of 'bos', 'eos' and 'pad' (None where there is none), and notes for the user."""
+    """``files`` by name, ``ids`` of 'bos', 'eos' and 'pad' (None if there is none), and notes for the user."""
 
     files: Mapping[str, bytes]
     ids: Mapping[str, int | None]

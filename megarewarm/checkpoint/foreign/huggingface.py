@@ -129,7 +129,7 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights in ``folder``: safetensors, or else .bin. Raises ``UserError`` where there are none."""
+    """The files that hold the weights in ``folder``: safetensors, or else .bin. Raises ``UserError`` if there are none."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder / 'adapter_config.json'}: transformers adds the adapter that it describes to the weights; merge the two "

@@ -33,7 +33,7 @@ _MLP = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_h
 
 
 def find(path: Path) -> Path | None:
-    """The ``global_stepN`` folder that ``path`` means: itself, or what ``latest`` in it names; None where it is none."""
+    """The ``global_stepN`` folder that ``path`` means: itself, or what ``latest`` in it names; None if it is none."""
     if _is_checkpoint(path):
         return path
     latest = path / "latest"

@@ -24,7 +24,7 @@ _MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_gro
 
 
 def masters_of(state: Mapping[str, Any]) -> Sequence[Any] | None:
-    """The fp32 masters of a rank by group, each a tensor or several; None where the weights are masters themselves."""
+    """The fp32 masters of a rank by group, each a tensor or several; None if the weights are masters themselves."""
     return next((state[key] for key in _MASTERS if key in state), None)
 
 

@@ -60,7 +60,7 @@ def part_shape(whole: Sequence[int], ranks: int, sharing: Sharing) -> tuple[int,
 
 
 def require_divisible(name: str, shape: Sequence[int], ranks: int, sharing: Sharing) -> None:
-    """Raise ``UserError`` where ``ranks`` tensor ranks can't share parameter ``name`` evenly."""
+    """Raise ``UserError`` if ``ranks`` tensor ranks can't share parameter ``name`` evenly."""
     if sharing not in ("rows", "columns"):
         return
     size = shape[0 if sharing == "rows" else 1]

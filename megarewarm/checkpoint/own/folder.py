@@ -33,8 +33,8 @@ def newest_whole(
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` of which every byte is as it was written, and a note on each that was passed over.
 
-    ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. None where there are no checkpoints. All
-    ranks call it, unless ``alone``. Raises ``UserError`` where there are some and all are damaged, and where the ranks see
+    ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. None if there are no checkpoints. All
+    ranks call it, unless ``alone``. Raises ``UserError`` if there are some and all are damaged, and where the ranks see
     different ones.
     """
     found = [(step, path) for step, path in checkpoints_in(folder) if (up_to is None or step <= up_to) and counts(path)]
@@ -99,7 +99,7 @@ def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced
 
 
 def _state(checkpoint: Path) -> TrainingState | None:
-    """None where it can't be read."""
+    """None if it can't be read."""
     try:
         return read_state(checkpoint)
     except UserError:

@@ -30,7 +30,7 @@ class Retention:
         )
 
     def staying(self, losses: Mapping[int, float | None], interim: frozenset[int] = frozenset()) -> set[int]:
-        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None where not measured there;
+        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None if not measured there;
         ``interim``: those that were written because the run was stopped.
 
         The newest always stays; of equally good ones the oldest is the best. A loss that is not finite is none.

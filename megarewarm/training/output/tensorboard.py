@@ -10,9 +10,7 @@ _TRIES = 3
 
 class Board:
     """Writes scalars into ``folder``. After a failure it starts a new event file and calls ``say``; it gives up after three.
-
-    The numbers of metrics.jsonl are the run's record; lost curves can be redrawn from them.
-    """
+    The numbers of metrics.jsonl are the run's record; lost curves can be redrawn from them."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter

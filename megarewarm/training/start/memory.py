@@ -1,4 +1,4 @@
-"""Whether what a run's ranks need fits into the memory of the machine that they would run on, and what to do if not."""
+"""Whether a run's ranks fit into the memory of this machine, and remedies if not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def machine_memory() -> int:
-    """Bytes of this machine's memory, or those that a container or a batch system leaves of it."""
+    """Bytes of this machine's memory, or of the limit of its container or batch system."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, _LIMITS):
         try:
@@ -28,7 +28,7 @@ def machine_memory() -> int:
 
 
 def remedies(run: RunConfig) -> str:
-    """What makes ``run`` need less memory."""
+    """Changes that make ``run`` need less memory."""
     training = run.training
     found = [f"lower training.micro_batch (now {training.micro_batch})"] if training.micro_batch > 1 else []
     found += ["set training.recompute to full"] if training.recompute != "full" else []
@@ -36,10 +36,8 @@ def remedies(run: RunConfig) -> str:
 
 
 def memory_note(run: RunConfig, needed: Sequence[float], launch: Launch, *, on_gpu: bool) -> list[str]:
-    """The line on ranks that need more than this machine has. ``needed``: bytes of every rank of the run, in their order.
-
-    A launcher says which of them run here; without one all of them would. Nothing is known of GPUs where there are none.
-    """
+    """The note on ranks that need more memory than this machine has. ``needed``: bytes of every rank of the run, in their
+    order. A launcher determines which of them run here; without one all of them would. Without GPUs their memory is unknown."""
     if on_gpu and not torch.cuda.device_count():
         return []
     first = launch.rank - launch.local_rank
