@@ -105,7 +105,7 @@ def _refusal_file() -> Path:
 
 
 def _folder() -> Path:
-    """Private to the user. Raises ``UserError`` where there is no such place."""
+    """Private to the user. Raises ``UserError`` if there is no such place."""
     wrong = []
     for place in dict.fromkeys((_PLACE, tempfile.gettempdir())):
         folder = Path(place) / f"megarewarm-{os.getuid()}"
