@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(tmp_path: Path, capfd
     capfd.readouterr()
     assert main([str(tmp_path / "run.yml")]) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "step_15/__0_0.distcp is damaged" in err and "remove the folder to begin anew" in err
+    assert err.count("\n") == 1 and "step_15/__0_0.distcp is damaged" in err and "remove the folder to start over" in err
     assert snapshot(tmp_path) == before
     for checkpoint in checkpoints:
         shutil.rmtree(checkpoint)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,35 +41,83 @@ def test_committed_configs_are_valid(config: Path) -> None:
         assert validate(RunConfig, mapping, origins).total_steps > 0
 
 
-def test_the_readme_names_only_files_that_exist() -> None:
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/index.md"], ids=lambda page: page.name)
+def test_overviews_name_only_files_that_exist(page: Path) -> None:
+    named = set(re.findall(r"\b((?:configs|tools|docs|tests|benchmarks)/[\w./]+\.(?:yml|py|md|png))", page.read_text()))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b((?:configs|tools|docs|tests|benchmarks)/[\w./]+\.(?:yml|py|md|png))", text))
-    assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
+    assert len(text.splitlines()) <= 250
+    how_tos = text.partition("## How to\n")[2].partition("\n## ")[0].split("\n### ")[1:]
+    assert len(how_tos) == 10
+    for how_to in how_tos:
+        assert all(block.count("\n") <= 5 for block in re.findall(r"```\w+\n(.*?)```", how_to, re.DOTALL)), how_to
 
 
-def test_the_readmes_example_is_a_valid_run(tmp_path: Path) -> None:
-    example, *_ = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _strings(source: str) -> Iterator[str]:
+    """The strings in a module, of f-strings with an ellipsis for each value."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_troubleshooting_quotes_messages_that_there_are() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    there = [text for path in (ROOT / "megarewarm").rglob("*.py") for text in _strings(path.read_text(encoding="utf-8"))]
+    quoted = [quote for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for quote in re.findall("`([^`]+)`", cell)]
+    assert len(quoted) > 40
+    patterns = {quote: re.compile(r"[^\n]*?".join(map(re.escape, quote.split("…")))) for quote in quoted}
+    assert [quote for quote, pattern in patterns.items() if not any(map(pattern.search, there))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_into_pages_lead_to_headings(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert anchor in _anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+def _examples(name: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/run.md"])
+def test_the_first_example_of_a_page_is_a_valid_run(page: str, tmp_path: Path) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "mine.yml").write_text(example)
-    run = validate(RunConfig, *read_configs([str(tmp_path / "mine.yml")]))
-    assert run.replay is not None and run.replay.fraction == 0.05
-    assert run.data.validation[0].tokens == 2_000_000
+    (tmp_path / "mine.yml").write_text(_examples(page)[0])
+    mapping, origins = read_configs([str(tmp_path / "mine.yml")])
+    run = validate(RunConfig, mapping, origins)
     assert run.total_steps * run.tokens_per_step >= 10_000_000_000
+    if page == "docs/run.md":
+        assert run.replay is not None and run.replay.fraction == 0.05
+        assert run.data.validation[0].tokens == 2_000_000
 
 
-def test_the_readmes_further_examples_change_that_run(tmp_path: Path) -> None:
-    """Each is merged onto the first, whose replay gives way to its own."""
-    first, *others = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+FRAGMENTS = [text for page in ("data", "reliability") for text in _examples(f"docs/{page}.md")]
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=range(len(FRAGMENTS)))
+def test_fragments_of_pages_change_that_run(fragment: str, tmp_path: Path) -> None:
+    """Each is merged onto the example of docs/run.md, whose replay gives way to its own."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    assert others
-    for i, other in enumerate(others):
-        (tmp_path / "mine.yml").write_text(first)
-        (tmp_path / f"{i}.yml").write_text(other)
-        mapping, origins = read_configs([str(tmp_path / "mine.yml")])
-        changes, _ = read_configs([str(tmp_path / f"{i}.yml")])
-        if "replay" in changes:
-            del mapping["replay"]
-        assert validate(RunConfig, merge(mapping, changes), origins) != validate(RunConfig, mapping, origins)
+    (tmp_path / "mine.yml").write_text(_examples("docs/run.md")[0])
+    (tmp_path / "fragment.yml").write_text(fragment)
+    mapping, origins = read_configs([str(tmp_path / "mine.yml")])
+    changes, _ = read_configs([str(tmp_path / "fragment.yml")])
+    if "replay" in changes:
+        del mapping["replay"]
+    assert validate(RunConfig, merge(mapping, changes), origins) != validate(RunConfig, mapping, origins)
 
 
 def test_the_laboratorys_examples_are_valid_experiments(tmp_path: Path) -> None:
@@ -125,7 +175,7 @@ def small_chain(place: Path, *changes: tuple[str, str]) -> Path:
             "run 'release': .*was trained on other data",
         ),
         (("budget: 20 steps", "budget: 20000 steps"), "run 'trunk-first': source 'first' gives"),
-        (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "goes on at the rate at which the checkpoint stands"),
+        (("max_lr: 1.65e-4, min_lr: null", "max_lr: 3e-4, min_lr: null"), "continues at the checkpoint's learning rate"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first_trains(

@@ -1,4 +1,4 @@
-"""Fused operations for training transformers, usable without megarewarm. Each stands beside its plain definition."""
+"""Fused operations for training transformers, usable without megarewarm. Each has its plain definition beside it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoints: our own sharded ones, their history, and one file per foreign format."""
+"""Checkpoints: the native format, their history, and one file per foreign format."""

@@ -1,4 +1,4 @@
-"""From any checkpoint we read to any form we write, one tensor at a time."""
+"""Conversion from any readable checkpoint format to any writable one, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def convert(
 ) -> list[str]:
     """Write ``source`` to ``destination`` and return notes on what a reader may not expect.
 
-    ``on_bytes`` is called with the bytes of each tensor that was read. Raises ``UserError`` where the destination holds
+    ``on_bytes`` is called with the bytes of each tensor that was read. Raises ``UserError`` if the destination holds
     anything else, where the ranks don't divide the model, and for options that can't be met; nothing is written then.
     """
     form = FORMS[options.form]

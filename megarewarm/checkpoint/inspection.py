@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people: its counters, its history, its tensors' sizes, and what differs between two."""
+"""The contents of a checkpoint for display: its counters, its history, its tensors' sizes, and differences between two."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TensorDifference:
 
 
 def norms(source: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None) -> Iterator[Norms]:
-    """One after the other, in the model's order. Sums are made in float64."""
+    """Norms of the parameters in the model's order, summed in float64."""
     described = source.stored.describe()
     for name in in_order(described, source.model_config):
         tensor = source.stored.read(name)
@@ -55,7 +55,7 @@ def norms(source: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None) -> Itera
 def differences(
     one: OpenedCheckpoint, other: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None
 ) -> Iterator[TensorDifference]:
-    """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` where names or shapes don't match."""
+    """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` if names or shapes don't match."""
     mine, theirs = one.stored.describe(), other.stored.describe()
     for name in in_order({*mine, *theirs}, one.model_config):
         if name not in mine or name not in theirs:

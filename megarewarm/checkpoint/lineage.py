@@ -16,9 +16,9 @@ Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None 
 
 
 class DataSeen(FileIdentity):
-    """What one stage read of one source, and what identifies its tokens, wherever the file lies. ``read`` says which samples
-    they were, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions know nothing of
-    these: null, and all that was read is in ``read``.)"""
+    """What one stage read of one source, with the identity of its tokens, independent of the file's place. ``read``: the
+    samples, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions recorded neither: null,
+    and ``read`` covers all.)"""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,8 +30,18 @@ class DataSeen(FileIdentity):
 
     @property
     def file(self) -> FileIdentity:
-        """What it read of, alone."""
+        """The identity of the file alone."""
         return FileIdentity.model_validate(self.model_dump(include=set(FileIdentity.model_fields)))
+
+
+class StatedTerms(BaseModel):
+    """What is known of a start checkpoint for the model cards of its descendants; ``base_model`` is a name on the hub."""
+
+    model_config = ConfigDict(frozen=True)
+
+    license: str | None = None
+    languages: list[str] = []
+    base_model: str | None = None
 
 
 class Stage(BaseModel):
@@ -40,7 +50,8 @@ class Stage(BaseModel):
     ``max_lr`` and ``last_lr`` are the highest and the last learning rate it used; ``losses`` its newest validation losses.
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
-    ``goes_on``: it read on where the stage before it stood in the same data (null: not recorded).
+    ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
+    ``reset``: its choices in the reset table (null: not recorded). ``card``: of a foreign checkpoint.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -59,6 +70,8 @@ class Stage(BaseModel):
     tokenizers: list[TokenizerIdentity] = []
     eod: int | None = None
     goes_on: bool | None = None
+    reset: dict[str, str] | None = None
+    card: StatedTerms | None = None
 
 
 class Lineage(BaseModel):

@@ -1,8 +1,8 @@
-"""Weight averages of several checkpoints, one parameter at a time: a cheap cure for forgetting.
+"""Weight averages of several checkpoints, one parameter at a time: a cheap remedy for forgetting.
 
-The mean of the last checkpoints stands for a decayed learning rate; interpolation between the start and the end of a re-warmed
-run trades what was learnt against what was forgotten (Wortsman et al., arXiv 2109.01903; Ilharco et al., arXiv 2208.05592).
-The result is a checkpoint whose history says what it is made of.
+The mean of the last checkpoints acts like a decayed learning rate; interpolation between the start and the end of a
+re-warmed run trades what was learnt against what was forgotten (Wortsman et al., arXiv 2109.01903; Ilharco et al., arXiv
+2208.05592). The result is a checkpoint whose history names its parts.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def mean_shares(count: int) -> list[float]:
 
 
 def ema_shares(count: int, decay: float) -> list[float]:
-    """Shares of a moving average that starts at the first (oldest): average = decay * average + (1 - decay) * next.
-
-    Raises ``UserError`` for a decay outside [0, 1).
-    """
+    """Shares of a moving average that starts at the first (oldest): average = decay * average + (1 - decay) * next. Raises
+    ``UserError`` for a decay outside [0, 1)."""
     if not 0 <= decay < 1:
         raise UserError(f"--ema {decay:g}: the decay must lie in [0, 1)")
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - i) for i in range(1, count)]
@@ -94,13 +92,13 @@ class Merge:
 
     @property
     def description(self) -> str:
-        """For people."""
+        """A description for messages."""
         parts = " + ".join(f"{share:.4g} x {name}" for share, name in zip(self.shares, self.names, strict=True))
         return f"{self.what}: {parts}"
 
 
 def last_of(count: str, run: str) -> list[str]:
-    """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` where there are fewer."""
+    """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` if there are fewer."""
     folder = Path(run)
     found = checkpoints_in(folder / CHECKPOINTS) or checkpoints_in(folder)
     if not count.isdigit() or int(count) < 1:
@@ -119,11 +117,8 @@ def bytes_to_read(merged: Merge) -> int:
 
 
 def merge(merged: Merge, destination: Path, options: ConvertOptions, on_bytes: OnBytes = lambda _: None) -> list[str]:
-    """Write ``merged``. Returns notes.
-
-    ``on_bytes`` is called with the bytes that were read. Raises ``UserError`` for a single checkpoint, for models that differ,
-    and where ``destination`` holds anything else; nothing is written then.
-    """
+    """Write ``merged``. Returns notes. ``on_bytes`` is called with the bytes that were read. Raises ``UserError`` for a
+    single checkpoint, for models that differ, and where ``destination`` holds anything else; nothing is written then."""
     if len(merged.names) < 2:
         raise UserError("at least two checkpoints are needed for an average")
     sources = [open_checkpoint(name) for name in merged.names]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 @contextmanager
 def reading(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with the bytes of each tensor that was read, of ``total``; it moves a bar on ``console``."""
+    """A function that moves a bar on ``console``; call it with the bytes of each tensor read, of ``total``."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.foreign import hub, huggingface, neox_folder
+from megarewarm.checkpoint.foreign.card import read_card
 from megarewarm.checkpoint.foreign.megatron import MegatronFolder
 from megarewarm.checkpoint.foreign.megatron import find as find_megatron
 from megarewarm.checkpoint.foreign.neox_state import read_training, with_masters
-from megarewarm.checkpoint.lineage import Lineage, Stage
+from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
 from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.folder import locate
 from megarewarm.checkpoint.own.integrity import SUMS_FILE, find_damage
@@ -46,8 +47,8 @@ ALL_LINES = frozenset({"moments", "optimizer_step", "schedule", "iteration", "da
 
 
 class CheckpointSource(Protocol):
-    """``keeps``: the lines of the reset table, beside the weights, that the checkpoint can give. ``training``: the counters;
-    None where the format holds weights only."""
+    """``keeps``: the rows of the reset table, beside the weights, that the checkpoint can provide. ``training``: the
+    counters; None for weights only."""
 
     name: str
     format: str
@@ -59,7 +60,7 @@ class CheckpointSource(Protocol):
 
     @property
     def tokenizer(self) -> TokenizerSource:
-        """What turns text into the ids that the weights know, as far as it is known."""
+        """The tokenizer of the weights' ids, as far as it is known."""
 
     def load_weights(self, model: ParallelModel) -> None:
         """Fill this rank's part of the parameters. All ranks call it."""
@@ -69,8 +70,8 @@ class CheckpointSource(Protocol):
 
 
 class OpenedCheckpoint(CheckpointSource, Protocol):
-    """``stored``: the parameters as they lie in the files, whole; ``weights``: in full precision, which are other files where
-    there are fp32 masters beside fp16 weights."""
+    """``stored``: the parameters as they are in the files, whole; ``weights``: in full precision, from other files if there
+    are fp32 masters beside fp16 weights."""
 
     @property
     def stored(self) -> Weights:
@@ -82,10 +83,8 @@ class OpenedCheckpoint(CheckpointSource, Protocol):
 
 
 class OwnCheckpoint:
-    """A checkpoint of ours: weights, moments and every counter; or less, if it was converted from a format that has less.
-
-    Its checksums are verified before the first tensor is loaded, unless ``verified`` says that they have been.
-    """
+    """A native checkpoint: weights, moments and every counter; fewer if it was converted from a format with fewer. Its
+    checksums are verified before the first tensor is loaded, unless ``verified``."""
 
     format = "megarewarm"
 
@@ -111,8 +110,8 @@ class OwnCheckpoint:
 
     @cached_property
     def tokenizer(self) -> TokenizerSource:
-        """The tokenizer that the run's configuration names, if it is still there, else that of the newest of its history that
-        has one, else one that its token files were made with."""
+        """The tokenizer of the run's configuration, if it still exists, else that of the newest stage with one, else one
+        that its token files were made with."""
         stages = self.lineage.stages
         found = self.own_tokenizer()
         places = [(self._run_config.get("start") or {}).get("from")]
@@ -128,7 +127,7 @@ class OwnCheckpoint:
         return found.over(made)
 
     def own_tokenizer(self) -> TokenizerSource:
-        """What the run's configuration and the newest stage say, without those before."""
+        """The configuration's and the newest stage's, without earlier stages."""
         data = self._run_config.get("data") or {}
         stated = data.get("eod")
         recorded = self.lineage.stages[-1].eod if self.lineage.stages else None
@@ -168,7 +167,7 @@ class OwnCheckpoint:
 
 
 class _OwnWeights:
-    """The weights in a folder of ours. For one process: other ranks know nothing of it."""
+    """The weights in a native folder. For one process: other ranks are not involved."""
 
     def __init__(self, checkpoint: OwnCheckpoint) -> None:
         self.where = checkpoint.name
@@ -192,7 +191,7 @@ class _OwnWeights:
 
 @dataclass(eq=False)
 class ForeignCheckpoint:
-    """Weights in another program's format, opened once they are needed; a subclass may have more."""
+    """Weights in another program's format, opened when they are needed; subclasses may have more."""
 
     name: str
     format: str
@@ -202,9 +201,10 @@ class ForeignCheckpoint:
     tokenizer: TokenizerSource = TokenizerSource()  # noqa: RUF009 (frozen)
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
+    card: StatedTerms | None = None
 
     def __post_init__(self) -> None:
-        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})")])
+        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})", card=self.card)])
 
     @cached_property
     def stored(self) -> Weights:
@@ -222,11 +222,11 @@ class ForeignCheckpoint:
 
 
 class NeoXCheckpoint(ForeignCheckpoint):
-    """A ``global_stepN`` folder of GPT-NeoX: weights, and where its optimizer's files are there, moments and fp32 masters."""
+    """A ``global_stepN`` folder of GPT-NeoX: weights, and with its optimizer's files moments and fp32 masters."""
 
     def __init__(self, name: str, folder: Path) -> None:
         files = neox_folder.NeoXFolder(folder)
-        # an export of ours holds it; else its own configuration names it, if that file is on this machine
+        # a megarewarm export has it; else its own configuration names it, if that file is on this machine
         beside = tokenizer_files_in(folder.parent)
         tokenizer = TokenizerSource(beside[0] if beside else readable_tokenizer(files.tokenizer_file))
         super().__init__(name, "gpt-neox", files.model_config, lambda: files, files.notes, tokenizer)
@@ -247,10 +247,8 @@ class NeoXCheckpoint(ForeignCheckpoint):
 
 
 def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[Made]:
-    """By which tokenizers the data of a checkpoint's history were made; where that isn't recorded, the one that comes with it.
-
-    Of several forms of that (tokenizer.json, tokenizer.model) one that agrees with those ``known``, if there is such a one.
-    """
+    """The tokenizers of the data of a checkpoint's history; if not recorded, the one that comes with it. Of several forms
+    (tokenizer.json, tokenizer.model) it chooses one that agrees with those ``known``, if any."""
     found = [
         Made(f"{stage.run}, in the history of {source.name}, was trained on ids of the tokenizer {tokenizer.file}", tokenizer)
         for stage in source.lineage.stages
@@ -260,7 +258,7 @@ def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[
     if found or file is None:
         return found
     for form in [file, *(other for other in tokenizer_files_in(file.parent) if file.name in TOKENIZER_FILES)]:
-        with contextlib.suppress(UserError):  # of no use to anybody, then
+        with contextlib.suppress(UserError):  # an unusable tokenizer is ignored
             found.append(Made(f"{source.name} comes with the tokenizer {form}", loaded(form).identity()))
     agreeing = [each for each in found if all(each.tokenizer.agrees_with(other.tokenizer) for other in known)]
     return (agreeing or found)[:1]
@@ -286,7 +284,8 @@ def _huggingface(name: str, path: Path) -> OpenedCheckpoint | None:
     shape, notes = huggingface.read_model_config(path)
     files = tokenizer_files_in(path)
     tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(huggingface.read_json(path / "config.json")))
-    return ForeignCheckpoint(name, "huggingface", shape, lambda: huggingface.HuggingFaceWeights(path), notes, tokenizer)
+    weights, card = lambda: huggingface.HuggingFaceWeights(path), read_card(name, path)
+    return ForeignCheckpoint(name, "huggingface", shape, weights, notes, tokenizer, card=card)
 
 
 def _neox(name: str, path: Path) -> OpenedCheckpoint | None:
@@ -309,15 +308,13 @@ FORMATS: dict[str, tuple[Opener, str]] = {
     "gpt-neox": (_neox, "one of GPT-NeoX (no 'latest', no layer_* or mp_rank_* files)"),
     "megatron-lm": (_megatron, "one of Megatron-LM (no iter_N with mp_rank_*)"),
 }
-"""Every format that is read, tried in this order: what opens a checkpoint from its name and folder, from headers only (None:
-the folder is of another format), and what such a folder is, with what shows that one is not."""
+"""Every readable format, tried in this order: a function that opens a checkpoint from its name and folder, from headers only
+(None for a folder of another format), and a description of such folders with what a folder of another format lacks."""
 
 
 def open_checkpoint(name: str) -> OpenedCheckpoint:
-    """The checkpoint ``name`` means: a folder in one of ``FORMATS``, or a hub name.
-
-    Reads headers only. Raises ``UserError`` for a folder that is none of them, and for a hub name that can't be had.
-    """
+    """The checkpoint ``name``: a folder in one of ``FORMATS``, or a hub name. Reads headers only. Raises ``UserError`` for a
+    folder in none of them, and for a hub name that can't be resolved."""
     path = Path(name)
     if path.exists() and not path.is_dir():
         raise UserError(f"{name} is a file; name the folder of the checkpoint")

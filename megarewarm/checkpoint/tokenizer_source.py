@@ -1,4 +1,4 @@
-"""What turns text into the ids of a checkpoint: where its tokenizer lies, and which ids are said to begin and end texts."""
+"""The tokenizer of a checkpoint: its file, and the ids that begin and end texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROLES = ("bos", "eos", "pad")
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """``file``: the tokenizer, None where none is known; ``eod``: the id that ends the documents of the data that were trained
+    """``file``: the tokenizer, None if none is known; ``eod``: the id that ends the documents of the data that were trained
     on; ``stated``: ids of 'bos', 'eos' and 'pad' in a config.json that the weights come with."""
 
     file: Path | None = None
@@ -27,7 +27,7 @@ class TokenizerSource:
     stated: Mapping[str, int] = field(default_factory=dict)
 
     def over(self, older: TokenizerSource) -> TokenizerSource:
-        """This one; what it doesn't know is taken from ``older``. An end of documents is not: other data have another."""
+        """This one, completed from ``older``, except for the end of documents, which depends on the data."""
         return replace(self, file=self.file or older.file, stated=self.stated or older.stated)
 
 
@@ -37,7 +37,7 @@ def tokenizer_files_in(folder: Path) -> list[Path]:
 
 
 def loaded(path: str | Path) -> Tokenizer:
-    """The tokenizer at ``path``, loaded once as long as its file stays as it is. Raises ``UserError`` as ``load_tokenizer``."""
+    """The tokenizer at ``path``, loaded once while its file is unchanged. Raises ``UserError`` as ``load_tokenizer``."""
     found = Path(path)
     if found.is_dir() and (files := tokenizer_files_in(found)):
         found = files[0]
@@ -65,7 +65,7 @@ def named_tokenizer(name: str | Path, key: str) -> Path:
 
 
 def readable_tokenizer(name: object) -> Path | None:
-    """The tokenizer's file that ``name`` means, if it is there and can be read."""
+    """The file of tokenizer ``name``, if it exists and can be read."""
     try:
         return loaded(name).path if isinstance(name, str) else None
     except UserError:
@@ -73,7 +73,7 @@ def readable_tokenizer(name: object) -> Path | None:
 
 
 def still_there(tokenizers: Sequence[TokenizerIdentity]) -> Path | None:
-    """The file of one of the ``tokenizers`` that token files were made with, if it is there and still the same."""
+    """The file of one of the ``tokenizers`` of token files, if it exists unchanged."""
     for known in tokenizers:
         path = readable_tokenizer(known.file)
         if path is not None and loaded(path).fingerprint() == known.fingerprint:

@@ -1,4 +1,4 @@
-"""What every checkpoint format has in common once it is open: a model's parameters under our names, whole, one at a time."""
+"""The common interface of checkpoint formats: a model's whole parameters under megarewarm's names, one at a time."""
 
 from __future__ import annotations
 
@@ -86,10 +86,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise one ``UserError`` with what is missing, unexpected or of another shape or dtype than ``shapes`` says.
-
-    A head beside ``shapes`` without one (tied embeddings) is let through: ``fill`` compares it with the embedding.
-    """
+    """Raise one ``UserError`` with what is missing, unexpected or of another shape or dtype than ``shapes`` says. A head
+    beside ``shapes`` without one (tied embeddings) is let through: ``fill`` compares it with the embedding."""
     found = weights.describe()
     problems = []
     for name, item in found.items():
@@ -109,10 +107,8 @@ def check(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def fill(weights: Weights, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, Tensor], None]) -> None:
-    """Call ``take(name, tensor)`` for every parameter of ``shapes``, one tensor at a time, after all were checked.
-
-    Raises ``UserError`` as ``check``, and for tied embeddings whose stored head is not the embedding.
-    """
+    """Call ``take(name, tensor)`` for every parameter of ``shapes``, one tensor at a time, after all were checked. Raises
+    ``UserError`` as ``check``, and for tied embeddings whose stored head is not the embedding."""
     check(weights, shapes)
     tied = HEAD not in shapes and HEAD in weights.describe()
     if tied and not torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float()):

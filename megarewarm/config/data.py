@@ -153,7 +153,7 @@ class DataConfig(Section):
     )
     reset_at_eod: bool = Field(
         False,
-        description="Attention stays within documents, and positions begin anew in each (Megatron-LM's reset_attention_mask "
+        description="Attention stays within documents, and positions restart in each (Megatron-LM's reset_attention_mask "
         "with reset_position_ids), in training and evaluation. false, as Pythia was trained: a sequence is one text.",
     )
     mask_eod_loss: bool = Field(

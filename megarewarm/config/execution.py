@@ -112,7 +112,7 @@ class EvaluationConfig(Section):
     windows: Literal["fixed", "moving"] = Field(
         "fixed",
         description="fixed: the same tokens at every evaluation, so that losses compare; moving: each evaluation takes the "
-        "next 'tokens' of the set in data.order, at multiples of 'every' and once more at the end, as GPT-NeoX does.",
+        "next 'tokens' of the set in data.order, at multiples of 'every' and again at the end, as GPT-NeoX does.",
     )
     micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
 
@@ -137,7 +137,7 @@ class CheckpointConfig(Section):
         Budget(amount=10, unit="percent"), description="Interval; null: only at the end.", validate_default=False
     )
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay.")
-    keep_every: Interval | None = Field(None, description="Checkpoints at multiples of this stay for good.")
+    keep_every: Interval | None = Field(None, description="Checkpoints at multiples of this are kept permanently.")
     keep_best: str | None = Field(
         None,
         description="Name of a validation set: the checkpoint with the lowest loss on it stays as well. The sets are then "
@@ -145,13 +145,13 @@ class CheckpointConfig(Section):
     )
     extra_steps: list[Step] | Literal["log_spaced"] = Field(
         [],
-        description="Steps that are saved besides, and stay for good; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
+        description="Further steps to save and keep permanently; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
         "Pythia's.",
     )
     asynchronous: bool = Field(
         True,
         description="Copy the state and write the copy while training goes on; takes as much host memory as the state itself. "
-        "false: training waits until the checkpoint stands.",
+        "false: training waits until the checkpoint is written.",
     )
 
 
@@ -203,7 +203,7 @@ class KernelsConfig(Section):
         None,
         description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, our own (which keeps documents apart and can be "
         "deterministic), PyTorch's choice, or the definition. auto: the fastest that can do it. One that can't gives way to "
-        "the next, which is said.",
+        "the next, with a note.",
     )
     loss: Literal["triton", "reference"] | None = Field(
         None, description="Softmax and cross entropy between the head's products."

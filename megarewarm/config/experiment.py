@@ -36,7 +36,7 @@ class CorpusConfig(Section):
 
 
 class PrepareConfig(Section):
-    """Token files made before the first run. What already stands with the same parameters is kept."""
+    """Token files made before the first run. Files that exist with the same parameters are kept."""
 
     folder: PathTemplate | None = Field(None, description="Where the token files and the tokenizer go; null: ${folder}/data.")
     tokenizer: TokenizerConfig

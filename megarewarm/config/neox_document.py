@@ -26,8 +26,8 @@ writes it down. What follows GPT-NeoX's rules and defaults:
   groups, clipping.
 - **`load`** may name anything that [start.from](config.md) can: a Hugging Face folder or hub name, a folder of GPT-NeoX
   (`global_stepN`, or the one with `latest`; with its optimizer files training goes on with moments and fp32 masters), of
-  Megatron-LM, or of megarewarm. `finetune: true` takes the weights and begins everything else anew; without it training
-  goes on where the checkpoint stands, and a checkpoint of weights alone is refused. Where `load` and `save` are the same
+  Megatron-LM, or of megarewarm. `finetune: true` takes the weights and resets everything else; without it training
+  continues where the checkpoint ended, and a checkpoint of weights alone is refused. Where `load` and `save` are the same
   folder and nothing is there, the run begins from scratch. A missing `load` is an error: GPT-NeoX would begin from scratch.
 - **Restarts.** The same command after a crash goes on from the run's newest checkpoint, `finetune: true` or not; GPT-NeoX
   would begin again.

@@ -66,8 +66,8 @@ class ReliabilityConfig(Section):
     )
     non_finite: Literal["skip", "stop"] = Field(
         "skip",
-        description="A step whose loss or gradient is not finite is computed once more. If it is not finite again, then skip: "
-        "it changes nothing and the run goes on; stop: the run ends. Either way the place of its data is written into "
+        description="A step whose loss or gradient is not finite is recomputed. If it is not finite again, then skip: "
+        "it changes nothing and the run continues; stop: the run ends. Either way the place of its data is written into "
         "RUN/batches.",
     )
     spikes: Literal["off", "warn", "skip", "roll_back"] = Field(

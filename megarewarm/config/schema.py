@@ -105,7 +105,7 @@ class StartConfig(Section):
     intent: Intent | None = Field(
         None,
         description="scratch | resume (bit-exact continuation) | rewarm (new schedule, usually new data) | branch (leave a "
-        "constant phase to anneal; data and moments kept) | continue (new data at the rate at which the checkpoint stands, as "
+        "constant phase to anneal; data and moments kept) | continue (new data at the checkpoint's learning rate, as "
         "from one data set of an infinite schedule to the next; moments kept). Null: scratch without 'from', rewarm with it.",
     )
     weights: Literal["load", "initialise"] | None = Field(None, description="Model weights.")

@@ -13,8 +13,8 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class DocumentRules:
-    """What the token ``eod``, the last of its document, does: ``reset`` keeps attention and positions within documents,
-    ``mask_loss`` takes the loss from the positions at which it is the input (as Megatron-LM's reset_attention_mask with
+    """The effects of the token ``eod``, the last of its document: ``reset`` keeps attention and positions within documents,
+    ``mask_loss`` drops the loss at the positions where it is the input (as Megatron-LM's reset_attention_mask with
     reset_position_ids, and eod_mask_loss)."""
 
     eod: int

@@ -1,7 +1,7 @@
-"""Fused operations, applied to a NeoX from outside: parts of it are replaced by ones that compute the same in fewer passes.
+"""Fused operations, applied to a NeoX from outside: they replace parts by ones that compute the same in fewer passes.
 
-With the parallel residual a layer begins with x + attention + MLP of the layer before and two norms of that sum: one operation,
-if a layer hands its parts on instead of adding them (``DeferredResidual``).
+With the parallel residual a layer begins with x + attention + MLP of the layer before and two norms of that sum: one
+operation, if a layer passes its parts on instead of adding them (``DeferredResidual``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megarewarm.model.neox import MLP, Attention, DeferredResidual, Layer, Posit
 
 @dataclass(frozen=True)
 class Operations:
-    """Which implementation computes what. ``loss``: the ``kernel`` of linear_cross_entropy; ``norms``: triton, apex or
+    """The implementation of each operation. ``loss``: the ``kernel`` of linear_cross_entropy; ``norms``: triton, apex or
     reference; ``gelu``: triton or reference; ``attention``: a backend of megarewarm_kernels.attention.choose."""
 
     norms: str = "reference"
@@ -46,10 +46,8 @@ def fuse(layers: Iterable[nn.Module], operations: Operations) -> None:
 
 
 class FusedLayer(Layer):
-    """A layer with the parallel residual that adds what the one before has handed on, and hands on its own parts.
-
-    The stream is in autocast's dtype where there is one.
-    """
+    """A layer with the parallel residual that adds the parts of the one before, and passes on its own parts. Under autocast
+    the stream has autocast's dtype."""
 
     def forward(self, x: Tensor | DeferredResidual, positions: Positions) -> DeferredResidual:  # type: ignore[override]
         parts: tuple[Any, Any, Any] = x if isinstance(x, DeferredResidual) else (_at_work(x), None, None)
@@ -79,6 +77,6 @@ class ApexLayerNorm(nn.LayerNorm):
 
 
 def _at_work(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype where there is one."""
+    """``x`` in autocast's dtype under autocast."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

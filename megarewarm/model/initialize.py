@@ -1,4 +1,4 @@
-"""Initial weights. Each parameter has a generator of its own, so its values depend on the seed and its name alone."""
+"""Initial weights. Each parameter has its own generator, so its values depend only on the seed and its name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from megarewarm.model.parameters import Card, cards
 
 
 def initialize(model: NeoX, seed: int) -> None:
-    """Fill every parameter of ``model`` as its config says. Rows of a padded vocabulary become zero.
-
-    Neither the order of the parameters, nor the device, nor the dtype, nor the padding changes the values drawn.
-    """
+    """Fill every parameter of ``model`` as its config says. Rows of a padded vocabulary become zero. The values don't depend
+    on the order of the parameters, the device, the dtype, or the padding."""
     every = cards(model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -27,10 +25,8 @@ def initialize(model: NeoX, seed: int) -> None:
 
 
 def initial_value(card: Card, config: ModelConfig, seed: int) -> Tensor:
-    """The whole parameter at the start, fp32 on the CPU: biases 0, norms 1 and 0, weights from a normal.
-
-    A sharded layout draws the whole and keeps its part.
-    """
+    """The whole parameter at the start, fp32 on the CPU: biases 0, norms 1 and 0, weights from a normal. A sharded layout
+    draws the whole and keeps its part."""
     if card.initial in ("zeros", "ones"):
         return torch.full(card.shape, float(card.initial == "ones"))
     digest = hashlib.sha256(f"{seed} {card.name}".encode()).digest()
@@ -39,10 +35,8 @@ def initial_value(card: Card, config: ModelConfig, seed: int) -> Tensor:
 
 
 def standard_deviation(card: Card, config: ModelConfig) -> float:
-    """Standard deviation of a weight's initial values.
-
-    small: sqrt(2 / 5h) (arXiv 1910.05895); wang: 2 / (L sqrt(h)) (GPT-J); scaled_normal: init_std / sqrt(2L) (GPT-2).
-    """
+    """Standard deviation of a weight's initial values. small: sqrt(2 / 5h) (arXiv 1910.05895); wang: 2 / (L sqrt(h))
+    (GPT-J); scaled_normal: init_std / sqrt(2L) (GPT-2)."""
     h, layers = config.hidden_size, config.num_layers
     if card.initial == "normal":
         return math.sqrt(2 / (5 * h)) if config.init == "small" else config.init_std

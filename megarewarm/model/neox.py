@@ -1,7 +1,5 @@
-"""GPT-NeoX (arXiv 2204.06745) as plain PyTorch on one device. Parallelism is applied to it from outside.
-
-Parameters are called as in Hugging Face's GPTNeoXForCausalLM, without its ``gpt_neox.`` prefix.
-"""
+"""GPT-NeoX (arXiv 2204.06745) as plain PyTorch on one device. Parallelism is applied to it from outside. Parameters are
+called as in Hugging Face's GPTNeoXForCausalLM, without its ``gpt_neox.`` prefix."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 from megarewarm.config.schema import ModelConfig
 
 LOSS_MEMORY = 64 * 2**20
-"""Bytes that logits may take (see linear_cross_entropy), where nothing else is said."""
+"""Bytes that logits may take by default (see linear_cross_entropy)."""
 
 
 class NeoX(nn.Module):
@@ -59,10 +57,8 @@ class NeoX(nn.Module):
         return F.linear(self(tokens), self.head[: self.config.vocab_size])
 
     def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy summed over tokens, and how many there were.
-
-        ``inputs`` and ``targets`` are (b, s) int64; targets of -100 are left out. Returns an fp32 and an int64 scalar.
-        """
+        """Cross entropy summed over tokens, and how many there were. ``inputs`` and ``targets`` are (b, s) int64; targets of
+        -100 are left out. Returns an fp32 and an int64 scalar."""
         hidden = self(inputs)
         return linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -93,10 +89,8 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention. ``query_key_value`` has, head by head, the rows of the query, the key and the value.
-
-    ``backend``, ``deterministic``: see megarewarm_kernels.attention.choose.
-    """
+    """Causal attention. ``query_key_value`` has, head by head, the rows of the query, the key and the value. ``backend``,
+    ``deterministic``: see megarewarm_kernels.attention.choose."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -142,8 +136,8 @@ class MLP(nn.Module):
 
 
 class Positions(NamedTuple):
-    """``cos``, ``sin``: (s, r / 2) or, where documents begin anew, (b, s, r / 2). ``starts``: (b, s) int32, the first position
-    of the document that each position lies in; None where a sequence is one document."""
+    """``cos``, ``sin``: (s, r / 2) or, where positions restart in documents, (b, s, r / 2). ``starts``: (b, s) int32, the first
+    position of the document that each position lies in; None if a sequence is one document."""
 
     cos: Tensor
     sin: Tensor
@@ -151,10 +145,8 @@ class Positions(NamedTuple):
 
 
 def positions_of(length: int, config: ModelConfig, x: Tensor, starts: Tensor | None = None) -> Positions:
-    """Cosines and sines of position x frequency (arXiv 2104.09864) on the device of ``x``: fp32, or fp64 for fp64.
-
-    Computed at every forward, some thousand numbers: a buffer would be lost on the meta device and cast by ``.to``.
-    """
+    """Cosines and sines of position x frequency (arXiv 2104.09864) on the device of ``x``: fp32, or fp64 for fp64. Computed
+    at every forward, some thousand numbers: a buffer would be lost on the meta device and cast by ``.to``."""
     dims, base = config.rotary_dims, config.rotary_base
     frequencies = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims)
     place = torch.arange(length, device=x.device)

@@ -19,7 +19,7 @@ def choose_operations(
     """The operations, and a line on each choice that is not what was asked for or can't be guessed.
 
     ``dtype``: what layers compute in; ``documents``: they are kept apart. What can't be used here gives way to plain PyTorch.
-    Raises ``UserError`` where no attention fits.
+    Raises ``UserError`` if no attention fits.
     """
     notes: list[str] = []
     missing = no_triton(device)

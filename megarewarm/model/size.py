@@ -33,10 +33,8 @@ def count_parameters(model: ModelConfig) -> int:
 
 
 def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing.
-
-    2 per matrix weight, and causal attention: 2 (QK^T) + 2 (PV) per pair of positions and channel, half of the pairs.
-    """
+    """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing. 2 per matrix
+    weight, and causal attention: 2 (QK^T) + 2 (PV) per pair of positions and channel, half of the pairs."""
     layer = sum(card.numel for card in cards(model).values() if card.layer == 0 and card.is_matrix)
     h = model.hidden_size
     return 2.0 * layer + 2.0 * h * sequence_length, 2.0 * model.vocab_size * h

@@ -1,7 +1,5 @@
-"""AdamW with its state laid out from the first moment, so that every moment can be named, saved, kept or reset.
-
-The update is PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight decay): one pass over each tensor.
-"""
+"""AdamW with its state allocated at the start, so that every moment can be named, saved, kept or reset. The update is
+PyTorch's fused one (Loshchilov & Hutter 2019, decoupled weight decay): one pass over each tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from megarewarm.model.parameters import Card
 from megarewarm.optimizers.sums import SUMS, norms, slices
 from megarewarm.parallel.gradients import Gradients
 
-_LIFT = 2.0**40  # the squares of second moments as they are would be no fp32 numbers
+_LIFT = 2.0**40  # unscaled squares of second moments would not fit into fp32
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _EXACT = 2**24
 """torch's fused AdamW counts in fp32, where the next whole number is 2 away from here on. The count is kept beside it, and
@@ -33,21 +31,16 @@ def rate_factors(cards: Mapping[str, Card], layer_decay: float) -> dict[str, flo
 
 
 def rate_factor(card: Card, num_layers: int, layer_decay: float) -> float:
-    """Share of the learning rate at which the parameter trains: layer_decay^(L - i) in layer i of L, ^(L + 1) in the embedding.
-
-    Layer-wise learning-rate decay (Clark et al., ELECTRA, arXiv 2003.10555, appendix).
-    """
+    """Learning-rate multiplier of a parameter: layer_decay^(L - i) in layer i of L, ^(L + 1) in the embedding. Layer-wise
+    learning-rate decay (Clark et al., ELECTRA, arXiv 2003.10555, appendix)."""
     if card.layer is not None:
         return float(layer_decay ** (num_layers - card.layer))
     return float(layer_decay ** (num_layers + 1)) if card.role == "embedding" else 1.0
 
 
 class AdamW:
-    """AdamW over a model's parameters in groups of one weight decay (norms and biases have none, as GPT-NeoX) and one factor of
-    the learning rate.
-
-    Moments are fp32 tensors of the parameters' shapes, on their device.
-    """
+    """AdamW over a model's parameters in groups of one weight decay (norms and biases have none, as GPT-NeoX) and one factor
+    of the learning rate. Moments are fp32 tensors of the parameters' shapes, on their device."""
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], cards: Mapping[str, Card], config: OptimizerConfig, kind: str = "torch"
@@ -104,7 +97,7 @@ class AdamW:
                 gradients.scale_(scale)
             self.torch.step()
             self._completed += 1
-            if self._completed > _EXACT:  # where torch's own count stands still
+            if self._completed > _EXACT:  # where torch's own fp32 count no longer increases
                 self.set_completed_steps(self._completed)
             return
         steps = self._completed + 1
@@ -120,7 +113,7 @@ class AdamW:
 
     @property
     def lrs(self) -> list[float]:
-        """The learning rate in each group, its factor taken out."""
+        """The learning rate of each group, without its factor."""
         return [group["lr"] / group["factor"] for group in self.torch.param_groups]
 
     def state(self) -> dict[tuple[str, str], Tensor]:

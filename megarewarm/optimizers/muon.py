@@ -32,9 +32,7 @@ _TINY = 1e-7
 
 def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
     """The nearest orthogonal matrix of each of ``matrices`` (..., m, n), roughly: singular values between 0.7 and 1.2.
-
-    ``steps`` of a quintic Newton-Schulz iteration (Jordan et al. 2024), computed in the dtype of ``matrices``.
-    """
+    ``steps`` of a quintic Newton-Schulz iteration (Jordan et al. 2024), computed in the dtype of ``matrices``."""
     a, b, c = _COEFFICIENTS
     x = matrices / (torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True) + _TINY)
     wide = x.mT if x.shape[-2] > x.shape[-1] else x
@@ -45,10 +43,10 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
 
 
 class Muon:
-    """Muon over the matrices of a model's layers, AdamW over what else it has.
+    """Muon over the matrices of a model's layers, AdamW over the rest. The momentum is laid out as its parameter.
 
-    The momentum lies as its parameter does. Each matrix is put together on one of the ranks that have parts or copies of it, in
-    turn, which orthogonalises it and sends it to the others: every rank does its share of the work.
+    Each matrix is gathered on one of the ranks that have parts or copies of it, in turn, which orthogonalises it and sends
+    it to the others: the ranks share the work.
     """
 
     @collective
@@ -94,7 +92,7 @@ class Muon:
             self._squares[name] = squares(change)
 
     def _direction(self, name: str, scale: float) -> Tensor:
-        """Nesterov's momentum, as this rank has the parameter."""
+        """Nesterov's momentum, in this rank's layout of the parameter."""
         gradient, momentum, beta = self._model.parameters[name].grad, self._momentum[name], self.config.momentum
         assert gradient is not None, name
         gradient = gradient.float() * scale
@@ -102,7 +100,7 @@ class Muon:
         return gradient.lerp_(momentum, beta)
 
     def _gathered(self, name: str, local: Tensor, owner: int) -> Tensor:
-        """The whole on rank ``owner`` of the group, and room for it on the others."""
+        """The whole matrix on rank ``owner`` of the group, and an empty one on the others."""
         part = self._model.whole(name, local)
         if not isinstance(part, TensorSlice):
             return part.contiguous()

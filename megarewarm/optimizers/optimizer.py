@@ -1,4 +1,4 @@
-"""What training asks of an optimizer, and the one place that makes the one that ``optimizer.kind`` names."""
+"""The protocol of optimizers, and the one place that makes the one that ``optimizer.kind`` names."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from megarewarm.parallel.gradients import Gradients
 
 
 class Optimizer(Protocol):
-    """The parameters of a model and what is kept of each. All ranks call every method alike."""
+    """The parameters of a model and their optimizer state. All ranks call every method alike."""
 
     kind: str
-    """What carries out the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
+    """The implementation of the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
 
     def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own. Gradients are undefined afterwards."""
 
     def set_lr(self, lr: float) -> None:
-        """Write ``lr`` where the next step would read it."""
+        """Set the learning rate of the next step."""
 
     @property
     def lrs(self) -> list[float]:
-        """The learning rates that stand there, layer-wise factors taken out."""
+        """The present learning rates, without layer-wise factors."""
 
     def state(self) -> dict[tuple[str, str], Tensor]:
         """Tensors of the parameters' shapes by (what, parameter's name), see ``states_of``; writing to them changes it."""

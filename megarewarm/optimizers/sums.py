@@ -11,8 +11,8 @@ from megarewarm.parallel.gradients import ROW, squared_norm
 
 SUMS = 7
 """Number of values; squares of weights, change, both moments, distance; effective learning rates."""
-_SLICE = 2**22  # values at a time: what is computed on the way takes some 16 MiB a piece
-_CACHED = 2**18  # on a CPU, where that stays in its caches
+_SLICE = 2**22  # values at a time: temporaries take some 16 MiB each
+_CACHED = 2**18  # on a CPU, where temporaries stay in its caches
 
 
 def slices(values: Tensor) -> Iterator[tuple[int, int, int]]:

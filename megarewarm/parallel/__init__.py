@@ -1,1 +1,1 @@
-"""Ranks: how a launcher starts them, how they meet, what they add up."""
+"""Ranks: launchers, rendezvous, collectives, layouts."""

@@ -1,4 +1,4 @@
-"""What ranks tell each other: numbers, results, and failures that must stop all of them."""
+"""Agreement between ranks: numbers, results, and failures that must stop all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megarewarm.parallel.collective import collective
 
 T = TypeVar("T")
 Between = Callable[[int, int], None]
-"""Called by all ranks alike between two portions of work: (how many are done, of how many). It may raise to break off."""
+"""Called on all ranks alike between two portions of work with (portions done, of how many). It may raise to interrupt the
+work."""
 
 
 def nothing_between(done: int, portions: int) -> None:
@@ -63,11 +64,8 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def on_all_ranks(
     action: Callable[[], T] | None, error: type[OSError] | type[UserError], group: dist.ProcessGroup | None = None
 ) -> T | None:
-    """What ``action`` returns here; None on ranks without one. All ranks call it.
-
-    An ``error`` on any rank is raised on all of them: that of the first, whose number it names unless all ranks with an action
-    failed alike.
-    """
+    """The result of ``action`` on this rank; None on ranks without an action. All ranks call it. An ``error`` on any rank is
+    raised on all of them: the first rank's, with its number unless all ranks with an action failed alike."""
     result: T | None = None
     problem: OSError | UserError | None = None
     try:

@@ -1,4 +1,4 @@
-"""The mark of functions that all ranks must call: where one rank does not, the others wait for it until they give up."""
+"""The mark of functions that all ranks must call: if one rank does not, the others wait until the timeout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Collectives that know their derivative, between the ranks of one tensor-parallel group (arXiv 1909.08053, 2205.05198).
+"""Differentiable collectives between the ranks of one tensor-parallel group (arXiv 1909.08053, 2205.05198).
 
 Each is the adjoint of another: copy of all-reduce, all-gather of reduce-scatter. Activations are (b, s, h) plain tensors;
-gathering and scattering go along the sequence.
+gathering and scattering are along the sequence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """The same tensor; its gradient is summed over the group, each rank having used it for a part of the result."""
+    """The same tensor; its gradient is summed over the group, because each rank used it for a part of the result."""
     return _Copy.apply(x, group)
 
 
@@ -46,7 +46,7 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # a new tensor: the one that came may be another branch's gradient too
+        # a new tensor, because the incoming one may be another branch's gradient too
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -90,7 +90,8 @@ class _Scatter(torch.autograd.Function):
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    """(b, s / T, h) to (b, s, h). The wire carries (T, b, s / T, h): with one sequence that is the result as it lies."""
+    """(b, s / T, h) to (b, s, h). The collective has shape (T, b, s / T, h), which for one sequence is the result without a
+    copy."""
     ranks = group.size()
     batch, part, *rest = x.shape
     gathered = x.new_empty((ranks * batch, part, *rest))

@@ -1,4 +1,4 @@
-"""Connecting the ranks: one process group, the device of each rank, and the words for when they don't meet."""
+"""Connecting the ranks: one process group, the device of each rank, and the messages if ranks are missing."""
 
 from __future__ import annotations
 
@@ -26,28 +26,26 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES
 
 
 def _shown() -> str:
-    """What hides GPUs from this process, in words."""
+    """The variables that hide GPUs from this process, for messages."""
     return "".join(f" ({key}={os.environ[key]})" for key in _VISIBLE if key in os.environ)
 
 
 class RanksDidNotMeet(UserError):
-    """A rank was never started, can't be reached, or died before all were there: another try may go well."""
+    """A rank did not start, can't be reached, or died before all had connected: a retry may succeed."""
 
     exit_code = EXIT_RANK_LOST
 
 
 def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
-    """The ranks of ``launch`` on ``device`` (auto, cpu or cuda): NCCL on GPUs, gloo on CPUs, nothing for one rank.
-
-    Raises ``UserError`` when there is no such device, ``RanksDidNotMeet`` when the ranks don't meet in time.
-    """
+    """The ranks of ``launch`` on ``device`` (auto, cpu or cuda): NCCL on GPUs, gloo on CPUs, nothing for one rank. Raises
+    ``UserError`` when there is no such device, ``RanksDidNotMeet`` when the ranks don't meet in time."""
     chosen, refused = torch.device("cpu"), ""
     try:
         chosen = choose_device(launch, device)
     except UserError as error:
         if launch.world_size == 1:
             raise
-        refused = str(error)  # said through the store: the others would wait for this rank
+        refused = str(error)  # reported through the store, because the others would wait for this rank
     if launch.world_size == 1:
         return Ranks(0, 1, chosen, began=launch.began)
     timeout = timedelta(minutes=timeout_minutes)
@@ -66,7 +64,7 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
             world_size=launch.world_size,
             timeout=timeout,
         )
-        # a rank that ends at once, on bad input, would close connections that others are still making
+        # a rank that ends at once, on bad input, would close connections that others are still opening
         _wait_for_all(store, launch, timeout, "connected", _Report())
         if launch.rank == 0 and launch.local_world_size == launch.world_size and launch.launcher != "torchrun":
             forget_port(launch)
@@ -81,9 +79,9 @@ def connect(launch: Launch, device: str, timeout_minutes: float) -> Ranks:
 
 
 def tell_main_rank(why: str, environ: Mapping[str, str]) -> None:
-    """``refuse`` for the main rank on another host, by the store that it serves at MASTER_ADDR; for 10 s at most."""
+    """Send ``refuse`` to the main rank on another host, through its store at MASTER_ADDR, for at most 10 s."""
     address = environ.get("MASTER_ADDR", "").removeprefix("[").removesuffix("]")
-    if not address or address in LOOPBACK or named_job() is None:  # without a name, the store may be another job's
+    if not address or address in LOOPBACK or named_job() is None:  # without a name, the store may belong to another job
         return
     with contextlib.suppress(RuntimeError, dist.DistError, ValueError):
         port = int(environ.get("MASTER_PORT", DEFAULT_PORT))
@@ -98,17 +96,17 @@ def _address(launch: Launch) -> str:
 
 
 class _Report(NamedTuple):
-    """What a rank tells the main rank: why it won't start, and which GPU it takes (empty: nothing, none)."""
+    """A rank's report to the main rank: why it won't start, and its GPU (empty: no reason, none)."""
 
     refused: str = ""
     gpu: str = ""
 
 
 def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: str, word: _Report) -> None:
-    """Return once every rank is so far. Raises ``TimeoutError`` naming those that are not, and ``UserError`` on every rank
-    where one refuses or two can't go together."""
+    """Return when every rank has reported. Raises ``TimeoutError`` naming missing ranks, and ``UserError`` on every rank if
+    one refuses or two conflict."""
     refused = f"refused/{named_job()}"
-    # torchrun may start its ranks anew on the same store, and numbers them itself
+    # torchrun may restart its ranks on the same store, and numbers them itself
     if launch.launcher != "torchrun" and store.add(f"claims_{what}/{launch.rank}", 1) > 1:
         store.set(refused, f"two processes are rank {launch.rank} of {launch.world_size}: give each one its own RANK")
     store.set(f"{what}/{launch.rank}", json.dumps(word))
@@ -133,12 +131,12 @@ def _wait_for_all(store: dist.Store, launch: Launch, timeout: timedelta, what: s
         why = _conflict(words) or refusal() or (store.get(refused).decode() if store.check([refused]) else "")
     store.set(f"all_{what}", why)
     if why:
-        time.sleep(2)  # the store is this process's: who has come hears it
+        time.sleep(2)  # this process owns the store: ranks that have connected must read the answer
         raise UserError(why)
 
 
 def _conflict(words: Mapping[int, _Report]) -> str:
-    """Why ranks that have come can't begin; empty where they can."""
+    """Why connected ranks can't start; empty if they can."""
     owner: dict[str, int] = {}
     for rank, word in words.items():
         if word.refused:
@@ -152,14 +150,14 @@ def _conflict(words: Mapping[int, _Report]) -> str:
 
 
 def _gpu(device: torch.device) -> str:
-    """What tells a GPU from all others, on whatever host and however it is numbered there; empty for a CPU."""
+    """A unique name of a GPU, independent of its number on the host; empty for a CPU."""
     if device.type != "cuda":
         return ""
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))  # torch of before 2.5 has none
 
 
 def choose_device(launch: Launch, device: str) -> torch.device:
-    """The device of this rank. Raises ``UserError`` where it isn't there."""
+    """The device of this rank. Raises ``UserError`` if it does not exist."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
@@ -180,7 +178,7 @@ def choose_device(launch: Launch, device: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-_device = choose_device  # what it was called before other modules asked it, too
+_device = choose_device  # the former name
 
 
 def _store(launch: Launch, timeout: timedelta) -> dist.Store:
@@ -204,7 +202,7 @@ def _store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def interface_towards(host: str) -> str | None:
-    """Name of the network interface by which this host reaches ``host``, or None where that can't be told."""
+    """Name of the network interface by which this host reaches ``host``, or None if unknown."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

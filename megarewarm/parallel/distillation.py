@@ -1,7 +1,5 @@
-"""Distillation from the frozen start checkpoint: what the model's predictions or hidden states may not drift away from.
-
-The teacher is a whole NeoX on every data-parallel rank, without gradients, in the dtype of the forward pass.
-"""
+"""Distillation from the frozen start checkpoint, which keeps the model's predictions or hidden states near it. The teacher
+is a whole NeoX on every data-parallel rank, without gradients, in the dtype of the forward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ class Teacher:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """``read`` gives a parameter whole by its name; ``dtype`` is what the model is kept and computed in."""
+        """``read`` returns a whole parameter by its name; ``dtype`` is the teacher's dtype."""
         self._settings = settings
         with torch.device("meta"):
             model = NeoX(config)

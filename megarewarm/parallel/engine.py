@@ -1,7 +1,5 @@
-"""The model as the trainer sees it: one global step in, loss and gradients out, whatever the layout of the ranks.
-
-Nothing outside this room knows of groups, stages or shards. With one rank nothing is wrapped: the model is a NeoX.
-"""
+"""The model as the trainer sees it: one global step in, loss and gradients out, whatever the layout of the ranks. Code
+outside this room does not handle groups, stages or shards. With one rank nothing is wrapped: the model is a NeoX."""
 
 from __future__ import annotations
 
@@ -66,11 +64,11 @@ class ParallelModel(LaidOutModel):
         self.micro_batch, self._sequence_length = training.micro_batch_size, sequence_length
         self._targets_per_step = training.global_batch * sequence_length
         self._autocast = torch.autocast(mesh.device.type, dtype=self._dtype, enabled=precision != "fp32" and not self._sharded)
-        # fully_shard takes the mean over data-parallel ranks, the trainer wants the sum
+        # fully_shard averages over data-parallel ranks, the trainer needs the sum
         self._factor = mesh.layout.data if self._sharded else 1
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
-        """BatchLosses of single rows, while they are asked for."""
+        """BatchLosses of single rows, if requested."""
         self._pipeline = self._make_pipeline(parallel, training)
 
     def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
@@ -159,7 +157,7 @@ class ParallelModel(LaidOutModel):
         return float(total), float(distilled)
 
     def _count_targets(self, tokens: Tensor) -> float:
-        """The targets of this rank's rows, as ``_if_loss_owner``. Where not every token is one, the batch's is agreed on."""
+        """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
         count = self._if_loss_owner(float(tokens[:, 1:].numel()))
         if self._documents is None or not self._documents.mask_loss:
             return count
@@ -224,7 +222,7 @@ class ParallelModel(LaidOutModel):
         return self._if_loss_owner(total), self._if_loss_owner(count)
 
     def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
-        """(loss summed, tokens) of rows (b, s + 1), at most as many as are computed at once."""
+        """(loss summed, tokens) of rows (b, s + 1), at most one portion."""
         if self._pipeline is None:
             with self._autocast:
                 loss, seen = self._loss(tokens.to(self.mesh.device))
@@ -238,12 +236,11 @@ class ParallelModel(LaidOutModel):
         return self._loss_scale * self._factor / self._targets_per_step
 
     def _if_loss_owner(self, value: float) -> float:
-        """``value`` on the one rank of a replica that speaks for its loss."""
+        """``value`` on the one rank of a replica that returns its loss, else 0."""
         return value if self._has_last and self.mesh.tensor_rank == 0 else 0.0
 
     def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs, targets and documents' starts (B, s) of what the pipeline takes at once; sequences that fill it up have no
-        targets."""
+        """Inputs, targets and documents' starts (B, s) of one pipeline step; padding sequences have no targets."""
         assert self._pipeline is not None
         missing = self._pipeline.sequences - tokens.shape[0]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]

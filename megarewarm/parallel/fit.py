@@ -1,4 +1,4 @@
-"""Whether a layout can carry a run: asked by the run itself, a dry run, and whoever ranks layouts."""
+"""Whether a layout can carry a run, for the run itself, a dry run, and the ranking of layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarewarm.parallel.mesh import Layout
 
 
 def check_fit(config: RunConfig, model: ModelConfig, layout: Layout) -> list[str]:
-    """Remarks on what works and could be better. Raises ``UserError`` naming the number to change for what can't work."""
+    """Remarks on layouts that work but could be better. Raises ``UserError`` naming the number to change otherwise."""
     parallel, training, length = config.parallel, config.training, config.data.sequence_length
     if training.global_batch % layout.data:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Gradients of the parameters on this rank: added up over the ranks that share them, measured once each, scaled.
+"""Gradients of the parameters on this rank: reduced over the ranks that share them, their norm, scaling.
 
-Three storages with one face. ``OwnGradients``: one rank has the model to itself. ``FlatGradients``: every data-parallel rank
-holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each rank its shard.
+Three storages with one interface. ``OwnGradients``: one rank has the whole model. ``FlatGradients``: every data-parallel
+rank holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each rank its shard.
 """
 
 from __future__ import annotations
@@ -22,29 +22,25 @@ ROW = 256
 
 
 class Gradients(Protocol):
-    """What the trainer does with gradients."""
+    """The trainer's interface to gradients."""
 
     def zero(self) -> None:
-        """Forget them."""
+        """Discard them."""
 
     def reduce(self) -> None:
         """Replace every parameter's gradient by its sum over the ranks that have a part of it."""
 
     def norm(self) -> float:
-        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks.
-
-        It is not finite if any number on any rank isn't, also in a part that another rank counts.
-        """
+        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks. It is not finite
+        if any number on any rank isn't, also in a part that another rank counts."""
 
     def scale_(self, factor: float) -> None:
         """Multiply them by ``factor``."""
 
 
 class OwnGradients:
-    """Gradients that no other rank has a part of, each a tensor as the backward pass made it.
-
-    Against a flat tensor this saves clearing it and adding the first micro-batch to the zeros, four passes over memory.
-    """
+    """Gradients that are on this rank only, each a tensor as the backward pass made it. Compared with a flat tensor this
+    saves clearing it and adding the first micro-batch to the zeros, four passes over memory."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
@@ -118,7 +114,7 @@ class FlatGradients:
     def norm(self) -> float:
         if self._mesh.layout.model == 1:
             return math.sqrt(float(squared_norm([self.flat])))
-        # of what another rank counts only whether it is finite: here, too, it is what the optimizer will use
+        # of parameters counted elsewhere only whether they are finite: the optimizer uses this copy too
         counted = 1.0 if self._mesh.tensor_rank == 0 else 0.0
         parts = (self._divided, 1.0), (self._whole, counted), (self._copies, 0.0)
         squares = torch.stack([factor * squared_norm([part]) for part, factor in parts]).sum()
@@ -168,7 +164,8 @@ class ShardedGradients:
         for name in self._local:
             kind = _kind(self._placements[name], name in self._copies)
             counted = kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0)
-            squares += (1.0 if counted else 0.0) * squared_norm([self._grad(name)])  # not finite is seen wherever it is
+            # not finite is not finite, also where it does not count
+            squares += (1.0 if counted else 0.0) * squared_norm([self._grad(name)])
         dist.all_reduce(squares)
         return math.sqrt(float(squares) / self._mesh.layout.replicate)
 

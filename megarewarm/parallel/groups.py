@@ -1,7 +1,5 @@
-"""Groups of ranks that are no more patient than all ranks together, also while they are made.
-
-torch gives a new group half an hour of its own, in which nobody notices that a rank has died while the others connect to it.
-"""
+"""Process groups that inherit the main timeout, also while they are made. torch gives a new group its own half hour, in
+which nothing notices that a rank has died while the others connect to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A NeoX laid out over ranks: cut into stages, tensor-parallel parts and shards, and which part of each parameter is here."""
+"""A NeoX laid out over ranks: its stages, tensor-parallel parts and shards, and this rank's part of each parameter."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class LaidOutModel:
 
     @property
     def _ends_meet(self) -> bool:
-        """Whether this rank has both ends of a pipeline, a V's, and these share one matrix."""
+        """Whether this rank holds both ends of a V-shaped pipeline, and these share one matrix."""
         return self.config.tie_embeddings and self._count > 1 and 0 in self._numbers and self._has_last
 
     def _join_ends(self) -> None:
-        """The two ends of a V share a matrix, but fully_shard can't divide one that two modules hold: the head has its own."""
+        """Give the head its own matrix: both ends of a V share one, which fully_shard can't divide between two modules."""
         self._head: nn.Module | None = None
         self._head_shard: nn.Parameter | None = None
         if self._ends_meet and self._sharded:
@@ -109,7 +109,7 @@ class LaidOutModel:
     def _clear_padding(self) -> None:
         for name, local in self.parameters.items():
             if self.placements[name].slice(local.detach(), *self._shard_of_all).local.numel() < local.numel():
-                local.detach().zero_()  # loading a checkpoint leaves padding as it is
+                local.detach().zero_()  # checkpoints don't change padding
 
     def _make_gradients(self, reduce_copies: Callable[[], None] | None) -> Gradients:
         if self._sharded:
@@ -130,7 +130,7 @@ class LaidOutModel:
         self.placements[name].fill(self.parameters[name], whole, *self._shard_of_all)
 
     def whole(self, name: str, local: Tensor) -> Tensor | TensorSlice:
-        """What ``local``, a tensor laid out as parameter ``name``, is a part of: a slice, or ``local`` where it is all."""
+        """The slice of which ``local``, a tensor laid out as parameter ``name``, is a part, or ``local`` if it is whole."""
         mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
         return mine if mine.local.shape != mine.shape else mine.local
 
@@ -149,7 +149,7 @@ class LaidOutModel:
         return (self.mesh.shard_rank, self.mesh.layout.shard) if self._sharded else (0, 1)
 
     def forget_gathered(self) -> None:
-        """To be called after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
+        """Call it after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
         for module in self._modules:
             for part in module.modules():
                 if isinstance(part, FSDPModule):
@@ -167,7 +167,7 @@ class LaidOutModel:
         return named
 
     def _tie(self, order: pipeline.Order) -> tuple[frozenset[str], Callable[[], None] | None]:
-        """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how its gradients are added up."""
+        """Tied embeddings of a pipeline's two ends: which parameter is a copy, and how their gradients are reduced."""
         layout = self.mesh.layout
         name = EMBEDDING
         self.tied: frozenset[str] = frozenset()
@@ -197,14 +197,14 @@ class LaidOutModel:
         self._head_shard.grad = None
 
     def _follow(self) -> None:
-        """Before computing: the V's head takes over the embedding."""
+        """Before computing: copy the embedding to the V's head."""
         if self._head_shard is not None:
             assert isinstance(self._head_shard, DTensor)
             self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
 
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype
-        # inputs are in the right type already, and the cosines of the positions must stay in fp32
+        # inputs have the right dtype already, and the cosines of the positions must stay fp32
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
         axes = ("replicate", "shard") if self.mesh.layout.replicate > 1 else ("shard",)
         again = parallel.sharding == "zero3" and self.mesh.layout.pipeline == 1
@@ -212,7 +212,7 @@ class LaidOutModel:
             for layer in _layers(module):
                 fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
             fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
-        # kept here: while it is gathered, the module has the whole one in its place
+        # kept here, because while it is gathered the module holds the whole one
         self._head_shard = self._head.get_parameter("weight") if self._head is not None else None
         self.parameters = {
             name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]

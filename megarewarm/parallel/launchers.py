@@ -1,4 +1,4 @@
-"""Who started this process: what each launcher says about rank, world and master, read from the environment."""
+"""The launcher of this process, and its rank, world size and master, from the environment."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 @dataclass(frozen=True)
 class Launch:
-    """Place of this process in the job. ``launcher`` names who started it; 'none' is a single process. ``began``: when this was
-    read, at the start of the process, by ``time.monotonic``."""
+    """Place of this process in the job. ``launcher`` is its name; 'none' is a single process. ``began``: when this was read,
+    at the start of the process, by ``time.monotonic``."""
 
     rank: int
     world_size: int
@@ -55,7 +55,7 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
             "OMPI_COMM_WORLD_LOCAL_RANK",
             "OMPI_COMM_WORLD_LOCAL_SIZE",
         )
-    # srun --mpi=pmi2 and cray_shasta set these as well, and Slurm knows more: which tasks lie on which host
+    # srun --mpi=pmi2 and cray_shasta set these as well, and Slurm has more information: the host of each task
     pmi_of_slurm = environ.get("PMI_SIZE") == environ.get("SLURM_STEP_NUM_TASKS") and "MPI_LOCALNRANKS" not in environ
     if "PMI_RANK" in environ and "PMI_SIZE" in environ and not pmi_of_slurm:
         return _mpi(environ, "mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
@@ -76,14 +76,14 @@ def read_launcher(environ: Mapping[str, str], argv_local_rank: int | None = None
 
 
 def _refuse_half(environ: Mapping[str, str]) -> None:
-    """RANK without WORLD_SIZE, or the reverse, would start every process as a run of its own."""
+    """Refuse RANK without WORLD_SIZE, or the reverse, with which every process would start its own run."""
     for one, other, harmless in (("RANK", "WORLD_SIZE", "0"), ("WORLD_SIZE", "RANK", "1")):
         if one in environ and other not in environ and environ[one] != harmless:
             raise UserError(f"{one} is set to {environ[one]} and {other} is not: set both, or unset {one}")
 
 
 def _refuse_stale(environ: Mapping[str, str], rank: int, world: int) -> None:
-    """RANK and WORLD_SIZE that nobody's launcher set, beside a launcher that says otherwise: exported before it started us."""
+    """Refuse RANK and WORLD_SIZE that contradict the launcher: they were exported before it started this process."""
     places = (
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -93,7 +93,7 @@ def _refuse_stale(environ: Mapping[str, str], rank: int, world: int) -> None:
         if rank_key not in environ or size_key not in environ:
             continue
         tasks = _number(environ, size_key)
-        # several ranks that each task starts for itself are a multiple of the tasks, and lie in their order
+        # ranks that each task starts itself are a multiple of the tasks, in their order
         share = world // tasks if tasks > 0 else 0
         if tasks > 1 and (not share or share * tasks != world or rank // share != _number(environ, rank_key)):
             raise UserError(
@@ -150,7 +150,7 @@ def _mpi(environ: Mapping[str, str], launcher: str, rank: str, size: str, local_
 
 
 def _mpi_master() -> str:
-    """The main rank's host name, told by MPI itself."""
+    """The main rank's host name, from MPI itself."""
     import socket
 
     try:

@@ -12,10 +12,10 @@ _LARGEST = 2.0**24
 
 @dataclass
 class LossScaler:
-    """``scale`` doubles after ``window`` finite steps in a row. A step that is not finite is left out; as many of them as
-    ``hysteresis`` says halve the scale.
+    """``scale`` doubles after ``window`` finite steps in a row. A step that is not finite is skipped; ``hysteresis`` such steps
+    halve the scale.
 
-    The norm it is told of is the same on all ranks, so all of them keep the same scale without a word.
+    Its input, the norm, is the same on all ranks, so all of them keep the same scale without communication.
     """
 
     settings: LossScaleConfig
@@ -55,11 +55,11 @@ class LossScaler:
         self.scale /= 2
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {"scale": self.scale, "finite_steps": self.finite_steps, "left": self.left}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Take up the ``state`` of a checkpoint."""
+        """Restore the ``state`` of a checkpoint."""
         if self.adapts:
             self.scale, self.finite_steps = float(state["scale"]), int(state["finite_steps"])
             self.left = min(int(state.get("left", self.settings.hysteresis)), self.settings.hysteresis)

@@ -1,7 +1,5 @@
-"""The files by which the ranks of one host find each other, or learn that one of them refuses to start.
-
-Without torch: who can't be told its rank leaves word here before anything is loaded.
-"""
+"""The files by which the ranks of one host find each other, or learn that one of them refuses to start. Without torch,
+because a rank with contradictory variables reports here before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,18 +22,16 @@ from megarewarm.parallel.launchers import Launch, read_launcher
 _PLACE = "/tmp"  # the same for all ranks of a host, which TMPDIR need not be  # noqa: S108 - the folder in it is private
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 _RANK_KEYS = ("PMI_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "RANK", "WORLD_SIZE")
-_LATE = 5.0  # seconds by which the ranks of one start may begin one after another
+_LATE = 5.0  # seconds between the first and the last rank of one start
 
 
 class WillNotCome(UserError):
-    """Another rank of this host refuses to start: said by each that waits, for the main rank may be the one."""
+    """Another rank of this host refuses to start. Each waiting rank prints it, because the main rank may be the one."""
 
 
 def launch_of_process(argv_local_rank: int | None = None) -> Launch:
-    """``read_launcher`` of this process's environment; where that is refused, the other ranks of the host are told.
-
-    Raises ``UserError``.
-    """
+    """``read_launcher`` of this process's environment; if it is refused, the other ranks of the host are notified. Raises
+    ``UserError``."""
     try:
         return read_launcher(os.environ, argv_local_rank)
     except UserError as error:
@@ -44,22 +40,22 @@ def launch_of_process(argv_local_rank: int | None = None) -> Launch:
 
 
 def refuse(why: str) -> None:
-    """Leave word for the ranks of this host that wait for this process, which will not come."""
+    """Notify the waiting ranks of this host that this process will not start."""
     with contextlib.suppress(OSError, UserError):
         write_whole(_refusal_file(), json.dumps([time.time() - _age(), why]).encode())
 
 
 def refusal() -> str | None:
-    """Why a rank of this start, on this host, won't come; None where none has said so."""
+    """Why a rank of this start, on this host, won't start; None without a notice."""
     with contextlib.suppress(OSError, UserError, ValueError, TypeError):
         began, why = json.loads(_refusal_file().read_text(encoding="utf-8"))
-        if began > time.time() - _age() - _LATE:  # not what an earlier start under the same launcher left
+        if began > time.time() - _age() - _LATE:  # not a file of an earlier start under the same launcher
             return str(why)
     return None
 
 
 def say_port(launch: Launch, port: int) -> None:
-    """Tell the ranks of this host the main rank's port. Raises ``UserError`` where another main rank has done so already."""
+    """Publish the main rank's port on this host. Raises ``UserError`` if another main rank has done so already."""
     file = _meeting_point(launch)
     other = _read(file)
     if other is not None and other["process"] != os.getpid() and is_alive(other):
@@ -73,12 +69,12 @@ def say_port(launch: Launch, port: int) -> None:
 
 
 def forget_port(launch: Launch) -> None:
-    """Called by the main rank once all have met."""
+    """The main rank calls it when all have met."""
     _meeting_point(launch).unlink(missing_ok=True)
 
 
 def wait_for_port(launch: Launch, timeout: timedelta) -> int:
-    """The main rank's port. Raises ``WillNotCome`` where a rank refuses to start, ``TimeoutError`` where none was said."""
+    """The main rank's port. Raises ``WillNotCome`` if a rank refuses to start, ``TimeoutError`` if none is published."""
     file = _meeting_point(launch)
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
@@ -87,7 +83,7 @@ def wait_for_port(launch: Launch, timeout: timedelta) -> int:
         said = _read(file)
         with contextlib.suppress(OSError):
             if said is not None:
-                socket.create_connection(("127.0.0.1", int(said["port"])), 5).close()  # not what a killed run left
+                socket.create_connection(("127.0.0.1", int(said["port"])), 5).close()  # not one of a killed run
                 return int(said["port"])
         time.sleep(0.05)
     raise TimeoutError(
@@ -104,12 +100,12 @@ def _meeting_point(launch: Launch) -> Path:
 
 
 def _refusal_file() -> Path:
-    # not named after what the ranks believe of themselves: they contradict each other
+    # not named after the ranks' own variables, which may contradict each other
     return _folder() / f"refused-{named_job() or _parent_job()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def _folder() -> Path:
-    """Private to the user. Raises ``UserError`` where there is no such place."""
+    """Private to the user. Raises ``UserError`` if there is no such place."""
     wrong = []
     for place in dict.fromkeys((_PLACE, tempfile.gettempdir())):
         folder = Path(place) / f"megarewarm-{os.getuid()}"
@@ -134,7 +130,7 @@ def _read(file: Path) -> dict[str, str | int] | None:
 
 
 def named_job() -> str | None:
-    """The name that Slurm or Open MPI gave to what was started together."""
+    """The name that Slurm or Open MPI gave the job step."""
     if "SLURM_JOB_ID" in os.environ and "SLURM_PROCID" in os.environ:
         return "-".join(["slurm", *(re.sub(r"\W", "_", os.environ.get(key, "0")) for key in _SLURM_STEP)])
     if os.environ.get("PMIX_NAMESPACE"):
@@ -144,7 +140,7 @@ def named_job() -> str | None:
 
 def _parent_job() -> str:
     launcher = os.getppid()
-    # what lies between is scripts: they were started with the variables of this rank, their launcher was not
+    # processes between are scripts: they were started with this rank's variables, their launcher was not
     while (above := _parent(launcher)) and _is_of_this_rank(launcher):
         launcher = above
     return f"{launcher}-{identity(launcher)['born'] or 0}"
@@ -160,7 +156,7 @@ def _is_of_this_rank(process: int) -> bool:
 
 
 def _parent(process: int) -> int:
-    """Number of a process's parent; 0 where it can't be seen, as above a container's first one."""
+    """A process's parent; 0 if unknown, as above a container's first process."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
     except OSError:

@@ -80,7 +80,7 @@ def ranks_along(grid: Tensor, *axes: str) -> list[list[int]]:
 
 
 class Mesh:
-    """The ranks arranged by a layout, seen from one of them. Groups of a single rank are None: nothing is sent there."""
+    """A layout's process groups, seen from one rank. Groups of a single rank are None: they need no communication."""
 
     def __init__(self, ranks: Ranks, layout: Layout) -> None:
         self.ranks, self.layout, self.device = ranks, layout, ranks.device

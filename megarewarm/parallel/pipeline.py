@@ -1,7 +1,7 @@
 """Pipeline parallelism: a NeoX cut into stages of equal cost, and torch.distributed.pipelining's schedules to run them.
 
-The only file that knows that library. What it does not do itself is done here: stages with a given shape (so that neither
-evaluation nor a change of mode costs a probing micro-batch), contiguous gradients, tied embeddings.
+The only file that uses that library. It adds stages with a given shape (so that neither evaluation nor a change of mode
+costs a probing micro-batch), contiguous gradients, and tied embeddings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,8 @@ Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
 def balance(layers: int, stages: int, layer_cost: float, head_cost: float) -> list[range]:
-    """The layers of each stage such that the dearest stage is as cheap as can be; the head is part of the last.
-
-    Raises ``UserError`` for more stages than layers.
-    """
+    """The layers of each stage that minimise the cost of the most expensive stage, head included. Raises ``UserError`` for
+    more stages than layers."""
     if stages > layers:
         raise UserError(
             f"parallel.pipeline: {stages} stages for {layers} layers; choose at most {layers} (ranks x stages per rank)"
@@ -33,7 +31,7 @@ def balance(layers: int, stages: int, layer_cost: float, head_cost: float) -> li
     counts = [1] * stages
     costs = [layer_cost] * (stages - 1) + [layer_cost + head_cost]
     for _ in range(layers - stages):
-        # of equally cheap stages the last one: the first also holds the most micro-batches' activations
+        # of equally expensive stages the last one, because the first also holds the most micro-batches' activations
         cheapest = max(range(stages), key=lambda stage: (-costs[stage], stage))
         counts[cheapest] += 1
         costs[cheapest] += layer_cost
@@ -78,10 +76,8 @@ def rank_of(order: Order, number: int, ranks: int) -> int:
 
 
 class StageModule(nn.Module):
-    """Some layers of a NeoX under the names they have in the whole; the embedding before or the last norm after them.
-
-    Tied embeddings: the last stage holds a copy of the embedding as its head.
-    """
+    """Some layers of a NeoX under their names in the whole, with the embedding before or the last norm after them. Tied
+    embeddings: the last stage holds a copy of the embedding as its head."""
 
     def __init__(self, model: NeoX, layers: range, *, first: bool, last: bool) -> None:
         super().__init__()
@@ -101,10 +97,8 @@ class StageModule(nn.Module):
         return self.embed_out.weight if hasattr(self, "embed_out") else self.embed_in.weight
 
     def forward(self, x: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
-        """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage.
-
-        ``starts``: as in NeoX.
-        """
+        """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage. ``starts``: as
+        in NeoX."""
         x = self.embed_in(x) if self.first else _ContiguousGradient.apply(x)
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers.values():
@@ -114,7 +108,7 @@ class StageModule(nn.Module):
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """What a stage sends back must be contiguous; a layer's gradient of its input need not be."""
+    """Makes the gradient that a stage sends back contiguous, which a layer's gradient of its input need not be."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -150,7 +144,7 @@ class Pipeline:
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
-        # imported here: with it comes the whole of PyTorch's compiler, a fifth of a process's start
+        # imported here, because it loads the whole of PyTorch's compiler, a fifth of a process's start
         from torch.distributed.pipelining import PipelineStage
         from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
@@ -183,7 +177,7 @@ class Pipeline:
             self._schedule = kind(made, micro_batches, **options)  # type: ignore[arg-type]
 
     def train(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> list[Tensor]:
-        """Forward and backward; the losses of the micro-batches where the last stage is, else nothing."""
+        """Forward and backward; the losses of the micro-batches on the rank of the last stage, else nothing."""
         losses: list[Tensor] = []
         self._schedule.step(
             *([inputs] if 0 in self._stages else []),

@@ -1,7 +1,7 @@
-"""Where each parameter lies: which part of it a rank holds, and the whole that the parts make.
+"""The placement of parameters: the part of each that a rank holds, and the whole that the parts make.
 
-Names and shapes are those of the model on one device, and a parameter's card says what tensor ranks share; everything that
-cuts a tensor, puts one together, counts one or saves one asks here.
+Names and shapes are those of the model on one device, and a parameter's card states the dimension that tensor ranks share.
+All code that cuts, gathers, counts or saves a tensor uses it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from megarewarm.model.parameters import Card
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """What a rank holds of a tensor of ``shape``: ``local``, which begins at ``offsets`` of the whole. It may be empty.
-
-    Explicit, and not a DTensor: DTensors can only say what torch's own rule of dividing gives, and padded rows that are
-    divided once more follow another.
-    """
+    """A rank's part of a tensor of ``shape``: ``local``, which begins at ``offsets`` of the whole. It may be empty.
+    Explicit, not a DTensor: DTensors follow torch's own rule of dividing only, and sharded padded rows follow another."""
 
     local: Tensor
     offsets: tuple[int, ...]
@@ -35,9 +32,7 @@ class TensorSlice:
 @dataclass(frozen=True)
 class Placement:
     """A parameter of global ``shape``, divided along ``dim`` over ``ranks`` tensor-parallel ranks (None: whole on each).
-
-    ``partial``: the gradient on each rank is a part of a sum over the tensor-parallel ranks.
-    """
+    ``partial``: the gradient on each rank is a part of a sum over the tensor-parallel ranks."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +49,7 @@ class Placement:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """Shape of what this rank allocates."""
+        """Shape of this rank's allocation."""
         if self.dim is None:
             return self.shape
         return (*self.shape[: self.dim], self.per_rank, *self.shape[self.dim + 1 :])

@@ -1,4 +1,4 @@
-"""This process among the others, and how a rank that is lost or hangs is known."""
+"""This rank's view of the job, and the detection of lost and hanging ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. ``began``: when it did, by ``time.monotonic``."""
+    """This rank's view of the job. ``began``: its start, by ``time.monotonic``."""
 
     rank: int
     world_size: int
@@ -32,15 +32,15 @@ class Ranks:
     began: float = field(default_factory=time.monotonic)
 
     def report(self, step: int) -> None:
-        """Leave word that this rank has computed its part of ``step``, so that the others can tell who has not."""
+        """Record that this rank has computed its part of ``step``, so that the others can identify ranks that have not."""
         if self.store is not None:
             self.store.set(f"step/{self.rank}", str(step))
 
     def give_up(self, patience: float = 10.0) -> str:
-        """Leave word that a collective has failed here, and say in words which ranks it waited for.
+        """Record that a collective has failed here, and return a description of the ranks it waited for.
 
-        Ranks that are alive fail within seconds of each other and leave the same word: those that are silent after
-        ``patience`` seconds are gone or hang. Where all have spoken, the ones furthest behind are named.
+        Ranks that are alive fail within seconds of each other and record the same: those that are silent after ``patience``
+        seconds are dead or hang. If all have reported, the ones furthest behind are named.
         """
         if self.store is None:
             return "another rank"
@@ -64,14 +64,11 @@ class Ranks:
         if len(behind) == self.world_size:
             return "one of the other ranks"
         shown = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
-        return f"rank{'s' * (len(behind) > 1)} {shown} (last heard of in step {max(0, min(steps.values()))})"
+        return f"rank{'s' * (len(behind) > 1)} {shown} (last seen at step {max(0, min(steps.values()))})"
 
     def say_once(self, message: str, patience: float = 2.0) -> None:
-        """Print on stderr ``message``, an error that ends this rank and that others may have as well.
-
-        The main rank says it if it has it within ``patience`` seconds, else the first of the others; each of them where nobody
-        can be asked any more.
-        """
+        """Print on stderr ``message``, an error that ends this rank and that others may have as well. The main rank prints
+        it if it has it within ``patience`` seconds, else the first of the others; each of them if the store does not answer."""
         # at once: a launcher may end this rank as soon as another one has ended
         if self.is_main or self.store is None:
             self._say(message)
@@ -92,7 +89,7 @@ class Ranks:
         try:
             if self.is_main:
                 self.store.set(f"{key}/main", "")
-                # the store may end with this process: the others must have found that out
+                # the store may end with this process: the others must have read that first
                 while self.store.add(f"{key}/heard", 0) < self.world_size - 1 and time.monotonic() < deadline:
                     time.sleep(0.05)
                 return said
@@ -109,7 +106,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks and writes."""
+        """Whether this is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -124,7 +121,7 @@ class Ranks:
 
 
 def _within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
-    """What ``ask`` answers, or ``otherwise``: who asks a store whose rank is frozen would wait for ever."""
+    """The result of ``ask``, or ``otherwise`` after a timeout, because a store whose rank is frozen never answers."""
     answer: list[T] = []
     asking = threading.Thread(target=lambda: answer.append(ask()), daemon=True)
     asking.start()
@@ -133,7 +130,7 @@ def _within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
 
 
 def _keeper() -> str:
-    """Who holds the store: torchrun's agent, or else the main rank."""
+    """The owner of the store: torchrun's agent, or else the main rank."""
     return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
@@ -141,10 +138,8 @@ _LOST = re.compile(r"connection (closed|reset|refused)|timed? ?out|broken pipe|n
 
 
 def is_rank_loss(error: BaseException | None) -> bool:
-    """Whether ``error`` came out of a collective because another rank is gone or hangs.
-
-    torch's pipelines wrap what a stage fails of in words of their own: its causes are looked at as well.
-    """
+    """Whether ``error`` came from a collective because another rank is dead or hangs. torch's pipelines wrap the error of a
+    stage in their own, so its causes are checked as well."""
     while isinstance(error, RuntimeError):
         if isinstance(error, dist.DistError) or _LOST.search(str(error)):
             return True

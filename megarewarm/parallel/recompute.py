@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a layer does not keep for the backward pass and computes again (arXiv 1604.06174)."""
+"""Activation checkpointing: what a layer computes again in the backward pass instead of keeping it (arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Recompute = Literal["none", "selective", "full"]
 
 
 def recompute(layer: nn.Module, what: Recompute) -> None:
-    """Make ``layer`` forget: nothing; the GELU's output (selective: ffn values a token, no matrix product is repeated); or
-    everything but its input (full: one forward pass more)."""
+    """Make ``layer`` keep everything; all but the GELU's output (selective: ffn values a token, no matrix product is
+    repeated); or only its input (full: one more forward pass)."""
     if what == "full":
         whole = layer.forward
 
         def forward_whole(x: Tensor | DeferredResidual, positions: Positions) -> Tensor | DeferredResidual:
-            # one tensor to keep, not the three that a fused layer hands on
+            # keep one tensor, not the three that a fused layer passes on
             result: Tensor | DeferredResidual = checkpoint(whole, add_deferred(x), positions, use_reentrant=False)
             return result
 
@@ -29,7 +29,7 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
         assert isinstance(mlp, MLP)
 
         def forward(x: Tensor) -> Tensor:
-            # the recomputation stops as soon as it has what the last product had kept, before that product is computed
+            # the recomputation stops once it has what the last product needs, before that product is computed
             result: Tensor = checkpoint(mlp.contract, mlp.expand(x), use_reentrant=False)
             return result
 

@@ -1,8 +1,5 @@
-"""Whether ranks that hold the same weights still do: a memory or a computation that went wrong in silence shows here.
-
-Each rank reads its weights and moments once and sends 64-bit checksums; only where these differ are those of the single
-parameters sent.
-"""
+"""Silent corruption: whether ranks that should hold the same weights still do. Each rank reads its weights and moments once
+and sends 64-bit checksums; only if these differ does it send those of single parameters."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Layout, ranks_along
 
-_PIECE = 2**20  # values at a time: what is computed on the way takes some 32 MiB
+_PIECE = 2**20  # values at a time: temporaries take some 32 MiB
 _KINDS = ("replicated", "on tensor ranks", "tied")  # of parameters, by the ranks that hold them
-_MIX = 0x9E3779B97F4A7C15 - 2**64  # odd, so that multiplying by it loses nothing modulo 2**64
+_MIX = 0x9E3779B97F4A7C15 - 2**64  # odd, so that the multiplication is invertible modulo 2**64
 
 
 class ReplicasDiffer(Exception):
-    """Ranks that should hold the same weights don't; nothing of it was saved."""
+    """Ranks that should hold the same weights don't; nothing of this state was saved."""
 
 
 def checksum(values: Tensor) -> int:
@@ -96,7 +93,7 @@ def _holders(kind: str, layout: Layout) -> list[list[int]]:
 def _words(
     hosts: Sequence[str], sums: Sequence[Mapping[str, Mapping[str, int]]], groups: Sequence[tuple[str, Sequence[int]]]
 ) -> str:
-    """Which ranks are alone with their weights, and in which parameters. Of two that differ nobody knows which is right."""
+    """The ranks that differ from the majority, and in which parameters. Of two that differ neither is known to be right."""
     suspects: set[int] = set()
     names: dict[str, None] = {}
     for kind, ranks in groups:

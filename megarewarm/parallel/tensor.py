@@ -1,8 +1,8 @@
 """Tensor parallelism (arXiv 1909.08053), applied to a NeoX from outside: its parts are replaced by ones that hold a share.
 
-Heads, MLP columns and vocabulary rows are divided. A layer with the parallel residual speaks twice a step: once forward,
-when the two partial results are summed together, and once backward, at its entrance. With sequence parallelism (arXiv
-2205.05198) the residual stream and the norms' statistics live on s / T positions, and the sum becomes a reduce-scatter.
+Heads, MLP columns and vocabulary rows are divided. A layer with the parallel residual communicates twice per step: forward,
+when the two partial results are summed together, and backward, at its input. With sequence parallelism (arXiv 2205.05198)
+the residual stream and the norms' statistics have s / T positions, and the sum becomes a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TensorRanks:
         return self.group.size()
 
     def enter(self, x: Tensor) -> Tensor:
-        """From the residual stream to what every rank computes with: the whole sequence."""
+        """From the residual stream to the input of every rank: the whole sequence."""
         return gather_sequence(x, self.group) if self.sequence else copy_to_group(x, self.group)
 
     def leave(self, partial: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class TensorRanks:
 
 
 def check(config: ModelConfig, sequence_length: int, ranks: int, sequence: bool) -> None:
-    """Raise ``UserError`` naming the number to change where the model can't be divided by ``ranks``."""
+    """Raise ``UserError`` naming the number to change if ``ranks`` can't share the model."""
     for key, value in (("num_heads", config.num_heads), ("ffn_size", config.mlp_size)):
         if value % ranks:
             raise UserError(
@@ -69,7 +69,7 @@ def check(config: ModelConfig, sequence_length: int, ranks: int, sequence: bool)
 
 
 def shard(model: NeoX, ranks: TensorRanks) -> None:
-    """Replace the parts of ``model`` (on the meta device) by their shares. Parameter names stay, padded rows appear."""
+    """Replace the parts of ``model`` (on the meta device) by their shares. Parameter names stay, padded rows are added."""
     model.embed_in = ShardedEmbedding(model.embed_in, ranks)  # type: ignore[assignment]
     model.layers = nn.ModuleList(ShardedLayer(layer, ranks) for layer in model.layers)  # type: ignore[arg-type]
     every = cards(model.config)
@@ -81,7 +81,7 @@ def shard(model: NeoX, ranks: TensorRanks) -> None:
 
 
 class ShardedEmbedding(nn.Module):
-    """Rows of the vocabulary: ids of other ranks give zero, and the sum over ranks puts each id's row in its place."""
+    """Rows of the vocabulary: ids of other ranks give zero, so the sum over ranks is each id's row."""
 
     def __init__(self, embedding: nn.Embedding, ranks: TensorRanks) -> None:
         super().__init__()
@@ -97,15 +97,15 @@ class ShardedEmbedding(nn.Module):
 
 
 class RowLinear(nn.Linear):
-    """A linear layer over this rank's columns. Its bias is left for the one who sums the ranks' results."""
+    """A linear layer over this rank's columns. Its bias is added after the all-reduce."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
 
 class AffineLinear(nn.Linear):
-    """A linear layer that begins with a norm's scale and shift. It keeps what comes in, which both of a layer's norms
-    share, and computes the scaled tensor again for the backward pass; the product itself is not repeated."""
+    """A linear layer that begins with a norm's scale and shift. It keeps its input, which both of a layer's norms share, and
+    recomputes the scaled tensor for the backward pass; the product itself is not repeated."""
 
     @classmethod
     def adopt(cls, linear: nn.Linear, norm: nn.LayerNorm) -> None:

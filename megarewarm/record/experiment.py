@@ -12,11 +12,8 @@ from megarewarm.untrusted import is_inside
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in an experiment's folder.
-
-    Raises ``UserError`` for a newer format, else ``ValueError``, ``KeyError``, ``TypeError`` or ``AttributeError`` for what is
-    no record: the caller knows what to say of it.
-    """
+    """The record in an experiment's folder. Raises ``UserError`` for a newer format, else ``ValueError``, ``KeyError``,
+    ``TypeError`` or ``AttributeError`` for what is no record: the caller knows what to say of it."""
     path = folder / EXPERIMENT_FILE
     record: dict[str, Any] = orjson.loads(path.read_bytes())
     check_format(record.get("format", 1), EXPERIMENT_FORMAT, path)

@@ -65,7 +65,7 @@ class Follower(CountedEvents):
         """Read what is new. Returns whether anything was; a file that doesn't exist yet is nothing.
 
         A last line without its line break is left for the next time. A file that was replaced, or is shorter than what was
-        read of it, is read anew. Raises ``UserError`` for a file that can't be read.
+        read of it, is read again. Raises ``UserError`` for a file that can't be read.
         """
         try:
             with open(self.path, "rb") as file:
@@ -116,11 +116,11 @@ class Follower(CountedEvents):
             if skip_to > at + 2:
                 self.lines.take(lines[at], self)
                 first, last = parse(lines[at]), parse(lines[end - 1])
-                # steps that count up by one leave no room for a torn line or a step told twice
+                # steps that count up by one leave no room for a torn line or a repeated step
                 if first and last and number(last.get("step")) - number(first.get("step")) == end - 1 - at:
                     self._session_lines += skip_to - at - 1
                     self.lines.number += skip_to - at - 1
-                    self.time = math.nan  # how long they took is not known
+                    self.time = math.nan  # their duration is unknown
                     at = skip_to - 1
                 at += 1
             for line in lines[at : end + 1]:

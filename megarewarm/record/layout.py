@@ -1,4 +1,4 @@
-"""Names and versions of what lies in a run folder and in an experiment's folder, for the trainer and all readers."""
+"""Names and versions of the files in a run folder and in an experiment's folder, for the trainer and all readers."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def check_format(found: object, known: int, path: Path) -> None:
 
 
 def take_format(mapping: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The mapping of a run's configuration without its key 'format'. Raises ``UserError`` where that is newer than known."""
+    """The mapping of a run's configuration without its key 'format'. Raises ``UserError`` if that is newer than known."""
     check_format(mapping.get("format", 1), RUN_FORMAT, path)
     return {key: value for key, value in mapping.items() if key != "format"}

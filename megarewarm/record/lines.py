@@ -1,7 +1,5 @@
-"""Which lines of metrics.jsonl count: the one set of rules, for a file that is read whole and for one that is followed.
-
-The file only grows. A run that went back to a checkpoint writes some steps twice; only the last line of a step counts.
-"""
+"""Which lines of metrics.jsonl count: the one set of rules, for a file that is read whole and for one that is followed. The
+file only grows. A run that went back to a checkpoint writes some steps twice; only the last line of a step counts."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ import orjson
 
 from megarewarm.record.layout import RUN_FORMAT, check_format
 
-RESTARTS = ("resume", "start")  # what a process writes first
+RESTARTS = ("resume", "start")  # the first events of a process
 _EVENT_START = b'{"event"'
 TRAIN_START = (b'{"event":"train"', b'{"event": "train"')
 
@@ -93,12 +91,12 @@ class CountedEvents(ABC):
         self.events: list[dict[str, Any]] = []
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in the next event. Raises KeyError, TypeError, ValueError or OverflowError for a missing or wrong value."""
+        """Add the next event. Raises KeyError, TypeError, ValueError or OverflowError for a missing or wrong value."""
         kind = event["event"]
         if kind == "train":
             step = int(event["step"])
             if self.step is not None and step <= self.step:
-                self.supersede(step - 1)  # the run was started over at this step, without a resume event
+                self.supersede(step - 1)  # the run was restarted at this step, without a resume event
             self.add_step(step, event)
             self.step = step
         elif kind == "eval":
@@ -111,7 +109,7 @@ class CountedEvents(ABC):
         else:
             if kind == "resume":
                 self.supersede(step := int(event["step"]))
-                if step < 0:  # started over: nothing of before counts, the start event included
+                if step < 0:  # restarted: nothing before counts, the start event included
                     self.start, self.events = {}, []
                     return
             if self.keeps is None or kind in self.keeps:
@@ -122,7 +120,7 @@ class CountedEvents(ABC):
         """Keep the train event of ``step``, which is later than the newest."""
 
     def supersede(self, step: int) -> None:
-        """Drop what was recorded of the steps after ``step``. That there was a resume is never dropped."""
+        """Drop the records of the steps after ``step``, except that there was a resume."""
         self.evaluations = {key: line for key, line in self.evaluations.items() if key[0] <= step}
         self.events = [e for e in self.events if e["event"] == "resume" or e.get("step", step) <= step]
 
@@ -139,12 +137,12 @@ def mean_losses(evaluations: Iterable[Evaluation], role: str, name: str | None =
 
 
 def number(value: Any) -> float:
-    """NaN for what is no number: a loss that overflowed is written as null."""
+    """NaN for null, which stands for a loss that overflowed."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The event that is all of ``line``; None where it is no event."""
+    """The event that is all of ``line``; None if it is no event."""
     try:
         event = orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -21,11 +21,11 @@ from megarewarm.record.lines import TRAIN_START, CountedEvents, Evaluation, Line
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
 _CHUNK = 1 << 18  # bytes of lines in memory at once
-_ROW = 16  # train lines in a row from which on they are taken in together
+_ROW = 16  # train lines in a row from which on they are parsed together
 
 
 class NothingYet(UserError):
-    """A metrics file that has neither a train nor an eval line: the run has only just started."""
+    """A metrics file with neither a train nor an eval line: the run has just started."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder tells, superseded lines left out.
+    """The contents of a run folder, without superseded lines.
 
-    ``train`` holds the train events' columns, (steps,) float64 each, NaN where a line has no such number. ``start`` is
-    the first start event, empty where there is none; ``events`` are the other events, in order.
+    ``train`` holds the train events' columns, (steps,) float64 each, NaN if a line lacks the number. ``start`` is the first
+    start event, empty without one; ``events`` are the other events, in order.
     """
 
     folder: Path
@@ -119,7 +119,7 @@ class RecordedRun:
 
 
 def read_run(folder: Path | str) -> RecordedRun:
-    """The run in ``folder``. Raises UserError where it has no readable metrics."""
+    """The run in ``folder``. Raises UserError if it has no readable metrics."""
     folder = Path(folder)
     path = folder / METRICS_FILE
     if not path.is_file():
@@ -168,7 +168,7 @@ class _Columns(CountedEvents):
             append(value if type(value) is float else number(value))
 
     def add_train(self, lines: Sequence[bytes]) -> bool:
-        """Take in train lines together, as ``add`` would one by one; False, and nothing is taken, where they need its care."""
+        """Add train lines together, as ``add`` would one by one; False, without adding any, if they need its care."""
         try:
             events = orjson.loads(b"[" + b",".join(lines) + b"]")
             if len(events) != len(lines) or any(event["event"] != "train" for event in events):
@@ -201,7 +201,7 @@ class _Columns(CountedEvents):
 
 
 def _take(chunk: list[bytes], lines: Lines, record: _Columns) -> None:
-    """Take whole lines into ``record``: long rows of train lines together, which is several times as fast, others singly."""
+    """Pass whole lines to ``record``: long rows of train lines together, which is several times as fast, others singly."""
     at = 0
     while at < len(chunk):
         end = at

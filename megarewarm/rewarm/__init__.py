@@ -1,1 +1,1 @@
-"""The heart: what a loaded checkpoint keeps and loses, and how much of the old data is replayed."""
+"""Re-warming: what a run keeps of a loaded checkpoint and what it resets, and how much of the old data it replays."""

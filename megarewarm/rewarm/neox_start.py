@@ -1,4 +1,4 @@
-"""From GPT-NeoX files to a run of ours: what 'load' means once the checkpoint is open, and the account of every key."""
+"""From GPT-NeoX files to a megarewarm run: the meaning of 'load' once the checkpoint is open, and the account of every key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megarewarm.record.layout import CONFIG_FILE
 
 @dataclass(frozen=True)
 class Account:
-    """What became of a GPT-NeoX configuration: key -> meaning here, key -> why it has no effect, remarks, its ranks."""
+    """The fate of a GPT-NeoX configuration: key -> meaning here, key -> why it has no effect, remarks, its ranks."""
 
     honoured: dict[str, str]
     not_applicable: dict[str, str]
@@ -31,10 +31,8 @@ class Account:
 
 
 def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int | None) -> tuple[RunConfig, Account]:
-    """The run that GPT-NeoX ``files`` ask for on ``world_size`` ranks (None: as few as it takes), and the account of every key.
-
-    ``overrides``: words ``section.key=value`` in our terms, applied last. Raises ``UserError``.
-    """
+    """The run that GPT-NeoX ``files`` describe on ``world_size`` ranks (None: as few as possible), and the account of every
+    key. ``overrides``: words ``section.key=value`` with megarewarm's keys, applied last. Raises ``UserError``."""
     file = read_neox(files)
     ranks = ranks_asked(file) if world_size is None else world_size
     translation = translate(file, ranks)
@@ -49,7 +47,7 @@ def load_neox(files: Sequence[Path], overrides: Sequence[str], world_size: int |
 
 
 def _places(file: NeoxFile) -> Origins:
-    """Where our keys that a key of GPT-NeoX became alone were written, so that what is wrong with them is found there."""
+    """The places of megarewarm's keys that come from one key of GPT-NeoX, for error messages."""
     places: Origins = {}
     for key, meaning in file.honoured.items():
         ours = meaning.split(",")[0].split(";")[0].split(":")[0]
@@ -59,13 +57,13 @@ def _places(file: NeoxFile) -> Origins:
 
 
 def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """(the section 'start', what is to be added to 'model', notes)."""
+    """(the section 'start', additions to 'model', notes)."""
     load = translation.load
     if load is None:
         return {}, {}, []
     save = translation.mapping["folder"]
     if save is not None and Path(load).resolve() == Path(save).resolve() and _begins_here(Path(load)):
-        # the usual way of GPT-NeoX to say: go on where you were, if you were anywhere
+        # GPT-NeoX's usual way to say: continue if there is something to continue
         note = f"load and save are both {load}: the run begins there from scratch, and goes on from its own newest checkpoint"
         return {}, {"vocab_size": translation.vocabulary()}, [note]
     from megarewarm.checkpoint.source import open_checkpoint
@@ -80,12 +78,12 @@ def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], di
         notes.append(f"the checkpoint has {rows:,} vocabulary rows, the file asks for {expected:,}: the checkpoint's are used")
     model = {"vocab_size": rows}
     if translation.finetune:
-        notes.append("finetune: weights only; optimizer, schedule, data and iteration begin anew")
+        notes.append("finetune: weights only; optimizer, schedule, data and iteration are reset")
         return {"from": load, "intent": "rewarm"}, model, notes
     if source.training is None:
         raise UserError(
             f"{file.place('load')}: {load} ({source.format}) holds weights only, so training can't go on from it; set "
-            f"'finetune: true' to begin anew from its weights"
+            f"'finetune: true' to start from its weights alone"
         )
     keeps_rng = translation.keeps_rng and "rng" in source.keeps
     if translation.keeps_rng and not keeps_rng:
@@ -99,7 +97,7 @@ def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], di
 
 
 def _begins_here(folder: Path) -> bool:
-    """Whether ``folder`` is to be this run's own: not there yet, empty, or a run of ours."""
+    """Whether ``folder`` is to be this run's own: missing, empty, or a megarewarm run."""
     return not folder.exists() or not any(folder.iterdir()) or (folder / CONFIG_FILE).is_file()
 
 

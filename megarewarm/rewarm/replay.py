@@ -46,10 +46,8 @@ def _scaled(sources: Sequence[AnySource], share: float, order: Order) -> list[An
 
 
 def replayed(replay: ReplayConfig | None, history: Lineage) -> list[AnySource]:
-    """The old data that ``replay`` asks for, weighted among themselves. ``history``: the start checkpoint's stages.
-
-    Raises ``UserError`` where the history doesn't say what was read.
-    """
+    """The old data that ``replay`` describes, weighted among themselves. ``history``: the start checkpoint's stages. Raises
+    ``UserError`` if the history doesn't record what was read."""
     if replay is None:
         return []
     return [*(replay.sources or ()), *(seen_sources(replay, history) if replay.of == "lineage" else ())]
@@ -57,7 +55,7 @@ def replayed(replay: ReplayConfig | None, history: Lineage) -> list[AnySource]:
 
 @dataclass
 class _Pool:
-    """All that was read of one file, order by order. ``ended``: the order and index at which the last replay ended."""
+    """Everything read from one file, order by order. ``ended``: the order and index at which the last replay ended."""
 
     names: list[str]
     run: str
@@ -152,10 +150,8 @@ def _steps(stage: Stage) -> str:
 
 
 def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
-    """Raise ``UserError`` where an upstream validation set reads documents that are replayed as well.
-
-    The loss on them would fall because they are trained on, not because little is forgotten.
-    """
+    """Raise ``UserError`` if an upstream validation set reads documents that are replayed as well. The loss on them would
+    fall because they are trained on, not because little is forgotten."""
     if not old:
         return
     held_out = [

@@ -1,8 +1,8 @@
-"""The reset table: every counter of a loaded checkpoint has its own line, is shown with its value before and after, and
-is checked once the run stands.
+"""The reset table: every counter of a loaded checkpoint has its own row, which shows its value before and after, and is
+verified on the built run.
 
-The lines follow from an intent (``resume``, ``rewarm``, ``branch``, ``scratch``) and each can be overridden. The table is
-applied after everything is loaded, so nothing a loader restores can survive it.
+The rows follow from an intent (``resume``, ``rewarm``, ``branch``, ``scratch``) and each can be overridden. The table is
+applied after everything is loaded, so no loader can restore what it resets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megarewarm.schedules.schedule import Schedule
 
 @dataclass(frozen=True)
 class ResetPolicy:
-    """One choice a line. The names are the keys of ``start`` in the config."""
+    """One choice per row. The names are the keys of ``start`` in the config."""
 
     intent: Intent
     weights: Literal["load", "initialise"]
@@ -33,7 +33,7 @@ class ResetPolicy:
     loss_scale: Literal["keep", "reset"]
 
     def lines(self) -> dict[str, str]:
-        """Line -> choice, without the intent."""
+        """Row -> choice, without the intent."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "intent"}
 
 
@@ -58,16 +58,14 @@ _OPPOSITE = {"keep": "reset", "keep_second": "reset", "continue": "restart"}
 
 
 def resolve(start: StartConfig, source: CheckpointSource | None) -> ResetPolicy:
-    """The policy that ``start`` asks for, refused here if the checkpoint can't honour it.
-
-    ``source`` is the opened checkpoint, or None from scratch. Raises ``UserError`` naming the line and the remedy.
-    """
+    """The policy that ``start`` asks for, refused here if the checkpoint can't honour it. ``source`` is the opened
+    checkpoint, or None from scratch. Raises ``UserError`` naming the row and the remedy."""
     intent: Intent = start.intent or ("rewarm" if source is not None else "scratch")
     chosen: dict[str, Any] = PRESETS[intent].lines()
     given = {line: value for line in chosen if (value := getattr(start, line)) is not None}
     chosen |= given
     if "optimizer_step" not in given and "moments" in given:
-        # moments and the count that corrects their bias belong together unless the user parts them
+        # moments and the count that corrects their bias belong together unless the user separates them
         chosen["optimizer_step"] = "reset" if chosen["moments"] == "reset" else "keep"
     policy = ResetPolicy(intent=intent, **chosen)
     _refuse_contradictions(policy, source)
@@ -103,7 +101,7 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: completed steps of the loop, schedule position, consumed samples, Adam's count."""
+    """A run's position: completed steps of the loop, schedule position, consumed samples, Adam's count."""
 
     step: int
     schedule: int
@@ -112,7 +110,7 @@ class Position:
 
 
 def start_position(policy: ResetPolicy, training: TrainingState | None) -> Position:
-    """The counters the policy leaves of a checkpoint's ``training`` state."""
+    """The counters that the policy keeps of a checkpoint's ``training`` state."""
     if training is None:
         return Position(0, 0, 0, 0)
     return Position(
@@ -125,7 +123,7 @@ def start_position(policy: ResetPolicy, training: TrainingState | None) -> Posit
 
 @dataclass(frozen=True)
 class ResetLine:
-    """One line of the printed table."""
+    """One row of the printed table."""
 
     line: str
     choice: str

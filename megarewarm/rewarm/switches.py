@@ -17,10 +17,8 @@ from megarewarm.schedules.schedule import Schedule
 
 
 def training_phases(config: RunConfig, schedule: Schedule, origin: Position, old: Sequence[AnySource]) -> list[Phase]:
-    """The phases of the run that began at ``origin``: its training sources with ``old`` replayed, then each switch.
-
-    Raises ``UserError`` for switches that never happen, or not in their order.
-    """
+    """The phases of the run that began at ``origin``: its training sources with ``old`` replayed, then each switch. Raises
+    ``UserError`` for switches that never happen, or not in their order."""
     fraction = config.replay.fraction if config.replay is not None else 0.0
     phases = [Phase(0, with_replay(config.data.train, old, fraction, config.data.order))]
     for number, switch in enumerate(config.data.switches):

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from megarewarm.schedules.curves import Values
 
 MEMORY = 0.999
-"""The share of the annealing momentum that outlives a step, lambda in arXiv 2408.11029."""
+"""Lambda in arXiv 2408.11029: the share of the annealing momentum that remains after a step."""
 
 
 class LearningRateSums(NamedTuple):

@@ -17,10 +17,8 @@ Values = NDArray[np.float64]
 
 
 def progress(n: ArrayLike, start: float, length: float) -> Values:
-    """Share of the phase that begins at ``start`` and lasts ``length`` steps which lies behind ``n``, in [0, 1].
-
-    A phase of no length is over as soon as it begins.
-    """
+    """Share of the phase that begins at ``start`` and lasts ``length`` steps which lies behind ``n``, in [0, 1]. A phase of
+    no length is over as soon as it begins."""
     elapsed = np.asarray(n, dtype=np.float64) - start
     if length <= 0:
         return (elapsed >= 0).astype(np.float64)
@@ -68,10 +66,8 @@ def exponential(u: ArrayLike, max_lr: float, min_lr: float) -> Values:
 
 
 def inverse_sqrt(n: ArrayLike, max_lr: float, min_lr: float, warmup: float) -> Values:
-    """max(min_lr, max_lr sqrt(max(W, 1) / max(n, 1))) with W = ``warmup``, for n >= W.
-
-    Megatron-LM's ``inverse-square-root``.
-    """
+    """max(min_lr, max_lr sqrt(max(W, 1) / max(n, 1))) with W = ``warmup``, for n >= W. Megatron-LM's
+    ``inverse-square-root``."""
     position = np.maximum(np.asarray(n, dtype=np.float64), 1.0)
     return np.maximum(min_lr, max_lr * np.sqrt(max(warmup, 1.0) / position))
 
@@ -87,10 +83,8 @@ def minus_sqrt(u: ArrayLike, max_lr: float, min_lr: float) -> Values:
 
 
 def inverse_sqrt_cooldown(u: ArrayLike, max_lr: float, constant_lr: float, timescale: float) -> Values:
-    """max_lr + (constant_lr - max_lr) h(u)/h(1) with h(x) = 1/sqrt(1 + a x) - 1 and a = ``timescale``.
-
-    The cooldown of the infinite inverse-square-root schedule, arXiv 2403.08763.
-    """
+    """max_lr + (constant_lr - max_lr) h(u)/h(1) with h(x) = 1/sqrt(1 + a x) - 1 and a = ``timescale``. The cooldown of the
+    infinite inverse-square-root schedule, arXiv 2403.08763."""
 
     def h(x: ArrayLike) -> Values:
         return 1.0 / np.sqrt(1.0 + timescale * np.asarray(x, dtype=np.float64)) - 1.0

@@ -61,10 +61,8 @@ class Schedule:
         return rates
 
     def phases(self) -> list[tuple[str, float, float]]:
-        """Name, first position and end (exclusive; inf for the last) of every phase that is not empty, in order.
-
-        The first is 'warmup', the others the curve's own.
-        """
+        """Name, first position and end (exclusive; inf for the last) of every phase that is not empty, in order. The first
+        is 'warmup', the others the curve's own."""
         starts = [("warmup", 0.0), *self._curve.phases(self)]
         ends = [*(start for _, start in starts[1:]), np.inf]
         return [(name, start, stop) for (name, start), stop in zip(starts, ends, strict=True) if stop > start]
@@ -81,7 +79,7 @@ class Schedule:
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Schedule:
-        """The schedule that ``spec()`` described. Raises UserError where it doesn't describe one."""
+        """The schedule that ``spec()`` described. Raises UserError if it doesn't describe one."""
         known = {field.name for field in dataclasses.fields(cls)}
         needed = {"curve", "max_lr", "warmup_steps", "length"}
         if unknown := sorted(set(spec) - known):
@@ -91,7 +89,7 @@ class Schedule:
         return cls(**spec)
 
     def get(self, key: str) -> Any:
-        """The value of ``key``, or the curve's default. Raises UserError where there is neither."""
+        """The value of ``key``, or the curve's default. Raises UserError if there is neither."""
         value = getattr(self, key)
         value = self._curve.defaults.get(key) if value is None else value
         if value is None:
@@ -99,10 +97,8 @@ class Schedule:
         return value
 
     def progress(self, n: Values) -> Values:
-        """u at positions ``n``: from 0 at the end of the warmup to 1 at ``length``; ``unclamped``, it goes on past 1.
-
-        A warmup as long as the whole leaves nothing to decay over, and GPT-NeoX divides by zero; we stay at the peak.
-        """
+        """u at positions ``n``: from 0 at the end of the warmup to 1 at ``length``; ``unclamped``, it goes on past 1. A
+        warmup as long as the whole leaves nothing to decay over, and GPT-NeoX divides by zero; we stay at the peak."""
         span = self.length - self.warmup_steps
         if not self.unclamped:
             return curves.progress(n, self.warmup_steps, span)

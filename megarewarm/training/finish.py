@@ -1,4 +1,4 @@
-"""What comes after the last step, in this start or a later one: losses between start and end, and the export."""
+"""After the last step, in this start or a later one: losses between start and end, and the export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Pending:
 
 
 def is_trained(plan: Plan) -> bool:
-    """Whether all steps of the run are made, and evaluated."""
+    """Whether all steps of the run are done, and evaluated."""
     if not plan.resumed or plan.position.step < plan.config.total_steps:
         return False
     assert plan.source is not None and plan.source.training is not None
@@ -35,10 +35,8 @@ def is_trained(plan: Plan) -> bool:
 
 
 def pending(plan: Plan) -> Pending:
-    """What the run of ``plan``, all of whose steps are made, has yet to do: asked for later, or lost to a signal.
-
-    Raises ``UserError`` for damaged metrics.
-    """
+    """What the trained run of ``plan`` still has to do: requested later, or interrupted by a signal. Raises ``UserError``
+    for damaged metrics."""
     folder = RunFolder(Path(plan.config.run_folder))
     return Pending(_alphas(plan, folder), plan.config.export.huggingface and not folder.export.exists())
 
@@ -48,7 +46,7 @@ def _alphas(plan: Plan, folder: RunFolder) -> tuple[float, ...]:
     if wanted is None:
         return ()
     assert plan.source is not None and plan.source.training is not None
-    sets = set(plan.source.training.lineage.stages[-1].losses)  # those that were evaluated at the end
+    sets = set(plan.source.training.lineage.stages[-1].losses)  # those evaluated at the end
     evaluated: dict[float, set[str]] = {}
     for event in read_run(folder.path).events if folder.metrics_file.exists() else ():
         if event["event"] == "interpolation" and event["step"] == plan.position.step:

@@ -1,4 +1,4 @@
-"""What lies between the start checkpoint and a run's end: weights in a straight line, evaluated on every validation set."""
+"""Weights on the straight line between the start checkpoint and a run's end, evaluated on every validation set."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def interpolate(
     alphas: Sequence[float] | None = None,
     show: Callable[[str], Between] = lambda what: nothing_between,
 ) -> None:
-    """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``, or of those ``alphas`` where the others
-    are done: events 'interpolation', and a table.
+    """Evaluate (1 - alpha) start + alpha end for every alpha of ``interpolate.alphas``, or of ``alphas`` if the others are
+    done: events 'interpolation', and a table.
 
-    All ranks call it, after the last step; the end weights stand again afterwards, bit for bit. Raises ``UserError`` where the
-    start checkpoint can't be read any more. ``show``: what is done between the portions of each set. Linear interpolation:
-    Wortsman et al., arXiv 2109.01903.
+    All ranks call it, after the last step; it restores the end weights bit for bit. Raises ``UserError`` if the start
+    checkpoint can't be read any more. ``show``: called between the portions of each set. Linear interpolation: Wortsman et
+    al., arXiv 2109.01903.
     """
     config = run.plan.config
     if config.interpolate is None or run.step < config.total_steps:
@@ -72,7 +72,7 @@ def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Betw
     losses = {}
     for windows in run.validation:
         losses[windows.name], _ = evaluate_set(run, windows, number, show(f"{windows.name} at alpha {alpha:g}"))
-    for windows in run.validation:  # once all are known: nothing is logged of what is broken off
+    for windows in run.validation:  # when all are known: an interrupted evaluation logs nothing
         metrics.event(
             "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]
         )

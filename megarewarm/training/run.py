@@ -1,4 +1,4 @@
-"""A run in progress: everything that trains, and what of it a checkpoint keeps."""
+"""A run in progress: everything that trains, and its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Run:
         return sum(all_reduce_sums([wrong])) == 0
 
     def stage(self) -> Stage:
-        """This run's line in the lineage, as it stands now."""
+        """This run's stage of the lineage, up to the present step."""
         plan = self.plan
         count = plan.samples(self.step) - plan.samples(plan.origin.step)
         return Stage(
@@ -108,6 +108,7 @@ class Run:
             tokenizers=self.inputs.texts.tokenizers,
             eod=self.inputs.texts.eod,
             goes_on=plan.goes_on,
+            reset=self._own_state().lineage.stages[-1].reset if plan.resumed else plan.policy.lines(),
         )
 
     def _own_state(self) -> TrainingState:
@@ -115,10 +116,8 @@ class Run:
         return self.plan.source.training
 
     def training_state(self, recent: Mapping[str, Any], *, interim: bool = False) -> TrainingState:
-        """Everything of the run that is not a tensor, as a checkpoint keeps it.
-
-        ``recent``: what the parts that follow a step keep. ``interim``: it is saved only because the run stops.
-        """
+        """Everything of the run that is not a tensor, for a checkpoint. ``recent``: state of the parts that follow a step.
+        ``interim``: it is saved only because the run stops."""
         plan = self.plan
         stage = self.stage()
         return TrainingState(
@@ -172,7 +171,7 @@ class Run:
         }
 
     def reset_table(self) -> list[ResetLine]:
-        """What the run has kept and lost of what its start checkpoint held."""
+        """What the run has kept of its start checkpoint, and what it has reset."""
         plan = self.plan
         scale = self.scaler.scale if self.scaler is not None else None
         parameters, seed = count_parameters(plan.model), plan.config.training.seed
@@ -192,5 +191,5 @@ class Run:
 
 
 def moment_tensors(model: ParallelModel, optimizer: Optimizer) -> Tensors:
-    """What the optimizer keeps, under the names they have in a checkpoint; writing to them changes the optimizer's state."""
+    """The optimizer's state under the names it has in a checkpoint; writing to the tensors changes it."""
     return {f"optimizer.{what}.{name}": model.whole(name, tensor) for (what, name), tensor in optimizer.state().items()}

@@ -1,4 +1,5 @@
-"""From a plan to everything that trains: model, weights, optimizer, each loaded or reset as the plan says, then checked."""
+"""From a plan to everything that trains: model, weights, optimizer, each loaded or reset as the plan prescribes, then
+verified."""
 
 from __future__ import annotations
 
@@ -32,10 +33,8 @@ from megarewarm.training.state import RunState
 
 @collective
 def build(plan: Plan, ranks: Ranks) -> Run:
-    """Build the run. All ranks call it. Files are opened and checked before a model is made; nothing is written.
-
-    Raises ``UserError``.
-    """
+    """Build the run. All ranks call it. Files are opened and checked before a model is made; nothing is written. Raises
+    ``UserError``."""
     _check_agreement(plan, ranks)
     chosen: list[str] = []
     if is_auto := plan.config.training.micro_batch == "auto":
@@ -61,13 +60,13 @@ def _check_agreement(plan: Plan, ranks: Ranks) -> None:
     total = all_reduce_sums([float(plan.position.step)])[0]
     if total != ranks.world_size * plan.position.step:
         raise UserError(
-            f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} stands at step "
+            f"{plan.config.run_folder}: the ranks see different checkpoints (rank {ranks.rank} is at step "
             f"{plan.position.step}); the run folder must lie on a file system that all hosts share"
         )
 
 
 def _make_model(plan: Plan, ranks: Ranks, inputs: Inputs) -> tuple[Mesh, ParallelModel]:
-    """The ranks in their layout, and the model laid out over them, its parameters still empty."""
+    """The layout of the ranks, and the model laid out over them, its parameters still empty."""
     config = plan.config
     torch.manual_seed(config.training.seed + ranks.rank)
     _choose_algorithms(config.kernels.deterministic)
@@ -98,15 +97,15 @@ def _load_teacher(plan: Plan, ranks: Ranks, inputs: Inputs) -> Teacher | None:
 
 
 def _choose_algorithms(deterministic: bool) -> None:
-    """PyTorch's own operations with the same bits at every run, or its fastest; an operation that has no such form raises."""
+    """Choose PyTorch's deterministic operations, or its fastest; an operation without a deterministic form raises."""
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory before it is written
     torch.use_deterministic_algorithms(deterministic)
 
 
 def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
-    """Fill ``model``; returns the weights that the run began with, where something has a use for them, and notes."""
+    """Fill ``model``; returns the run's first weights, if something uses them, and notes."""
     start: StartWeights | None = None
     lost: list[str] = []
     if plan.resumed and keeps_start(plan.config):
@@ -122,7 +121,7 @@ def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None
 
 
 def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[Optimizer, LossScaler | None]:
-    """The optimizer and the loss scale. The reset table is applied: what is kept is loaded, what is not is zero."""
+    """The optimizer and the loss scale. Applies the reset table: kept state is loaded, the rest is zero."""
     optimizer = make_optimizer(model, plan.config.optimizer, inputs.optimizer)
     tensors = {name: t for name, t in moment_tensors(model, optimizer).items() if _is_kept(plan, name.split(".")[1])}
     rng = torch.get_rng_state()
@@ -147,7 +146,7 @@ def _is_kept(plan: Plan, state: str) -> bool:
 
 
 def _make_state(plan: Plan) -> tuple[RunState, SpikeDetector | None]:
-    """What moves with the steps: as it was saved, or at the run's beginning."""
+    """The state that changes with the steps: as saved, or initial."""
     watched = plan.config.reliability
     spikes = None if watched.spikes == "off" else SpikeDetector(watched.spike_window, watched.spike_deviations)
     if not plan.resumed:
@@ -166,7 +165,7 @@ def _batches(plan: Plan, data: TrainingBatches, mesh: Mesh) -> Iterator[Batch]:
 
 
 def _assert_applied(run: Run) -> None:
-    """The run stands where the table says, seen from the objects that will be used, not from the plan."""
+    """Verify the reset table on the objects that training uses, not on the plan."""
     plan = run.plan
     first_lr = plan.schedule.lr(plan.position.schedule)
     checks = {

@@ -1,4 +1,4 @@
-"""Losses and gradient norms that leap out of those before them."""
+"""Detection of spikes in losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LEAST_FACTOR = math.log(2.0)  # norms of small batches vary; what clipping halves at most is no spike
+_LEAST_FACTOR = math.log(2.0)  # norms of small batches vary; a norm that clipping at most halves is no spike
 
 
 class SpikeDetector:
@@ -27,31 +27,31 @@ class SpikeDetector:
         self._norms: deque[float] = deque(maxlen=window)
 
     def judge(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step of this mean loss and gradient norm (before clipping), in words, or None."""
+        """A description of the spike in this step's mean loss or gradient norm (before clipping), or None."""
         loss_above, norm_above = _above(loss, self._losses), _above(_log(norm), self._norms)
         count = len(self._losses)
         if loss_above is not None and loss_above.deviations >= self._deviations:
-            return f"loss {loss:.4f}, {loss_above} above the {loss_above.mean:.4f} of the last {count} steps"
+            return f"loss {loss:.4f}, {loss_above} the mean {loss_above.mean:.4f} of the last {count} steps"
         if norm_above is not None and norm_above.deviations >= self._deviations and norm_above.distance > _LEAST_FACTOR:
-            return f"gradient norm {norm:.4g}, {norm_above} above the {math.exp(norm_above.mean):.4g} of the last {count} steps"
+            return f"gradient norm {norm:.4g}, {norm_above} the mean {math.exp(norm_above.mean):.4g} of the last {count} steps"
         return None
 
     def add(self, loss: float, norm: float) -> None:
-        """Let a step be among those that the next ones are compared with."""
+        """Add a step to the window."""
         self._losses.append(loss)
         self._norms.append(_log(norm))
 
     def clear(self) -> None:
-        """Forget all steps: what follows is another course."""
+        """Clear the window, after a roll-back."""
         self._losses.clear()
         self._norms.clear()
 
     def state(self) -> dict[str, list[float]]:
-        """The window, so that a run that goes on judges as the undisturbed one does."""
+        """The window, so that a resumed run judges as the uninterrupted one."""
         return {"losses": list(self._losses), "norms": list(self._norms)}
 
     def restore(self, losses: Sequence[float], norms: Sequence[float]) -> None:
-        """Take over what ``state`` gave; of a longer window its end."""
+        """Restore ``state``; of a longer window its end."""
         self.clear()
         self._losses.extend(losses)
         self._norms.extend(norms)
@@ -64,11 +64,11 @@ class _Above:
     deviations: float
 
     def __str__(self) -> str:
-        return f"{self.deviations:.1f} deviations" if math.isfinite(self.deviations) else "where there was no deviation,"
+        return f"{self.deviations:.1f} deviations above" if math.isfinite(self.deviations) else "above"
 
 
 def _above(value: float, known: deque[float]) -> _Above | None:
-    """How far ``value`` lies above those ``known``; None while half a window is not there, or where it doesn't."""
+    """How far ``value`` is above those ``known``; None while half a window is missing, or if it is not above."""
     assert known.maxlen is not None
     if len(known) < max(2, known.maxlen // 2):
         return None

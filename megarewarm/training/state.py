@@ -1,4 +1,4 @@
-"""What moves in a run: its step, learning rates, losses, and the steps that are not in its weights."""
+"""The state that changes during a run: its step, learning rates, losses, and the steps that are not in its weights."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class RunState:
         )
 
     def complete_step(self, lr: float) -> None:
-        """One more step was made, at learning rate ``lr``."""
+        """Count a completed step at learning rate ``lr``."""
         self.step += 1
         self.last_lr, self.max_lr, self.measured = lr, max(self.max_lr, lr), {}
 
     def evaluated(self, losses: Mapping[str, float]) -> None:
-        """Validation sets were evaluated after the newest step."""
+        """Record the losses after the newest step."""
         self.losses |= losses
         self.measured |= losses
 
     def leave_out(self, first: int, last: int) -> None:
-        """The steps from ``first`` to ``last``, the newest, are not in the weights."""
+        """Record that the steps from ``first`` to ``last``, the newest, are not in the weights."""
         kept = [(a, b) for a, b in self.left_out if b < first - 1]
         begin = min([first, *(a for a, b in self.left_out if b >= first - 1)])
         self.left_out = [*kept, (begin, last)]

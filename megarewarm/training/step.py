@@ -1,4 +1,4 @@
-"""One optimizer step: batch, loss and gradients, judgement, update."""
+"""One optimizer step: batch, loss and gradients, check, update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Kind = Literal["transient", "non_finite", "spike"]
 
 
 class TrainingDiverged(Exception):
-    """The loss or the gradient is not a finite number any more, or spikes without end; nothing of that step was saved."""
+    """The loss or the gradient is not finite any more, or spikes don't end; nothing of that step was saved."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def training_step(run: Run, lr: float) -> StepResult:
     large batch, whatever the micro-batches and ranks. In fp16 a step whose gradients overflow changes nothing but the loss
     scale.
 
-    A loss or gradient that is not finite is computed once more from the same batch: a fault of the hardware does not come
-    again, one of the data or the weights does. ``reliability`` says what follows then, and after a spike; all ranks do the
-    same. Where ``run.between`` breaks the step off, nothing but its batch and its gradients is lost.
+    A loss or gradient that is not finite is recomputed from the same batch: a transient hardware fault does not recur, a fault
+    of the data or the weights does. ``reliability`` configures what happens then, and after a spike; all ranks do the same.
+    If ``run.between`` interrupts the step, only its batch and its gradients are lost.
     """
     clock = Clock(run.ranks.device)
     waiting = time.perf_counter()
@@ -68,12 +68,11 @@ def training_step(run: Run, lr: float) -> StepResult:
         first, result = result, compute_gradients(run, rows, clock)
         if _usable(run, result):
             fault = "transient"
-            words = f"{_measured(first)} at first, {_measured(result)} computed once more: "
-            words += "a fault of the hardware that left no trace"
+            words = f"{_measured(first)} at first, {_measured(result)} when recomputed: transient hardware fault, no effect"
         else:
             which = "gradient" if math.isfinite(result.loss) else "loss"
             again = "the same" if _measured(result) == _measured(first) else _measured(result)
-            fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; computed once more: {again})"
+            fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; recomputed: {again})"
     changed = fault != "non_finite"
     if changed and run.scaler is not None:
         run.scaler.update(math.isfinite(result.norm))
@@ -93,10 +92,8 @@ def training_step(run: Run, lr: float) -> StepResult:
 
 @collective
 def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> StepResult:
-    """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it.
-
-    The gradients, still scaled, are in ``run.model.gradients``. ``clock``: of this rank's work.
-    """
+    """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it. The gradients, still
+    scaled, are in ``run.model.gradients``. ``clock``: of this rank's work."""
     gradients, ranks = run.model.gradients, run.ranks
     gradients.zero()
     losses = run.model.forward_backward(rows, loss_scale=_scale(run), between=run.between, per_row=run.wants_row_losses)
@@ -134,7 +131,7 @@ def _measured(result: StepResult) -> str:
 
 
 class Clock:
-    """Seconds that this rank works: on a GPU, whose work is only queued by the host, those of the device."""
+    """Seconds that this rank works: on a GPU device time, because the host only queues work."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -149,7 +146,7 @@ class Clock:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """The time between, once the device has come there."""
+        """The time between, when the device has reached this point."""
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return self._ended - self._began

@@ -1,4 +1,4 @@
-"""What a run says of itself in the terminal before the first step."""
+"""The lines in the terminal before the first step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def announce(run: Run, voice: Voice, evaluations: EvaluationCost | None) -> None
         metrics.event("resume", step=plan.position.step)
     else:
         if metrics.has_past:
-            # killed before its first checkpoint: what was logged then is superseded as a whole
+            # killed before its first checkpoint: its metrics are superseded as a whole
             metrics.event("resume", step=-1)
         metrics.event("start", **run.description())
     print_start(run, voice.console, evaluations)

@@ -107,7 +107,7 @@ def _open(run: Run, config: RunConfig, folder: RunFolder, console: Console, open
 
 
 def _do_pending(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, console: Console) -> None:
-    """Do what the complete run of ``plan`` has yet to do. Raises ``UserError`` where its start can't be read any more."""
+    """Do what the complete run of ``plan`` has yet to do. Raises ``UserError`` if its start can't be read any more."""
     left = gather(pending(plan))[0]  # one word for all: metrics are written by the main rank
     if left.export:
         texts = settle_texts(plan)

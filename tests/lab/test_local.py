@@ -170,7 +170,7 @@ def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
         check_folders(other)
     _, _, remedy = str(told.value).partition("; ")
     assert (
-        remedy == f"set the experiment's 'folder' (now {tmp_path / 'e'}) to another place, or remove {folder} to train it anew"
+        remedy == f"set the experiment's 'folder' (now {tmp_path / 'e'}) to another place, or remove {folder} to train it again"
     )
     (folder / "config.yaml").unlink()
     (folder / "metrics.jsonl").touch()

@@ -381,11 +381,11 @@ def test_ranks_that_fell_silent_are_named() -> None:
         one.report(7)
     ranks[1].give_up(patience=0)
     ranks[3].give_up(patience=0)
-    assert ranks[0].give_up(patience=0) == "rank 2 (last heard of in step 7)"
+    assert ranks[0].give_up(patience=0) == "rank 2 (last seen at step 7)"
     assert ranks[2].give_up(patience=0) == "one of the other ranks", "all have spoken and none is behind"
     ranks[0].report(8)
     ranks[1].report(8)
-    assert ranks[0].give_up(patience=0) == "ranks 2, 3 (last heard of in step 7)"
+    assert ranks[0].give_up(patience=0) == "ranks 2, 3 (last seen at step 7)"
     assert Ranks(0, 1, torch.device("cpu")).give_up() == "another rank"
 
 

@@ -78,7 +78,7 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path: Path, what: 
     assert same(weights(whole.folder, 20), weights(hit.folder, 20))
     (alarm,) = events(hit.folder, "alarm")
     assert (alarm["step"], alarm["kind"]) == (7, "transient")
-    assert "computed once more" in " ".join(printed(console).split())
+    assert "recomputed" in " ".join(printed(console).split())
     assert [line["loss"] for line in events(hit.folder, "train")] == [line["loss"] for line in events(whole.folder, "train")]
 
 

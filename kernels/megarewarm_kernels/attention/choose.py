@@ -1,4 +1,4 @@
-"""Causal attention on the fused projection by whichever implementation fits: others' kernels, PyTorch's, our own.
+"""Causal attention on the fused projection by the best available kernels: other packages', PyTorch's, this package's own.
 
 What is computed is the definition in flash_attention.py. Which implementation is used depends on what is installed, the GPU,
 the dtype and whether documents are kept apart; ``choose`` says which and why. On Hopper FlashAttention 3 and cuDNN are faster

@@ -18,8 +18,8 @@ class Blocks(NamedTuple):
 
 
 # kernel -> compute capability -> width of a head's block -> launch, for bf16 and fp16. None of these spills registers or takes
-# more shared memory than there is (99 KiB for 80, whose smaller kin have no more); chosen from what the compiler says, not yet
-# from measured times.
+# more shared memory than there is (99 KiB for the 8.x family); chosen from the compiler's output, not yet from measured
+# times.
 HALF: dict[str, dict[int, dict[int, Blocks]]] = {
     "forward": {
         80: {

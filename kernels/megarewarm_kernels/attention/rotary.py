@@ -23,7 +23,7 @@ _WARPS = 4
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, overwrite_gradient: bool = False) -> Tensor:
-    """Turn queries and keys by their positions, in place. Computed in fp32 (fp64 for fp64) and rounded once.
+    """Rotate queries and keys by their positions, in place. Computed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
         qkv: (t, n x 3 x d), contiguous, any floating dtype: head by head the query, the key and the value. Nobody may have
@@ -75,10 +75,8 @@ def check(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
 
 
 def consume(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> None:
-    """Rotate (..., n x 3 x d) within an autograd Function that returns other tensors, so marks nothing as dirty.
-
-    Whoever has saved qkv, as selective checkpointing may, hears from autograd that it has changed.
-    """
+    """Rotate (..., n x 3 x d) within an autograd Function that returns other tensors, so marks nothing as dirty. Autograd
+    raises an error for saved copies of qkv, as of selective checkpointing."""
     if cos.shape[1]:
         apply_rotary(qkv.view(-1, qkv.shape[-1]), cos, sin, head_dim, False)
         if not torch.compiler.is_compiling() and not qkv.is_inference():  # a compiler sees the change by itself
@@ -137,7 +135,7 @@ if HAS_TRITON:
         VECTORS: tl.constexpr,
         BACK: tl.constexpr,
     ):
-        """``vectors``: the queries and keys of all tokens. A program turns VECTORS of them."""
+        """``vectors``: the queries and keys of all tokens. A program rotates VECTORS of them."""
         vector = tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)
         token = vector // (2 * heads)
         within = vector % (2 * heads)

@@ -131,7 +131,7 @@ if HAS_TRITON:
 
     @triton.jit
     def addresses(entry_ptr, place, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Pointers to the values at ``place`` of the fp32 tensor whose address stands in an entry of the table."""
+        """Pointers to the values at ``place`` of the fp32 tensor whose address is in an entry of the table."""
         found = tl.load(entry_ptr).to(tl.pointer_type(tl.float32)) + place
         return tl.multiple_of(found, 16) if ALIGNED else found
 

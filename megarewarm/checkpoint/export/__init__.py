@@ -1,1 +1,1 @@
-"""Checkpoints written for others and for ourselves, one tensor in memory at a time."""
+"""Writers of checkpoints, one tensor in memory at a time."""

@@ -73,7 +73,7 @@ def export(
         write_files(tokenizer.files, new)
         if lineage is not None:
             name = lineage.stages[-1].run if lineage.stages else folder.name
-            (new / "README.md").write_text(model_card(name, config, lineage), encoding="utf-8")
+            (new / "README.md").write_text(model_card(name, config, lineage, tokenizer), encoding="utf-8")
 
 
 def _common_dtype(weights: Weights) -> torch.dtype:

@@ -2,33 +2,78 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
+from typing import Any
 
-from megarewarm.checkpoint.lineage import Lineage, Stage
+import yaml
+
+from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer
+from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
 from megarewarm.config.schema import ModelConfig
 from megarewarm.model.size import count_parameters
 
+_ADD = "add `license` and `language` to the first lines of this file before you publish the model"
 
-def model_card(name: str, config: ModelConfig, lineage: Lineage) -> str:
-    """Markdown with the hub's front matter. Says only what is recorded."""
-    base = lineage.stages[0].run if lineage.stages else ""
-    hub_name = re.fullmatch(r"([\w.-]+/[\w.-]+?)(@[\w./-]+)?", base)
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt_neox, megarewarm]"]
-    if hub_name is not None:
-        front.append(f"base_model: {hub_name[1]}")
-    lines = [*front, "---", "", f"# {name}", ""]
+
+def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: ExportedTokenizer) -> str:
+    """Markdown with the hub's metadata block. States only what is recorded."""
+    card = _card(lineage)
+    measured = any(stage.losses for stage in lineage.stages)
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": card.license,
+        "language": card.languages,
+        "base_model": card.base_model,
+        "tags": ["gpt_neox", "megarewarm", "continual-pretraining"],
+        "metrics": ["perplexity"] if measured else None,
+    }
+    block = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).rstrip()
+    lines = ["---", block, "---", "", f"# {name}", ""]
     lines.append(
-        f"A GPT-NeoX model of {count_parameters(config):,} parameters, written by megarewarm: {config.num_layers} layers, "
+        f"A GPT-NeoX model of {count_parameters(config):,} parameters, written by megarewarm on "
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}: {config.num_layers} layers, "
         f"width {config.hidden_size}, {config.num_heads} heads, "
         f"vocabulary {config.vocab_size:,}, {config.max_positions:,} positions."
     )
-    lines += ["", "```python", "from transformers import AutoModelForCausalLM", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")', "```", "", "## How it was trained", ""]
+    lines += ["", f"- Base model: {f'`{card.base_model}`' if card.base_model else 'none on the hub is recorded'}"]
+    lines.append(f"- Licence and languages of the base model: {_terms(card)}")
+    lines.append(f"- Tokenizer: {_tokenizer(lineage, tokenizer)}")
+    lines += ["", "```python", "from transformers import pipeline", ""]
+    lines += ['generate = pipeline("text-generation", model="path/to/this/folder")', "```", "", "## How it was trained", ""]
     if not lineage.stages:
         lines.append("Nothing is recorded.")
+    elif measured:
+        lines += ["Losses are in nats per token; perplexity is exp(loss).", ""]
     for number, stage in enumerate(lineage.stages, 1):
         lines += _stage(number, stage)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _card(lineage: Lineage) -> StatedTerms:
+    for stage in lineage.stages[:1]:
+        if stage.card is not None:
+            return stage.card
+        # lineages of earlier versions have the name only
+        hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(@[\w./-]+)?", stage.run)
+        if hub is not None and stage.intent == "foreign checkpoint (huggingface)":
+            return StatedTerms(base_model=hub[1])
+    return StatedTerms()
+
+
+def _terms(card: StatedTerms) -> str:
+    known = [*([card.license] if card.license else []), *card.languages]
+    return ", ".join(known) if card.license and card.languages else f"{', '.join(known) or 'not recorded'}; {_ADD}"
+
+
+def _tokenizer(lineage: Lineage, tokenizer: ExportedTokenizer) -> str:
+    here = "`tokenizer.json` in this folder" if tokenizer.files else "not in this folder"
+    end = tokenizer.ids.get("eos")
+    made = lineage.stages[-1].tokenizers if lineage.stages else []
+    parts = [here, *([] if end is None else [f"id {end} ends a text"]), *(f"fingerprint `{t.fingerprint[:16]}`" for t in made)]
+    return ", ".join(parts)
 
 
 def _stage(number: int, stage: Stage) -> list[str]:
@@ -39,15 +84,26 @@ def _stage(number: int, stage: Stage) -> list[str]:
     if stage.schedule:
         shown = ", ".join(f"{key} {_short(value)}" for key, value in stage.schedule.items() if value is not None)
         lines += [f"   Learning rate: {shown}; last {_short(stage.last_lr)}.", ""]
+    if stage.reset:
+        lines += _table(("kept or reset at its start", "choice"), *stage.reset.items())
     if stage.data:
-        lines += ["   | data | tokens | fingerprint |", "   |---|---|---|"]
-        lines += [f"   | {seen.name} | {seen.tokens:,} | `{seen.fingerprint[:16]}` |" for seen in stage.data]
-        lines.append("")
+        lines += _table(
+            ("data", "tokens", "fingerprint"),
+            *((seen.name, f"{seen.tokens:,}", f"`{seen.fingerprint[:16]}`") for seen in stage.data),
+        )
     if stage.losses:
-        lines += ["   | validation set | loss |", "   |---|---|"]
-        lines += [f"   | {name} | {loss:.4f} |" for name, loss in stage.losses.items()]
-        lines.append("")
+        losses = ((name, f"{loss:.4f}", _perplexity(loss)) for name, loss in stage.losses.items())
+        lines += _table(("validation set", "loss", "perplexity"), *losses)
     return lines
+
+
+def _table(*rows: tuple[str, ...]) -> list[str]:
+    written = [f"   | {' | '.join(row)} |" for row in rows]
+    return [written[0], f"   |{'---|' * len(rows[0])}", *written[1:], ""]
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):,.2f}" if loss < 100 else "-"
 
 
 def _short(value: object) -> str:

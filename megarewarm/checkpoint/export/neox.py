@@ -38,7 +38,7 @@ def export_neox(
     One parameter is held at a time. The MLP has today's names (linear1, linear2). Beside the layers there are
     ``mp_rank_YY_model_states.pt`` with the counters that GPT-NeoX asks for, and ``configs/model.yml`` with the model's keys.
     ``tokenizer``: its files by name, to lie beside ``latest``.
-    Raises ``UserError`` where ``tensor_ranks`` doesn't divide the model, where GPT-NeoX has no key for its shape,
+    Raises ``UserError`` if ``tensor_ranks`` doesn't divide the model, where GPT-NeoX has no key for its shape,
     and where ``folder`` holds anything else.
     """
     shapes = expected_shapes(config)
@@ -132,10 +132,8 @@ def _counters(config: ModelConfig, step: int, tensor_ranks: int) -> dict[str, An
 
 
 def neox_keys(config: ModelConfig, tensor_ranks: int) -> dict[str, Any]:
-    """The model in GPT-NeoX's keys, of the types that its reader insists on.
-
-    Raises ``UserError`` for a rotary base that is no whole number, which GPT-NeoX can't be given.
-    """
+    """The model in GPT-NeoX's keys, of the types that its reader insists on. Raises ``UserError`` for a rotary base that is
+    no whole number, which GPT-NeoX can't be given."""
     if config.rotary_base != int(config.rotary_base):
         raise UserError(f"model.rotary_base {config.rotary_base!r}: GPT-NeoX's rotary_emb_base is a whole number; export to hf")
     return {

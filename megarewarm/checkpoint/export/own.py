@@ -1,4 +1,4 @@
-"""Writing checkpoints of our own from any other, one tensor at a time."""
+"""Writing native checkpoints from any other format, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _RNG = "rng.cpu"
 
 
 class _Streaming(DefaultSavePlanner):
-    """Plans from tensors without memory and reads each at the moment at which it is written."""
+    """Plans from tensors without memory and reads each one when it is written."""
 
     def __init__(self, read: Callable[[str], Tensor]) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class _Streaming(DefaultSavePlanner):
 
 
 def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, folder: Path, on_bytes: OnBytes) -> None:
-    """Write ``weights`` as a checkpoint of ours, with the moments and counters of ``source`` where it has them.
+    """Write ``weights`` as a native checkpoint, with the moments and counters of ``source`` if it has them.
 
-    ``folder`` is the checkpoint itself, to be named in ``start.from``. Raises ``UserError`` where something else
-    stands there and where the disk refuses.
+    ``folder`` is the checkpoint itself, to be named in ``start.from``. Raises ``UserError`` if it holds something else or
+    can't be written.
     """
     training = source.training
     shapes = expected_shapes(config)
@@ -67,7 +67,7 @@ def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, 
 
 
 def weights_only_state(name: str, config: ModelConfig, lineage: Lineage) -> TrainingState:
-    """The counters of a checkpoint that has none."""
+    """Initial counters, for a checkpoint without any."""
     return TrainingState(
         run=name,
         intent="converted",
@@ -87,10 +87,8 @@ def weights_only_state(name: str, config: ModelConfig, lineage: Lineage) -> Trai
 
 
 def write_streaming(folder: Path, state: TrainingState, described: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint whose tensors are read when their turn comes. ``described``: the same on the meta device.
-
-    Raises ``UserError`` as ``export_own``.
-    """
+    """Write a checkpoint whose tensors are read one after another. ``described``: the same on the meta device. Raises
+    ``UserError`` as ``export_own``."""
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or is_checkpoint(folder))):
         raise UserError(f"{folder}: exists and is no checkpoint of megarewarm: choose another folder or remove it")
     try:

@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def new_folder(folder: Path, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder to write in, which takes the place of ``folder`` (or of what it links to) when the block ends without an error.
+    """A folder to write in, which replaces ``folder`` (or its link target) when the block ends without an error.
 
-    What stands there is replaced where it is empty or ``may_replace`` says so. A folder that can't be renamed, such as one that
-    is mounted, stays, and its content is exchanged; only there a kill in between can leave a part. Raises ``UserError`` for
-    anything else that stands there, and when the disk refuses.
+    Empty folders are replaced, and others if ``may_replace`` allows it. A folder that can't be renamed, such as a mount
+    point, stays, and its content is exchanged; only there a kill can leave a partial folder. Raises ``UserError`` for
+    anything else at the place, and when the disk refuses.
     """
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or may_replace(folder))):
         raise UserError(f"{folder}: exists and is not an export of megarewarm: choose another folder or remove it")
@@ -48,7 +48,8 @@ def new_folder(folder: Path, may_replace: Callable[[Path], bool]) -> Iterator[Pa
 
 
 def _renamed(new: Path, place: Path, old: Path) -> bool:
-    """Put ``new`` into its place, and what stands there to ``old``; False, and nothing is changed, where folders don't move."""
+    """Move the present content of the place to ``old`` and ``new`` into the place; False, without a change, if the folders
+    can't be renamed."""
     try:
         publish_folder(new, place, lambda: place.exists() and place.rename(old))
     except OSError as error:

@@ -1,7 +1,5 @@
-"""Safetensors files written one tensor at a time: the library's own writer wants all of a file's tensors in memory.
-
-The format: 8 bytes little-endian length, that many bytes of JSON (name to dtype, shape and byte range), the raw bytes.
-"""
+"""Safetensors files written one tensor at a time: the library's own writer wants all of a file's tensors in memory. The
+format: 8 bytes little-endian length, that many bytes of JSON (name to dtype, shape and byte range), the raw bytes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The tokenizer beside exported weights: files from which transformers gives the ids that were trained with, and no others.
+"""The tokenizer beside exported weights: files from which transformers gives exactly the ids of training.
 
-The class is always the one that takes tokenizer.json as it is: classes of single models (GPTNeoXTokenizer, LlamaTokenizer)
-build normaliser and word division anew. What would add tokens, or cut or split others, is left out.
+The class is always the one that takes tokenizer.json as it is, because the classes of single models (GPTNeoXTokenizer,
+LlamaTokenizer) rebuild normaliser and pre-tokenizer. Settings that add tokens, truncate or split texts differently are left
+out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _COPIED = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.m
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PADS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>")
-# of tokenizer_config.json: code of others, places of others, and what tokenizer.json says itself
+# keys of tokenizer_config.json: code and places of other programs, and what tokenizer.json states itself
 _LEFT_OUT = (
     "auto_map",
     "name_or_path",
@@ -36,7 +37,7 @@ _LEFT_OUT = (
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """``files`` by name, ``ids`` of 'bos', 'eos' and 'pad' (None where there is none), and notes for the user."""
+    """``files`` by name, ``ids`` of 'bos', 'eos' and 'pad' (None if there is none), and notes for the user."""
 
     files: Mapping[str, bytes]
     ids: Mapping[str, int | None]
@@ -44,7 +45,7 @@ class ExportedTokenizer:
 
 
 def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedTokenizer:
-    """What an export of ``model`` with the tokenizer of ``source`` will hold. Raises ``UserError`` where that can't be."""
+    """The tokenizer files of an export of ``model``, from ``source``. Raises ``UserError`` if it can't be exported."""
     if source.file is None:
         return _without(source)
     tokenizer = loaded(source.file)
@@ -120,7 +121,7 @@ def _end(tokenizer: HuggingFaceTokenizer, source: TokenizerSource) -> int:
 
 
 def _uncut(original: bytes, content: dict[str, Any]) -> bytes:
-    """tokenizer.json, without a truncation or padding that is stored in it: token files were made without."""
+    """tokenizer.json without its truncation and padding, which token files are made without."""
     if content.get("truncation") is None and content.get("padding") is None:
         return original
     return json.dumps(content | {"truncation": None, "padding": None}, ensure_ascii=False, indent=2).encode()

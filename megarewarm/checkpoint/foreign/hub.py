@@ -12,8 +12,8 @@ from megarewarm.errors import UserError
 def resolve(name_or_folder: str) -> Path:
     """The folder of a checkpoint: the folder itself, or the local copy of the hub's ``organisation/name@revision``.
 
-    The local Hugging Face cache comes first, so that a run starts without a network and from the same files again;
-    what it lacks is downloaded. Raises UserError where neither works.
+    The local Hugging Face cache comes first, so that a run starts without a network and from the same files;
+    missing files are downloaded. Raises ``UserError`` if neither works.
     """
     if Path(name_or_folder).is_dir():
         return Path(name_or_folder)
@@ -34,7 +34,7 @@ def resolve(name_or_folder: str) -> Path:
         try:
             folder = Path(
                 snapshot_download(
-                    repository, revision=revision, allow_patterns=["*.json", *SIDE_FILES, weights], local_files_only=local
+                    repository, revision=revision, allow_patterns=["*.json", "README.md", *SIDE_FILES, weights], local_files_only=local
                 )
             )
         except Exception as error:  # the hub's own errors, and those of whatever carries its requests

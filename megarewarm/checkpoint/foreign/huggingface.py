@@ -1,7 +1,7 @@
 """Hugging Face GPT-NeoX folders, as transformers 4.x and 5.x wrote them: the model's shape and its weights.
 
-Tensor names are NeoX's own with the prefix ``gpt_neox.``; only the head stands outside it, as ``embed_out`` (on disk)
-or ``lm_head`` (in memory of transformers 5).
+Tensor names are NeoX's own with the prefix ``gpt_neox.``; only the head lacks it: ``embed_out`` (on disk) or ``lm_head`` (in
+memory of transformers 5).
 """
 
 from __future__ import annotations
@@ -46,10 +46,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def read_model_config(folder: str | Path) -> tuple[ModelConfig, list[str]]:
-    """The shape in ``folder/config.json``, and notes on what a reader of it may not expect.
-
-    Raises UserError naming the file and key for another model type or a feature NeoX here does not have.
-    """
+    """The shape in ``folder/config.json``, and notes on what a reader of it may not expect. Raises UserError naming the file
+    and key for another model type or a feature NeoX here does not have."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
     if raw.get("model_type") != "gpt_neox":
@@ -131,7 +129,7 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights in ``folder``: safetensors, or else .bin. Raises ``UserError`` where there are none."""
+    """The files that hold the weights in ``folder``: safetensors, or else .bin. Raises ``UserError`` if there are none."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{folder / 'adapter_config.json'}: transformers adds the adapter that it describes to the weights; merge the two "
@@ -175,7 +173,7 @@ class HuggingFaceWeights:
 
     def read(self, name: str) -> Tensor:
         file, stored = self._places[name]
-        # opened anew for each tensor, so that pages of those read before do not stay in memory
+        # reopened for each tensor, so that pages of earlier ones do not stay in memory
         if file.suffix == ".bin":
             return read_pickle(file)[stored]
         with safe_open(file, framework="pt") as opened:
@@ -214,5 +212,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What to say of an error of somebody else's."""
+    """A one-line version of another library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,5 @@
-"""Keys of a Hugging Face ``config.json``, and which of them leave the function of a GPT-NeoX model alone.
-
-From GPTNeoXConfig and the generic configuration class of transformers 4 and 5.
-"""
+"""Keys of a Hugging Face ``config.json``, and which of them leave the function of a GPT-NeoX model alone. From GPTNeoXConfig
+and the generic configuration class of transformers 4 and 5."""
 
 from __future__ import annotations
 

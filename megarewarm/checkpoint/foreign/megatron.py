@@ -100,7 +100,7 @@ class MegatronFolder:
         self._args = _arguments(first)
         self._version = float(first.get("checkpoint_version", 0))
         self._legacy = not any(key.startswith("decoder.") for key in first.get("model") or ())
-        # our name -> [(file, path of keys in it) of each tensor rank]
+        # megarewarm's name -> [(file, path of keys in it) of each tensor rank]
         self._parts: dict[str, list[tuple[Path, tuple[str, ...]]]] = {}
         self._headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         offset = 0
@@ -182,7 +182,7 @@ class MegatronFolder:
         return int(self._headers["layers.0.input_layernorm.weight"][0][0])
 
     def _refuse_other_shapes(self) -> None:
-        """Refuse what 'args' say of positions and heads that is not so here, and shapes that are not those of the tensors."""
+        """Refuse positions and heads in 'args' that NeoX here does not have, and shapes that contradict the tensors."""
         args, heads = self._args, self._args["num_attention_heads"]
         positions = args.get("position_embedding_type")
         if positions not in (None, "rope", "rotary") and not (
@@ -265,7 +265,8 @@ def _tensors(value: Mapping[str, Any], keys: tuple[str, ...]) -> list[tuple[tupl
 
 
 def _our_name(keys: tuple[str, ...], file: Path) -> tuple[str | None, int | None]:
-    """(our name, None) outside the layers, (name within the layer, its number in the file) inside, (None, None) for buffers."""
+    """(megarewarm's name, None) outside the layers, (name within the layer, its number in the file) inside, (None, None) for
+    buffers."""
     dotted = ".".join(keys)
     if _IGNORED.search(dotted):
         return None, None

@@ -1,7 +1,5 @@
-"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX model alone.
-
-From the argument lists of Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel).
-"""
+"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX model alone. From the argument lists of
+Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel)."""
 
 from __future__ import annotations
 

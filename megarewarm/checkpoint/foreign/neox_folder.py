@@ -33,7 +33,7 @@ _MLP = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_h
 
 
 def find(path: Path) -> Path | None:
-    """The ``global_stepN`` folder that ``path`` means: itself, or what ``latest`` in it names; None where it is none."""
+    """The ``global_stepN`` folder that ``path`` means: itself, or what ``latest`` in it names; None if it is none."""
     if _is_checkpoint(path):
         return path
     latest = path / "latest"
@@ -57,7 +57,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def our_name(name: str, layers: int) -> str | None:
-    """Our name of parameter ``N.rest`` (N counts the modules of GPT-NeoX's sequence); None for a buffer."""
+    """megarewarm's name of parameter ``N.rest`` (N counts the modules of GPT-NeoX's sequence); None for a buffer."""
     if _IGNORED.search(name):
         return None
     number, _, rest = name.removeprefix("sequential.").partition(".")
@@ -95,7 +95,7 @@ class NeoXFolder:
         self._settings = _settings(folder)
         self.state: Mapping[str, Any] = read_pickle(self.rank_files[min(self.rank_files)]) if self.rank_files else {}
         self.tensor_ranks = self._count_tensor_ranks()
-        # (our name) -> [(file, key in it) of each tensor rank]
+        # megarewarm's name -> [(file, key in it) of each tensor rank]
         self._parts: dict[str, list[tuple[Path, str]]] = {}
         self._headers: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._rotary_dims: int | None = None
@@ -229,7 +229,8 @@ class NeoXFolder:
         return config, notes
 
     def _agree(self) -> None:
-        """What is recorded has to be what the files hold: those that were not copied, or are of another model, show here."""
+        """Raise ``UserError`` if the recorded settings contradict the files: some were not copied, or belong to another
+        model."""
         settings, args = self._settings, _mapping(self.state.get("args"))
         layers = settings.get("num_layers", args.get("num_layers"))
         if layers is not None and int(layers) != self.layers:
@@ -255,7 +256,7 @@ class NeoXFolder:
     # ---- weights ---------------------------------------------------------------------------------------------------
 
     def names(self, tensor_rank: int) -> list[str]:
-        """Our names of the parameters in the order in which GPT-NeoX registers them."""
+        """megarewarm's names of the parameters in the order in which GPT-NeoX registers them."""
         return [name for name, parts in self._parts.items() if tensor_rank < len(parts)]
 
     def part_shape(self, name: str) -> tuple[int, ...]:
@@ -287,10 +288,8 @@ def _is_first(key: str) -> bool:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores.
-
-    Raises ``UserError`` for keys under which the weights are another function, and where two files contradict each other.
-    """
+    """The run's own YAML files, which GPT-NeoX copies into a checkpoint, merged; dashes read as underscores. Raises
+    ``UserError`` for keys under which the weights are another function, and where two files contradict each other."""
     merged: dict[str, Any] = {}
     places: dict[str, Path] = {}
     beside = sorted(folder.glob("*.y*ml"))  # where published checkpoints have them

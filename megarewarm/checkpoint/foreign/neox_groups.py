@@ -24,7 +24,7 @@ _MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_gro
 
 
 def masters_of(state: Mapping[str, Any]) -> Sequence[Any] | None:
-    """The fp32 masters of a rank by group, each a tensor or several; None where the weights are masters themselves."""
+    """The fp32 masters of a rank by group, each a tensor or several; None if the weights are masters themselves."""
     return next((state[key] for key in _MASTERS if key in state), None)
 
 
@@ -34,7 +34,7 @@ def base_of(state: Mapping[str, Any]) -> Any:
 
 
 def recorded_groups(stored: Any, states: Sequence[Mapping[str, Any]], folder: NeoXFolder) -> list[list[Member]] | None:
-    """The groups as ``param_shapes`` (``stored``) or DeepSpeed's map of slices say them; None where neither is there."""
+    """The groups according to ``param_shapes`` (``stored``) or DeepSpeed's map of slices; None without both."""
     if isinstance(stored, Sequence):
         paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in stored]
         return [
@@ -59,10 +59,8 @@ def recorded_groups(stored: Any, states: Sequence[Mapping[str, Any]], folder: Ne
 
 
 def groups_by_stage(states: Mapping[int, Sequence[Mapping[str, Any]]], folder: NeoXFolder) -> dict[int, list[list[Member]]]:
-    """The groups of every model rank (a pipeline stage's tensor ranks follow each other) where no file says them.
-
-    Raises ``UserError`` where the parameters can't be divided into stages as large as the states are.
-    """
+    """The groups of every model rank (a pipeline stage's tensor ranks follow each other) where no file says them. Raises
+    ``UserError`` where the parameters can't be divided into stages as large as the states are."""
     found = {}
     for tensor_rank in range(folder.tensor_ranks):
         modules = _modules(folder, tensor_rank)

@@ -72,7 +72,7 @@ class NeoXOptimizer:
 
     @property
     def completed_steps(self) -> int | None:
-        """Adam's step count, None where the files don't say. Raises ``UserError`` where parameters have different ones."""
+        """Adam's step count, None if the files don't say. Raises ``UserError`` if parameters have different ones."""
         counts = {count for states in self._states.values() for state in states for count in steps_of(state)}
         if len(counts) > 1:
             raise UserError(
@@ -83,7 +83,7 @@ class NeoXOptimizer:
 
     @property
     def loss_scale(self) -> float | None:
-        """The fp16 loss scale, None where there is none."""
+        """The fp16 loss scale, None if there is none."""
         state = next(iter(self._states.values()))[0]
         scaler = state.get("loss_scaler")
         scale = scaler.get("cur_scale") if isinstance(scaler, InertRecord) else state.get("cur_scale")

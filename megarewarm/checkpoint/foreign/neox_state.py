@@ -1,4 +1,4 @@
-"""The counters of a GPT-NeoX checkpoint in our terms, and its weights in full precision."""
+"""The counters of a GPT-NeoX checkpoint under megarewarm's names, and its weights in full precision."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def with_masters(folder: NeoXFolder, optimizer: NeoXOptimizer) -> Weights:
 
 
 def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimizer | None, list[str]]:
-    """The counters and the optimizer of ``folder``, and notes; nothing of both where there is no optimizer state to read."""
+    """The counters and the optimizer of ``folder``, and notes; None for both if there is no optimizer state to read."""
     has_files = any(file.name.endswith("optim_states.pt") for file in folder.folder.iterdir())
     stored = folder.state.get("optimizer")
     if not has_files and not (isinstance(stored, Mapping) and stored):
@@ -92,7 +92,7 @@ def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimiz
 
 
 def _schedule(saved: Any) -> dict[str, Any]:
-    """What GPT-NeoX's AnnealingLR stored, under our names where they are the same thing."""
+    """GPT-NeoX's stored AnnealingLR, under megarewarm's names where the meaning is the same."""
     if isinstance(saved, InertRecord):
         saved = saved.values
     if not isinstance(saved, Mapping):

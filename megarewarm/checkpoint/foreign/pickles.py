@@ -1,8 +1,8 @@
-"""Reading ``.pt`` files of other programs without running anything in them.
+"""Reading ``.pt`` files of other programs without running code from them.
 
-PyTorch's restricted unpickler builds tensors and plain containers only. What training frameworks pickle beside their tensors
-(loss scalers, argument namespaces, random states) is read as records that hold the values and do nothing; any other name in
-the file is refused, so a file can't choose what runs.
+PyTorch's restricted unpickler builds tensors and plain containers only. Other objects that training frameworks pickle (loss
+scalers, argument namespaces, random states) become inert records of their values; any other name in the file is refused, so
+a file can't choose what runs.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _RECORDS = (
     "signal.Signals",
     "torch.torch_version.TorchVersion",
 )
-# how torch names what it refuses
+# torch's wording of a refused name
 _NAMED_IN_ERROR = re.compile(r"(?:GLOBAL|class|function|global) ['`]?([A-Za-z_][\w.]*\.\w+)")
 
 
 class InertRecord:
-    """Something of another program, as its values: ``values`` where it was an object, ``arguments`` where it was a call."""
+    """An object of another program as plain values: ``values`` if it was an object, ``arguments`` if it was a call."""
 
     name = "?"
 
@@ -104,7 +104,7 @@ def read_pickle(path: Path) -> Any:
             f"{path}: holds {what}, which no checkpoint of GPT-NeoX, DeepSpeed or Megatron-LM needs; nothing in it was run. "
             f"Get the file from a source you trust"
         ) from error
-    except Exception as error:  # what unpicklers raise for bytes that are no pickle has no end
+    except Exception as error:  # unpicklers raise all kinds of errors for bytes that are no pickle
         raise unreadable(path, "PyTorch file", _first_line(error)) from error
     if not isinstance(loaded, Mapping):
         raise unreadable(path, "PyTorch file", f"it holds no mapping but a {type(loaded).__name__}")
@@ -113,7 +113,8 @@ def read_pickle(path: Path) -> Any:
 
 @contextmanager
 def _only(records: list[tuple[type[InertRecord], str]]) -> Iterator[None]:
-    """While it lasts torch takes ``records`` and nothing that another library (transformers, DeepSpeed) told it to trust."""
+    """A context in which torch accepts ``records`` only, not what other libraries (transformers, DeepSpeed) have registered
+    as safe."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(records)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from megarewarm.untrusted import is_name
 
 
 def name_in(pointer: Path) -> str:
-    """The name that the file holds. Raises ``UserError`` where it can be none of something beside that file."""
+    """The name in the file. Raises ``UserError`` if it can't be the name of something beside that file."""
     try:
         with open(pointer, encoding="utf-8") as file:
             name = file.read(1024).strip()

@@ -67,7 +67,7 @@ def is_off(value: Any) -> bool:
 
 
 def require_agreement(where: str, what: str, said: Mapping[str, Any]) -> Any:
-    """The one value that all places of ``said`` give for ``what`` (None where none does). Raises ``UserError`` for two."""
+    """The one value that all places of ``said`` give for ``what`` (None if none does). Raises ``UserError`` for two."""
     given = {place: value for place, value in said.items() if value is not None}
     first = next(iter(given.items()), None)
     for place, value in given.items():

@@ -60,7 +60,7 @@ def part_shape(whole: Sequence[int], ranks: int, sharing: Sharing) -> tuple[int,
 
 
 def require_divisible(name: str, shape: Sequence[int], ranks: int, sharing: Sharing) -> None:
-    """Raise ``UserError`` where ``ranks`` tensor ranks can't share parameter ``name`` evenly."""
+    """Raise ``UserError`` if ``ranks`` tensor ranks can't share parameter ``name`` evenly."""
     if sharing not in ("rows", "columns"):
         return
     size = shape[0 if sharing == "rows" else 1]
@@ -70,10 +70,8 @@ def require_divisible(name: str, shape: Sequence[int], ranks: int, sharing: Shar
 
 
 def split(whole: Tensor, ranks: int, sharing: Sharing, name: str) -> list[Tensor]:
-    """The parts of a parameter for ``ranks`` tensor ranks; ``merge`` gives back the same bits.
-
-    Raises ``UserError`` where the ranks don't divide it.
-    """
+    """The parts of a parameter for ``ranks`` tensor ranks; ``merge`` gives back the same bits. Raises ``UserError`` where
+    the ranks don't divide it."""
     if ranks == 1:
         return [whole]
     if sharing in ("rows", "columns"):

@@ -1,1 +1,1 @@
-"""Checkpoints of our own: counters, tensors, checksums, saving in the background, and which stay."""
+"""Native checkpoints: counters, tensors, checksums, saving in the background, retention."""

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which there are, which is the newest whole one, and which go when another is written."""
+"""The folder of a run's checkpoints: its checkpoints, the newest intact one, and removal after a save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint of ours, whole or not."""
+    """Whether ``path`` is a native checkpoint, intact or not."""
     return (path / STATE_FILE).is_file() or (path / SUMS_FILE).is_file()
 
 
@@ -33,8 +33,8 @@ def newest_whole(
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in ``folder`` of which every byte is as it was written, and a note on each that was passed over.
 
-    ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. None where there are no checkpoints. All
-    ranks call it, unless ``alone``. Raises ``UserError`` where there are some and all are damaged, and where the ranks see
+    ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. None if there are no checkpoints. All
+    ranks call it, unless ``alone``. Raises ``UserError`` if there are some and all are damaged, and where the ranks see
     different ones.
     """
     found = [(step, path) for step, path in checkpoints_in(folder) if (up_to is None or step <= up_to) and counts(path)]
@@ -54,7 +54,7 @@ def newest_whole(
             return checkpoint, [f"{why}: the checkpoint of step {step} is used" for why in damages] + told
         damages.append(damage)
     if damages:
-        raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to begin anew")
+        raise UserError(f"{damages[0]}, and no older checkpoint in {folder} is whole; remove the folder to start over")
     return None, []
 
 
@@ -69,7 +69,7 @@ def _is_older_than_checksums(checkpoint: Path) -> bool:
 
 
 def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
-    """The checkpoint of ours that ``path`` means: itself, or the newest whole one of a run folder, with notes as above."""
+    """The native checkpoint that ``path`` means: itself, or the newest intact one of a run folder, with notes as above."""
     if is_checkpoint(path):
         return path, []
     for folder in (path, path / CHECKPOINTS):
@@ -79,10 +79,10 @@ def locate(path: Path, *, alone: bool = False) -> tuple[Path | None, list[str]]:
 
 
 def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced: int | None = None) -> None:
-    """Remove what need not stay of a run that has come to ``step``. One process calls it. Raises ``OSError``.
+    """Remove checkpoints that retention does not keep, of a run at ``step``. One process calls it. Raises ``OSError``.
 
-    Checkpoints of later steps are damaged ones that the run went back from: they go as well, but for the one that is about to
-    be ``replaced``: it is the newest until then.
+    Checkpoints of later steps are damaged ones that a roll-back has left: they are removed as well, except one that is about
+    to be ``replaced``, which stays the newest until then.
     """
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)
@@ -99,7 +99,7 @@ def remove_superseded(folder: Path, step: int, retention: Retention, *, replaced
 
 
 def _state(checkpoint: Path) -> TrainingState | None:
-    """None where it can't be read."""
+    """None if it can't be read."""
     try:
         return read_state(checkpoint)
     except UserError:

@@ -41,10 +41,8 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
 
 @collective
 def find_damage(checkpoint: Path, *, alone: bool = False) -> str | None:
-    """What is wrong with a checkpoint's files, or None where every byte is as it was written.
-
-    All ranks call it, unless ``alone``: each reads its share of the files, all get the same answer.
-    """
+    """What is wrong with a checkpoint's files, or None where every byte is as it was written. All ranks call it, unless
+    ``alone``: each reads its share of the files, all get the same answer."""
     try:
         sums = read_sums(checkpoint)
         unlisted = sorted(f.name for f in checkpoint.iterdir() if f.is_file() and f.name not in sums and f.name != SUMS_FILE)

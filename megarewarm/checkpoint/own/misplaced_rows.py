@@ -1,7 +1,7 @@
-"""Checkpoints in which revisions up to 98ed75b gave rows of the vocabulary a wrong place, told by the places they name.
+"""Checkpoints in which revisions up to 98ed75b misplaced rows of the vocabulary, recognised by the offsets in their index.
 
-With tensor ranks that don't share the vocabulary evenly, and sharding, each rank saved its shard of the *padded* rows, named
-with the place that torch's rule gives a shard of the rows *without* padding. The files hold every row; only the index is wrong.
+With tensor ranks that don't share the vocabulary evenly, and sharding, each rank saved its shard of the *padded* rows, under
+the offset that torch's rule gives a shard of the rows *without* padding. The files hold every row; only the index is wrong.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def true_places(rows: int, named: Sequence[tuple[int, int]]) -> tuple[list[tuple
 
 
 def _matched(rows: int, named: Sequence[tuple[int, int]], tensor: int, shards: int, shard: int) -> list[tuple[int, int]] | None:
-    """The true places if ``tensor`` x ``shards`` ranks named these, the first of them with ``shard`` rows."""
+    """The true offsets if ``tensor`` x ``shards`` ranks wrote these, the first of them with ``shard`` rows."""
     padded, right = -(-rows // tensor), list[tuple[int, int]]()
     for rank in range(tensor):
         begin = min(rank * padded, rows)
@@ -74,7 +74,7 @@ def _rows(wrong: Sequence[tuple[int, int]], right: Sequence[tuple[int, int]]) ->
 
 
 def mend(metadata: Metadata) -> Misplaced | None:
-    """Write the true places into ``metadata``, and say which rows were misplaced; None where none were."""
+    """Write the true offsets into ``metadata`` and return the misplaced rows, None without any."""
     found: Misplaced | None = None
     for name, entry in metadata.state_dict_metadata.items():
         if not name.endswith((EMBEDDING, HEAD)) or not isinstance(entry, TensorStorageMetadata) or len(entry.size) != 2:

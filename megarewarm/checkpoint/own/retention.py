@@ -12,10 +12,10 @@ from megarewarm.config.grid import Grid
 @dataclass(frozen=True)
 class Retention:
     """``keep_last``: how many of the newest stay. ``for_good``: steps that are never removed; ``keep_every``: nor are its
-    points. ``best_on``: the validation set whose lowest loss stays as well.
+    multiples. ``best_on``: the validation set whose best checkpoint stays as well.
 
     A checkpoint that was written because the run was stopped counts for none of these: it stays while it is the newest, so
-    that a run that was stopped keeps those that the undisturbed one has.
+    that a stopped run keeps the same checkpoints as an uninterrupted one.
     """
 
     keep_last: int
@@ -24,13 +24,13 @@ class Retention:
     best_on: str | None = None
 
     def keeps_for_good(self, step: int) -> bool:
-        """Whether the checkpoint of ``step`` stays however many follow."""
+        """Whether the checkpoint of ``step`` is kept permanently."""
         return step in self.for_good or (
             self.keep_every is not None and (step == 0 or self.keep_every.number(step) is not None)
         )
 
     def staying(self, losses: Mapping[int, float | None], interim: frozenset[int] = frozenset()) -> set[int]:
-        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None where not measured there;
+        """The steps that stay. ``losses``: step of each checkpoint -> its loss on ``best_on``, None if not measured there;
         ``interim``: those that were written because the run was stopped.
 
         The newest always stays; of equally good ones the oldest is the best. A loss that is not finite is none.

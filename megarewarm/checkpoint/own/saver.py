@@ -27,12 +27,12 @@ from megarewarm.parallel.ranks import is_rank_loss
 from megarewarm.record.layout import step_name
 
 _PATIENCE = timedelta(hours=2)  # for a rank whose disk is slower than the others'
-_WORD_EVERY = 1.0  # seconds between words that ranks give each other while they wait for their disks
+_WORD_EVERY = 1.0  # seconds between the reports that ranks exchange while they wait for their disks
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that stands. ``stall``: seconds that training waited for it; ``seconds``: from then until it stood."""
+    """A completed checkpoint. ``stall``: seconds that training waited for it; ``seconds``: from then until it was complete."""
 
     step: int
     path: Path
@@ -41,19 +41,19 @@ class Saved:
 
 
 class Saver:
-    """Writes a run's checkpoints into ``folder``. All ranks make one, at the same moment, and call the same methods.
+    """Writes a run's checkpoints into ``folder``. All ranks make one at the same moment, and call the same methods.
 
-    ``asynchronous``: the copies are kept in host memory (once as much as the tensors take) and used again for each save;
-    otherwise ``save`` returns when the checkpoint stands.
+    ``asynchronous``: keeps copies in host memory (as large as the tensors) and reuses them for each save; otherwise ``save``
+    returns when the checkpoint is complete.
     """
 
     def __init__(self, folder: Path, retention: Retention, *, asynchronous: bool) -> None:
         self._folder, self._retention = folder, retention
-        # a group of its own: its messages may cross those of training, and its tensors are on the CPU
+        # a separate group: its messages may cross those of training, and its tensors are on the CPU
         several = position()[1] > 1
         self._group = new_patient_group(_PATIENCE) if several else None
         self._staging = _Staging() if asynchronous else None
-        # among several ranks always a thread, so that the main one can tell a slow disk from a rank that is gone
+        # with several ranks always a thread, so that the main rank can distinguish a slow disk from a lost rank
         threaded = asynchronous or several
         self._thread = ThreadPoolExecutor(1, "checkpoint", _on_device, (_device(),)) if threaded else None
         self._reserved: Future[None] | None = None
@@ -61,12 +61,13 @@ class Saver:
         self._finished: list[Saved] = []
 
     def reserve(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
-        """Make the buffers for ``tensors`` while training begins, so that the first save need not: fresh memory is slow."""
+        """Allocate the buffers for ``tensors`` while training begins, because new memory is slow and the first save would
+        wait for it."""
         if self._staging is not None and self._thread is not None:
             self._reserved = self._thread.submit(self._staging.reserve, tensors)
 
     def save(self, state: TrainingState, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
-        """Save; a save that is still being written is waited for first. Raises ``UserError`` where the disk refused."""
+        """Save, after a save that is still in progress. Raises ``UserError`` if the disk refused."""
         began = time.perf_counter()
         self.wait()
         if self._reserved is not None:
@@ -84,11 +85,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background has ended in an error, which ``wait`` raises on all ranks."""
+        """Whether the background save failed; ``wait`` raises its error on all ranks."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def finished(self) -> list[Saved]:
-        """The checkpoints that came to stand since this was last called."""
+        """The checkpoints completed since the last call."""
         if self._pending is not None and self._pending.done() and not self.failed:
             self._take()
         found, self._finished = self._finished, []
@@ -96,10 +97,8 @@ class Saver:
 
     @collective
     def wait(self) -> None:
-        """Until no rank is writing. All ranks call it. Raises ``UserError`` where the disk refused.
-
-        The disk may take its time, a rank may not: a word from each must come within the time that training waits for one.
-        """
+        """Wait until no rank is writing. All ranks call it. Raises ``UserError`` if the disk refused. Slow disks are
+        tolerated, silent ranks are not: each rank must report within the timeout of training."""
         while True:
             writing = self._pending is not None and not futures.wait([self._pending], _WORD_EVERY).done
             if not any(all_reduce_sums([writing])):
@@ -115,7 +114,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        """Wait for what is being written, whatever comes of it; not if another rank is lost, for whom it would wait as well."""
+        """Wait for the save in progress, ignoring its result; not if another rank is lost, because that wait would not end."""
         if self._thread is not None:
             self._thread.shutdown(wait=error is None or not is_rank_loss(error))
 
@@ -128,7 +127,7 @@ class Saver:
             on_all_ranks(remove if main else None, OSError, self._group)
 
         try:
-            # before as well: a run that is killed after each of its saves would never come to the other
+            # before the save too: a run that is killed after each of its saves would never remove one
             clean(state.step - 1)
             write(path, state, tensors, self._group)
             clean(state.step)
@@ -142,7 +141,7 @@ class Saver:
 
 
 class _Staging:
-    """Copies in host memory (pinned where there is a GPU), made once and filled anew for every save."""
+    """Copies in host memory (pinned on GPU machines), allocated once and refilled for every save."""
 
     def __init__(self) -> None:
         self._held: Tensors = {}
@@ -163,7 +162,7 @@ class _Staging:
 
 def _in_host_memory(tensor: Tensor | TensorSlice) -> Tensor | TensorSlice:
     part = local(tensor)
-    # written to, not only asked for: the system gives memory when it is first touched
+    # written to, not only requested: the system allocates memory at the first access
     copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda).fill_(0)
     return replace(tensor, local=copy) if isinstance(tensor, TensorSlice) else copy
 
@@ -173,6 +172,6 @@ def _device() -> int | None:
 
 
 def _on_device(device: int | None) -> None:
-    # a thread begins on GPU 0, where every rank of a node would take some memory
+    # a thread starts on GPU 0, where every rank of a node would take some memory
     if device is not None:
         torch.cuda.set_device(device)

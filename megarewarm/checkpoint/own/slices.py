@@ -1,4 +1,4 @@
-"""How a rank's slices are saved and loaded by torch.distributed.checkpoint: where each lies is said, not derived."""
+"""How torch.distributed.checkpoint saves and loads a rank's slices: each offset is explicit, not derived."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megarewarm.parallel.placement import TensorSlice
 
 
 def local(tensor: Tensor | TensorSlice) -> Tensor:
-    """What of ``tensor`` is in this rank's memory."""
+    """The part of ``tensor`` in this rank's memory."""
     return tensor.local if isinstance(tensor, TensorSlice) else tensor
 
 
@@ -42,7 +42,7 @@ def _box(tensor: Tensor | TensorSlice) -> ChunkStorageMetadata:
 
 
 class SlicesToSave(DefaultSavePlanner):
-    """Saves the slices, or whole tensors, of ``tensors``. What several ranks hold alike is written by one of them."""
+    """Saves the slices, or whole tensors, of ``tensors``. Of replicated tensors one rank writes its copy."""
 
     def __init__(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
-"""``state.json``: every counter of a run that is not a tensor, readable by people.
-
-Losses may be NaN or infinite. JSON has no such numbers: they are written as the texts "NaN", "Infinity" and "-Infinity".
-"""
+"""``state.json``: every counter of a run that is not a tensor, readable by people. Losses may be NaN or infinite. JSON has
+no such numbers: they are written as the texts "NaN", "Infinity" and "-Infinity"."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ STATE_FILE = "state.json"
 
 
 class RecentSteps(BaseModel):
-    """What the parts that follow a step keep: losses and gradient norms of the last steps, how many in a row changed nothing,
-    whether a save was due that waits for a step that did, whether the run was stopped before the evaluation after its newest
-    step was whole; and what further parts keep, under keys of their own."""
+    """State of the parts that follow a step: losses and gradient norms of the last steps, the number of skipped steps in a
+    row, whether a planned save waits for a good step, whether the run stopped before an evaluation was complete; further
+    parts add keys of their own."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings", extra="allow")
 
@@ -40,11 +38,11 @@ class _Format(BaseModel):
 class TrainingState(BaseModel):
     """The counters of a run.
 
-    ``step``: completed optimizer steps of the run. ``optimizer_step``: Adam's count. ``schedule_position``: where the schedule
-    stands, counted in its own steps. ``samples``: consumed samples of the data identified by ``data_fingerprint``.
+    ``step``: completed optimizer steps of the run. ``optimizer_step``: Adam's count. ``schedule_position``: the position in the
+    schedule, in its own steps. ``samples``: consumed samples of the data identified by ``data_fingerprint``.
     ``schedule``: the whole curve. ``start_position``: (step, schedule position, samples) at which the run began, so that a
-    resumed run continues all three. ``measured``: validation losses of this very step. ``recent``: what the judgement of the
-    next step depends on. ``keeps``: the lines of the reset table that the checkpoint can give, beside the weights; null for all
+    resumed run continues all three. ``measured``: validation losses at this step. ``recent``: state of the parts that
+    follow a step. ``keeps``: the rows of the reset table that the checkpoint can provide, beside the weights; null for all
     of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
     counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded. ``optimizer``: the
     kind whose state is kept. ``held_out``: the files of each validation set; none where it was not recorded.
@@ -78,12 +76,12 @@ class TrainingState(BaseModel):
 
     @property
     def recent_steps(self) -> RecentSteps:
-        """``recent``, or where it was not recorded a beginning."""
+        """``recent``, or the initial state if it was not recorded."""
         return self.recent or RecentSteps()
 
     @property
     def tokens_counted(self) -> int | None:
-        """``step_tokens``, or where it was not recorded what the lineage says; None where it doesn't."""
+        """``step_tokens``, or else the lineage's count; None without both."""
         if self.step_tokens is not None:
             return self.step_tokens
         steps, tokens = 0, 0
@@ -104,7 +102,7 @@ def read_state(checkpoint: Path) -> TrainingState:
     path = checkpoint / STATE_FILE
     try:
         content = path.read_bytes()
-        # first, for a later format may lack what this one needs
+        # first, because a later format may lack keys that this one needs
         found = _Format.model_validate_json(content).format
         if found > FORMAT:
             raise UserError(f"{path}: format {found} is newer than this megarewarm reads ({FORMAT}); update megarewarm")

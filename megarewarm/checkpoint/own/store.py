@@ -1,7 +1,5 @@
-"""The tensors of our own checkpoints, by torch.distributed.checkpoint: stored by name: any layout loads what any other wrote.
-
-A checkpoint is a folder that appears by a rename once it is whole: tensors, ``state.json``, checksums, all on the disk.
-"""
+"""The tensors of native checkpoints, by torch.distributed.checkpoint, stored by name: any layout loads what any other wrote.
+A checkpoint is a folder that appears by a rename once it is complete: tensors, ``state.json``, checksums, all on the disk."""
 
 from __future__ import annotations
 
@@ -53,13 +51,13 @@ def _quietly_alone() -> Iterator[None]:
 
 
 class _TensorWriter(FileSystemWriter):
-    """torch's writer, which says what the disk said: its own words for a write that fails amid a tensor don't."""
+    """torch's writer, with the system's error message: torch's own omits it for a write that fails within a tensor."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # here, for an exception that is sent to other ranks leaves its cause behind
+            # here, because an exception that is sent to other ranks loses its cause
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -78,8 +76,8 @@ def write(
 ) -> None:
     """Write the checkpoint ``final``. All ranks of ``group`` call it, with ``Tensors`` whose slices make up the wholes.
 
-    What stood there is replaced, after the new one is whole. ``planner`` and ``file_per_tensor``: see ``stream``.
-    Raises ``OSError`` on every rank where the disk refuses on any; what was written of it is removed again.
+    An earlier one is replaced once the new one is complete. ``planner`` and ``file_per_tensor``: see ``stream``.
+    Raises ``OSError`` on every rank if the disk refuses on any; the partial checkpoint is removed.
     """
     rank, ranks = position(group)
     partial = final.with_name(final.name + PARTIAL)
@@ -117,7 +115,7 @@ def write(
                 )
         except dcp.CheckpointException as error:
             raise _cause(error) from error
-        # each rank sums up what it wrote itself: its files may not be visible to others yet
+        # each rank hashes its own files, because the others may not see them yet
         own = f"__{rank}_"
         share = on_all_ranks(lambda: {f.name: sha256(f) for f in partial.iterdir() if f.name.startswith(own)}, OSError, group)
         digests = {name: value for each in gather(share, group) for name, value in (each or {}).items()}
@@ -129,7 +127,8 @@ def write(
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """What a rank failed of: the disk, or a tensor that could not be read; anything else is a defect and stays as it is."""
+    """The failure of a rank as ``OSError``: the disk, or a tensor that could not be read; any other error is a defect and is
+    not converted."""
     for rank, (failure, _) in error.failures.items():
         if isinstance(failure, UserError):
             return failure
@@ -177,10 +176,8 @@ def set_aside(checkpoint: Path, doomed: Path) -> None:
 
 @collective
 def load(checkpoint: Path, tensors: Mapping[str, Tensor | TensorSlice], *, alone: bool = False) -> None:
-    """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen.
-
-    All ranks call it, unless ``alone``.
-    """
+    """Fill ``tensors`` in place from a checkpoint. Raises ``UserError`` naming a tensor that is missing or misshapen. All
+    ranks call it, unless ``alone``."""
     several = not alone and position()[1] > 1
     stored = stored_tensors(checkpoint)
     for name, tensor in tensors.items():
@@ -217,11 +214,11 @@ def stored_tensors(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], torch.d
 
 
 def misplaced_rows(checkpoint: Path) -> Misplaced | None:
-    """The rows of the vocabulary that an old revision gave a wrong place, and which are read where they belong."""
+    """The vocabulary rows that an old revision misplaced, and which are read correctly."""
     try:
         return _read_index(checkpoint)[1]
     except UserError:
-        return None  # who loads a tensor will be told
+        return None  # the loader gets the note
 
 
 def _read_index(checkpoint: Path) -> tuple[Metadata, Misplaced | None]:

@@ -1,7 +1,7 @@
-"""Reading torch.distributed.checkpoint's index of tensors, a pickle, without running anything that it names.
+"""Reading torch.distributed.checkpoint's index of tensors, a pickle, without running code from it.
 
-The unpickler makes records that hold what the file says and do nothing, of classes that live as long as one reading: a pickle
-may set attributes of whatever it gets hold of. From the records the index is built anew, every part of it checked.
+The unpickler makes inert records, of classes that live as long as one reading, because a pickle may set attributes of any
+object it reaches. The index is rebuilt from the records, with every part checked.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NEEDED = {
     "torch": {"Size", *_DTYPES},
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
-    "builtins": {"getattr"},  # how Python before 3.11.4 writes a member of an enumeration
+    "builtins": {"getattr"},  # the form of enumeration members before Python 3.11.4
 }
 _MEMBERS = {"TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT"}
 
@@ -57,7 +57,7 @@ class TensorIndexReader(FileSystemReader):
         super().__init__(folder)
         self._folder = folder
         self.misplaced: Misplaced | None = None
-        """The rows whose places the index names wrongly, which are read where they belong."""
+        """The rows with wrong offsets in the index, which are read correctly."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index. Raises ``pickle.UnpicklingError`` for anything that is none, ``OSError`` where there is no file."""
@@ -65,7 +65,7 @@ class TensorIndexReader(FileSystemReader):
         sizes: dict[str, float] = {info.relative_path: 0 for info in metadata.storage_data.values()}
         for name in sizes:
             file_of = self._folder / name
-            sizes[name] = file_of.stat().st_size if file_of.is_file() else math.inf  # a missing one is told of by its name
+            sizes[name] = file_of.stat().st_size if file_of.is_file() else math.inf  # a missing one is reported by its name
         for info in metadata.storage_data.values():
             if info.offset + info.length > sizes[info.relative_path]:
                 _refuse(f"a tensor lies past the end of {info.relative_path}")
@@ -74,7 +74,7 @@ class TensorIndexReader(FileSystemReader):
 
 @lru_cache(maxsize=1)
 def _mended(content: bytes) -> tuple[Metadata, Misplaced | None]:
-    """The index, not to be changed. Kept: a large one takes seconds, and who reads tensors one by one asks for it each time."""
+    """The index, read-only. Cached, because a large one takes seconds and readers of single tensors ask for it each time."""
     metadata = read_index(io.BytesIO(content))
     return metadata, mend(metadata)
 
@@ -87,13 +87,13 @@ def read_index(file: Any) -> Metadata:
         return _metadata(_Unpickler(io.BytesIO(content)).load())
     except OSError:
         raise
-    except Exception as error:  # what Python's unpickler raises for bytes that are no pickle has no end
+    except Exception as error:  # Python's unpickler raises all kinds of errors for bytes that are no pickle
         kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
         raise pickle.UnpicklingError(f"{kind}{one_line(str(error))}") from error
 
 
 def _check_sizes(content: bytes) -> None:
-    """Python's unpickler makes room for the number of a memo and the length of a text before it looks at what there is."""
+    """Python's unpickler allocates memory for memo numbers and text lengths before it checks them."""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and isinstance(argument, int) and argument > len(content):
             _refuse(f"it numbers an object {argument}, in {len(content)} bytes")

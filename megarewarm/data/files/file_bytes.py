@@ -17,15 +17,13 @@ import numpy.typing as npt
 from megarewarm.data.files.open_files import OPEN_FILES, kept
 from megarewarm.errors import UserError
 
-_WAITS = (0.5, 2.0)  # seconds before a read that failed is tried again: a network's disks fail for moments
+_WAITS = (0.5, 2.0)  # seconds before a failed read is repeated: network disks fail for moments
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.bin")
 
 
 class FileBytes:
-    """A file for reading at any place, from any thread. It must not change as long as the object is there.
-
-    A read that the disk refuses is tried again after a moment, with a warning; then it raises ``UserError``.
-    """
+    """A file for reading at any place, from any thread. It must not change while the object exists. A read that the disk
+    refuses is repeated after a moment, with a warning; then it raises ``UserError``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +32,7 @@ class FileBytes:
         self._state = status.st_size, status.st_mtime_ns
         self._number = kept(self)
         with self._descriptor():
-            pass  # a file that can't be opened is told of now
+            pass  # report a file that can't be opened at once
 
     def _descriptor(self) -> AbstractContextManager[int]:
         return OPEN_FILES.descriptor(self._number, self.path, self._state)
@@ -51,7 +49,7 @@ class FileBytes:
             with self._descriptor() as descriptor:
                 data = b"".join(map(os.pread, itertools.repeat(descriptor), sizes, offsets.tolist()))
         except OSError:
-            data = b""  # one by one, then, each with its further tries
+            data = b""  # one by one, each with its own retries
         if len(data) != sum(sizes):  # something is missing, or was too long for one request
             data = b"".join(map(self.raw, offsets.tolist(), sizes))
         return np.frombuffer(data, dtype)
@@ -122,7 +120,7 @@ AnyBytes = FileBytes | JoinedBytes
 def find_bin(prefix: str) -> list[Path]:
     """``prefix.bin``, or else its shards ``prefix-KKKKK-of-NNNNN.bin`` in their order; [] where there is neither.
 
-    Shards are counted up to N - 1, or up to N as Pythia's are. Raises ``UserError`` where one is missing, or there are those
+    Shards are counted up to N - 1, or up to N as Pythia's are. Raises ``UserError`` if one is missing, or there are those
     of two divisions.
     """
     whole = Path(f"{prefix}.bin")
@@ -148,7 +146,7 @@ def find_bin(prefix: str) -> list[Path]:
 
 
 def open_bin(prefix: str) -> AnyBytes | None:
-    """The bytes of ``prefix.bin``, whole or in shards; None where there are none. Raises as ``find_bin``."""
+    """The bytes of ``prefix.bin``, whole or in shards; None if there are none. Raises as ``find_bin``."""
     files = find_bin(prefix)
     if not files:
         return None

@@ -1,7 +1,5 @@
-"""Whether a token file still holds what it held: recorded in checkpoints, compared by whoever reads on in its data.
-
-Neither size nor time of change says that: both are often kept where contents change, and change where contents are copied.
-"""
+"""Whether a token file's contents are unchanged: recorded in checkpoints, compared by runs that continue in its data. Size
+and modification time don't tell: both often stay when contents change, and change when contents are copied."""
 
 from __future__ import annotations
 
@@ -12,12 +10,9 @@ from megarewarm.data.files.token_file import TokenFile
 
 
 class FileIdentity(BaseModel):
-    """What is known of a token file's contents.
-
-    ``fingerprint`` and ``checksum``: those of ``TokenFile``; the first is of samples above 4 MiB, the second of samples of the
-    ids above 256 MiB. ``sha256``: of the whole .bin, as its manifest says. (Earlier versions know the fingerprint only; null
-    where nothing is known.)
-    """
+    """The recorded identity of a token file's contents. ``fingerprint`` and ``checksum``: those of ``TokenFile``; the first
+    is of samples above 4 MiB, the second of samples of the ids above 256 MiB. ``sha256``: of the whole .bin, from its
+    manifest. (Earlier versions recorded the fingerprint only; null if unknown.)"""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,11 +22,11 @@ class FileIdentity(BaseModel):
     sha256: str | None = None
 
     def agrees_with(self, other: FileIdentity) -> bool:
-        """Whether nothing that is known of both says that they are different tokens."""
+        """Whether no recorded value of both shows different tokens."""
         return self.differing(other) is None
 
     def differing(self, before: FileIdentity) -> str | None:
-        """What is known to be different from ``before``, in words; None where nothing is."""
+        """A description of a known difference from ``before``; None without any."""
         for what in ("fingerprint", "checksum", "sha256"):
             was, now = getattr(before, what), getattr(self, what)
             if was is not None and now is not None and was != now:
@@ -40,7 +35,7 @@ class FileIdentity(BaseModel):
 
 
 def identity_of(file: TokenFile) -> FileIdentity:
-    """Of an opened file. Reads up to 256 MiB of it. Raises ``UserError`` where the manifest beside it is another file's."""
+    """Of an opened file. Reads up to 256 MiB of it. Raises ``UserError`` if the manifest beside it is another file's."""
     sums = (manifest_of(file.path) or {}).get("sha256")
     sha256 = sums.get("bin") if isinstance(sums, dict) else None
     return FileIdentity(

@@ -61,10 +61,8 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """Open and check an .idx. Raises ``UserError`` for another format and for an inconsistent or damaged file.
-
-    A document index that is ``[0]``, as GPT-NeoX's merging tool leaves it, is tolerated with a warning.
-    """
+    """Open and check an .idx. Raises ``UserError`` for another format and for an inconsistent or damaged file. A document
+    index that is ``[0]``, as GPT-NeoX's merging tool leaves it, is tolerated with a warning."""
     size = path.stat().st_size
     file = FileBytes(path)
     head = file.read(0, min(size, HEADER.size), "u1").tobytes()

@@ -1,4 +1,4 @@
-"""What is in a token file, for people: the lengths of its documents, its invariants, and what differs between two."""
+"""The contents of a token file for display: the lengths of its documents, its invariants, and differences between two."""
 
 from __future__ import annotations
 
@@ -103,10 +103,8 @@ def _verify_manifest(file: TokenFile) -> list[str]:
 
 
 def first_difference(one: str, other: str, dtype: str | None = None) -> str | None:
-    """What first differs between two token files, in words; None where they hold the same documents of the same ids.
-
-    ``dtype``: of the ids in bare files.
-    """
+    """What first differs between two token files, in words; None if they hold the same documents of the same ids. ``dtype``:
+    of the ids in bare files."""
     a, b = open_tokens(one, dtype=dtype), open_tokens(other, dtype=dtype)
     if a.num_documents != b.num_documents:
         return f"{a.num_documents:,} documents in {one}, {b.num_documents:,} in {other}"

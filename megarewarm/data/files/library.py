@@ -1,4 +1,4 @@
-"""The token files of a run: each is opened once, and its ids are checked once, whatever reads it."""
+"""The token files of a run: each is opened and its ids are checked once, for all readers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from megarewarm.errors import UserError
 
 
 class TokenFiles:
-    """The files that a run with this ``data`` section reads, for a model with ``vocab_size`` ids.
-
-    Training sources, replays and validation sets share one object per file, and so its index, checksums and descriptor.
-    """
+    """The files that a run with this ``data`` section reads, for a model with ``vocab_size`` ids. Training sources, replays
+    and validation sets share one object per file, and so its index, checksums and descriptor."""
 
     def __init__(self, data: DataConfig, vocab_size: int) -> None:
         self.data = data
@@ -34,16 +32,14 @@ class TokenFiles:
         return self._by_name[path, dtype]
 
     def check(self, file: TokenFile) -> None:
-        """Raise ``UserError`` where the ids of an opened file lie outside of the vocabulary (``check_vocabulary``)."""
+        """Raise ``UserError`` if the ids of an opened file lie outside of the vocabulary (``check_vocabulary``)."""
         if file not in self._checked:
             file.check_vocabulary(self.vocab_size)
             self._checked.add(file)
 
     def view(self, source: Source) -> TokenView:
-        """The tokens of a source, or of its part of a split, checked. Raises ``UserError``.
-
-        Splits follow Megatron-LM's rounding in the ``megatron`` order, else GPT-NeoX's, whose data they are to fit.
-        """
+        """The tokens of a source, or of its part of a split, checked. Raises ``UserError``. Splits follow Megatron-LM's
+        rounding in the ``megatron`` order, else GPT-NeoX's, whose data they are to fit."""
         file = self.open(source.path, source.dtype)
         self.check(file)
         return part_of(file, source, self.data)

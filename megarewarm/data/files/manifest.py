@@ -1,4 +1,4 @@
-"""What the manifest beside a token file says of how it was made: by which tokenizer, and what ends its documents."""
+"""The manifest beside a token file: its tokenizer, and the token that ends its documents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Made:
 
 
 def manifest_of(path: Path) -> dict[str, Any] | None:
-    """The manifest of the token file ``path`` (the .bin, or what its shards are called); None where there is none, or something
+    """The manifest of the token file ``path`` (the .bin, or what its shards are called); None if there is none, or something
     else is called so. Raises ``UserError`` for one that counts other tokens: either file may be cut off, or another's."""
     manifest = path.with_suffix(".json")
     try:
@@ -47,7 +47,7 @@ def manifest_of(path: Path) -> dict[str, Any] | None:
 
 
 def made_by(path: Path) -> Made | None:
-    """How the token file ``path`` (the .bin) was made, as far as its manifest says."""
+    """The origin of the token file ``path`` (the .bin), as far as its manifest records it."""
     said = manifest_of(path)
     try:
         tokenizer = TokenizerIdentity.model_validate((said or {})["tokenizer"])

@@ -43,7 +43,7 @@ def merge_token_files(
     refuse_other_tokenizers(made)
     narrow = all(file.dtype.itemsize <= 2 and file.dtype.kind == "u" for file in files)
     with TokenFileWriter(output, np.uint16 if narrow else np.int32, overwrite=overwrite) as writer:
-        # what is said of an older output of that name will not hold any more
+        # an older output's manifest no longer applies
         manifest = Path(f"{output}.json")
         for file in files:
             for first, last in _blocks(file):

@@ -1,4 +1,4 @@
-"""How many files are open at once: a blend may have thousands of sources, a process often no more than 1,024 files."""
+"""A pool of open files: a blend may have thousands of sources, a process often no more than 1,024 files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ _MOST = 4096
 
 class OpenFiles:
     """Files of which at most ``most`` are open: who was not read for longest is closed, and opened again when it is read.
-
-    Any thread may use it. A file that is being read stays open.
-    """
+    Any thread may use it. A file that is being read stays open."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -31,15 +29,13 @@ class OpenFiles:
         self._lock = threading.RLock()  # a file may be forgotten, by the garbage collector, amid any statement below
 
     def number(self) -> int:
-        """What a file is called here."""
+        """The file's name in messages."""
         return next(self._numbers)
 
     @contextmanager
     def descriptor(self, number: int, path: Path, state: tuple[int, int]) -> Iterator[int]:
-        """An open descriptor of ``path``. ``state``: (size, time of change in ns) when it was opened first.
-
-        Raises ``UserError`` where the file is another one by now, or gone.
-        """
+        """An open descriptor of ``path``. ``state``: (size, time of change in ns) when it was opened first. Raises
+        ``UserError`` if the file is another one by now, or gone."""
         with self._lock:
             descriptor = self._open.get(number)
             if descriptor is None:
@@ -56,7 +52,7 @@ class OpenFiles:
                 self._in_use[number] -= 1
 
     def forget(self, number: int) -> None:
-        """Close a file that nobody will read again."""
+        """Close a file that will not be read again."""
         with self._lock:
             self._in_use.pop(number, None)
             descriptor = self._open.pop(number, None)

@@ -1,7 +1,5 @@
-"""Token files: reading and writing of .bin/.idx pairs (GPT-NeoX, Megatron-LM), reading of bare .bin files of ids.
-
-The .bin holds the ids of all documents one after the other and nothing else; index_file.py describes the .idx.
-"""
+"""Token files: reading and writing of .bin/.idx pairs (GPT-NeoX, Megatron-LM), reading of bare .bin files of ids. The .bin
+holds the ids of all documents one after the other and nothing else; index_file.py describes the .idx."""
 
 from __future__ import annotations
 
@@ -106,19 +104,15 @@ class TokenFile:
         return self.read(start, int(self.document_sizes(document, document + 1)[0]))
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Flat tokens [start, start + length), (length,) in the file's dtype, read-only.
-
-        Raises ``IndexError`` outside of the file, ``UserError`` where the file has become shorter since it was opened.
-        """
+        """Flat tokens [start, start + length), (length,) in the file's dtype, read-only. Raises ``IndexError`` outside of
+        the file, ``UserError`` where the file has become shorter since it was opened."""
         if start < 0 or length < 0 or start + length > self.total_tokens:
             raise IndexError(f"{self.path} has {self.total_tokens} tokens, asked for {length} from {start}")
         return self._bytes.read(start * self.dtype.itemsize, length, self.dtype)
 
     def read_pieces(self, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> np.ndarray:
         """Flat tokens [start, start + length) of each pair, one after another, (sum of lengths,) in the file's dtype.
-
-        Read-only. Raises as ``read`` does.
-        """
+        Read-only. Raises as ``read`` does."""
         if starts.size and (
             int(starts.min()) < 0 or int(lengths.min()) < 0 or int((starts + lengths).max()) > self.total_tokens
         ):
@@ -140,7 +134,7 @@ class TokenFile:
         return self.document_starts(0, self.num_documents)
 
     def document_index(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """The document index, which groups sequences and which nothing here uses: (number of the first entry, entries)."""
+        """The document index, which groups sequences and which training does not use: (number of the first entry, entries)."""
         if self._index is not None:
             yield from self._index.documents()
 
@@ -309,7 +303,7 @@ class TokenFileWriter:
     To be used in a ``with`` statement. The files get their names only at a clean exit, complete and synced to the disk;
     after an exception nothing is left. Memory: 4 bytes per document.
 
-    ``dtype`` is uint16 or int32 (``dtype_for``). Raises ``UserError`` where the files exist and ``overwrite`` is False,
+    ``dtype`` is uint16 or int32 (``dtype_for``). Raises ``UserError`` if the files exist and ``overwrite`` is False,
     at entry and again before they get their names.
     """
 

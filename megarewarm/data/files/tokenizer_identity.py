@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same ids: what of a tokenizer.json decides that, and what manifests record of it."""
+"""Whether two tokenizers give the same ids: the relevant parts of a tokenizer.json, and what manifests record of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _WITHOUT_EFFECT = ("version", "truncation", "padding", "post_processor", "decode
 
 
 class TokenizerIdentity(BaseModel):
-    """What decides the ids that a tokenizer gives.
+    """The parts of a tokenizer that determine its ids.
 
-    ``fingerprint``: of everything (sha256, hex). ``function``: of everything but the added tokens, whatever the form of the
-    file; ``added``: those, each with its id and the flags that matter. None in manifests of earlier versions.
+    ``fingerprint``: of everything (sha256, hex). ``function``: of everything but the added tokens, independent of the file's
+    form; ``added``: those, each with its id and the flags that matter. None in manifests of earlier versions.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -32,10 +32,8 @@ class TrainingBatches:
         return self._rows.read(first_sample, count)
 
     def share(self, first_sample: int, global_batch: int, rank: int, world: int) -> npt.NDArray[np.int64]:
-        """A rank's rows [rank B/W, (rank + 1) B/W) of the global batch of B that starts at ``first_sample``.
-
-        (B/W, s + 1) int64; the ranks' shares in their order are ``rows(first_sample, B)``, whatever their number.
-        """
+        """A rank's rows [rank B/W, (rank + 1) B/W) of the global batch of B that starts at ``first_sample``. (B/W, s + 1)
+        int64; the ranks' shares in their order are ``rows(first_sample, B)``, whatever their number."""
         if global_batch % world or not 0 <= rank < world:
             raise ValueError(f"no share of rank {rank} of {world} in a global batch of {global_batch} sequences")
         self._check_range(first_sample, global_batch)
@@ -73,10 +71,10 @@ class TrainingBatches:
         return found
 
     def fingerprint(self, before: int | None = None) -> str:
-        """32 hex digits of all that decides which tokens stand at which position: files, splits, weights, order, seed.
+        """32 hex digits of everything that determines the tokens at each position: files, splits, weights, order, seed.
 
-        Of the positions [0, ``before``) (None: all): a switch of the blend that comes later has no part in it. In the
-        ``permuted`` order it doesn't depend on the length of the run; in the others on their number of epochs.
+        Of the positions [0, ``before``) (None: all): later switches of the blend have no part in it. In the ``permuted``
+        order it doesn't depend on the length of the run; in the others on their number of epochs.
         """
         return self._mixture.fingerprint(self.total_samples if before is None else before)
 

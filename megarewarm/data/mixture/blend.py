@@ -33,7 +33,7 @@ _MANY = 512  # sources from which on numpy's loop over them is faster than block
 
 
 class AnyBlend(Protocol):
-    """Which source, and which of its samples, stands at a position. A source's samples come in their order, from 0 on."""
+    """The source, and its sample, at each position. A source's samples come in their order, from 0 on."""
 
     def locate(self, positions: npt.ArrayLike) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """(source, index within source) of positions >= 0, each of the shape of ``positions``."""
@@ -43,10 +43,10 @@ class AnyBlend(Protocol):
 
 
 def normalised(weights: Sequence[float], order: Order) -> list[float]:
-    """``weights`` over their sum, in float64, as the trainer of ``order`` adds them up: the last bits decide at ties.
+    """``weights`` over their sum, in float64, summed as the trainer of ``order`` does, because the last bits decide at ties.
 
-    Megatron-LM takes numpy's sum, which adds in pairs from 8 numbers on; GPT-NeoX adds from left to right, and so do we. Both
-    divide once more by numpy's sum before they blend: ``greedy_blend`` does.
+    Megatron-LM takes numpy's sum, which adds in pairs from 8 numbers on; GPT-NeoX adds from left to right, and so does
+    megarewarm. Both divide again by numpy's sum before they blend: ``greedy_blend`` does.
     """
     if order == "megatron":
         values = np.array(weights, np.float64)
@@ -60,8 +60,8 @@ def normalised(weights: Sequence[float], order: Order) -> list[float]:
 def greedy_blend(weights: Sequence[float], size: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
     """The first ``size`` picks of the rule in float64, bit for bit those of GPT-NeoX and Megatron-LM.
 
-    Returns (source, index within source), each (size,). ``weights`` are shares that the trainer has ``normalised`` already; as
-    in both trainers, they are divided by numpy's sum of them once more.
+    Returns (source, index within source), each (size,). ``weights`` are shares that the trainer has ``normalised`` already;
+    as in both trainers, they are divided by numpy's sum of them again.
     """
     shares = np.array(weights, np.float64)
     source = _greedy(shares / shares.sum(), 1, size)

@@ -15,10 +15,8 @@ from megarewarm.errors import UserError
 
 
 class BlendedRows:
-    """Rows out of several sources: ``blend`` says of which source, and which sample of it, each position is.
-
-    ``names`` and ``samples`` have one entry per source. Rows are checked against ``vocab_size`` when they are read.
-    """
+    """Rows out of several sources: ``blend`` says of which source, and which sample of it, each position is. ``names`` and
+    ``samples`` have one entry per source. Rows are checked against ``vocab_size`` when they are read."""
 
     def __init__(self, names: Sequence[str], samples: Sequence[Samples], blend: AnyBlend, vocab_size: int) -> None:
         self.names = list(names)

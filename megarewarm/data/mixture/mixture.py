@@ -40,8 +40,8 @@ class Mixture:
     shares: list[list[int | str | None]]
 
     def fingerprint(self, before: int) -> str:
-        """32 hex digits of all that decides which tokens stand at the positions [0, ``before``); later phases have no part in
-        it. See ``TrainingBatches.fingerprint``."""
+        """32 hex digits of everything that determines the tokens at the positions [0, ``before``); later phases have no part
+        in it. See ``TrainingBatches.fingerprint``."""
         begun = max(1, sum(first < before for first in self.firsts))
         known = 1 + max(i for shares in self.shares[:begun] for i, share in enumerate(shares) if share is not None)
         later = [[first, shares[:known]] for first, shares in zip(self.firsts[1:begun], self.shares[1:begun], strict=True)]
@@ -104,7 +104,7 @@ def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: 
 
 
 def source_names(sources: Sequence[AnySource]) -> list[str]:
-    """The sources' names, else their files'. Raises ``UserError`` where two are the same."""
+    """The sources' names, else their files'. Raises ``UserError`` if two are the same."""
     names = [source.name or Path(source.path.removesuffix(".bin").removesuffix(".idx")).name for source in sources]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -130,16 +130,14 @@ def _wanted(
     places: Sequence[npt.NDArray[np.int64]],
     sources: int,
 ) -> list[int]:
-    """Samples that GPT-NeoX or Megatron-LM would ask each source for, which decides its epochs.
-
-    Both ask each source of a blend for half a percent more than its share.
-    """
+    """Samples that GPT-NeoX or Megatron-LM would ask each source for, which decides its epochs. Both ask each source of a
+    blend for half a percent more than its share."""
     if len(phases) == 1 and len(phases[0].sources) == 1 and not data.blend_of_one:
         return [lengths[0]]
     wanted = [0] * sources
     for phase, length, mine in zip(phases, lengths, places, strict=True):
         weights = [each.weight for each in phase.sources]
-        # shares already? To divide them once more could change their last bit, and by it the epochs
+        # shares already? A second division could change their last bit, and by it the epochs
         shares = weights if math.isclose(math.fsum(weights), 1.0, rel_tol=1e-12) else normalised(weights, data.order)
         for share, place in zip(shares, mine.tolist(), strict=True):
             if data.order == "neox":

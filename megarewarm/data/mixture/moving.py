@@ -15,7 +15,7 @@ class MovingWindows(WindowSet):
     """A set of ``evaluations`` slices of floor(tokens / s) windows each, in the order ``data.order`` gives them.
 
     The order is that of a training run of that many samples, with ``data.seed``; ``max_epochs`` of the sources holds.
-    Raises ``UserError`` where not one whole window is asked for, and for files that can't be read.
+    Raises ``UserError`` if not one whole window is asked for, and for files that can't be read.
     """
 
     def __init__(self, config: ValidationSet, files: TokenFiles, evaluations: int) -> None:

@@ -1,4 +1,4 @@
-"""Phases of a run: from some sample on, other sources or other shares. What is in two blends goes on where it was."""
+"""Phases of a run: from some sample on, other sources or other shares. A source in two blends continues where it was."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ class Phase:
 
 
 def all_sources(phases: Sequence[Phase]) -> tuple[list[AnySource], list[npt.NDArray[np.int64]]]:
-    """Every source once, in the order of first appearance, and for each phase the places of its own among them.
-
-    A source is the same in two phases if nothing but its share differs. Raises ``UserError`` where its 'max_epochs' does.
-    """
+    """Every source once, in the order of first appearance, and for each phase the places of its own among them. A source is
+    the same in two phases if nothing but its share differs. Raises ``UserError`` if its 'max_epochs' does."""
     found: list[AnySource] = []
-    known: dict[str, list[int]] = {}  # where each stream stands in ``found``: more than once, where it is listed twice
+    known: dict[str, list[int]] = {}  # the places of each stream in ``found``: several, if it is listed twice
     places: list[npt.NDArray[np.int64]] = []
     for phase in phases:
         mine = []

@@ -41,10 +41,8 @@ class Slice:
 
 
 class WindowSet:
-    """A validation set, of which each evaluation reads ``num_windows`` windows, ``num_tokens`` tokens whose loss it measures.
-
-    ``files``: what each source's file holds; ``notes``: what a user must know of the set.
-    """
+    """A validation set, of which each evaluation reads ``num_windows`` windows, ``num_tokens`` tokens whose loss it
+    measures. ``files``: what each source's file holds; ``notes``: what a user must know of the set."""
 
     def __init__(self, config: ValidationSet, rows: BlendedRows, num_windows: int) -> None:
         self.name, self.role, self.when = config.name, config.role, config.when

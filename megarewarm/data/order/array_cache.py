@@ -31,10 +31,10 @@ KEPT = 20  # entries; of more, the least recently used ones go
 
 
 def cached(key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """``make()``, or what an earlier call with an equal ``key`` (JSON values) has made, read-only and mapped from the disk.
+    """``make()``, or the result of an earlier call with an equal ``key`` (JSON values), read-only and mapped from the disk.
 
-    Of several processes that ask at once, one makes the arrays and the others wait for it. Where the cache can't be used, it
-    says so once and the arrays are made in memory.
+    Of several processes that ask at once, one makes the arrays and the others wait for it. If the cache can't be used, it
+    warns once and the arrays are made in memory.
     """
     name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=16).hexdigest()
     made: Arrays | None = None
@@ -61,7 +61,7 @@ def cached(key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
 
 
 def cache_folder() -> Path | None:
-    """Where entries lie; None where the cache is turned off."""
+    """The folder of entries; None if the cache is turned off."""
     chosen = os.environ.get("MEGAREWARM_CACHE")
     if chosen is None:
         return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "megarewarm" / "orders"
@@ -77,7 +77,7 @@ def home() -> Path:
 
 
 def _read(entry: Path) -> Arrays | None:
-    """The arrays of an entry; None where there is none, or where a byte of it is not as it was written."""
+    """The arrays of an entry; None if there is none, or where a byte of it is not as it was written."""
     try:
         told = json.loads((entry / "arrays.json").read_text(encoding="utf-8"))
         if not isinstance(told, dict) or not all(map(is_name, told)):
@@ -118,7 +118,7 @@ def _write(entry: Path, arrays: Arrays) -> None:
 
 
 def _drop_old(folder: Path) -> None:
-    """Whoever still uses a removed entry keeps it until it ends: a mapped file stays until then."""
+    """Remove an entry; processes that use it keep their mapped files until they end."""
     entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     for entry in entries[:-KEPT]:
         shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a lineage keeps of an order of samples: enough to find any of them again in the same file."""
+"""A lineage's record of an order of samples: enough to find any of them again in the same file."""
 
 from __future__ import annotations
 

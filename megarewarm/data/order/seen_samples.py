@@ -63,7 +63,7 @@ class SeenSource:
         return replace(self, weight=weight)
 
     def open(self, files: TokenFiles) -> SeenSamples:
-        """The samples. Raises ``UserError`` where the file is gone or another one, or the sequences are of another length."""
+        """The samples. Raises ``UserError`` if the file is gone or another one, or the sequences are of another length."""
         sequence_length = files.data.sequence_length
         for order in (part.order for part in self.parts):
             if order.sequence_length != sequence_length:

@@ -2,7 +2,7 @@
 
 GPT-NeoX and Megatron-LM write down document and offset of every sample. Here the place is found when a sample is read: for
 every 32nd document the tokens before it are known (int64), and for each document its size in 16 bits; the few of 65535 tokens
-or more stand in a table of their own. With the order itself that is 6.25 bytes for each document.
+or more are in a table of their own. With the order itself that is 6.25 bytes for each document.
 """
 
 from __future__ import annotations
@@ -63,10 +63,8 @@ class ShuffledDocuments:
     def pieces(
         self, tokens: npt.NDArray[np.int64], length: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(row, offset, length) of the parts of documents that make up the runs of ``length`` tokens from ``tokens`` (n,) on.
-
-        One run after another; the lengths of n of them sum to n x ``length``.
-        """
+        """(row, offset, length) of the parts of documents that make up the runs of ``length`` tokens from ``tokens`` (n,)
+        on. One run after another; the lengths of n of them sum to n x ``length``."""
         (first, last), (begin, end) = self.locate(np.stack([tokens, tokens + length - 1]))
         counts = last - first + 1
         starts = np.cumsum(counts) - counts

@@ -54,7 +54,7 @@ _TEST_FILE = re.compile(r"test_.*\.py|.*_tests?\.py|conftest\.py")
 
 @dataclass
 class Prepared:
-    """What stands in the folder. ``outputs``: counts by name (``prose_train`` ...); ``notes``: lines to be shown."""
+    """The contents of the folder. ``outputs``: counts by name (``prose_train`` ...); ``notes``: lines to be shown."""
 
     tokenizer: Path
     vocab_size: int
@@ -78,8 +78,8 @@ def prepare_corpora(
     Exact duplicates are removed within a corpus; then the hash of a document decides whether it is held out, so the two
     parts are disjoint and the same on every machine that has the same text. The text stays in FOLDER/text.
 
-    Each step is recorded in FOLDER/prepared.json with its parameters when it is complete; what stands with the same
-    parameters is kept. Files of the user that have changed are read again. Installed packages are not: all runs of
+    Each step is recorded in FOLDER/prepared.json with its parameters when it is complete; files with the same
+    parameters are kept. Files of the user that have changed are read again. Installed packages are not: all runs of
     an experiment see the same data, though torch may be upgraded in between. To be called by one process at a time.
     Raises ``UserError``.
     """
@@ -166,10 +166,8 @@ def _source_files(root: Path) -> Iterator[Path]:
 
 
 def _parse_files(paths: Sequence[Path]) -> Generator[tuple[list[str], str] | None, None, None]:
-    """``split_source`` of each file in order, or None. Reads ahead no further than the pipes of the processes hold.
-
-    Separate programs rather than forks: the caller may hold threads and a GPU, and may not be importable as a module.
-    """
+    """``split_source`` of each file in order, or None. Reads ahead no further than the pipes of the processes hold. Separate
+    programs rather than forks: the caller may hold threads and a GPU, and may not be importable as a module."""
     processes = min(len(os.sched_getaffinity(0)), 8)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
@@ -236,7 +234,7 @@ class _Record:
         return all(path.is_file() and path.stat().st_size == size for path, size in files)
 
     def forget(self, step: str) -> None:
-        """To be called before a step's files are touched."""
+        """Call it before a step's files are changed."""
         for part in self.folder.glob(f"{step}*{PART}"):  # of a run that was killed
             part.unlink()
         if self.steps.pop(step, None) is not None:
@@ -418,7 +416,7 @@ def _text_key(corpus: Corpus, fraction: float) -> str:
     source, limit = corpus
     if isinstance(source, str):
         return _key(_FORMAT, source, limit, fraction)
-    paths = Documents(source).paths  # refuses what is not there
+    paths = Documents(source).paths  # refuses missing files
     known = [(path.resolve(), path.stat()) for path in paths]
     # with the time of change beside that of the contents, which copying often sets to an older one
     files = [(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns) for path, status in known]

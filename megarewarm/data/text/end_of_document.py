@@ -1,4 +1,4 @@
-"""Which token ends a document: one that the tokenizer itself says is special, never a word that merely looks like an end."""
+"""The token that ends a document: one that the tokenizer marks as special, never a word that merely looks like an end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 8  # special tokens that a message names
 
 @dataclass(frozen=True)
 class End:
-    """The token that ends documents, and by what it was chosen, in words."""
+    """The token that ends documents, and a description of how it was chosen."""
 
     id: int
     token: str
@@ -42,23 +42,22 @@ class Beside:
     settings: Mapping[str, Any]
 
     def named(self, role: str) -> str | None:
-        """The token of a role, such as ``eos_token``; None where none is given."""
+        """The token of a role, such as ``eos_token``; None if none is given."""
         value = self.settings.get(role)
         value = value.get("content") if isinstance(value, dict) else value
         return value if isinstance(value, str) else None
 
     @property
     def special(self) -> set[str]:
-        """Tokens that are said to be special."""
+        """Tokens that are marked as special."""
         added = self.settings.get("added_tokens_decoder")
         entries = added.values() if isinstance(added, dict) else ()
         return {str(entry.get("content")) for entry in entries if isinstance(entry, dict) and entry.get("special")}
 
 
 def beside(path: Path) -> Beside:
-    """What lies beside the tokenizer file ``path``, if that is named as transformers names it.
-
-    Raises ``UserError`` for a file that can't be read."""
+    """The files beside the tokenizer file ``path``, if that is named as transformers names it. Raises ``UserError`` for a
+    file that can't be read."""
     settings: dict[str, Any] = {}
     file = None
     if path.name in TOKENIZER_FILES:

@@ -55,7 +55,7 @@ _PLAIN_MODEL = {
 
 
 class NotCovered(Exception):
-    """The tokenizer has something that the fast path does not do; the message says what."""
+    """The tokenizer has a feature that the fast path does not support; the message names it."""
 
 
 _PIECE = 2**20  # characters that are encoded at a time
@@ -208,7 +208,7 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
     for letter, byte in byte_of.items():
         if letter not in vocabulary:
             if byte in (0xC0, 0xC1) or byte >= 0xF5:
-                continue  # stands in no UTF-8
+                continue  # never in UTF-8
             raise NotCovered(f"byte {byte} is not in the vocabulary")
         ranks[bytes([byte])] = len(ids)
         ids.append(vocabulary[letter])
@@ -234,8 +234,8 @@ def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
 
 def _merged(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """``data`` by the merges that come before its own. Where these are a merge's two parts, to merge whatever makes a token, as
-    tiktoken does, and to merge those two alone, as 'tokenizers' does, is the same: within the token nothing else comes to stand
-    side by side.
+    tiktoken does, and to merge those two alone, as 'tokenizers' does, is the same: within the token nothing else becomes
+    adjacent.
     """
     own = ranks[data]
     parts = [data[i : i + 1] for i in range(len(data))]
@@ -259,10 +259,8 @@ def _letters() -> dict[int, str]:
 
 
 def _longest_run(tokens: list[str]) -> int | None:
-    """n where runs of 2, 3, ..., n spaces are all there is of spaces in ``tokens``, None where there are none.
-
-    Raises ``NotCovered`` for other tokens that begin with a space, whose order of precedence is another.
-    """
+    """n where runs of 2, 3, ..., n spaces are all there is of spaces in ``tokens``, None if there are none. Raises
+    ``NotCovered`` for other tokens that begin with a space, whose order of precedence is another."""
     runs = sorted(len(token) for token in tokens if not token.strip(" "))
     if any(token.startswith(" ") and token.strip(" ") for token in tokens) or runs != [*range(2, len(runs) + 2)]:
         raise NotCovered("added tokens with spaces other than runs of 2, 3, 4, ... of them")

@@ -38,14 +38,12 @@ class Tokenizer(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.notes: list[str] = []  # what the user should know of how it works
+        self.notes: list[str] = []  # notes for the user
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
         """Ids of each text, (t,) each, on ``threads`` cores (None: all; where 'tokenizers' encodes, RAYON_NUM_THREADS says).
-
-        Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX.
-        """
+        Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX."""
 
     @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -54,7 +52,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def end(self) -> End:
-        """The token that ends a document. Raises ``UserError`` where the tokenizer names none, or more than one could be it."""
+        """The token that ends a document. Raises ``UserError`` if the tokenizer names none, or more than one could be it."""
 
     @property
     def eod_id(self) -> int:
@@ -63,7 +61,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token(self, number: int) -> str | None:
-        """The token of an id, as the vocabulary writes it; None where it has none."""
+        """The token of an id, as the vocabulary writes it; None if it has none."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -146,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _fast(self) -> FastBPE | None:
-        """The fast path, compared on every 16th word of the vocabulary and around each added token; None where it is not to be
+        """The fast path, compared on every 16th word of the vocabulary and around each added token; None if it is not to be
         had, which is noted."""
         content = json.loads(self._content)
         added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
@@ -272,7 +270,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
 
     Like the tokenizer of GPT-NeoX-20B, with ``<|endoftext|>`` = 0 and ``<|padding|>`` = 1, but without its NFC
     normalisation, so that decoding gives back every text exactly. Equal texts give an equal file. ``vocab_size`` counts
-    special tokens and the 256 bytes. Raises ``UserError`` where the texts don't hold that many tokens.
+    special tokens and the 256 bytes. Raises ``UserError`` if the texts don't hold that many tokens.
     """
     library = _library("tokenizers")
     if vocab_size < 258:

@@ -1,1 +1,1 @@
-"""What follows each step: judgement, times, dynamics, evaluation, saves, stops."""
+"""What follows each step: checks, times, dynamics, evaluation, saves, stops."""

@@ -1,4 +1,4 @@
-"""What a run does about a step that is not finite or a spike: say so, write down its data, leave it out, go back, or end."""
+"""Handling of steps that are not finite or spikes: report, record the batch, skip, roll back, or end the run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megarewarm.training.step import StepResult, TrainingDiverged
 
 
 class Judge:
-    """Does what ``reliability`` says about the step just made."""
+    """Applies ``reliability`` to the step just made."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self._unchanged = 0
-        """How many of the newest steps in a row changed nothing."""
+        """The number of skipped steps in a row up to the newest."""
 
     def state(self) -> dict[str, Any]:
         return {"unchanged": self._unchanged}
@@ -34,7 +34,7 @@ class Judge:
         self._unchanged = state["unchanged"]
 
     def after(self, moment: Moment) -> None:
-        """Raises ``TrainingDiverged`` where the run has to end; the event is written then."""
+        """Raises ``TrainingDiverged`` if the run has to end, after the event is written."""
         if moment.result is not None:
             try:
                 line = self._judge(moment.result, moment)
@@ -48,7 +48,7 @@ class Judge:
         moment.sound = self._unchanged == 0
 
     def _judge(self, result: StepResult, moment: Moment) -> str | None:
-        """What a person should read."""
+        """The message about the step."""
         run, metrics = self._context.run, self._context.metrics
         settings, step = run.plan.config.reliability, run.step
         if not result.changed and result.fault in (None, "transient"):  # fp16's gradients overflowed
@@ -63,14 +63,14 @@ class Judge:
         record = write_place(run, result, self._context.folder)
         if result.changed:
             self._unchanged = 0
-            return f"{result.words}; its data: {record}"
+            return f"{result.words}; batch recorded in {record}"
         self._unchanged += 1
         ends = result.fault == "non_finite" and settings.non_finite == "stop"
         if ends or self._unchanged >= settings.give_up_after:
             many = f", as were the {self._unchanged - 1} before it" if self._unchanged > 1 and not ends else ""
             raise TrainingDiverged(
                 f"step {step}: {result.words}{many}; the last checkpoint is untouched. A lower schedule.max_lr or a longer "
-                f"warmup usually helps. The step's data are named in {record}; look at it with tools/replay_batch.py "
+                f"warmup usually helps. The step's batch is recorded in {record}; look at it with tools/replay_batch.py "
                 f"{self._context.folder.path}"
             )
         too_young = ""
@@ -78,18 +78,16 @@ class Judge:
             back = _roll_back(run, self._context.folder, self._context.saver)
             if back is not None:
                 self._unchanged, moment.went_back = 0, True
-                metrics.event("alarm", step=step, kind="roll_back", message=f"back to the weights of step {back}", to=back)
-                return f"{result.words}; back to the weights of step {back}, and on behind the spike; its data: {record}"
-            too_young = f"; no checkpoint is {settings.roll_back_steps} steps old yet, so the step alone is left out"
+                metrics.event("alarm", step=step, kind="roll_back", message=f"rolled back to step {back}", to=back)
+                return f"{result.words}; rolled back to step {back}, skipping the spike's data; batch recorded in {record}"
+            too_young = f"; no checkpoint is {settings.roll_back_steps} steps old yet, so only this step is skipped"
         run.state.leave_out(step, step)
-        return f"{result.words}{too_young}; it changes nothing, its data: {record}"
+        return f"{result.words}{too_young}; step skipped; batch recorded in {record}"
 
 
 def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
     """Write ``RUN/batches/step_N.json``, where the rows of the step come from, and return its path. The main rank writes.
-
-    Raises ``UserError`` where the disk refuses.
-    """
+    Raises ``UserError`` if the disk refuses."""
     path = folder.batches / f"{step_name(run.step)}.json"
     if run.ranks.is_main:
         plan = run.plan
@@ -110,10 +108,10 @@ def write_place(run: Run, result: StepResult, folder: RunFolder) -> str:
 
 
 def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
-    """Weights and optimizer of the newest checkpoint that is old enough; its step, or None where there is none yet.
+    """Load weights and optimizer of the newest checkpoint that is old enough; its step, or None without one.
 
-    The count of steps, and with it data and schedule, stay where they are. A checkpoint that only a stop has left does not
-    count, for the undisturbed run has none there; nor does one of a course that has been given up since.
+    The step count, and with it data and schedule, stays. Checkpoints written at a stop don't count, because the
+    uninterrupted run does not have them, nor do those of a course that was abandoned since.
     """
     saver.wait()
     oldest = run.step - run.plan.config.reliability.roll_back_steps
@@ -130,11 +128,11 @@ def _roll_back(run: Run, folder: RunFolder, saver: Saver) -> int | None:
 
 
 def _is_behind(run: Run, checkpoint: Path) -> bool:
-    """Whether the undisturbed run has the checkpoint, too, and the run's weights went on from it: the steps up to it that they
-    lack are those that it lacks."""
+    """Whether the uninterrupted run has the checkpoint, too, and the run's weights continued from it: both lack the same
+    steps."""
     try:
         state = read_state(checkpoint)
     except UserError:
-        return True  # that it is damaged is found with the others
+        return True  # damage is reported with the others
     lacking = [(first, min(last, state.step)) for first, last in run.state.left_out if first <= state.step]
     return not state.interim and lacking == list(state.lineage.stages[-1].left_out)

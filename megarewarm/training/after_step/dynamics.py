@@ -1,7 +1,5 @@
-"""How the weights move: norms, updates, effective learning rates and distances of each part of the model.
-
-Nothing is copied before a step: the optimizer knows what it did (``Optimizer.sums``).
-"""
+"""Dynamics of the weights: norms, updates, effective learning rates and distances of each part of the model. Nothing is
+copied before a step, because the optimizer can reconstruct its change (``Optimizer.sums``)."""
 
 from __future__ import annotations
 

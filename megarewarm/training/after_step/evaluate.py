@@ -18,18 +18,18 @@ from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
 
 Evaluated = tuple[WindowSet, float, int]
-"""A set, its mean loss in nats per token, and the tokens that is the mean of."""
+"""A set, its mean loss in nats per token, and the number of tokens."""
 
 
 class Evaluate:
-    """Evaluates every set that is due, all of them or, where the run breaks off, none."""
+    """Evaluates every set that is due: all of them or, if the run is interrupted, none."""
 
     def __init__(self, context: Context) -> None:
         plan = context.run.plan
         self._context = context
         self._steps = set(evaluation_steps(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
         self._unevaluated = False
-        """Whether the evaluation after the newest step is yet to be made."""
+        """Whether the evaluation after the newest step is missing."""
 
     def state(self) -> dict[str, Any]:
         return {"unevaluated": self._unevaluated}
@@ -39,7 +39,7 @@ class Evaluate:
 
     def after(self, moment: Moment) -> None:
         run = self._context.run
-        is_due = run.step in self._steps  # also "late": evaluation.every may have changed since the run was stopped here
+        is_due = run.step in self._steps  # also "late": evaluation.every may have changed since the stop
         if moment.when == "step":
             self._unevaluated = is_due
         if moment.when == "start" and is_due:
@@ -88,7 +88,7 @@ def evaluate_set(run: Run, windows: WindowSet, number: int, between: Between) ->
 def evaluate(
     model: ParallelModel, windows: Slice, micro_batch: int, mesh: Mesh, between: Between = nothing_between
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over all windows of a set, and the number of tokens it is the mean of."""
+    """Mean loss in nats per token over all windows of a set, and the number of tokens."""
     ranks = mesh.layout.data
     rows = windows.micro_batches(mesh.data_rank, ranks, micro_batch)
     most = max(len(windows.share(rank, ranks)) for rank in range(ranks))

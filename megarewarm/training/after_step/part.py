@@ -1,7 +1,4 @@
-"""A part of what follows a step: the protocol, what parts are given, and what they tell each other.
-
-The parts of a run and their order are in ``order.py``.
-"""
+"""A part of what follows a step: the protocol, its inputs, and the values that parts pass on. ``order.py`` lists the parts."""
 
 from __future__ import annotations
 
@@ -63,21 +60,21 @@ class Moment:
 
 
 class StepPart(Protocol):
-    """What follows a step in one respect. It is made with the run's ``Context``, on all ranks."""
+    """One of the things that follow a step, made with the run's ``Context`` on all ranks."""
 
     def after(self, moment: Moment) -> None:
         """Do it. All ranks call it, at every moment of the run."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep of the part, as JSON values under keys of its own; {} where it keeps nothing."""
+        """The part's state for a checkpoint, as JSON values under keys of its own; {} without any."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state`` gave when the checkpoint was written. Other parts' keys are there, too; the part's own are
-        not where the checkpoint is older than the part."""
+        """Take over ``state`` of a checkpoint, which holds other parts' keys too, and lacks the part's own if it is older
+        than the part."""
 
 
 class Stateless:
-    """The base of parts of which a checkpoint keeps nothing."""
+    """The base of parts without state."""
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -88,7 +85,7 @@ class Stateless:
 
 @dataclass
 class Context:
-    """What parts work with. ``lookout``: for evaluations, whose portions have a pace of their own. ``parts``: all, in order."""
+    """What parts work with. ``lookout``: for evaluations, whose portions take another time. ``parts``: all, in order."""
 
     run: Run
     folder: RunFolder
@@ -102,11 +99,11 @@ class Context:
     parts: list[StepPart] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """What the parts keep in a checkpoint."""
+        """The state of all parts for a checkpoint."""
         return {key: value for part in self.parts for key, value in part.state().items()}
 
     def between(self, what: str) -> Between:
-        """What is done between the portions of an evaluation of ``what``: progress is shown, and a stop is obeyed."""
+        """Called between the portions of an evaluation of ``what``: shows progress and obeys stops."""
 
         def between(done: int, portions: int) -> None:
             self.lookout(done, portions)

@@ -18,7 +18,7 @@ _LINE_EVERY = 60.0  # seconds, of a long evaluation where there is no bar
 
 
 class _Name(ProgressColumn):
-    """The name of a run, which is cut off where the terminal is narrow: names and the bar are, numbers are not."""
+    """The name of a run, cut off on a narrow terminal: names and the bar are, numbers are not."""
 
     def render(self, task: Task) -> Text:
         return Text(task.description, style="bold", no_wrap=True, overflow="ellipsis")
@@ -27,7 +27,7 @@ class _Name(ProgressColumn):
 class RunProgress:
     """Shows the steps and evaluations of one run. On a terminal a live bar; in a log file a line every ``logging.every`` steps.
 
-    ``first``: steps that were completed before; ``evaluations``: those of the run, None where there are none: what is left of
+    ``first``: steps that were completed before; ``evaluations``: those of the run, None if there are none: what is left of
     them is part of the time that is left.
     """
 
@@ -84,14 +84,14 @@ class RunProgress:
             self._console.print(f"{self._title}: {told}", highlight=False)
 
     def evaluated(self, tokens: int, seconds: float) -> None:
-        """An evaluation of ``tokens`` in all took ``seconds``."""
+        """Record that an evaluation of ``tokens`` in all took ``seconds``."""
         self._evaluated += tokens
         self._evaluating += seconds
         self._shown = time.monotonic()
 
     def _left(self, step: int) -> float:
-        """Seconds, by the pace until now: of steps with all that belongs to them, and of evaluations, which until there was
-        one are thought to take a third of training on as many tokens."""
+        """Seconds left at the pace so far, of steps with everything that follows them and of evaluations; before the first
+        evaluation, these are assumed to take a third of training on as many tokens."""
         per_step = (time.monotonic() - self._started - self._evaluating) / max(1, step - self._first)
         left = (self._total - step) * per_step
         if self._evaluations is None:

@@ -1,4 +1,4 @@
-"""Whether ranks that hold the same weights still do, every ``reliability.check_replicas`` steps and before each save."""
+"""The check that replicas hold the same weights, every ``reliability.check_replicas`` steps and before each save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megarewarm.training.after_step.part import Context, Moment, Stateless
 
 
 class Replicas(Stateless):
-    """Compares them. Raises ``ReplicasDiffer``; the events are written then."""
+    """Compares them. Raises ``ReplicasDiffer``, after the event is written."""
 
     def __init__(self, context: Context) -> None:
         self._run, self._metrics = context.run, context.metrics

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and writing it: planned saves, those that wait for a sound step, those of a run that stops."""
+"""When a checkpoint is due, and writing it: planned saves, saves that wait for a good step, saves at a stop."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from megarewarm.training.start.saving import extra_steps, is_saved
 
 
 class Due:
-    """Decides whether a checkpoint is written now.
-
-    Not while steps fail one after another, if that may be the weights: it would take the place of an earlier one. A planned
-    save waits for a sound step then, and is remembered.
-    """
+    """Decides whether a checkpoint is written now. Not while steps fail one after another, because bad weights would replace
+    an earlier checkpoint. A planned save then waits for a good step."""
 
     def __init__(self, context: Context) -> None:
         self._run, self._saver = context.run, context.saver
         self._waiting = False
         self._newest: tuple[int, bool] | None = None
-        """Of the newest checkpoint: its step, and whether the evaluation after that was missing."""
+        """Of the newest checkpoint: its step, and whether the evaluation after it is missing."""
 
     def state(self) -> dict[str, Any]:
         return {"due": self._waiting}

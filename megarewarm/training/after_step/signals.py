@@ -1,4 +1,4 @@
-"""Stopping on request: after the first signal a checkpoint is saved as soon as all ranks agree, a further one ends at once."""
+"""Stopping on request: after the first signal the run saves as soon as all ranks agree, a second one ends it at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.console import Console
 from megarewarm.parallel.agreement import all_reduce_maxima
 from megarewarm.process import in_main_thread
 
-# USR1 is what Slurm is asked to send ahead of a time limit (sbatch --signal=USR1@120)
+# Slurm sends USR1 ahead of a time limit (sbatch --signal=USR1@120)
 _WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_SAME_REQUEST = 2.0  # seconds: a launcher passes on what the terminal has sent already
-_ASK_EVERY = 1.0  # seconds between two questions among ranks
+_SAME_REQUEST = 2.0  # seconds: a launcher forwards signals that the terminal has sent already
+_ASK_EVERY = 1.0  # seconds between two exchanges among ranks
 
 
 class StopRequest:
@@ -64,7 +64,7 @@ class StopRequest:
         return self.by_callback or self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Nothing: the thread has it. Without a handler the signal would have its default effect."""
+        """No-op: the thread counts the signal. Without a handler it would have its default effect."""
 
     def _count(self) -> None:
         while numbers := os.read(self._reads, 64):
@@ -75,23 +75,23 @@ class StopRequest:
     def _take(self, number: int) -> None:
         if self.received is None:
             self.received, self._first = number, time.monotonic()
-            self._console.print("stopping and saving; once more to stop at once", style="yellow")
+            self._console.print("stopping and saving (again to stop at once)", style="yellow")
         elif time.monotonic() - self._first > _SAME_REQUEST:
             print("stopped at once, without saving", file=sys.stderr, flush=True)
-            # not by way of the interpreter, whose main thread may wait for good
+            # not through the interpreter, whose main thread may wait forever
             os._exit(128 + number)
 
 
 class StopAgreed(Exception):
-    """All ranks have agreed to stop, at the same place amid a step or an evaluation."""
+    """All ranks have agreed to stop, at the same place within a step or an evaluation."""
 
 
 class Lookout:
-    """A ``Between`` that raises ``StopAgreed``, on all ranks at the same place, once one of them has been asked to stop.
+    """A ``Between`` that raises ``StopAgreed``, on all ranks at the same place, once one of them has received a signal.
 
-    A single rank looks each time. Several ask each other about once a second, by the maxima of two numbers: after as many
-    portions as took the slowest of them that long, which all of them then know. So none stays behind in a collective, and short
-    portions cost nothing.
+    A single rank checks each time. Several ranks exchange the maxima of two numbers about once per second, after as many
+    portions as the slowest of them computes in that time, a number that all of them then know. So none is left in a
+    collective, and short portions cost nothing.
     """
 
     def __init__(self, stop: StopRequest, ranks: int) -> None:
@@ -106,7 +106,7 @@ class Lookout:
         told, seconds = all_reduce_maxima([self._stop.is_asked, time.monotonic() - self._asked])
         if told:
             raise StopAgreed
-        # by a factor of two at most, for the pace may change; all ranks come to the same number
+        # by a factor of two at most, because the pace may change; all ranks compute the same number
         grown = 2 * self._every if self._several else 1
         self._every = self._left = max(1, int(min(grown, self._every * _ASK_EVERY / max(seconds, 1e-6))))
         self._asked = time.monotonic()

@@ -1,4 +1,4 @@
-"""Steps that take much longer than the others, and ranks for which the others always wait."""
+"""Steps that take much longer than the others, and ranks that the others always wait for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megarewarm.parallel.agreement import gather
 from megarewarm.training.after_step.part import Context, Moment, Stateless
 
 _WINDOW = 64  # steps whose median is the usual time
-_FEWEST = 16  # before which nothing is judged
-_NOTICEABLE = 1.0  # seconds more than usual: less is nothing to look into, however short the steps
+_FEWEST = 16  # steps before the first check
+_NOTICEABLE = 1.0  # seconds more than usual: less is not worth a look, however short the steps
 _IN_MOST = 0.8  # share of the steps in which a slow rank is last
 
 
@@ -46,7 +46,7 @@ class Times(Stateless):
 
 class StepTimes:
     """Judges the times of steps and ranks. ``hosts``: of each rank. Ranks that compute one layer or one micro-batch together
-    wait for each other within a step, so of those the times are nearly the same, and a slow one shows in the step's only."""
+    wait for each other within a step, so their times are nearly equal, and a slow one shows only in the step's time."""
 
     def __init__(self, settings: ReliabilityConfig, hosts: Sequence[str]) -> None:
         self._settings, self._hosts = settings, hosts
@@ -55,7 +55,7 @@ class StepTimes:
         self._slow: set[int] = set()
 
     def add(self, seconds: float, busy: Sequence[float]) -> list[SlowAlarm]:
-        """What is to be said of a step of ``seconds`` in which rank i worked ``busy[i]`` of them."""
+        """The alarm for a step of ``seconds``, of which rank i worked ``busy[i]``, or None."""
         found = [alarm for alarm in (self._slow_step(seconds, busy), self._slow_rank()) if alarm is not None]
         self._seconds.append(seconds)
         self._busy.append(busy)
@@ -77,7 +77,7 @@ class StepTimes:
         return SlowAlarm("slow_step", said)
 
     def _slow_rank(self) -> SlowAlarm | None:
-        """A rank that has become slow; it is named once, and again after it was not."""
+        """A rank that has become slow; it is named once, and again after it has recovered."""
         factor = self._settings.slow_rank
         if factor is None or len(self._hosts) == 1 or len(self._busy) < _WINDOW:
             return None

@@ -1,4 +1,4 @@
-"""The end of a run that is to go on another time: asked for by a signal, or because its time is up."""
+"""The end of a run that will continue later: after a signal, or at its time limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megarewarm.training.after_step.part import Context, Moment, Outcome, Statel
 
 
 class AskStop(Stateless):
-    """Asks all ranks whether the run ends here, and whether a save has failed on any of them."""
+    """Asks all ranks whether the run stops here, and whether a save has failed on any of them."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -31,7 +31,7 @@ class AskStop(Stateless):
 
 
 class EndStopped(Stateless):
-    """Ends a run that stops: the event, the line for people, the exit code."""
+    """Ends a run that stops: the event, the message, the exit code."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -41,7 +41,7 @@ class EndStopped(Stateless):
             return
         context, run = self._context, self._context.run
         config = run.plan.config
-        # one word for all: ranks may have got different signals, or none
+        # one decision for all: ranks may have received different signals, or none
         number = round(max(all_reduce_maxima([float(context.stop.received or 0)])))
         other = "a callback" if context.stop.by_callback else f"time limit of {config.reliability.max_wall_time}"
         reason = f"signal {number}" if number else other

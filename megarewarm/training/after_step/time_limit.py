@@ -1,4 +1,4 @@
-"""The time that a run may take, and when it has to stop so that its last save is in it."""
+"""The time limit of a run, and when it has to stop so that its last save is within it."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class TimeLimit:
     def __init__(self, limit: Duration | None, began: float, environment: Mapping[str, str]) -> None:
         self._limit = None if limit is None else float(limit.seconds)
         start = environment.get("SLURM_JOB_START_TIME", "")
-        if start.isdecimal():  # a restart within the job has what the job has left
+        if start.isdecimal():  # a restart within the job has the job's remaining time
             began = min(began, time.monotonic() - (time.time() - int(start)))
         self._began = began
         self._longest = 0.0
         self._save: float | None = None
 
     def step(self, seconds: float) -> None:
-        """A step with all that followed it, evaluation and save, took ``seconds``."""
+        """Record that a step with everything that followed it, evaluation and save, took ``seconds``."""
         self._longest = max(self._longest, seconds)
 
     def saved(self, seconds: float) -> None:
-        """A checkpoint took ``seconds`` until it stood."""
+        """Record that a checkpoint took ``seconds``."""
         self._save = max(self._save or 0.0, seconds)
 
     @property
     def is_over(self) -> bool:
-        """Whether another step and a save might not be within the limit."""
+        """Whether another step and a save may exceed the limit."""
         if self._limit is None:
             return False
         save = self._save if self._save is not None else min(_SAVE_SHARE * self._limit, _SAVE_MOST)

@@ -1,1 +1,1 @@
-"""What a run writes and shows: its folder, metrics, progress."""
+"""Output of a run: its folder, metrics, console lines."""

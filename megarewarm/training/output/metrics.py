@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl (the source of truth), log.txt, TensorBoard, and Weights & Biases when asked."""
+"""The metrics of a run: metrics.jsonl (the source of truth), log.txt, TensorBoard, and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megarewarm.training.output.tensorboard import Board
 
 
 def check_loggers(config: LoggingConfig) -> None:
-    """Raise ``UserError`` for a logger that is asked for and not installed."""
+    """Raise ``UserError`` for a requested logger that is not installed."""
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb: the wandb package is not installed; pip install wandb, or remove the key")
 
@@ -44,7 +44,7 @@ class Metrics:
             return
         self._path, self._log_path = path, log_path = folder / METRICS_FILE, folder / LOG_FILE
         self.has_past = path.exists() and path.stat().st_size > 0
-        # unbuffered: what is in a buffer when the disk is full raises once more when the file is closed
+        # unbuffered: a buffer that a full disk refused would raise again when the file is closed
         self._file, self._log = _opened(path), _opened(log_path)
         _end_torn_line(path, self._file)
         if config.tensorboard:
@@ -59,7 +59,7 @@ class Metrics:
     def event(self, event: str, **values: Any) -> None:
         """Append one line ``{"event": event, "time": ..., **values}``, a start with its format. Non-finite numbers become null.
 
-        Its curves go to TensorBoard and Weights & Biases as well, under the same names. Raises ``UserError`` where the disk
+        Its curves go to TensorBoard and Weights & Biases as well, under the same names. Raises ``UserError`` if the disk
         refuses; no part of the line is left then.
         """
         if not self._writes:
@@ -98,8 +98,8 @@ class Metrics:
 
 
 def _points(event: str, values: dict[str, Any]) -> dict[str, float]:
-    """What a line adds to curves over steps, by the curve's name: all numbers of a train line, the loss of an evaluation, and
-    every measure of every group of weights."""
+    """The points that a line adds to curves over steps, by the curve's name: all numbers of a train line, the loss of an
+    evaluation, and every measure of every group of weights."""
     if event == "train":
         numbers = {name: value for name, value in values.items() if name != "step" and not isinstance(value, bool)}
         return {f"train/{name}": value for name, value in numbers.items()}
@@ -119,7 +119,7 @@ def _opened(path: Path) -> FileIO:
 
 
 def _append(path: Path, file: FileIO, line: bytes) -> None:
-    """All of ``line``, or nothing of it and ``UserError``."""
+    """Append all of ``line``, or nothing of it and raise ``UserError``."""
     start, written = file.seek(0, 2), 0
     try:
         while written < len(line):  # a disk that is nearly full takes a part of it

@@ -1,4 +1,4 @@
-"""Notes of a run out of the log: what parts far below say to whoever listens, and nobody would see."""
+"""Notes of a run from the log: messages of lower rooms that no handler would show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def logged_notes() -> Iterator[list[str]]:
-    """A list of what megarewarm and its kernels log meanwhile, each line once, instead of on the terminal."""
+    """A list of what megarewarm and its kernels log in this context, each line once, instead of on the terminal."""
     collector = _Collector()
     loggers = [logging.getLogger(name) for name in ("megarewarm", "megarewarm_kernels")]
     before = [(logger.level, logger.propagate) for logger in loggers]

@@ -22,7 +22,7 @@ from megarewarm.parallel.agreement import on_all_ranks
 from megarewarm.parallel.collective import collective
 from megarewarm.record.layout import BATCHES, CHECKPOINTS, CONFIG_FILE, EXPORT, METRICS_FILE, RUN_FORMAT, take_format
 
-# What makes a run the run it is. The other sections (logging, checkpoint, evaluation, ...) may change between restarts.
+# The sections that define a run. The others (logging, checkpoint, evaluation, ...) may change between restarts.
 _IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
 _FREE = {
     ("training", "micro_batch"),
@@ -49,21 +49,17 @@ class RunFolder:
     def newest_checkpoint(
         self, *, alone: bool = False, up_to: int | None = None, counts: Callable[[Path], bool] = lambda _: True
     ) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint of this run, None before the first, and a note on each that was passed over.
-
-        ``up_to``: the latest step that counts; ``counts``: whether a checkpoint does. All ranks call it, unless ``alone``.
-        Raises ``UserError`` where there are checkpoints and all are damaged.
-        """
+        """The newest intact checkpoint of this run, None before the first, and a note on each damaged one. ``up_to``: the
+        latest step that counts; ``counts``: whether a checkpoint does. All ranks call it, unless ``alone``. Raises
+        ``UserError`` if there are checkpoints and all are damaged."""
         return newest_whole(self.checkpoints, alone=alone, up_to=up_to, counts=counts)
 
     def check(self, config: RunConfig, *, experiment: str | None = None) -> None:
         """Raise ``UserError`` if the folder holds a run of another configuration, naming the first key that differs.
-
-        ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it.
-        """
+        ``experiment``: the folder of the experiment that the run is a part of, whose runs have their names from it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: the run folder is a file; set 'folder' to another place")
-        other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it anew"
+        other = f"set the experiment's 'folder' (now {experiment}) to another place, or remove {self.path} to train it again"
         if not self.config_file.is_file():
             if self.metrics_file.exists() or self.checkpoints.exists():
                 remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
@@ -96,13 +92,13 @@ class RunFolder:
         return size if isinstance(size, int) else None
 
     def check_writable(self) -> None:
-        """Raise ``UserError`` where nothing can be written into the folder, or it can't be made. Leaves nothing behind."""
+        """Raise ``UserError`` if the folder can't be made or written to. Leaves nothing behind."""
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         number = errno.ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
         if number:
             raise self._refused(OSError(number, os.strerror(number), str(there)))
         if there != self.path:
-            try:  # some file systems allow it and refuse it all the same
+            try:  # some file systems allow it and then refuse it
                 tempfile.TemporaryFile(dir=there).close()
             except OSError as error:
                 raise self._refused(OSError(error.errno, error.strerror, str(there))) from error
@@ -119,18 +115,14 @@ class RunFolder:
 
     @collective
     def lock(self, *, main: bool) -> None:
-        """Take the lock of a folder that exists, so that nobody removes the checkpoints that are read next.
-
-        All ranks call it, the main one takes it; raises ``UserError`` on all of them where another process has it.
-        """
+        """Lock an existing folder, so that no other process removes the checkpoints that are read next. All ranks call it,
+        the main one locks; raises ``UserError`` on all of them if another process holds the lock."""
         self._on_main(self._lock_if_there, main)
 
     @collective
     def open(self, config: RunConfig, *, main: bool) -> None:
-        """Make the folder, take its lock unless it is held, and write the resolved configuration.
-
-        All ranks call it, the main one does it; raises ``UserError`` on all of them where that fails.
-        """
+        """Make the folder, lock it unless it is locked, and write the resolved configuration. All ranks call it, the main
+        one does it; raises ``UserError`` on all of them if that fails."""
         self._on_main(lambda: self._open(config), main)
 
     def _on_main(self, action: Callable[[], None], main: bool) -> None:
@@ -144,7 +136,7 @@ class RunFolder:
             raise self._refused(error) from error
 
     def _lock_if_there(self) -> None:
-        # whether a folder may be written is not the question yet: a complete run is only read
+        # whether the folder is writable is checked later: a complete run is only read
         if self.path.is_dir() and os.access(self.path, os.W_OK):
             self._take_lock()
 
@@ -158,18 +150,18 @@ class RunFolder:
         write_whole(self.config_file, f"format: {RUN_FORMAT}\n{dump(config)}".encode())
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
 
 def _completed(old: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version wrote, with the defaults of the keys that it did not know."""
+    """A configuration of an earlier version, with the defaults of keys that it did not have."""
     try:
         return RunConfig.model_validate(old).model_dump(mode="json", by_alias=True)
     except ValidationError:
-        return old  # what differs is then said by name
+        return old  # the message then names the difference
 
 
 def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run: for people, so that nothing which befalls them ends the training."""
+"""A run's TensorBoard writer. Its failures never stop training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ _TRIES = 3
 
 
 class Board:
-    """Writes scalars into ``folder``. Where that fails, the folder is made anew and ``say`` is told; the third time, no more.
-
-    The numbers of metrics.jsonl are the run's record; what the folder lost can be drawn from them.
-    """
+    """Writes scalars into ``folder``. After a failure it starts a new event file and calls ``say``; it gives up after three.
+    The numbers of metrics.jsonl are the run's record; lost curves can be redrawn from them."""
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -46,8 +44,8 @@ class Board:
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except OSError as error:  # its writing thread's, too, which it hands on
+        except OSError as error:  # also errors of its writer thread, which it re-raises
             self._writer = None
             self._failures += 1
-            rest = "it is begun anew" if self._failures < _TRIES else "nothing more is written there"
+            rest = "starting a new event file" if self._failures < _TRIES else "giving up on TensorBoard"
             self._say(f"{self._folder}: can't be written ({error.strerror or error}); {rest}, metrics.jsonl has all numbers")

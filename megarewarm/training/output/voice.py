@@ -1,4 +1,4 @@
-"""Lines for people about one run: on the console, and in log.txt where they are worth keeping."""
+"""Messages about one run: on the console, and in log.txt if they are worth keeping."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is settled before a run is built: its plan, its inputs, what they cost."""
+"""Before a run is built: its plan, its inputs, their cost."""

@@ -1,4 +1,4 @@
-"""What the evaluations of a run cost beside its training: counted before the first step, and in the time that is left."""
+"""The cost of a run's evaluations relative to its training, before the first step and for the time left."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class EvaluationCost:
 
 
 def evaluation_cost(plan: Plan, tokens: Mapping[str, int]) -> EvaluationCost | None:
-    """Of the whole run of ``plan``, whose sets have ``tokens`` each; None where nothing is evaluated."""
+    """Of the whole run of ``plan``, whose sets have ``tokens`` each; None if nothing is evaluated."""
     config, first, total = plan.config, plan.origin.step, plan.config.total_steps
     always = sum(tokens.get(entry.name, 0) for entry in config.data.validation if entry.when == "always")
     everything = sum(tokens.values())

@@ -1,7 +1,5 @@
-"""What a run needs before it has ranks, memory and weights, opened and checked.
-
-A start and a dry run go through the same functions here, so that both refuse the same, in the same words.
-"""
+"""What a run needs besides ranks, memory and weights, opened and checked. A start and a dry run use the same functions, so
+that both refuse the same input with the same message."""
 
 from __future__ import annotations
 
@@ -38,8 +36,8 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 
 @dataclass(frozen=True)
 class Inputs:
-    """What was opened and chosen. ``optimizer``: its kind; ``notes``: what a user must know of all of it; ``teacher``: what
-    ``distill`` keeps beside the run, None without."""
+    """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
+    ``distill``, or None."""
 
     layout: Layout
     texts: Texts
@@ -54,10 +52,8 @@ class Inputs:
 
 
 def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
-    """The run's folder. Raises ``UserError`` where it holds another run, or a logger is not installed.
-
-    ``experiment``: see ``RunFolder.check``.
-    """
+    """The run's folder. Raises ``UserError`` if it holds another run, or a logger is not installed. ``experiment``: see
+    ``RunFolder.check``."""
     check_loggers(config.logging)
     folder = RunFolder(Path(config.run_folder))
     folder.check(config, experiment=experiment)
@@ -67,9 +63,7 @@ def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
 @collective
 def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     """Everything that a run of ``plan`` on ``world_size`` ranks reads besides its weights. Writes only the cache of orders.
-
-    Of a resumed run with ``distill`` all ranks call it. Raises ``UserError`` for whatever the run would be refused for.
-    """
+    Of a resumed run with ``distill`` all ranks call it. Raises ``UserError`` for anything that the run would be refused for."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
     fit = check_fit(config, plan.model, layout)
@@ -85,7 +79,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     )
     optimizer, about = choose_optimizer(config.kernels, device)
     teacher = None
-    if not isinstance(plan.source, PlannedCheckpoint):  # what isn't written yet is checked when it is
+    if not isinstance(plan.source, PlannedCheckpoint):  # a file that isn't written yet is checked when it is
         _check_weights(plan)
         teacher = _teacher(plan) if config.distill is not None else None
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
@@ -97,14 +91,14 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
 
 
 def check_training(plan: Plan) -> None:
-    """Raise ``UserError`` where steps of ``plan`` could not be saved as they have to be. Reads no data."""
+    """Raise ``UserError`` if steps of ``plan`` could not be saved as they have to be. Reads no data."""
     check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     check_roll_back(plan.config)
     RunFolder(Path(plan.config.run_folder)).check_writable()
 
 
 def settle_precision(config: RunConfig, device: torch.device) -> str:
-    """What ``training.precision`` means on ``device``. Raises ``UserError`` where it can't be computed with."""
+    """The precision that ``training.precision`` means on ``device``. Raises ``UserError`` if the device can't compute in it."""
     wanted = config.training.precision
     able = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and not able:
@@ -122,7 +116,7 @@ def _unusual(config: RunConfig) -> list[str]:
 
 
 def _check_weights(plan: Plan) -> None:
-    """Names, shapes and dtypes of what will be loaded; the values are looked at as they are loaded."""
+    """Names, shapes and dtypes of the tensors to load; their values are checked during loading."""
     if plan.policy.weights != "load" or plan.resumed or plan.source is None or isinstance(plan.source, OwnCheckpoint):
         return
     opened: OpenedCheckpoint = plan.source  # type: ignore[assignment]
@@ -130,7 +124,7 @@ def _check_weights(plan: Plan) -> None:
 
 
 def _teacher(plan: Plan) -> OpenedCheckpoint:
-    """The start checkpoint, whose frozen model is the teacher, which a resumed run reads again."""
+    """The start checkpoint, whose frozen model is the teacher; a resumed run reads it again."""
     try:
         source = start_source(plan)
         if source is None:
@@ -144,7 +138,7 @@ def _teacher(plan: Plan) -> OpenedCheckpoint:
 
 
 def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
-    """What ends a document, if that means anything to this run."""
+    """The id that ends a document, if this run uses it."""
     data = plan.config.data
     if not (data.reset_at_eod or data.mask_eod_loss):
         return None

@@ -1,4 +1,4 @@
-"""Whether what a run's ranks need fits into the memory of the machine that they would run on, and what to do if not."""
+"""Whether a run's ranks fit into the memory of this machine, and remedies if not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 def machine_memory() -> int:
-    """Bytes of this machine's memory, or those that a container or a batch system leaves of it."""
+    """Bytes of this machine's memory, or of the limit of its container or batch system."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in map(Path, _LIMITS):
         try:
@@ -35,7 +35,7 @@ def free_memory(device: torch.device, ranks: int) -> float:
 
 
 def remedies(run: RunConfig) -> str:
-    """What makes ``run`` need less memory."""
+    """Changes that make ``run`` need less memory."""
     training = run.training
     found = [f"lower training.micro_batch (now {training.micro_batch})"] if training.micro_batch != 1 else []
     found = ["set training.micro_batch to less than auto has chosen"] if training.micro_batch == "auto" else found

@@ -1,4 +1,4 @@
-"""The plan of a run: what it starts from, what it keeps, its schedule and its length, settled before anything is built."""
+"""The plan of a run: its start checkpoint, what it keeps, its schedule and its length, decided before anything is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megarewarm.training.output.run_folder import RunFolder
 class Plan:
     """``config`` has its model settled. ``source`` is what will be loaded, ``policy`` what of it is kept.
 
-    ``origin`` is where the run began, ``position`` where it stands; they differ in a resumed run. ``resumed`` says that
+    ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were.
     """
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def history(self) -> Lineage:
-        """The stages before this run: those of what it started from."""
+        """The stages before this run: those of its start checkpoint."""
         if self.source is None:
             return Lineage()
         stages = self.source.lineage.stages
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the run reads on in the data of the stage before it."""
+        """Whether the run continues in the data of the stage before it."""
         if self.source is None or self.source.training is None:
             return False
         if not self.resumed:
@@ -115,7 +115,7 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
 
 
 def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
-    """Model keys that leave the shapes alone but change the function, where the config overrides the checkpoint."""
+    """Model keys that keep the shapes but change the function, if the config overrides the checkpoint."""
     if source is None or config.model is None:
         return []
     return [
@@ -127,7 +127,7 @@ def differing_choices(config: RunConfig, source: CheckpointSource | None) -> lis
 
 
 def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[str]:
-    """A note where the checkpoint was, or may have been, trained with another optimizer than this run's."""
+    """A note if the checkpoint was, or may have been, trained with another optimizer than this run's."""
     kind = config.optimizer.kind
     if source is None or (source.training is None and kind == "adamw"):
         return []
@@ -142,7 +142,7 @@ def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[
 
 
 def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
-    """Raise ``UserError`` where moments of another optimizer are to be kept."""
+    """Raise ``UserError`` if moments of another optimizer would be kept."""
     if policy.moments != "reset" and training is not None and training.optimizer != config.optimizer.kind:
         raise UserError(
             f"start.moments: '{policy.moments}' can't be honoured, the checkpoint's are those of {training.optimizer} and "
@@ -151,10 +151,10 @@ def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: Tr
 
 
 def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
-    """The plan of ``config``: the run's own newest checkpoint if there is one, else what ``start`` names.
+    """The plan of ``config``: the run's own newest checkpoint if there is one, else ``start``.
 
-    ``source`` replaces opening ``start.from`` (for a dry run without it). ``up_to``: the run's checkpoints of later steps don't
-    count (to go through a part of it once more). Raises ``UserError`` for everything about the start that can't be honoured.
+    ``source`` replaces opening ``start.from`` (for a dry run without it). ``up_to``: the run's checkpoints of later steps
+    don't count (to repeat a part of it). Raises ``UserError`` for a start that can't be honoured.
     """
     newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint(up_to=up_to)
     if newest is not None:
@@ -186,7 +186,7 @@ def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_t
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
-    """A budget in tokens counts all steps alike, those before the start as well."""
+    """A budget in tokens counts all steps alike, including those before the start."""
     budget, each = config.training.budget, config.tokens_per_step
     if budget.unit == "tokens" and tokens != step * each:
         steps = step + max(0, round((budget.amount - tokens) / each))
@@ -223,7 +223,7 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
 
 
 def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Schedule:
-    # a schedule that starts anew has only the remaining steps; one that continues counts from its old beginning
+    # a restarted schedule has only the remaining steps; a continued one counts from its old beginning
     total = max(1, config.total_steps - (origin.step if policy.schedule == "restart" else 0))
     return build_schedule(config.schedule, lambda budget: budget.in_steps(config.tokens_per_step, total), total)
 
@@ -231,7 +231,7 @@ def _schedule(config: RunConfig, policy: ResetPolicy, origin: Position) -> Sched
 def _require_same_rate(first: float, training: TrainingState) -> None:
     if not math.isclose(first, training.last_lr, rel_tol=0.01):
         raise UserError(
-            f"start.intent: 'continue' goes on at the rate at which the checkpoint stands, {training.last_lr:.4g}, and this "
+            f"start.intent: 'continue' continues at the checkpoint's learning rate, {training.last_lr:.4g}, and this "
             f"schedule begins at {first:.4g}; set schedule.max_lr to that rate with curve 'constant' and warmup 0, or re-warm "
             f"(intent 'rewarm')"
         )
@@ -239,7 +239,7 @@ def _require_same_rate(first: float, training: TrainingState) -> None:
 
 def _require_same_curve(schedule: Schedule, training: TrainingState, *, foreign: bool) -> None:
     ours, theirs = schedule.spec(), training.schedule
-    # other programs have other names and record less: what they do record has to agree
+    # other programs have other names and record less: what they record must agree
     keys = {"max_lr", "min_lr"} & set(ours) & set(theirs) if foreign else set(ours) | set(theirs)
     for key in sorted(keys):
         if ours.get(key) != theirs.get(key):

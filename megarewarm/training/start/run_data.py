@@ -1,4 +1,4 @@
-"""The training data of a planned run, opened and checked against what the run starts from, and what it has read of them."""
+"""The training data of a planned run, opened and checked against its start checkpoint, and the samples it has read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _check_position(plan: Plan, data: TrainingBatches) -> None:
     if plan.policy.data != "continue" or plan.source is None or plan.source.training is None:
         return
     stored, ours = plan.source.training.data_fingerprint, data.fingerprint(before=plan.source.training.samples)
-    if stored and stored != ours:  # other programs' checkpoints don't say what they read
+    if stored and stored != ours:  # other programs' checkpoints don't record what they read
         what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
         remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
         raise UserError(
@@ -53,7 +53,7 @@ def _check_position(plan: Plan, data: TrainingBatches) -> None:
 
 
 def check_held_out(plan: Plan, validation: Sequence[WindowSet]) -> None:
-    """Raise ``UserError`` where a resumed run would measure its validation losses on other tokens than before."""
+    """Raise ``UserError`` if a resumed run would measure its validation losses on other tokens than before."""
     if not plan.resumed or plan.source is None or plan.source.training is None:
         return
     for windows in validation:

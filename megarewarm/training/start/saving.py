@@ -19,7 +19,7 @@ def saves(config: RunConfig) -> Grid | None:
 
 
 def extra_steps(config: RunConfig) -> frozenset[int]:
-    """The single steps that are saved besides."""
+    """The single steps that are saved in addition."""
     extra = config.checkpoint.extra_steps
     return frozenset(LOG_SPACED if extra == "log_spaced" else extra)
 
@@ -38,10 +38,8 @@ def retention(config: RunConfig) -> Retention:
 
 
 def check_saving(config: RunConfig, first: int, warmup_end: float) -> None:
-    """Raise ``UserError`` for checkpoints that are asked for and would never be written.
-
-    ``first`` is the run's first step minus one, ``warmup_end`` the last step of the warmup.
-    """
+    """Raise ``UserError`` for requested checkpoints that would never be written. ``first`` is the run's first step minus
+    one, ``warmup_end`` the last step of the warmup."""
     settings = config.checkpoint
     every = saves(config)
     if settings.keep_every is not None:

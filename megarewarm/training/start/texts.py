@@ -1,4 +1,4 @@
-"""The tokenizer of a run: that all its data, and what it starts from, have the same, what ends a document, what is exported."""
+"""The tokenizer of a run: whether all its data and its start agree, what ends a document, what is exported."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Texts:
 
 
 def settle_texts(plan: Plan) -> Texts:
-    """Compare the tokenizers of everything that the run of ``plan`` reads, and settle what it exports.
+    """Compare the tokenizers of everything that the run of ``plan`` reads, and determine what it exports.
 
-    Raises ``UserError`` naming both where two of them give other ids, where the ends of documents contradict each other, and
-    where a tokenizer that is named can't be read, or not be exported. Reads manifests and tokenizers only.
+    Reads manifests and tokenizers only. Raises ``UserError`` naming both if two of them give different ids or the ends of
+    documents contradict each other, and if a named tokenizer can't be read or exported.
     """
     config, data = plan.config, plan.config.data
     trained, paths, unknown = _made(_training_sources(config))
@@ -78,7 +78,7 @@ def _sampled(sources: Sequence[Source]) -> list[str]:
 
 
 def config_tokenizers(config: RunConfig) -> list[Made]:
-    """By which tokenizers the data of ``config`` were made, as far as manifests say."""
+    """The tokenizers of the data of ``config``, as far as manifests record them."""
     sources = [*_training_sources(config), *(source for item in config.data.validation for source in item.sources)]
     return [*_named(config), *_made(sources)[0]]
 
@@ -118,7 +118,7 @@ def _distinct(made: Sequence[Made]) -> list[TokenizerIdentity]:
 
 
 def _of_start(plan: Plan, found: Sequence[Made]) -> list[Made]:
-    """The tokenizers of what the run started from; of a resumed run that of its own data, for its start has been compared."""
+    """The tokenizers of the start checkpoint; of a resumed run those of its own data, because its start was compared before."""
     source = plan.source
     if source is None:
         return []
@@ -152,7 +152,7 @@ def _end(config: RunConfig, trained: Sequence[Made], paths: Sequence[str]) -> tu
 
 
 def _to_export(plan: Plan, eod: int | None, trained: Sequence[Made]) -> TokenizerSource:
-    """The tokenizer to be exported: the one that is named, else the start's, else one that the token files were made with."""
+    """The tokenizer to export: the named one, else the start's, else one of the token files."""
     name, source = plan.config.data.tokenizer, plan.source
     found = TokenizerSource(None if name is None else named_tokenizer(name, "data.tokenizer"), eod)
     if plan.policy.weights == "load" and source is not None:

@@ -1,4 +1,4 @@
-"""The weights that a run began with, kept beside those it trains: how far it has gone, and what lies between."""
+"""A copy of the run's first weights, for the distance it has gone and the weights between."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ StartWeights = dict[str, Tensor]
 
 
 def keeps_start(config: RunConfig) -> bool:
-    """Whether a run of ``config`` has a use for its start weights."""
+    """Whether a run of ``config`` uses its start weights."""
     return config.logging.dynamics is not None and config.logging.start_distance
 
 
 def copy_weights(model: ParallelModel) -> StartWeights:
-    """Copies of the parameters as they are now; of replicas, only the rank that counts a parameter makes one."""
+    """Copies of the present parameters; of replicas, only the rank that counts a parameter makes one."""
     return {
         name: parameter.detach().to("cpu", copy=True)
         for name, parameter in model.parameters.items()
@@ -33,10 +33,8 @@ def copy_weights(model: ParallelModel) -> StartWeights:
 
 @collective
 def load_start(plan: Plan, model: ParallelModel) -> None:
-    """Fill ``model`` with what the run began with: drawn again from the seed, or read again from ``start.from``.
-
-    All ranks call it. Raises ``UserError`` on all of them where that can't be had any more.
-    """
+    """Fill ``model`` with the run's first weights: drawn again from the seed, or read again from ``start.from``. All ranks
+    call it. Raises ``UserError`` on all of them if they can't be restored."""
     source = start_source(plan)
     if source is None:
         model.initialize(plan.config.training.seed)
@@ -46,10 +44,10 @@ def load_start(plan: Plan, model: ParallelModel) -> None:
 
 @collective
 def start_source(plan: Plan) -> CheckpointSource | None:
-    """The checkpoint with the weights that the run began with, opened again if the run is resumed; None: they were drawn.
+    """The checkpoint with the run's first weights, reopened if the run is resumed; None: they were drawn.
 
-    All ranks call it. Raises ``UserError`` on all of them where it is gone, or has another history than when the run began: a
-    run folder means its newest checkpoint, and training may have gone on there.
+    All ranks call it. Raises ``UserError`` on all of them if it is gone or has another history than at the start, because a
+    run folder means its newest checkpoint, and training may have continued there.
     """
     if not plan.resumed:
         return plan.source if plan.policy.weights == "load" else None

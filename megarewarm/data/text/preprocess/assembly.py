@@ -1,4 +1,4 @@
-"""Shards put together: each piece of an output file is written at its own place, by whoever is free.
+"""Shards put together: each piece of an output file is written at its own place, by any free worker.
 
 Where order is kept a piece is a shard. Where documents are shuffled, the order is that of their 64-bit keys; a piece is a
 range of keys that holds about 64 MB of ids: of each run its documents in that range, merged. So nothing but one piece is
@@ -42,10 +42,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Piece:
-    """Documents of ``sources`` with keys in [low, high), or all of them, in their order, where ``low`` is None.
-
-    They begin at document ``first_document`` and token ``first_token`` of the output. ``bytes``: of ids.
-    """
+    """Documents of ``sources`` with keys in [low, high), or all of them, in their order, where ``low`` is None. They begin
+    at document ``first_document`` and token ``first_token`` of the output. ``bytes``: of ids."""
 
     output: Output
     sources: tuple[Source, ...]

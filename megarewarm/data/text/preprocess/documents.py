@@ -1,4 +1,4 @@
-"""The documents of text files as one iterable, for whoever reads text rather than tokens."""
+"""The documents of text files as one iterable, for readers of text rather than tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HOPELESS = 100  # broken records before the first good one at which reading sto
 
 
 class BadInput(UserError):
-    """The text itself is not what it should be: going on with what is finished would not mend it."""
+    """The text itself is damaged: resuming would not help."""
 
 
 class Skipped:

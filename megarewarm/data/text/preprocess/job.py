@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done, how many bytes of ``total`` are done, and what has been tokenised in this run so far."""
+    """What is being done, how many bytes of ``total`` are done, and what this run has tokenised so far."""
 
     doing: str
     done: int
@@ -202,7 +202,7 @@ class _Job:
                 raise
             except OSError as error:
                 if any(self.folder.glob("[0-9]*.json")):
-                    kept = f". {self.folder} keeps what is finished: run the same command with --resume when that is mended"
+                    kept = f". {self.folder} keeps what is finished: fix that and run the same command with --resume"
                 else:
                     kept = ""
                     self._unneeded = True
@@ -210,7 +210,7 @@ class _Job:
             return self._publish()
 
     def _finished_before(self) -> list[Written] | None:
-        """What an earlier run with these settings has written, its publication completed; None where there is none."""
+        """The output of an earlier run with these settings, its publication completed; None if there is none."""
         if publication.is_prepared(self.folder):
             with self._removed_at_the_end(), self._work_folder(resume=True):
                 return self._publish()
@@ -219,7 +219,7 @@ class _Job:
         return [publication.written(prefix, self._notes()) for prefix in map(self._output, self.names)]
 
     def _is_finished(self) -> bool:
-        """Whether the outputs are there as this job would make them, and no work is left over."""
+        """Whether the outputs are there as this job would make them, and nothing is left to do."""
         if self.folder.exists():
             return False
         for name in self.names:
@@ -245,12 +245,12 @@ class _Job:
 
     @contextmanager
     def _removed_at_the_end(self) -> Iterator[None]:
-        """The work folder goes, with those above it that this run made and left empty, once nothing in it is of use or open."""
+        """Remove the work folder, with parents that this run made and left empty, once it holds nothing useful or open."""
         try:
             yield
         finally:
             if self._unneeded:
-                # a worker may be about to tell how far it is, and on some file systems an open file stays for a while
+                # a worker may be about to report progress, and on some file systems an open file stays for a while
                 for _ in range(50):
                     shutil.rmtree(self.folder, ignore_errors=True)
                     if not self.folder.exists():
@@ -262,7 +262,7 @@ class _Job:
 
     @contextmanager
     def _work_folder(self, resume: bool) -> Iterator[None]:
-        """PREFIX.parts, locked, with the settings of this job in it; made anew unless ``resume``."""
+        """PREFIX.parts, locked, with this job's settings in it; made from scratch unless ``resume``."""
         settings = json.loads(json.dumps(asdict(self.recipe)))
         path = self.folder / "job.json"
         was_there = self.folder.exists()

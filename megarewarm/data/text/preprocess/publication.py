@@ -49,15 +49,13 @@ def prepare(folder: Path, outputs: Sequence[Whole]) -> None:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether ``prepare`` has come to its end there."""
+    """Whether ``prepare`` was completed there."""
     return (folder / _PLAN).is_file()
 
 
 def publish(folder: Path, prefix_of: Callable[[str], str], notes: Sequence[str]) -> list[Written]:
-    """Carry out what ``prepare`` has written, whatever an earlier try has done of it. The folder is of no more use then.
-
-    ``prefix_of``: the output's prefix for a part of the split.
-    """
+    """Carry out what ``prepare`` has written, including the rest of an interrupted attempt; the folder is useless
+    afterwards. ``prefix_of``: the output's prefix for a part of the split."""
     plan = [(prefix_of(item["part"]), item["files"]) for item in json.loads((folder / _PLAN).read_bytes())]
     # All that is old goes first: a crash leaves outputs that are not there yet, never old ones beside new ones. What is new of
     # them has left the folder.
@@ -73,7 +71,7 @@ def publish(folder: Path, prefix_of: Callable[[str], str], notes: Sequence[str])
 
 
 def written(prefix: str, notes: Sequence[str]) -> Written:
-    """What the manifest of an output says."""
+    """The contents of an output's manifest."""
     said = json.loads(Path(f"{prefix}.json").read_bytes())
     counts = Counts(said["documents"], said["tokens"], said["bytes"])
     return Written(Path(prefix), counts, said["skipped"], said["examples"], list(notes))

@@ -34,11 +34,8 @@ _ROWS = 1024  # of a .parquet in memory at a time
 
 @dataclass(frozen=True)
 class Span:
-    """A part of an input file that can be read without the rest.
-
-    [start, stop) are bytes of a plain .jsonl (the lines that begin there), row groups of a .parquet; stop None: to the end.
-    ``size``: bytes on the disk, 0 for stdin.
-    """
+    """A part of an input file that can be read without the rest. [start, stop) are bytes of a plain .jsonl (the lines that
+    begin there), row groups of a .parquet; stop None: to the end. ``size``: bytes on the disk, 0 for stdin."""
 
     path: Path
     start: int
@@ -48,10 +45,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Record:
-    """One record. ``place``: a number that is its own within its file, however that is divided (a byte, or a row).
-
-    ``text`` is None where the record can't be used: ``reason`` is then one of those above and ``detail`` says more.
-    """
+    """One record. ``place``: a number that is its own within its file, however that is divided (a byte, or a row). ``text``
+    is None if the record can't be used: ``reason`` is then one of those above and ``detail`` says more."""
 
     place: int
     line: int
@@ -136,9 +131,7 @@ def spans_of(path: Path, size: int = SPAN) -> list[Span]:
 
 def records(span: Span, text_key: str, read: Callable[[int], None] = lambda _: None) -> Iterator[Record]:
     """The records of a part, in the order of the file; ``read`` gets the bytes of the part that have been read so far.
-
-    Raises ``UserError`` for a file that can't be read as what its name says.
-    """
+    Raises ``UserError`` for a file that can't be read as what its name says."""
     if span.path.suffix == ".parquet":
         yield from _parquet_records(span, text_key, read)
     elif span.path == STDIN:
@@ -250,7 +243,7 @@ def _shown(name: str) -> str:
 
 
 def _under(record: dict[str, Any], key: str) -> Any:
-    """What stands under a key, or under a path of keys divided by dots."""
+    """The value under a key, or under a path of keys divided by dots."""
     if key in record:
         return record[key]
     value: Any = record

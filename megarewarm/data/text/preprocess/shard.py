@@ -32,14 +32,14 @@ _BATCH = 2**21  # characters that are encoded together
 _BLOCK = 2**21  # tokens that are written together where order is kept
 _RUN = 2**25  # tokens of a sorted run
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_EVERY = 0.5  # seconds between two words about progress
+_EVERY = 0.5  # seconds between two progress reports
 
 PROGRESS = struct.Struct("<QQQ")  # bytes read, documents, tokens
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done with a document, wherever that happens. ``eod``: id of the token that ends each, None where nothing does;
+    """What is done with a document, wherever that happens. ``eod``: id of the token that ends each, None if nothing does;
     ``split``: the parts' shares by name, which sum to 1."""
 
     tokenizer: str
@@ -159,7 +159,7 @@ def tokenise(shard: Shard, recipe: Recipe, folder: Path, threads: int) -> Tokeni
 
 
 class _Word:
-    """The shard's progress, for whoever looks into the work folder, on whichever machine."""
+    """The shard's progress, for any process or machine that reads the work folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -176,7 +176,7 @@ class _Word:
             self._next = time.monotonic() + _EVERY
 
     def done(self) -> None:
-        """The last word, which stays: the shard may have to wait for those before it."""
+        """The last report, which stays: the shard may have to wait for those before it."""
         self._path.write_bytes(PROGRESS.pack(*self._said))
 
 
@@ -218,7 +218,7 @@ def _fixed(text: str, recipe: Recipe) -> str:
 
 
 def _part(data: bytes, split: tuple[tuple[str, float], ...]) -> str:
-    """The part of the split to which a document belongs, by its hash alone: the same whatever stands beside it."""
+    """The part of the split to which a document belongs, by its hash alone, so other documents don't matter."""
     if len(split) > 1:
         place = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") / 2**64
         for name, share in split[:-1]:
@@ -276,7 +276,7 @@ class _Writer:
         self._held, self._places, self._held_tokens = [], [], 0
 
     def finish(self) -> list[int]:
-        """Everything onto the disk. Returns the documents of each run."""
+        """Sync everything to the disk. Returns the documents of each run."""
         self._flush()
         for file in self._files.values():
             sync(file)

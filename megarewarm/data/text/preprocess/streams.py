@@ -18,7 +18,7 @@ _CHUNK = 2**20  # bytes of a file in memory at a time
 def lines_between(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """(offset, line with its end) of the lines of a plain file that begin in [start, stop); stop None: the end.
 
-    Only b"\\n" ends a line: other separators may stand inside of JSON text. Ranges that cover a file give each line once.
+    Only b"\n" ends a line: other separators may occur inside JSON text. Ranges that cover a file give each line once.
     """
     with open(path, "rb", buffering=_CHUNK) as file:
         offset = start
@@ -34,9 +34,7 @@ def lines_between(path: Path, start: int, stop: int | None) -> Iterator[tuple[in
 
 def lines_of(path: Path, file: IO[bytes], read: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
     """(offset in the decompressed content, line with its end) of an opened file; ``read`` gets the bytes of it so far.
-
-    Raises ``UserError`` where compressed data are damaged or end early.
-    """
+    Raises ``UserError`` if compressed data are damaged or end early."""
     offset = 0
     for line in _lines(_counted(_decompressed(path, file), file, read)):
         yield offset, line
@@ -80,7 +78,7 @@ def _unzstd(path: Path, file: IO[bytes]) -> Iterator[bytes]:
         import zstandard
     except ImportError as error:
         raise UserError(f"{path} needs the package 'zstandard': pip install zstandard") from error
-    # dumps are often packed with windows beyond what is taken without being told (zstd --long=31)
+    # dumps often have windows beyond the default limit (zstd --long=31)
     unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)
     decompressor = unpacker.decompressobj()
     inside = False

@@ -1,4 +1,4 @@
-"""Who does the work: this process's threads, processes of this machine, or the ranks of an MPI job."""
+"""Workers: threads of this process, processes of this machine, or the ranks of an MPI job."""
 
 from __future__ import annotations
 
@@ -77,11 +77,8 @@ def mpi() -> Iterator[Workers | None]:
 def in_order(
     workers: Workers, function: Callable[[T], R], tasks: Iterable[T], watch: Callable[[], None] = lambda: None
 ) -> Generator[R, None, None]:
-    """Results in the order of the tasks, with two tasks per worker under way; ``watch`` is
-    called twice a second.
-
-    Raises what a task raised, and ``UserError`` where a worker was killed.
-    """
+    """Results in the order of the tasks, with two tasks per worker under way; ``watch`` is called twice a second. Raises
+    what a task raised, and ``UserError`` where a worker was killed."""
     waiting: deque[Future[R]] = deque()
     active: set[Future[R]] = set()
     iterator = iter(tasks)
@@ -102,7 +99,7 @@ def in_order(
             watch()
     except BrokenExecutor as error:
         raise UserError(
-            "a worker process was killed, most likely for want of memory: run the same command again with --resume, and "
+            "a worker process was killed, most likely because memory ran out: run the same command again with --resume, and "
             "with fewer --workers if it happens again"
         ) from error
     finally:
