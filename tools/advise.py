@@ -46,7 +46,8 @@ def main() -> None:
         from megarewarm.laws.show import draw_advice
         from megarewarm.laws.tell import print_advice
 
-    advice = advise(arguments.experiment, arguments.upstream_within)
+    with make_console(stderr=True).status("reading") as status:
+        advice = advise(arguments.experiment, arguments.upstream_within, status.update)
     output = arguments.output or arguments.experiment / "advice"
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -31,10 +31,12 @@ def draw_tradeoff(lines: Sequence[Line]) -> Figure | None:
         axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))
         xs, ys = np.array([x for _, x, *_ in points]), np.array([y for _, _, y, _ in points])
         for side, values in ((axes.set_xlim, xs), (axes.set_ylim, ys)):
-            low, high = min(0.0, values.min()), max(0.0, values.max())
-            pad = 0.14 * max(high - low, 0.02)
-            side(low - pad, high + pad)
-        zero = [side(0, color=style.QUIET, linewidth=0.8) for side in (axes.axhline, axes.axvline)]
+            side(*style.limits(float(values.min()), float(values.max())))
+        zero = [
+            side(0, color=style.QUIET, linewidth=0.8)
+            for side, (low, high) in ((axes.axhline, axes.get_ylim()), (axes.axvline, axes.get_xlim()))
+            if low < 0 < high
+        ]
         for line, x, y, _ in points:
             axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
         axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
