@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,18 @@ def test_what_the_sentences_claim(arms: list[Path]) -> None:
     assert "Runs that differ in warmup alone, no_warmup (0) → rewarm (10)" in text
     assert "Runs that differ in training data alone" in text
     assert "constant_min" not in "".join(line for line in text.split("\n") if "alone" in line)
+
+
+def test_bullets_have_at_most_five_numbers_and_the_signs_of_the_table(arms: list[Path]) -> None:
+    for folders in (arms, arms[2:5], arms[3:4]):
+        table = {row.label: row for row in rows(read_runs(folders))}
+        for bullet in summarise(read_runs(folders)):
+            said = bullet
+            for name in sorted(table, key=len, reverse=True):
+                said = said.replace(name, "RUN")
+            assert len(re.findall(r"(?<![\w.])[+−]?\d[\d.e-]*", said.replace("checkpoints/step_2000", ""))) <= 5, bullet
+            for word, number in re.findall(r"(forgetting|adaptation) ([+−][\d.]+)", bullet):
+                assert number in {signed_text(getattr(row, word)) for row in table.values()}, bullet
 
 
 def made(folder: Path, name: str, peak: float, up: float, down: float, **keys: Any) -> RecordedRun:

@@ -272,6 +272,8 @@ def test_the_policy_allows_this_style_and_no_script(page: Path) -> None:
 
 
 def test_zero_is_in_the_trade_off_only_where_it_leaves_room(tmp_path: Path) -> None:
+    figures = []
+
     def limits(offset: float) -> tuple[float, float, float, float]:
         folders = []
         for name in ("rewarm", "rewarm_half"):
@@ -281,12 +283,15 @@ def test_zero_is_in_the_trade_off_only_where_it_leaves_room(tmp_path: Path) -> N
         runs = read_runs(folders)
         figure = tradeoff.draw_tradeoff(lines_of(runs, rows(runs)))
         assert figure is not None
+        figures.append(figure)
         return (*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim())
 
     left, right, low, high = limits(0.0)
     assert left < 0 < right and low < 0 < high
     left, right, low, high = limits(3.0)
     assert left > 2.8 and right < 3.6 and low < high < -2
+    ticks = [text for text, box in boxes(figures[-1]) if re.fullmatch(r"[+−][\d.]+", text)]
+    assert len(ticks) > 5 and len(set(ticks)) == len(ticks)
 
 
 def test_perplexities_are_rounded(arms: list[Path]) -> None:

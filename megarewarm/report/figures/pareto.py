@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import place_labels
 from megarewarm.report.figures.sweeps import error_bars
-from megarewarm.report.figures.tradeoff import signed_tick
+from megarewarm.report.figures.tradeoff import signed_ticks
 from megarewarm.report.numbers.arms import ArmRow
 from megarewarm.report.numbers.runs import same_length
 from megarewarm.report.numbers.seeds import Spread
@@ -102,8 +101,7 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
             told.add(name)
         axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
         axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
-        axes.xaxis.set_major_formatter(FuncFormatter(signed_tick))
-        axes.yaxis.set_major_formatter(FuncFormatter(signed_tick))
+        signed_ticks(axes)
         style.quiet_axes(axes)
         handles, names = axes.get_legend_handles_labels()
         figure.legend(

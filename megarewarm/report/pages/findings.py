@@ -175,7 +175,7 @@ def _differing(inside: Sequence[Comparison], sign: int) -> str:
     ranked = sorted(differing, key=lambda c: -abs(c.difference.mean))
     text = f"{'lower' if sign < 0 else 'higher'} in {_few([c.arm for c in differing])}"
     most = len(ranked) > 1 and abs(ranked[0].difference.mean) - abs(ranked[1].difference.mean) > SAME
-    which = f"most in {ranked[0].arm}: " if most else "the largest: " if len(ranked) > 1 else ""
+    which = f"most in {ranked[0].arm}: " if most else "up to " if len(ranked) > 1 else ""
     return f"{text} ({which}{difference_text(ranked[0].difference)})"
 
 
@@ -253,14 +253,8 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
             f"{len(reached)} of {counted(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
         )
         if reached:
-            ranked = sorted(reached, key=lambda row: row.mean("tokens_saved") or 0.0)
-            least, most = ranked[0], ranked[-1]
-            if len(reached) == 1:
-                text += f"; {most.name} saved {_tokens(most)} tokens on the way"
-            elif _tokens(least) != _tokens(most):
-                text += f"; {most.name} saved most tokens on the way ({_tokens(most)}), {least.name} least ({_tokens(least)})"
-            else:
-                text += f"; each saved {_tokens(most)} tokens on the way"
+            least, most = (_tokens(pick(reached, key=lambda row: row.mean("tokens_saved") or 0.0)) for pick in (min, max))
+            text += f", and saved {least if least == most else f'{least} to {most}'} tokens on the way"
         sentences.append(f"{text}.")
     return sentences
 
