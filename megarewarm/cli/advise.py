@@ -42,13 +42,12 @@ def main(words: Sequence[str]) -> None:
         import orjson
 
         from megarewarm.console import make_console
-
-    with importing():
         from megarewarm.laws.advice import advise, as_json
         from megarewarm.laws.show import draw_advice
         from megarewarm.laws.tell import print_advice
 
-    advice = advise(arguments.experiment, arguments.upstream_within)
+    with make_console(stderr=True).status("reading") as status:
+        advice = advise(arguments.experiment, arguments.upstream_within, status.update)
     output = arguments.output or arguments.experiment / "advice"
     try:
         output.mkdir(parents=True, exist_ok=True)

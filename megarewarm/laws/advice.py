@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ class Advice:
         return sorted(found, key=lambda section: not section.laws)
 
 
-def advise(folder: Path, within: float = 0.02) -> Advice:
-    """Fit the laws to the experiment in ``folder``. Raises ``UserError`` where nothing in it can be used at all."""
+def advise(folder: Path, within: float = 0.02, progress: Callable[[str], None] = lambda _: None) -> Advice:
+    """Fit the laws to the experiment in ``folder``. Raises ``UserError`` where nothing in it can be used at all.
+
+    ``progress`` is called with what is done next: the fits take seconds to minutes.
+    """
     if not 0 <= within < 10:
         raise UserError(f"--upstream-within {within:g}: give a share such as 2%, at least 0")
     title, runs, notes = read_trained(folder)
     answers = []
     for question in questions(runs):
         compared = [*question.runs, *question.diverged]
-        sections = sections_of(schedule_families(compared), replay_families(compared))
+        sections = sections_of(schedule_families(compared), replay_families(compared), progress)
         for section in sections:
             section.sentences.extend(share_of_new_data(section, within) if section.kind == "replay" else [])
         answers.append(answer(question, sections, within))

@@ -19,6 +19,7 @@ from megarewarm.spelling import loss_text, rate_text
 
 MEAN = "mean of both losses"
 _NAMED = 4  # arms named in a sentence
+_SAME = 0.005  # nats by which losses differ that are called the same, as in the report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,12 @@ def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[s
     if len(able) < 2:
         return []
     if not freedom:
-        return ["Every arm was run with one seed, so nothing is known of how much of a difference is chance."]
+        means = {arm: float(np.mean(values)) for arm, values in changes.items()}
+        near = [arm for arm in able if arm != best and means[arm] - means[best] <= _SAME]
+        text = "Every arm was run with one seed, so nothing is known of how much of a difference is chance"
+        return [
+            f"{text}; within {_SAME:g} of it: {', '.join(near[:_NAMED])}{_more(len(near) - _NAMED)}." if near else f"{text}."
+        ]
     spread = math.sqrt(sum(float(np.var(values)) * len(values) for values in several) / freedom)
     alike = [
         arm
@@ -124,8 +130,8 @@ def _next(
     if open_ones := [entry for entry in gains if entry[0] > 0]:
         gain, band, one = max(open_ones, key=lambda entry: entry[0])
         return None, [
-            f"Of runs that weren't made, {_told(one)} is predicted lowest: {gain:.3f} below {best} in the {name}, within the "
-            f"band of {band:.3f}, so the data do not suffice to prefer it."
+            f"Most informative next run: {_told(one)}. Its {name} is predicted {gain:.3f} below that of {best}, within "
+            f"the band of {band:.3f}: the data do not suffice to prefer it."
         ]
     within = "" if kept else " and to keep the upstream loss surely within the limit"
     return None, [f"No run that wasn't made is predicted to be better{within}, within what was tried: stay with {best}."]
@@ -166,19 +172,23 @@ def _try(question: Family, best: str) -> str:
 
 
 def _edges(question: Family, best: str) -> list[str]:
-    """Where the best arm lies at the edge of what was tried."""
+    """Where the best arm lies at the edge of what was tried, and a value beyond it."""
     run = question.of(best)[0]
-    told = []
-    for name, value in (("peak", lambda r: float(r.rates.max())), ("replay fraction", lambda r: r.replay)):
-        values = [value(other) for other in question.runs]
+    told, beyond = [], []
+    peak, fraction = float(run.rates.max()), run.replay
+    for name, key, own, values, further in (
+        ("peak", "schedule.max_lr", peak, [float(other.rates.max()) for other in question.runs], 2 * peak),
+        ("replay fraction", "replay.fraction", fraction, [other.replay for other in question.runs], (1 + fraction) / 2),
+    ):
         if max(values) <= min(values) * 1.0001:
             continue
-        for word, end in (("highest", max(values)), ("lowest", min(values))):
-            if math.isclose(value(run), end, rel_tol=1e-4) and not (name == "replay fraction" and end == 0):
+        for word, end, next_one in (("highest", max(values), further), ("lowest", min(values), own / 2)):
+            if math.isclose(own, end, rel_tol=1e-4) and not (name == "replay fraction" and end == 0):
                 told.append(f"the {word} {name}")
+                beyond.append(f"{key} {rate_text(next_one) if name == 'peak' else f'{next_one:.3g}'}")
     if not told:
         return []
-    return [f"{best} has {' and '.join(told)} that was tried: nothing is said of what lies beyond."]
+    return [f"{best} has {' and '.join(told)} that was tried, and nothing is predicted beyond: try {' and '.join(beyond)}."]
 
 
 def share_of_new_data(section: LawSection, within: float) -> list[str]:

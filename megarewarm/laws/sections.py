@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -58,9 +58,12 @@ class LawSection:
         return {role: law.trial for role, law in self.laws.items()}
 
 
-def sections_of(schedules: Sequence[Family], replays: Sequence[Family]) -> list[LawSection]:
-    """The families' laws, fitted and tried, and their predictions."""
-    fitted = [_fitted("schedule", family) for family in schedules] + [_fitted("replay", family) for family in replays]
+def sections_of(
+    schedules: Sequence[Family], replays: Sequence[Family], progress: Callable[[str], None] = lambda _: None
+) -> list[LawSection]:
+    """The families' laws, fitted and tried, and their predictions. ``progress`` is called with what is fitted next."""
+    fitted = [_fitted("schedule", family, progress) for family in schedules]
+    fitted += [_fitted("replay", family, progress) for family in replays]
     told = []
     for section in _pooled(fitted):
         predictions, refused = _predictions(section)
@@ -69,10 +72,11 @@ def sections_of(schedules: Sequence[Family], replays: Sequence[Family]) -> list[
     return told
 
 
-def _fitted(kind: Literal["schedule", "replay"], family: Family) -> LawSection:
+def _fitted(kind: Literal["schedule", "replay"], family: Family, progress: Callable[[str], None]) -> LawSection:
     found: dict[str, AnnealingLaw | ReplayLaw] = {}
     space = Space.of_schedules(family) if kind == "schedule" else Space.of_replay(family)
     for role in family.roles:
+        progress(f"fitting the law of {kind} to the {role} loss of {len(family.arms)} arms")
         law = fit_annealing(family, role, space) if kind == "schedule" else fit_replay(family, role, space)
         if law is not None:
             found[role] = law

@@ -57,8 +57,7 @@ def advice_figure(advice: Advice) -> Figure | None:
             else:
                 _draw_losses(axis, one, role, what)
             if len(advice.answers) > 1:
-                axis.set_title(f"{axis.get_title(loc='left')}\n{one.question.arms[0]} and {len(one.measured) - 1} more",
-                               fontsize=9, loc="left")  # fmt: skip
+                axis.set_title(f"{axis.get_title(loc='left')}\n{_group(one)}", fontsize=9, loc="left")
             axis.tick_params(labelsize=8)
         for axis in row[len(one.question.roles) :]:
             axis.set_visible(False)
@@ -69,6 +68,13 @@ def advice_figure(advice: Advice) -> Figure | None:
             if what == "left out":
                 _name_left_out(axis, one, role)
     return figure
+
+
+def _group(one: Recommendation) -> str:
+    """The arms that are compared, by what they share."""
+    names, run = one.question.arms, one.question.runs[0]
+    start = short_labels([str(run.config.get("start", {}).get("from", "a checkpoint"))])[0]
+    return f"{len(names)} arms from {start}, {run.steps} steps ({short_labels([names[0]])[0]}{', ...' * (len(names) > 1)})"
 
 
 def _settings(keys: dict[str, Any]) -> Settings:
@@ -114,8 +120,13 @@ def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None
             label = _label(settings, along, varied)
             if section.kind == kind and role in made.losses and label in measured:
                 predicted.setdefault(label, []).append((settings[along], made.losses[role], made.bands[role]))
-    for index, (label, points) in enumerate(list(measured.items())[:_GROUPS]):
-        colour = style.colour(index)
+    drawn = list(measured.items())[:_GROUPS]
+    beside = [name for name in varied if name != along]
+    colours = [style.colour(index) for index in range(len(drawn))]
+    if beside in (["peak"], ["replay"]):  # one axis: its values' sequence, as in the report
+        colours = style.sequence(len(drawn), axis=int(beside == ["replay"]))
+    for index, (label, points) in enumerate(drawn):
+        colour = colours[index]
         axis.plot(*np.array(points).T, "x", color=colour, label=label or "measured", clip_on=False)
         if label in predicted and len(predicted[label]) > 1:
             x, y, band = np.array(sorted(predicted[label])).T

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from megarewarm.laws.advice import Advice
 from megarewarm.laws.answer import Recommendation, aimed
@@ -81,6 +82,7 @@ def _grid(one: Recommendation) -> Table | None:
         peaks = {peak for peak, _ in measured}
         cells = {key: losses for key, losses in cells.items() if key[0] in peaks}
     peaks_shown = sorted({peak for peak, _ in cells})
+    best = _cell(float(one.question.of(one.best)[0].rates.max()), one.question.of(one.best)[0].replay)
     what = "final losses, " + " above ".join(one.question.roles)
     what += "; ~ predicted, not run" if len(cells) > len(measured) else ""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title=what, title_justify="left", show_lines=False)
@@ -88,12 +90,13 @@ def _grid(one: Recommendation) -> Table | None:
     for peak in peaks_shown:
         table.add_column(f"peak\n{rate_text(peak)}", justify="right", no_wrap=True)
     for fraction in sorted({fraction for _, fraction in cells}):
-        row = [f"{100 * fraction:.3g}%"]
+        row: list[RenderableType] = [f"{100 * fraction:.3g}%"]
         for peak in peaks_shown:
             key = peak, fraction
             mark = "" if key in measured else "~"
             values = [cells.get(key, {}).get(role) for role in one.question.roles]
-            row.append("\n".join("" if value is None else f"{mark}{loss_text(value)}" for value in values))
+            text = "\n".join("" if value is None else f"{mark}{loss_text(value)}" for value in values)
+            row.append(Text(text, style="bold reverse" if key == best else ""))
         table.add_row(*row, end_section=False)
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megarewarm import __version__
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
@@ -163,6 +165,7 @@ class Run:
             "ranks": self.ranks.world_size,
             "layout": str(self.mesh.layout),
             "device": str(self.ranks.device),
+            "versions": {"megarewarm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
             "kernels": {
                 **asdict(self.inputs.operations),
                 "compile": config.kernels.use == "compile",

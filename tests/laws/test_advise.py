@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from megarewarm.laws.advice import advise, as_json
 from megarewarm.laws.arms import read_trained, replay_families, schedule_families
 from megarewarm.laws.show import advice_figure
 from megarewarm.laws.tell import print_advice
+from megarewarm.report.figures import style
 from tests.laws import test_fits as made
 from tests.support import advice_worlds as worlds
 from tests.support.report_runs import write
@@ -122,6 +124,7 @@ def test_the_answer_comes_first(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "trial" and lines[1].startswith("Best of 4 arms: cosine_") and len(lines) < 30
+    assert "has the highest peak that was tried, and nothing is predicted beyond: try schedule.max_lr 8e-3." in done.stdout
     assert "left out, then predicted" not in done.stdout and "--all shows the laws" in done.stdout
     assert (tmp_path / "out" / "advice.png").stat().st_size > 10_000
     told = json.loads((tmp_path / "out" / "advice.json").read_text())
@@ -205,6 +208,45 @@ def test_advice_on_replay(tmp_path: Path) -> None:
     ]
     assert "at 0.5 it is predicted at" in refused
     json.dumps(as_json(advice), allow_nan=False)
+
+
+def test_pictures_of_several_groups_name_theirs_and_the_fits_are_told(tmp_path: Path) -> None:
+    arms = [*worlds.grid(PEAKS), *worlds.grid(PEAKS, start="another_run/step_5")]
+    told: list[str] = []
+    advice = advise(worlds.experiment(tmp_path / "trial", arms, worlds.annealing), progress=told.append)
+    assert told == [f"fitting the law of schedule to the {role} loss of 4 arms" for _ in range(2) for role in worlds.ROLES]
+    figure = advice_figure(advice)
+    assert figure is not None
+    titles = [axes.get_title(loc="left").split("\n")[1] for axes in figure.axes]
+    assert {title.partition(" (")[0] for title in titles} == {
+        f"4 arms from {start}, 80 steps" for start in ("elsewhere/step_9", "another_run/step_5")
+    }
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes._left_title.get_window_extent().x1 <= axes.get_window_extent().x1 + 20  # type: ignore[attr-defined]
+
+
+def test_lines_of_a_panel_are_a_sequence_and_the_best_cell_stands_out(tmp_path: Path) -> None:
+    arms = worlds.grid((1e-3, 2e-3), replays=(0.0, 0.1, 0.5))
+    advice = advise(worlds.experiment(tmp_path / "trial", arms, worlds.odd))
+    figure = advice_figure(advice)
+    if figure is not None:
+        crosses = [line.get_color() for line in figure.axes[0].lines if line.get_marker() == "x"]
+        assert crosses == style.sequence(3, axis=1)
+    out = io.StringIO()
+    print_advice(advice, Console(file=out, width=80, force_terminal=True, color_system="standard"))
+    (marked,) = set(re.findall(r"\x1b\[1;7m *(\d\.\d{3})", out.getvalue().partition("replay")[2])[:1])
+    best = advice.answers[0].measured[advice.answers[0].best]
+    assert marked == f"{best['upstream']:.3f}"
+
+
+def test_a_tie_is_named(tmp_path: Path) -> None:
+    def flat(arm: worlds.ArmSpec, role: str) -> np.ndarray:
+        return worlds.annealing(dataclasses.replace(arm, peak=1e-3), role)
+
+    root = worlds.experiment(tmp_path / "trial", worlds.grid(PEAKS), flat)
+    sentences = " ".join(advise(root).answers[0].sentences)
+    assert "nothing is known of how much of a difference is chance; within 0.005 of it: " in sentences
 
 
 def test_too_little_is_said_plainly(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import csv
 import itertools
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,19 @@ from matplotlib.collections import PolyCollection
 from matplotlib.image import imread
 
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import panels, style
+from megarewarm.report.figures import style
 from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_interpolation, lines_of_arms, panels_of
 from megarewarm.report.figures.pareto import comparable, draw_pareto, front
 from megarewarm.report.figures.sweeps import axis_lines, draw_axis, number_of
+from megarewarm.report.figures.training import medians
 from megarewarm.report.numbers.arms import arm_rows, comparisons
 from megarewarm.report.numbers.experiment import ExperimentRecord, read_experiment
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.findings import summarise_experiment
-from megarewarm.report.pages.tables import SCRIPT, comparisons_html, content_hash
-from tests.report.test_page import assert_legible, boxes, check, run_tool
+from megarewarm.report.pages.html import content_hash
+from megarewarm.report.pages.tables import SCRIPT, comparisons_html
+from tests.report.test_page import assert_legible, boxes, browse, check, needs_chromium, run_tool
 from tests.support.experiment_runs import STEPS, entry, write_grid, write_record, write_run
-
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-_OFFLINE = ("--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +132,13 @@ def test_a_difference_is_claimed_only_where_it_exceeds_the_seeds_spread(tmp_path
     assert "higher" not in text and "no difference beyond the seeds' spread in other" in text
     text = said(two_arms(tmp_path / "single", {1: 3.61}))
     assert "nothing is known about how much of a difference is chance" in text and "±" not in text
-    assert "against main, one seed: upstream other +1.100" in text
+    assert "against main, one seed: upstream +1.100 in other" in text
 
 
 def test_what_has_not_begun_is_listed_and_not_spoken_of(tmp_path: Path) -> None:
     folder = write_grid(tmp_path / "grid", seeds=(1,), started=0.45)
     text = said(folder)
-    assert "29 arms, each with seed 1: 12 of 29 runs complete, 1 under way and 16 not begun." in text
+    assert "29 arms: 12 of 29 runs complete, 1 under way and 16 not begun." in text
     page = " ".join(check(report_experiment(folder, tmp_path / "out")).text)
     assert "Not begun:" in page and "Under way, or stopped before their end:" in page and ": 60% of 410k tokens" in page
     told = {row["run"]: row["state"] for row in json.loads((tmp_path / "out" / "runs.json").read_text())}
@@ -250,7 +246,7 @@ def test_captions_speak_of_what_is_there(page: Path) -> None:
 
 def test_gradient_norms_are_medians_of_ten_steps_or_more(experiment: ExperimentRecord) -> None:
     run = experiment.arms[1].runs[0]
-    xs, _ = panels._gradient_norm(run)
+    xs, _ = medians(run, "grad_norm")
     assert len(xs) == run.steps // 10
 
 
@@ -275,12 +271,6 @@ def test_front_by_its_definition(points: list[tuple[float, float]]) -> None:
     beaten = [any(q[0] <= p[0] and q[1] >= p[1] and q != p for q in points) for p in points]
     assert {points[i] for i in kept} == {p for p, out in zip(points, beaten, strict=True) if not out}
     assert len({points[i] for i in kept}) == len(kept) and [points[i][0] for i in kept] == sorted(points[i][0] for i in kept)
-
-
-def browse(url: str, *options: str) -> str:
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *_OFFLINE, *options, url]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def order(dom: str) -> list[str]:

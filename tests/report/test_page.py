@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,11 +24,15 @@ from megarewarm.report.figures import style, tradeoff
 from megarewarm.report.figures.labels import spread
 from megarewarm.report.figures.lines import lines_of, short_labels
 from megarewarm.report.numbers.runs import rows
+from megarewarm.report.pages.html import content_hash
 from megarewarm.report.pages.run_page import report
 from megarewarm.spelling import tokens_text
 from tests.support.report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write, write_arms
 
 ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_OFFLINE = ("--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def check(page: Path) -> Checker:
 def test_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     checker = check(page)
     sources = [value for _, name, value in checker.attributes if name in ("src", "href", "srcset", "data", "action")]
-    assert len(sources) == 3 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert len(sources) == 5 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     assert not any(tag in ("script", "link", "iframe") for tag, _, _ in checker.attributes)
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page.read_text()).replace("http-equiv", "")
     assert "url(" not in page.read_text() and "@import" not in page.read_text()
@@ -83,7 +89,7 @@ def test_page_is_whole_and_needs_nothing_else(page: Path) -> None:
 
 def test_every_picture_has_an_alternative_text_with_the_numbers(page: Path, arms: list[Path]) -> None:
     texts = [value for tag, name, value in check(page).attributes if tag == "img" and name == "alt"]
-    assert len(texts) == 3
+    assert len(texts) == 5
     last = read_runs([next(folder for folder in arms if folder.name == "rewarm")])[0].curve("upstream").losses[-1]
     assert f"{last:.2f}" in texts[0] and "rewarm_double" in texts[0] and "forgetting +" in texts[1]
 
@@ -99,7 +105,8 @@ def test_table_of_the_page_holds_every_run(page: Path, arms: list[Path]) -> None
 
 def test_files_beside_the_page(page: Path) -> None:
     names = {path.name for path in page.parent.iterdir()}
-    assert names == {"report.html", "curves.png", "tradeoff.png", "pretraining.png", "table.csv", "table.json"}
+    pictures = {f"{name}.png" for name in ("curves", "tradeoff", "training", "pretraining", "pretraining_steps")}
+    assert names == {"report.html", "table.csv", "table.json"} | pictures
     for path in page.parent.glob("*.png"):
         pixels = imread(path)[..., :3]
         assert pixels.shape[1] > 1200 and 0.01 < float((pixels < 0.95).mean()) < 0.5
@@ -145,6 +152,13 @@ def test_shortest_of_runs(tmp_path: Path) -> None:
     only_start = write(tmp_path / "start", [eval_line(0, "a", "upstream", 2.0)])
     for folders in ([one], [only_start], [one, only_start]):
         check(report(folders, tmp_path / "out"))
+
+
+def browse(url: str, *options: str) -> str:
+    """What a browser prints of the page at ``url``."""
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *_OFFLINE, *options, url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def boxes(figure: Figure) -> list[tuple[str, np.ndarray]]:
@@ -247,6 +261,79 @@ def test_text_colours_have_contrast() -> None:
         channels = [int(style.for_text(colour)[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         assert 1.05 / (0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05) >= 4.45
+
+
+def test_the_policy_allows_this_style_and_no_script(page: Path) -> None:
+    text = page.read_text()
+    (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', text)
+    (css,) = re.findall("<style>(.*?)</style>", text, re.DOTALL)
+    assert policy.startswith(f"default-src 'none'; img-src data:; style-src {content_hash(css)};") and "script" not in policy
+    assert "unsafe" not in policy and not any(name == "style" for _, name, _ in check(page).attributes)
+
+
+def test_zero_is_in_the_trade_off_only_where_it_leaves_room(tmp_path: Path) -> None:
+    figures = []
+
+    def limits(offset: float) -> tuple[float, float, float, float]:
+        folders = []
+        for name in ("rewarm", "rewarm_half"):
+            events = [event | {"loss": event["loss"] + offset * (event["step"] > 0)} if event["event"] == "eval" else event
+                      for event in lines(name, 40)]  # fmt: skip
+            folders.append(write(tmp_path / f"{name}_{offset}", events, config(name, 40)))
+        runs = read_runs(folders)
+        figure = tradeoff.draw_tradeoff(lines_of(runs, rows(runs)))
+        assert figure is not None
+        figures.append(figure)
+        return (*figure.axes[0].get_xlim(), *figure.axes[0].get_ylim())
+
+    left, right, low, high = limits(0.0)
+    assert left < 0 < right and low < 0 < high
+    left, right, low, high = limits(3.0)
+    assert left > 2.8 and right < 3.6 and low < high < -2
+    ticks = [text for text, box in boxes(figures[-1]) if re.fullmatch(r"[+−][\d.]+", text)]
+    assert len(ticks) > 5 and len(set(ticks)) == len(ticks)
+
+
+def test_perplexities_are_rounded(arms: list[Path]) -> None:
+    told = {loss: draw._perplexity_tick(loss) for loss in (9.0, 8.25, 6.4, 4.4, 2.0)}
+    assert told == {9.0: "8100", 8.25: "3830", 6.4: "602", 4.4: "81.5", 2.0: "7.4"}
+
+
+def test_panels_of_pretraining_keep_apart(tmp_path: Path) -> None:
+    high = [
+        event | {"loss": event["loss"] + 5} if event["event"] == "eval" else event for event in lines("prose_pretrain", 100)
+    ]
+    runs = read_runs([write(tmp_path / "high", high, config("prose_pretrain", 100))])
+    figure = draw.draw_pretraining(lines_of(runs, rows(runs)))
+    assert figure is not None
+    written = boxes(figure)
+    for panel in figure.axes[:-1]:
+        right = panel.get_window_extent().x1
+        assert all(box[0] > right or box[2] < right + 12 for _, box in written)
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_on_a_phone_pictures_and_tables_scroll_within_the_page(page: Path, tmp_path: Path, dark: bool) -> None:
+    script = """
+      const wide = [...document.querySelectorAll(".wide")], size = e => parseFloat(getComputedStyle(e).fontSize);
+      document.title = JSON.stringify({
+        page: document.documentElement.scrollWidth, screen: document.documentElement.clientWidth,
+        body: getComputedStyle(document.body).backgroundColor,
+        ink: getComputedStyle(document.querySelector("td")).color,
+        least: Math.min(...[...document.querySelectorAll("p, li, figcaption, td")].map(size)),
+        images: Math.min(...[...document.images].map(e => e.clientWidth)),
+        cut: wide.filter(e => e.scrollWidth > e.clientWidth && getComputedStyle(e).overflowX !== "auto").length,
+      });"""
+    probe = tmp_path / "probe.html"
+    text = page.read_text().replace("default-src 'none';", f"default-src 'none'; script-src {content_hash(script)};")
+    probe.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    mode = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
+    (told,) = re.findall("<title>(.*?)</title>", browse(probe.as_uri(), "--dump-dom", "--window-size=400,900", mode))
+    found = json.loads(told)
+    assert found["page"] <= found["screen"] <= 500 and found["least"] >= 16 and found["images"] >= 700 and found["cut"] == 0
+    light = [int(re.findall(r"\d+", found[key])[0]) > 127 for key in ("body", "ink")]
+    assert light == [not dark, dark]
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,10 @@ def resolve(name_or_folder: str) -> Path:
         try:
             folder = Path(
                 snapshot_download(
-                    repository, revision=revision, allow_patterns=["*.json", "README.md", *SIDE_FILES, weights], local_files_only=local
+                    repository,
+                    revision=revision,
+                    allow_patterns=["*.json", "README.md", *SIDE_FILES, weights],
+                    local_files_only=local,
                 )
             )
         except Exception as error:  # the hub's own errors, and those of whatever carries its requests

@@ -43,7 +43,7 @@ def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
         figure = style.new_figure(_WIDTH, 3.0)
         left = 0.065
         for column, quantity in enumerate(quantities):
-            axes = figure.add_axes((left + column * 0.325, 0.17, 0.255, 0.64))
+            axes = figure.add_axes((left + column * 0.335, 0.17, 0.235, 0.64))  # between them: ticks of loss and perplexity
             if quantity == "lr":
                 _draw_rates(axes, lines)
                 _rate_ticks(axes)
@@ -54,9 +54,9 @@ def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
                 _end_markers(axes, lines, quantity)
             axes.set_title(_title(lines, quantity))
             axes.set_xlim(0, max(line.run.tokens for line in lines) or 1)
-            _token_axis(axes)
+            token_axis(axes)
         if len(lines) > 1:
-            _legend_above(figure, lines)
+            legend_above(figure, lines)
         return figure
 
 
@@ -68,7 +68,7 @@ def draw_sets(lines: Sequence[Line]) -> Figure | None:
         return None
     with style.style():
         count = math.ceil(len(sets) / 2)
-        head = 0.55 + 0.21 * math.ceil(len(lines) / _legend_columns(lines))
+        head = 0.55 + 0.21 * math.ceil(len(lines) / legend_columns(lines))
         total = head + 2.9 * count
         figure = style.new_figure(_WIDTH, total)
         panels = list(figure.subplots(count, 2, squeeze=False).flat)
@@ -82,10 +82,10 @@ def draw_sets(lines: Sequence[Line]) -> Figure | None:
             axes.set_xlim(0, max(line.run.tokens for line in lines) or 1)
             _loss_ticks(axes)
             _end_markers(axes, lines, role, name)
-            _token_axis(axes)
+            token_axis(axes)
         for axes in panels[len(sets) :]:
             axes.set_visible(False)
-        _legend_above(figure, lines)
+        legend_above(figure, lines)
         return figure
 
 
@@ -170,7 +170,7 @@ def curves_figure(
                     _draw_rates(axes, lines)
                 else:
                     _draw_losses(axes, lines, quantity)
-                _token_axis(axes, axis if not roles or quantity == roles[-1] else "")
+                token_axis(axes, axis if not roles or quantity == roles[-1] else "")
             _mark_stages(whole, stages, names=quantity == roles[0] if roles else True)
             columns[0].set_title(_title(lines, quantity))
             if quantity == "lr":
@@ -335,14 +335,15 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
     legend.get_title().set_color(style.QUIET)
 
 
-def _legend_above(figure: Figure, lines: Sequence[Line]) -> None:
+def legend_above(figure: Figure, lines: Sequence[Line]) -> None:
+    """The names of ``lines`` on top of ``figure``."""
     figure.legend(
         handles=[line.legend_entry(figure.axes[0]) for line in lines],
-        loc="upper left", bbox_to_anchor=(0.055, 1), ncols=_legend_columns(lines), frameon=False, fontsize=9,
+        loc="upper left", bbox_to_anchor=(0.055, 1), ncols=legend_columns(lines), frameon=False, fontsize=9,
     )  # fmt: skip
 
 
-def _legend_columns(lines: Sequence[Line]) -> int:
+def legend_columns(lines: Sequence[Line]) -> int:
     """As many columns of names as fit beside each other."""
     return max(1, min(len(lines), int((_WIDTH - 0.8) / (0.65 + 0.078 * max(len(line.label) for line in lines)))))
 
@@ -391,7 +392,7 @@ def _loss_ticks(axes: Axes) -> None:
 
 def _perplexity_tick(loss: float) -> str:
     value = math.exp(min(loss, 50))
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"
+    return f"{float(f'{value:.3g}'):.0f}" if value >= 99.5 else f"{value:.1f}"
 
 
 def _mark_stages(axes: Axes, stages: Sequence[tuple[float, str]], names: bool) -> None:
@@ -406,7 +407,8 @@ def _mark_stages(axes: Axes, stages: Sequence[tuple[float, str]], names: bool) -
             )  # fmt: skip
 
 
-def _token_axis(axes: Axes, label: str = "tokens of this stage") -> None:
+def token_axis(axes: Axes, label: str = "tokens of this stage") -> None:
+    """Ticks and the ``label`` of an axis of tokens."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_text(value)))
     style.quiet_axes(axes)

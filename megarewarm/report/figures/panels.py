@@ -9,19 +9,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
 
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.lines import Line, short_labels
+from megarewarm.report.figures.sweeps import axis_colours, ordered_values, value_text
+from megarewarm.report.figures.training import Points, medians
 from megarewarm.report.numbers.arms import chain_ends, chain_stages, reference_of, whole_runs
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, joined_run, mean_run
-from megarewarm.spelling import tokens_text
+from megarewarm.spelling import listed, tokens_text
 
 _MOST = 9  # arms in one picture
-_BASELINE = 4  # the place of black in the palette
-
-Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Panel:
 def panels_of(experiment: ExperimentRecord) -> list[Panel]:
     """The arms with something to draw: the single ones, those of every sweep, each with the arm it is compared with.
 
-    Where validation sets differ they are apart, as are more than nine arms. Pre-training is left out, chains are elsewhere.
+    Where validation sets differ they are apart. More than nine arms are in several, whose titles say which. Pre-training is
+    left out, chains are elsewhere.
     """
     able = [arm for arm in experiment.arms if arm.runs and arm.kind != "pretraining" and arm.chain is None]
     whole = whole_runs(experiment)
@@ -59,28 +58,91 @@ def panels_of(experiment: ExperimentRecord) -> list[Panel]:
             if not rest:
                 continue
             where = f", on {' and '.join(sets[0] + sets[1])}" if len(by_sets) > 1 else ""
-            room = _MOST - len(shared)
-            for turn in range(0, len(rest), room):
-                part = f"_{number + 1}" * (len(by_sets) > 1) + f"_part{turn // room + 1}" * (len(rest) > room)
-                panels.append(Panel(f"{key}{part}", f"{title}{where}", [*shared, *rest[turn : turn + room]]))
+            name = f"{key}_{number + 1}" if len(by_sets) > 1 else key
+            if len(rest) <= _MOST - len(shared):
+                panels.append(Panel(name, f"{title}{where}", [*shared, *rest]))
+                continue
+            if shared and shared[0].group == key:  # one of those that are divided
+                shared, rest = [], same
+            for part, (words, some) in enumerate(_parts(key, rest, _MOST - len(shared)), start=1):
+                panels.append(Panel(f"{name}_part{part}", f"{title}{where}: {words}", [*shared, *some]))
     return panels
 
 
+def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, list[ArmRecord]]]:
+    """The arms in parts of at most ``room``, and what is in each: by the values of the axis of ``group`` that has fewest, where
+    the arms of a value fit into a part; else in order."""
+    by_axis: list[dict[str, list[ArmRecord]]] = []
+    for axis in reversed(_axes(arms, group)):
+        values = [arm.groups[group].get(axis) for arm in arms]
+        texts = ordered_values(axis, values)
+        found = {f"{axis} {text}": [a for a in arms if value_text(axis, a.groups[group].get(axis)) == text] for text in texts}
+        if all(len(some) <= room for some in found.values()):
+            by_axis.append(found)
+    if not by_axis or len(arms) in map(len, by_axis):  # of one axis, every value is one arm
+        count = -(-len(arms) // room)
+        chunks = [list(arms[turn : turn + room]) for turn in range(0, len(arms), room)]
+        return [(f"part {n} of {count}, {c[0].name} to {c[-1].name}", c) for n, c in enumerate(chunks, start=1)]
+    parts: list[tuple[list[str], list[ArmRecord]]] = []
+    for words, some in min(by_axis, key=len).items():
+        if parts and len(parts[-1][1]) + len(some) <= room:
+            parts[-1][0].append(words.rpartition(" ")[2])
+            parts[-1][1].extend(some)
+        else:
+            parts.append(([words], list(some)))
+    return [(listed(words), some) for words, some in parts]
+
+
+def _axes(arms: Sequence[ArmRecord], group: str) -> list[str]:
+    """The axes of ``group`` on which the arms differ."""
+    axes = dict.fromkeys(axis for arm in arms for axis in arm.groups[group])
+    return [axis for axis in axes if len({value_text(axis, arm.groups[group].get(axis)) for arm in arms}) > 1]
+
+
 def lines_of_arms(arms: Sequence[ArmRecord], runs: Sequence[Sequence[RecordedRun]] | None = None) -> list[Line]:
-    """The arms as they are drawn, each the mean of its seeds: the first black and solid, the others coloured and dashed.
+    """The arms as they are drawn, each the mean of its seeds.
+
+    Black and solid is the first, unless it is one of the sweep that the others are of. In a sweep the colours are the values of
+    the axis with the most of them, dashes those of the others; single arms have colours and dashes of their own.
 
     ``runs``: what is drawn of every arm, instead of its own runs.
     """
     drawn = [arm.runs for arm in arms] if runs is None else runs
     names = short_labels([_named(arm) for arm in arms])
-    places = [index for index in range(len(arms) + len(arms) // 7 + 1) if index % len(style.COLOURS) != _BASELINE]
+    places = [style.BLACK, *(style.place_beside_black(index) for index in range(len(arms) - 1))]
+    looks = [(style.colour(place), number) for number, place in enumerate(places)]
+    inside, group, axes = _sweep(arms)
+    if axes:
+        colours = axis_colours(
+            axes[0], [arms[n].groups[group].get(axes[0]) for n in inside], [*arms[inside[0]].groups[group]].index(axes[0])
+        )
+        rests = [str([value_text(axis, arms[n].groups[group].get(axis)) for axis in axes[1:]]) for n in inside]
+        turns = list(dict.fromkeys(rests))
+        for n, rest in zip(inside, rests, strict=True):
+            looks[n] = colours[value_text(axes[0], arms[n].groups[group].get(axes[0]))], turns.index(rest)
     lines = []
     for number, (seeds, name) in enumerate(zip(drawn, names, strict=True)):
-        place = places[number - 1] if number else _BASELINE
-        dashes = ("solid", (0.0, (7.0, 1.6)), (0.0, (2.0, 1.2)), (0.0, (6.0, 1.4, 1.6, 1.4)))[number % 4]
-        colour, marker = style.colour(place), style.marker(place)
-        lines.append(Line(mean_run(seeds, name), name, colour, marker, dashes, tuple(seeds)))
+        colour, turn = looks[number]
+        dashes = ("solid", (0.0, (7.0, 1.6)), (0.0, (2.0, 1.2)), (0.0, (6.0, 1.4, 1.6, 1.4)))[turn % 4]
+        lines.append(Line(mean_run(seeds, name), name, colour, style.marker(places[number]), dashes, tuple(seeds)))
     return lines
+
+
+def _sweep(arms: Sequence[ArmRecord]) -> tuple[list[int], str, list[str]]:
+    """Which of the arms are drawn as those of a sweep, its name, and its axes: that of the colours first, the one with most
+    values, then those of the dashes."""
+    group = next((name for name in arms[-1].groups if all(name in arm.groups for arm in arms[1:])), "")
+    inside = [n for n, arm in enumerate(arms) if group in arm.groups and (n or arm.group == group)]
+    counts = {
+        axis: len({repr(arms[n].groups[group].get(axis)) for n in inside}) for axis in _axes([arms[n] for n in inside], group)
+    }
+    return inside, group, sorted(counts, key=lambda axis: -counts[axis])
+
+
+def caption_arms(arms: Sequence[ArmRecord]) -> str:
+    """What colours and dashes of ``lines_of_arms`` mean; '' where each arm has its own."""
+    axes = _sweep(arms)[2]
+    return (f" Colours: {axes[0]}" + (f", dashes: {', '.join(axes[1:])}" if axes[1:] else "") + ".") if axes else ""
 
 
 def _named(arm: ArmRecord) -> str:
@@ -144,7 +206,7 @@ def draw_dynamics(arms: Sequence[ArmRecord]) -> Figure | None:
         [
             ("Update ratio |step| / |weights|", lambda run: _dynamics(run, "update_ratio")),
             ("Distance from the start", lambda run: _dynamics(run, "distance")),
-            ("Gradient norm (medians)", _gradient_norm),
+            ("Gradient norm (medians)", lambda run: medians(run, "grad_norm")),
         ],
         "tokens of this stage",
         tokens=True,
@@ -218,12 +280,3 @@ def _dynamics(run: RecordedRun, quantity: str) -> Points:
         if event["event"] == "dynamics" and event.get("groups", {}).get("all", {}).get(quantity) is not None
     ]
     return np.array([x for x, _ in told]), np.array([y for _, y in told])
-
-
-def _gradient_norm(run: RecordedRun) -> Points:
-    """Medians of at most 100 stretches of 10 steps or more, where there are so many: single steps are noise."""
-    norms = run.train["grad_norm"]
-    tokens = run.train["tokens"] - run.tokens_before
-    kept = np.isfinite(norms)
-    parts = [part for part in np.array_split(np.flatnonzero(kept), min(100, max(10, int(kept.sum()) // 10))) if len(part)]
-    return np.array([tokens[part[-1]] for part in parts]), np.array([np.median(norms[part]) for part in parts])

@@ -7,21 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import place_labels
 from megarewarm.report.figures.sweeps import error_bars
-from megarewarm.report.figures.tradeoff import signed_tick
+from megarewarm.report.figures.tradeoff import signed_ticks
 from megarewarm.report.numbers.arms import ArmRow
 from megarewarm.report.numbers.runs import same_length
 from megarewarm.report.numbers.seeds import Spread
 from megarewarm.spelling import signed_text
 
 _LABELLED = 18  # with more arms than this only the front and the arm that others are compared with are named
-_EMPTY = 2.0  # times the values' own range, that 0 may lie away from them
-_BASELINE = 4  # black in the palette
 
 
 def comparable(rows: Sequence[ArmRow]) -> list[list[ArmRow]]:
@@ -80,7 +77,7 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
         axes = figure.add_axes((0.09, 0.1, 0.885, 0.79))
         for side, values, index in ((axes.set_xlim, xs, 0), (axes.set_ylim, ys, 1)):
             bars = error_bars([pair[index] for pair in spreads])
-            side(*_limits(float((values - bars[0]).min()), float((values + bars[1]).max())))
+            side(*style.limits(float((values - bars[0]).min()), float((values + bars[1]).max())))
         zero = [
             side(0, color=style.QUIET, linewidth=0.8)
             for side, (low, high) in ((axes.axhline, axes.get_ylim()), (axes.axvline, axes.get_xlim()))
@@ -93,7 +90,7 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
         told: set[str] = set()
         for row, x, y, pair in zip(rows, xs, ys, spreads, strict=True):
             group = row.arm.group or ""
-            place = _BASELINE if row.name == main else _place(groups.index(group))
+            place = style.BLACK if row.name == main else style.place_beside_black(groups.index(group))
             colours.append(style.colour(place))
             name = row.name if row.name == main else group or "single arms"
             axes.errorbar(
@@ -104,8 +101,7 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
             told.add(name)
         axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
         axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
-        axes.xaxis.set_major_formatter(FuncFormatter(signed_tick))
-        axes.yaxis.set_major_formatter(FuncFormatter(signed_tick))
+        signed_ticks(axes)
         style.quiet_axes(axes)
         handles, names = axes.get_legend_handles_labels()
         figure.legend(
@@ -128,25 +124,12 @@ def _steps(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> NDArray[np.float
     return np.vstack([np.empty((0, 2)), *(a + along * (b - a) for a, b in itertools.pairwise(corners))])
 
 
-def _limits(low: float, high: float) -> tuple[float, float]:
-    """Where an axis with values from ``low`` to ``high`` begins and ends: with 0, unless most would be empty then."""
-    if not low <= 0 <= high and min(abs(low), abs(high)) <= _EMPTY * max(high - low, 0.02):
-        low, high = min(0.0, low), max(0.0, high)
-    pad = 0.12 * max(high - low, 0.02)
-    return low - pad, high + pad
-
-
 def _bars(pair: tuple[Spread, Spread]) -> NDArray[np.float64]:
     """Points along an arm's two bars, (n, 2)."""
     x, y = pair
     along_x, along_y = np.linspace(x.low or 0, x.high or 0, 15), np.linspace(y.low or 0, y.high or 0, 15)
     across = [np.full(15, spread.mean) for spread in pair]
     return np.vstack([np.column_stack([along_x, across[1]]), np.column_stack([across[0], along_y])])
-
-
-def _place(index: int) -> int:
-    """The places of the palette without black."""
-    return index if index < _BASELINE else index + 1
 
 
 def describe_pareto(rows: Sequence[ArmRow]) -> str:

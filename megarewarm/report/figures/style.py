@@ -21,8 +21,12 @@ GRID = "#e4e7eb"
 # Okabe and Ito's palette, which stays distinct under every common colour-vision deficiency, without its yellow, which
 # is too faint for lines on white; orange and sky blue are darkened a little for the same reason.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b65a94", "#1f2328", "#c98a00", "#3d9fd6", "#7f6b5d")
+BLACK = 4  # its place
 # A second cue beside the colour, and the only one in a black-and-white print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+
+_EMPTY = 2.0  # times the values' own range, that 0 may lie away from them
+_SEQUENCES = (("plasma", 0.0, 0.78), ("viridis", 0.2, 0.78))  # what lies beyond is too faint for lines on white
 
 _SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -74,6 +78,13 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def place_beside_black(index: int) -> int:
+    """Place in the palette of the ``index``-th colour that is not ``BLACK``, which stands for what others are compared with."""
+    others = len(COLOURS) - 1
+    place = index % others
+    return place + (place >= BLACK) + len(COLOURS) * (index // others)
+
+
 def for_text(colour: str) -> str:
     """``colour``, darkened until text of it has a contrast of 4.5 to 1 against white (WCAG 2.2, level AA)."""
     rgb = np.array(matplotlib.colors.to_rgb(colour), dtype=np.float64)
@@ -95,6 +106,26 @@ def marker(index: int) -> str:
 def dashes(index: int) -> str | tuple[float, tuple[float, ...]]:
     """Line style of the ``index``-th run: solid, until the colours repeat."""
     return ("solid", (0.0, (6.0, 2.0)), (0.0, (1.5, 1.5)))[index // len(COLOURS) % 3]
+
+
+def limits(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
+    """Where an axis with values from ``low`` to ``high`` begins and ends: with 0, unless most would be empty then.
+
+    Values that differ by less than ``least`` are drawn as if they did by as much.
+    """
+    span = max(high - low, least)
+    if not low <= 0 <= high and min(abs(low), abs(high)) <= _EMPTY * span:
+        low, high = min(0.0, low), max(0.0, high)
+    pad = 0.12 * max(high - low, least)
+    return low - pad, high + pad
+
+
+def sequence(count: int, axis: int = 0) -> list[str]:
+    """``count`` colours for the values of one axis in their order, lighter with the value: dark blue over red to orange for the
+    first axis of a sweep, dark blue to green for the others."""
+    name, first, last = _SEQUENCES[min(axis, 1)]
+    places = np.linspace(first, last, count) if count > 1 else [first]
+    return [matplotlib.colors.to_hex(matplotlib.colormaps[name](float(place))) for place in places]
 
 
 def quiet_axes(axes: Axes) -> None:

@@ -27,11 +27,15 @@ _PANELS = (("upstream_after", "Upstream loss"), ("downstream_after", "Downstream
 @dataclasses.dataclass(frozen=True)
 class AxisLine:
     """Final losses along one numeric axis, on the same validation sets and of arms that were trained for as long, unless that
-    is the axis; ``label`` says what the other axes are set to, and tokens and sets where not all arms have the same; or ''."""
+    is the axis.
+
+    ``label`` says what the other axes are set to, and tokens and sets where not all arms have the same; or ''. ``colour`` is
+    that of the other axis' value, None where that is not what tells lines apart."""
 
     label: str
     values: list[float]
     rows: list[ArmRow]
+    colour: str | None = None
 
 
 def number_of(axis: str, value: Any) -> float | None:
@@ -58,23 +62,65 @@ def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]]
     for axis in dict.fromkeys(axis for row in inside for axis in row.arm.groups[group]):
         told = [row.arm.groups[group].get(axis) for row in inside]
         numbers = [number_of(axis, value) for value in told]
-        percent = [isinstance(value, str) and value.strip().endswith("%") for value in told]
-        mixed = any(percent) and any(n for n, p in zip(numbers, percent, strict=True) if not p)
-        if None in numbers or mixed or len(set(numbers)) < 3:
+        percent = any(isinstance(value, str) and value.strip().endswith("%") for value in told)
+        if not is_numeric(axis, told) or len(set(numbers)) < 3:
             continue
         lines: dict[str, list[tuple[float, ArmRow]]] = {}
         lengths = [] if axis in LENGTHS else distinct_lengths([row.mean("tokens") or 0.0 for row in inside])
         for row, number in zip(inside, numbers, strict=True):
-            others = [f"{key} {value}" for key, value in row.arm.groups[group].items() if key != axis]
+            others = [f"{key} {value_text(key, value)}" for key, value in row.arm.groups[group].items() if key != axis]
             own = row.mean("tokens") or 0.0
             others += [f"{tokens_text(length)} tokens" for length in lengths if same_length(own, length)][: len(lengths) > 1]
             if len({other.arm.sets for other in inside}) > 1:
                 others.append(f"on {' and '.join(itertools.chain(*row.arm.sets))}")
             lines.setdefault(", ".join(others), []).append((number or 0.0, row))
         ordered = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
-        unit = " (%)" if any(percent) else ""
-        return f"{axis}{unit}", [AxisLine(k, [x for x, _ in v], [row for _, row in v]) for k, v in ordered.items()]
+        drawn = [AxisLine(k, [x for x, _ in v], [row for _, row in v]) for k, v in ordered.items()]
+        return f"{axis} (%)" if percent else axis, _coloured(drawn, axis, group)
     return None
+
+
+def _coloured(lines: list[AxisLine], axis: str, group: str) -> list[AxisLine]:
+    """The lines in the order and the colours of the values of the other axis, where there is one that tells them apart."""
+    axes = list(lines[0].rows[0].arm.groups[group])
+    others = [other for other in axes if other != axis]
+    values = [line.rows[0].arm.groups[group].get(others[0]) if len(others) == 1 else None for line in lines]
+    if len(others) != 1 or len({value_text(others[0], value) for value in values}) < len(lines):
+        return lines
+    colours = axis_colours(others[0], values, axes.index(others[0]))
+    by_text = {value_text(others[0], value): line for line, value in zip(lines, values, strict=True)}
+    return [dataclasses.replace(by_text[text], colour=colour) for text, colour in colours.items()]
+
+
+def axis_colours(axis: str, values: Sequence[Any], place: int) -> dict[str, str]:
+    """A colour for each different value by its text, in their order: a sequence for numbers, the palette without black for
+    labels. ``place``: that of the axis among those of its sweep."""
+    texts = ordered_values(axis, values)
+    if is_numeric(axis, values):
+        return dict(zip(texts, style.sequence(len(texts), place), strict=True))
+    return {text: style.colour(style.place_beside_black(index)) for index, text in enumerate(texts)}
+
+
+def value_text(axis: str, value: Any) -> str:
+    """A value on an axis as its tick: '2e-3', '1%', '0' for no replay, labels as they are."""
+    number = number_of(axis, value)
+    if number is None:
+        return str(value)
+    return _tick(number, axis) + "%" * (isinstance(value, str) and value.strip().endswith("%"))
+
+
+def ordered_values(axis: str, values: Sequence[Any]) -> list[str]:
+    """The different values as text: ascending where all are numbers of one unit, else in the order given."""
+    texts = {value_text(axis, value): number_of(axis, value) for value in values}
+    return sorted(texts, key=lambda text: texts[text] or 0.0) if is_numeric(axis, values) else list(texts)
+
+
+def is_numeric(axis: str, values: Sequence[Any]) -> bool:
+    """Whether all values are numbers of one unit: percentages and other numbers than 0 have none in common."""
+    numbers = [number_of(axis, value) for value in values]
+    percent = [isinstance(value, str) and value.strip().endswith("%") for value in values]
+    mixed = any(percent) and any(n for n, p in zip(numbers, percent, strict=True) if not p)
+    return None not in numbers and not mixed
 
 
 def draw_axis(axis: str, lines: Sequence[AxisLine]) -> Figure:
@@ -89,7 +135,7 @@ def draw_axis(axis: str, lines: Sequence[AxisLine]) -> Figure:
                 spreads = [row.spread(measure) for row in line.rows]
                 told = [(place[x], spread) for x, spread in zip(line.values, spreads, strict=True) if spread.values]
                 xs, means = [x for x, _ in told], [spread.mean or 0.0 for _, spread in told]
-                colour, marker = style.colour(index), style.marker(index)
+                colour, marker = line.colour or style.colour(index), style.marker(index)
                 lows, highs = [spread.low or 0.0 for _, spread in told], [spread.high or 0.0 for _, spread in told]
                 axes.fill_between(xs, lows, highs, color=colour, alpha=0.18, linewidth=0)
                 axes.vlines(xs, lows, highs, color=colour, linewidth=0.9)  # a single point has no band
@@ -121,6 +167,13 @@ def describe_axis(axis: str, lines: Sequence[AxisLine]) -> str:
         if (down := row.mean("downstream_after")) is not None
     ]
     return f"Line charts of final upstream and downstream loss against {axis}. {'; '.join(points)}."
+
+
+def caption_axis(lines: Sequence[AxisLine]) -> str:
+    """What a reader must know to read ``draw_axis``."""
+    if any(row.seeds[0] > 1 for line in lines for row in line.rows):
+        return "Lines are means over the complete seeds, bands reach from the lowest to the highest seed."
+    return "One seed each."
 
 
 def error_bars(spreads: Sequence[Spread]) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -31,16 +32,17 @@ def draw_tradeoff(lines: Sequence[Line]) -> Figure | None:
         axes = figure.add_axes((0.105, 0.115, 0.865, 0.815))
         xs, ys = np.array([x for _, x, *_ in points]), np.array([y for _, _, y, _ in points])
         for side, values in ((axes.set_xlim, xs), (axes.set_ylim, ys)):
-            low, high = min(0.0, values.min()), max(0.0, values.max())
-            pad = 0.14 * max(high - low, 0.02)
-            side(low - pad, high + pad)
-        zero = [side(0, color=style.QUIET, linewidth=0.8) for side in (axes.axhline, axes.axvline)]
+            side(*style.limits(float(values.min()), float(values.max())))
+        zero = [
+            side(0, color=style.QUIET, linewidth=0.8)
+            for side, (low, high) in ((axes.axhline, axes.get_ylim()), (axes.axvline, axes.get_xlim()))
+            if low < 0 < high
+        ]
         for line, x, y, _ in points:
             axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
         axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
         axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
-        axes.xaxis.set_major_formatter(FuncFormatter(signed_tick))
-        axes.yaxis.set_major_formatter(FuncFormatter(signed_tick))
+        signed_ticks(axes)
         style.quiet_axes(axes)
         axes.set_title("What each run learned, and what it forgot")
         corner = axes.text(0.012, 0.985, "↖ better", transform=axes.transAxes, color=style.QUIET, va="top")
@@ -79,7 +81,15 @@ def describe_tradeoff(table: Sequence[RunRow]) -> str:
     return "Scatter chart of adaptation against forgetting. " + "; ".join(points) + "."
 
 
-def signed_tick(value: float, _: int) -> str:
-    """A tick label with its sign, for matplotlib's ``FuncFormatter``."""
-    text = f"{abs(value):.2g}"
-    return "0" if abs(value) < 1e-9 else f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
+def signed_ticks(axes: Axes) -> None:
+    """Ticks with signs on both axes, with as many decimals as tell them apart."""
+    for axis in (axes.xaxis, axes.yaxis):
+        first, second = axis.get_majorticklocs()[:2]
+        step = second - first
+        decimals = next((d for d in range(6) if abs(round(step * 10**d) - step * 10**d) < 1e-6), 6)
+        axis.set_major_formatter(FuncFormatter(lambda value, _, decimals=decimals: _signed(value, decimals)))
+
+
+def _signed(value: float, decimals: int) -> str:
+    text = f"{abs(value):.{decimals}f}"
+    return "0" if float(text) == 0 else f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"

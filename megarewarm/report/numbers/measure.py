@@ -161,9 +161,12 @@ MEASURES: list[Measure] = [
         _headline("adaptation", lambda row: row.adaptation, "Downstream loss", "learned"),
     ),
     Measure("average_after", _average, "Average of both", infinite="diverged"),
+    Measure("tokens_per_second", lambda row: row.tokens_per_second, file="tokens_per_second"),
+    Measure("wall_time", lambda row: row.wall_time, file="wall_time"),
     Measure("tokens_saved", None, "Tokens saved", text=_saved_text, infinite="never"),
 ]
-"""In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage.
+"""In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage, ``wall_time``
+is in seconds.
 
 Infinite: a final loss that diverged, a rise that was not recovered (``*_recovered_tokens``), and minus infinity for
 ``tokens_saved`` of an arm that never reached the loss of the arm from scratch.

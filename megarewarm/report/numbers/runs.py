@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megarewarm.record.lines import number
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
 
 Kind = Literal["pretraining", "scratch", "continued"]
@@ -53,7 +54,7 @@ class Change:
 @dataclasses.dataclass(frozen=True)
 class RunRow:
     """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses
-    compare only where they are the same."""
+    compare only where they are the same. ``tokens_per_second`` is the median step's, ``wall_time`` is in seconds."""
 
     label: str
     kind: Kind
@@ -64,6 +65,8 @@ class RunRow:
     upstream: Change
     downstream: Change
     sets: tuple[str, ...] = ()
+    tokens_per_second: float | None = None
+    wall_time: float | None = None
 
     @property
     def forgetting(self) -> float | None:
@@ -92,6 +95,7 @@ def rows(runs: Sequence[RecordedRun]) -> list[RunRow]:
 
 def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
     """``run`` in numbers."""
+    rates = run.train["tokens_per_second"][np.isfinite(run.train["tokens_per_second"])]
     return RunRow(
         label=label,
         kind=kind,
@@ -102,7 +106,24 @@ def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
         upstream=change_of(run, UPSTREAM),
         downstream=change_of(run, DOWNSTREAM),
         sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
+        tokens_per_second=float(np.median(rates)) if len(rates) else None,
+        wall_time=wall_time(run),
     )
+
+
+def wall_time(run: RecordedRun) -> float | None:
+    """Seconds that the run's processes took, by the times of its events: from each start to the last event before the next
+    one, so pauses do not count. ``None`` where no event has a time."""
+    total, begun, last = 0.0, None, None
+    for event in (run.start, *run.events):
+        time = number(event.get("time"))
+        if not math.isfinite(time):
+            continue
+        if begun is None or last is None or event.get("event") == "resume":
+            total += 0.0 if begun is None or last is None else max(0.0, last - begun)
+            begun = time
+        last = time
+    return None if begun is None or last is None else total + max(0.0, last - begun)
 
 
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
@@ -193,9 +214,9 @@ def same_length(one: float, other: float) -> bool:
 def distinct_lengths(tokens: Sequence[float]) -> list[float]:
     """The different numbers of tokens among these, ascending; those within ``same_length`` are one."""
     found: list[float] = []
-    for number in sorted(tokens):
-        if not found or not same_length(found[-1], number):
-            found.append(number)
+    for count in sorted(tokens):
+        if not found or not same_length(found[-1], count):
+            found.append(count)
     return found
 
 

@@ -10,10 +10,19 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megarewarm.report.figures import curves as draw
+from megarewarm.report.figures import style
+from megarewarm.report.figures.heatmap import caption_grid, describe_grid, draw_grid, grid_of
 from megarewarm.report.figures.lines import Line
-from megarewarm.report.figures.panels import chains_of, draw_dynamics, draw_interpolation, lines_of_arms, panels_of
+from megarewarm.report.figures.panels import (
+    caption_arms,
+    chains_of,
+    draw_dynamics,
+    draw_interpolation,
+    lines_of_arms,
+    panels_of,
+)
 from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
-from megarewarm.report.figures.sweeps import axis_lines, describe_axis, draw_axis
+from megarewarm.report.figures.sweeps import axis_lines, caption_axis, describe_axis, draw_axis
 from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, read_experiment
 from megarewarm.report.numbers.measure import run_measures
@@ -32,7 +41,7 @@ from megarewarm.report.pages.html import (
     svg_of,
     value_cells,
 )
-from megarewarm.report.pages.tables import SCRIPT, arms_html, comparisons_html, content_hash
+from megarewarm.report.pages.tables import SCRIPT, arms_html, comparisons_html
 from megarewarm.spelling import tokens_text
 
 _BAND = " Lines are means over the complete seeds, bands reach from the lowest to the highest seed."
@@ -93,18 +102,24 @@ def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tupl
 
     for panel in panels:
         lines = lines_of_arms(panel.arms)
-        shared = f" Black: {lines[0].label}, for comparison." if len(lines) > 1 else ""
-        caption = draw.caption_lines(lines) + _bands(lines) + shared
+        black = len(lines) > 1 and lines[0].colour == style.colour(style.BLACK)
+        shared = f" Black: {lines[0].label}, for comparison." if black else ""
+        caption = draw.caption_lines(lines) + _bands(lines) + caption_arms(panel.arms) + shared
         add("losses", f"losses_{panel.key}", panel.title, draw.curves_figure(lines), _named(lines), caption)
+    for sweep in experiment.groups:
+        if grid := grid_of(rows, sweep):
+            title = f"{sweep}: {' and '.join(grid.axes)}"
+            add("grids", f"grid_{sweep}", title, draw_grid(grid), describe_grid(grid), caption_grid(grid))
     for number, group in enumerate(comparable(rows), start=1):
         sets = " and ".join(group[0].arm.sets[0] + group[0].arm.sets[1])
         title = f"Runs that started from {group[0].arm.start}, on {sets}"
-        caption = f"{_BARS} Up and left is better. Dashes: the front, no arm is better in both by its mean."
+        bars = _BARS if any(row.seeds[0] > 1 for row in group) else "One seed each."
+        caption = f"{bars} Up and left is better. Dashes: the front, no arm is better in both by its mean."
         add("pareto", f"pareto_{number}", title, draw_pareto(group, main), describe_pareto(group), caption)
     for sweep in experiment.groups:
         if told := axis_lines(rows, sweep):
             title = f"{sweep}: final losses against {told[0]}"
-            add("axes", f"axis_{sweep}", title, draw_axis(*told), describe_axis(*told), _BAND.strip())
+            add("axes", f"axis_{sweep}", title, draw_axis(*told), describe_axis(*told), caption_axis(told[1]))
     if chains := chains_of(experiment):
         caption = "Dotted lines: where the next stage begins. " + draw.caption_lines(chains.lines, chains.stages)
         figure = draw.curves_figure(chains.lines, chains.stages, "tokens of all stages")
@@ -136,9 +151,10 @@ def _page(
         f"<h1>{escape(experiment.title)}</h1>",
         f'<p class="quiet">Experiment {escape(experiment.name)}</p>',
         f'<ul class="summary">{sentences}</ul>',
-        _part("Losses and learning rates", told.get("losses")),
-        _part("Forgetting against adaptation", told.get("pareto")),
+        _part("Final losses over two settings", told.get("grids")),
         _part("Final losses along the sweeps", told.get("axes")),
+        _part("Forgetting against adaptation", told.get("pareto")),
+        _part("Losses and learning rates", told.get("losses")),
         _part("Chains of stages", told.get("chains")),
         _part("Between the start's weights and the end's", told.get("interpolation")),
         _folded("Dynamics: update ratio, distance, gradient norm", told.get("dynamics")),
@@ -150,9 +166,7 @@ def _page(
         "Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
     ]
     css = html.STYLE + arm_table.STYLE
-    policy = f"default-src 'none'; img-src data:; style-src {content_hash(css)}; script-src {content_hash(SCRIPT)}"
-    policy += "; base-uri 'none'; form-action 'none'"
-    return page_html(experiment.title, css, policy, parts, f"\n<script>{SCRIPT}</script>")
+    return page_html(experiment.title, css, parts, SCRIPT)
 
 
 def _part(title: str, sections: Sequence[str] | None) -> str:

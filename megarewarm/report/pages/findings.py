@@ -5,18 +5,21 @@ Two arms are said to differ only where the 95 % interval of their difference, pa
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
+from megarewarm.report.figures.heatmap import grid_of
 from megarewarm.report.figures.pareto import comparable, front
 from megarewarm.report.numbers.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.numbers.experiment import ExperimentRecord
 from megarewarm.report.numbers.runs import same_length
-from megarewarm.report.numbers.seeds import LEVEL, Difference
+from megarewarm.report.numbers.seeds import LEVEL, Difference, paired
 from megarewarm.report.pages.words import SAME
 from megarewarm.spelling import MINUS, counted, listed, loss_text, signed_text, tokens_text
 
 _NAMES = {"upstream_after": "upstream loss", "downstream_after": "downstream loss"}
+_NAMED = 3  # names in a sentence
 
 
 def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], compared: Sequence[Comparison]) -> list[str]:
@@ -24,6 +27,7 @@ def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], c
     return [
         *_overview(experiment),
         *_noise(rows),
+        *_grids(experiment, rows),
         *_main(experiment, rows),
         *_groups(compared),
         *_by_chance(compared),
@@ -42,14 +46,18 @@ def difference_text(difference: Difference) -> str:
 
 def _overview(experiment: ExperimentRecord) -> list[str]:
     seeds = experiment.seeds
-    each = f", each with seeds {listed(map(str, seeds))}" if len(seeds) > 1 else f", each with seed {seeds[0]}" if seeds else ""
     states = [trial.state for trial in experiment.trials]
     done = states.count("complete")
-    text = f"{counted(len(experiment.arms), 'arm')}{each}: "
+    arms = counted(len(experiment.arms), "arm")
     if done == len(states):
-        return [f"{text}all {counted(done, 'run')} are complete."]
+        named = (
+            f"{len(seeds)} seeds" if len(seeds) > _NAMED else f"seed{'s' * (len(seeds) > 1)} {listed(map(str, seeds or [0]))}"
+        )
+        each = f", each with {named}" if seeds else ""
+        return [f"{arms}{each}: all {counted(done, 'run')} are complete."]
     rest = [f"{states.count(state)} {state}" for state in ("under way", "not begun") if state in states]
-    return [f"{text}{done} of {counted(len(states), 'run')} complete, {listed(rest)}. Numbers are of complete runs only."]
+    text = f"{arms}: {done} of {counted(len(states), 'run')} complete, {listed(rest)}."
+    return [f"{text} Numbers are of complete runs only."]
 
 
 def _noise(rows: Sequence[ArmRow]) -> list[str]:
@@ -73,21 +81,48 @@ def _main(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
     if row is None:
         return []
     parts = []
-    for role, measure, sign in (("upstream", "forgetting", 1), ("downstream", "adaptation", -1)):
-        before, after, change = (row.mean(key) for key in (f"{role}_before", f"{role}_after", measure))
-        if before is not None and after is not None and change is not None:
-            spread = row.spread(measure)
-            low, high = sorted(sign * value for value in (spread.low or 0.0, spread.high or 0.0))
-            over = f", {signed_text(low)} to {signed_text(high)} over seeds" if len(spread.values) > 1 else ""
-            parts.append(
-                f"its {role} loss went from {loss_text(before)} to {loss_text(after)} ({signed_text(sign * change)}{over})"
-            )
+    for role, measure in (("upstream", "forgetting"), ("downstream", "adaptation")):
+        after, change = row.mean(f"{role}_after"), row.mean(measure)
+        if after is not None and change is not None:
+            parts.append(f"{measure} {signed_text(change)} (final {role} loss {loss_text(after)})")
     return [f"{row.name}, the arm that others are compared with: {listed(parts)}."] if parts else []
 
 
+def _grids(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
+    """The best cell of every sweep over two axes, and those that the seeds can't tell from it."""
+    sentences = []
+    for sweep in experiment.groups:
+        grid = grid_of(rows, sweep)
+        if grid is None:
+            continue
+        measure, title = grid.measures[0]
+        ranked = grid.ranked(measure)
+        if len(ranked) < 2:
+            continue
+        best, second = (row.mean(measure) or 0.0 for row in ranked[:2])
+        what = f"{title[0].lower()}{title[1:]}"
+        if second - best <= SAME:
+            same = [row.name for row in ranked if (row.mean(measure) or 0.0) - best <= SAME]
+            text = f"Sweep {sweep}: the lowest {what} is {loss_text(best)}, equal within {SAME:g} in {_few(same)}."
+            sentences.append(text)
+            continue
+        ends = [
+            f"{name} {loss_text(mean)}"
+            for key, name in _NAMES.items()
+            if key != measure and (mean := ranked[0].mean(key)) is not None
+        ]
+        text = f"Sweep {sweep}: {grid.place(ranked[0])} has the lowest {what}, {loss_text(best)}"
+        text += f" ({', '.join(ends)})." if ends else "."
+        differences = {row.name: paired(row.values[measure], ranked[0].values[measure]) for row in ranked[1:]}
+        if alike := [name for name, d in differences.items() if d is not None and d.margin is not None and not d.established]:
+            text += f" The seeds do not tell it from {_few(alike)}."
+        sentences.append(text)
+    return sentences
+
+
 def _groups(compared: Sequence[Comparison]) -> list[str]:
-    """One sentence for every sweep: who differs from its reference in what, who can't be told apart from it. Arms of another
-    length are only named."""
+    """For every sweep and each loss a sentence: which arms differ from its reference, which can't be told apart from it. Arms
+    of another length are only named."""
     by_group: dict[tuple[str, str], list[Comparison]] = {}
     for comparison in compared:
         if comparison.measure in _NAMES:
@@ -96,39 +131,59 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
     for (group, reference), inside in by_group.items():
         where = {CHAINS: "Chains", "": "Single arms"}.get(group, f"Sweep {group}")
         if other := {c.arm: c.tokens for c in inside if not c.same_length}:
-            lengths = listed(f"{arm} ({tokens_text(own)})" for arm, (own, _) in other.items())
+            lengths = _few([f"{arm} ({tokens_text(own)})" for arm, (own, _) in other.items()])
             each = tokens_text(next(iter(other.values()))[1])
             sentences.append(f"{where}: not compared with {reference} ({each} tokens), for another length: {lengths}.")
         inside = [c for c in inside if c.same_length]
         known = [c for c in inside if c.difference.margin is not None]
         if not known:
-            told = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "downstream_after"]
-            ups = [f"{c.arm} {signed_text(c.difference.mean)}" for c in inside if c.measure == "upstream_after"]
-            parts = [f"{name} {', '.join(t)}" for name, t in (("upstream", ups), ("downstream", told)) if t]
+            parts = [text for measure in _NAMES if (text := _range([c for c in inside if c.measure == measure]))]
             if parts:
                 sentences.append(f"{where}, against {reference}, one seed: {'; '.join(parts)}.")
             continue
-        parts = []
-        for measure, name in _NAMES.items():
-            for word, sign in (("lower", -1), ("higher", 1)):
-                told = [
-                    f"{c.arm} ({difference_text(c.difference)})"
-                    for c in known
-                    if c.measure == measure and c.difference.established and c.difference.mean * sign > 0
-                ]
-                if told:
-                    parts.append(f"{name} {word} in {listed(told)}")
         unclear = dict.fromkeys(c.arm for c in known if not c.difference.established)
         alike = [arm for arm in unclear if not any(c.difference.established for c in known if c.arm == arm)]
+        for measure, name in _NAMES.items():
+            parts = [text for sign in (-1, 1) if (text := _differing([c for c in known if c.measure == measure], sign))]
+            partly = [c.arm for c in known if c.measure == measure and not c.difference.established and c.arm not in alike]
+            if parts and partly:
+                parts.append(f"not told apart: {_few(partly)}")
+            if parts:
+                sentences.append(f"{where}, against {reference}: {name} {'; '.join(parts)}.")
         if alike:
-            parts.append(f"no difference beyond the seeds' spread in {listed(alike)}")
-        open_ones = [c for c in known if not c.difference.established and c.arm not in alike]
-        partly = [f"the {_NAMES[c.measure]} of {c.arm}" for c in open_ones]
-        if partly:
-            parts.append(f"not told apart: {listed(partly)}")
-        if parts:
-            sentences.append(f"{where}, against {reference}: {'; '.join(parts)}.")
+            sentences.append(f"{where}, against {reference}: no difference beyond the seeds' spread in {_few(alike)}.")
     return sentences
+
+
+def _range(inside: Sequence[Comparison]) -> str:
+    """'upstream -0.100 in a to +0.300 in b': the ends of differences of one seed."""
+    ranked = sorted((c for c in inside if math.isfinite(c.difference.mean)), key=lambda c: c.difference.mean)
+    if not ranked:
+        return ""
+    low, high = ranked[0], ranked[-1]
+    text = f"{_NAMES[low.measure].removesuffix(' loss')} {signed_text(low.difference.mean)}"
+    if high.difference.mean - low.difference.mean > SAME:
+        return f"{text} in {low.arm} to {signed_text(high.difference.mean)} in {high.arm}"
+    return f"{text} in {low.arm}" if high is low else f"{text}, equal within {SAME:g}"
+
+
+def _differing(inside: Sequence[Comparison], sign: int) -> str:
+    """'higher in a (+0.120 \u00b1 0.031)', of several the names and the largest difference; '' where none is."""
+    differing = [c for c in inside if c.difference.established and c.difference.mean * sign > 0]
+    if not differing:
+        return ""
+    ranked = sorted(differing, key=lambda c: -abs(c.difference.mean))
+    text = f"{'lower' if sign < 0 else 'higher'} in {_few([c.arm for c in differing])}"
+    most = len(ranked) > 1 and abs(ranked[0].difference.mean) - abs(ranked[1].difference.mean) > SAME
+    which = f"most in {ranked[0].arm}: " if most else "up to " if len(ranked) > 1 else ""
+    return f"{text} ({which}{difference_text(ranked[0].difference)})"
+
+
+def _few(names: Sequence[str]) -> str:
+    """The names; of many the first three."""
+    if len(names) > _NAMED + 1:
+        return f"{', '.join(names[:_NAMED])} and others"
+    return listed(names)
 
 
 def _by_chance(compared: Sequence[Comparison]) -> list[str]:
@@ -150,7 +205,7 @@ def _front(rows: Sequence[ArmRow]) -> list[str]:
         points = [(row.mean("forgetting") or 0.0, row.mean("adaptation") or 0.0) for row in group]
         best = front(points)
         first, last = group[best[0]], group[best[-1]]
-        names = listed([group[i].name for i in best]) if len(best) <= 8 else f"{len(best)} arms, {first.name} to {last.name},"
+        names = listed([group[i].name for i in best]) if len(best) <= 4 else f"{len(best)} arms, {first.name} to {last.name},"
         verb = "is" if len(best) == 1 else "are"
         start = f" of the {len(group)} arms that started from {group[0].arm.start}"
         sentences.append(f"By the means, {names} {verb} on the front: no other{start} forgets less and learns more.")
@@ -165,28 +220,23 @@ def _early_rise(rows: Sequence[ArmRow]) -> list[str]:
         if not risen:
             continue
         back = [row for row in risen if row.values[f"{role}_recovered_tokens"] and not _never(row, role)]
-        highest = max(risen, key=lambda row: row.mean(f"{role}_rise") or 0.0)
+        ranked = sorted(risen, key=lambda row: -(row.mean(f"{role}_rise") or 0.0))
+        highest = ranked[0]
         rise, at = highest.mean(f"{role}_rise"), highest.mean(f"{role}_rise_tokens")
-        most = "most in" if len(risen) > 1 else "in"
+        tied = len(ranked) > 1 and (rise or 0.0) - (ranked[1].mean(f"{role}_rise") or 0.0) <= SAME
+        most = "in" if len(risen) == 1 else "as much as any in" if tied else "most in"
         text = f"The {role} loss rose above its start in {len(risen)} of {counted(len(able), 'arm')}, {most} {highest.name}: "
         text += f"{signed_text(rise)} after {tokens_text(at or 0.0)} tokens. "
         if not back:
             text += "In none of them did it come back to the start in every seed."
         else:
-            quick, slow = (pick(_recovered(row, role) for row in back) for pick in (min, max))
-            first, last = tokens_text(quick), tokens_text(slow)
-            span = first if first == last else f"{first} to {last}"
-            text += f"It came back in every seed in {len(back)} of these, after {span} tokens on average."
+            text += f"It came back to the start in every seed in {len(back)} of these."
         sentences.append(text)
     return sentences
 
 
 def _never(row: ArmRow, role: str) -> bool:
     return row.spread(f"{role}_recovered_tokens").others > 0
-
-
-def _recovered(row: ArmRow, role: str) -> float:
-    return row.mean(f"{role}_recovered_tokens") or 0.0
 
 
 def _saved(rows: Sequence[ArmRow]) -> list[str]:
@@ -203,14 +253,8 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
             f"{len(reached)} of {counted(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
         )
         if reached:
-            ranked = sorted(reached, key=lambda row: row.mean("tokens_saved") or 0.0)
-            least, most = ranked[0], ranked[-1]
-            if len(reached) == 1:
-                text += f"; {most.name} saved {_tokens(most)} tokens on the way"
-            elif _tokens(least) != _tokens(most):
-                text += f"; {most.name} saved most tokens on the way ({_tokens(most)}), {least.name} least ({_tokens(least)})"
-            else:
-                text += f"; each saved {_tokens(most)} tokens on the way"
+            least, most = (_tokens(pick(reached, key=lambda row: row.mean("tokens_saved") or 0.0)) for pick in (min, max))
+            text += f", and saved {least if least == most else f'{least} to {most}'} tokens on the way"
         sentences.append(f"{text}.")
     return sentences
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from megarewarm.record.lines import number
 from megarewarm.record.run import RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import style, tradeoff
-from megarewarm.report.figures.lines import lines_of
+from megarewarm.report.figures import tradeoff, training
+from megarewarm.report.figures.lines import Line, lines_of
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
 from megarewarm.report.numbers.runs import RunRow, differences, rows
 from megarewarm.report.pages.files import finite, write_csv, write_json
@@ -20,6 +22,7 @@ from megarewarm.report.pages.html import (
     STYLE,
     Picture,
     breakable,
+    dot,
     page_html,
     picture_html,
     save_png,
@@ -28,20 +31,22 @@ from megarewarm.report.pages.html import (
     value_cells,
 )
 from megarewarm.report.pages.words import summarise
-from megarewarm.spelling import DASH, tokens_text
+from megarewarm.spelling import DASH, duration_text, tokens_text
+
+PICTURES = ("curves", "tradeoff", "training", "sets", "pretraining", "pretraining_steps")
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
     """Write the report of ``run_folders`` into ``output_folder`` and return the path of its report.html.
 
-    Beside it: curves.png, tradeoff.png, sets.png, pretraining.png (those that apply), table.csv and table.json. Raises
+    Beside it: the pictures as PNG (those of ``PICTURES`` that apply), table.csv and table.json. Raises
     UserError where a folder has no readable metrics.
     """
     runs = read_runs(run_folders)
     table = rows(runs)
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("curves", "tradeoff", "sets", "pretraining"):
+    for name in PICTURES:
         (folder / f"{name}.png").unlink(missing_ok=True)  # a picture of an earlier report must not pass for this one's
     drawn = pictures(runs, table)
     for picture in drawn:
@@ -73,10 +78,16 @@ def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Pictu
             tradeoff.describe_tradeoff(table),
             tradeoff.caption_tradeoff(table),
         ),
+        ("training", "Training", *_training([line for line in lines if not line.is_pretraining])),
         ("sets", "Every validation set", draw.draw_sets(lines), "Line charts: loss of every set against tokens.", ""),
         ("pretraining", "Pre-training", draw.draw_pretraining(lines), draw.describe_pretraining(lines), ""),
+        ("pretraining_steps", "Pre-training, step by step", *_training([line for line in lines if line.is_pretraining])),
     ]
     return [Picture(name, title, figure, text, caption) for name, title, figure, text, caption in drawn if figure is not None]
+
+
+def _training(lines: Sequence[Line]) -> tuple[Figure | None, str, str]:
+    return training.draw_training(lines), training.describe_training(lines), training.CAPTION
 
 
 def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequence[Picture]) -> str:
@@ -92,13 +103,13 @@ def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequen
         _numbers(table),
         *(_section(picture) for picture in pictures if picture.name not in first),
         _starts(runs, table),
+        _processes(runs, table),
         _notes(runs, table),
         _settings(runs, table),
         '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
         "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
     ]
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return page_html(title, STYLE, policy, parts)
+    return page_html(title, STYLE, parts)
 
 
 def _section(picture: Picture) -> str:
@@ -123,9 +134,7 @@ def _numbers(table: Sequence[RunRow]) -> str:
     for index, row in enumerate(table):
         note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
         cells = [
-            f'<th scope="row"><span class="dot" style="background:{style.colour(index)}"></span>{breakable(row.label)}'
-            + (f"<small>{note}</small>" if note else "")
-            + "</th>",
+            f'<th scope="row">{dot(index)}{breakable(row.label)}' + (f"<small>{note}</small>" if note else "") + "</th>",
             *(_cell(measure, row) for measure in plain),
             *(_cell(measure, row, at == 0) for group in groups.values() for at, measure in enumerate(group)),
         ]
@@ -171,6 +180,54 @@ def _starts(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
         "<h2>Starts</h2>\n"
         f'<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _processes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
+    """When each run trained, for how long, on what and with which versions; columns that no run fills are left out."""
+    columns: dict[str, list[str]] = {
+        "Date (UTC)": [_date(number(run.start.get("time"))) for run in runs],
+        "Wall time": [DASH if row.wall_time is None else duration_text(row.wall_time) for row in table],
+        "Tokens/s": [DASH if row.tokens_per_second is None else tokens_text(row.tokens_per_second) for row in table],
+        "Device": [_device(run.start) for run in runs],
+        "Precision": [_said(run.start.get("precision")) for run in runs],
+        "Kernels": [_said(run.start.get("kernels")) for run in runs],
+        "Versions": [_said(run.start.get("versions")) for run in runs],
+    }
+    columns = {name: texts for name, texts in columns.items() if any(text != DASH for text in texts)}
+    if not columns:
+        return ""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Run", *columns))
+    lines = zip(*columns.values(), strict=True)
+    body = "".join(
+        f'<tr><th scope="row">{breakable(row.label)}</th>{"".join(f"<td>{text}</td>" for text in line)}</tr>'
+        for row, line in zip(table, lines, strict=True)
+    )
+    return (
+        f'<h2>Time and machine</h2>\n<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div>\n<p class="quiet">Wall time is from each start to its last event, pauses left '
+        "out. Tokens/s is the median step's, without evaluations and saves.</p>"
+    )
+
+
+def _date(time: float) -> str:
+    """Seconds since 1970 as '2026-11-28 10:12'; a dash for what is no date."""
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M") if 0 < time < 4e9 else DASH
+
+
+def _device(start: dict[str, Any]) -> str:
+    """'1 x cpu', '8 x cuda, pipeline 1 x data 8 x tensor 1'."""
+    ranks, device, layout = (start.get(key) for key in ("ranks", "device", "layout"))
+    if not isinstance(ranks, int) or device is None:
+        return DASH
+    return breakable(f"{ranks} x {str(device).partition(':')[0]}" + (f", {layout}" if ranks > 1 else ""))
+
+
+def _said(value: Any) -> str:
+    """A text, or 'name value' for each of a mapping's texts, as HTML; flags by their names where they are set."""
+    if isinstance(value, dict):
+        told = {str(key): own for key, own in value.items() if own and isinstance(own, str | bool)}
+        return breakable(", ".join(key if own is True else f"{key} {own}" for key, own in told.items())) or DASH
+    return breakable(value) if isinstance(value, str) and value else DASH
 
 
 def _notes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:

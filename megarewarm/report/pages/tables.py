@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -62,7 +60,7 @@ h3 { font-size: 16px; margin: 26px 0 4px; }
 .sortable thead th { white-space: normal; }
 .sortable thead button { all: unset; cursor: pointer; text-align: inherit; }
 .sortable thead button:hover, .sortable thead button:focus-visible { text-decoration: underline; color: var(--ink); }
-.sortable thead button:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
+.sortable thead button:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 .sortable th[aria-sort] { color: var(--ink); }
 .sortable th[aria-sort="ascending"] button::after { content: " \\2191"; }
 .sortable th[aria-sort="descending"] button::after { content: " \\2193"; }
@@ -81,9 +79,13 @@ summary { cursor: pointer; font-size: 20px; font-weight: 700; margin: 44px 0 10p
 """
 
 
-def content_hash(text: str) -> str:
-    """The source expression by which a Content-Security-Policy allows exactly ``text``."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+_NOTES = {
+    "upstream_before": "Before: the very checkpoint the run started from, evaluated before the first step.",
+    "upstream_rise": "Highest rise: the highest evaluation above that.",
+    "upstream_recovered_tokens": "Recovered at: tokens of the first evaluation after it that is at or below the start again.",
+    "tokens_saved": "Tokens saved: those of the arm from scratch less those at which this arm was as low downstream as that "
+    "one's end (linear between evaluations).",
+}
 
 
 def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
@@ -100,14 +102,13 @@ def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
         for index, (key, name, kind) in enumerate(heads)
     )
     body = "".join(_row(row, columns, row.name == main) for row in rows)
+    keys = {measure.key for measure in columns}
+    notes = [text for key, text in _NOTES.items() if key in keys]
     return (
         f'<div class="wide"><table class="numbers sortable"><thead><tr><th></th><th></th>{above}</tr><tr>{below}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n"
         '<p class="quiet">Means over the complete seeds, below them ± their standard deviation. A click on a header sorts. '
-        "Before: the very checkpoint the run started from, evaluated before the first step. Highest rise: the highest "
-        "evaluation above that; recovered at: tokens of the first evaluation after it that is at or below the start again. "
-        "Tokens saved: those of the arm from scratch less those at which this arm was as low downstream as that one's end "
-        "(linear between evaluations).</p>"
+        f"{' '.join(notes)}</p>"
     )
 
 

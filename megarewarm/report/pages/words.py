@@ -67,7 +67,7 @@ def _extremes(table: Sequence[RunRow]) -> list[str]:
     """Who forgot and who learned most, among runs that can be compared; a run without any such has its own numbers told."""
     changed = [row for row in table if row.forgetting is not None or row.adaptation is not None]
     if len(changed) < 2:
-        return [text for row in changed if (text := _own(row))]
+        return [text for row in changed for text in _own(row)]
     groups: list[list[RunRow]] = []
     for row in changed:
         like = [group for group in groups if group[0].sets == row.sets and same_length(group[0].tokens, row.tokens)]
@@ -83,9 +83,12 @@ def _extremes(table: Sequence[RunRow]) -> list[str]:
         if len(group) > 1:
             lost = [row for row in table if row.diverged and same_length(row.tokens, group[0].tokens)]
             of += f"Without {_names(lost)}, which diverged: " if lost else ""
-            sentences += [f"{of}{text}" for text in _superlatives(group, lost)]
-        elif text := _own(group[0]):
-            sentences.append(text)
+            told = _superlatives(group, lost)
+            sentences += [
+                f"{of}{text[0].lower()}{text[1:]}" if of and text.startswith("The ") else f"{of}{text}" for text in told
+            ]
+        else:
+            sentences += _own(group[0])
     return sentences
 
 
@@ -115,14 +118,16 @@ def _superlatives(table: Sequence[RunRow], lost: Sequence[RunRow]) -> list[str]:
     return sentences
 
 
-def _own(row: RunRow) -> str:
+def _own(row: RunRow) -> list[str]:
     """A lone run's numbers."""
-    parts = []
-    for role, change in (("upstream", row.upstream), ("downstream", row.downstream)):
-        if change.difference is not None:
-            ends = f"{loss_text(change.before)} to {loss_text(change.after)}"
-            parts.append(f"its {role} loss went from {ends} ({signed_text(change.difference)})")
-    return f"{row.label}: {' and '.join(parts)}." if parts else ""
+    return [
+        f"{row.label}: its {role} loss went from {loss_text(change.before)} to {loss_text(change.after)} ({told})."
+        for role, change, told in (
+            ("upstream", row.upstream, f"forgetting {signed_text(row.forgetting)}"),
+            ("downstream", row.downstream, _downstream(row)),
+        )
+        if change.difference is not None
+    ]
 
 
 def _single_causes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[str]:
@@ -142,8 +147,7 @@ def _single_causes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list
         told = groups.values() if setting in LENGTHS else [_of_one_length(group, table) for group in groups.values()]
         compared = [group for group in told if any(not _alike(group[0], i, keys, different) for i in group)]
         for group in compared[:_COMPARISONS]:
-            if text := _compare(setting, keys, group, different, table):
-                sentences.append(text)
+            sentences += _compare(setting, keys, group, different, table)
     return sentences
 
 
@@ -159,7 +163,8 @@ def _alike(one: int, other: int, keys: Sequence[str], different: dict[str, list[
 
 def _compare(
     setting: str, keys: Sequence[str], group: Sequence[int], different: dict[str, list[Any]], table: Sequence[RunRow]
-) -> str:
+) -> list[str]:
+    """A sentence for forgetting and one for the downstream loss: the ends over the runs, and whether there is a trend."""
     key = "schedule.max_lr" if setting == "peak LR" else keys[0] if len(keys) == 1 else None
     values: dict[int, Any] = {index: different[key][index] for index in group} if key in different else {}
     if key == "schedule.max_lr":
@@ -173,7 +178,8 @@ def _compare(
         value = rate_text(values[index]) if setting == "peak LR" else _value_text(values[index])
         return f"{table[index].label} ({value})"
 
-    results = []
+    span = f"{shown(group[0])} → {shown(group[-1])}" if numeric or len(group) == 2 else _some([table[index] for index in group])
+    sentences = []
     for name, numbers in (
         ("forgetting", [table[index].forgetting for index in group]),
         ("downstream loss", [table[index].downstream.after for index in group]),
@@ -181,19 +187,22 @@ def _compare(
         exact = [number for number in numbers if number is not None and math.isfinite(number)]
         if len(exact) < len(group):
             continue
-        text = " → ".join((signed_text if name == "forgetting" else loss_text)(number) for number in exact)
+        spelt = signed_text if name == "forgetting" else loss_text
+        steps = [b - a for a, b in itertools.pairwise(exact)]
+        text = f"{spelt(exact[0])} → {spelt(exact[-1])}"
         if max(exact) - min(exact) < SAME:
-            text += f" (equal within {SAME:g})"
-        elif numeric and len(exact) > 2 and not any(same_value(values[a], values[b]) for a, b in itertools.pairwise(group)):
-            steps = [b - a for a, b in itertools.pairwise(exact)]
+            text = f"{spelt(exact[0])}, equal within {SAME:g}"
+        elif len(exact) > 2 and not numeric:
+            lowest, highest = (pick(range(len(exact)), key=exact.__getitem__) for pick in (min, max))
+            ends = [f"{spelt(exact[at])} in {table[group[at]].label}" for at in (lowest, highest)]
+            text = " to ".join(ends)
+        elif len(exact) > 2 and not any(same_value(values[a], values[b]) for a, b in itertools.pairwise(group)):
             if all(step > 0 for step in steps) or all(step < 0 for step in steps):
                 text += " (rising throughout)" if steps[0] > 0 else " (falling throughout)"
             elif max(steps) > SAME and min(steps) < -SAME:
-                text += " (no steady trend)"
-        results.append(f"{name} {text}")
-    if not results:
-        return ""
-    return f"Runs that differ in {setting} alone, {' → '.join(shown(index) for index in group)}: {'; '.join(results)}."
+                text = f"from {spelt(min(exact))} to {spelt(max(exact))}, no steady trend"
+        sentences.append(f"Runs that differ in {setting} alone, {span}: {name} {text}.")
+    return sentences
 
 
 def _setting(key: str) -> str:
