@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
+from megarewarm.cli import run_command
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
-from tests.checkpoint.test_convert import tool
+from tests.checkpoint.test_convert import run_in_process
 from tests.config.test_neox_config import LOCAL, PYTHIA_410M
 from tests.support.tiny import config, mapping, quiet, write_tokens
 
@@ -37,7 +38,7 @@ NOT_HERE = {
     r"python benchmarks/": "measures, for minutes and some on a GPU",
     r"tensorboard ": "a server of another program",
     r"python tests/fuzz_readers.py": "needs atheris",
-    r"(bash launch.sh configs/quickstart.yml|python tools/sweep.py configs/experiments/)": "minutes to an hour: dry runs here",
+    r"(bash launch.sh configs/quickstart.yml|megarewarm sweep configs/experiments/)": "minutes to an hour: dry runs here",
 }
 SHARED = {"model": {"num_layers": 4, "hidden_size": 64, "num_heads": 8, "vocab_size": 64, "max_positions": 16}}
 SMALL = ["data.sequence_length=16", "training={budget: 8, global_batch: 4, micro_batch: 4}", "evaluation.every=4"]
@@ -104,12 +105,13 @@ def launch(line: str, *more: str) -> None:
 
 
 def use(line: str, *changes: tuple[str, str]) -> str:
-    """A tool's command, with ``changes`` of its words; what it prints."""
+    """A command of megarewarm, with ``changes`` of its words; what it prints."""
     for old, new in changes:
         line = line.replace(old, new)
-    _, path, *words = shlex.split(line, comments=True)
+    words = shlex.split(line, comments=True)
+    command, *words = words[words.index("megarewarm") + 1 :]
     expanded = [name for word in words for name in ((sorted(glob.glob(word)) or [word]) if "*" in word else [word])]
-    return tool(Path(path).stem, *expanded)
+    return run_in_process(lambda: run_command(command, expanded))
 
 
 def only(pattern: str) -> str:
@@ -120,10 +122,8 @@ def only(pattern: str) -> str:
 TRIED = [
     r"launch\.sh RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
-    r"launch\.sh 410M\.yml|convert_config\.py 410M\.yml",
-    r"tools/(preprocess_data|train_tokenizer|merge_data|inspect_data|replay_batch)\.py",
-    r"tools/(convert_checkpoint|inspect_checkpoint|merge_checkpoints)\.py",
-    r"tools/(watch|report|advise)\.py",
+    r"launch\.sh 410M\.yml|convert-config 410M\.yml",
+    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
 ]
 
 
@@ -158,7 +158,7 @@ def test_the_papers_own_run_and_the_quickstart_can_be_looked_at(
 
 def test_several_files_and_a_plan(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    lines = re.findall(r"`((?:bash launch\.sh base|python tools/plan_layout)[^`\n]*)`", text)
+    lines = re.findall(r"`((?:bash launch\.sh base|megarewarm plan )[^`\n]*)`", text)
     assert len(lines) == 2
     for line in lines:
         if "launch.sh" in line:
@@ -169,13 +169,13 @@ def test_several_files_and_a_plan(place: Path, capsys: pytest.CaptureFixture[str
 
 def test_data_out_of_text(place: Path) -> None:
     before = set((place / "data").iterdir())
-    data, *_ = [block for block in blocks(ROOT / "docs/data.md", "bash") if "preprocess_data.py" in block]
+    data, *_ = [block for block in blocks(ROOT / "docs/data.md", "bash") if "megarewarm prepare" in block]
     shown = ""
     for line in data.splitlines():
         shown += use(line, ("data/new_train", "data/mine"), ("32768", "280"))
     (place / "pythia_tokenizer").mkdir()
     shutil.copy(place / "tokenizer.json", place / "pythia_tokenizer")
-    splits = {line for page in PAGES for line in commands(page) if "preprocess_data.py" in line and "--split" in line}
+    splits = {line for page in PAGES for line in commands(page) if "megarewarm prepare" in line and "--split" in line}
     for line in splits:
         shown += use(line, ("data/new", "data/more"), ("--split", "--overwrite --split"))
         assert (place / "data/more_valid.bin").is_file()
@@ -203,10 +203,10 @@ def test_fragments_of_yaml_are_refused_nothing(place: Path, capsys: pytest.Captu
 def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mine.yml", *SMALL]) == 0
     assert (place / "runs/my_rewarm/huggingface/config.json").is_file()
-    assert "step 3" in use(only("replay_batch.py runs/my_rewarm"), ("31415", "3"))
+    assert "step 3" in use(only("^megarewarm replay-step runs/my_rewarm"), ("31415", "3"))
     shutil.copytree(place / "runs/my_rewarm", place / "runs/mine")
     hub = ("EleutherAI/pythia-410m", "hf")
-    (exports,) = [block for block in blocks(ROOT / "docs/checkpoints.md", "bash") if "convert_checkpoint.py" in block]
+    (exports,) = [block for block in blocks(ROOT / "docs/checkpoints.md", "bash") if "megarewarm convert " in block]
     before = set(place.iterdir())
     for line in exports.splitlines():
         if not is_not_here(line):
@@ -232,7 +232,7 @@ def test_an_experiment_and_its_questions(place: Path, capsys: pytest.CaptureFixt
     (place / "question.yml").write_text(text.replace("EleutherAI/pythia-410m@step143000", "hf").replace("[1, 2, 3]", "[1, 2]"))
     assert main(["question.yml"]) == 0
     lines = [*commands(ROOT / "docs/laboratory.md"), *commands(ROOT / "docs/advisor.md"), *commands(ROOT / "README.md")]
-    asked = [line for line in lines if re.search(r"tools/(watch|report|advise)\.py", line)]
+    asked = [line for line in lines if re.search(r"megarewarm (watch|report|advise) ", line)]
     assert len(asked) >= 9
     for line in asked:
         assert use(
@@ -246,6 +246,6 @@ def test_files_of_gpt_neox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "410M.yml").write_text(PYTHIA_410M)
     (tmp_path / "local_setup.yml").write_text(LOCAL)
     launch(only(r"launch\.sh 410M\.yml"), "--dry-run", "--allow-missing")
-    for line in {line.partition(" #")[0].strip() for page in PAGES for line in commands(page) if "convert_config.py" in line}:
+    for line in {line.partition(" #")[0].strip() for page in PAGES for line in commands(page) if "convert-config" in line}:
         use(line)
         assert main(["run.yml", "--dry-run", "--allow-missing"]) == 0

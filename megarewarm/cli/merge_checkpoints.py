@@ -5,7 +5,7 @@
     megarewarm merge OUT --ema 0.8 A B C                         moving average, oldest first
     megarewarm merge OUT --interpolate START END --alpha 0.25 0.5 0.75
 
-Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: look at it with tools/inspect_checkpoint.py, train on
+Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: look at it with megarewarm inspect, train on
 from it (start.intent rewarm), or write it for transformers (--to hf).
 """
 

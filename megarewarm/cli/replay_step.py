@@ -1,7 +1,7 @@
 """Compute one step of a run again, to look at it: megarewarm replay-step RUN [--step N] [--rows 12] [--out FILE.json]
 
 Without --step the newest step that went wrong (RUN/batches), else the last. Nothing of the run changes. A run of several ranks
-is computed by as many: torchrun --nproc-per-node 4 tools/replay_batch.py RUN --step N
+is computed by as many: torchrun --nproc-per-node 4 -m megarewarm replay-step RUN --step N
 """
 
 from __future__ import annotations

@@ -63,5 +63,5 @@ def _folder_of(given: list[Path], quick: bool) -> Path:
         raise UserError(f"{given[0]}: no experiment (no key 'experiment'): give the folder of a run or of an experiment")
     folder = Path(str(mapping.get("folder") or f"runs/{mapping['experiment']}") + "_quick" * quick)
     if not is_experiment(folder):
-        raise UserError(f"{folder}: nothing there yet; start the experiment first: python tools/sweep.py {given[0]}")
+        raise UserError(f"{folder}: nothing there yet; start the experiment first: megarewarm sweep {given[0]}")
     return folder

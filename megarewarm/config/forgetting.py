@@ -24,7 +24,7 @@ class DistillConfig(Section):
 
 class InterpolateConfig(Section):
     """Weights between the start checkpoint's and the run's last, (1 - alpha) start + alpha end (arXiv 2109.01903), evaluated on
-    every validation set after the last step. The run's checkpoints stay what they are; tools/merge_checkpoints.py writes the
+    every validation set after the last step. The run's checkpoints stay what they are; megarewarm merge writes the
     one that is chosen."""
 
     alphas: list[Annotated[Share, Field(gt=-1, lt=2)]] = Field(

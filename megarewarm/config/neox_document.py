@@ -16,7 +16,7 @@ with the reason; an unknown key is an error. Words of the form `section.key=valu
 in [our terms](config.md), and
 
 ```bash
-python tools/convert_config.py 410M.yml local_setup.yml --ranks 32 --output run.yml
+megarewarm convert-config 410M.yml local_setup.yml --ranks 32 --output run.yml
 ```
 
 writes it down. What follows GPT-NeoX's rules and defaults:
@@ -31,7 +31,7 @@ writes it down. What follows GPT-NeoX's rules and defaults:
   folder and nothing is there, the run begins from scratch. A missing `load` is an error: GPT-NeoX would begin from scratch.
 - **Restarts.** The same command after a crash goes on from the run's newest checkpoint, `finetune: true` or not; GPT-NeoX
   would begin again.
-- **`save`** is the run folder; checkpoints are in `save/checkpoints`, in megarewarm's form. `tools/convert_checkpoint.py
+- **`save`** is the run folder; checkpoints are in `save/checkpoints`, in megarewarm's form. `megarewarm convert
   --to neox` writes layer files.
 - **Evaluation** takes the next `eval_iters` batches each time, as GPT-NeoX does, so its losses are of different text each
   time (`evaluation.windows: moving`). Fixed windows, which compare, are `evaluation.windows=fixed

@@ -43,8 +43,8 @@ def sweep(
     environment: dict[str, str],
     allow_missing: bool = False,
 ) -> int:
-    """Carry out what of ``experiment`` is not done. ``words`` name it to launch.sh; the rest is as on tools/sweep.py's command
-    line. Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
+    """Run what of ``experiment`` is not done. ``words`` name it on a command line; the rest is as for ``megarewarm sweep``.
+    Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
     experiment = settled(experiment)
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
@@ -67,7 +67,7 @@ def sweep(
         for wave in submit(left, words, folder, jobs=jobs, options=options, environment=environment):
             console.print(f"job {wave.job}: {len(wave.arms)} runs ({wave.list_file})", highlight=False)
         console.print(
-            f"python tools/watch.py {folder} shows how they do; the same sweep command submits what is not done by then",
+            f"megarewarm watch {folder} shows how they do; the same sweep command submits what is not done by then",
             highlight=False,
         )
         return 0
@@ -95,7 +95,7 @@ def _parameters(prospect: Prospect) -> int:
 
 
 class _Teller:
-    """A line for each run that begins or ends, and how many are left; on a terminal below it what tools/watch.py shows.
+    """A line for each run that begins or ends, and how many are left; on a terminal below it what megarewarm watch shows.
 
     ``total`` runs are to be carried out; ``chosen`` are the names of those and of what was done before.
     """

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -42,12 +43,20 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 def tool(name: str, *arguments: object, expect: int = 0) -> str:
     """Run a tool's file as ``python tools/NAME.py`` does, in this process; what it printed on the stream that matters."""
+    sys.argv, before = [f"tools/{name}.py", *map(str, arguments)], sys.argv
+    try:
+        return run_in_process(lambda: runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__"), expect)
+    finally:
+        sys.argv = before
+
+
+def run_in_process(command: Callable[[], object], expect: int = 0) -> str:
+    """What ``command``, which ends with an exit code, prints on the stream that matters."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     code: object = 0
     try:
-        sys.argv = [f"tools/{name}.py", *map(str, arguments)]
         with redirect_stdout(out), redirect_stderr(err):
-            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+            command()
     except SystemExit as exit_:
         code = exit_.code or 0
     finally:

@@ -82,7 +82,7 @@ def choose_end(path: Path, vocabulary: Mapping[str, int], special: Collection[st
     if it is known to end texts, or if no other special token is; else the one special token that is known to. Raises
     ``UserError`` where there is none, or a choice.
     """
-    remedy = "say which token ends a document (--eod-token of tools/preprocess_data.py, data.eod of a run)"
+    remedy = "say which token ends a document (--eod-token of megarewarm prepare, data.eod of a run)"
     known = [token for token in _KNOWN if token in special and token in vocabulary]
     if stated is not None:
         if stated not in vocabulary:

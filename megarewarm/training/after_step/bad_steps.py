@@ -70,7 +70,7 @@ class Judge:
             many = f", as were the {self._unchanged - 1} before it" if self._unchanged > 1 and not ends else ""
             raise TrainingDiverged(
                 f"step {step}: {result.words}{many}; the last checkpoint is untouched. A lower schedule.max_lr or a longer "
-                f"warmup usually helps. The step's batch is recorded in {record}; look at it with tools/replay_batch.py "
+                f"warmup usually helps. The step's batch is recorded in {record}; look at it with megarewarm replay-step "
                 f"{self._context.folder.path}"
             )
         too_young = ""

@@ -73,7 +73,7 @@ def _sampled(sources: Sequence[Source]) -> list[str]:
         return []
     return [
         f"{len(large)} of the token files have more than {SCAN_WHOLE // 2**20} MiB ({large[0]}): of their ids only samples are "
-        f"checked now, and compared when a run is resumed; 'tools/inspect_data.py --verify' reads everything"
+        f"checked now, and compared when a run is resumed; 'megarewarm inspect-data --verify' reads everything"
     ]
 
 
