@@ -35,6 +35,7 @@ NOT_HERE = {
     r"ls ": "another program",
     r"sbatch ": "needs Slurm: tests/lab/test_local.py and test_launch_real.py start real jobs where it is installed",
     r"bash tests/run": "runs these tests",
+    r"megarewarm (continue|generate) ": "need a checkpoint with a tokenizer: tests/cli/test_continue.py, tests/api/test_api.py",
     r"python benchmarks/": "measures, for minutes and some on a GPU",
     r"tensorboard ": "a server of another program",
     r"python tests/fuzz_readers.py": "needs atheris",
@@ -100,7 +101,7 @@ def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def launch(line: str, *more: str) -> None:
     """The arguments of a launch.sh in this process, whatever would have started its ranks."""
     words = shlex.split(line, comments=True)
-    words = words[next(i for i, word in enumerate(words) if word.endswith("launch.sh")) + 1 :]
+    words = words[next(i for i, word in enumerate(words) if word.endswith("launch.sh") or word == "train") + 1 :]
     assert main([*words, *more]) == 0, line
 
 
@@ -120,7 +121,7 @@ def only(pattern: str) -> str:
 
 
 TRIED = [
-    r"launch\.sh RUN\.yml",
+    r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
     r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
