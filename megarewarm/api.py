@@ -141,7 +141,7 @@ def plan(config: RunConfig) -> RunPlan:
 
 
 def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool = False) -> Outcome:
-    """Train ``config`` to its end, or on from where its folder stands, as ``megarewarm train`` does.
+    """Train ``config`` to its end, or resume it from its folder, as ``megarewarm train`` does.
 
     Args:
         config: see ``load_config``.

@@ -44,7 +44,7 @@ def command_line() -> Parser:
     eod = parser.add_mutually_exclusive_group()
     eod.add_argument("--append-eod", action="store_true", help="end each document with that token; this is the default")
     eod.add_argument("--no-eod", action="store_true", help="put nothing between the documents")
-    parser.add_argument("--ftfy", action="store_true", help="mend broken Unicode with the package ftfy, which is slow")
+    parser.add_argument("--ftfy", action="store_true", help="repair broken Unicode with the package ftfy, which is slow")
     parser.add_argument("--format", choices=("pair", "raw"), default="pair", help="raw: PREFIX.bin alone, without an index")
     parser.add_argument("--dtype", choices=STORED_DTYPES, help="default: uint16 up to 65536 ids, else int32")
     parser.add_argument(

@@ -349,6 +349,7 @@ def test_a_short_validation_set_is_said_everywhere(tmp_path: Path) -> None:
 
     page = report([tmp_path / "tiny"], tmp_path / "report").read_text()
     assert "Notes at the start" in page and "2,000,000" in page
+    assert "torch " + start["versions"]["torch"] in page and "megarewarm " + start["versions"]["megarewarm"] in page
     moving = dry(
         config(
             tmp_path,

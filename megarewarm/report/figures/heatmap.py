@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from megarewarm.report.figures import style
-from megarewarm.report.figures.sweeps import ordered_values, value_text
+from megarewarm.report.figures.sweeps import ordered_values, value_text, varied_axes
 from megarewarm.report.numbers.arms import ArmRow
 from megarewarm.report.numbers.runs import LENGTHS, distinct_lengths
 from megarewarm.spelling import loss_text
@@ -65,7 +65,7 @@ def grid_of(rows: Sequence[ArmRow], group: str) -> SweepGrid | None:
     inside = [row for row in rows if group in row.arm.groups and row.seeds[0]]
     axes = list(dict.fromkeys(axis for row in inside for axis in row.arm.groups[group]))
     inside = [row for row in inside if all(axis in row.arm.groups[group] for axis in axes)]
-    axes = [axis for axis in axes if len({value_text(axis, row.arm.groups[group][axis]) for row in inside}) > 1]
+    axes = varied_axes([row.arm for row in inside], group)
     if len(axes) != 2 or len(inside) < 4 or len({row.arm.sets for row in inside}) > 1:
         return None
     if not set(axes) & set(LENGTHS) and len(distinct_lengths([row.mean("tokens") or 0.0 for row in inside])) > 1:

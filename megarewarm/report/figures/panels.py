@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.lines import Line, short_labels
-from megarewarm.report.figures.sweeps import axis_colours, ordered_values, value_text
+from megarewarm.report.figures.sweeps import axis_colours, ordered_values, value_text, varied_axes
 from megarewarm.report.figures.training import Points, medians
 from megarewarm.report.numbers.arms import chain_ends, chain_stages, reference_of, whole_runs
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, joined_run, mean_run
@@ -73,7 +73,7 @@ def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, 
     """The arms in parts of at most ``room``, and what is in each: by the values of the axis of ``group`` that has fewest, where
     the arms of a value fit into a part; else in order."""
     by_axis: list[dict[str, list[ArmRecord]]] = []
-    for axis in reversed(_axes(arms, group)):
+    for axis in reversed(varied_axes(arms, group)):
         values = [arm.groups[group].get(axis) for arm in arms]
         texts = ordered_values(axis, values)
         found = {f"{axis} {text}": [a for a in arms if value_text(axis, a.groups[group].get(axis)) == text] for text in texts}
@@ -91,12 +91,6 @@ def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, 
         else:
             parts.append(([words], list(some)))
     return [(listed(words), some) for words, some in parts]
-
-
-def _axes(arms: Sequence[ArmRecord], group: str) -> list[str]:
-    """The axes of ``group`` on which the arms differ."""
-    axes = dict.fromkeys(axis for arm in arms for axis in arm.groups[group])
-    return [axis for axis in axes if len({value_text(axis, arm.groups[group].get(axis)) for arm in arms}) > 1]
 
 
 def lines_of_arms(arms: Sequence[ArmRecord], runs: Sequence[Sequence[RecordedRun]] | None = None) -> list[Line]:
@@ -133,9 +127,8 @@ def _sweep(arms: Sequence[ArmRecord]) -> tuple[list[int], str, list[str]]:
     values, then those of the dashes."""
     group = next((name for name in arms[-1].groups if all(name in arm.groups for arm in arms[1:])), "")
     inside = [n for n, arm in enumerate(arms) if group in arm.groups and (n or arm.group == group)]
-    counts = {
-        axis: len({repr(arms[n].groups[group].get(axis)) for n in inside}) for axis in _axes([arms[n] for n in inside], group)
-    }
+    axes = varied_axes([arms[n] for n in inside], group)
+    counts = {axis: len({repr(arms[n].groups[group].get(axis)) for n in inside}) for axis in axes}
     return inside, group, sorted(counts, key=lambda axis: -counts[axis])
 
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from megarewarm.report.figures import style
 from megarewarm.report.numbers.arms import ArmRow
+from megarewarm.report.numbers.experiment import ArmRecord
 from megarewarm.report.numbers.runs import LENGTHS, distinct_lengths, same_length
 from megarewarm.report.numbers.seeds import Spread
 from megarewarm.spelling import rate_text, tokens_text
@@ -107,6 +108,12 @@ def value_text(axis: str, value: Any) -> str:
     if number is None:
         return str(value)
     return _tick(number, axis) + "%" * (isinstance(value, str) and value.strip().endswith("%"))
+
+
+def varied_axes(arms: Sequence[ArmRecord], group: str) -> list[str]:
+    """The axes of ``group`` on which the arms, all of it, differ."""
+    axes = dict.fromkeys(axis for arm in arms for axis in arm.groups[group])
+    return [axis for axis in axes if len({value_text(axis, arm.groups[group].get(axis)) for arm in arms}) > 1]
 
 
 def ordered_values(axis: str, values: Sequence[Any]) -> list[str]:

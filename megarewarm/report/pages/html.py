@@ -68,6 +68,7 @@ th small { margin-left: 17px; }
 @media (max-width: 700px) {
   body { padding: 24px 14px 48px; }
   .summary { padding: 10px 12px 10px 28px; }
+  .settings .long { min-width: 250px; }
   .quiet, figcaption, table { font-size: 16px; } td small, th small { font-size: 14px; }
 }
 footer { margin-top: 52px; padding-top: 12px; border-top: 1px solid var(--line); }

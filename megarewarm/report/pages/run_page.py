@@ -149,7 +149,7 @@ def _numbers(table: Sequence[RunRow]) -> str:
     )
 
 
-_GROUP = ' class="group"'
+_GROUP, _LONG = ' class="group"', ' class="long"'
 
 
 def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
@@ -197,10 +197,10 @@ def _processes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
     if not columns:
         return ""
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Run", *columns))
-    lines = zip(*columns.values(), strict=True)
+    cells = [[f"<td{_LONG * (len(text) > 30)}>{text}</td>" for text in texts] for texts in columns.values()]
     body = "".join(
-        f'<tr><th scope="row">{breakable(row.label)}</th>{"".join(f"<td>{text}</td>" for text in line)}</tr>'
-        for row, line in zip(table, lines, strict=True)
+        f'<tr><th scope="row">{breakable(row.label)}</th>{"".join(line)}</tr>'
+        for row, line in zip(table, zip(*cells, strict=True), strict=True)
     )
     return (
         f'<h2>Time and machine</h2>\n<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead>'

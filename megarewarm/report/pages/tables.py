@@ -70,6 +70,7 @@ td.text, th.text { text-align: left; }
 tbody th { font-weight: 500; }
 summary { cursor: pointer; font-size: 20px; font-weight: 700; margin: 44px 0 10px; }
 .summary li { max-width: 92ch; }
+@media (max-width: 700px) { .sortable { font-size: 15px; } }
 @media print {
   body { font-size: 10pt; }
   .sortable { font-size: 6.6pt; } .sortable th, .sortable td { padding: 2px 2px; } .sortable td small { font-size: 5.8pt; }
