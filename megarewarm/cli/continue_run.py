@@ -107,7 +107,7 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
     checkpoint = Path(arguments.checkpoint)
     return settings(
         name,
-        str(folder / "run"),
+        str((folder / "run").absolute()),
         str(checkpoint.absolute()) if checkpoint.exists() else arguments.checkpoint,
         source.model_config,
         hold_out(new, length),
