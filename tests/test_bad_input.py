@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
     "sequence without tensor": ({"parallel": {"sequence": True}}, r"sequence: true needs tensor ranks"),
     "no index": (no_index, r"alone"),
     "a folder of a run without its config": (no_config, r"tiny: holds a run without config\.yaml"),
-    "another file in the place of the data": (changed_data, r"position in the data.*put the old files back"),
+    "another file in the place of the data": (changed_data, r"position in the data.*restore the old files"),
     "too few to replay": (few_to_replay, r"source 'few' gives \d+ samples"),
     "replay of what is held out": (
         {"replay": {"fraction": 0.5, "sources": [{"path": "PLACE/old", "max_epochs": 9}]}},

@@ -43,7 +43,7 @@ class OptimizerConfig(Section):
 
 
 class LossScaleConfig(Section):
-    """The loss scale of precision fp16: gradients are computed of the loss times a power of two. Without meaning in others."""
+    """The loss scale of precision fp16: gradients of the loss times a power of two. Other precisions ignore it."""
 
     fixed: float | None = Field(None, gt=0, description="One scale for the whole run; null: dynamic, by the keys below.")
     initial: float = Field(2.0**16, gt=0, description="The first scale.")
@@ -62,7 +62,7 @@ class LossScaleConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long and in what portions."""
+    """Length, batch sizes and precision."""
 
     budget: Budget = Field(
         description="Length of the run, in steps, tokens, or epochs of data.train: '2 epochs' are as many whole steps as read "
@@ -192,7 +192,7 @@ class KernelsConfig(Section):
 
     use: Literal["auto", "triton", "compile", "reference"] = Field(
         "auto",
-        description="triton: fused operations of our own. compile: each layer by torch.compile. reference: plain PyTorch. "
+        description="triton: megarewarm's fused operations. compile: each layer by torch.compile. reference: plain PyTorch. "
         "auto: triton on GPUs that have it, reference elsewhere. The keys below say otherwise for one operation.",
     )
     norms: Literal["triton", "apex", "reference"] | None = Field(
@@ -201,9 +201,9 @@ class KernelsConfig(Section):
     gelu: Literal["triton", "reference"] | None = Field(None, description="Bias and GELU in one pass.")
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference"] | None = Field(
         None,
-        description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, our own (which keeps documents apart and can be "
-        "deterministic), PyTorch's choice, or the definition. auto: the fastest that can do it. One that can't gives way to "
-        "the next, with a note.",
+        description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, megarewarm's own (which keeps documents apart "
+        "and can be deterministic), PyTorch's choice, or the definition. auto: the fastest that fits. If one does not "
+        "fit, the next one is used, with a note.",
     )
     loss: Literal["triton", "reference"] | None = Field(
         None, description="Softmax and cross entropy between the head's products."
@@ -215,7 +215,7 @@ class KernelsConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="The same bits at every run on a GPU with the same layout: our operations and PyTorch's in their "
+        description="The same bits at every run on a GPU with the same layout: megarewarm's and PyTorch's operations in their "
         "deterministic forms (one that has none raises). Attention costs more. A CPU's are the same anyway.",
     )
     loss_memory: Positive | None = Field(
@@ -240,7 +240,7 @@ class KernelsConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the ranks work together. The launcher sets their number; what tensor and pipeline leave is data parallel."""
+    """How the ranks split the work. The launcher sets their number; those that tensor and pipeline leave are data parallel."""
 
     tensor: Positive = Field(1, description="Ranks that share each layer: heads, MLP columns and vocabulary rows.")
     sequence: bool = Field(

@@ -13,7 +13,7 @@ _HEAD = """\
 several files (a key may be in one of them only), DeepSpeed's blocks, `attention_config`. They are known by their keys. Each
 key, also inside of blocks (`fp16.type`), is honoured, or listed at the start as not applicable with the reason, or refused
 with the reason; an unknown key is an error. Words of the form `section.key=value` behind the files change the translated run
-in [our terms](config.md), and
+with [megarewarm's keys](config.md), and
 
 ```bash
 megarewarm convert-config 410M.yml local_setup.yml --ranks 32 --output run.yml

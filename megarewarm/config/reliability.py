@@ -57,7 +57,7 @@ class Duration(BaseModel):
 
 
 class ReliabilityConfig(Section):
-    """What is done about steps, ranks and times that are not as they should be. All of it may change between restarts."""
+    """Handling of bad steps, slow ranks, corrupted replicas and time limits. All of it may change between restarts."""
 
     max_wall_time: Duration | None = Field(
         None,
@@ -67,14 +67,13 @@ class ReliabilityConfig(Section):
     non_finite: Literal["skip", "stop"] = Field(
         "skip",
         description="A step whose loss or gradient is not finite is recomputed. If it is not finite again, then skip: "
-        "it changes nothing and the run continues; stop: the run ends. Either way the place of its data is written into "
-        "RUN/batches.",
+        "the step is skipped; stop: the run ends. Either way RUN/batches records the place of its data.",
     )
     spikes: Literal["off", "warn", "skip", "roll_back"] = Field(
         "warn",
-        description="What follows a loss or gradient norm far above those before. warn: an alarm. skip: the step changes "
-        "nothing. roll_back: the weights and the optimizer's state of a checkpoint 'roll_back_steps' or more before come back, "
-        "and training goes on behind the spike: the batches between are not trained on.",
+        description="Reaction to a loss or gradient norm far above the last ones. warn: an alarm. skip: skip the step. "
+        "roll_back: load weights and optimizer state of a checkpoint that is 'roll_back_steps' or more old, and skip the "
+        "batches between it and the spike.",
     )
     spike_deviations: float = Field(
         6.0, gt=0, description="Standard deviations above the mean of the last 'spike_window' steps from which it is a spike."

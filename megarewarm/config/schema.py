@@ -149,7 +149,9 @@ class RunConfig(Section):
     start: StartConfig = StartConfig()
     data: DataConfig
     replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
-    distill: DistillConfig | None = Field(None, description="Staying near the start checkpoint; null: not.")
+    distill: DistillConfig | None = Field(
+        None, description="Distillation from the start checkpoint, to stay near it; null: none."
+    )
     interpolate: InterpolateConfig | None = Field(None, description="Weights between start and end, evaluated; null: none.")
     schedule: ScheduleConfig
     training: TrainingConfig

@@ -87,7 +87,7 @@ def wait_for_port(launch: Launch, timeout: timedelta) -> int:
                 return int(said["port"])
         time.sleep(0.05)
     raise TimeoutError(
-        f"the main rank did not say its port in {file}: it was not started, not by the same launcher, or it sees another "
+        f"the main rank did not publish its port in {file}: it was not started, not by the same launcher, or it sees another "
         f"{file.parent.parent}, as in a container of its own"
     )
 

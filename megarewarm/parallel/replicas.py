@@ -112,8 +112,8 @@ def _words(
     else:
         what = f"the weights of ranks {shown} should be equal and differ in {first}{more}: one of them changed without a step"
     return (
-        f"{what}. Nothing of it was saved; the same command goes on from the last checkpoint. A memory, a GPU or a link is at "
-        f"fault: leave the host out if it comes again"
+        f"{what}. Nothing of it was saved; the same command continues from the last checkpoint. A memory, a GPU or a link is "
+        f"faulty: exclude the host if it recurs"
     )
 
 

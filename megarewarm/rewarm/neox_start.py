@@ -64,7 +64,7 @@ def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], di
     save = translation.mapping["folder"]
     if save is not None and Path(load).resolve() == Path(save).resolve() and _begins_here(Path(load)):
         # GPT-NeoX's usual way to say: continue if there is something to continue
-        note = f"load and save are both {load}: the run begins there from scratch, and goes on from its own newest checkpoint"
+        note = f"load and save are both {load}: the run starts from scratch there, and resumes from its own newest checkpoint"
         return {}, {"vocab_size": translation.vocabulary()}, [note]
     from megarewarm.checkpoint.source import open_checkpoint
 
@@ -82,7 +82,7 @@ def _start(file: NeoxFile, translation: Translation) -> tuple[dict[str, Any], di
         return {"from": load, "intent": "rewarm"}, model, notes
     if source.training is None:
         raise UserError(
-            f"{file.place('load')}: {load} ({source.format}) holds weights only, so training can't go on from it; set "
+            f"{file.place('load')}: {load} ({source.format}) holds weights only, so training can't continue from it; set "
             f"'finetune: true' to start from its weights alone"
         )
     keeps_rng = translation.keeps_rng and "rng" in source.keeps

@@ -84,7 +84,7 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
     for line, needing in _NEEDS_TRAINING_STATE.items():
         if (value := policy.lines()[line]) in needing and line not in source.keeps:
             remedy = "reseed" if line == "rng" else _OPPOSITE[value]
-            holds = "holds weights only" if source.training is None else "holds none that could be used here"
+            holds = "holds weights only" if source.training is None else "holds none that can be used here"
             hint = " (intent 'rewarm' does so)" if source.training is None else ""
             raise UserError(
                 f"start.{line}: '{value}' can't be honoured, {source.name} ({source.format}) {holds}; set it to "

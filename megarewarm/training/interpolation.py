@@ -62,8 +62,8 @@ def _load_start(run: Run) -> None:
         load_start(run.plan, run.model)
     except UserError as error:
         raise UserError(
-            f"interpolate: the run is trained and saved, but its start can't be had again: {error}. Put it back, or set "
-            f"interpolate to null to do without"
+            f"interpolate: the run is trained and saved, but its start checkpoint can't be read any more: {error}. "
+            f"Restore it, or set interpolate to null"
         ) from error
 
 

@@ -181,6 +181,6 @@ class _Loop:
         if self.waited > _NOTICEABLE_WAIT * seconds:
             voice.warn(
                 f"{100 * self.waited / seconds:.0f} % of the time went into waiting for data; a faster disk, or a copy of the "
-                f"token files on a local one, would save it"
+                f"token files on a local one, would avoid that"
             )
         return Outcome(self.context.folder.path, run.step, losses)

@@ -130,7 +130,7 @@ def damaged(draw: st.DrawFn) -> tuple[Form, Files, Files]:
             case "swapped":
                 other = draw(st.sampled_from(sorted(harmed.keys() - {"x.json"})))
                 harmed[name], harmed[other] = harmed[other], harmed[name]
-            case "gone" if len(harmed) > 1:
+            case "gone" if len(harmed.keys() - {"x.json"}) > 1:
                 del harmed[name]
     return form, files, harmed
 

@@ -113,5 +113,5 @@ def test_the_type_of_bare_ids_is_what_the_manifest_says(tmp_path: Path, form: st
     for vocabulary in (512, 10**6):
         assert open_tokens(name, vocab_size=vocabulary).read(0, 10).tolist() == IDS
     assert open_tokens(name, dtype="int32").read(0, 10).tolist() == IDS
-    with pytest.raises(UserError, match=r"x\.bin: its manifest says that the ids are uint32, 'dtype' is uint16"):
+    with pytest.raises(UserError, match=r"x\.bin: according to its manifest the ids are uint32, 'dtype' is uint16"):
         open_tokens(name, dtype="uint16")

@@ -198,7 +198,7 @@ def test_another_optimizer_is_said_and_its_state_is_not_kept(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"start\.moments: 'keep' can't be honoured, the checkpoint's are those of adamw"):
         make_plan(run_config(tmp_path, **(changes | {"start": {**start, "intent": "branch"}})))
     run = build(make_plan(run_config(tmp_path, **changes)), ALONE)
-    assert any("was trained with adamw: another optimizer than before" in note for note in run.notes)
+    assert any("was trained with adamw: a change of optimizer" in note for note in run.notes)
     run.batches.close()
     out = quiet()
     train(run_config(tmp_path, **changes), ALONE, out)

@@ -100,7 +100,7 @@ def test_one_token_of_the_training_data(stopped: RunConfig, token: int) -> None:
     path = place_of(stopped, "train.bin")
     with changed(path, 2 * token, another(path, token)), pytest.raises(UserError) as told:
         train(stopped, ALONE, quiet())
-    assert "step_5" in str(told.value) and "put the old file" in str(told.value)
+    assert "step_5" in str(told.value) and "restore the old file" in str(told.value)
 
 
 @pytest.mark.parametrize("token", PLACES)
@@ -120,7 +120,7 @@ def test_where_a_document_ends(stopped: RunConfig, document: int) -> None:
     with (
         changed(path, HEADER.size + 4 * document, sizes),
         changed(path, HEADER.size + 4 * 1000 + 8 * (document + 1), pointer),
-        pytest.raises(UserError, match=r"step_5.*put the old file"),
+        pytest.raises(UserError, match=r"step_5.*restore the old file"),
     ):
         train(stopped, ALONE, quiet())
 

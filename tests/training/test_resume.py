@@ -187,7 +187,7 @@ def test_changed_data_is_noticed_on_resume(tmp_path: Path) -> None:
     from tests.support.tiny import write_tokens
 
     write_tokens(tmp_path / "new", seed=5)
-    with pytest.raises(UserError, match=r"position in the data .* put the old files back"):
+    with pytest.raises(UserError, match=r"position in the data .* restore the old files"):
         train(config(tmp_path, training={"budget": 6}), ALONE, quiet())
 
 

@@ -114,7 +114,7 @@ def test_nothing_is_saved_of_half_a_step(tmp_path: Path, watched: None) -> None:
     first = settings(tmp_path, "first")
     Watched.count, Watched.at = 0, 2
     assert trainer.train(first, ALONE, console).step == 0
-    assert "nothing to save yet; the same command begins again" in printed(console)
+    assert "nothing to save yet; the same command starts over" in printed(console)
     assert not events(tmp_path / "first", "eval") and not checkpoints_in(tmp_path / "first/checkpoints")
 
 

@@ -52,7 +52,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise UserError(
             f"{source.file}: a sentencepiece model can't be exported as the tokenizer.json that transformers reads; convert it "
-            f"with transformers, give the tokenizer.json as data.tokenizer (or --tokenizer), or do without the export"
+            f"with transformers, give the tokenizer.json as data.tokenizer (or --tokenizer), or switch the export off"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -103,7 +103,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
 def _without(source: TokenizerSource) -> ExportedTokenizer:
     eos = source.stated.get("eos") if source.eod is None else source.eod
     ids = {"bos": source.stated.get("bos", eos), "eos": eos, "pad": source.stated.get("pad")}
-    notes = ["no tokenizer is in the export: none is named, beside the start checkpoint, or known of the token files"]
+    notes = ["no tokenizer is in the export: none is named, none is beside the start checkpoint, and the token files name none"]
     if eos is None:
         notes.append("no token is known to end a text, so eos_token_id is null: give data.eod")
     return ExportedTokenizer({}, ids, notes)

@@ -260,7 +260,7 @@ def _open_bare(content: AnyBytes, dtype: str | None, vocab_size: int | None) -> 
     path, size = content.path, content.size
     said = (manifest_of(path) or {}).get("dtype")
     if said in BARE_DTYPES and dtype in BARE_DTYPES and np.dtype(said).itemsize != np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: its manifest says that the ids are {said}, 'dtype' is {dtype}: leave out 'dtype'")
+        raise UserError(f"{path}: according to its manifest the ids are {said}, 'dtype' is {dtype}: leave out 'dtype'")
     if dtype is None and said in BARE_DTYPES:
         dtype = said
     if dtype is None:

@@ -224,7 +224,7 @@ class _Record:
             try:
                 self.steps = json.loads(self._path.read_bytes())["steps"]
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self._path} is damaged: remove it, and the data are made again") from error
+                raise UserError(f"{self._path} is damaged: remove it, and the data will be made again") from error
 
     def stands(self, step: str, key: str) -> bool:
         facts = self.steps.get(step)

@@ -49,9 +49,9 @@ class EndStopped(Stateless):
         if moment.saved:
             what = f"saved{', not yet evaluated' * moment.unevaluated}; the same command continues from here"
         elif not moment.begun:
-            what = "nothing to save yet; the same command begins again"
+            what = "nothing to save yet; the same command starts over"
         else:
-            what = "not saved, for the weights are not finite; the same command continues from the last checkpoint"
+            what = "not saved, because the weights are not finite; the same command continues from the last checkpoint"
         context.voice.warn(f"stopped after step {run.step} of {config.total_steps} ({reason}), {what}")
         code = 128 + number if number else EXIT_TIME_LIMIT
         moment.outcome = Outcome(context.folder.path, run.step, run.state.losses, code)

@@ -86,7 +86,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
     if teacher is not None and config.start.intent in ("resume", "branch"):
-        notes.append(f"distill: the teacher is {teacher.name} itself, not what the run that goes on here began from")
+        notes.append(f"distill: the teacher is {teacher.name} itself, not the start of the run that is continued here")
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 

@@ -136,8 +136,8 @@ def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[
         return []
     said = f"{source.name} was trained with {before}" if before else f"if {source.name} was trained with Adam"
     return [
-        f"optimizer.kind: {kind}; {said}{'' if before else ', as Pythia and most models were'}: another optimizer than before "
-        f"costs quality and forgets more (arXiv 2605.10468, 2605.06654)"
+        f"optimizer.kind: {kind}; {said}{'' if before else ', as Pythia and most models were'}: a change of optimizer "
+        f"costs quality and increases forgetting (arXiv 2605.10468, 2605.06654)"
     ]
 
 

@@ -40,16 +40,16 @@ def _check_position(plan: Plan, data: TrainingBatches) -> None:
     stored, ours = plan.source.training.data_fingerprint, data.fingerprint(before=plan.source.training.samples)
     if stored and stored != ours:  # other programs' checkpoints don't record what they read
         what = "the data files, their blend or their order changed" if plan.resumed else "it was trained on other data"
-        remedy = "put the old files back" if plan.resumed else "set start.data to 'restart'"
+        remedy = "restore the old files" if plan.resumed else "set start.data to 'restart'"
         raise UserError(
-            f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) has no meaning here, "
+            f"{plan.source.name}: its position in the data (sample {plan.source.training.samples:,}) does not apply here, "
             f"{what} (fingerprint {stored[:8]}, now {ours[:8]}); {remedy}"
         )
     for seen in plan.source.training.lineage.stages[-1].data:
         same = [file for file in data.files if file.fingerprint == seen.fingerprint]
         if seen.samples and same and not any(map(seen.file.agrees_with, same)):
             what = f"{same[0].path}: changed after {plan.source.name} had been trained on it ({same[0].differing(seen.file)})"
-            raise UserError(f"{what}; {'put the old file back' if plan.resumed else 'set start.data to restart'}")
+            raise UserError(f"{what}; {'restore the old file' if plan.resumed else 'set start.data to restart'}")
 
 
 def check_held_out(plan: Plan, validation: Sequence[WindowSet]) -> None:
@@ -61,7 +61,7 @@ def check_held_out(plan: Plan, validation: Sequence[WindowSet]) -> None:
             if (what := now.differing(before)) is not None:
                 raise UserError(
                     f"{now.path}: changed since {plan.source.name} was saved ({what}), so the losses on validation set "
-                    f"'{windows.name}' would be those of other tokens; put the old file back, or go on in a new run with "
+                    f"'{windows.name}' would be measured on other tokens; restore the old file, or continue in a new run with "
                     f"start.from"
                 )
 

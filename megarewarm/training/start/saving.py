@@ -59,7 +59,7 @@ def check_saving(config: RunConfig, first: int, warmup_end: float) -> None:
         )
     total = config.total_steps
     if not any(is_saved(config, step) for step in evaluation_steps(config, first, warmup_end) if step < total):
-        moving = "make checkpoint.every a multiple of evaluation.every, for moving windows are evaluated only there"
+        moving = "make checkpoint.every a multiple of evaluation.every, because moving windows are evaluated only there"
         raise UserError(
             "checkpoint.keep_best: no step before the last is both evaluated and saved; "
             + (moving if config.evaluation.windows == "moving" and every is not None else "give a shorter checkpoint.every")

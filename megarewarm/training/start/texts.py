@@ -56,7 +56,7 @@ def settle_texts(plan: Plan) -> Texts:
         eod, more = end.id, [*more, f"{data.tokenizer}: {end}"]
     exported = None
     if isinstance(plan.source, PlannedCheckpoint) and plan.source.written_by is None and data.tokenizer is None:
-        notes.append(f"which tokenizer the data and the export should have shows when {plan.source.name} is here")
+        notes.append(f"which tokenizer the data and the export should have is unknown until {plan.source.name} is here")
     elif config.export.huggingface:
         source = _to_export(plan, eod, trained)
         exported = exported_tokenizer(source, plan.model)

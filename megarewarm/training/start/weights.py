@@ -63,7 +63,7 @@ def _reopened(plan: Plan) -> CheckpointSource | None:
         return None
     if source.lineage.model_dump_json() != plan.history.model_dump_json():
         raise UserError(
-            f"start.from: {name} has another history than when {plan.config.name} began from it; name the "
+            f"start.from: {name} has another history than when {plan.config.name} started from it; name the "
             f"checkpoint itself (RUN/checkpoints/step_N) where a run goes on"
         )
     return source
@@ -74,5 +74,5 @@ def reload_start_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights
     try:
         load_start(plan, model)
     except UserError as error:
-        return None, [f"the weights that the run began with can't be had again, 'dynamics' go without 'distance' ({error})"]
+        return None, [f"the weights that the run began with can't be restored, so 'dynamics' has no 'distance' ({error})"]
     return copy_weights(model), []

@@ -301,7 +301,7 @@ def test_resuming_with_other_options_or_a_changed_input(
         patch.setattr(assembly, "create", pulled_out)
         with pytest.raises(UserError, match=r"whole\.bin: No space left on device.*--resume"):
             preprocess(inputs, bpe.path, tmp_path / "out", threads_only=True)
-    with pytest.raises(UserError, match=r"was begun with append_eod = True, this run has False"):
+    with pytest.raises(UserError, match=r"was started with append_eod = True, this run has False"):
         preprocess(inputs, bpe.path, tmp_path / "out", Options(append_eod=False), resume=True)
     changed = texts_of(9, 30)
     write_jsonl(inputs[1], changed)

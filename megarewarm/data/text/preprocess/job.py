@@ -99,7 +99,7 @@ def preprocess(
     count = worker_count or workers.cores()
     if mpi:
         if any(str(given) == "-" for given in inputs):
-            raise UserError("--mpi can't read stdin, which one rank alone has: give files")
+            raise UserError("--mpi can't read stdin, which only one rank receives: give files")
         with workers.mpi() as ranks:
             if ranks is None:
                 return []
@@ -158,7 +158,7 @@ class _Job:
         if self.options.ftfy and importlib.util.find_spec("ftfy") is None:
             raise UserError("--ftfy needs the package 'ftfy': pip install ftfy")
         if self.options.max_documents is not None and STDIN in self.files and len(self.files) > 1:
-            raise UserError("--max-documents can't be kept to with stdin beside other files: give it alone")
+            raise UserError("--max-documents does not work with stdin beside other files: give it alone")
         may_exist = self.overwrite or (resume and (publication.is_prepared(self.folder) or self._is_finished()))
         for name in self.names:
             for suffix in (".bin", ".idx", ".json"):
@@ -277,15 +277,15 @@ class _Job:
         with lock:
             if was_there and not resume and not self.overwrite:
                 raise UserError(
-                    f"{self.folder} holds the work of a run that did not end: add --resume to go on, or --overwrite to begin "
-                    f"again"
+                    f"{self.folder} holds the work of a run that did not end: add --resume to continue, or --overwrite to "
+                    f"start over"
                 )
             before = _settings(path) if resume else None
             if before is not None and before != settings:
                 key = next(key for key in {**settings, **before} if before.get(key) != settings.get(key))
                 raise UserError(
-                    f"{self.folder} was begun with {key} = {before.get(key)}, this run has {settings.get(key)}: give the same "
-                    f"options, or --overwrite instead of --resume to begin again"
+                    f"{self.folder} was started with {key} = {before.get(key)}, this run has {settings.get(key)}: give the "
+                    f"same options, or --overwrite instead of --resume to start over"
                 )
             for old in self.folder.iterdir():
                 if not old.name.startswith("lock") and (before is None or old.suffix in (".progress", PART)):
@@ -413,7 +413,7 @@ def _dtype(options: Options, tokenizer: Tokenizer) -> np.dtype:
     if options.dtype is None:
         return dtype_for(tokenizer.vocab_size)
     if options.dtype == "uint32" and options.format != "raw":
-        raise UserError("--dtype uint32 has no code in an .idx: use int32, or --format raw")
+        raise UserError("--dtype uint32 can't be stored in an .idx: use int32, or --format raw")
     most = int(np.iinfo(options.dtype).max)
     if tokenizer.vocab_size - 1 > most:
         raise UserError(f"--dtype {options.dtype} goes to {most}, {tokenizer.path} has {tokenizer.vocab_size} ids: use int32")
