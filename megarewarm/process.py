@@ -27,6 +27,7 @@ _EXTRAS = {
     **dict.fromkeys(("matplotlib", "scipy"), "report"),
     "mpi4py": "mpi",
     "huggingface_hub": "hub",
+    "transformers": "hub",
     "wandb": "wandb",
 }
 """Packages that not everyone needs, by the extra of pyproject.toml that installs them."""
