@@ -19,8 +19,8 @@ DOCS = find_megarewarm.ROOT / "docs"
 _HEAD = """\
 # Python interface
 
-`import megarewarm` offers what follows, in scripts, notebooks and threads; the [examples](../examples/README.md) use it. These
-names are stable; other modules may change between versions. Bad input raises `megarewarm.UserError`, whose message names what
+`import megarewarm` offers what follows, in scripts, notebooks and threads; the folder `examples/` uses it. These names
+are stable; other modules may change between versions. Bad input raises `megarewarm.UserError`, whose message names what
 was expected and what to do. Generated from the docstrings by `python tools/document_config.py`; do not edit.
 """
 
