@@ -5,6 +5,7 @@ It works in scripts, notebooks and threads, and under torchrun, srun or mpirun, 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import json
@@ -150,15 +151,22 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool 
         quiet: print nothing.
 
     Returns:
-        The run's folder, last step and validation losses; ``exit_code`` is 0 where the run is complete.
+        The run's folder, last step and validation losses; ``exit_code`` is 0 if the run is complete. Beside ``UserError`` it
+        raises ``TrainingDiverged`` and ``ReplicasDiffer``, as which the command exits with codes of their own.
     """
-    global _ranks
-    if _ranks is None:  # ranks meet once a process
-        _ranks = connect(launch_of_process(), config.training.device, config.parallel.timeout_minutes)
-    ranks = _ranks
-    if ranks.world_size == 1:
-        ranks = connect(launch_of_process(), config.training.device, config.parallel.timeout_minutes)
+    ranks = _connected(config)
     return train_on(config, ranks, make_console(quiet=quiet or not ranks.is_main), callbacks)
+
+
+def _connected(config: RunConfig) -> Ranks:
+    """One process is connected for each run; several meet once, at the first."""
+    global _ranks
+    launch = launch_of_process()
+    if _ranks is None or launch.world_size == 1:
+        _ranks = connect(launch, config.training.device, config.parallel.timeout_minutes)
+        if launch.world_size > 1:
+            atexit.register(_ranks.close)
+    return _ranks
 
 
 class LoadedModel:

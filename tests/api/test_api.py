@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -162,3 +163,32 @@ def test_the_page_of_the_interface_is_up_to_date() -> None:
     page = (ROOT / "docs/api.md").read_text()
     assert page == api_markdown(), "run: python tools/document_config.py"
     assert all(f"## megarewarm.{name}\n" in page for name in megarewarm.__all__ if name not in ("__version__", "UserError"))
+
+
+_TWO_RUNS = """
+import os
+import sys
+import megarewarm
+
+for name in ("a", "b"):
+    config = megarewarm.load_config(sys.argv[1], {"folder": f"{sys.argv[2]}/{name}"})
+    seen = []
+    outcome = megarewarm.train(config, [lambda event: seen.append(event["event"])])
+    assert outcome.exit_code == 0 and bool(seen) == (os.environ["RANK"] == "0")
+"""
+
+
+@pytest.mark.launch
+def test_under_torchrun_every_rank_makes_the_same_calls(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(place, **SETTINGS)))
+    (tmp_path / "two.py").write_text(_TWO_RUNS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "two.py")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.yml"), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("complete in") == 2
+    alone = megarewarm.read_run(place / "tiny").train["loss"]
+    for name in ("a", "b"):
+        np.testing.assert_allclose(megarewarm.read_run(tmp_path / name).train["loss"], alone, rtol=1e-5)
