@@ -1,1 +1,1 @@
-"""Published laws of continual pre-training, fitted to one's own short runs."""
+"""Published laws of continual pre-training, fitted to the user's own short runs."""

@@ -1,4 +1,4 @@
-"""What an experiment's finished runs let one say of runs that weren't made, and how far that can be trusted."""
+"""Predictions of new runs from an experiment's finished runs, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megarewarm.laws.sections import LawSection, Prediction, sections_of
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """``within`` is the share of its start loss by which the upstream loss may rise. An answer for every question: for runs
-    whose losses can be compared."""
+    """``within`` is the share of its start value by which the upstream loss may rise. There is one answer per question, which
+    is a set of runs with comparable losses."""
 
     title: str
     within: float
@@ -28,15 +28,15 @@ class Advice:
 
     @property
     def sections(self) -> list[LawSection]:
-        """The laws of all answers, those that could be fitted first."""
+        """The laws of all answers, fitted ones first."""
         found = [section for one in self.answers for section in one.sections]
         return sorted(found, key=lambda section: not section.laws)
 
 
 def advise(folder: Path, within: float = 0.02, progress: Callable[[str], None] = lambda _: None) -> Advice:
-    """Fit the laws to the experiment in ``folder``. Raises ``UserError`` where nothing in it can be used at all.
+    """Fit the laws to the experiment in ``folder``. Raises ``UserError`` if no run in it can be used.
 
-    ``progress`` is called with what is done next: the fits take seconds to minutes.
+    ``progress`` is called with a description of the next step: the fits take seconds to minutes.
     """
     if not 0 <= within < 10:
         raise UserError(f"--upstream-within {within:g}: give a share such as 2%, at least 0")
@@ -50,21 +50,21 @@ def advise(folder: Path, within: float = 0.02, progress: Callable[[str], None] =
         answers.append(answer(question, sections, within))
     if not any(section.kind == "schedule" for one in answers for section in one.sections):
         notes.append(
-            "no two finished runs differ in the schedule only: sweep schedule.max_lr and schedule.warmup to learn of it"
+            "no two finished runs differ only in the schedule: sweep schedule.max_lr and schedule.warmup to learn its effect"
         )
     if not any(section.kind == "replay" for one in answers for section in one.sections):
         only = sorted({round(run.replay, 6) for run in runs})
-        told = f"one replay fraction only ({only[0]:g})" if len(only) == 1 else "no two runs differ in replay only"
-        notes.append(f"{told}: sweep replay.fraction to learn of it")
+        told = f"only one replay fraction ({only[0]:g})" if len(only) == 1 else "no two runs differ only in replay"
+        notes.append(f"{told}: sweep replay.fraction to learn its effect")
     if len(answers) > 1:
         notes.append(
-            f"{len(answers)} groups of runs differ in start, budget or validation sets: losses are compared within each only"
+            f"{len(answers)} groups of runs differ in start, budget or validation sets: losses are compared only within a group"
         )
     return Advice(title, within, notes, answers)
 
 
 def as_json(advice: Advice) -> dict[str, Any]:
-    """Everything, as JSON values; losses in nats per token."""
+    """The whole advice as JSON values; losses in nats per token."""
     return {
         "format": 1,
         "experiment": advice.title,
@@ -99,7 +99,7 @@ def _answer_json(one: Recommendation) -> dict[str, Any]:
 
 
 def _prediction_json(one: Prediction) -> dict[str, Any]:
-    """``arm`` is null for a run that wasn't made."""
+    """``arm`` is null for a new run."""
     return {"arm": one.arm, "keys": one.keys, "losses": one.losses, "bands": one.bands}
 
 

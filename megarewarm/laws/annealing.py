@@ -1,6 +1,6 @@
 """The loss of a continued run as a function of its learning rates: the annealing law of continual pre-training.
 
-After arXiv 2408.11029 (S1, S2) and arXiv 2505.07796, whose form is second-hand here: docs/advisor.md says what is used.
+After arXiv 2408.11029 (S1, S2) and arXiv 2505.07796, whose form comes from a secondary source: see docs/advisor.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MEMORIES = (0.999, 0.99, 0.97, 0.9, 0.0)
 """Candidates for lambda. The published 0.999 remembers 1,000 steps, more than a short run has."""
 
 NEEDED = 4
-"""Different schedules below which nothing is fitted."""
+"""Minimum number of distinct schedules for a fit."""
 
 _BOUNDS = Bounds.of(A=(0, 20), a=(0.05, 3), x0=(0.01, 1000), C=(0, 20), B=(-20, 20), E=(0.01, 1000), b=(0.05, 3))
 _TERMS = {"a": "A", "x0": "A", "E": "B", "b": "B"}
@@ -30,8 +30,8 @@ _STARTS = [[0.5, 0.5, 1.0, 0.3, size, rate, 0.5] for size, rate in itertools.pro
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """``memory`` is lambda of S2. ``own_rate``: the rate before the first step is taken as that step's own, as the published
-    law has it; otherwise as the last one of the checkpoint, so that a re-warming without warmup counts too."""
+    """``memory`` is lambda of S2. ``own_rate``: the rate before the first step is that step's own rate, as in the published
+    law; otherwise it is the checkpoint's last rate, so that re-warming without warmup counts too."""
 
     memory: float
     own_rate: bool
@@ -41,7 +41,7 @@ class Choice:
 class AnnealingLaw:
     """L(t) - L(0) = A ((x0 + x)^-a - x0^-a) - C z + B (1 - (1 + E x)^-b), x = S1 / ``unit``, z = S2 / ``area_unit``.
 
-    ``parameters`` are A, a, x0, C, B, E, b; x0 is S1 of the training before, fixed where it is known.
+    ``parameters`` are A, a, x0, C, B, E, b; x0 is S1 of the earlier training, fixed if known.
     """
 
     parameters: Floats
@@ -59,7 +59,7 @@ class AnnealingLaw:
         return _change(self.parameters, total / self.unit, area / self.area_unit, before)
 
     def uncertainty(self, rates: ArrayLike, rate_before: float | None, sum_before: float | None) -> float:
-        """Standard error that the fit leaves the last of ``change``, in nats per token; infinite where it isn't identified."""
+        """Standard error of the last value of ``change`` from the fit, in nats per token; infinite if it isn't identified."""
 
         def end(parameters: Floats) -> float:
             return float(dataclasses.replace(self, parameters=parameters).change(rates, rate_before, sum_before)[-1])
@@ -68,9 +68,9 @@ class AnnealingLaw:
 
 
 def fit_annealing(family: Family, role: str, space: Space | None = None) -> AnnealingLaw | None:
-    """The law fitted to all evaluations of ``role`` of the family's runs; ``None`` for fewer than four different schedules.
+    """Fit the law to all evaluations of ``role`` of the family's runs; ``None`` for fewer than four distinct schedules.
 
-    lambda and the rate before the first step are those of the best fit, chosen anew whenever a level is left out.
+    lambda and the rate before the first step are those of the best fit, chosen again for every held-out level.
     """
     if len(distinct_rates(family.runs)) < NEEDED:
         return None
@@ -106,7 +106,7 @@ def fit_annealing(family: Family, role: str, space: Space | None = None) -> Anne
 
 
 class _Form:
-    """The law with lambda and the rate before the first step settled, and a family's runs as it sees them."""
+    """The law with lambda and the rate before the first step fixed, and a family's runs in its units."""
 
     def __init__(self, family: Family, role: str, choice: Choice) -> None:
         self.choice = choice
@@ -137,7 +137,7 @@ class _Form:
 
 @dataclasses.dataclass(frozen=True)
 class _Points:
-    """Evaluations: S1, S2 and S1 of before in units (NaN where unknown), and the loss minus the start's, each (points,)."""
+    """Evaluations: S1, S2 and earlier S1 in units (NaN if unknown), and the loss minus the start's, each (points,)."""
 
     x: Floats
     z: Floats
@@ -160,7 +160,7 @@ def _change(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
 
 
 def _slopes(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
-    """The derivatives of ``_change`` by its parameters, (points, 7)."""
+    """The derivatives of ``_change`` with respect to its parameters, (points, 7)."""
     big_a, a, free, _, big_b, e, b = parameters
     unknown = np.isnan(before)
     x0 = np.where(unknown, free, np.maximum(before, 1e-3))
@@ -172,7 +172,7 @@ def _slopes(parameters: Floats, x: Floats, z: Floats, before: Floats) -> Floats:
 
 
 def _sums(rates: Floats, rate_before: float | None, choice: Choice) -> tuple[Floats, Floats]:
-    """S1 and S2 (steps,) of a run's own steps."""
+    """S1 and S2 (steps,) over a run's own steps."""
     if choice.own_rate or rate_before is None:
         sums = learning_rate_sums(rates, choice.memory)
         return sums.total, sums.area

@@ -1,4 +1,4 @@
-"""The answer to a question: the best arm that was run, and which run is worth making next, if the laws can tell."""
+"""The answer to a question: the best measured arm, and the run worth making next, if the laws can predict one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megarewarm.spelling import loss_text, rate_text
 
 MEAN = "mean of both losses"
 _NAMED = 4  # arms named in a sentence
-_SAME = 0.005  # nats by which losses differ that are called the same, as in the report
+_SAME = 0.005  # nats: losses that differ by less count as equal, as in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Recommendation:
-    """``question`` holds the arms that are compared, ``measured`` their final losses by role, ``aim`` what is lowest in
-    ``best``: a role's loss or the mean of both. ``limit`` is that of the upstream loss, ``None`` without one. ``next`` is a run
-    that wasn't made and is predicted to be better by more than its band; ``sentences`` say all of it."""
+    """``question`` holds the compared arms, ``measured`` their final losses by role, ``aim`` the quantity that ``best``
+    minimizes: a role's loss or the mean of both. ``limit`` bounds the upstream loss, ``None`` without one. ``next`` is a new
+    run, predicted to improve on ``best`` by more than its band; ``sentences`` state all of this."""
 
     question: Family
     sections: list[LawSection]
@@ -39,7 +39,7 @@ class Recommendation:
 
 
 def answer(question: Family, sections: Sequence[LawSection], within: float) -> Recommendation:
-    """Judge the arms of ``question`` by their measured ends, and the sections' predictions against the best of them."""
+    """Judge the arms of ``question`` by their measured final losses, and compare the predictions with the best of them."""
     measured = {arm: {role: question.mean_final(arm, role) for role in question.roles} for arm in question.arms}
     limit = question.mean_start(UPSTREAM) * (1 + within) if UPSTREAM in question.roles else None
     allowed = [arm for arm in measured if limit is None or measured[arm][UPSTREAM] <= limit]
@@ -54,7 +54,7 @@ def answer(question: Family, sections: Sequence[LawSection], within: float) -> R
 
 
 def aimed(losses: dict[str, float], aim: str) -> float:
-    """What is to be low: a role's loss, or the mean of both."""
+    """The quantity to minimize: a role's loss, or the mean of both."""
     return sum(losses.values()) / len(losses) if aim == MEAN else losses[aim]
 
 
@@ -69,16 +69,16 @@ def _best(
     if len(question.roles) < 2:
         return f"{text}; the lowest {aim} loss."
     bound = f"within {within:.3g} of" if within >= 1 else f"within {100 * within:.3g}% of"
-    start = f"{bound} its start ({loss_text(question.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
+    start = f"{bound} its start value ({loss_text(question.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
     if aim == MEAN:
         return f"{text}; the lowest {aim}, {loss_text(aimed(measured[best], aim))}. No arm keeps the upstream loss {start}."
     if able == 1:
-        return f"{text}; the only one that keeps the upstream loss {start}."
-    return f"{text}; the lowest downstream loss of the {able} that keep the upstream loss {start}."
+        return f"{text}; the only arm that keeps the upstream loss {start}."
+    return f"{text}; the lowest downstream loss of the {able} arms that keep the upstream loss {start}."
 
 
 def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[str]:
-    """Which other arms the seeds can't tell from the best."""
+    """Other arms whose difference from the best is within seed noise."""
     changes = {
         arm: [aimed({role: run.final(role) - run.start(role) for role in question.roles}, aim) for run in question.of(arm)]
         for arm in able
@@ -90,10 +90,8 @@ def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[s
     if not freedom:
         means = {arm: float(np.mean(values)) for arm, values in changes.items()}
         near = [arm for arm in able if arm != best and means[arm] - means[best] <= _SAME]
-        text = "Every arm was run with one seed, so nothing is known of how much of a difference is chance"
-        return [
-            f"{text}; within {_SAME:g} of it: {', '.join(near[:_NAMED])}{_more(len(near) - _NAMED)}." if near else f"{text}."
-        ]
+        named = f"; within {_SAME:g} of the best: {', '.join(near[:_NAMED])}{_more(len(near) - _NAMED)}" if near else ""
+        return [f"Every arm was run with one seed, so the seed noise is unknown{named}."]
     spread = math.sqrt(sum(float(np.var(values)) * len(values) for values in several) / freedom)
     alike = [
         arm
@@ -104,13 +102,13 @@ def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[s
     ]
     if not alike:
         return []
-    return [f"Not told apart from it by the seeds: {', '.join(alike[:_NAMED])}{_more(len(alike) - _NAMED)}."]
+    return [f"Within seed noise of the best: {', '.join(alike[:_NAMED])}{_more(len(alike) - _NAMED)}."]
 
 
 def _next(
     question: Family, sections: Sequence[LawSection], losses: dict[str, float], best: str, aim: str, limit: float | None
 ) -> tuple[Prediction | None, list[str]]:
-    """The run that is predicted to be better than the best by more than its band; else what can be said."""
+    """The run predicted to improve on the best by more than its band; otherwise what the data allow to conclude."""
     known = [
         one for section in sections for one in section.predictions if one.arm is None and set(one.losses) == set(question.roles)
     ]
@@ -131,10 +129,10 @@ def _next(
         gain, band, one = max(open_ones, key=lambda entry: entry[0])
         return None, [
             f"Most informative next run: {_told(one)}. Its {name} is predicted {gain:.3f} below that of {best}, within "
-            f"the band of {band:.3f}: the data do not suffice to prefer it."
+            f"the band of {band:.3f}: the data are insufficient to prefer it."
         ]
-    within = "" if kept else " and to keep the upstream loss surely within the limit"
-    return None, [f"No run that wasn't made is predicted to be better{within}, within what was tried: stay with {best}."]
+    within = "" if kept else " and to keep the upstream loss plus its band within the limit"
+    return None, [f"Within the tested range no new run is predicted to be better{within}: stay with {best}."]
 
 
 def _not_enough(question: Family, sections: Sequence[LawSection], best: str) -> str:
@@ -146,13 +144,13 @@ def _not_enough(question: Family, sections: Sequence[LawSection], best: str) -> 
         if all(not section.laws for section in same):
             reasons.append(f"{what} (too few: {same[0].sentences[0]})")
         else:
-            reasons.append(f"{what} (its error on levels that were left out is too large, or nothing lies between levels)")
-    told = " or ".join(reasons) if reasons else "other runs (no two arms differ in the schedule or in replay only)"
-    return f"The data do not suffice to predict {told}. Choose among the arms that were run. {_try(question, best)}"
+            reasons.append(f"{what} (the law's error on held-out levels is too large, or no value lies between levels)")
+    told = " or ".join(reasons) if reasons else "other runs (no two arms differ only in the schedule or only in replay)"
+    return f"The data are insufficient to predict {told}. Choose among the measured arms. {_try(question, best)}"
 
 
 def _try(question: Family, best: str) -> str:
-    """What would help: the middle of the widest gap in a direction, or a direction that wasn't varied."""
+    """What would help: the middle of the widest gap along a direction, or a direction not varied yet."""
     space = Space.of_schedules(question)
     like = [run for run in question.runs if run.arm == best]
     kind = space.points[best].kind if best in space.points else None
@@ -172,7 +170,7 @@ def _try(question: Family, best: str) -> str:
 
 
 def _edges(question: Family, best: str) -> list[str]:
-    """Where the best arm lies at the edge of what was tried, and a value beyond it."""
+    """Where the best arm is at the edge of the tested range, and a value beyond it."""
     run = question.of(best)[0]
     told, beyond = [], []
     peak, fraction = float(run.rates.max()), run.replay
@@ -188,17 +186,19 @@ def _edges(question: Family, best: str) -> list[str]:
                 beyond.append(f"{key} {rate_text(next_one) if name == 'peak' else f'{next_one:.3g}'}")
     if not told:
         return []
-    return [f"{best} has {' and '.join(told)} that was tried, and nothing is predicted beyond: try {' and '.join(beyond)}."]
+    text = f"{best} has {' and '.join(told)} of the tested range, and the laws predict nothing beyond it"
+    return [f"{text}: try {' and '.join(beyond)}."]
 
 
 def share_of_new_data(section: LawSection, within: float) -> list[str]:
-    """The largest share of new data that keeps the upstream loss within the limit, where the law of replay holds."""
+    """The largest share of new data that keeps the upstream loss within the limit, if the replay law holds."""
     law = section.laws.get(UPSTREAM)
     if not isinstance(law, ReplayLaw) or not law.trial.holds:
         return []
-    limit = section.family.mean_start(UPSTREAM) * (1 + within)
+    start = section.family.mean_start(UPSTREAM)
+    limit = start * (1 + within)
     gaps = section.space.between((FRACTION,), FRACTION)
-    bound = f"{100 * within:.3g}% of its start ({loss_text(section.family.mean_start(UPSTREAM))}; limit {loss_text(limit)})"
+    bound = f"{100 * within:.3g}% of its start value ({loss_text(start)}; limit {loss_text(limit)})"
     share = largest_new_share(law, limit, gaps)
     if share is None:
         end = float(law.loss(np.array([law.high]))[0])
@@ -209,14 +209,14 @@ def share_of_new_data(section: LawSection, within: float) -> list[str]:
     careful = largest_new_share(law, limit - law.trial.band, gaps)
     text = f"Largest share of new data with the upstream loss within {bound}: {share:.1%}, replay {1 - share:.1%}"
     if careful is None:
-        text += f"; with the band of {law.trial.band:.3f} against it, no fraction that was tried is safe"
+        text += f"; with the band of {law.trial.band:.3f} as a margin, no tested fraction is safe"
     elif careful < share:
-        text += f"; replay {1 - careful:.1%} to be safe within the band of {law.trial.band:.3f}"
+        text += f"; replay {1 - careful:.1%} with the band of {law.trial.band:.3f} as a margin"
     downstream = section.laws.get(DOWNSTREAM)
     if isinstance(downstream, ReplayLaw) and downstream.trial.holds:
         cost = float(downstream.loss(np.array([1 - share]))[0] - downstream.loss(np.array([law.low]))[0])
         known = "more" if abs(cost) > downstream.trial.band else "no more"
-        text += f". Its cost downstream against replay {100 * law.low:g}%: {cost:+.3f}, "
+        text += f". Its downstream cost relative to replay {100 * law.low:g}%: {cost:+.3f}, "
         text += f"{known} than the band of {downstream.trial.band:.3f}"
     return [text + "."]
 

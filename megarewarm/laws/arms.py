@@ -1,4 +1,4 @@
-"""The finished runs of an experiment, put together into families whose runs differ in one thing only."""
+"""The finished runs of an experiment, grouped into families whose runs differ in one setting."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun,
 
 Floats = NDArray[np.float64]
 
-_APART = 0.005  # nats: start losses of one seed that differ by more are of different checkpoints, whatever their names
+_APART = 0.005  # nats: start losses of one seed that differ by more belong to different checkpoints, whatever their names
 
 _ASIDE = ("name", "folder", "logging", "checkpoint", "evaluation", "export", "parallel", "kernels", "interpolate")
-"""Sections that don't change what is learned."""
+"""Sections that don't affect what is learned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """One finished run. ``rates`` (steps,) is the learning rate of every step; ``losses`` maps a role to (steps, losses) of its
-    evaluations, both (points,), steps counted from the run's start, the first the start checkpoint's.
+    evaluations, both (points,), with steps counted from the run's start; the first is the start checkpoint's.
 
-    ``arm`` is the same for all seeds. ``rate_before`` and ``sum_before`` are the last learning rate and the sum of rates of
-    what it started from, ``None`` where that isn't known. A run that is not ``finite`` diverged: its losses count for nothing,
-    and it may have ended before the steps that were ``planned``, where those are known.
+    ``arm`` is the same for all seeds. ``rate_before`` and ``sum_before`` are the last learning rate and the sum of rates of its
+    start checkpoint, ``None`` if unknown. A run that is not ``finite`` diverged: its losses are ignored, and it may have ended
+    before the ``planned`` steps, if those are known.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Trained:
 
     @property
     def steps(self) -> int:
-        """What was planned; of a finished run that is what was trained."""
+        """The planned steps; for a finished run these are the trained ones."""
         return len(self.rates) if self.finite or self.planned is None else self.planned
 
     @property
     def replay(self) -> float:
-        """Share of the old data in what it was trained on."""
+        """Share of old data in the training data."""
         replay = self.config.get("replay")
         fraction = replay.get("fraction") if isinstance(replay, dict) else None
         return float(fraction) if isinstance(fraction, int | float) else 0.0
@@ -75,8 +75,8 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """Runs that differ in one thing only, apart from seeds. ``label`` names it after its first run. ``diverged`` are those of
-    arms of which some seed diverged, which are not among ``runs``."""
+    """Runs that differ in one setting, apart from seeds. ``label`` is the name of the first arm. ``diverged`` are the runs of
+    arms with a diverged seed; they are not in ``runs``."""
 
     runs: list[Trained]
     diverged: list[Trained] = dataclasses.field(default_factory=list)
@@ -101,14 +101,14 @@ class Family:
         return float(np.mean(list({run.seed: run.start(role) for run in self.runs}.values())))
 
     def mean_final(self, arm: str, role: str) -> float:
-        """Final loss, mean over the arm's seeds, each with its change from its own start: arms may lack seeds."""
+        """Final loss as the mean over the arm's seeds of each seed's change from its own start: arms may lack seeds."""
         return self.mean_start(role) + float(np.mean([run.final(role) - run.start(role) for run in self.of(arm)]))
 
 
 def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     """Title, finished runs that continue a checkpoint, and a note on each kind of run that is left out.
 
-    Raises ``UserError`` where the folder is no experiment's, or nothing in it is finished.
+    Raises ``UserError`` if the folder is not an experiment's, or holds no finished run.
     """
     path = folder / EXPERIMENT_FILE
     if not path.is_file():
@@ -119,7 +119,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
         title = str(told.get("title") or told["experiment"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: can't be understood ({type(error).__name__}: {error}): start the experiment again, which writes it anew"
+            f"{path}: damaged ({type(error).__name__}: {error}): start the experiment again to rewrite it"
         ) from None
     runs = {name: run for name, _, _, place in entries if (run := _finished(place)) is not None}
     by_place = {place.resolve(): runs[name] for name, _, _, place in entries if name in runs}
@@ -134,23 +134,23 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
     notes = [f"{len(names)} of {len(entries)} runs are left out, {why}: {_shown(names)}" for why, names in left_out.items()]
     for role in (UPSTREAM, DOWNSTREAM):
         if blind := [run.name for run in trained if role not in run.losses and runs[run.name].sets(role)]:
-            notes.append(f"Nothing is said of the {role} loss of {_shown(blind)}: {_NO_START}")
+            notes.append(f"The {role} loss of {_shown(blind)} is not used: {_NO_START}")
     if lost := [run.name for run in trained if not run.finite]:
         notes.append(
-            f"{len(lost)} diverged or have a loss that is not finite: {_shown(lost)}; their arms are not recommended, nor "
-            f"anything next to them"
+            f"{len(lost)} diverged or have a loss that is not finite: {_shown(lost)}; neither their arms "
+            f"nor points next to them are recommended"
         )
     if not any(run.finite for run in trained):
-        why = "; ".join(notes) or "it has no runs"
+        why = "; ".join(notes) or "the experiment has no runs"
         raise UserError(f"{folder}: no finished run that started from a checkpoint and ended with finite losses: {why}")
     return title, trained, notes
 
 
 _UNFINISHED = "not finished"
-_FROM_SCRATCH = "trained from scratch, and the laws here are of runs that start from a checkpoint"
-_NO_START = "without an evaluation of the start checkpoint on all validation sets (evaluation.at_start), or without a later one"
-_BAD_START = "started where the loss is not finite"
-_BAD_RATES = "with steps or learning rates that are missing in metrics.jsonl"
+_FROM_SCRATCH = "trained from scratch, but the laws need a start checkpoint"
+_NO_START = "no evaluation of the start checkpoint on all validation sets (evaluation.at_start), or no later one"
+_BAD_START = "the start loss is not finite"
+_BAD_RATES = "steps or learning rates are missing in metrics.jsonl"
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -158,7 +158,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _finished(place: Path) -> RecordedRun | None:
-    """The run in the folder ``place`` where it has come to its end, be it that it diverged."""
+    """The run in the folder ``place`` if it has ended, completed or diverged."""
     try:
         run = read_run(place) if (place / METRICS_FILE).is_file() else None
     except NothingYet:
@@ -168,7 +168,7 @@ def _finished(place: Path) -> RecordedRun | None:
 
 
 def _trained(name: str, arm: str, seed: int | None, run: RecordedRun, by_place: dict[Path, RecordedRun]) -> Trained | str:
-    """The run as the laws see it, or why it can't be used."""
+    """The run in the form the laws use, or why it can't be used."""
     if run.origin is None:
         return _FROM_SCRATCH
     losses = {}
@@ -207,7 +207,7 @@ def _trained(name: str, arm: str, seed: int | None, run: RecordedRun, by_place: 
 
 
 def _before(run: RecordedRun, by_place: dict[Path, RecordedRun]) -> tuple[float | None, float | None]:
-    """Last rate and sum of rates of the runs before this one, as far back as they lie in the same experiment."""
+    """Last rate and sum of rates of the runs before this one, as far back as the same experiment holds them."""
     if run.origin is None:
         return None, 0.0
     origin, step = Path(run.origin), math.inf
@@ -224,12 +224,12 @@ def _before(run: RecordedRun, by_place: dict[Path, RecordedRun]) -> tuple[float 
 
 
 def _ends_alike(place: Path, told: Path) -> bool:
-    """Whether two paths are one run's, wherever its experiment's folder has been moved: experiment, seed and name agree."""
+    """Whether two paths belong to one run, even if the experiment's folder was moved: experiment, seed and name agree."""
     return place.parts[-min(3, len(told.parts)) :] == told.parts[-3:]
 
 
 def distinct_rates(runs: Sequence[Trained]) -> list[Floats]:
-    """The different learning rates (steps,) that runs were made with; what differs by rounding is the same."""
+    """The distinct learning-rate curves (steps,) of the runs; differences by rounding are ignored."""
     found: list[Floats] = []
     for run in runs:
         if not any(len(run.rates) == len(rates) and np.allclose(run.rates, rates, rtol=1e-4, atol=0) for rates in found):
@@ -238,17 +238,17 @@ def distinct_rates(runs: Sequence[Trained]) -> list[Floats]:
 
 
 def schedule_families(runs: Sequence[Trained]) -> list[Family]:
-    """Families whose runs differ in the learning-rate schedule only, the largest first."""
+    """Families whose runs differ only in the learning-rate schedule, the largest first."""
     return _families(runs, "schedule", lambda family: len(distinct_rates(family.runs)))
 
 
 def replay_families(runs: Sequence[Trained]) -> list[Family]:
-    """Families whose runs differ in the fraction of replay only, the largest first. Runs without replay are in all of them."""
+    """Families whose runs differ only in the replay fraction, the largest first. Runs without replay are in all of them."""
     return _families(runs, "replay", lambda family: len({round(run.replay, 4) for run in family.runs}))
 
 
 def questions(runs: Sequence[Trained]) -> list[Family]:
-    """Runs whose losses can be compared: same start, same validation sets, same number of tokens; the largest first."""
+    """Sets of runs with comparable losses: same start, same validation sets, same number of tokens; the largest first."""
 
     def key(run: Trained) -> Any:
         config = _plain(run)
@@ -264,7 +264,7 @@ def _families(runs: Sequence[Trained], varied: str, levels: Callable[[Family], i
     def key(run: Trained) -> Any:
         config = _plain(run)
         value = config.pop(varied, None)
-        if varied == "replay" and isinstance(value, dict):  # where the old data come from is not what is varied
+        if varied == "replay" and isinstance(value, dict):  # the source of the old data is not what varies
             return [config, {k: v for k, v in value.items() if k != "fraction"}]
         return [config, None]
 
@@ -279,13 +279,13 @@ def _families(runs: Sequence[Trained], varied: str, levels: Callable[[Family], i
 
 
 def _without_diverged(group: Sequence[Trained]) -> Family:
-    """An arm of which a seed diverged is not judged by its other seeds."""
+    """The group as a family. An arm with a diverged seed is not judged by its other seeds."""
     lost = {run.arm for run in group if not run.finite}
     return Family([run for run in group if run.arm not in lost], [run for run in group if run.arm in lost])
 
 
 def _plain(run: Trained) -> dict[str, Any]:
-    """The configuration without what doesn't change what is learned, nor how it is measured, and without the seed."""
+    """The configuration without the seed, and without sections that affect neither what is learned nor how it is measured."""
     config: dict[str, Any] = json.loads(json.dumps(run.config, default=str))
     evaluation = config.get("evaluation")
     windows = evaluation.get("windows") if isinstance(evaluation, dict) else None
@@ -304,14 +304,14 @@ def _grouped(runs: Sequence[Trained], key: Callable[[Trained], Any]) -> list[lis
     groups: dict[str, list[Trained]] = {}
     for run in runs:
         text = _text(key(run))
-        if run.seed is not None:  # what is made anew for every seed is the same thing
+        if run.seed is not None:  # paths that differ only in the seed are equal
             text = text.replace(f"seed_{run.seed}/", "seed_/")
         groups.setdefault(text, []).append(run)
     return [part for group in groups.values() for part in _same_start(group)]
 
 
 def _same_start(group: Sequence[Trained]) -> list[list[Trained]]:
-    """The runs apart by what their start checkpoint's losses are: a path may have held another checkpoint later."""
+    """The runs split by the losses of their start checkpoints: a path may have held another checkpoint later."""
     parts: dict[tuple[int, ...], list[Trained]] = {}
     for run in group:
         place = []
@@ -324,7 +324,7 @@ def _same_start(group: Sequence[Trained]) -> list[list[Trained]]:
 
 
 def _text(value: Any) -> str:
-    """Equal for values that differ by rounding only."""
+    """JSON text that is equal for values that differ only by rounding."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, dict):

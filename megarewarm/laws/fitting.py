@@ -1,4 +1,4 @@
-"""Robust least squares from several starting points, and what leaving one arm out says of the fit."""
+"""Robust least squares from several starting points, and leave-one-out tests of the fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy.stats import t as student
 Floats = NDArray[np.float64]
 
 HUBER = 0.01
-"""Residuals beyond this, in nats per token, count linearly: a stability gap's spike shall not bend the whole curve."""
+"""Residuals beyond this, in nats per token, count linearly, so that a stability gap's spike doesn't bend the whole curve."""
 
 _CONFIDENCE = 0.9
 _NO_TERM = 1e-3  # nats
@@ -42,9 +42,9 @@ def fit(
     slopes: Callable[[Floats], Floats] | None = None,
 ) -> tuple[Floats, float]:
     """The parameters (parameters,) with the least Huber loss of ``residuals`` (points,), and that loss. ``slopes`` are the
-    residuals' derivatives (points, parameters), found by differences where not given.
+    residuals' derivatives (points, parameters), by default from finite differences.
 
-    The best of the local minima found from ``starts``. Raises ValueError without a start.
+    Returns the best of the local minima reached from ``starts``. Raises ValueError without a start.
     """
     best: tuple[Floats, float] | None = None
     for start in starts:
@@ -62,17 +62,17 @@ def fit(
         if best is None or found.cost < best[1]:
             best = np.asarray(found.x, dtype=np.float64), float(found.cost)
     if best is None:
-        raise ValueError("a fit needs a place to start from")
+        raise ValueError("a fit needs at least one starting point")
     return best
 
 
 def standard_error(
     residuals: Callable[[Floats], Floats], predict: Callable[[Floats], float], parameters: Floats, bounds: Bounds, runs: int
 ) -> float:
-    """How uncertain the fit leaves a prediction, in nats per token: by the parameters' covariance (J^T J)^-1 s^2.
+    """Standard error of a prediction, in nats per token, from the parameters' covariance (J^T J)^-1 s^2.
 
-    Infinite where the prediction depends on a combination of parameters that the residuals don't. A parameter at a bound can't
-    move. The points of one run err together, so the ``runs`` count as so many observations.
+    Infinite if the prediction depends on a combination of parameters that the residuals don't determine. Parameters at a bound
+    are fixed. Errors within one run are correlated, so the number of observations is ``runs``.
     """
     free = [i for i in range(len(parameters)) if bounds.low[i] < parameters[i] < bounds.high[i]]
     base, at = residuals(parameters), predict(parameters)
@@ -96,8 +96,8 @@ def standard_error(
 
 
 def at_bounds(parameters: Floats, bounds: Bounds, terms: dict[str, str], fixed: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the parameters that ran to a bound: the data want a law that lies beyond. ``terms``: the amplitude that each
-    shape parameter belongs to, next to 0 of which it says nothing. An amplitude of 0 is a term that isn't needed."""
+    """Names of the parameters at a bound: the data call for a law beyond it. ``terms`` maps each shape parameter to its
+    amplitude; if that is near 0, the shape parameter has no meaning. An amplitude of 0 is an unused term."""
     place = dict(zip(bounds.names, zip(parameters, bounds.low, bounds.high, strict=True), strict=True))
     found = []
     for name, (value, low, high) in place.items():
@@ -111,9 +111,9 @@ def at_bounds(parameters: Floats, bounds: Bounds, terms: dict[str, str], fixed: 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """An arm that was left out of a fit: its final loss (mean over seeds) as measured, as predicted, and as the mean of the
-    other arms' would have it. ``inside`` says that arms on both sides of it were in the fit. ``level`` is what was left out,
-    all of it at once, ``along`` the direction that this is a level of."""
+    """An arm that was held out of a fit: its final loss (mean over seeds) as measured, as predicted, and as predicted by the
+    mean of the other arms. ``inside``: whether arms on both sides of it were in the fit. ``level`` names everything that was
+    held out together, ``along`` the direction of this level."""
 
     arm: str
     measured: float
@@ -130,11 +130,11 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What the held-out levels say of a law: root mean square errors in nats per token of its predictions, and of the mean of
-    the others, over the arms that lie inside; and the half-width of the 90 % band of a prediction, infinite for under two.
+    """A law's results on held-out levels: root mean square errors in nats per token of its predictions, and of the mean of the
+    others, over the arms inside; and the half-width of the 90 % band of a prediction, infinite for under two.
 
-    ``fitted`` are the law's errors at the ends of the arms that it was fitted to, ``least`` a band that other families give,
-    ``stuck`` the parameters that ran to their bounds.
+    ``fitted`` are the law's errors at the final losses of the arms in the fit, ``least`` is a lower bound of the band from
+    other families, ``stuck`` names the parameters at their bounds.
     """
 
     arms: list[HeldOut]
@@ -143,7 +143,7 @@ class Trial:
     stuck: tuple[str, ...] = ()
 
     def counted(self) -> list[HeldOut]:
-        """The arms whose errors count: those that lay inside of what was left."""
+        """The arms whose errors count: those inside the range of the remaining arms."""
         return [arm for arm in self.arms if arm.inside]
 
     @property
@@ -156,8 +156,8 @@ class Trial:
 
     @property
     def band(self) -> float:
-        """Student's t times the error, in the direction that is worst, with a degree of freedom for every level left out: a new
-        arm's error stays within it in 90 % of cases, were they normal. Not below any error that was seen."""
+        """Student's t times the error, in the worst direction, with a degree of freedom for every held-out level: if errors are
+        normal, a new arm's error stays within it in 90 % of cases. At least the largest error seen."""
         counted = self.counted()
         if len(counted) < 2:
             return math.inf
@@ -165,7 +165,7 @@ class Trial:
         return max(seen, self.least, *(quantile(levels) * error for levels, error in self.by_direction()))
 
     def by_direction(self) -> list[tuple[int, float]]:
-        """For every direction, how many levels of it were left out and counted, and the error over them."""
+        """For every direction, the number of levels that were held out and counted, and the error over them."""
         found: dict[str, dict[str, list[float]]] = {}
         for arm in self.counted():
             found.setdefault(arm.along, {}).setdefault(arm.level or arm.arm, []).append(arm.error)
@@ -173,27 +173,27 @@ class Trial:
 
     @property
     def holds(self) -> bool:
-        """Whether the law predicts what it hasn't seen: better than the others' mean does, with a band that is narrower than
-        half of what lies between the arms, and with parameters inside of their bounds."""
+        """Whether the law predicts unseen arms: better than the others' mean, with a band narrower than half the range of the
+        arms, and with parameters inside their bounds."""
         if self.stuck or len(self.counted()) < 2 or not self.error < self.error_of_mean:
             return False
         return 2 * self.band < self.range
 
     @property
     def range(self) -> float:
-        """What lies between the best and the worst arm, in nats per token."""
+        """Difference between the worst and the best arm, in nats per token."""
         measured = [arm.measured for arm in self.arms]
         return max(measured) - min(measured) if measured else 0.0
 
 
 def quantile(count: int) -> float:
-    """Student's t for the 90 % band of a value whose error is known from ``count`` others."""
+    """Student's t for the 90 % band of a value whose error is estimated from ``count`` others."""
     return float(student.ppf((1 + _CONFIDENCE) / 2, count))
 
 
 def pooled(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials of one law in several families, none with a band below that of all of them together: an error that was small
-    by chance in one is no promise."""
+    """The trials of one law in several families, each with a band at least that of all of them together, because the error in
+    one family may be small by chance."""
     rows = [row for trial in trials for row in trial.by_direction()]
     if len(trials) < 2 or not rows:
         return list(trials)

@@ -1,7 +1,7 @@
 """The loss of a continued run as a function of its tokens and of the share of old data: the D-CPT law (arXiv 2406.01375).
 
-L(D, r) = E + B r^n / D^b + C / (r + e)^g for each validation set, with r the share of that set's own kind of data: of the old
-for the upstream loss, of the new for the downstream one. The model's size is the same in all runs, so its term is part of E.
+L(D, r) = E + B r^n / D^b + C / (r + e)^g for each validation set. r is the share of the training data that is of the set's
+kind: old data for the upstream loss, new data for the downstream loss. All runs share one model size, so its term is part of E.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megarewarm.laws.support import FRACTION, Space
 from megarewarm.record.run import UPSTREAM
 
 NEEDED = 5
-"""Different fractions below which nothing is fitted: three lie inside then, each held out once."""
+"""Minimum number of distinct fractions for a fit: with five, three are inside the range and each is held out once."""
 
 SETTLED = 0.25
-"""Share of a run after which its evaluations count: before that the loss is the re-warming's, which the law doesn't know."""
+"""Share of a run after which its evaluations count: before it, re-warming dominates the loss, which the law doesn't model."""
 
 _BOUNDS = Bounds.of(E=(0, 20), B=(0, 10), n=(0.01, 5), b=(0.01, 2), C=(0, 10), e=(1e-3, 2), g=(0.01, 3))
 _TERMS = {"n": "B", "b": "B", "e": "C", "g": "C"}
@@ -33,8 +33,8 @@ _STARTS = [
 
 @dataclasses.dataclass(frozen=True)
 class ReplayLaw:
-    """``parameters`` are E, B, n, b, C, e, g; tokens are counted in ``unit``. Valid for fractions in [``low``, ``high``], those
-    that were tried, and runs of ``tokens`` tokens."""
+    """``parameters`` are E, B, n, b, C, e, g; tokens are counted in ``unit``. Valid for fractions in the tested range,
+    [``low``, ``high``], and runs of ``tokens`` tokens."""
 
     role: str
     parameters: Floats
@@ -51,7 +51,7 @@ class ReplayLaw:
         return _law(self.parameters, np.full(shares.shape, (tokens or self.tokens) / self.unit), shares)
 
     def uncertainty(self, fraction: float) -> float:
-        """Standard error that the fit leaves a prediction, in nats per token; infinite where it isn't identified."""
+        """Standard error of a prediction from the fit, in nats per token; infinite if the prediction isn't identified."""
 
         def end(parameters: Floats) -> float:
             return float(dataclasses.replace(self, parameters=parameters).loss(np.array([fraction]))[0])
@@ -60,13 +60,13 @@ class ReplayLaw:
 
 
 def own_share(fractions: ArrayLike, role: str) -> Floats:
-    """The share of the data that is of the role's own kind, from the share of replay."""
+    """The share of the training data that is of the role's kind, from the replay fraction."""
     fractions = np.asarray(fractions, dtype=np.float64)
     return fractions if role == UPSTREAM else 1.0 - fractions
 
 
 def fit_replay(family: Family, role: str, space: Space | None = None) -> ReplayLaw | None:
-    """The law fitted to the family's later evaluations of ``role``; ``None`` for fewer than five different fractions."""
+    """Fit the law to the family's later evaluations of ``role``; ``None`` for fewer than five distinct fractions."""
     space = Space.of_replay(family) if space is None else space
     (kind,) = space.kinds
     fractions = space.levels(kind, FRACTION)
@@ -118,8 +118,8 @@ def _residuals(runs: Sequence[Trained], role: str, unit: float) -> Callable[[Flo
 def _columns(runs: Sequence[Trained], role: str, unit: float) -> tuple[Floats, Floats, Floats, Floats]:
     """Tokens, own shares, losses and weights of the later evaluations, (points,) each.
 
-    A run's last evaluation counts as much as all its earlier ones: those were made at a rate that had not
-    decayed yet, which the law doesn't know, and runs are compared by their ends."""
+    A run's last evaluation weighs as much as all earlier ones together: those were made before the rate had decayed, which the
+    law doesn't model, and runs are compared by their final losses."""
     tokens, shares, losses, weights = [], [], [], []
     for run in runs:
         steps, found = run.losses[role]
@@ -140,7 +140,7 @@ def _law(parameters: Floats, d: Floats, r: Floats) -> Floats:
 
 
 def _slopes(parameters: Floats, d: Floats, r: Floats) -> Floats:
-    """The derivatives of ``_law`` by its parameters, (points, 7)."""
+    """The derivatives of ``_law`` with respect to its parameters, (points, 7)."""
     _, big_b, n, b, c, e, g = parameters
     old, new = r**n / d**b, (r + e) ** -g
     by_n = big_b * old * np.log(np.where(r > 0, r, 1.0))
@@ -149,10 +149,10 @@ def _slopes(parameters: Floats, d: Floats, r: Floats) -> Floats:
 
 
 def largest_new_share(law: ReplayLaw, limit: float, gaps: Sequence[tuple[float, float]] | None = None) -> float | None:
-    """The largest share of new data whose predicted upstream loss is at most ``limit``; ``None`` where no tried one has that.
+    """The largest share of new data with predicted upstream loss at most ``limit``; ``None`` if no tested fraction has it.
 
-    Only fractions within those that were tried are looked at, or within ``gaps`` between two of them. The use that arXiv
-    2406.01375 and 2407.17467 (CMR) make of it.
+    Searches the range of tested fractions, or the tested fractions and the ``gaps`` between them. arXiv 2406.01375 and
+    2407.17467 (CMR) use the law in this way.
     """
     fractions = np.linspace(law.low, law.high, 2001)
     if gaps is not None:

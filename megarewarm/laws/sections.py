@@ -1,4 +1,4 @@
-"""The laws of one family of runs, and what they predict of runs that weren't made: within what was tried, and possible."""
+"""The laws of one family of runs, and their predictions for new runs: within the tested range, and plausible."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megarewarm.record.run import DOWNSTREAM, UPSTREAM
 from megarewarm.schedules.schedule import Schedule
 from megarewarm.spelling import counted, rate_text
 
-_ROUND = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # replay fractions that people use
-_KEYS = {"warmup_steps": "warmup"}  # as a run's file names them, where the record of a schedule has another name
-_BAND = 1.645  # standard errors on each side of 90 %
-_LEARNED = 0.005  # nats: an upstream loss that ended less below its start was not learned, which is noise
+_ROUND = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)  # replay fractions in common use
+_KEYS = {"warmup_steps": "warmup"}  # config keys, where a recorded schedule has another name
+_BAND = 1.645  # standard errors on each side of a 90 % interval
+_LEARNED = 0.005  # nats: a smaller fall of the upstream loss below its start is noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Final losses in nats per token by role, of the roles whose law holds. ``what`` says in words of which run; ``keys`` are
-    those of a run's file; ``arm`` is the arm that was run there, ``None`` for a run that wasn't made."""
+    """Final losses in nats per token by role, for the roles whose law holds. ``what`` describes the run; ``keys`` are its
+    config keys; ``arm`` is the arm that was run at this point, ``None`` for a new run."""
 
     what: str
     keys: dict[str, Any]
@@ -44,7 +44,7 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class LawSection:
-    """The laws of one family. ``kind`` says what its runs differ in; ``laws`` are empty where nothing could be fitted."""
+    """The laws of one family. ``kind`` is what its runs differ in; ``laws`` is empty if none could be fitted."""
 
     kind: Literal["schedule", "replay"]
     family: Family
@@ -61,7 +61,7 @@ class LawSection:
 def sections_of(
     schedules: Sequence[Family], replays: Sequence[Family], progress: Callable[[str], None] = lambda _: None
 ) -> list[LawSection]:
-    """The families' laws, fitted and tried, and their predictions. ``progress`` is called with what is fitted next."""
+    """Fit and test the families' laws, and predict new runs. ``progress`` is called with a description of the next fit."""
     fitted = [_fitted("schedule", family, progress) for family in schedules]
     fitted += [_fitted("replay", family, progress) for family in replays]
     told = []
@@ -76,7 +76,7 @@ def _fitted(kind: Literal["schedule", "replay"], family: Family, progress: Calla
     found: dict[str, AnnealingLaw | ReplayLaw] = {}
     space = Space.of_schedules(family) if kind == "schedule" else Space.of_replay(family)
     for role in family.roles:
-        progress(f"fitting the law of {kind} to the {role} loss of {len(family.arms)} arms")
+        progress(f"fitting the {kind} law to the {role} loss of {len(family.arms)} arms")
         law = fit_annealing(family, role, space) if kind == "schedule" else fit_replay(family, role, space)
         if law is not None:
             found[role] = law
@@ -84,7 +84,7 @@ def _fitted(kind: Literal["schedule", "replay"], family: Family, progress: Calla
 
 
 def _pooled(sections: Sequence[LawSection]) -> list[LawSection]:
-    """The sections, each law's band no narrower than that of the same law over all of them."""
+    """The sections, each law's band at least as wide as that of the same law over all of them."""
     laws = [dict(section.laws) for section in sections]
     for kind, role in itertools.product(("schedule", "replay"), (UPSTREAM, DOWNSTREAM)):
         same = [index for index, section in enumerate(sections) if section.kind == kind and role in section.laws]
@@ -94,7 +94,7 @@ def _pooled(sections: Sequence[LawSection]) -> list[LawSection]:
 
 
 def _predictions(section: LawSection) -> tuple[list[Prediction], list[str]]:
-    """Predictions of all points within what was tried, and a sentence where some were refused."""
+    """Predictions for all points within the tested range, and sentences that count the omitted ones."""
     laws = {role: law for role, law in section.laws.items() if law.trial.holds}
     impossible, vague = 0, 0
     found = []
@@ -115,15 +115,15 @@ def _predictions(section: LawSection) -> tuple[list[Prediction], list[str]]:
             found.append(Prediction(_what(section, point), _keys(section, point), losses, bands, arm))
     sentences = []
     if impossible:
-        sentences.append(f"{impossible} predicted losses are not possible after what was measured, and left out.")
+        sentences.append(f"{impossible} predicted losses contradict the measured ones and are omitted.")
     if vague:
-        sentences.append(f"{vague} predicted losses are not determined by these runs, and left out.")
+        sentences.append(f"{vague} predicted losses are not determined by these runs and are omitted.")
     return found, sentences
 
 
 def possible(family: Family, role: str, value: float, band: float) -> bool:
-    """Whether a final loss can be, after what was measured: not below 0, not beyond all arms by more than the band, and no
-    upstream loss below the start's where no arm got below it."""
+    """Whether a final loss agrees with the measured ones: not below 0, outside the arms' range by at most the band, and no
+    upstream loss below the start's if no arm got below it."""
     ends = [family.mean_final(arm, role) for arm in family.arms]
     low, high = max(0.0, min(ends) - band), max(ends) + band
     if role == UPSTREAM and min(ends) >= family.mean_start(role) - _LEARNED:
@@ -132,7 +132,7 @@ def possible(family: Family, role: str, value: float, band: float) -> bool:
 
 
 def _value(section: LawSection, role: str, law: AnnealingLaw | ReplayLaw, point: Point) -> tuple[float, float]:
-    """The predicted final loss, and the standard error that the fit leaves it."""
+    """The predicted final loss and its standard error from the fit."""
     if isinstance(law, ReplayLaw):
         fraction = point.values[FRACTION]
         return float(law.loss(np.array([fraction]))[0]), law.uncertainty(fraction)
@@ -144,7 +144,7 @@ def _value(section: LawSection, role: str, law: AnnealingLaw | ReplayLaw, point:
 
 
 def _schedule(section: LawSection, point: Point) -> Schedule:
-    """The schedule at a point: that of an arm of its kind, with the point's numbers."""
+    """The schedule at a point: that of an arm of its kind, with the point's values."""
     arm = next(iter(section.space.of(point.kind)))
     run = section.family.of(arm)[0]
     numbers = {along: natural(along, value) * (run.steps if along in LENGTHS else 1) for along, value in point.values.items()}
@@ -159,14 +159,14 @@ def _keys(section: LawSection, point: Point) -> dict[str, Any]:
 
 
 def keys_of(run: Trained) -> dict[str, Any]:
-    """A run's schedule and replay as its file may have them."""
+    """A run's schedule and replay as config keys."""
     point = schedule_point(run)
     told = _schedule_keys(run.schedule, point.values if point else {})
     return told | {"replay": {"fraction": round(run.replay, 6)} if run.replay else None}
 
 
 def _schedule_keys(spec: dict[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
-    """A schedule as a run's file has it, with the numbers of a point; lengths are percentages."""
+    """A schedule as config keys, with the values of a point; lengths are percentages."""
     told: dict[str, Any] = {}
     for name, value in spec.items():
         if name in LENGTHS and (share := values.get(name)) is not None:
@@ -191,13 +191,13 @@ def _what(section: LawSection, point: Point) -> str:
 
 
 def _tied(space: Space, kind: tuple[str, ...]) -> bool:
-    """Whether the lowest rate is the same share of the peak in all arms."""
+    """Whether the minimum rate is the same share of the peak in all arms."""
     ratios = [p.values["min_lr"] - p.values["max_lr"] for p in space.of(kind).values() if {"min_lr", "max_lr"} <= {*p.values}]
     return not ratios or max(ratios) - min(ratios) < 1e-3
 
 
 def describe(run: Trained, values: dict[str, float], fraction: float | None = None) -> str:
-    """'cosine, peak 1e-3, warmup 5%, replay 25%' of a run, some of its numbers replaced by ``values`` of a point."""
+    """'cosine, peak 1e-3, warmup 5%, replay 25%' for a run, some of its numbers replaced by ``values`` of a point."""
     spec = run.schedule
     peak = math.exp(values["max_lr"]) if "max_lr" in values else float(run.rates.max())
     parts = [str(spec.get("curve", "schedule")), f"peak {rate_text(peak)}"]
@@ -219,18 +219,18 @@ def _trust(section: LawSection) -> list[str]:
     sentences = []
     for role, trial in section.trials.items():
         levels = len({(arm.along, arm.level or arm.arm) for arm in trial.counted()})
-        text = f"{role}: {counted(levels, 'level')} left out inside of what was tried"
+        text = f"{role}: {counted(levels, 'level')} held out inside the tested range"
         if levels:
-            text += f", error {trial.error:.3f}, that of the others' mean {trial.error_of_mean:.3f}, band ± {trial.band:.3f}"
+            text += f", error {trial.error:.3f}, error of the others' mean {trial.error_of_mean:.3f}, band ± {trial.band:.3f}"
         if trial.stuck:
             text += f", parameters at their bounds: {', '.join(trial.stuck)}"
-        verdict = "predictions hold within the band" if trial.holds else f"the data do not suffice to predict {what}"
+        verdict = "predictions hold within the band" if trial.holds else f"the data are insufficient to predict {what}"
         sentences.append(f"{text}: {verdict}.")
     return sentences
 
 
 def _few(section: LawSection) -> str:
-    """Why no law could be fitted."""
+    """Why no law was fitted."""
     if section.kind == "schedule":
         count = len(distinct_rates(section.family.runs))
         return f"{counted(count, 'schedule')}: at least {annealing.NEEDED} are needed"
@@ -241,7 +241,7 @@ def _few(section: LawSection) -> str:
 
 def _missing(family: Family) -> list[str]:
     return [
-        f"No {role} validation set in all of these runs: nothing is said of that loss."
+        f"These runs share no {role} validation set: that loss is not predicted."
         for role in (UPSTREAM, DOWNSTREAM)
         if role not in family.roles
     ]

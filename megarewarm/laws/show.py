@@ -1,4 +1,4 @@
-"""The picture of an advice: losses against peak and replay, and what was predicted of levels left out."""
+"""The figure of an advice: losses against peak and replay, and predictions of held-out levels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megarewarm.report.figures.labels import place_labels
 from megarewarm.report.figures.lines import short_labels
 from megarewarm.spelling import rate_text
 
-_NAMED = 12  # arms whose names a panel has room for
+_NAMED = 12  # most arms that a panel names
 _NAME_FONT = 7.0  # points
 _GROUPS = 16  # lines of one panel
 _AXES = {"peak": "peak learning rate", "replay": "replay fraction"}
@@ -29,7 +29,7 @@ Line = list[tuple[float, float]]
 
 
 def draw_advice(advice: Advice, path: Path) -> bool:
-    """``advice_figure`` as the PNG at ``path``. Returns whether there was any."""
+    """Write ``advice_figure`` as the PNG at ``path``. Returns whether there was a figure."""
     figure = advice_figure(advice)
     if figure is None:
         return False
@@ -38,8 +38,8 @@ def draw_advice(advice: Advice, path: Path) -> bool:
 
 
 def advice_figure(advice: Advice) -> Figure | None:
-    """Two columns, upstream and downstream; for every question a row for each axis that was varied and one for the levels left
-    out. ``None`` where no law was fitted."""
+    """Two columns, upstream and downstream; for every question one row per varied axis and one for the held-out levels.
+    ``None`` if no law was fitted."""
     rows: list[tuple[Recommendation, str]] = []
     for one in advice.answers:
         if any(section.laws for section in one.sections):
@@ -63,7 +63,7 @@ def advice_figure(advice: Advice) -> Figure | None:
             axis.set_visible(False)
     figure.suptitle(advice.title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / figure.get_figheight()))
-    for row, (one, what) in zip(axes, rows, strict=True):  # names go where the frames, which have their places now, leave room
+    for row, (one, what) in zip(axes, rows, strict=True):  # after the layout, when the panels have their final size
         for axis, role in zip(row, one.question.roles, strict=False):
             if what == "left out":
                 _name_left_out(axis, one, role)
@@ -71,14 +71,14 @@ def advice_figure(advice: Advice) -> Figure | None:
 
 
 def _group(one: Recommendation) -> str:
-    """The arms that are compared, by what they share."""
+    """The compared arms, named by what they share."""
     names, run = one.question.arms, one.question.runs[0]
     start = short_labels([str(run.config.get("start", {}).get("from", "a checkpoint"))])[0]
     return f"{len(names)} arms from {start}, {run.steps} steps ({short_labels([names[0]])[0]}{', ...' * (len(names) > 1)})"
 
 
 def _settings(keys: dict[str, Any]) -> Settings:
-    """What tells runs apart: numbers for the axes, texts for all else. The lowest rate as a share of the peak."""
+    """The settings that distinguish runs: numbers for the axes, texts for the rest. The minimum rate is a share of the peak."""
     schedule, replay = keys["schedule"], keys["replay"]
     peak = schedule.get("max_lr")
     told: Settings = {"peak": float(f"{peak:.5g}") if isinstance(peak, int | float) else 0.0}
@@ -91,7 +91,7 @@ def _settings(keys: dict[str, Any]) -> Settings:
 
 
 def _label(settings: Settings, axis: str, varied: Sequence[str]) -> str:
-    """The line of a panel that a run belongs to: what varies beside the axis."""
+    """The line of a panel that a run belongs to: what varies besides the axis."""
     parts = []
     for name in varied:
         if name != axis and name in settings:
@@ -102,7 +102,7 @@ def _label(settings: Settings, axis: str, varied: Sequence[str]) -> str:
 
 
 def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None:
-    """Final loss against peak or replay, a colour for every setting of all else: crosses measured, lines predicted."""
+    """Final loss against peak or replay, one colour per combination of other settings: crosses measured, lines predicted."""
     told = [(_settings(keys_of(run)), run) for run in one.question.runs]
     runs = sorted(told, key=lambda pair: (str(pair[0].get("curve")), pair[0]["replay"], pair[0]["peak"]))
     names = dict.fromkeys(name for settings, _ in runs for name in settings)
@@ -123,7 +123,7 @@ def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None
     drawn = list(measured.items())[:_GROUPS]
     beside = [name for name in varied if name != along]
     colours = [style.colour(index) for index in range(len(drawn))]
-    if beside in (["peak"], ["replay"]):  # one axis: its values' sequence, as in the report
+    if beside in (["peak"], ["replay"]):  # one other axis: its colour sequence, as in the report
         colours = style.sequence(len(drawn), axis=int(beside == ["replay"]))
     for index, (label, points) in enumerate(drawn):
         colour = colours[index]
@@ -133,7 +133,7 @@ def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None
             axis.plot(x, y, color=colour, linestyle=style.dashes(index), linewidth=1.3)
             axis.fill_between(x, y - band, y + band, color=colour, alpha=0.1, linewidth=0)
     _scale(axis, along, sorted({settings[along] for settings, _ in runs}))
-    how = "crosses measured, lines predicted" if predicted else "measured; the data do not suffice to predict"
+    how = "crosses measured, lines predicted" if predicted else "measured; the data are insufficient to predict"
     axis.set_title(f"{role} loss against {'peak' if along == 'peak' else 'replay'}: {how}", fontsize=9, loc="left")
     axis.set_xlabel(_AXES[along], fontsize=8)
     axis.set_ylabel(f"final {role} loss", fontsize=8)
@@ -143,7 +143,7 @@ def _draw_losses(axis: Axes, one: Recommendation, role: str, along: str) -> None
 
 
 def _scale(axis: Axes, along: str, values: list[float]) -> None:
-    """Ticks at what was tried; rates by their logarithms, fractions so that small ones lie apart."""
+    """Ticks at tested values; a logarithmic scale for rates, a square-root scale for fractions, which separates small ones."""
     if along == "peak":
         axis.set_xscale("log")
         texts = [rate_text(value) for value in values]
@@ -156,7 +156,7 @@ def _scale(axis: Axes, along: str, values: list[float]) -> None:
 
 
 def _points(one: Recommendation, role: str) -> list[tuple[str, float, float, float]]:
-    """Arm, measured, predicted and band of everything that was left out inside of what was tried."""
+    """Arm, measured, predicted and band of every held-out arm inside the tested range."""
     return [
         (arm.arm, arm.measured, arm.predicted, section.laws[role].trial.band)
         for section in one.sections
@@ -166,7 +166,7 @@ def _points(one: Recommendation, role: str) -> list[tuple[str, float, float, flo
 
 
 def _draw_left_out(axis: Axes, one: Recommendation, role: str) -> None:
-    """Predicted against measured final loss of arms whose level the fit hadn't seen."""
+    """Predicted against measured final loss of arms whose level was held out of the fit."""
     for index, kind in enumerate(("schedule", "replay")):
         points = [
             (arm.measured, arm.predicted, section.laws[role].trial.band)
@@ -179,20 +179,20 @@ def _draw_left_out(axis: Axes, one: Recommendation, role: str) -> None:
             colour = style.colour(index)
             width = np.where(np.isfinite(band), band, 0.0)
             look: Any = {"fmt": style.marker(index), "markersize": 4, "alpha": 0.8, "capsize": 2, "elinewidth": 0.8}
-            axis.errorbar(measured, predicted, yerr=width, color=colour, label=f"law of {kind}", **look)
+            axis.errorbar(measured, predicted, yerr=width, color=colour, label=f"{kind} law", **look)
     told = _points(one, role)
     if told:
         ends = [min(min(m, p) for _, m, p, _ in told), max(max(m, p) for _, m, p, _ in told)]
         axis.plot(ends, ends, color="0.6", linewidth=1, zorder=1)
         axis.legend(fontsize=7, frameon=False)
     axis.margins(x=0.1, y=0.12)
-    axis.set_title(f"{role} loss of levels left out", fontsize=9, loc="left")
+    axis.set_title(f"{role} loss of held-out levels", fontsize=9, loc="left")
     axis.set_xlabel("measured", fontsize=8)
     axis.set_ylabel("predicted, 90 % band", fontsize=8)
 
 
 def _name_left_out(axis: Axes, one: Recommendation, role: str) -> None:
-    """The arms' names beside their points; of many arms those of the largest errors."""
+    """Write the arms' names beside their points; if there are many, only those with the largest errors."""
     worst: dict[str, tuple[str, float, float, float]] = {}
     told = _points(one, role)
     for point in told:

@@ -1,8 +1,8 @@
-"""What was varied among arms, and which points lie inside of it: nothing else is ever predicted.
+"""What varies among arms, and which points are inside the tested range: nothing outside it is predicted.
 
-A point has a kind (the curve and what else of it is no number), and numbers along directions (peak, warmup, replay, ...).
-Inside means: an arm of the same kind on every side, in every direction and in their combinations (the convex hull of the arms),
-and no further from an arm than arms were whose level was left out and predicted.
+A point has a kind (the curve and other settings that are not numbers) and values along directions (peak, warmup, replay, ...).
+A point is inside if arms of its kind surround it in every direction and in their combinations (the convex hull of the arms),
+and if it is no further from an arm than a held-out level was.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megarewarm.laws.arms import Family, Trained
 from megarewarm.schedules.schedule import Schedule
 
 RATES = ("max_lr", "min_lr", "constant_lr")
-"""Directions measured by their logarithms. All others but these and ``timescale`` are shares of the run's steps, or of data."""
+"""Directions measured by their logarithms. All others but ``timescale`` are shares of the run's steps, or of data."""
 
 LENGTHS = ("warmup_steps", "length", "decay", "cooldown", "constant")
 FRACTION = "fraction"
 
 _SAME = 1e-4  # values that differ by less are one level: of a logarithm, or of a share
-_WRONG = 0.02  # of the sum of rates: a run whose rates are further from its schedule's is of no known kind
+_WRONG = 0.02  # of the sum of rates: if a run's rates are further from its schedule's, its kind is unknown
 _MOST = 4000  # points of a grid
 
 
@@ -40,8 +40,8 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """Arms that are left out together: all those at one ``level`` of the direction ``along``, or a single one. ``inside`` are
-    those of them that lie inside of what is left."""
+    """Arms that are held out together: all those at one ``level`` of the direction ``along``, or a single one. ``inside`` are
+    those inside the range of the remaining arms."""
 
     along: str
     level: str
@@ -50,7 +50,7 @@ class Fold:
 
 
 def schedule_point(run: Trained) -> Point | None:
-    """Where the run's schedule lies; ``None`` where its rates are not those of the schedule that it tells of."""
+    """The point of the run's schedule; ``None`` if its rates are not those of its recorded schedule."""
     try:
         schedule = Schedule.from_spec(run.schedule)
         rates = schedule.values(np.arange(len(run.rates)))
@@ -75,14 +75,14 @@ def replay_point(run: Trained) -> Point:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The points of a family's arms. ``diverged`` are those of arms that diverged, next to which nothing is predicted."""
+    """The points of a family's arms. ``diverged`` are those of diverged arms, next to which nothing is predicted."""
 
     points: dict[str, Point]
     diverged: list[Point] = dataclasses.field(default_factory=list)
 
     @classmethod
     def of_schedules(cls, family: Family) -> Space:
-        """Arms whose schedule isn't known have no point."""
+        """Arms with an unknown schedule have no point."""
         known = [(run.arm, schedule_point(run)) for run in family.runs]
         lost = [point for run in family.diverged if (point := schedule_point(run)) is not None]
         return cls({arm: point for arm, point in known if point is not None}, lost)
@@ -99,16 +99,16 @@ class Space:
         return {arm: point for arm, point in self.points.items() if point.kind == kind}
 
     def levels(self, kind: tuple[str, ...], along: str) -> list[float]:
-        """The different values that arms of ``kind`` have in a direction, ascending."""
+        """The distinct values of arms of ``kind`` along a direction, ascending."""
         return _levels([point.values[along] for point in self.of(kind).values()])
 
     def arm_at(self, point: Point) -> str | None:
-        """The arm that was run at this very point."""
+        """The arm that was run at exactly this point."""
         same = (arm for arm, other in self.of(point.kind).items() if _close(other, point))
         return next(same, None)
 
     def inside(self, point: Point, without: Sequence[str] = ()) -> bool:
-        """Whether ``point`` lies in the convex hull of the arms of its kind, those of ``without`` left out."""
+        """Whether ``point`` is in the convex hull of the arms of its kind, except those in ``without``."""
         others = [other for arm, other in self.of(point.kind).items() if arm not in without]
         if not others:
             return False
@@ -127,7 +127,7 @@ class Space:
         return bool(distance < 1e-3)
 
     def folds(self) -> list[Fold]:
-        """Every level of every direction left out, and every point by itself; what is the same twice, once."""
+        """Every level of every direction held out, and every single point; each set of arms once."""
         found: dict[tuple[str, ...], Fold] = {}
         for kind in self.kinds:
             arms = self.of(kind)
@@ -145,8 +145,8 @@ class Space:
         return Fold(along, level, out, frozenset(arm for arm in out if self.inside(self.points[arm], out)))
 
     def between(self, kind: tuple[str, ...], along: str) -> list[tuple[float, float]]:
-        """Neighbouring levels between which there may be predictions: those that are no further apart than levels that were
-        left out were from their nearest neighbours. None for fewer than three levels, of which none could be left out."""
+        """Neighbouring levels between which predictions are allowed: their middle is no further from them than a held-out level
+        was from its nearest neighbour. Empty for fewer than three levels, because none of them can be held out."""
         levels = self.levels(kind, along)
         if len(levels) < 3:
             return []
@@ -154,8 +154,8 @@ class Space:
         return [(low, high) for low, high in itertools.pairwise(levels) if (high - low) / 2 <= reach * (1 + 1e-9)]
 
     def candidates(self, kind: tuple[str, ...], further: Sequence[float] = ()) -> list[Point]:
-        """All combinations of levels, and of the middles between neighbours, that lie inside. ``further`` are values that are
-        looked at as well, in every direction."""
+        """All combinations of levels, and of middles between neighbours, that are inside. ``further`` are additional values to
+        try in every direction."""
         arms = self.of(kind)
         directions = list(next(iter(arms.values())).values)
         choices = []
@@ -171,7 +171,7 @@ class Space:
         return [point for point in itertools.islice(points, _MOST) if self.inside(point) and not self._beside_diverged(point)]
 
     def _beside_diverged(self, point: Point) -> bool:
-        """Whether an arm that diverged lies at a corner of the cell of levels that ``point`` lies in."""
+        """Whether a diverged arm is at a corner of the cell of levels that contains ``point``."""
         for lost in self.diverged:
             if lost.kind != point.kind:
                 continue
@@ -186,7 +186,7 @@ class Space:
 
 
 def natural(along: str, value: float) -> float:
-    """A point's value as people write it: a rate, or a share."""
+    """A point's value in its natural unit: a rate, or a share."""
     return math.exp(value) if along in RATES else value
 
 

@@ -1,4 +1,4 @@
-"""Advice for people in the terminal: the answer, one table of what was measured and predicted, and the laws if asked for."""
+"""Advice in the terminal: the answer, one table of measured and predicted losses, and the laws on request."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORMS = {
     "replay": "L(D, r) = E + B r^n / D^b + C / (r + e)^g",
 }
 _ARMS, _PREDICTED = 12, 5  # rows of a list of arms
-_WIDEST = 9  # columns of a grid, beyond which only what was run is shown
+_WIDEST = 9  # columns of a grid; a wider one shows only measured losses
 
 
 def print_advice(advice: Advice, console: Console, details: bool = False) -> None:
-    """The answer to every question, best first; with ``details`` the laws, what they made of levels that were left out, and
+    """Print the answer to every question, best first; with ``details`` also the laws, their predictions of held-out levels, and
     every family's verdict. advice.json has the rest."""
     console.print(f"[bold]{advice.title}[/]", highlight=False)
     for one in advice.answers:
@@ -38,7 +38,7 @@ def print_advice(advice: Advice, console: Console, details: bool = False) -> Non
         console.print(note, style="dim", highlight=False, markup=False)
     if not details:
         if advice.sections:
-            console.print("--all shows the laws and how well they predicted levels that were left out.", style="dim")
+            console.print("--all shows the laws and how well they predicted held-out levels.", style="dim")
         return
     for section in advice.sections:
         console.print()
@@ -58,7 +58,7 @@ def _group(one: Recommendation) -> str:
 
 
 def _grid(one: Recommendation) -> Table | None:
-    """Peak x replay, where the arms differ in just these: upstream above downstream, predictions with a tilde."""
+    """Peak x replay, if the arms differ only in these: upstream above downstream, predictions with a tilde."""
     cells: dict[tuple[float, float], dict[str, float]] = {}
     for arm, losses in one.measured.items():
         keys = _cell(float(one.question.of(arm)[0].rates.max()), one.question.of(arm)[0].replay)
@@ -106,7 +106,7 @@ def _cell(peak: float, fraction: float) -> tuple[float, float]:
 
 
 def _list(one: Recommendation) -> Table:
-    """The best arms, and the best predictions of runs that weren't made."""
+    """The best arms, and the best predictions of new runs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     table.add_column("", overflow="fold")
     for role in one.question.roles:
@@ -123,14 +123,14 @@ def _list(one: Recommendation) -> Table:
 
 
 def _not_run(one: Recommendation) -> list[Prediction]:
-    """Predictions with all losses of runs that weren't made, the lowest first."""
+    """Predictions of all losses of new runs, the lowest first."""
     made = [p for section in one.sections for p in section.predictions if p.arm is None]
     return sorted((p for p in made if set(p.losses) == set(one.question.roles)), key=lambda p: aimed(p.losses, one.aim))
 
 
 def _held_out(section: LawSection) -> Table:
     table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title="left out, then predicted", title_justify="left"
+        box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", title="held out, then predicted", title_justify="left"
     )
     table.add_column("arm", overflow="fold", min_width=16)
     for role in section.laws:
@@ -147,7 +147,7 @@ def _held_out(section: LawSection) -> Table:
         table.add_row(f"{name} (without {level})" if several and level and level != name else name, *cells)
     if any(not arm.inside for law in section.laws.values() for arm in law.trial.arms):
         table.caption, table.caption_justify = (
-            "* lies outside of what was left: not counted, and nothing is predicted there",
+            "* outside the range of the remaining arms: not counted, and nothing is predicted there",
             "left",
         )
     return table

@@ -1,1 +1,1 @@
-"""Reads the metrics of runs, draws them and puts them into words. Imports nothing of training."""
+"""Reads the metrics of runs and presents them as figures and sentences. Imports nothing from training."""

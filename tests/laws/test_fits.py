@@ -164,7 +164,7 @@ def test_a_spike_does_not_bend_the_fit() -> None:
     assert a == pytest.approx(1.5, abs=0.01) and b == pytest.approx(0.7, abs=0.01)
     bounded, _ = fit(lambda p: p[0] + p[1] * x - y, Bounds.of(a=(-9, 1.0), b=(-9, 9)), [[5.0, 0.0]])
     assert bounded[0] <= 1.0
-    with pytest.raises(ValueError, match="a place to start"):
+    with pytest.raises(ValueError, match="at least one starting point"):
         fit(lambda p: p, Bounds.of(a=(0, 1)), [])
 
 

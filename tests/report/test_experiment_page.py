@@ -86,7 +86,7 @@ def test_ends_of_other_lengths_are_not_compared(tmp_path: Path, place: str, seed
     claims = "\n".join(line for line in text.splitlines() if "against main" in line)
     assert "same" in claims, text
     assert ("other" in claims) == (factor == 1), text
-    assert ("not compared with main" in text and "for another length: other (" in text) == (factor != 1)
+    assert ("not compared with main" in text and "because of another length: other (" in text) == (factor != 1)
     experiment = read_experiment(tmp_path)
     told = comparisons(experiment, arm_rows(experiment))
     page = comparisons_html(told)
@@ -122,16 +122,16 @@ def test_a_shorter_arm_is_not_blamed_for_not_reaching_the_one_from_scratch(tmp_p
         plan = entry(arm, 1, after=["start"] if arm in ("long", "short") else [], steps=round(STEPS * length))
         entries.append(plan)
         write_run(tmp_path, plan, [2.0, 2.5], [3.0, down])
-    assert "0 of 1 arm came as low downstream as scratch" in said(write_record(tmp_path, entries))
+    assert "0 of 1 arm reached the final downstream loss of scratch" in said(write_record(tmp_path, entries))
 
 
 def test_a_difference_is_claimed_only_where_it_exceeds_the_seeds_spread(tmp_path: Path) -> None:
     text = said(two_arms(tmp_path / "clear", {1: 2.61, 2: 2.62, 3: 2.63}))
     assert "upstream loss higher in other (+0.100 ± 0.000)" in text
     text = said(two_arms(tmp_path / "noisy", {1: 2.81, 2: 2.42, 3: 2.63}))
-    assert "higher" not in text and "no difference beyond the seeds' spread in other" in text
+    assert "higher" not in text and "no difference beyond seed noise in other" in text
     text = said(two_arms(tmp_path / "single", {1: 3.61}))
-    assert "nothing is known about how much of a difference is chance" in text and "±" not in text
+    assert "the seed noise is unknown" in text and "±" not in text
     assert "against main, one seed: upstream +1.100 in other" in text
 
 

@@ -99,12 +99,12 @@ def test_what_the_sentences_claim(arms: list[Path]) -> None:
     assert max(table.values(), key=lambda row: row.forgetting or -1) is double
     assert "The highest peak LR, 2e-3 in rewarm_double, forgot most (" + signed_text(double.forgetting) in text
     assert (
-        "Runs that differ in peak LR alone, rewarm_half (5e-4) → rewarm_double (2e-3): forgetting "
+        "Runs that differ only in peak LR, rewarm_half (5e-4) → rewarm_double (2e-3): forgetting "
         f"{signed_text(half.forgetting)} → {signed_text(double.forgetting)} (rising throughout)."
     ) in text
-    assert "Runs that differ in warmup alone, no_warmup (0) → rewarm (10)" in text
-    assert "Runs that differ in training data alone" in text
-    assert "constant_min" not in "".join(line for line in text.split("\n") if "alone" in line)
+    assert "Runs that differ only in warmup, no_warmup (0) → rewarm (10)" in text
+    assert "Runs that differ only in training data" in text
+    assert "constant_min" not in "".join(line for line in text.split("\n") if "differ only in" in line)
 
 
 def test_bullets_have_at_most_five_numbers_and_the_signs_of_the_table(arms: list[Path]) -> None:
@@ -154,9 +154,9 @@ def test_equal_configs_are_not_said_to_differ(tmp_path: Path) -> None:
         made(tmp_path, "b", 1e-4, 2.6, 1.4),
         made(tmp_path, "c", 2e-4, 2.7, 1.3),
     ]
-    compared = [line for line in summarise([*runs[:2], made(tmp_path, "d", 2e-4, 2.7, 1.3, seed=5)]) if "alone" in line]
+    compared = [line for line in summarise([*runs[:2], made(tmp_path, "d", 2e-4, 2.7, 1.3, seed=5)]) if "differ only" in line]
     assert compared == []
-    assert len([line for line in summarise(runs) if "peak LR alone" in line]) == 2  # forgetting, downstream
+    assert len([line for line in summarise(runs) if "only in peak LR" in line]) == 2  # forgetting, downstream
 
 
 def test_incidents_are_told(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_incidents_are_told(tmp_path: Path) -> None:
 def test_unequal_lengths_are_told(tmp_path: Path) -> None:
     runs = [read_run(write(tmp_path / name, lines(name, steps), config(name, steps)))
             for name, steps in (("rewarm", 20), ("rewarm_half", 40))]  # fmt: skip
-    assert "so that their ends compare only in part" in summarise(runs)[0]
+    assert "so their final losses are only partly comparable" in summarise(runs)[0]
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def diverged(folder: Path) -> Path:
 def test_where_and_that_a_run_diverged_is_said_in_the_pictures(tmp_path: Path) -> None:
     runs = read_runs([diverged(tmp_path / "lost"), renamed(tmp_path, "sound", "rewarm", 60, 0.0)])
     caption = tradeoff.caption_tradeoff(rows(runs))
-    assert caption.endswith("Without a point, for a loss that is not finite: diverged.")
+    assert caption.endswith("Without a point because a loss is not finite: diverged.")
     figure = draw.draw_curves(lines_of(runs, rows(runs)))
     assert figure is not None
     first = 48 * TOKENS_PER_STEP  # the evaluation after step 44

@@ -225,7 +225,7 @@ def test_stalled_is_measured_by_the_run_s_own_pace(tmp_path: Path) -> None:
     assert look(folder, NOW + 19 * STEP_SECONDS).state == "running"
     view = look(folder, NOW + 100 * STEP_SECONDS)
     assert view.state == "stalled"
-    assert view.alarms == ("no new line for 6m40s, 100 step times: killed, or hanging",)
+    assert view.alarms == ("no new line for 6m40s, 100 step times: killed or hanging",)
     # a run whose evaluations take five minutes is not called stalled during the next one
     slow = timed(simulated(99), NOW - 300)
     slow = [event | {"time": event["time"] - 300} if event.get("step", 0) < 50 else event for event in slow]
@@ -257,14 +257,14 @@ def test_alarms_in_words(tmp_path: Path) -> None:
 
     assert alarms([]) == ()
     (rise,) = alarms([eval_line(100, "prose", "upstream", 2.99)])
-    assert rise == "upstream loss risen by more than 0.5: 2.440 to 2.990"
+    assert rise == "upstream loss rose by more than 0.5: 2.440 to 2.990"
     assert alarms([eval_line(100, "prose", "upstream", 2.99)], rise=0.7) == ()
     assert alarms([train_line(101, 1e-3, 3.0) | {"grad_norm": 4.9}]) == ()
     assert alarms([train_line(101, 1e-3, 3.0) | {"grad_norm": 6.0}]) == ("gradient norm 6e0 at step 101, 12 times its median",)
     assert alarms([{"event": "alarm", "step": 90, "message": "loss spike."}]) == ("step 90: loss spike",)
     per_step = TOKENS_PER_STEP / 1.2e5
     waiting = [train_line(step, 1e-3, 3.0) | {"data_wait": 0.2 * per_step} for step in range(101, 131)]
-    assert alarms(waiting) == ("20% of the time goes into waiting for data",)
+    assert alarms(waiting) == ("20% of the time is spent waiting for data",)
     assert alarms([line | {"data_wait": 0.04 * per_step} for line in waiting]) == ()
 
 
@@ -313,7 +313,7 @@ def test_runs_of_no_experiment(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither experiment\.json nor metrics\.jsonl"):
         Watch(tmp_path / "empty")
     (tmp_path / "empty" / "experiment.json").write_text('{"experiment": "e", "runs": [{"name": "a"}]}')
-    with pytest.raises(UserError, match=r"experiment\.json: can't be understood \(KeyError: 'folder'\)"):
+    with pytest.raises(UserError, match=r"experiment\.json: damaged \(KeyError: 'folder'\)"):
         Watch(tmp_path / "empty")
 
 
@@ -378,7 +378,7 @@ def test_what_is_said_of_runs_at_rest_fits_80_columns(tmp_path: Path) -> None:
     headline, *rest = text(folder, 80)
     assert headline.startswith("How much") and headline.endswith(" left") and "1 stalled  2 running  12 waiting" in headline
     (alarm,) = [line for line in rest if line.startswith("!")]
-    assert alarm == "! rewarmed_replay-third_0.s3: no new line for 4h26m: killed, or hanging"
+    assert alarm == "! rewarmed_replay-third_0.s3: no new line for 4h26m: killed or hanging"
 
 
 def test_many_runs_fold(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report's figures. Every function returns a matplotlib figure; nothing is shown and nothing is written."""
+"""The report's figures. Every function returns a matplotlib figure; none shows or writes anything."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from megarewarm.spelling import rate_text, tokens_text
 _WIDTH = 11.0
 _LEAST = 2.2  # inches of the left column: room for two headings
 _EARLY = 0.1  # the share of the tokens that the left column enlarges
-_AT_END = 0.97  # of the axis: a curve that ends before is not joined to its label, which would look like more of it
-_POINTS = 1200  # more points than this are not visible on a page
+_AT_END = 0.97  # of the axis: a curve that ends before isn't joined to its label, which would look like its continuation
+_POINTS = 1200  # more points are not visible on a page
 
 
 def draw_curves(lines: Sequence[Line]) -> Figure | None:
     """Learning rate, upstream and downstream loss against the tokens of this stage, for every run but pre-training.
 
-    Where there are enough evaluations, a left column enlarges the first tenth. ``None`` where nothing is left to draw.
+    If there are enough evaluations, a left column enlarges the first tenth. ``None`` if nothing is left to draw.
     """
     kept = [line for line in lines if not line.is_pretraining]
     return curves_figure(kept) if kept else None
 
 
 def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
-    """The runs that others continue, in a small figure of their own; ``None`` where there is none."""
+    """The runs that others continue, in a small figure of their own; ``None`` if there are none."""
     lines = [line for line in lines if line.is_pretraining]
     if not lines:
         return None
@@ -61,7 +61,7 @@ def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
 
 
 def draw_sets(lines: Sequence[Line]) -> Figure | None:
-    """Every validation set by itself, where a role has several sets or a set has no role; else ``None``."""
+    """Every validation set by itself, if a role has several sets or a set has no role; else ``None``."""
     lines = [line for line in lines if not line.is_pretraining] or lines
     sets = list(dict.fromkeys((e.role, e.name) for line in lines for e in line.run.evaluations))
     if len(sets) == len({role for role, _ in sets} - {"other"}):
@@ -90,17 +90,17 @@ def draw_sets(lines: Sequence[Line]) -> Figure | None:
 
 
 def describe_curves(lines: Sequence[Line]) -> str:
-    """Alternative text of ``draw_curves``: what is drawn, and where each run begins and ends."""
+    """Alternative text of ``draw_curves``: what it shows, and where each run begins and ends."""
     return _describe([line for line in lines if not line.is_pretraining])
 
 
 def caption_curves(lines: Sequence[Line]) -> str:
-    """What a reader must know to read ``draw_curves`` of these lines."""
+    """How to read ``draw_curves`` of these lines."""
     return caption_lines([line for line in lines if not line.is_pretraining])
 
 
 def caption_lines(kept: Sequence[Line], stages: Sequence[tuple[float, str]] = ()) -> str:
-    """What a reader must know to read ``curves_figure`` of these lines, with ``stages`` as it has them."""
+    """How to read ``curves_figure`` of these lines, with the same ``stages``."""
     text = "The number after a name is its last loss."
     if any(_starts(kept, role) for role in (UPSTREAM, DOWNSTREAM)):
         text += " The dashed line is the start checkpoint's loss."
@@ -138,7 +138,7 @@ def describe_named(named: Sequence[tuple[str, RecordedRun]]) -> str:
 def curves_figure(
     lines: Sequence[Line], stages: Sequence[tuple[float, str]] = (), axis: str = "tokens of this stage"
 ) -> Figure:
-    """One row per quantity; the left column enlarges the first tenth where there is something to see.
+    """One row per quantity; the left column enlarges the first tenth if it has enough detail.
 
     ``stages``: tokens at which each stage of a chain begins, and its name; they are marked, and nothing is enlarged.
     """
@@ -191,7 +191,7 @@ def curves_figure(
 
 
 def _has_early_detail(lines: Sequence[Line]) -> bool:
-    """Whether some run was evaluated often enough in the first tenth to be worth a picture of it."""
+    """Whether some run was evaluated often enough in the first tenth to enlarge it."""
     for line in lines:
         for role in (UPSTREAM, DOWNSTREAM):
             tokens = line.run.curve(role).tokens
@@ -227,12 +227,12 @@ def _same_rates(lines: Sequence[Line]) -> list[list[Line]]:
 
 
 def _draw_rates(axes: Axes, lines: Sequence[Line]) -> None:
-    """The learning rates. Runs that share a curve are drawn as dashes that take turns."""
+    """The learning rates. Runs that share a curve are drawn as alternating dashes."""
     for group in _same_rates(lines):
         for turn, line in enumerate(group):
             tokens = line.run.train["tokens"] - line.run.tokens_before
             keep = _thin(len(tokens))
-            # The first is solid underneath, so that no gaps show where the dashes fall out of step.
+            # The first is solid underneath, so that dashes out of step leave no gaps.
             dashes = (turn * 6.0, (6.0, 6.0 * (len(group) - 1))) if turn else "solid"
             axes.plot(tokens[keep], line.run.train["lr"][keep], color=line.colour, linestyle=dashes, dash_capstyle="butt")
 
@@ -249,7 +249,7 @@ def _draw_losses(axes: Axes, lines: Sequence[Line], role: str, name: str | None 
 def _band(
     line: Line, role: str, name: str | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]] | None:
-    """Tokens, lowest and highest loss over the seeds, (points,) each; ``None`` for a single one."""
+    """Tokens, lowest and highest loss over the seeds, (points,) each; ``None`` for a single seed."""
     if len(line.seeds) < 2:
         return None
     curves = [run.curve(role, name) for run in line.seeds]
@@ -286,8 +286,8 @@ def _starts(lines: Sequence[Line], role: str) -> list[tuple[str, float]]:
 
 
 def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> None:
-    """Name and final loss of every run, right of the axes, in the order of the losses, joined to the ends by hairlines; of one
-    that ended early where it did so, without a hairline.
+    """Name and final loss of every run, right of the axes, in the order of the losses, joined to the ends by hairlines; for a
+    run that ended early, at its end, without a hairline.
 
     The start checkpoint's loss is a dashed line with a label among them.
     """
@@ -304,7 +304,7 @@ def _end_labels(columns: Sequence[Axes], lines: Sequence[Line], role: str) -> No
         if len(curve):
             loss, last = float(curve.losses[-1]), float(curve.tokens[-1])
             end = f"{loss:.2f}" + (" ↑" if loss > high else "")
-            if not math.isfinite(loss):  # where it was first so, and stayed
+            if not math.isfinite(loss):  # at the first of its last non-finite evaluations
                 finite = np.flatnonzero(np.isfinite(curve.losses))
                 end, loss, last = "diverged", math.inf, float(curve.tokens[finite[-1] + 1 if len(finite) else 0])
             end += f" at {tokens_text(last)}" if last < _AT_END * edge else ""
@@ -336,7 +336,7 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def legend_above(figure: Figure, lines: Sequence[Line]) -> None:
-    """The names of ``lines`` on top of ``figure``."""
+    """The names of ``lines`` at the top of ``figure``."""
     figure.legend(
         handles=[line.legend_entry(figure.axes[0]) for line in lines],
         loc="upper left", bbox_to_anchor=(0.055, 1), ncols=legend_columns(lines), frameon=False, fontsize=9,
@@ -344,7 +344,7 @@ def legend_above(figure: Figure, lines: Sequence[Line]) -> None:
 
 
 def legend_columns(lines: Sequence[Line]) -> int:
-    """As many columns of names as fit beside each other."""
+    """As many columns of names as fit side by side."""
     return max(1, min(len(lines), int((_WIDTH - 0.8) / (0.65 + 0.078 * max(len(line.label) for line in lines)))))
 
 
@@ -358,7 +358,7 @@ def _limit(axes: Axes, lines: Sequence[Line], curves: Sequence[Curve]) -> None:
         low, high = shown.min() - room, shown.max() + room
         shown = np.concatenate([shown, *(losses[(losses > low) & (losses < high)][-1:] for losses in scratch)])
     elif any(len(losses) for losses in scratch):
-        # The first twentieth of a run from scratch falls so fast that it would leave no room for the rest.
+        # The loss of a run from scratch falls so fast in the first twentieth that it would leave no room for the rest.
         shown = np.concatenate(
             [c.losses[(c.tokens >= 0.05 * c.tokens.max()) & np.isfinite(c.losses)] for c in curves if len(c)]
         )
@@ -378,7 +378,7 @@ def _rate_ticks(axes: Axes) -> None:
 
 
 def _loss_ticks(axes: Axes) -> None:
-    """Two columns of numbers at the same lines: the loss, and right of it the perplexity, which is its exponential."""
+    """Two columns of numbers at the same grid lines: the loss, and right of it the perplexity, which is its exponential."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
     first, second = axes.get_yticks()[:2]
     decimals = next((d for d in (1, 2, 3) if abs(round((second - first) * 10**d) - (second - first) * 10**d) < 1e-6), 4)
@@ -396,7 +396,7 @@ def _perplexity_tick(loss: float) -> str:
 
 
 def _mark_stages(axes: Axes, stages: Sequence[tuple[float, str]], names: bool) -> None:
-    """A line where each stage but the first begins, and the stages' names on top."""
+    """A line where each stage but the first begins, and the stages' names at the top."""
     for number, (tokens, name) in enumerate(stages):
         if number:
             axes.axvline(tokens, color=style.QUIET, linewidth=0.9, linestyle=(0, (1, 2)), zorder=1.2)
@@ -416,7 +416,7 @@ def token_axis(axes: Axes, label: str = "tokens of this stage") -> None:
 
 
 def _thin(count: int) -> NDArray[np.int64]:
-    """Indices of at most about ``_POINTS`` points: all of the first, where schedules move fast, and the very last."""
+    """Indices of at most about ``_POINTS`` points: all of the first, where schedules change fast, and the very last."""
     if count <= _POINTS:
         return np.arange(count)
     spaced = np.linspace(0, count - 1, _POINTS).round().astype(np.int64)

@@ -1,4 +1,4 @@
-"""The figure of a sweep over two axes: final losses as a grid of numbers, the lowest marked."""
+"""The figure of a sweep over two axes: a grid of final losses as numbers, the lowest marked."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ MEASURES = (
     ("upstream_after", "Upstream loss"),
     ("downstream_after", "Downstream loss"),
 )
-_FAR = 4.0  # times the median's distance from the lowest, beyond which all cells look alike
+_FAR = 4.0  # times the median's distance from the lowest: cells beyond it have the same colour
 _COLOURS = matplotlib.colors.LinearSegmentedColormap.from_list("lower_is_darker", ("#0b4f7d", "#56a0cf", "#eef4f9"))
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepGrid:
-    """A sweep over the two ``axes``, the first along the columns: ``cells[row][column]``, None where there is no complete arm.
+    """A sweep over the two ``axes``, the first along the columns: ``cells[row][column]``, None without a complete arm.
 
-    ``columns`` and ``rows`` are the axes' values as text, ascending where they are numbers.
+    ``columns`` and ``rows`` are the axes' values as text, ascending if they are numbers.
     """
 
     axes: tuple[str, str]
@@ -41,7 +41,7 @@ class SweepGrid:
 
     @property
     def measures(self) -> list[tuple[str, str]]:
-        """Those that some cell has, with their titles."""
+        """The measures that some cell has, with their titles."""
         return [(key, title) for key, title in MEASURES if any(row.mean(key) is not None for row in self.arms())]
 
     def arms(self) -> list[ArmRow]:
@@ -60,8 +60,8 @@ class SweepGrid:
 
 
 def grid_of(rows: Sequence[ArmRow], group: str) -> SweepGrid | None:
-    """The sweep ``group`` as a grid; ``None`` where not exactly two axes vary, fewer than four arms are complete, or their
-    final losses do not compare: other validation sets, or another length that is no axis."""
+    """The sweep ``group`` as a grid; ``None`` if not exactly two axes vary, fewer than four arms are complete, or their final
+    losses are not comparable because of other validation sets or another length that is not an axis."""
     inside = [row for row in rows if group in row.arm.groups and row.seeds[0]]
     axes = list(dict.fromkeys(axis for row in inside for axis in row.arm.groups[group]))
     inside = [row for row in inside if all(axis in row.arm.groups[group] for axis in axes)]
@@ -81,7 +81,7 @@ def grid_of(rows: Sequence[ArmRow], group: str) -> SweepGrid | None:
 
 
 def draw_grid(grid: SweepGrid) -> Figure:
-    """A panel for each of average, upstream and downstream loss: means over the seeds in cells, darker where lower, the lowest
+    """One panel each for average, upstream and downstream loss: means over the seeds in cells, darker if lower, the lowest
     framed."""
     measures = grid.measures
     beside = len(measures) * len(grid.columns) * (0.08 * max(5, *map(len, grid.columns)) + 0.06) < 9.6
@@ -144,7 +144,7 @@ def _draw_panel(axes: Axes, grid: SweepGrid, key: str) -> None:
 
 
 def caption_grid(grid: SweepGrid) -> str:
-    """What a reader must know to read ``draw_grid``."""
+    """How to read ``draw_grid``."""
     several = any(row.spread(key).deviation is not None for row in grid.arms() for key, _ in grid.measures)
     over = "Means over the complete seeds ± their standard deviation" if several else "Final losses, one seed each"
     return f"{over}, in nats per token. Darker is lower; framed: the lowest."

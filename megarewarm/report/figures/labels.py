@@ -1,4 +1,4 @@
-"""Where labels go so that they neither overlap each other nor what they name."""
+"""Placement of labels: they overlap neither each other nor what they name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megarewarm.report.figures import style
 
-# Where a label may stand, best first: sideways by (half widths, distances), upwards by (half heights and distances).
+# Positions of a label, best first: sideways by (half widths, distances), upwards by (half heights and distances).
 _DIRECTIONS = [
     (1.0, 1.0, 0), (-1.0, -1.0, 0), (1.0, 0.75, 1), (1.0, 0.75, -1), (-1.0, -0.75, 1), (-1.0, -0.75, -1),
     (0.0, 0.0, 1), (0.0, 0.0, -1), (0.9, 0.0, 1), (0.9, 0.0, -1), (-0.9, 0.0, 1), (-0.9, 0.0, -1),
@@ -25,8 +25,8 @@ _FONT = 9.5
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
     """Places at least ``gap`` apart, in the order of ``wanted`` (ascending), with the least sum of squared moves.
 
-    The places lie in [0, 1], or start at 0 where there is no room for all. Isotonic regression of wanted[i] - i * gap
-    by pooling adjacent violators, cut to the bounds.
+    The places lie in [0, 1], or start at 0 if there is not enough room. Isotonic regression of wanted[i] - i * gap by pooling
+    adjacent violators, clipped to the bounds.
     """
     blocks: list[tuple[float, int]] = []
     for index, value in enumerate(wanted):
@@ -50,10 +50,10 @@ def place_labels(
     points: NDArray[np.float64] | None = None,
     font: float = _FONT,
 ) -> None:
-    """Write ``texts`` beside the points (``xs``, ``ys``), which are in data units: each where it covers least.
+    """Write ``texts`` beside the points (``xs``, ``ys``), which are in data units, each at the position where it covers least.
 
-    ``taken`` are artists to keep clear of, ``points`` (n, 2) all points of the picture, in data units, where some have no
-    label. A label that had to go far from its point is joined to it by a hairline. ``font`` is in points.
+    ``taken`` are artists to avoid, ``points`` (n, 2) all points of the picture, in data units, if some have no label. A
+    hairline joins a label to a distant point. ``font`` is in points.
     """
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     scale = axes.figure.dpi / 72

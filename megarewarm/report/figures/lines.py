@@ -1,4 +1,4 @@
-"""How each run looks in every figure of a report: its colour, marker, dashes and the label that fits beside a curve."""
+"""The look of each run in every figure of a report: its colour, marker, dashes and the label that fits beside a curve."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LONGEST = 30
 class Line:
     """A run as it is drawn. ``dashes`` is a matplotlib line style, solid for the first eight runs.
 
-    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run, which has
-    a ``row``.
+    ``seeds``: the runs of which ``run`` is the mean, whose range is drawn as a band; empty for a single run, which has a
+    ``row``.
     """
 
     run: RecordedRun
@@ -37,7 +37,7 @@ class Line:
         return self.row is not None and self.row.kind == "pretraining"
 
     def legend_entry(self, axes: Axes, more: str = "") -> Line2D:
-        """What stands for this line in a legend of ``axes``, its label and ``more``; it draws no point."""
+        """The entry of this line in a legend of ``axes``: its label and ``more``. It draws no point."""
         return axes.plot(
             [], [], color=self.colour, linestyle=self.dashes, marker=self.marker, markersize=5, label=self.label + more
         )[0]
@@ -53,7 +53,7 @@ def lines_of(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Line]
 
 
 def short_labels(names: Sequence[str]) -> list[str]:
-    """Names of at most 30 characters: without what all begin with where one is longer, then without their middles."""
+    """Names of at most 30 characters: if one is long, without their common prefix, then without their middles."""
     if len(names) > 1 and max(map(len, names)) > 20:
         same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
         shared = "".join(letters[0] for letters in same)

@@ -1,4 +1,4 @@
-"""The arms that are drawn together, and the pictures over their runs: losses, chains of stages, dynamics, interpolation."""
+"""The arms that are drawn together, and the figures of their runs: losses, chains of stages, dynamics, interpolation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megarewarm.report.numbers.arms import chain_ends, chain_stages, reference_o
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, joined_run, mean_run
 from megarewarm.spelling import listed, tokens_text
 
-_MOST = 9  # arms in one picture
+_MOST = 9  # most arms in one picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Arms that are drawn together, the one they are compared with first. ``key`` is a part of a file's name."""
+    """Arms that are drawn together, the reference arm first. ``key`` is part of a file's name."""
 
     key: str
     title: str
@@ -32,10 +32,10 @@ class Panel:
 
 
 def panels_of(experiment: ExperimentRecord) -> list[Panel]:
-    """The arms with something to draw: the single ones, those of every sweep, each with the arm it is compared with.
+    """The arms with something to draw: the single ones, and those of every sweep, each with its reference arm.
 
-    Where validation sets differ they are apart. More than nine arms are in several, whose titles say which. Pre-training is
-    left out, chains are elsewhere.
+    Arms with different validation sets have separate panels. More than nine arms are split into several, whose titles name the
+    part. Pre-training is omitted, and chains have their own figure.
     """
     able = [arm for arm in experiment.arms if arm.runs and arm.kind != "pretraining" and arm.chain is None]
     whole = whole_runs(experiment)
@@ -62,7 +62,7 @@ def panels_of(experiment: ExperimentRecord) -> list[Panel]:
             if len(rest) <= _MOST - len(shared):
                 panels.append(Panel(name, f"{title}{where}", [*shared, *rest]))
                 continue
-            if shared and shared[0].group == key:  # one of those that are divided
+            if shared and shared[0].group == key:  # the reference is one of the arms to split
                 shared, rest = [], same
             for part, (words, some) in enumerate(_parts(key, rest, _MOST - len(shared)), start=1):
                 panels.append(Panel(f"{name}_part{part}", f"{title}{where}: {words}", [*shared, *some]))
@@ -70,8 +70,8 @@ def panels_of(experiment: ExperimentRecord) -> list[Panel]:
 
 
 def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, list[ArmRecord]]]:
-    """The arms in parts of at most ``room``, and what is in each: by the values of the axis of ``group`` that has fewest, where
-    the arms of a value fit into a part; else in order."""
+    """The arms in parts of at most ``room``, each with its description: split by the values of the axis of ``group`` that has
+    fewest, if the arms of every value fit into a part; else in order."""
     by_axis: list[dict[str, list[ArmRecord]]] = []
     for axis in reversed(varied_axes(arms, group)):
         values = [arm.groups[group].get(axis) for arm in arms]
@@ -79,7 +79,7 @@ def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, 
         found = {f"{axis} {text}": [a for a in arms if value_text(axis, a.groups[group].get(axis)) == text] for text in texts}
         if all(len(some) <= room for some in found.values()):
             by_axis.append(found)
-    if not by_axis or len(arms) in map(len, by_axis):  # of one axis, every value is one arm
+    if not by_axis or len(arms) in map(len, by_axis):  # with one axis, every value is one arm
         count = -(-len(arms) // room)
         chunks = [list(arms[turn : turn + room]) for turn in range(0, len(arms), room)]
         return [(f"part {n} of {count}, {c[0].name} to {c[-1].name}", c) for n, c in enumerate(chunks, start=1)]
@@ -96,10 +96,10 @@ def _parts(group: str, arms: Sequence[ArmRecord], room: int) -> list[tuple[str, 
 def lines_of_arms(arms: Sequence[ArmRecord], runs: Sequence[Sequence[RecordedRun]] | None = None) -> list[Line]:
     """The arms as they are drawn, each the mean of its seeds.
 
-    Black and solid is the first, unless it is one of the sweep that the others are of. In a sweep the colours are the values of
-    the axis with the most of them, dashes those of the others; single arms have colours and dashes of their own.
+    The first is black and solid, unless it belongs to the sweep of the others. In a sweep the colours are the values of the
+    axis with the most of them, dashes those of the others; single arms have colours and dashes of their own.
 
-    ``runs``: what is drawn of every arm, instead of its own runs.
+    ``runs``: what is drawn for every arm, instead of its own runs.
     """
     drawn = [arm.runs for arm in arms] if runs is None else runs
     names = short_labels([_named(arm) for arm in arms])
@@ -123,8 +123,8 @@ def lines_of_arms(arms: Sequence[ArmRecord], runs: Sequence[Sequence[RecordedRun
 
 
 def _sweep(arms: Sequence[ArmRecord]) -> tuple[list[int], str, list[str]]:
-    """Which of the arms are drawn as those of a sweep, its name, and its axes: that of the colours first, the one with most
-    values, then those of the dashes."""
+    """Which of the arms are drawn as a sweep, its name, and its axes: the axis of the colours first, which has the most values,
+    then those of the dashes."""
     group = next((name for name in arms[-1].groups if all(name in arm.groups for arm in arms[1:])), "")
     inside = [n for n, arm in enumerate(arms) if group in arm.groups and (n or arm.group == group)]
     axes = varied_axes([arms[n] for n in inside], group)
@@ -133,13 +133,13 @@ def _sweep(arms: Sequence[ArmRecord]) -> tuple[list[int], str, list[str]]:
 
 
 def caption_arms(arms: Sequence[ArmRecord]) -> str:
-    """What colours and dashes of ``lines_of_arms`` mean; '' where each arm has its own."""
+    """The meaning of colours and dashes in ``lines_of_arms``; '' if each arm has its own."""
     axes = _sweep(arms)[2]
     return (f" Colours: {axes[0]}" + (f", dashes: {', '.join(axes[1:])}" if axes[1:] else "") + ".") if axes else ""
 
 
 def _named(arm: ArmRecord) -> str:
-    """The arm's name, with how far its furthest run is where none is complete."""
+    """The arm's name, with the progress of its furthest run if none is complete."""
     return arm.name if arm.complete else f"{arm.name} ({max(trial.share for trial in arm.trials):.0%})"
 
 
@@ -152,9 +152,9 @@ class Chains:
 
 
 def chains_of(experiment: ExperimentRecord) -> Chains | None:
-    """Every chain as one line, as far as its stages have begun, and single runs of the same length; ``None`` without chains.
+    """Every chain as one line, as far as its stages have started, and single runs of the same length; ``None`` without chains.
 
-    A seed is drawn if it has begun all of the stages that the chain's furthest seed has.
+    A seed is drawn if it has started all of the stages that the chain's furthest seed has.
     """
     arms: list[ArmRecord] = []
     runs: list[list[RecordedRun]] = []
@@ -180,7 +180,7 @@ def chains_of(experiment: ExperimentRecord) -> Chains | None:
 
 
 def draw_interpolation(arms: Sequence[ArmRecord]) -> Figure | None:
-    """Loss on the straight line between the start's and the end's weights, against alpha; ``None`` where none was measured."""
+    """Loss on the straight line between the start and the final weights, against alpha; ``None`` if none was measured."""
     return _grid(
         arms,
         [
@@ -193,7 +193,7 @@ def draw_interpolation(arms: Sequence[ArmRecord]) -> Figure | None:
 
 
 def draw_dynamics(arms: Sequence[ArmRecord]) -> Figure | None:
-    """Size of a step and distance from the start, both of all weights, and gradient norm, against tokens."""
+    """Update ratio and distance from the start, both over all weights, and gradient norm, against tokens."""
     return _grid(
         arms,
         [
@@ -209,7 +209,7 @@ def draw_dynamics(arms: Sequence[ArmRecord]) -> Figure | None:
 def _grid(
     arms: Sequence[ArmRecord], panels: Sequence[tuple[str, Callable[[RecordedRun], Points]]], axis: str, *, tokens: bool
 ) -> Figure | None:
-    """One panel for each quantity that some run has, the mean over the seeds of every arm as a line; the names above."""
+    """One panel for each quantity that some run has, with a line for the mean over the seeds of every arm; the names above."""
     lines = lines_of_arms(arms)
     told: list[tuple[str, list[tuple[Line, Points]]]] = []
     for title, points_of in panels:
@@ -246,7 +246,7 @@ def _grid(
 
 
 def _mean_points(line: Line, points_of: Callable[[RecordedRun], Points]) -> Points:
-    """The mean over the seeds, where all of them have a point."""
+    """The mean over the seeds, at the points that all of them have."""
     found = [points_of(run) for run in line.seeds or (line.run,)]
     xs = found[0][0]
     for other, _ in found[1:]:

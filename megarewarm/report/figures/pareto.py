@@ -18,15 +18,14 @@ from megarewarm.report.numbers.runs import same_length
 from megarewarm.report.numbers.seeds import Spread
 from megarewarm.spelling import signed_text
 
-_LABELLED = 18  # with more arms than this only the front and the arm that others are compared with are named
+_LABELLED = 18  # with more arms only the front and the reference arm are named
 
 
 def comparable(rows: Sequence[ArmRow]) -> list[list[ArmRow]]:
-    """The arms whose forgetting and adaptation mean the same: on the same validation sets, from the same start, after as many
-    tokens.
+    """The arms with comparable forgetting and adaptation: same validation sets, same start, same number of tokens.
 
-    Only arms with both numbers; one that diverged in some seed is not judged by the others. Stages of chains, which start from
-    each other, are left out, as are groups of one.
+    Only arms with both numbers; an arm with a diverged seed is not judged by its other seeds. Stages of chains, which start
+    from each other, are omitted, as are groups of one.
     """
     found: list[list[ArmRow]] = []
     for row in rows:
@@ -65,7 +64,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
     """Means over the seeds, their ranges as bars, and the front as steps. ``main`` is drawn black.
 
-    Colour and marker tell the sweep.
+    Colour and marker identify the sweep.
     """
     spreads = [(row.spread("forgetting"), row.spread("adaptation")) for row in rows]
     xs = np.array([x.mean for x, _ in spreads], dtype=np.float64)
@@ -118,7 +117,7 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
 
 
 def _steps(xs: NDArray[np.float64], ys: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Points along the steps between (``xs``, ``ys``), (n, 2): labels keep clear of the line as of a row of points."""
+    """Points along the steps between (``xs``, ``ys``), (n, 2), so that labels avoid the line."""
     corners = np.column_stack([np.repeat(xs, 2)[1:], np.repeat(ys, 2)[:-1]])
     along = np.linspace(0, 1, 30)[:, None]
     return np.vstack([np.empty((0, 2)), *(a + along * (b - a) for a, b in itertools.pairwise(corners))])

@@ -1,4 +1,4 @@
-"""The look that all figures share: light, quiet, readable in print and by readers who don't see all colours."""
+"""The common look of all figures: light, quiet, readable in print and with colour-vision deficiencies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ GRID = "#e4e7eb"
 # Okabe and Ito's palette, which stays distinct under every common colour-vision deficiency, without its yellow, which
 # is too faint for lines on white; orange and sky blue are darkened a little for the same reason.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b65a94", "#1f2328", "#c98a00", "#3d9fd6", "#7f6b5d")
-BLACK = 4  # its place
+BLACK = 4  # its index
 # A second cue beside the colour, and the only one in a black-and-white print.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
-_EMPTY = 2.0  # times the values' own range, that 0 may lie away from them
-_SEQUENCES = (("plasma", 0.0, 0.78), ("viridis", 0.2, 0.78))  # what lies beyond is too faint for lines on white
+_EMPTY = 2.0  # times the values' own range: the furthest 0 on an axis
+_SEQUENCES = (("plasma", 0.0, 0.78), ("viridis", 0.2, 0.78))  # the rest is too faint for lines on white
 
 _SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -54,14 +54,14 @@ _SETTINGS: Any = {
     "lines.solid_capstyle": "round",
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "svg.fonttype": "path",  # letters travel with the picture: it looks the same where the font is missing
+    "svg.fonttype": "path",  # embeds letters as paths, so that it looks the same without the font
     "svg.hashsalt": "megarewarm",  # the same data give the same file
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Everything drawn inside the ``with`` block has the project's look; nothing outside of it changes."""
+    """Gives everything drawn inside the ``with`` block the project's look, and changes nothing outside it."""
     with matplotlib.rc_context(_SETTINGS):
         yield
 
@@ -74,12 +74,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def colour(index: int) -> str:
-    """Colour of the ``index``-th run; they repeat after eight, where dashes and markers take over."""
+    """Colour of the ``index``-th run; colours repeat after eight, and dashes and markers distinguish the repetitions."""
     return COLOURS[index % len(COLOURS)]
 
 
 def place_beside_black(index: int) -> int:
-    """Place in the palette of the ``index``-th colour that is not ``BLACK``, which stands for what others are compared with."""
+    """Index in the palette of the ``index``-th colour that is not ``BLACK``, which is for the reference arm."""
     others = len(COLOURS) - 1
     place = index % others
     return place + (place >= BLACK) + len(COLOURS) * (index // others)
@@ -109,9 +109,9 @@ def dashes(index: int) -> str | tuple[float, tuple[float, ...]]:
 
 
 def limits(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
-    """Where an axis with values from ``low`` to ``high`` begins and ends: with 0, unless most would be empty then.
+    """Where an axis with values from ``low`` to ``high`` begins and ends: at 0, unless most of it would be empty.
 
-    Values that differ by less than ``least`` are drawn as if they did by as much.
+    Values that differ by less than ``least`` are drawn as if they differed by that much.
     """
     span = max(high - low, least)
     if not low <= 0 <= high and min(abs(low), abs(high)) <= _EMPTY * span:
@@ -121,13 +121,13 @@ def limits(low: float, high: float, least: float = 0.02) -> tuple[float, float]:
 
 
 def sequence(count: int, axis: int = 0) -> list[str]:
-    """``count`` colours for the values of one axis in their order, lighter with the value: dark blue over red to orange for the
-    first axis of a sweep, dark blue to green for the others."""
+    """``count`` colours for the values of one axis in their order, lighter for higher ones: dark blue over red to orange for
+    the first axis of a sweep, dark blue to green for the others."""
     name, first, last = _SEQUENCES[min(axis, 1)]
     places = np.linspace(first, last, count) if count > 1 else [first]
     return [matplotlib.colors.to_hex(matplotlib.colormaps[name](float(place))) for place in places]
 
 
 def quiet_axes(axes: Axes) -> None:
-    """No tick marks; the grid carries the eye."""
+    """Without tick marks, since the grid is enough."""
     axes.tick_params(length=0)

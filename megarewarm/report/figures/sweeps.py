@@ -1,4 +1,4 @@
-"""The figures of a sweep's final losses against the values on its axis: how high a peak, how much replay, how long a warmup."""
+"""The figures of a sweep's final losses against the values on its axis, such as peak, replay or warmup."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from megarewarm.report.numbers.seeds import Spread
 from megarewarm.spelling import rate_text, tokens_text
 
 REPLAY = "replay.fraction"
-_TICK_FONT, _LETTER = 8.0, 0.58  # points, and a letter's width as a part of them
+_TICK_FONT, _LETTER = 8.0, 0.58  # points, and a letter's width as a share of them
 _TICKS_WIDTH = 185.0  # points between the outermost ticks
 _PANELS = (("upstream_after", "Upstream loss"), ("downstream_after", "Downstream loss"), ("average_after", "Average of both"))
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisLine:
-    """Final losses along one numeric axis, on the same validation sets and of arms that were trained for as long, unless that
-    is the axis.
+    """Final losses along one numeric axis, of arms with the same validation sets and the same length, unless that is the axis.
 
-    ``label`` says what the other axes are set to, and tokens and sets where not all arms have the same; or ''. ``colour`` is
-    that of the other axis' value, None where that is not what tells lines apart."""
+    ``label`` gives the values of the other axes, and tokens and sets if they differ between arms; or ''. ``colour`` is that of
+    the other axis' value, None if colours don't distinguish the lines by it."""
 
     label: str
     values: list[float]
@@ -55,9 +54,9 @@ def number_of(axis: str, value: Any) -> float | None:
 
 
 def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]] | None:
-    """The first axis of ``group`` with at least three different numbers, and the lines along it; ``None`` where none has.
+    """The first axis of ``group`` with at least three different numbers, and the lines along it; ``None`` if there is none.
 
-    An axis that mixes percentages with other numbers than 0 has no common unit and is no axis.
+    An axis that mixes percentages with numbers other than 0 has no common unit and is no axis.
     """
     inside = [row for row in rows if group in row.arm.groups and row.mean("upstream_after") is not None]
     for axis in dict.fromkeys(axis for row in inside for axis in row.arm.groups[group]):
@@ -82,7 +81,7 @@ def axis_lines(rows: Sequence[ArmRow], group: str) -> tuple[str, list[AxisLine]]
 
 
 def _coloured(lines: list[AxisLine], axis: str, group: str) -> list[AxisLine]:
-    """The lines in the order and the colours of the values of the other axis, where there is one that tells them apart."""
+    """The lines in the order and the colours of the values of the other axis, if there is one that distinguishes them."""
     axes = list(lines[0].rows[0].arm.groups[group])
     others = [other for other in axes if other != axis]
     values = [line.rows[0].arm.groups[group].get(others[0]) if len(others) == 1 else None for line in lines]
@@ -94,8 +93,8 @@ def _coloured(lines: list[AxisLine], axis: str, group: str) -> list[AxisLine]:
 
 
 def axis_colours(axis: str, values: Sequence[Any], place: int) -> dict[str, str]:
-    """A colour for each different value by its text, in their order: a sequence for numbers, the palette without black for
-    labels. ``place``: that of the axis among those of its sweep."""
+    """A colour for each distinct value by its text, in their order: a sequence for numbers, the palette without black for
+    labels. ``place``: the index of the axis in its sweep."""
     texts = ordered_values(axis, values)
     if is_numeric(axis, values):
         return dict(zip(texts, style.sequence(len(texts), place), strict=True))
@@ -111,19 +110,19 @@ def value_text(axis: str, value: Any) -> str:
 
 
 def varied_axes(arms: Sequence[ArmRecord], group: str) -> list[str]:
-    """The axes of ``group`` on which the arms, all of it, differ."""
+    """The axes of ``group`` on which the arms, all members of it, differ."""
     axes = dict.fromkeys(axis for arm in arms for axis in arm.groups[group])
     return [axis for axis in axes if len({value_text(axis, arm.groups[group].get(axis)) for arm in arms}) > 1]
 
 
 def ordered_values(axis: str, values: Sequence[Any]) -> list[str]:
-    """The different values as text: ascending where all are numbers of one unit, else in the order given."""
+    """The distinct values as text: ascending if all are numbers of one unit, else in the given order."""
     texts = {value_text(axis, value): number_of(axis, value) for value in values}
     return sorted(texts, key=lambda text: texts[text] or 0.0) if is_numeric(axis, values) else list(texts)
 
 
 def is_numeric(axis: str, values: Sequence[Any]) -> bool:
-    """Whether all values are numbers of one unit: percentages and other numbers than 0 have none in common."""
+    """Whether all values are numbers of one unit: percentages have none in common with numbers other than 0."""
     numbers = [number_of(axis, value) for value in values]
     percent = [isinstance(value, str) and value.strip().endswith("%") for value in values]
     mixed = any(percent) and any(n for n, p in zip(numbers, percent, strict=True) if not p)
@@ -177,7 +176,7 @@ def describe_axis(axis: str, lines: Sequence[AxisLine]) -> str:
 
 
 def caption_axis(lines: Sequence[AxisLine]) -> str:
-    """What a reader must know to read ``draw_axis``."""
+    """How to read ``draw_axis``."""
     if any(row.seeds[0] > 1 for line in lines for row in line.rows):
         return "Lines are means over the complete seeds, bands reach from the lowest to the highest seed."
     return "One seed each."
@@ -189,7 +188,7 @@ def error_bars(spreads: Sequence[Spread]) -> np.ndarray:
 
 
 def _placing(values: Sequence[float]) -> dict[float, float]:
-    """Where each value lies: by its logarithm where they span more than a factor of 5, with 0 one step left of the least."""
+    """The position of each value: its logarithm if they span more than a factor of 5, with 0 one step left of the least."""
     above = [value for value in values if value > 0]
     if values[0] < 0 or not above or above[-1] <= 5 * above[0]:
         return {value: value for value in values}
@@ -199,7 +198,7 @@ def _placing(values: Sequence[float]) -> dict[float, float]:
 
 
 def _legible(texts: dict[float, str], place: dict[float, float]) -> list[float]:
-    """The values whose tick labels, ``texts``, have room beside each other."""
+    """The values whose tick labels, ``texts``, fit side by side."""
     values = list(texts)
     span = place[values[-1]] - place[values[0]]
     shown = [values[0]]

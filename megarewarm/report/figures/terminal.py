@@ -27,9 +27,8 @@ def draw_curve(
 ) -> str:
     """A line chart of ``ys`` over ascending ``xs`` as text, ``width`` characters wide and at most ``height`` rows high.
 
-    The y axis starts at 0, or lower where the values do. ``y_label`` stands above it; ``x_text`` and
-    ``y_text`` spell the numbers on the axes.
-    Without ``unicode`` only ASCII is used, for terminals that know nothing else. Raises ValueError for fewer than two
+    The y axis starts at 0, or lower if the values do. ``y_label`` is above it; ``x_text`` and ``y_text`` format the numbers on
+    the axes. Without ``unicode`` only ASCII is used, for terminals that show nothing else. Raises ValueError for fewer than two
     finite points, or for a size too small to hold the axes.
     """
     x, y = np.asarray(xs, dtype=np.float64).ravel(), np.asarray(ys, dtype=np.float64).ravel()

@@ -17,7 +17,7 @@ from megarewarm.spelling import listed, rate_text, signed_text, tokens_text
 
 
 def draw_tradeoff(lines: Sequence[Line]) -> Figure | None:
-    """Adaptation against forgetting, one point per run, with its tokens where they differ; ``None`` with fewer than two."""
+    """Adaptation against forgetting, one point per run, with its tokens if they differ; ``None`` for fewer than two."""
     table = [line.row for line in lines if line.row is not None]
     length = " · {}" if len(distinct_lengths([row.tokens for row in _pointed(table)])) > 1 else ""
     points = [
@@ -57,18 +57,18 @@ def _pointed(table: Sequence[RunRow]) -> list[RunRow]:
 
 
 def caption_tradeoff(table: Sequence[RunRow]) -> str:
-    """What the points are, which of them compare, and which runs have none."""
-    text = "Both against the checkpoint that the run started from; up and left is better."
+    """What the points are, which of them are comparable, and which runs have none."""
+    text = "Both relative to the run's start checkpoint; up and left is better."
     drawn = _pointed(table)
     unlike = ["numbers of tokens"] if len(distinct_lengths([row.tokens for row in drawn])) > 1 else []
     unlike += ["starts"] if len({row.origin for row in drawn}) > 1 else []
     unlike += ["validation sets"] if len({row.sets for row in drawn}) > 1 else []
     if unlike:
-        text += f" The runs have different {listed(unlike)}: only those compare that have the same."
+        text += f" The runs have different {listed(unlike)}: compare only those with the same."
     left_out = [row for row in table if row.kind != "pretraining" and row not in drawn]
-    for why, lost in (("for a loss that is not finite", True), ("for want of a start checkpoint's losses", False)):
+    for why, lost in (("because a loss is not finite", True), ("because losses of a start checkpoint are missing", False)):
         if names := [row.label for row in left_out if row.diverged == lost]:
-            text += f" Without a point, {why}: {', '.join(names)}."
+            text += f" Without a point {why}: {', '.join(names)}."
     return text
 
 
@@ -82,7 +82,7 @@ def describe_tradeoff(table: Sequence[RunRow]) -> str:
 
 
 def signed_ticks(axes: Axes) -> None:
-    """Ticks with signs on both axes, with as many decimals as tell them apart."""
+    """Ticks with signs on both axes, with as many decimals as distinguish them."""
     for axis in (axes.xaxis, axes.yaxis):
         first, second = axis.get_majorticklocs()[:2]
         step = second - first

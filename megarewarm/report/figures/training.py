@@ -1,4 +1,4 @@
-"""The figure of how runs trained: loss of the training batches, gradient norm and throughput against tokens."""
+"""The figure of training: loss of the training batches, gradient norm and throughput against tokens."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megarewarm.report.figures.lines import Line
 from megarewarm.spelling import tokens_text
 
 _PANELS = (("loss", "Training loss"), ("grad_norm", "Gradient norm"), ("tokens_per_second", "Throughput (tokens/s)"))
-_POINTS = 500  # single steps drawn of each run
+_POINTS = 500  # most single steps drawn of each run
 _EARLY = 0.05  # of a run from scratch: its loss falls so fast there that it would leave no room for the rest
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def medians(run: RecordedRun, column: str) -> Points:
-    """Tokens and medians of at most 100 stretches of 10 steps or more, where there are 20 of those: single steps are noise.
+    """Tokens and medians over 20 to 100 intervals, of 10 steps or more in a long run, because single steps are noisy.
 
-    The tokens are those in the middle of a stretch.
+    The tokens are those in the middle of an interval.
     """
     tokens, values = steps_of(run, column)
     parts = [part for part in np.array_split(np.arange(len(values)), min(100, max(20, len(values) // 10))) if len(part)]
@@ -34,7 +34,7 @@ def medians(run: RecordedRun, column: str) -> Points:
 
 
 def steps_of(run: RecordedRun, column: str) -> Points:
-    """Tokens and a ``column`` of the train lines for every step that has a finite one."""
+    """Tokens and a ``column`` of the train lines for every step with a finite value."""
     kept = np.isfinite(run.train[column])
     return run.train["tokens"][kept] - run.tokens_before, run.train[column][kept]
 
@@ -42,7 +42,7 @@ def steps_of(run: RecordedRun, column: str) -> Points:
 def draw_training(lines: Sequence[Line]) -> Figure | None:
     """A panel for each of the three quantities that some run has: medians as lines, single steps faintly behind them.
 
-    ``None`` where no run has more than one step.
+    ``None`` if no run has more than one step.
     """
     panels = [(column, title) for column, title in _PANELS if any(len(steps_of(line.run, column)[0]) > 1 for line in lines)]
     if not panels:
@@ -72,7 +72,7 @@ def draw_training(lines: Sequence[Line]) -> Figure | None:
 
 
 def _limit(axes: Axes, lines: Sequence[Line], column: str) -> None:
-    """Show the medians, and all single steps but the furthest hundredth."""
+    """Show the medians, and all single steps but the most extreme hundredth."""
     shown: list[NDArray[np.float64]] = []
     for line in lines:
         begin = 0.0 if line.run.origin else _EARLY * line.run.tokens
@@ -86,7 +86,7 @@ def _limit(axes: Axes, lines: Sequence[Line], column: str) -> None:
         low, high = float(told.min()), float(told.max())
         least = 0.02 * max(abs(low), abs(high)) or 0.02
         bottom, top = style.limits(low, high, least)
-        if column == "loss":  # 0 is nothing to compare with
+        if column == "loss":  # 0 is no useful reference
             bottom = low - 0.06 * max(high - low, least)
         axes.set_ylim(max(0.0, bottom) if low >= 0 else bottom, top)
 
@@ -102,6 +102,6 @@ def describe_training(lines: Sequence[Line]) -> str:
 
 
 CAPTION = (
-    "Lines: medians over stretches of a run; faint: single steps, but for the furthest hundredth. Throughput is that of the "
-    "steps alone, without evaluations and saves."
+    "Lines: medians over intervals of a run; faint: single steps, except the most extreme hundredth. Throughput is that of "
+    "the steps alone, without evaluations and saves."
 )

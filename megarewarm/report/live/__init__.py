@@ -1,1 +1,1 @@
-"""Runs that are under way, as a live view."""
+"""A live view of runs in progress."""

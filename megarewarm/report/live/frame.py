@@ -12,7 +12,7 @@ from megarewarm.report.live.watch import STATES, Losses, Overview, RunView, Stat
 from megarewarm.spelling import duration_text, rate_text, signed_text, tokens_text
 
 WIDE = 118
-"""Columns from which on a run has all its numbers on one line."""
+"""Least number of columns for all of a run's numbers on one line."""
 
 _STYLES: dict[State, str] = {
     "diverged": "bold red", "stalled": "bold red", "running": "cyan", "stopped": "yellow", "waiting": "dim", "done": "green",
@@ -21,16 +21,16 @@ _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
 _ASCII = str.maketrans({"·": "|", "−": "-", "–": "-", "—": "-", "→": ">", "…": "~", "’": "'", "×": "x"})
 _LONGEST_NAME = 36
-_TITLE = 16  # of its characters stay, where the headline could say more
-_ALARMS = 6  # lines of alarms that a frame of no set height has
-_ROWS = 40  # runs that such a frame lists before it folds
+_TITLE = 16  # characters of the title that stay in a full headline
+_ALARMS = 6  # most lines of alarms in a frame without a set height
+_ROWS = 40  # most runs that such a frame lists before it folds
 
 
 def frame(overview: Overview, width: int, height: int | None = None, *, unicode: bool = True) -> list[Text]:
-    """The frame: a headline, a line for each run (two for a running one where that fits a narrow terminal), alarms.
+    """The frame: a headline, a line for each run (two for a running one if they fit a narrow terminal), alarms.
 
-    No line is wider than ``width`` characters and there are at most ``height`` of them (at least 6 are used). Runs that want
-    attention come first; where not all fit, those that wait and those that are done are counted instead of listed.
+    No line is wider than ``width`` characters and there are at most ``height`` of them (at least 6). The most urgent runs come
+    first; if not all fit, waiting and finished runs are counted instead of listed.
     """
     width = max(width, 40)
     room = max(height, 6) if height is not None else None
@@ -57,7 +57,7 @@ def _headline(overview: Overview, width: int) -> Text:
         tail.append(f"  {overview.share:.0%}")
         if overview.left is not None and overview.left > 0:
             tail.append(f"  {duration_text(overview.left)} left", style="bold")
-            rest = f" without the {overview.idle} at rest"
+            rest = f" without {overview.idle} idle"
             if overview.idle and len(tail.plain) + len(rest) + min(len(overview.title), _TITLE) <= width:
                 tail.append(rest, style="dim")
     text.append(_short(overview.title, max(8, width - len(tail.plain))), style="bold")
@@ -65,7 +65,7 @@ def _headline(overview: Overview, width: int) -> Text:
 
 
 def _columns(overview: Overview, width: int) -> tuple[int, int, bool]:
-    """Width of the names, of the sparklines, and whether all numbers stand on one line."""
+    """Width of the names, of the sparklines, and whether all numbers fit on one line."""
     wide = width >= WIDE
     fixed = 9 + 10 + 2 * (7 + 7 + 3) + 7 + 8 + 7 + 7 if wide else 9 + 5 + 2 * (8 + 2) + 7
     longest = min(_LONGEST_NAME, max((len(run.name) for run in overview.runs), default=3))
@@ -98,7 +98,7 @@ def _rows(overview: Overview, width: int, room: int | None, unicode: bool) -> li
         if room is not None and len(kept) > room - len(folded):
             kept = kept[: max(0, room - len(folded) - 1)]
             missing = sum(run.state not in ("waiting", "done") for run in ranked) - len(kept)
-            folds.append(Text(f"{missing} more that run or rest", style="dim"))
+            folds.append(Text(f"{missing} more running or idle", style="dim"))
         shown = kept
         folds += [_folded(state, by_state[state], width) for state in STATES if state in folded]
     rows: list[Text] = []
@@ -132,7 +132,7 @@ def _row(run: RunView, columns: tuple[int, int, bool], unicode: bool) -> Text:
 
 
 def _detail(run: RunView) -> Text:
-    """The numbers that a narrow terminal has no columns for."""
+    """The numbers for which a narrow terminal has no columns."""
     parts = [f"step {_steps(run)}", f"loss {_loss(run.loss)}", f"lr {rate_text(run.lr)}"]
     if run.tokens_per_second:
         parts.append(f"{tokens_text(run.tokens_per_second)} tok/s")
@@ -145,8 +145,8 @@ def _detail(run: RunView) -> Text:
 def sparkline(losses: Losses, width: int, unicode: bool = True) -> Text:
     """The losses so far in ``width`` characters, red where above the start checkpoint's, green where below.
 
-    Each character is the loss farthest from the start's in its share of the steps, so that a short rise is seen. The height
-    runs from the lowest to the highest of the run's own losses, the start's among them.
+    Each character is the loss farthest from the start's in its share of the steps, so that a short rise is visible. The height
+    ranges from the lowest to the highest of the run's own losses, including the start's.
     """
     points = [(step, loss) for step, loss in losses.points if math.isfinite(loss)]
     if not points:
@@ -171,7 +171,7 @@ def sparkline(losses: Losses, width: int, unicode: bool = True) -> Text:
 
 
 def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
-    """Runs of one state in one line: how many, and what is most worth knowing of them."""
+    """Runs of one state in one line: their number, and the most important facts about them."""
     text = Text(f"{len(runs)} {state}", style=_STYLES[state])
     if state == "done":
         for role, name in (("upstream", " · lowest up"), ("downstream", ", down")):
@@ -190,7 +190,7 @@ def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
 
 
 def _alarm_lines(overview: Overview) -> list[Text]:
-    """A line for each alarm of a run that isn't done, those of the state that wants attention most first."""
+    """A line for each alarm of a run that isn't done, the most urgent state first."""
     lines = []
     for state in STATES:
         for run in overview.runs:
@@ -225,7 +225,7 @@ def _trend(difference: float | None) -> str:
 
 
 def _short(name: str, width: int) -> str:
-    """At most ``width`` characters: the end of a long name tells it from others as much as its start."""
+    """At most ``width`` characters: keeps the start and the end of a long name, because both distinguish it."""
     if len(name) <= width:
         return name
     head = (width - 1) // 2
@@ -233,7 +233,7 @@ def _short(name: str, width: int) -> str:
 
 
 def _fit(line: Text, width: int, unicode: bool) -> Text:
-    """Cut to the width; in ASCII where nothing else can be shown."""
+    """Cut to the width; in ASCII if the terminal shows nothing else."""
     if len(line.plain) > width:
         line = line[: width - 1].append("…")
     if not unicode:

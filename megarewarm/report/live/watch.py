@@ -1,6 +1,6 @@
-"""How the runs of an experiment stand while they are under way: state, progress, time left, and what looks wrong.
+"""The status of an experiment's runs in progress: state, progress, time left, and problems.
 
-All of it from files: ``experiment.json`` and each run's ``metrics.jsonl``, so it works beside the job or on a login node.
+All of it comes from files, ``experiment.json`` and each run's ``metrics.jsonl``, so it works beside the job or on a login node.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from megarewarm.spelling import duration_text, loss_text, rate_text
 
 State = Literal["diverged", "stalled", "running", "stopped", "waiting", "done"]
 STATES: tuple[State, ...] = ("diverged", "stalled", "running", "stopped", "waiting", "done")
-"""In the order in which they want attention."""
+"""The most urgent first."""
 
 RISE = 0.5
-"""Nats per token by which the upstream loss may rise before it is an alarm. Published re-warmings at 0.4B parameters rose by
-0.1 to 0.45 where the new data were near the old (arXiv 2403.08763, section 7.1)."""
+"""Nats per token by which the upstream loss may rise without an alarm. Published re-warmings at 0.4B parameters rose by 0.1 to
+0.45 with new data close to the old (arXiv 2403.08763, section 7.1)."""
 
 _SPIKE = 10.0  # times the median of the gradient norms before
-_MEDIAN_OF = 256  # train lines that such a median is taken over, and at least
+_MEDIAN_OF = 256  # most train lines in such a median; below is the least
 _MEDIAN_NEEDS = 20
-_DATA_WAIT = 0.05  # of the time of a step
+_DATA_WAIT = 0.05  # share of a step's time
 _SILENT_STEPS, _SILENT_GAPS, _SILENT_SECONDS = 20.0, 3.0, 60.0
-_STARTING_SECONDS = 900.0  # loading, compiling and a first evaluation may take that long
+_STARTING_SECONDS = 900.0  # loading, compiling and a first evaluation may take this long
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run as ``experiment.json`` announces it. ``after`` are names of runs that it waits for."""
+    """A run as planned in ``experiment.json``. ``after`` names the runs that it waits for."""
 
     name: str
     folder: Path
@@ -68,7 +68,7 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class RunView:
-    """A run as it stands. ``left`` is in seconds, ``alarms`` are sentences; ``None`` for what is not known (yet)."""
+    """The current status of a run. ``left`` is in seconds, ``alarms`` are sentences; ``None`` for what is not known (yet)."""
 
     name: str
     state: State
@@ -98,9 +98,9 @@ class RunView:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """The whole: every run in order, the completed share of all steps and the seconds left, ``None`` where unknown.
+    """Every run in order, the completed share of all steps and the seconds left, ``None`` if unknown.
 
-    ``idle`` counts the runs without a rate of progress, stopped, stalled or diverged, whose steps ``left`` leaves out.
+    ``idle`` counts the runs without a rate of progress (stopped, stalled or diverged), whose steps ``left`` omits.
     """
 
     title: str
@@ -114,11 +114,11 @@ class Overview:
 
 
 class Watch:
-    """Looks at the runs of ``folder``: an experiment's, a run's, or one that holds run folders.
+    """Watches the runs of ``folder``: an experiment's, a run's, or one that contains run folders.
 
-    ``rise`` is the upstream loss' rise in nats per token that is an alarm. ``clock`` gives seconds since 1970. ``only``: names
-    of the runs that are meant, whose starts among the others are taken to be there. Raises ``UserError`` where the folder is
-    none of these.
+    ``rise`` is the rise of the upstream loss in nats per token that raises an alarm. ``clock`` gives seconds since 1970.
+    ``only``: names of the runs to watch; the others that they start from are assumed to be complete. Raises ``UserError`` if
+    the folder is none of these.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Watch:
         planned_runs(self._folder)
 
     def look(self) -> Overview:
-        """Read what is new and say how everything stands."""
+        """Read new lines and return the current status."""
         title, planned = planned_runs(self._folder)
         if self._only is not None:
             planned = [_alone(run, self._only) for run in planned if run.name in self._only]
@@ -167,7 +167,7 @@ class Watch:
         alarms = list(self._alarms[path])
         if state == "stalled":
             times = f", {silent / pace:,.0f} step times" if pace and silent < 1000 * pace else ""
-            alarms.insert(0, f"no new line for {duration_text(silent)}{times}: killed, or hanging")
+            alarms.insert(0, f"no new line for {duration_text(silent)}{times}: killed or hanging")
         first = follower.origin_step
         step = follower.step if follower.step is not None else first if follower.lines.number else None
         return RunView(
@@ -190,14 +190,14 @@ class Watch:
 
 
 def _alone(run: Planned, names: Collection[str]) -> Planned:
-    """The run without the starts that are not in ``names``."""
+    """The run without dependencies that are not in ``names``."""
     return dataclasses.replace(run, after=tuple(name for name in run.after if name in names))
 
 
 def planned_runs(folder: Path) -> tuple[str, list[Planned]]:
-    """Title and runs of an experiment's folder, of a run's, or of a folder that holds run folders.
+    """Title and runs of an experiment's folder, of a run's, or of a folder that contains run folders.
 
-    Raises ``UserError`` where the folder is none of these, or its experiment.json can't be understood.
+    Raises ``UserError`` if the folder is none of these, or its experiment.json is damaged.
     """
     plan = folder / EXPERIMENT_FILE
     if plan.is_file():
@@ -229,7 +229,7 @@ def _experiment(plan: Path, folder: Path) -> tuple[str, list[Planned]]:
         return str(told.get("title") or told["experiment"]), runs
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{plan}: can't be understood ({type(error).__name__}: {error}): start the experiment again, which writes it anew"
+            f"{plan}: damaged ({type(error).__name__}: {error}): start the experiment again to rewrite it"
         ) from None
 
 
@@ -238,7 +238,7 @@ def _positive(value: Any) -> Any:
 
 
 def _first_time(path: Path) -> float:
-    """When a metrics file's first line was written; infinite where it can't be told."""
+    """When a metrics file's first line was written; infinite if unknown."""
     try:
         with open(path, "rb") as file:
             return float(orjson.loads(file.readline())["time"])
@@ -278,7 +278,7 @@ def _state(follower: Follower, silent: float, pace: float | None, *roles: Losses
 
 
 def _alarms(follower: Follower, upstream: Losses, rise: float) -> list[str]:
-    """What looks wrong, in words."""
+    """Problems, as sentences."""
     found = [f"{follower.damage}"] if follower.damage else []
     lines = list(follower.recent)
     if broken := [line.step for line in lines if not math.isfinite(line.loss)]:
@@ -287,7 +287,7 @@ def _alarms(follower: Follower, upstream: Losses, rise: float) -> list[str]:
         found.append(f"the upstream loss is not finite at step {bad[-1]}")
     if upstream.difference is not None and upstream.difference > rise:
         ends = f"{loss_text(upstream.start)} to {loss_text(upstream.newest)}"
-        found.append(f"upstream loss risen by more than {rise:g}: {ends}")
+        found.append(f"upstream loss rose by more than {rise:g}: {ends}")
     if spike := _spike(lines):
         found.append(spike)
     per_step = follower.tokens_per_step()
@@ -295,7 +295,7 @@ def _alarms(follower: Follower, upstream: Losses, rise: float) -> list[str]:
     if per_step and len(timed) >= _MEDIAN_NEEDS:
         share = sum(line.data_wait for line in timed) / sum(per_step / line.tokens_per_second for line in timed)
         if share > _DATA_WAIT:
-            found.append(f"{min(share, 1.0):.0%} of the time goes into waiting for data")
+            found.append(f"{min(share, 1.0):.0%} of the time is spent waiting for data")
     for alarm in follower.alarms[-2:]:
         what = str(alarm.get("message") or alarm.get("reason") or alarm.get("kind") or "alarm").rstrip(".")
         found.append(f"step {alarm.get('step', '?')}: {what}")
@@ -305,7 +305,7 @@ def _alarms(follower: Follower, upstream: Losses, rise: float) -> list[str]:
 
 
 def _spike(lines: Sequence[Any]) -> str | None:
-    """The newest gradient norm that is over ten times the median of those before it."""
+    """The newest gradient norm above ten times the median of those before it."""
     lines = [line for line in lines if math.isfinite(line.grad_norm)]
     if len(lines) <= _MEDIAN_NEEDS:
         return None
@@ -313,7 +313,7 @@ def _spike(lines: Sequence[Any]) -> str | None:
     for index in range(len(lines) - 1, _MEDIAN_NEEDS - 1, -1):
         norm = lines[index].grad_norm
         if norm <= overall:
-            continue  # no use to compute a median for half of the lines
+            continue  # saves computing a median for half of the lines
         if norm > _SPIKE * overall or index < _MEDIAN_OF:
             before = statistics.median(line.grad_norm for line in lines[max(0, index - _MEDIAN_OF) : index])
             if before > 0 and norm > _SPIKE * before:
@@ -322,7 +322,7 @@ def _spike(lines: Sequence[Any]) -> str | None:
 
 
 def _estimate(views: list[RunView]) -> list[RunView]:
-    """The views with ``left``: running ones by their own rate, waiting ones by the median rate of all that have one."""
+    """The views with ``left``: running ones from their own rate, waiting ones from the median rate of all that have one."""
     rates = [
         view.tokens_per_step / view.seconds_per_step
         for view in views
@@ -348,9 +348,9 @@ def _estimate(views: list[RunView]) -> list[RunView]:
 
 
 def _whole(views: Sequence[RunView]) -> tuple[float | None, int]:
-    """Seconds until all that runs or waits is done, and how many runs that leaves out.
+    """Seconds until all running and waiting runs are done, and the number of runs that this omits.
 
-    As many runs are taken to go on at once as do now, and no chain of runs that wait for each other ends before its sum.
+    Assumes that as many runs train at once as do now, and that no chain of runs that wait for each other ends before its sum.
     """
     ahead = [view for view in views if view.state in ("running", "waiting")]
     idle = sum(view.state in ("stopped", "stalled", "diverged") for view in views)
@@ -371,7 +371,7 @@ def _whole(views: Sequence[RunView]) -> tuple[float | None, int]:
 
 
 def _work(view: RunView, in_tokens: bool) -> float:
-    """A run's weight in the whole: its tokens, or its steps."""
+    """A run's weight in the total: its tokens, or its steps."""
     return max(0.0, ((view.total or 0) - view.first) * (view.tokens_per_step or 1.0 if in_tokens else 1.0))
 
 

@@ -1,1 +1,1 @@
-"""What runs and arms amount to, in numbers."""
+"""Runs and arms in numbers."""

@@ -1,4 +1,4 @@
-"""What the arms of an experiment amount to: every measure for every seed, and the arms' differences paired by seed."""
+"""The arms of an experiment in numbers: every measure for every seed, and the arms' differences paired by seed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ COMPARED = ("upstream_after", "downstream_after", "average_after")
 
 @dataclasses.dataclass(frozen=True)
 class ArmRow:
-    """An arm in numbers: ``values[measure][seed]``, of its complete runs only. ``seeds`` is how many those are of how many.
+    """An arm in numbers: ``values[measure][seed]``, of its complete runs only. ``seeds`` counts the complete runs, and all.
 
-    ``scratch`` is the arm from scratch that ``tokens_saved`` is measured against.
+    ``scratch`` is the arm from scratch that ``tokens_saved`` is relative to.
     """
 
     arm: ArmRecord
@@ -40,15 +40,15 @@ class ArmRow:
         return len(self.arm.complete), len(self.arm.trials)
 
     def spread(self, measure: str) -> Spread:
-        """The measure over the seeds; empty where the arm has no such number."""
+        """The measure over the seeds; empty if the arm has no such number."""
         return spread_of(list(self.values.get(measure, {}).values()))
 
     def mean(self, measure: str) -> float | None:
         return self.spread(measure).mean
 
     def flat(self) -> dict[str, Any]:
-        """One level of keys and JSON values: name, mean, deviation, lowest and highest of every measure, and how many seeds
-        had a finite one."""
+        """One level of keys and JSON values: name, mean, deviation, lowest and highest of every measure, and the number of
+        seeds with a finite one."""
         flat: dict[str, Any] = {
             "arm": self.name,
             "kind": self.kind,
@@ -84,10 +84,10 @@ def arm_rows(experiment: ExperimentRecord) -> list[ArmRow]:
 
 
 def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
-    """The row with the tokens that it saved against an arm from scratch, seed by seed.
+    """The row with the tokens that it saved relative to an arm from scratch, seed by seed.
 
-    That is: of the arms from scratch on the same training and validation data, the one that ended lowest downstream, and of its
-    tokens those that this arm did not need to get as low.
+    That arm is the one with the lowest final downstream loss among those from scratch on the same training and validation data.
+    The saving is its tokens minus the tokens at which this arm reached its final loss.
     """
     data = _training_data(row.arm)
     able = [
@@ -110,7 +110,7 @@ def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:
 
 
 def _training_data(arm: ArmRecord) -> Any:
-    """What the arm was trained on, as its configuration says, replay left out; None where it says nothing."""
+    """The arm's training data from its configuration, without replay; ``None`` if the configuration has none."""
     for _, run in _with_runs(arm.complete):
         if isinstance(data := run.config.get("data"), dict):
             return data.get("train")
@@ -123,8 +123,8 @@ def _with_runs(trials: Sequence[TrialRecord]) -> list[tuple[TrialRecord, Recorde
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """An arm against the reference arm of its group, in one measure; ``group`` is '' for arms in none. ``tokens``: what the arm
-    and its reference were trained on, all stages of a chain together."""
+    """An arm against the reference arm of its group, in one measure; ``group`` is '' for arms in none. ``tokens``: the training
+    tokens of the arm and of its reference, over all stages of a chain."""
 
     group: str
     arm: str
@@ -135,7 +135,7 @@ class Comparison:
 
     @property
     def same_length(self) -> bool:
-        """Whether the two were trained for as long as each other: otherwise the difference is that of length as well."""
+        """Whether both were trained on the same number of tokens; otherwise the difference includes the effect of length."""
         return same_length(*self.tokens)
 
     @property
@@ -162,14 +162,14 @@ CHAINS = "chains of stages"
 
 
 def reference_of(experiment: ExperimentRecord, group: str) -> ArmRecord | None:
-    """The arm that a sweep's arms are compared with: one that stands in its figure from outside, else its first."""
+    """The arm that a sweep's arms are compared with: one in its figure that isn't part of the sweep, else its first."""
     inside = [arm for arm in experiment.arms if group in arm.groups]
     return next((arm for arm in inside if arm.group != group), inside[0] if inside else None)
 
 
 def comparisons(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[Comparison]:
-    """The arms of every sweep against its reference, the ends of chains against the first chain's, and all other arms that
-    continue a checkpoint or began from scratch against the main arm; where the validation sets are the same."""
+    """Compares the arms of every sweep with its reference, the ends of chains with the first chain's, and all other arms that
+    continue a checkpoint or started from scratch with the main arm; only arms with the same validation sets."""
     found: list[Comparison] = []
     by_name = {row.name: row for row in rows}
     tokens = {row.name: row.mean("tokens") or 0.0 for row in rows}
@@ -214,7 +214,7 @@ def chain_ends(experiment: ExperimentRecord) -> list[ArmRecord]:
 
 
 def chain_stages(experiment: ExperimentRecord, end: ArmRecord) -> list[ArmRecord]:
-    """The stages that lead to ``end``, first to last; stages of another chain too, where its chain starts from one."""
+    """The stages that lead to ``end``, first to last; stages of another chain too, if its chain starts from one."""
     stages = [end]
     while before := next((a for name in stages[0].after if (a := experiment.arm(name)) and a.chain is not None), None):
         stages.insert(0, before)
@@ -222,7 +222,7 @@ def chain_stages(experiment: ExperimentRecord, end: ArmRecord) -> list[ArmRecord
 
 
 def whole_runs(experiment: ExperimentRecord) -> list[ArmRecord]:
-    """Single runs from scratch of the length of a whole chain: what a chain would be, had its data come at once."""
+    """Single runs from scratch of the length of a whole chain: the equivalent of a chain with all data from the beginning."""
     lengths = [sum(arm.trials[0].tokens for arm in chain_stages(experiment, end)) for end in chain_ends(experiment)]
     return [
         arm

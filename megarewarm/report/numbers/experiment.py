@@ -1,4 +1,4 @@
-"""Reads an experiment's folder: ``experiment.json``, which tells what its runs are to each other, and those that have begun."""
+"""Reads an experiment's folder: ``experiment.json``, which records how its runs are related, and the runs that have started."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ State = Literal["complete", "under way", "not begun"]
 
 @dataclasses.dataclass(frozen=True)
 class TrialRecord:
-    """One run of an arm, with one seed (``None`` where the experiment has none). ``run`` is ``None`` before it has begun.
+    """One run of an arm, with one seed (``None`` if the experiment has none). ``run`` is ``None`` before it has started.
 
-    ``state`` is 'complete' when all ``steps`` of its plan were trained; one that was stopped counts as 'under way'.
+    ``state`` is 'complete' when all planned ``steps`` were trained; a stopped run counts as 'under way'.
     """
 
     name: str
@@ -35,14 +35,14 @@ class TrialRecord:
 
     @property
     def share(self) -> float:
-        """How much of the plan was trained, 0 to 1."""
+        """Trained share of the planned steps, 0 to 1."""
         return 1.0 if self.state == "complete" else min(1.0, self.run.steps / self.steps) if self.run and self.steps else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class ArmRecord:
-    """The runs that differ in their seed alone. ``after``: the arms that they start from; ``continued`` whether others do
-    from this one; ``groups``: the sweeps in whose figures it stands, with its values on their axes."""
+    """The runs that differ only in their seed. ``after``: the arms that they start from; ``continued`` whether others start
+    from this one; ``groups``: the sweeps whose figures show it, with its values on their axes."""
 
     name: str
     group: str | None
@@ -55,12 +55,12 @@ class ArmRecord:
 
     @property
     def complete(self) -> list[TrialRecord]:
-        """The runs whose numbers count: those that are complete."""
+        """The complete runs: only their numbers count."""
         return [trial for trial in self.trials if trial.state == "complete"]
 
     @property
     def shown(self) -> list[TrialRecord]:
-        """The runs that are drawn: the complete ones, or where there is none yet, those that have begun."""
+        """The runs to draw: the complete ones or, if there are none yet, those that have started."""
         return self.complete or [trial for trial in self.trials if trial.run is not None]
 
     @property
@@ -70,14 +70,14 @@ class ArmRecord:
 
     @property
     def kind(self) -> Kind:
-        """'pretraining' where others start from a run from scratch, 'scratch' where none does, else 'continued'."""
+        """'pretraining' if others start from this run from scratch, 'scratch' if none does, else 'continued'."""
         if self.after or any(run.origin for run in self.runs):
             return "continued"
         return "pretraining" if self.continued else "scratch"
 
     @property
     def sets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of its upstream and of its downstream validation sets: losses compare only where they are the same."""
+        """Names of its upstream and of its downstream validation sets: losses are comparable only if these are the same."""
         first = self.runs[0] if self.runs else None
         return (tuple(first.sets(UPSTREAM)), tuple(first.sets(DOWNSTREAM))) if first else ((), ())
 
@@ -95,7 +95,7 @@ class ArmRecord:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentRecord:
-    """An experiment as its folder tells it."""
+    """An experiment as recorded in its folder."""
 
     folder: Path
     name: str
@@ -108,7 +108,7 @@ class ExperimentRecord:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds, in order; empty where the experiment names none."""
+        """The seeds, in order; empty if the experiment has none."""
         return list(dict.fromkeys(trial.seed for trial in self.trials if trial.seed is not None))
 
     @property
@@ -121,9 +121,9 @@ class ExperimentRecord:
 
     @property
     def main(self) -> ArmRecord | None:
-        """The arm that others are compared with: the one in most sweeps' figures, the first among equals.
+        """The reference arm: the one in most sweeps' figures, the first among equals.
 
-        Single runs come before those of sweeps, and only runs that continue a checkpoint and are no stage of a chain count.
+        Single runs come before those of sweeps, and only runs that continue a checkpoint and are not a stage of a chain count.
         """
         able = [arm for arm in self.arms if arm.kind == "continued" and arm.chain is None and not arm.continued]
         return max(able, key=lambda arm: (len(arm.groups), arm.group is None), default=None)
@@ -139,19 +139,17 @@ def read_experiment(folder: Path | str) -> ExperimentRecord:
     folder = Path(folder)
     path = folder / EXPERIMENT_FILE
     if not path.is_file():
-        raise UserError(
-            f"{folder.absolute()}: no {path.name}: give the folder of an experiment that was started, or those of runs"
-        )
+        raise UserError(f"{folder.absolute()}: no {path.name}: give the folder of a started experiment, or folders of runs")
     try:
         record = read_record(folder)
         entries = [_entry(folder, entry) for entry in record["runs"]]
         name, title = str(record["experiment"]), str(record.get("title") or record["experiment"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path}: damaged ({type(error).__name__}: {error}); start the experiment again, which writes it anew"
+            f"{path}: damaged ({type(error).__name__}: {error}): start the experiment again to rewrite it"
         ) from None
     if not entries:
-        raise UserError(f"{path}: lists no runs; start the experiment again, which writes it anew")
+        raise UserError(f"{path}: lists no runs: start the experiment again to rewrite it")
     return ExperimentRecord(folder, name, title, _arms(entries))
 
 
@@ -170,7 +168,7 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRe
 
 
 def _begun(folder: Path) -> RecordedRun | None:
-    """The run in ``folder``; ``None`` where it has neither trained nor evaluated yet."""
+    """The run in ``folder``; ``None`` if it has neither trained nor evaluated yet."""
     path = folder / METRICS_FILE
     if not path.is_file():
         return None
@@ -202,9 +200,9 @@ def _arms(entries: Sequence[tuple[dict[str, Any], TrialRecord]]) -> list[ArmReco
 
 
 def mean_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
-    """The mean of runs that differ in their seed: every number that all of them have, averaged step by step.
+    """The mean of runs that differ only in their seed: every number that all of them have, averaged step by step.
 
-    Its config is the first run's, its events are dropped. One run is its own mean, under the new name.
+    It has the first run's config and no events. The mean of one run is that run under the new name.
     """
     first = runs[0]
     start = first.start | {"name": name}
@@ -230,9 +228,9 @@ def mean_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
 
 
 def joined_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
-    """Runs that follow on each other (the stages of a chain) as one, whose steps and tokens are counted through.
+    """Consecutive runs (the stages of a chain) as one run with continuous steps and tokens.
 
-    Where one ends and the next begins the same checkpoint was evaluated twice; the later one counts.
+    The checkpoint between two runs was evaluated twice; the later evaluation counts.
     """
     trains: list[dict[str, Any]] = []
     evaluations: dict[tuple[int, str], Evaluation] = {}

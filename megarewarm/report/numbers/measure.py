@@ -1,4 +1,4 @@
-"""The measures of a report, one row each: what page, experiment, terminal and files show of a run follows from this table."""
+"""The measures of a report, one row each: pages, terminal and files all show the numbers of a run from this table."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Number = float | None
 class Measure:
     """One number of a run.
 
-    ``of`` gives it, None where the run has none, or is None itself where it takes other runs to know (``arms.py``).
-    ``heading`` under ``group``: of its column in the pages; a measure without one is in the files only. ``text``: how its
-    numbers are written; ``infinite``: what stands for an infinite one; ``small``: what is written below it in a page of runs.
-    ``headline``: bold, and last in a file of runs. ``spread``: whether its deviation over seeds is shown.
+    ``of`` computes it, None if the run has none; ``of`` is None itself if the number depends on other runs (``arms.py``).
+    ``heading`` under ``group`` is its column in the pages; a measure without one is in the files only. ``text`` formats its
+    numbers; ``infinite`` stands for an infinite one; ``small`` is written below it in a page of runs. ``headline``: bold, and
+    last in a file of runs. ``spread``: whether its deviation over seeds is shown.
 
-    Where it is shown: ``runs``: the page of runs; ``arms``: everything of experiments, under ``key``; ``file``: its key in
+    Where it appears: ``runs``: the page of runs; ``arms``: everything of experiments, under ``key``; ``file``: its key in
     table.csv and table.json of runs; ``terminal``: (heading, text of a run) of its column in the terminal.
     """
 
@@ -71,7 +71,7 @@ def _average(row: RunRow) -> Number:
 
 
 def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -> list[Measure]:
-    """The losses of the ``role`` before and after, and on the way."""
+    """The losses of the ``role`` before and after, and in between."""
     group = f"{role.capitalize()} loss"
     return [
         Measure(
@@ -168,13 +168,13 @@ MEASURES: list[Measure] = [
 """In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage, ``wall_time``
 is in seconds.
 
-Infinite: a final loss that diverged, a rise that was not recovered (``*_recovered_tokens``), and minus infinity for
-``tokens_saved`` of an arm that never reached the loss of the arm from scratch.
+Infinite: a final loss that diverged, a rise without recovery (``*_recovered_tokens``), and minus infinity for ``tokens_saved``
+of an arm that never reached the loss of the arm from scratch.
 """
 
 
 def run_measures(row: RunRow) -> dict[str, float]:
-    """The measures of one run that need no other, by their keys in an experiment; absent where the run has no such number."""
+    """The measures of one run that depend on no other run, by their keys in an experiment; without those that the run lacks."""
     values = {measure.key: measure.of(row) for measure in MEASURES if measure.arms and measure.of is not None}
     return {key: value for key, value in values.items() if value is not None}
 

@@ -1,7 +1,7 @@
-"""What the runs of a report amount to: one row of numbers per run, and the keys in which their configs differ.
+"""The runs of a report in numbers: one row per run, and the keys in which their configs differ.
 
 Losses are mean cross entropies in nats per token; perplexity is exp(loss). Forgetting is the rise of the upstream loss,
-adaptation the fall of the downstream loss, both against the very checkpoint that the run started from.
+adaptation the fall of the downstream loss, both relative to the checkpoint that the run started from.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
 Kind = Literal["pretraining", "scratch", "continued"]
 
 LENGTHS = ("training.budget", "training.global_batch", "data.sequence_length")
-"""Settings that decide on how many tokens a run is trained."""
+"""Settings that determine the number of training tokens."""
 
 _NOT_A_SETTING = ("name", "folder")
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A role's loss before and after a run, ``after`` infinite where it diverged.
+    """A role's loss before and after a run; ``after`` is infinite if it diverged.
 
-    ``peak_rise`` is the highest finite evaluation minus ``before``, at least 0, and ``peak_tokens`` where it was made.
-    ``recovered_tokens``: where the loss was first evaluated at or below ``before`` again after that peak, infinite where it
-    never was (the stability gap closed, or not); ``None`` where it never rose.
+    ``peak_rise`` is the highest finite evaluation minus ``before``, at least 0, and ``peak_tokens`` its position.
+    ``recovered_tokens`` is the position of the first evaluation after the peak that is at or below ``before``, infinite if
+    there is none (whether the stability gap closed); ``None`` if the loss never rose.
 
-    ``None`` where the run has no such number; ``before`` and what follows from it only for runs that started from a
-    checkpoint.
+    A field is ``None`` if the run has no such number. Only runs that started from a checkpoint have ``before`` and what follows
+    from it.
     """
 
     before: float | None = None
@@ -53,8 +53,8 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class RunRow:
-    """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses
-    compare only where they are the same. ``tokens_per_second`` is the median step's, ``wall_time`` is in seconds."""
+    """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses are
+    comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds."""
 
     label: str
     kind: Kind
@@ -112,8 +112,8 @@ def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
 
 
 def wall_time(run: RecordedRun) -> float | None:
-    """Seconds that the run's processes took, by the times of its events: from each start to the last event before the next
-    one, so pauses do not count. ``None`` where no event has a time."""
+    """Seconds that the run's processes took, from the times of its events: from each start to the last event before the next
+    one, so pauses do not count. ``None`` if no event has a time."""
     total, begun, last = 0.0, None, None
     for event in (run.start, *run.events):
         time = number(event.get("time"))
@@ -127,16 +127,16 @@ def wall_time(run: RecordedRun) -> float | None:
 
 
 def labels(runs: Sequence[RecordedRun]) -> list[str]:
-    """The runs' names; where two share one, their folders."""
+    """The runs' names; for runs that share a name, their folders."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else str(run.folder) for run in runs]
 
 
 def kinds(runs: Sequence[RecordedRun]) -> list[Kind]:
-    """What each run is to the others.
+    """How each run is related to the others.
 
-    'continued' started from a checkpoint. Without one, a run is the 'pretraining' where another run of the report
-    continues it, or where none continues anything; otherwise it is trained from 'scratch' for comparison.
+    'continued' started from a checkpoint. A run without one is 'pretraining' if another run of the report continues it, or if
+    none continues anything; otherwise it was trained from 'scratch' for comparison.
     """
     origins = [part for run in runs if run.origin for part in PurePosixPath(run.origin).parts]
     kinds: list[Kind] = []
@@ -151,12 +151,12 @@ def kinds(runs: Sequence[RecordedRun]) -> list[Kind]:
 
 
 def change_of(run: RecordedRun, role: str) -> Change:
-    """The role's losses before and after the run, and the highest between; see ``Change`` for what may be missing."""
+    """The role's losses before and after the run, and the highest between; ``Change`` describes what may be missing."""
     curve = run.curve(role)
     losses, tokens = curve.losses[np.isfinite(curve.losses)], curve.tokens[np.isfinite(curve.losses)]
     if len(losses) == 0:
         return Change()
-    # The last evaluation counts even where it is not finite: a diverged run has no better end.
+    # The last evaluation counts even if it is not finite, because a diverged run has no better one.
     after = float(curve.losses[-1]) if math.isfinite(curve.losses[-1]) else math.inf
     before = run.start_loss(role) if run.origin else None
     if before is None or not math.isfinite(before):
@@ -171,7 +171,7 @@ def change_of(run: RecordedRun, role: str) -> Change:
 def tokens_to_reach(curve: Curve, target: float) -> float:
     """Tokens at which the loss is first at or below ``target``, linearly interpolated between evaluations.
 
-    0 where it begins there, infinite where it never gets there. Evaluations that are not finite are passed over.
+    0 if it begins there, infinite if it never gets there. Ignores evaluations that are not finite.
     """
     kept = np.isfinite(curve.losses)
     tokens, losses = curve.tokens[kept], curve.losses[kept]
@@ -200,19 +200,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two values of a setting are the same; numbers may differ by rounding."""
+    """Whether two values of a setting are equal; numbers may differ by rounding."""
     if isinstance(one, int | float) and isinstance(other, int | float) and not isinstance(one, bool | type(None)):
         return one == other or math.isclose(one, other, rel_tol=1e-5)
     return bool(one == other)
 
 
 def same_length(one: float, other: float) -> bool:
-    """Whether two numbers of tokens are close enough for the losses after them to be compared."""
+    """Whether two numbers of tokens are close enough to compare the losses after them."""
     return abs(one - other) <= 0.01 * max(one, other)
 
 
 def distinct_lengths(tokens: Sequence[float]) -> list[float]:
-    """The different numbers of tokens among these, ascending; those within ``same_length`` are one."""
+    """The distinct numbers of tokens, ascending; those within ``same_length`` are one."""
     found: list[float] = []
     for count in sorted(tokens):
         if not found or not same_length(found[-1], count):
@@ -221,7 +221,7 @@ def distinct_lengths(tokens: Sequence[float]) -> list[float]:
 
 
 def differences(runs: Sequence[RecordedRun]) -> dict[str, list[Any]]:
-    """The config keys that are not the same in all runs, each with its value in every run (``None`` where absent)."""
+    """The config keys whose values differ between runs, each with its value in every run (``None`` if absent)."""
     flats = [flatten(run.config) if run.config else {} for run in runs]
     keys = dict.fromkeys(key for flat in flats for key in flat)
     found: dict[str, list[Any]] = {}

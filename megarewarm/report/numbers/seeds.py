@@ -1,4 +1,4 @@
-"""What several seeds say: a measure's spread, and the difference of two arms, paired by seed, with its uncertainty.
+"""Statistics over seeds: a measure's spread, and the difference of two arms, paired by seed, with its uncertainty.
 
 Runs of two arms with the same seed share their start checkpoint and the order of their data, so their difference varies less
 than each of them: https://en.wikipedia.org/wiki/Paired_difference_test.
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 LEVEL = 0.95
 
-_ROUNDING = 1e-6  # relative to losses of some nats, far below what any seed changes
+_ROUNDING = 1e-6  # nats, for losses of some nats: far less than the effect of a seed
 
 # Quantiles 0.975 of Student's t for 1 to 10 degrees of freedom; above, the series below is exact to four digits.
 _T = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
@@ -37,7 +37,7 @@ def t_quantile(freedom: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Finite values of a measure over seeds. ``others`` counts the seeds whose value was infinite: diverged, or never."""
+    """Finite values of a measure over seeds. ``others`` counts the seeds with an infinite value: diverged, or never reached."""
 
     values: tuple[float, ...]
     others: int = 0
@@ -61,7 +61,7 @@ class Spread:
 
 
 def spread_of(values: Sequence[float]) -> Spread:
-    """The spread of ``values``, of which infinite ones are only counted; NaN counts as infinite."""
+    """The spread of ``values``. Infinite values are only counted; NaN counts as infinite."""
     finite = tuple(value for value in values if math.isfinite(value))
     return Spread(finite, len(values) - len(finite))
 
@@ -78,18 +78,18 @@ class Difference:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of the 95 % interval of the mean, t * s / sqrt(n); ``None`` for one seed: nothing is known."""
+        """Half the width of the 95 % interval of the mean, t * s / sqrt(n); ``None`` for one seed, whose noise is unknown."""
         count = len(self.values)
         return t_quantile(count - 1) * statistics.stdev(self.values) / math.sqrt(count) if count > 1 else None
 
     @property
     def established(self) -> bool:
-        """Whether the 95 % interval excludes 0. Never for one seed, nor for what is rounding."""
+        """Whether the 95 % interval excludes 0. Never for one seed, nor for a rounding error."""
         return self.margin is not None and abs(self.mean) > max(self.margin, _ROUNDING)
 
 
 def paired(arm: Mapping[int | None, float], reference: Mapping[int | None, float]) -> Difference | None:
-    """The difference over the seeds for which both values are finite; ``None`` where there is none."""
+    """The difference over the seeds for which both values are finite; ``None`` if there are none."""
     values = tuple(
         arm[seed] - reference[seed]
         for seed in arm

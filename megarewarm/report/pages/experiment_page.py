@@ -1,4 +1,4 @@
-"""The report of an experiment: one HTML page that needs nothing else, figures as PNG and SVG, tables as CSV and JSON."""
+"""The report of an experiment: one self-contained HTML page, figures as PNG and SVG, tables as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ _SEED_KEYS = ("training.seed", "data.seed")
 def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
     """Write the report of the experiment in ``folder`` into ``output_folder`` and return the path of its report.html.
 
-    Beside it every figure as NAME.png and NAME.svg, and arms, runs and comparisons as CSV and JSON. Figures of an earlier
-    report there are removed. Raises UserError where the experiment can't be read.
+    Beside it: every figure as NAME.png and NAME.svg, and arms, runs and comparisons as CSV and JSON. Removes the figures of an
+    earlier report there. Raises UserError if the experiment can't be read.
     """
     experiment = read_experiment(folder)
     rows = arm_rows(experiment)
@@ -68,7 +68,7 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
         save_picture(picture, svg, output)
         names.append(picture.name)
         told.setdefault(part, []).append(picture_html(picture, svg))
-        picture.figure.clear()  # its memory: there may be dozens
+        picture.figure.clear()  # frees memory: there may be dozens
     (output / ".pictures").write_text("\n".join(names), encoding="utf-8")
     comparison_rows = [comparison.flat() for comparison in compared]
     tables = {"arms": [row.flat() for row in rows], "runs": _flat_runs(experiment), "comparisons": comparison_rows}
@@ -81,7 +81,7 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
 
 
 def _remove_old(output: Path) -> None:
-    """The pictures of an earlier report must not pass for this one's."""
+    """Remove the pictures of an earlier report, because they could be taken for this one's."""
     listing = output / ".pictures"
     names = listing.read_text(encoding="utf-8").split("\n") if listing.is_file() else []
     for name in names:
@@ -91,7 +91,7 @@ def _remove_old(output: Path) -> None:
 
 
 def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tuple[str, Picture]]:
-    """The figures with the part of the page that each stands in."""
+    """The figures, each with its part of the page."""
     main = experiment.main.name if experiment.main else None
     panels = panels_of(experiment)
     found: list[tuple[str, Picture]] = []
@@ -114,7 +114,7 @@ def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tupl
         sets = " and ".join(group[0].arm.sets[0] + group[0].arm.sets[1])
         title = f"Runs that started from {group[0].arm.start}, on {sets}"
         bars = _BARS if any(row.seeds[0] > 1 for row in group) else "One seed each."
-        caption = f"{bars} Up and left is better. Dashes: the front, no arm is better in both by its mean."
+        caption = f"{bars} Up and left is better. Dashes: the front; no arm has better means in both."
         add("pareto", f"pareto_{number}", title, draw_pareto(group, main), describe_pareto(group), caption)
     for sweep in experiment.groups:
         if told := axis_lines(rows, sweep):
@@ -125,7 +125,7 @@ def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tupl
         figure = draw.curves_figure(chains.lines, chains.stages, "tokens of all stages")
         add("chains", "chains", "Losses over all stages", figure, _named(chains.lines), caption + _bands(chains.lines))
     for panel in panels:
-        text = "Line charts: loss between the weights at the start and at the end."
+        text = "Line charts: loss between the start weights and the final weights."
         caption = "The loss of (1 - alpha) x start + alpha x end."
         add("interpolation", f"interpolation_{panel.key}", panel.title, draw_interpolation(panel.arms), text, caption)
     for panel in panels:
@@ -135,7 +135,7 @@ def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tupl
 
 
 def _bands(lines: Sequence[Line]) -> str:
-    return _BAND if any(len(line.seeds) > 1 for line in lines) else " One seed each: there is no band to draw."
+    return _BAND if any(len(line.seeds) > 1 for line in lines) else " One seed each, so there is no band."
 
 
 def _named(lines: Sequence[Line]) -> str:
@@ -156,7 +156,7 @@ def _page(
         _part("Forgetting against adaptation", told.get("pareto")),
         _part("Losses and learning rates", told.get("losses")),
         _part("Chains of stages", told.get("chains")),
-        _part("Between the start's weights and the end's", told.get("interpolation")),
+        _part("Interpolation between start and final weights", told.get("interpolation")),
         _folded("Dynamics: update ratio, distance, gradient norm", told.get("dynamics")),
         "<h2>In numbers</h2>" + arms_html(rows, main) if any(row.seeds[0] for row in rows) else "",
         "<h2>Differences between arms</h2>" + comparisons_html(compared) if compared else "",
@@ -178,7 +178,7 @@ def _folded(title: str, sections: Sequence[str] | None) -> str:
 
 
 def _settings(arms: Sequence[ArmRecord]) -> str:
-    """The config keys in which the arms differ, an arm a row; pre-training differs in most and is left out."""
+    """The config keys in which the arms differ, an arm a row; without pre-training, which differs in most."""
     able = [arm for arm in arms if arm.runs and arm.runs[0].config and arm.kind != "pretraining"]
     if len(able) < 2:
         return ""
@@ -186,7 +186,7 @@ def _settings(arms: Sequence[ArmRecord]) -> str:
     for key in (*_SEED_KEYS, "start.from"):
         different.pop(key, None)
     if not different:
-        return "<h2>Settings</h2>\n<p>The configs of the arms are the same in every key but where they start from.</p>"
+        return "<h2>Settings</h2>\n<p>The configs of the arms differ only in their start.</p>"
     names = list(different)
     head = "".join(f'<th scope="col">{breakable(key).replace(".", ".<wbr>")}</th>' for key in names)
     columns = [value_cells([setting_text(value) for value in different[key]]) for key in names]
@@ -198,7 +198,7 @@ def _settings(arms: Sequence[ArmRecord]) -> str:
     return (
         '<h2>Settings that differ</h2>\n<div class="wide"><table class="settings"><thead><tr><th scope="col">Arm</th>'
         f'<th scope="col">Start</th>{head}</tr></thead><tbody>{body}</tbody></table></div>\n'
-        '<p class="quiet">Seeds and folders are left out. Bold: what stands out from the most common value.</p>'
+        '<p class="quiet">Without seeds and folders. Bold: values that differ from the most common one.</p>'
     )
 
 
@@ -221,7 +221,7 @@ def _states(experiment: ExperimentRecord) -> str:
 
 
 def _flat_runs(experiment: ExperimentRecord) -> list[dict[str, Any]]:
-    """Every run of the experiment, those included that have not begun."""
+    """Every run of the experiment, including those that have not started."""
     flat = []
     for arm in experiment.arms:
         for trial in arm.trials:

@@ -16,12 +16,12 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(path: Path, rows: Sequence[dict[str, Any]], indent: int = 1) -> None:
-    """``rows`` as JSON; what is not finite is null."""
+    """``rows`` as JSON; numbers that are not finite are null."""
     path.write_text(json.dumps([finite(row) for row in rows], indent=indent, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """``rows`` as CSV, a column for each key that any of them has; what is not finite is the word 'inf'."""
+    """``rows`` as CSV, a column for each key that any of them has; an infinite number is the word 'inf'."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()

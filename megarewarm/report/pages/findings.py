@@ -1,6 +1,6 @@
-"""An experiment in plain sentences, each of which its data carry, with what the seeds say of its certainty.
+"""An experiment in plain sentences, each supported by the data, with the uncertainty over seeds.
 
-Two arms are said to differ only where the 95 % interval of their difference, paired by seed, excludes 0.
+Two arms differ only if the 95 % interval of their difference, paired by seed, excludes 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAMED = 3  # names in a sentence
 
 
 def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], compared: Sequence[Comparison]) -> list[str]:
-    """What the experiment shows, as sentences of plain text; what the data lack is not spoken of."""
+    """The results of the experiment as sentences of plain text; it omits what the data lack."""
     return [
         *_overview(experiment),
         *_noise(rows),
@@ -57,7 +57,7 @@ def _overview(experiment: ExperimentRecord) -> list[str]:
         return [f"{arms}{each}: all {counted(done, 'run')} are complete."]
     rest = [f"{states.count(state)} {state}" for state in ("under way", "not begun") if state in states]
     text = f"{arms}: {done} of {counted(len(states), 'run')} complete, {listed(rest)}."
-    return [f"{text} Numbers are of complete runs only."]
+    return [f"{text} Numbers are from complete runs only."]
 
 
 def _noise(rows: Sequence[ArmRow]) -> list[str]:
@@ -70,10 +70,9 @@ def _noise(rows: Sequence[ArmRow]) -> list[str]:
             parts.append(f"{statistics.median(deviations):.3f} in the {name}")
     if not parts:
         return [
-            "No arm has more than one complete seed, so nothing is known about how much of a difference is chance: the numbers "
-            "below are single observations."
+            "No arm has more than one complete seed, so the seed noise is unknown: the numbers below are single observations."
         ]
-    return [f"From seed to seed, the end of an arm varies by {listed(parts)} (standard deviation, median over arms)."]
+    return [f"Between seeds, an arm varies by {listed(parts)} (standard deviation of the final loss, median over arms)."]
 
 
 def _main(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
@@ -85,11 +84,11 @@ def _main(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
         after, change = row.mean(f"{role}_after"), row.mean(measure)
         if after is not None and change is not None:
             parts.append(f"{measure} {signed_text(change)} (final {role} loss {loss_text(after)})")
-    return [f"{row.name}, the arm that others are compared with: {listed(parts)}."] if parts else []
+    return [f"{row.name}, the reference arm: {listed(parts)}."] if parts else []
 
 
 def _grids(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
-    """The best cell of every sweep over two axes, and those that the seeds can't tell from it."""
+    """The best cell of every sweep over two axes, and those within seed noise of it."""
     sentences = []
     for sweep in experiment.groups:
         grid = grid_of(rows, sweep)
@@ -115,14 +114,14 @@ def _grids(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str]:
         text += f" ({', '.join(ends)})." if ends else "."
         differences = {row.name: paired(row.values[measure], ranked[0].values[measure]) for row in ranked[1:]}
         if alike := [name for name, d in differences.items() if d is not None and d.margin is not None and not d.established]:
-            text += f" The seeds do not tell it from {_few(alike)}."
+            text += f" Within seed noise of it: {_few(alike)}."
         sentences.append(text)
     return sentences
 
 
 def _groups(compared: Sequence[Comparison]) -> list[str]:
-    """For every sweep and each loss a sentence: which arms differ from its reference, which can't be told apart from it. Arms
-    of another length are only named."""
+    """For every sweep and each loss a sentence: which arms differ from its reference, which don't significantly. Arms of
+    another length are only named."""
     by_group: dict[tuple[str, str], list[Comparison]] = {}
     for comparison in compared:
         if comparison.measure in _NAMES:
@@ -133,7 +132,7 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
         if other := {c.arm: c.tokens for c in inside if not c.same_length}:
             lengths = _few([f"{arm} ({tokens_text(own)})" for arm, (own, _) in other.items()])
             each = tokens_text(next(iter(other.values()))[1])
-            sentences.append(f"{where}: not compared with {reference} ({each} tokens), for another length: {lengths}.")
+            sentences.append(f"{where}: not compared with {reference} ({each} tokens) because of another length: {lengths}.")
         inside = [c for c in inside if c.same_length]
         known = [c for c in inside if c.difference.margin is not None]
         if not known:
@@ -147,16 +146,16 @@ def _groups(compared: Sequence[Comparison]) -> list[str]:
             parts = [text for sign in (-1, 1) if (text := _differing([c for c in known if c.measure == measure], sign))]
             partly = [c.arm for c in known if c.measure == measure and not c.difference.established and c.arm not in alike]
             if parts and partly:
-                parts.append(f"not told apart: {_few(partly)}")
+                parts.append(f"no significant difference in {_few(partly)}")
             if parts:
                 sentences.append(f"{where}, against {reference}: {name} {'; '.join(parts)}.")
         if alike:
-            sentences.append(f"{where}, against {reference}: no difference beyond the seeds' spread in {_few(alike)}.")
+            sentences.append(f"{where}, against {reference}: no difference beyond seed noise in {_few(alike)}.")
     return sentences
 
 
 def _range(inside: Sequence[Comparison]) -> str:
-    """'upstream -0.100 in a to +0.300 in b': the ends of differences of one seed."""
+    """'upstream -0.100 in a to +0.300 in b': the extremes of differences of one seed."""
     ranked = sorted((c for c in inside if math.isfinite(c.difference.mean)), key=lambda c: c.difference.mean)
     if not ranked:
         return ""
@@ -168,7 +167,7 @@ def _range(inside: Sequence[Comparison]) -> str:
 
 
 def _differing(inside: Sequence[Comparison], sign: int) -> str:
-    """'higher in a (+0.120 \u00b1 0.031)', of several the names and the largest difference; '' where none is."""
+    """'higher in a (+0.120 \u00b1 0.031)', of several the names and the largest difference; '' if none differs."""
     differing = [c for c in inside if c.difference.established and c.difference.mean * sign > 0]
     if not differing:
         return ""
@@ -180,7 +179,7 @@ def _differing(inside: Sequence[Comparison], sign: int) -> str:
 
 
 def _few(names: Sequence[str]) -> str:
-    """The names; of many the first three."""
+    """The names; if there are many, the first three."""
     if len(names) > _NAMED + 1:
         return f"{', '.join(names[:_NAMED])} and others"
     return listed(names)
@@ -192,8 +191,8 @@ def _by_chance(compared: Sequence[Comparison]) -> list[str]:
         return []
     expected = round(count * (1 - LEVEL))
     return [
-        f"These are {count} comparisons at {LEVEL:.0%} confidence: if nothing differed, about {expected} would still look as "
-        "if something did. Numbers are means paired by seed, ± half the interval."
+        f"These are {count} comparisons at {LEVEL:.0%} confidence: without any real difference, about {expected} would still "
+        "appear significant. Numbers are means paired by seed, ± half the interval."
     ]
 
 
@@ -224,13 +223,13 @@ def _early_rise(rows: Sequence[ArmRow]) -> list[str]:
         highest = ranked[0]
         rise, at = highest.mean(f"{role}_rise"), highest.mean(f"{role}_rise_tokens")
         tied = len(ranked) > 1 and (rise or 0.0) - (ranked[1].mean(f"{role}_rise") or 0.0) <= SAME
-        most = "in" if len(risen) == 1 else "as much as any in" if tied else "most in"
+        most = "in" if len(risen) == 1 else "jointly most in" if tied else "most in"
         text = f"The {role} loss rose above its start in {len(risen)} of {counted(len(able), 'arm')}, {most} {highest.name}: "
         text += f"{signed_text(rise)} after {tokens_text(at or 0.0)} tokens. "
         if not back:
-            text += "In none of them did it come back to the start in every seed."
+            text += "In none of them did it return to the start value in every seed."
         else:
-            text += f"It came back to the start in every seed in {len(back)} of these."
+            text += f"It returned to the start value in every seed in {len(back)} of these."
         sentences.append(text)
     return sentences
 
@@ -240,7 +239,7 @@ def _never(row: ArmRow, role: str) -> bool:
 
 
 def _saved(rows: Sequence[ArmRow]) -> list[str]:
-    """Against the arm from scratch: the extremes, and who never got there."""
+    """Compared with the arm from scratch: the extremes, and which arms never reached its loss."""
     able = [row for row in rows if row.values.get("tokens_saved") and row.arm.chain is None]
     sentences = []
     for scratch in dict.fromkeys(row.scratch for row in able):
@@ -249,18 +248,17 @@ def _saved(rows: Sequence[ArmRow]) -> list[str]:
         if not same:
             continue
         reached = [row for row in same if not row.spread("tokens_saved").others]
-        text = (
-            f"{len(reached)} of {counted(len(same), 'arm')} came as low downstream as {scratch} did from scratch, in every seed"
-        )
+        text = f"{len(reached)} of {counted(len(same), 'arm')} reached the final downstream loss of {scratch}, "
+        text += "which was trained from scratch, in every seed"
         if reached:
             least, most = (_tokens(pick(reached, key=lambda row: row.mean("tokens_saved") or 0.0)) for pick in (min, max))
-            text += f", and saved {least if least == most else f'{least} to {most}'} tokens on the way"
+            text += f", and saved {least if least == most else f'{least} to {most}'} tokens"
         sentences.append(f"{text}.")
     return sentences
 
 
 def _as_long(row: ArmRow, tokens: float) -> bool:
-    """Whether the arm got where the one from scratch ended, or had as many ``tokens`` for it."""
+    """Whether the arm reached the final loss of the one from scratch, or had as many ``tokens`` for it."""
     own = row.mean("tokens") or 0.0
     return not row.spread("tokens_saved").others or own > tokens or same_length(own, tokens)
 
@@ -275,7 +273,7 @@ def _incidents(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[str
     for row in rows:
         bad = max(row.spread(f"{role}_after").others for role in ("upstream", "downstream"))
         if bad:
-            sentences.append(f"{row.name} diverged in {bad} of {counted(row.seeds[0], 'run')}; these are not in its means.")
+            sentences.append(f"{row.name} diverged in {bad} of {counted(row.seeds[0], 'run')}; its means exclude these.")
     for trial in experiment.trials:
         alarms = [event for event in trial.run.events if event["event"] == "alarm"] if trial.run else []
         if alarms:

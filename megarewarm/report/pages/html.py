@@ -1,4 +1,4 @@
-"""What the pages of a report share: their style, cells of settings, pictures as data, a picture's files."""
+"""Shared parts of a report's pages: their style, cells of settings, pictures as data, a picture's files."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ STYLE += "".join(f".dot.c{index} {{ background: {colour}; }}\n" for index, colou
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A figure, its file's name, its heading, the text in its place, and what stands below it."""
+    """A figure, its file's name, its heading, its alternative text, and its caption."""
 
     name: str
     title: str
@@ -103,8 +103,8 @@ def svg_of(figure: Figure) -> bytes:
 
 
 def page_html(title: str, css: str, parts: Sequence[str], script: str = "") -> str:
-    """A whole page of ``parts``, of which empty ones are left out. Its Content-Security-Policy allows the pictures in it,
-    exactly this ``css`` and this ``script``, and nothing else."""
+    """A whole page of ``parts``, without empty ones. Its Content-Security-Policy allows the pictures in it, exactly this
+    ``css`` and this ``script``, and nothing else."""
     policy = f"default-src 'none'; img-src data:; style-src {content_hash(css)}"
     policy += f"; script-src {content_hash(script)}" * bool(script) + "; base-uri 'none'; form-action 'none'"
     after = f"\n<script>{script}</script>" * bool(script)
@@ -153,7 +153,7 @@ def save_png(picture: Picture, folder: Path) -> None:
 
 
 def value_cells(texts: Sequence[str]) -> list[str]:
-    """Cells in which what stands out from the most common value is bold, where one value is the most common."""
+    """Cells with a value in bold if it differs from the most common one, if one value is the most common."""
     (usual, count), *others = Counter(texts).most_common()
     plain = {usual} if others and count > others[0][1] else set(texts)
     return [f"<td>{text}</td>" if text in plain else f"<td><b>{text}</b></td>" for text in texts]
@@ -169,5 +169,5 @@ def setting_text(value: Any) -> str:
 
 
 def breakable(text: str) -> str:
-    """Long paths may break after a slash or an underscore."""
+    """HTML in which long paths may break after a slash or an underscore."""
     return escape(text).replace("/", "/<wbr>").replace("_", "_<wbr>")

@@ -1,4 +1,4 @@
-"""The report of runs: one HTML page that needs nothing else, its pictures as PNGs, its table as CSV and JSON."""
+"""The report of runs: one self-contained HTML page, its pictures as PNGs, its table as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ PICTURES = ("curves", "tradeoff", "training", "sets", "pretraining", "pretrainin
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
     """Write the report of ``run_folders`` into ``output_folder`` and return the path of its report.html.
 
-    Beside it: the pictures as PNG (those of ``PICTURES`` that apply), table.csv and table.json. Raises
-    UserError where a folder has no readable metrics.
+    Beside it: the pictures as PNG (those of ``PICTURES`` that apply), table.csv and table.json. Raises UserError if a folder
+    has no readable metrics.
     """
     runs = read_runs(run_folders)
     table = rows(runs)
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in PICTURES:
-        (folder / f"{name}.png").unlink(missing_ok=True)  # a picture of an earlier report must not pass for this one's
+        (folder / f"{name}.png").unlink(missing_ok=True)  # an earlier report's could be taken for this one's
     drawn = pictures(runs, table)
     for picture in drawn:
         save_png(picture, folder)
     flat = [file_row(row) for row in table]
     write_json(folder / "table.json", flat, indent=2)
-    # a loss that is not finite is empty there, too, with 'diverged' true
+    # a loss that is not finite is empty here too, with 'diverged' true
     write_csv(folder / "table.csv", [finite(row) for row in flat])
     page = folder / "report.html"
     page.write_text(_page(runs, table, drawn), encoding="utf-8")
@@ -61,7 +61,7 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
 
 
 def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Picture]:
-    """The report's pictures of ``runs``, each with its row of ``table``; those that have nothing to show are left out."""
+    """The report's pictures of ``runs``, whose rows are ``table``; without those that have nothing to show."""
     lines = lines_of(runs, table)
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
@@ -117,7 +117,7 @@ def _section(picture: Picture) -> str:
 
 
 def _numbers(table: Sequence[RunRow]) -> str:
-    """One row per run; a group of measures that no run has has no columns."""
+    """One row per run; a group of measures that no run has gets no columns."""
     shown = [measure for measure in MEASURES if measure.runs and measure.of is not None]
     plain = [measure for measure in shown if not measure.group]
     names = dict.fromkeys(measure.group for measure in shown if measure.group)
@@ -161,7 +161,7 @@ def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
 
 
 def _starts(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
-    """Where every run came from, and what of the checkpoint it did not keep."""
+    """What every run started from, and which state of the checkpoint it kept and reset."""
     if not any(run.start for run in runs):
         return ""
     starts: dict[tuple[str, str, str], list[str]] = {}
@@ -183,7 +183,7 @@ def _starts(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
 
 
 def _processes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
-    """When each run trained, for how long, on what and with which versions; columns that no run fills are left out."""
+    """When each run trained, for how long, on what and with which versions; without empty columns."""
     columns: dict[str, list[str]] = {
         "Date (UTC)": [_date(number(run.start.get("time"))) for run in runs],
         "Wall time": [DASH if row.wall_time is None else duration_text(row.wall_time) for row in table],
@@ -204,13 +204,13 @@ def _processes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
     )
     return (
         f'<h2>Time and machine</h2>\n<div class="wide"><table class="settings"><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div>\n<p class="quiet">Wall time is from each start to its last event, pauses left '
-        "out. Tokens/s is the median step's, without evaluations and saves.</p>"
+        f'<tbody>{body}</tbody></table></div>\n<p class="quiet">Wall time is from each start to its last event, without '
+        "pauses. Tokens/s is the median over steps, without evaluations and saves.</p>"
     )
 
 
 def _date(time: float) -> str:
-    """Seconds since 1970 as '2026-11-28 10:12'; a dash for what is no date."""
+    """Seconds since 1970 as '2026-11-28 10:12'; a dash if that is no date."""
     return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M") if 0 < time < 4e9 else DASH
 
 
@@ -223,7 +223,7 @@ def _device(start: dict[str, Any]) -> str:
 
 
 def _said(value: Any) -> str:
-    """A text, or 'name value' for each of a mapping's texts, as HTML; flags by their names where they are set."""
+    """A text, or 'name value' for each of a mapping's texts, as HTML; only the names of flags that are set."""
     if isinstance(value, dict):
         told = {str(key): own for key, own in value.items() if own and isinstance(own, str | bool)}
         return breakable(", ".join(key if own is True else f"{key} {own}" for key, own in told.items())) or DASH
@@ -231,7 +231,7 @@ def _said(value: Any) -> str:
 
 
 def _notes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
-    """What each run said at its start, such as validation sets that hold less than was asked for."""
+    """The notes of each run's start, such as validation sets that hold less than requested."""
     said: dict[str, list[str]] = {}
     for run, row in zip(runs, table, strict=True):
         notes = run.start.get("notes")
@@ -249,12 +249,12 @@ def _choice(line: Any) -> str:
 
 
 def _settings(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
-    """The config keys in which the runs differ. Pre-training differs in most and is left out."""
+    """The config keys in which the runs differ, without pre-training, which differs in most."""
     kept = [(run, row) for run, row in zip(runs, table, strict=True) if row.kind != "pretraining"]
     if len(kept) < 2:
         return ""
     different = differences([run for run, _ in kept])
-    different.pop("start.from", None)  # told under Starts
+    different.pop("start.from", None)  # shown under Starts
     if not different:
         return "<h2>Settings</h2>\n<p>The configs of the runs are the same in every key.</p>"
     head = "".join(f'<th scope="col">{escape(row.label)}</th>' for _, row in kept)

@@ -15,7 +15,7 @@ from megarewarm.report.pages.html import breakable
 from megarewarm.spelling import DASH, tokens_text
 
 # Sorts a table by a click on (or Enter in) a header, or by the address: #sort=KEY, #sort=-KEY for descending. Rows without a
-# number stay last. Without it the table is a plain one.
+# number stay last. Without the script the table is a plain one.
 SCRIPT = """
 (() => {
   const table = document.querySelector("table.sortable");
@@ -81,18 +81,18 @@ summary { cursor: pointer; font-size: 20px; font-weight: 700; margin: 44px 0 10p
 
 
 _NOTES = {
-    "upstream_before": "Before: the very checkpoint the run started from, evaluated before the first step.",
-    "upstream_rise": "Highest rise: the highest evaluation above that.",
-    "upstream_recovered_tokens": "Recovered at: tokens of the first evaluation after it that is at or below the start again.",
-    "tokens_saved": "Tokens saved: those of the arm from scratch less those at which this arm was as low downstream as that "
-    "one's end (linear between evaluations).",
+    "upstream_before": "Before: the start checkpoint, evaluated before the first step.",
+    "upstream_rise": "Highest rise: the highest evaluation minus that.",
+    "upstream_recovered_tokens": "Recovered at: tokens of the first evaluation after it that is at or below the start.",
+    "tokens_saved": "Tokens saved: those of the arm from scratch minus those at which this arm reached its final downstream "
+    "loss (linear between evaluations).",
 }
 
 
 def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
-    """One row per arm, in order. Every cell carries its number, by which the script sorts; columns without any are left out."""
+    """One row per arm, in order. Every cell carries its number, by which the script sorts; empty columns are omitted."""
     columns = [m for m in MEASURES if m.arms and m.heading and any(row.values.get(m.key) for row in rows)]
-    # columns without a group stand alone, next to each other or not
+    # columns without a group stay separate, even next to each other
     groups = itertools.groupby(enumerate(columns), lambda place: (place[1].group, place[1].group or place[0]))
     above = "".join(
         f'<th colspan="{len(list(same))}"{" class=group" if group else ""}>{group}</th>' for (group, _), same in groups
@@ -139,7 +139,7 @@ def _cell(spread: Spread, measure: Measure) -> str:
 
 
 def comparisons_html(compared: Sequence[Comparison]) -> str:
-    """Every arm against its reference: final upstream and downstream loss and their average; bold what is more than noise."""
+    """Every arm against its reference: final upstream and downstream loss and their average; bold if more than noise."""
     by_pair: dict[tuple[str, str, str], dict[str, Comparison]] = {}
     for c in compared:
         by_pair.setdefault((c.group, c.arm, c.reference), {})[c.measure] = c
@@ -160,8 +160,8 @@ def comparisons_html(compared: Sequence[Comparison]) -> str:
     return (
         f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>\n'
         '<p class="quiet">Final losses, arm minus reference, paired by seed: mean ± half the 95 % interval (Student\'s t). '
-        "Bold where the interval excludes 0 and both were trained on as many tokens; with one seed nothing is known of the "
-        "noise.</p>"
+        "Bold if the interval excludes 0 and both were trained on the same number of tokens; with one seed the noise is "
+        "unknown.</p>"
     )
 
 

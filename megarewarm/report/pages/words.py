@@ -1,4 +1,4 @@
-"""The runs of a report in plain sentences, each of which the data carry."""
+"""The runs of a report in plain sentences, each supported by the data."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from megarewarm.record.run import RecordedRun
 from megarewarm.report.numbers.runs import LENGTHS, Change, RunRow, differences, labels, rows, same_length, same_value
 from megarewarm.spelling import counted, listed, loss_text, rate_text, signed_text, tokens_text
 
-# Losses that differ by less are called the same: the third decimal is noise of the validation sets and of the seed.
+# Losses that differ by less count as equal: the third decimal is noise of the validation sets and of the seed.
 SAME = 0.005
 
 
-_SAME_RATE = 0.005  # of the rate: what differs by less is written with the same digits
+_SAME_RATE = 0.005  # of the rate: smaller differences round to the same digits
 
-_COMPARISONS = 2  # as many sentences on one setting as a reader takes in
+_COMPARISONS = 2  # most comparisons of one setting
 
 _LEARNING_RATES = ("schedule.max_lr", "schedule.min_lr", "schedule.constant_lr")
 
 
 def summarise(runs: Sequence[RecordedRun]) -> list[str]:
-    """What the runs show, as sentences of plain text. Raises nothing: what the data lack is not spoken of."""
+    """The results of the runs as sentences of plain text. Raises nothing: it omits what the data lack."""
     table = rows(runs)
     return [
         *_overview(table),
@@ -53,7 +53,7 @@ def _overview(table: Sequence[RunRow]) -> list[str]:
         span = f"for {longest.steps:,} steps ({tokens_text(longest.tokens)} tokens){each}"
     else:
         span = f"for {tokens_text(shortest.tokens)} ({shortest.label}) to {tokens_text(longest.tokens)} tokens"
-        span += ", so that their ends compare only in part"
+        span += ", so their final losses are only partly comparable"
     origins = {row.origin for row in continued}
     origin = f"from {origins.pop()}" if len(origins) == 1 else f"from {len(origins)} checkpoints"
     text = f"{counted(len(continued), 'run')} continued training {origin}, {span}."
@@ -64,7 +64,7 @@ def _overview(table: Sequence[RunRow]) -> list[str]:
 
 
 def _extremes(table: Sequence[RunRow]) -> list[str]:
-    """Who forgot and who learned most, among runs that can be compared; a run without any such has its own numbers told."""
+    """Which runs forgot and learned most among comparable ones; for a run without any, its own numbers."""
     changed = [row for row in table if row.forgetting is not None or row.adaptation is not None]
     if len(changed) < 2:
         return [text for row in changed for text in _own(row)]
@@ -97,8 +97,8 @@ def _sets(row: RunRow) -> str:
 
 
 def _superlatives(table: Sequence[RunRow], lost: Sequence[RunRow]) -> list[str]:
-    """Who forgot and who learned most of comparable runs, in one breath with the highest peak where that is the same run and no
-    peak of those that diverged, ``lost``, is higher."""
+    """Which of the comparable runs forgot and learned most, in one sentence with the highest peak if it is the same run and no
+    diverged run, ``lost``, has a higher one."""
     forgot, learned = _first(table, "forgetting"), _first(table, "adaptation")
     claims = []
     if forgot and (forgot.forgetting or 0.0) > SAME:
@@ -131,7 +131,7 @@ def _own(row: RunRow) -> list[str]:
 
 
 def _single_causes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[str]:
-    """For every setting: the runs that differ in nothing else, compared. Settings that move together are one."""
+    """For every setting, comparisons of the runs that differ in nothing else. Settings that change together count as one."""
     different = differences(runs)
     by_setting: dict[str, list[str]] = {}
     for key in different:
@@ -152,7 +152,7 @@ def _single_causes(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list
 
 
 def _of_one_length(group: Sequence[int], table: Sequence[RunRow]) -> list[int]:
-    """Those of the runs that trained as far as the longest: one that was stopped ends elsewhere for that reason alone."""
+    """The runs that trained as far as the longest: a stopped run has another final loss for that reason alone."""
     most = max(table[index].tokens for index in group)
     return [index for index in group if same_length(table[index].tokens, most)]
 
@@ -164,7 +164,7 @@ def _alike(one: int, other: int, keys: Sequence[str], different: dict[str, list[
 def _compare(
     setting: str, keys: Sequence[str], group: Sequence[int], different: dict[str, list[Any]], table: Sequence[RunRow]
 ) -> list[str]:
-    """A sentence for forgetting and one for the downstream loss: the ends over the runs, and whether there is a trend."""
+    """A sentence on forgetting and one on the downstream loss: the extremes over the runs, and whether there is a trend."""
     key = "schedule.max_lr" if setting == "peak LR" else keys[0] if len(keys) == 1 else None
     values: dict[int, Any] = {index: different[key][index] for index in group} if key in different else {}
     if key == "schedule.max_lr":
@@ -201,12 +201,12 @@ def _compare(
                 text += " (rising throughout)" if steps[0] > 0 else " (falling throughout)"
             elif max(steps) > SAME and min(steps) < -SAME:
                 text = f"from {spelt(min(exact))} to {spelt(max(exact))}, no steady trend"
-        sentences.append(f"Runs that differ in {setting} alone, {span}: {name} {text}.")
+        sentences.append(f"Runs that differ only in {setting}, {span}: {name} {text}.")
     return sentences
 
 
 def _setting(key: str) -> str:
-    """The name under which keys that are changed together are one choice."""
+    """The common name of keys that are changed together."""
     if key in _LEARNING_RATES:
         return "peak LR"
     if key.startswith("data.train"):
@@ -236,9 +236,9 @@ def _early_rise(table: Sequence[RunRow]) -> list[str]:
         most = len(risen) > 1 and sorted(other for other, *_ in risen)[-2] < rise - SAME
         which = f"highest in {row.label}" if most else f"in {row.label}" if len(risen) > 1 else ""
         sentences.append(
-            f"The {role} loss first rose and then came down in {runs}{f'; {which}' if which else ''}: {peak}, {end}."
+            f"The {role} loss first rose and then fell in {runs}{f'; {which}' if which else ''}: {peak}, {end}."
             if len(table) > 1
-            else f"The {role} loss first rose and then came down: {peak}, {end}."
+            else f"The {role} loss first rose and then fell: {peak}, {end}."
         )
     return sentences
 
@@ -255,7 +255,7 @@ def _scratch(table: Sequence[RunRow]) -> list[str]:
         ended = f"{better} of the {len(others)}" if 0 < better < len(others) else "none" if not better else "all"
         sentences.append(
             f"{row.label}, trained from scratch, reached a downstream loss of {loss_text(after)}; of the runs that "
-            f"started from a checkpoint and saw no more tokens, {ended} ended lower."
+            f"started from a checkpoint and used no more tokens, {ended} ended lower."
         )
     return sentences
 
@@ -279,8 +279,7 @@ def _incidents(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[str
 
 
 def _first(table: Sequence[RunRow], measure: str, lowest: bool = False, share: float | None = None) -> RunRow | None:
-    """The row that stands out at the upper (or lower) end by more than ``SAME``, or by a ``share`` of its value; ``None``
-    where there is none."""
+    """The row at the upper (or lower) end, if it leads by more than ``SAME``, or by a ``share`` of its value; else ``None``."""
     ranked = [row for row in table if getattr(row, measure) is not None]
     ranked.sort(key=lambda row: getattr(row, measure), reverse=not lowest)
     if len(ranked) < 2:
@@ -292,12 +291,12 @@ def _first(table: Sequence[RunRow], measure: str, lowest: bool = False, share: f
 
 
 def _downstream(row: RunRow) -> str:
-    """With the sign that adaptation has in the table: a fall of the loss is positive."""
+    """With the sign of adaptation in the table: a fall of the loss is positive."""
     return f"adaptation {signed_text(row.adaptation)}"
 
 
 def _spelt(value: Any) -> str:
-    """The same for values that differ by rounding."""
+    """Text that is equal for values that differ by rounding."""
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
