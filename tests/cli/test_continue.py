@@ -130,4 +130,4 @@ def test_numbers_of_tokens(text: str, count: int) -> None:
 def test_what_is_no_number_of_tokens(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         continue_run.command_line().parse_args(["x", "--on", "y", f"--tokens={text}"])
-    assert f"'{text}' is no number of tokens" in capsys.readouterr().err
+    assert f"'{text}' is not a number of tokens" in capsys.readouterr().err
