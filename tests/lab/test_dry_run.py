@@ -57,7 +57,7 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
     with_keys = " ".join(capsys.readouterr().out.split())
     assert "curve: cosine_clipped" in with_keys and "curve: cosine_clipped" not in shown
     assert main([words[0], "--show-config"]) == 2
-    assert "--show-config goes with --dry-run" in capsys.readouterr().err
+    assert "--show-config works only with --dry-run" in capsys.readouterr().err
 
 
 def test_layouts_are_shown_per_rank(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
