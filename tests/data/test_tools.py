@@ -90,7 +90,7 @@ def test_the_screen_shows_header_lengths_documents_and_checks(golden: Path, tmp_
     text = tool("inspect_data", prefix, "--document", 0, "--tokenizer", tokenizer)
     first = json.loads((golden / "A.jsonl").read_text().splitlines()[0])["text"]
     assert first[:60].split()[0] in text
-    assert "there are" in tool("inspect_data", prefix, "--document", 10**9, expect=2)
+    assert "the file has" in tool("inspect_data", prefix, "--document", 10**9, expect=2)
     for suffix in ("bin", "idx"):
         (tmp_path / f"cut.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
     os.truncate(tmp_path / "cut.bin", 100)
