@@ -1,6 +1,6 @@
-"""megarewarm: continual pre-training of language models, with re-warming as a first-class thing.
+"""megarewarm: continual pre-training of language models, built around re-warming.
 
-The Python interface (``megarewarm.train`` and the like, docs/api.md) is loaded when it is first used.
+The Python interface (``megarewarm.train`` and others, docs/api.md) is loaded on first use.
 """
 
 from __future__ import annotations

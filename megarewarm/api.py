@@ -71,10 +71,10 @@ _ranks: Ranks | None = None
 
 
 def load_config(source: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """A run's configuration, checked.
+    """Load and validate a run's configuration.
 
     Args:
-        source: a YAML file (its ``extends`` are followed), or the same as a mapping of sections.
+        source: a YAML file (with its ``extends``), or a mapping of sections.
         overrides: values by dotted key, as on the command line: ``{"schedule.max_lr": 3e-4, "training.budget": "10M tokens"}``.
     """
     origins: Origins = {}
@@ -83,13 +83,13 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Mapping[str, 
     else:
         mapping, origins = read_configs([str(source)])
     for key, value in (overrides or {}).items():
-        text = value if isinstance(value, str) else json.dumps(value)  # which is YAML of one line
+        text = value if isinstance(value, str) else json.dumps(value)  # JSON is one-line YAML
         apply_override(mapping, origins, f"{key}={text}")
     return validate(RunConfig, mapping, origins)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:
-    """A byte-level BPE tokenizer of ``vocab_size`` ids, special tokens included, written to ``path`` (.json)."""
+    """Train a byte-level BPE tokenizer with ``vocab_size`` ids, special tokens included, and write it to ``path`` (.json)."""
     return train_bpe(texts, vocab_size, Path(path))
 
 
@@ -110,11 +110,11 @@ def prepare(
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """What a run will do; ``config`` has its model settled.
+    """What a run will do; ``config`` includes its model.
 
-    ``learning_rates`` (steps,) float64 is the rate of each step; ``evaluations`` are the steps after which the validation sets
-    are evaluated; ``reset`` says what of the start checkpoint is kept; ``resumes_at`` is the step that the run folder has
-    reached, 0 for a fresh run.
+    ``learning_rates`` (steps,) float64: the rate of each step. ``evaluations``: the steps after which the validation sets are
+    evaluated. ``reset``: what the run keeps of the start checkpoint. ``resumes_at``: the step that the run folder has reached,
+    0 for a fresh run.
     """
 
     config: RunConfig
@@ -127,7 +127,7 @@ class RunPlan:
 
 
 def plan(config: RunConfig) -> RunPlan:
-    """The plan of a run, without training or writing anything. The start checkpoint is opened, token files are not."""
+    """The plan of a run, without training or writing anything. Opens the start checkpoint, but no token files."""
     made = make_plan(settle_epochs(config)[0])
     first, last = made.origin.step, made.config.total_steps
     return RunPlan(
@@ -146,8 +146,8 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool 
 
     Args:
         config: see ``load_config``.
-        callbacks: each is called, on the main rank, with every event as metrics.jsonl gets it (``{"event": "train", "step": 1,
-            "loss": ...}``; also eval, save, alarm, stop); one that returns ``True`` ends the run after that step, saved.
+        callbacks: the main rank calls each with every event of metrics.jsonl (``{"event": "train", "step": 1, "loss": ...}``;
+            also eval, save, alarm, stop). If one returns ``True``, the run saves and stops after that step.
         quiet: print nothing.
 
     Returns:
@@ -171,7 +171,7 @@ def _connected(config: RunConfig) -> Ranks:
 
 class LoadedModel:
     """A checkpoint's model on one device. ``module`` is plain PyTorch: token ids (b, s) int64 to hidden states; ``config`` its
-    shape; ``tokenizer`` is ``None`` where the checkpoint names none."""
+    shape; ``tokenizer`` is ``None`` if the checkpoint names none."""
 
     def __init__(self, source: OpenedCheckpoint, device: str, dtype: torch.dtype) -> None:
         self._source, self.config = source, source.model_config
@@ -209,13 +209,13 @@ class LoadedModel:
         sequence_length: int | None = None,
         micro_batch: int = 4,
     ) -> tuple[float, int]:
-        """(mean cross entropy in nats per token, tokens it is the mean of) on a token file.
+        """(mean cross entropy in nats per token, number of tokens) on a token file.
 
-        The windows are those of a validation set over the same file: the number equals that of a run's evaluation of it.
+        Uses the windows of a validation set over the same file, so the loss equals that of a run's evaluation.
 
         Args:
             data: the file's name without suffix.
-            tokens: how many are evaluated, at most; default: all.
+            tokens: how many to evaluate at most; default: all.
             sequence_length: of the windows; default: all positions of the model.
             micro_batch: windows at a time.
         """
@@ -237,11 +237,11 @@ class LoadedModel:
     def generate(
         self, text: str, max_tokens: int = 100, *, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
     ) -> str:
-        """Continue ``text``; temperature 0 takes the likeliest token each time. Needs the package transformers."""
+        """Continue ``text``; temperature 0 takes the most likely token each time. Needs the package transformers."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise UserError(
-                f"{self._source.name}: no tokenizer is known; set data.tokenizer in its run, or put a tokenizer.json beside it"
+                f"{self._source.name}: no tokenizer is known; set data.tokenizer in its run, or put a tokenizer.json next to it"
             )
         (ids,) = tokenizer.encode_batch([text])
         if not len(ids):
@@ -282,7 +282,7 @@ def load_model(checkpoint: Path | str, *, device: str = "cpu", dtype: torch.dtyp
 
 
 def draw(runs: Sequence[Path | str]) -> dict[str, Figure]:
-    """The pictures of the runs' report as matplotlib figures, by name: 'curves', 'tradeoff', ..."""
+    """The figures of the runs' report as matplotlib figures, by name: 'curves', 'tradeoff', ..."""
     from megarewarm.record.run import read_runs
     from megarewarm.report.numbers.runs import rows
     from megarewarm.report.pages.run_page import pictures

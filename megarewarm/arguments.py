@@ -1,4 +1,4 @@
-"""The command line of a run, and what all commands share. Without other packages, so that --help answers at once."""
+"""The command line of a run, and what all commands share. Imports no other packages, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORED_DTYPES = ("uint16", "uint32", "int32")
 """Of token ids in a file."""
 
 FORMS = ("hf", "neox", "megarewarm")
-"""Of checkpoints that are written; what they mean is in checkpoint/convert.py."""
+"""Of checkpoints that are written; checkpoint/convert.py explains them."""
 
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
@@ -29,8 +29,8 @@ Start it with any of:
   torchrun --nproc-per-node 8 launch.sh configs/410m_rewarm.yml
   deepspeed launch.sh 410M.yml local_setup.yml                      (files of GPT-NeoX, unchanged)
 The same command after an interruption resumes the run where it stopped.
-Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 6 out of memory, 75 the time limit is
-up, 128 + signal when stopped by one (after both a checkpoint was saved)."""
+Exit codes: 0 done, 2 bad input, 3 diverged, 4 another rank was lost, 5 replicas differ, 6 out of memory, 75 time limit
+reached, 128 + n stopped by signal n (both after a checkpoint was saved)."""
 
 
 def path_text(text: str) -> str:
@@ -44,7 +44,7 @@ def path_text(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that knows what a mistyped option may have meant, and expands whatever has the type ``Path``."""
+    """An argument parser that suggests the nearest option for a mistyped one and expands arguments of type ``Path``."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and ``message`` on stderr, exit with code 2. A mistyped option is named before what is missing."""
+        """Print usage and ``message`` on stderr, exit with code 2. Reports a mistyped option before missing ones."""
         options = [word.partition("=")[0] for word in self._words if re.match("--[a-z]", word)]
         unknown = [option for option in options if option not in self._option_string_actions]
         if unknown and "arguments are required: " in message:
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _key(self, option: str) -> str:
-        """What to say of ``--learning-rate`` or ``--schedule.max_lr`` where keys of a run are taken."""
+        """The hint for ``--learning-rate`` or ``--schedule.max_lr`` if the command takes keys of a run, else ''."""
         from megarewarm.config.foreign_names import ours
 
         name = option.lstrip("-")
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command_line() -> Parser:
-    """The options of ``megarewarm train`` and launch.sh. ``--local_rank`` is what the DeepSpeed launcher adds."""
+    """The options of ``megarewarm train`` and launch.sh. The DeepSpeed launcher adds ``--local_rank``."""
     parser = Parser(
         description="Continual pre-training of language models, from a run's YAML or an experiment's.",
         epilog=_EPILOG,
@@ -91,9 +91,11 @@ def run_command_line() -> Parser:
         "--only", action="append", default=[], metavar="RUN", help="of an experiment, only this run; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="show the plan of the run and its LR curve; train nothing")
-    parser.add_argument("--show-config", action="store_true", help="of --dry-run: also every key of the run, with its default")
     parser.add_argument(
-        "--allow-missing", action="store_true", help="of --dry-run: files and GPUs that are not here are listed, not refused"
+        "--show-config", action="store_true", help="with --dry-run: also show every key of the run, defaults included"
+    )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="with --dry-run: list missing files and GPUs instead of failing"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"megarewarm {__version__}")

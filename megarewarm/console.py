@@ -1,4 +1,4 @@
-"""The one way to a console: what a terminal, a pipe or a log file can show, and what becomes of a run whose reader is gone."""
+"""Consoles: what a terminal, a pipe or a log file can show, and how a run continues if nobody reads its output any more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megarewarm.process import EXIT_CLOSED_PIPE
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False, highlight: bool = True, lasting: bool = False) -> Console:
-    """A console on stdout, or on ``stderr``. Long lines are not broken where nobody looks at a terminal.
+    """A console on stdout, or on ``stderr``. Wraps long lines on terminals only.
 
-    ``lasting``: output that can't be written any more (a closed pipe, a full disk) is dropped: a run goes on, its folder has
-    all of it.
+    ``lasting``: drop output that can't be written any more (a closed pipe, a full disk). The run continues, and its folder
+    has everything.
     """
     stream = sys.stderr if stderr else sys.stdout
     file = cast("IO[str]", _Lasting(stream)) if lasting else None
@@ -23,20 +23,20 @@ def make_console(*, stderr: bool = False, quiet: bool = False, highlight: bool =
 
 
 def only_ascii(console: Console) -> bool:
-    """Whether the console's encoding is none of Unicode's."""
+    """Whether the console's encoding is not a Unicode encoding."""
     return console.options.ascii_only
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Whoever read the output has seen enough."""
+        """The reader of the output closed it, as 'head' does: exit quietly."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_CLOSED_PIPE)
 
 
 class _Lasting:
-    """A text stream whose failures are no errors."""
+    """A text stream that ignores its own failures."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -58,5 +58,5 @@ class _Lasting:
             self._give_up()
 
     def _give_up(self) -> None:
-        # what is in the stream's buffer would be tried again at its next flush
+        # the next flush would retry what is in the stream's buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read: a line that names the thing, what was expected and what to do."""
+"""The one error meant for users: a line that names the problem, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ EXIT_TIME_LIMIT = 75
 class UserError(Exception):
     """Bad input. The message is printed as it is, without a traceback, and the process exits with ``exit_code``.
 
-    It may quote a file, a URL, a config's value or the words of another library, so tokens and passwords in it are replaced by
-    stars, and signs that a terminal would obey are taken out.
+    It may quote a file, a URL, a config value or another library's message. Tokens and passwords in it are replaced by stars,
+    and control characters are removed.
     """
 
     exit_code = EXIT_BAD_INPUT
@@ -30,6 +30,6 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the closest known name, or an empty string where nothing is close."""
+    """``", did you mean 'x'?"`` for the closest known name, or an empty string if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f", did you mean '{close[0]}'?" if close else ""

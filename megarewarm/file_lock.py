@@ -1,7 +1,7 @@
 """One process at a time in a folder, also on file systems that have no locks.
 
-Lustre without ``-o flock``, some FUSE and parallel file systems refuse ``flock``. There a file names who is in: its process is
-looked for on the same machine; on another one nobody can tell, which is said.
+Lustre without ``-o flock``, some FUSE and parallel file systems refuse ``flock``. There a file names the owning process: on the
+same machine the lock checks whether it lives; on another one it can't, and logs a warning.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 
-# what file systems answer that have no locks, or whose lock service does not run
+# errors of file systems that have no locks, or whose lock service does not run
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.ENOTTY, errno.EPERM}
-# what they answer where another process has it: EACCES where flock is made of the locks of POSIX
+# errors if another process has the lock: EACCES where flock is implemented with POSIX locks
 _TAKEN = {errno.EWOULDBLOCK, errno.EACCES}
 
 
 class FileLock:
-    """An exclusive lock at ``path``, a file that is made for it; use it in a ``with`` statement or ``close`` it.
+    """An exclusive lock on the file ``path``, which it creates; use it in a ``with`` statement or ``close`` it.
 
-    Raises ``BlockingIOError`` where another process has it, unless ``wait``; ``OSError`` where the file can't be made. Where
-    the file system has no locks, a warning says what guards the folder instead.
+    Raises ``BlockingIOError`` if another process has it, unless ``wait``; ``OSError`` if the file can't be created. If the
+    file system has no locks, a warning explains what guards the folder instead.
     """
 
     def __init__(self, path: Path, *, wait: bool = False) -> None:
@@ -41,7 +41,7 @@ class FileLock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except OSError as error:
                 if error.errno in _TAKEN:
-                    raise BlockingIOError(errno.EWOULDBLOCK, "another process has it", str(path)) from error
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another process holds the lock", str(path)) from error
                 if error.errno not in _NO_LOCKS:
                     raise
                 self._own(path.with_name(f"{path.name}.owner"), error, wait)
@@ -51,7 +51,7 @@ class FileLock:
 
     @property
     def locked(self) -> bool:
-        """Whether the file system itself keeps others out."""
+        """Whether the file system itself holds the lock."""
         return self._owner is None
 
     def _own(self, owner: Path, error: OSError, wait: bool) -> None:
@@ -60,12 +60,12 @@ class FileLock:
             other = _read(owner)
             if other is not None and is_alive(other):
                 if not wait:
-                    raise BlockingIOError(errno.EWOULDBLOCK, f"process {other['process']} on this machine has it", str(owner))
+                    raise BlockingIOError(errno.EWOULDBLOCK, f"process {other['process']} on this machine holds it", str(owner))
                 time.sleep(0.2)
                 continue
             if other is not None and not _is_near(other):
                 log.warning(
-                    "%s: process %s on %s was in this folder and did not say that it left: make sure that it has ended",
+                    "%s: process %s on %s used this folder and did not release it: make sure that it has ended",
                     owner,
                     other["process"],
                     other["host"],
@@ -74,19 +74,19 @@ class FileLock:
                 owner.unlink()
             waited_for = True
         if waited_for:
-            time.sleep(0.5)  # another process may have found the old name as well, and have put its own in place of ours
+            time.sleep(0.5)  # another process may have seen the old owner too, and have replaced this one
             if _read(owner) != me:
                 return self._own(owner, error, wait)
         self._owner = owner
         log.warning(
-            "%s: this file system has no locks (%s): a second process is noticed on this machine only; don't start another one "
-            "in this folder elsewhere",
+            "%s: this file system has no locks (%s): a second process is detected on this machine only; don't start one in "
+            "this folder on another machine",
             owner.parent,
             error.strerror,
         )
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._owner is not None and _read(self._owner) == identity(os.getpid()):
             with contextlib.suppress(OSError):
                 self._owner.unlink()
@@ -103,7 +103,7 @@ Owner = dict[str, str | int]
 
 
 def identity(process: int) -> Owner:
-    """The process among all that were ever started: a number alone is used again, and counted anew in each container."""
+    """Identifies a process uniquely: a process number alone is reused, and each container has its own numbers."""
     said: Owner = {"host": socket.gethostname(), "process": process, "boot": "", "namespace": "", "born": ""}
     with contextlib.suppress(OSError):
         said["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -116,13 +116,13 @@ def identity(process: int) -> Owner:
 
 
 def _is_near(other: Owner) -> bool:
-    """Whether its process, if it lives, can be seen from here."""
+    """Whether its process, if alive, is visible from here."""
     me = identity(os.getpid())
     return all(other[key] == me[key] for key in ("host", "boot", "namespace"))
 
 
 def is_alive(other: Owner) -> bool:
-    """Whether the process of that ``identity`` lives and can be seen from here; more keys than those don't matter."""
+    """Whether the process of that ``identity`` is alive and visible from here. Ignores additional keys."""
     return (
         _is_near(other)
         and Path(f"/proc/{other['process']}").exists()
@@ -132,7 +132,7 @@ def is_alive(other: Owner) -> bool:
 
 def _made(owner: Path, me: Owner) -> bool:
     try:
-        # O_EXCL is the one thing that every file system does for one process only
+        # O_EXCL is the one operation that every file system grants to one process only
         descriptor = os.open(owner, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
@@ -142,7 +142,7 @@ def _made(owner: Path, me: Owner) -> bool:
 
 
 def _read(owner: Path) -> Owner | None:
-    """Who is named there; None where nobody is, after a moment for one who is about to write."""
+    """The owner that the file names; None if there is none, after a wait for one that is just being written."""
     for _ in range(5):
         try:
             said = json.loads(owner.read_bytes())

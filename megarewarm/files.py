@@ -1,6 +1,6 @@
-"""Files and folders that appear whole or not at all: they get their names when all of them is on the disk; checksums of files.
+"""Atomic writes: files and folders get their names only when their contents are on the disk. Also checksums of files.
 
-What is being written lies beside its place, under a name that ends in ``PART``; a kill leaves that and nothing else.
+An unfinished file is next to its final path, under a name that ends in ``PART``; a kill leaves only that.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import IO, Self
 
 PART = ".part"
 
-# what file systems answer that can't sync a folder or a file; any other error means that the data may not be on the disk
+# errors of file systems that can't sync a folder or a file; any other error means that the data may not be on the disk
 _NO_SYNC = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
 class NewFile:
-    """A file on its way to ``path``; use it in a ``with`` statement, or ``close`` it. Its folder is made where it is missing.
+    """A new file for ``path``; use it in a ``with`` statement, or ``close`` it. Creates the folder if it is missing.
 
-    Write to ``file``, then ``publish`` it; without that nothing is left. The methods raise ``OSError``.
+    Write to ``file``, then ``publish`` it; otherwise nothing is kept. The methods raise ``OSError``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,17 +33,17 @@ class NewFile:
         self.file = open(self._part, "wb", buffering=2**20)  # noqa: SIM115 - held until close
 
     def sync(self) -> None:
-        """Bring onto the disk what has been written."""
+        """Flush what has been written to the disk."""
         sync(self.file)
 
     def publish(self) -> None:
-        """Give the file its name, once it is on the disk. What stood there is replaced."""
+        """Sync the file to the disk, then give it its name. Replaces an existing file."""
         self.sync()
         os.replace(self._part, self.path)
 
     def close(self) -> None:
-        """Remove what has not been published."""
-        with contextlib.suppress(OSError):  # of a full disk, which has been reported; a synced file closes without one
+        """Remove the file unless it was published."""
+        with contextlib.suppress(OSError):  # a full disk, which was reported before; a synced file closes without an error
             self.file.close()
         self._part.unlink(missing_ok=True)
 
@@ -55,14 +55,14 @@ class NewFile:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a whole file: under its name there is the old content or the new, never a part of it."""
+    """Write a file atomically: its name always refers to the old content or the new, never to a part."""
     with NewFile(path) as new:
         new.file.write(data)
         new.publish()
 
 
 def move(source: Path, target: Path) -> None:
-    """Give a whole file another name, also on another file system: there by a copy beside it, which then gets the name."""
+    """Move a file atomically. Across file systems, copies it next to ``target`` first, then renames the copy."""
     try:
         os.replace(source, target)
     except OSError as error:
@@ -76,8 +76,8 @@ def move(source: Path, target: Path) -> None:
 
 
 def publish_folder(new: Path, place: Path, make_room: Callable[[], object]) -> None:
-    """Give the folder ``new`` the name ``place``, once all in it is on the disk. ``make_room``: removes what stands there, as
-    late as can be. Raises ``OSError``."""
+    """Sync the folder ``new`` to the disk, then rename it to ``place``. ``make_room``: removes an existing folder, as late as
+    possible. Raises ``OSError``."""
     for file in new.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
@@ -98,13 +98,13 @@ def sha256(*parts: Path) -> str:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Flush and ``fsync``, where the file system has it. Raises ``OSError`` for what means that data may be lost."""
+    """Flush and ``fsync``, if the file system supports it. Raises ``OSError`` if data may be lost."""
     file.flush()
     _fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """``fsync`` of a folder, so that the names in it stay; not all file systems open one."""
+    """``fsync`` a folder, so that the names in it persist. Some file systems can't open one."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""From the command line to a finished run: arguments, configuration, ranks, and the hand-over to the trainer."""
+"""From the command line to a finished run: arguments, configuration, ranks, and the call of the trainer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from megarewarm.process import first_line, importing, is_out_of_memory, say
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line and return the process's exit code. Every rank calls it; the main rank speaks."""
+    """Run the command line and return the process's exit code. Every rank calls it; the main rank prints."""
     arguments = parse_arguments(argv)
     launch: Launch | None = None
     try:
         launch = launch_of_process(arguments.local_rank)
         console = make_console(quiet=launch.rank != 0, lasting=not arguments.dry_run)
         if arguments.allow_missing and not arguments.dry_run:
-            raise UserError("--allow-missing goes with --dry-run: a run needs its files")
+            raise UserError("--allow-missing works only with --dry-run: a run needs its files")
         if arguments.show_config and not arguments.dry_run:
-            raise UserError("--show-config goes with --dry-run: a run writes its config.yaml")
+            raise UserError("--show-config works only with --dry-run: a run writes its config.yaml")
         if files := neox_files(arguments.configs):
             with importing():
                 from megarewarm.rewarm.neox_start import load_neox, show_account
 
             overrides = [word for word in arguments.configs if not is_file_word(word)]
-            alone = arguments.dry_run and launch.world_size == 1  # not under a launcher: as many ranks as the file needs
+            alone = arguments.dry_run and launch.world_size == 1  # without a launcher: as many ranks as the file needs
             run, account = load_neox(files, overrides, None if alone else launch.world_size)
             show_account(account, console)
             return _run(run, launch, console, arguments, account.ranks)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError("--quick and --only belong to experiments; this is a single run (it has no key 'experiment')")
         return _run(validate(RunConfig, mapping, origins), launch, console, arguments)
     except UserError as error:
-        # ranks that are not connected: one voice per node, the others would only repeat it
+        # ranks that are not connected: one message per node, because the others would only repeat it
         if launch is None or launch.local_rank == 0 or isinstance(error, WillNotCome):
             prefix = "" if launch is None or launch.rank == 0 else f"rank {launch.rank}: "
             say(f"{prefix}{error}")
@@ -114,12 +114,12 @@ def _train(what: RunConfig | Experiment, launch: Launch, console: Console, only:
             raise
         else:
             say(
-                f"rank {ranks.rank} waits no longer for {ranks.give_up()}: {first_line(error)}; the last checkpoint is whole, "
-                f"the same command continues from it"
+                f"rank {ranks.rank} gave up waiting for {ranks.give_up()}: {first_line(error)}; the last checkpoint is whole, "
+                f"the same command resumes from it"
             )
             code = EXIT_RANK_LOST
         if ranks.world_size > 1:
-            # not by way of the interpreter: other threads may wait for the lost rank for good
+            # without the interpreter's shutdown, because other threads may wait for the lost rank forever
             os._exit(code)
         return code
     finally:

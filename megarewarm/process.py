@@ -1,6 +1,6 @@
-"""How every command of megarewarm ends: one line and an exit code, also where a key, a pipe, a disk or memory ends it.
+"""How every command of megarewarm ends: one line and an exit code, also after Ctrl-C, a closed pipe, or a full disk or memory.
 
-Without other packages, so that it holds while those are still being imported.
+Imports no other packages, so that it works while those are still being imported.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _EXTRAS = {
     "transformers": "hub",
     "wandb": "wandb",
 }
-"""Packages that not everyone needs, by the extra of pyproject.toml that installs them."""
+"""Optional packages, by the extra of pyproject.toml that installs them."""
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 def begin() -> None:
-    """Called by a command before it imports anything large: Ctrl-C ends it with one line, and its output takes every text.
+    """A command calls it before it imports anything large. Ctrl-C then ends it with one line, and it can print any text.
 
-    A standard stream that is closed is opened on /dev/null, so that no file of the run takes its number.
+    Opens closed standard streams on /dev/null, so that no file of the run gets their numbers.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     codecs.register_error("shown", _shown)
@@ -58,10 +58,10 @@ def begin() -> None:
 
 
 def run(main: Callable[[], int | None], *, stopped: str = "stopped") -> NoReturn:
-    """Call ``main`` and end the process with what it returns (None: 0), or with the exit code of what ended it.
+    """Call ``main`` and end the process with its exit code (None: 0), or with that of the exception that ended it.
 
-    A ``UserError``, an ``OSError`` and memory that is out are one line on stderr; ``stopped`` is the line after Ctrl-C. An
-    ``OSError`` outside of ``main``'s own care is bad input: a place that can't be read or written.
+    Prints one line on stderr for a ``UserError``, an ``OSError`` or memory exhaustion, and ``stopped`` after Ctrl-C. An
+    ``OSError`` that ``main`` does not handle counts as bad input: a path that can't be read or written.
     """
     try:
         try:
@@ -78,7 +78,7 @@ def run(main: Callable[[], int | None], *, stopped: str = "stopped") -> NoReturn
         say(str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
-            code = EXIT_CLOSED_PIPE  # it has seen enough, as 'head' has
+            code = EXIT_CLOSED_PIPE  # as with 'head'
         else:
             code = EXIT_BAD_INPUT
             say(f"{error.filename or 'the output'}: {error.strerror or error}")
@@ -99,7 +99,7 @@ def run(main: Callable[[], int | None], *, stopped: str = "stopped") -> NoReturn
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of large packages within ``main``: Ctrl-C ends the process at once, for they may catch an exception."""
+    """For imports of large packages within ``main``: Ctrl-C exits at once, because they may catch an exception."""
     _on_interrupt(_end_at_once)
     try:
         yield
@@ -108,13 +108,13 @@ def importing() -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """One line on stderr; where that is closed, nothing."""
+    """Print one line on stderr; do nothing if it is closed."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it came from, is memory that is out: of the host, or of a GPU as torch tells it."""
+    """Whether ``error`` or its cause is memory exhaustion, of the host or of a GPU as torch reports it."""
     while error is not None:
         words = str(error).lower()
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -126,52 +126,52 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, or its kind where it says nothing."""
+    """The first line of the message of ``error``, or its type if it has no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def in_main_thread() -> bool:
-    """Whether signals can be watched from here."""
+    """Whether signal handlers can be set from here."""
     return threading.current_thread() is threading.main_thread()
 
 
 def _on_interrupt(handler: Callable[[int, FrameType | None], Any]) -> None:
-    # a shell's background job ignores it, and so do its children; who calls from elsewhere has a handler of his own
+    # a shell's background job and its children ignore SIGINT, and a program that embeds megarewarm may have its own handler
     ours = (signal.default_int_handler, _end_at_once)
     if in_main_thread() and signal.getsignal(signal.SIGINT) in ours:
         signal.signal(signal.SIGINT, handler)
 
 
 def _end_at_once(number: int, frame: FrameType | None) -> None:
-    """Not by an exception: an import may catch it, or be caught half done by the next one."""
+    """Exit without an exception, because an import may catch one or be left half done."""
     say("stopped")
     os._exit(EXIT_INTERRUPTED)
 
 
 def _unraisable(told: sys.UnraisableHookArgs) -> None:
-    if isinstance(told.exc_value, KeyboardInterrupt):  # it came while something was being removed
+    if isinstance(told.exc_value, KeyboardInterrupt):  # raised in a finalizer
         _end_at_once(signal.SIGINT, None)
     if not isinstance(told.exc_value, BrokenPipeError):
         sys.__unraisablehook__(told)
 
 
 def _shown(error: UnicodeError) -> tuple[str, int]:
-    """A terminal need not know every character, and names of files need not be text."""
+    """Replace characters that the terminal lacks, and bytes of file names that are not text."""
     assert isinstance(error, UnicodeEncodeError)
     wrong = error.object[error.start : error.end]
     return "".join(f"\\x{ord(c) - 0xDC00:02x}" if 0xDC80 <= ord(c) < 0xDD00 else "?" for c in wrong), error.end
 
 
 def _place_caches() -> None:
-    """For a user without a name and a home, as in containers: packages that ask for them would end, or make a folder '~'.
+    """For a user without a name or a home, as in containers: packages that need them would fail, or make a folder '~'.
 
-    The orders of samples have a cache with words of its own (data/array_cache.py).
+    The cache of sample orders has its own handling (data/array_cache.py).
     """
     user = os.getuid()
     try:
         pwd.getpwuid(user)
     except KeyError:
-        os.environ.setdefault("LOGNAME", f"user{user}")  # torch's compiler names its folder so
+        os.environ.setdefault("LOGNAME", f"user{user}")  # torch's compiler uses it in a folder name
         if os.environ.get("HOME"):
             return
         place = Path(tempfile.gettempdir()) / f"megarewarm-{user}"
@@ -192,7 +192,7 @@ def _reader_is_gone() -> bool:
 
 
 def _flush() -> None:
-    """Nothing is left for the interpreter to write when it ends, where it would show what fails."""
+    """Flush the output now, because the interpreter would print a failure at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""How numbers, durations and lists are spelled for people."""
+"""Numbers, durations and lists as readable text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes from elsewhere, at arm's length: names that must not lead out of a folder, secrets that must not be repeated."""
+"""Checks of untrusted input: names that must not lead out of a folder, secrets that must not be printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 _HIDDEN = "***"
-_LONGEST_NAME = 255  # bytes, what file systems allow
+_LONGEST_NAME = 255  # bytes, the limit of file systems
 _SHORTEST_SECRET = 12  # characters: a shorter value of such a variable may be a word that occurs by chance
 _IN_URL = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/?#@]*@")
 _OF_THE_HUB = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
@@ -26,17 +26,17 @@ def is_name(value: object) -> bool:
 
 
 def is_inside(value: object) -> bool:
-    """Whether ``value`` is a relative path that stays below the folder it is relative to, by its words alone."""
+    """Whether ``value`` is a relative path that stays below its folder, judged by its text alone."""
     return isinstance(value, str) and not value.startswith("/") and all(map(is_name, PurePosixPath(value).parts or ("",)))
 
 
 def printable(text: str) -> str:
-    """``text`` without signs that a terminal would obey; line breaks stay."""
+    """``text`` with control characters replaced, except line breaks."""
     return "".join(sign if sign.isprintable() or sign == "\n" else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def one_line(text: str, most: int = 200) -> str:
-    """The words of somebody else's message, as a part of a line."""
+    """The message of another program or library, shortened to a part of one line."""
     return printable(" ".join(text.split()))[:most]
 
 
@@ -46,13 +46,13 @@ def secrets_of(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def is_secret(variable: str) -> bool:
-    """Whether the environment's ``variable`` is called as those that hold tokens and passwords are."""
+    """Whether the name of the environment ``variable`` is one that tokens and passwords have."""
     return _VARIABLE.search(variable.upper()) is not None
 
 
 def redacted(text: str, secrets: Sequence[str] | None = None) -> str:
-    """``text`` without what nobody else may read: user and password of a URL, tokens of the Hugging Face hub, and
-    ``secrets``, which are those of the environment where they are not given."""
+    """``text`` without secrets: user and password of a URL, tokens of the Hugging Face hub, and ``secrets``, by default those
+    of the environment."""
     text = _IN_URL.sub(rf"\g<scheme>{_HIDDEN}@", text)
     text = _OF_THE_HUB.sub(_HIDDEN, text)
     for secret in secrets_of() if secrets is None else secrets:

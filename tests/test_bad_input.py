@@ -243,7 +243,7 @@ def test_missing_files_are_refused_unless_they_may_be(tmp_path: Path, capfd: pyt
     allowed = capfd.readouterr()
     assert without_notes(refused.out) == without_notes(allowed.out) and allowed.err == ""
     for name in ("absent", "gone"):
-        assert f"not here, needed to train: {Path(name).absolute()}: no such token file (.bin) here" in allowed.out
+        assert f"missing, needed to train: {Path(name).absolute()}: no such token file (.bin) here" in allowed.out
     assert refused.err.count("\n") == 1 and str(Path("absent").absolute()) in refused.err
     truncated(tmp_path)
     assert main([*words, "--allow-missing"]) == 2

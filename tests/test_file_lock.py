@@ -83,7 +83,7 @@ def test_an_owner_elsewhere_is_told_of(
     (tmp_path / "lock.owner").write_text(file_lock.json.dumps({**identity(os.getpid()), "host": "node7", "boot": "other"}))
     with caplog.at_level(logging.WARNING):
         FileLock(tmp_path / "lock").close()
-    assert "on node7 was in this folder" in caplog.text and socket.gethostname() != "node7"
+    assert "on node7 used this folder" in caplog.text and socket.gethostname() != "node7"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": "a"}'])

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STYLE = ROOT / "docs" / "style.md"
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {STYLE})
-TO_COME = ("config", "lab", "layout", "main.py", "arguments.py", "console.py", "files.py", "file_lock.py")
+TO_COME = ("config",)
 """Of megarewarm/: rooms and files whose text has not been gone through."""
 SOURCES = sorted(
     path

@@ -1,7 +1,7 @@
-"""The one command: ``megarewarm train | prepare | report | ...``. Which commands there are, and how one is started.
+"""The command ``megarewarm train | prepare | report | ...``: the list of commands, and how one is started.
 
-A command is a module of this room with ``command_line()``, its parser, and ``main(words)``, which returns an exit code. Neither
-needs a package beyond Python's own until ``main`` has read its words, so that ``--help`` answers at once.
+A command is a module of this package with ``command_line()``, its parser, and ``main(words)``, which returns an exit code.
+Neither imports packages outside the standard library until ``main`` has parsed ``words``, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megarewarm.process import begin, run, say
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """``module`` lies in this room; ``about`` is its line in the list; ``stopped`` what it says after Ctrl-C."""
+    """``module``: in this package; ``about``: its line in the list; ``stopped``: the line that it prints after Ctrl-C."""
 
     module: str
     about: str
@@ -37,20 +37,20 @@ COMMANDS: dict[str, Command] = {
     "continue": Command("continue_run", "from a checkpoint and a folder of text to a re-warmed model"),
     "prepare": Command("prepare", "tokenise text into token files"),
     "tokenizer": Command("tokenizer", "train a tokenizer", _NOTHING_WRITTEN),
-    "inspect-data": Command("inspect_data", "look into token files, check and compare them"),
+    "inspect-data": Command("inspect_data", "inspect, check and compare token files"),
     "merge-data": Command("merge_data", "join token files", _NOTHING_WRITTEN),
     "sweep": Command("sweep", "run an experiment, several runs at a time, here or on Slurm"),
     "watch": Command("watch", "follow runs live in the terminal"),
     "report": Command("report", "draw and compare runs, or the arms of an experiment"),
     "advise": Command("advise", "say which arm of an experiment is best and what to run next"),
     "plan": Command("plan", "rank the layouts of a run on a cluster"),
-    "inspect": Command("inspect_checkpoint", "look into a checkpoint, compare two"),
+    "inspect": Command("inspect_checkpoint", "inspect a checkpoint, or compare two"),
     "convert": Command("convert", "convert a checkpoint: Hugging Face, GPT-NeoX, megarewarm"),
     "merge": Command("merge_checkpoints", "average or interpolate checkpoints"),
     "generate": Command("generate", "continue a text with a checkpoint"),
     "evaluate": Command("evaluate", "measure a checkpoint's loss on token files"),
-    "replay-step": Command("replay_step", "compute one step of a run again, to look at it"),
-    "convert-config": Command("convert_config", "write GPT-NeoX files as a run of megarewarm"),
+    "replay-step": Command("replay_step", "recompute one step of a run to inspect it"),
+    "convert-config": Command("convert_config", "convert GPT-NeoX files to a megarewarm config"),
     "schedules": Command("schedules", "draw every learning-rate schedule into one picture"),
     "configs": Command("configs", "copy the example configs into a folder", _NOTHING_WRITTEN),
     "completion": Command("completion", "print the completion script of a shell"),
@@ -69,7 +69,7 @@ def main() -> NoReturn:
 
 
 def run_command(name: str, words: Sequence[str], program: str | None = None) -> NoReturn:
-    """Run one command and end the process with its exit code. ``program``: what usage calls it."""
+    """Run one command and end the process with its exit code. ``program``: its name in the usage line."""
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or "; 'megarewarm --help' lists the commands"
         say(f"megarewarm: no command '{name}'{hint}")

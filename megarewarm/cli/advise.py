@@ -17,8 +17,8 @@ def share(text: str) -> float:
 
 def command_line() -> Parser:
     parser = Parser(
-        description="Say which arm of an experiment is best, and which run is worth making next: published laws are fitted to "
-        "the finished runs, and predict only what lies between what was tried."
+        description="Say which arm of an experiment is best, and which run is worth trying next. Fits published laws to "
+        "the finished runs; they predict only values between those tried."
     )
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT_FOLDER", help="folder with experiment.json in it")
     parser.add_argument(
@@ -28,9 +28,7 @@ def command_line() -> Parser:
         metavar="SHARE",
         help="by how much of its start value the upstream loss may rise (default: 2%%)",
     )
-    parser.add_argument(
-        "--all", action="store_true", help="also show the laws and how they predicted levels that were left out"
-    )
+    parser.add_argument("--all", action="store_true", help="also show the laws and how well they predicted held-out levels")
     parser.add_argument("--output", type=Path, help="for advice.json and advice.png; default: EXPERIMENT_FOLDER/advice")
     return parser
 

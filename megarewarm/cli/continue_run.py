@@ -1,7 +1,7 @@
 """From a checkpoint and text to a re-warmed model: megarewarm continue CHECKPOINT --on TEXT [...] --tokens 50M
 
-Tokenises the text with the checkpoint's own tokenizer, holds out a validation set, writes the run's YAML, trains it, and draws
-its report. The YAML may be edited and run again (megarewarm train); the same command resumes what was interrupted.
+Tokenises the text with the checkpoint's own tokenizer, holds out a validation set, writes the run's YAML, trains it, and writes
+its report. You can edit the YAML and train it again (megarewarm train); the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ def command_line() -> Parser:
         help="new text: files or folders of .txt, .jsonl, .parquet",
     )
     old = parser.add_mutually_exclusive_group()
-    old.add_argument("--replay", type=path_text, nargs="+", metavar="TEXT", help="old text, replayed against forgetting")
-    old.add_argument("--replay-tokens", type=path_text, nargs="+", metavar="PREFIX", help="the same as token files")
-    parser.add_argument("--replay-share", type=_share, default=0.05, metavar="SHARE", help="of the samples; default: 5%%")
-    parser.add_argument("--tokens", type=_count, required=True, metavar="N", help="tokens of training, such as 50M")
+    old.add_argument("--replay", type=path_text, nargs="+", metavar="TEXT", help="old text to replay, to limit forgetting")
+    old.add_argument("--replay-tokens", type=path_text, nargs="+", metavar="PREFIX", help="old text as token files")
+    parser.add_argument(
+        "--replay-share", type=_share, default=0.05, metavar="SHARE", help="share of old text in the samples; default: 5%%"
+    )
+    parser.add_argument("--tokens", type=_count, required=True, metavar="N", help="tokens to train on, such as 50M")
     parser.add_argument(
         "--peak", type=float, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
     )
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's positions, up to 2048")
     parser.add_argument("--tokenizer", type=path_text, help="default: the checkpoint's own")
-    parser.add_argument("--text-key", default="text", help="of .jsonl and .parquet; default: %(default)s")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for everything that is written; default: CHECKPOINT-on-TEXT"
+        "--text-key", default="text", help="key or column of the text in .jsonl and .parquet; default: %(default)s"
     )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for all output; default: CHECKPOINT-on-TEXT")
     parser.add_argument("--dry-run", action="store_true", help="tokenise and write the YAML, show the run, train nothing")
     return parser
 
@@ -67,9 +69,9 @@ def main(words: Sequence[str]) -> int:
         made_by = before.strip("# \n")
         if _without_dry_run(before) != _without_dry_run(header):
             raise UserError(
-                f"{path}: made by another command ({made_by}); train it by 'megarewarm train {path}', or give another --output"
+                f"{path}: made by another command ({made_by}); train it with 'megarewarm train {path}', or give a new --output"
             )
-        console.print(f"{path}: there already, trained as it is")
+        console.print(f"{path}: exists already, used unchanged")
     else:
         mapping, chosen = _prepare(arguments, name, folder, console)
         for line in chosen:
@@ -121,7 +123,7 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
 
 
 def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: object, prefix: Path, console: Console) -> str:
-    """The name of the token file, which an interrupted command may have written already."""
+    """Write the token file, unless an interrupted command did. Returns its name."""
     from megarewarm.cli.prepare import ProgressBar
     from megarewarm.console import make_console
     from megarewarm.data.text.preprocess import job
@@ -141,7 +143,7 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
 
 
 def _name(arguments: argparse.Namespace) -> str:
-    """A run's name of CHECKPOINT and TEXT, in the characters that names have."""
+    """A run's name from CHECKPOINT and TEXT, in the characters allowed in names."""
     parts = (
         (arguments.output.name,)
         if arguments.output
@@ -159,7 +161,7 @@ def _count(text: str) -> int:
     match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)(?:\s*tokens?)?", text.strip(), re.IGNORECASE)
     value = round(float(re.sub("[_,]", "", match[1])) * 1000 ** " kmbt".index(match[2].lower() or " ")) if match else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of tokens, such as 50M")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, such as 50M")
     return value
 
 
@@ -170,5 +172,5 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no share from 0 to below 1, such as 5%")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1, such as 5%")
     return value

@@ -18,13 +18,13 @@ from megarewarm.process import importing
 def command_line() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=path_text, metavar="SRC")
-    parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to be replaced")
-    parser.add_argument("--to", required=True, choices=FORMS, help="the form to write")
+    parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to replace")
+    parser.add_argument("--to", required=True, choices=FORMS, help="the format to write")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="default: as stored; fp32 takes the optimizer's masters where there are any"
+        "--dtype", choices=DTYPES, help="default: as stored; fp32 uses the optimizer's master weights if there are any"
     )
-    parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut, or fill up with zeros, the embedding and the head")
+    parser.add_argument("--vocab-size", type=int, metavar="ROWS", help="cut the embedding and the head, or pad them with zeros")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: what SRC comes with"
     )

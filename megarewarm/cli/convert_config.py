@@ -1,4 +1,4 @@
-"""Write GPT-NeoX files as a run of megarewarm: megarewarm convert-config 410M.yml local_setup.yml --output run.yml"""
+"""Convert GPT-NeoX files to a megarewarm config: megarewarm convert-config 410M.yml local_setup.yml --output run.yml"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megarewarm.process import importing
 
 def command_line() -> Parser:
     parser = Parser(description=__doc__)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="GPT-NeoX files, merged as GPT-NeoX does")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="GPT-NeoX files, merged as in GPT-NeoX")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--ranks", type=int, help="ranks of the run, for the global batch; default: as few as the files need")
     return parser
@@ -30,8 +30,8 @@ def main(words: Sequence[str]) -> None:
     files = neox_files(arguments.configs)
     if not files:
         missing = [name for name in arguments.configs if not Path(name).is_file()]
-        what = "no such file" if missing else "no key of GPT-NeoX in it"
-        raise UserError(f"{Path((missing or arguments.configs)[0]).absolute()}: {what}; expected a configuration of GPT-NeoX")
+        what = "no such file" if missing else "it has no key of GPT-NeoX"
+        raise UserError(f"{Path((missing or arguments.configs)[0]).absolute()}: {what}; expected a GPT-NeoX config")
     run, account = load_neox(files, [], arguments.ranks)
     text = dump(run)
     if arguments.output is None:

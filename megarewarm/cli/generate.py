@@ -11,9 +11,11 @@ from megarewarm.process import importing
 def command_line() -> Parser:
     parser = Parser(description="Continue a text with a run's model or any checkpoint that start.from takes.")
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
-    parser.add_argument("text", help="what the model continues")
+    parser.add_argument("text", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token each time; default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the most likely token each time; default: %(default)s"
+    )
     parser.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""Look into a checkpoint: megarewarm inspect CHECKPOINT [--norms] [--diff OTHER] [--verify]"""
+"""Inspect a checkpoint: megarewarm inspect CHECKPOINT [--norms] [--diff OTHER] [--verify]"""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from megarewarm.process import importing
 
 
 def command_line() -> Parser:
-    parser = Parser(description="Show what is in a checkpoint of any form that megarewarm reads.")
+    parser = Parser(description="Show the contents of a checkpoint in any format that megarewarm reads.")
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("--norms", action="store_true", help="root mean square and largest magnitude of every parameter")
-    parser.add_argument("--diff", type=path_text, metavar="OTHER", help="what changed from CHECKPOINT to OTHER")
+    parser.add_argument("--diff", type=path_text, metavar="OTHER", help="show what changed from CHECKPOINT to OTHER")
     parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
     return parser
@@ -32,7 +32,7 @@ def main(words: Sequence[str]) -> None:
     source = open_checkpoint(arguments.checkpoint)
     if arguments.verify:
         if not isinstance(source, OwnCheckpoint):
-            raise UserError(f"{source.name}: {source.format} checkpoints have no checksums; only megarewarm's have")
+            raise UserError(f"{source.name}: {source.format} checkpoints have no checksums; only megarewarm's do")
         source.verify(alone=True)
         console.print(f"{source.name}: every file is as it was written", style="green", highlight=False)
     console.print(inspection.state_table(source))

@@ -1,4 +1,4 @@
-"""Look into a token file: megarewarm inspect-data PREFIX [--document N] [--verify] [--compare OTHER] [--tokenizer FILE]"""
+"""Inspect a token file: megarewarm inspect-data PREFIX [--document N] [--verify] [--compare OTHER] [--tokenizer FILE]"""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def command_line() -> Parser:
-    parser = Parser(description="Show what is in a .bin/.idx pair, or in a bare .bin.")
+    parser = Parser(description="Show the contents of a .bin/.idx pair or a bare .bin.")
     parser.add_argument("prefix", type=path_text, metavar="PREFIX", help="the pair's name without suffix, or a bare .bin")
     parser.add_argument("--dtype", choices=STORED_DTYPES, help="of a bare .bin")
     parser.add_argument("--tokenizer", type=path_text, help="to show text and check ids: a tokenizer.json or .model")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
     parser.add_argument("--verify", action="store_true", help="read everything and check every invariant of the format")
-    parser.add_argument("--compare", type=path_text, metavar="OTHER", help="what first differs from another token file")
+    parser.add_argument("--compare", type=path_text, metavar="OTHER", help="show the first difference from another token file")
     return parser
 
 
@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> None:
     )
     if arguments.document is not None:
         if not 0 <= arguments.document < file.num_documents:
-            raise UserError(f"--document {arguments.document}: there are {file.num_documents:,}, counted from 0")
+            raise UserError(f"--document {arguments.document}: the file has {file.num_documents:,} documents, counted from 0")
         ids = file.document(arguments.document)
         if tokenizer and (bad := ids[(ids.astype("int64") < 0) | (ids >= tokenizer.vocab_size)]).size:
             raise UserError(
@@ -63,7 +63,7 @@ def main(words: Sequence[str]) -> None:
             console.print(line, style="green", highlight=False)
     if arguments.compare:
         difference = first_difference(arguments.prefix, arguments.compare, arguments.dtype)
-        console.print(difference or "the same documents of the same ids", highlight=False)
+        console.print(difference or "the same documents with the same ids", highlight=False)
 
 
 def show(found: Lengths, bar: str = "█") -> Table:

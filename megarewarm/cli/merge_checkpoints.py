@@ -5,8 +5,8 @@
     megarewarm merge OUT --ema 0.8 A B C                         moving average, oldest first
     megarewarm merge OUT --interpolate START END --alpha 0.25 0.5 0.75
 
-Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: look at it with megarewarm inspect, train on
-from it (start.intent rewarm), or write it for transformers (--to hf).
+Several alphas give OUT_0.25, OUT_0.5, ... The result has weights only: inspect it with megarewarm inspect, continue
+training from it (start.intent rewarm), or write it for transformers (--to hf).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def command_line() -> Parser:
     how.add_argument("--interpolate", type=path_text, nargs=2, metavar=("START", "END"))
     parser.add_argument("--alpha", nargs="+", type=float, default=[0.5], help="shares of END; default: 0.5")
     parser.add_argument("--to", choices=FORMS, default="megarewarm", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="of hf and neox; default: fp32")
+    parser.add_argument("--dtype", choices=DTYPES, help="for hf and neox; default: fp32")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: the first's"
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, or a folder with one; default: the first checkpoint's"
     )
     return parser
 
@@ -57,7 +57,7 @@ def main(words: Sequence[str]) -> None:
             raise UserError(f"--alpha {alpha}: expected a finite number, the share of END")
         if not 0 <= alpha <= 1:
             console.print(
-                f"--alpha {alpha:g} lies outside of [0, 1], beyond START or END: {1 - alpha:g} x START + {alpha:g} x END",
+                f"--alpha {alpha:g} is outside [0, 1], beyond START or END: {1 - alpha:g} x START + {alpha:g} x END",
                 style="yellow",
                 highlight=False,
             )

@@ -1,4 +1,4 @@
-"""Token files as one: megarewarm merge-data PREFIX [PREFIX ...] --output PREFIX"""
+"""Merge token files into one: megarewarm merge-data PREFIX [PREFIX ...] --output PREFIX"""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def command_line() -> Parser:
     parser = Parser(description="Rank the layouts of a run on a cluster by a model of their step time.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG | section.key=value", help="as for launch.sh")
-    parser.add_argument("--gpus", type=int, required=True, help="how many")
-    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="which")
+    parser.add_argument("--gpus", type=int, required=True, help="number of GPUs")
+    parser.add_argument("--gpu", choices=sorted(GPUS), required=True, help="type of the GPUs")
     parser.add_argument("--most", type=int, default=10, help="layouts shown; default: %(default)s")
     parser.add_argument(
-        "--price", type=Price, metavar="EUR_PER_GPU_HOUR", help="such as 2.50 or 2.50EUR: adds a column with what the run costs"
+        "--price", type=Price, metavar="EUR_PER_GPU_HOUR", help="such as 2.50 or 2.50EUR: adds a column with the run's cost"
     )
     return parser
 
@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> None:
 
 
 class Price:
-    """Of a GPU-hour: a number, and the word for its currency, which is printed as it is given."""
+    """The price of a GPU-hour: an amount, and its currency, which is printed as given."""
 
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\S{0,8})\s*", text)
@@ -82,11 +82,11 @@ COLUMNS: dict[str, Callable[[LayoutEstimate, int], str]] = {
     "hours": lambda plan, gpus: _hours(plan.hours),
     "GPU-h": lambda plan, gpus: _hours(plan.hours * gpus),
 }
-DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # where the terminal is narrow, in this order
+DISPENSABLE = ("bubble", "GPU-h", "MFU", "GiB", "s/step", "hours")  # dropped in this order if the terminal is narrow
 
 
 def fitted(plans: list[LayoutEstimate], gpus: int, width: int, price: Price | None = None) -> Table:
-    """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as ``width`` shows whole."""
+    """A row for each of ``plans`` on ``gpus`` GPUs, with as many columns as fit into ``width``."""
     cells = {name: [cell(plan, gpus) for plan in plans] for name, cell in COLUMNS.items()}
     if price is not None:
         cells[price.word] = [f"{plan.hours * gpus * price.amount:,.0f}" for plan in plans]

@@ -13,7 +13,7 @@ from megarewarm.arguments import STORED_DTYPES, Parser, path_text
 from megarewarm.process import EXIT_INTERRUPTED, importing, say
 
 _LINES = 30.0
-"""Seconds between lines of progress where there is no terminal."""
+"""Seconds between lines of progress without a terminal."""
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def command_line() -> Parser:
     parser = Parser(
-        description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json, which says what is in them. What is written "
-        "does not depend on the number of workers. A run that was cut off goes on with --resume."
+        description="Tokenise text into PREFIX.bin, PREFIX.idx and PREFIX.json, which describes them. The output does not "
+        "depend on the number of workers. --resume continues an interrupted run."
     )
     parser.add_argument(
         "inputs",
@@ -40,7 +40,7 @@ def command_line() -> Parser:
     parser.add_argument("--merges", type=path_text, help="GPT-2's merges.txt; default: the one beside vocab.json")
     parser.add_argument("--output", required=True, type=Path, metavar="PREFIX", help="the files' name, without suffix")
     parser.add_argument("--text-key", default="text", help="key or column of the text, dots divide nested keys; default: text")
-    parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, as <|endoftext|>")
+    parser.add_argument("--eod-token", help="token that ends a document; default: the tokenizer's, such as <|endoftext|>")
     eod = parser.add_mutually_exclusive_group()
     eod.add_argument("--append-eod", action="store_true", help="end each document with that token; this is the default")
     eod.add_argument("--no-eod", action="store_true", help="put nothing between the documents")
@@ -48,15 +48,15 @@ def command_line() -> Parser:
     parser.add_argument("--format", choices=("pair", "raw"), default="pair", help="raw: PREFIX.bin alone, without an index")
     parser.add_argument("--dtype", choices=STORED_DTYPES, help="default: uint16 up to 65536 ids, else int32")
     parser.add_argument(
-        "--split", metavar="A,B,C", help="as 0.98,0.01,0.01: PREFIX_train, _valid, _test, by each document's hash"
+        "--split", metavar="A,B,C", help="such as 0.98,0.01,0.01: PREFIX_train, _valid, _test, by each document's hash"
     )
-    parser.add_argument("--shuffle", action="store_true", help="put the documents into a random order")
-    parser.add_argument("--seed", type=int, default=1234, help="of --shuffle; default: %(default)s")
-    parser.add_argument("--max-documents", type=_positive, metavar="N", help="the first N documents of the input only")
+    parser.add_argument("--shuffle", action="store_true", help="write the documents in random order")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of --shuffle; default: %(default)s")
+    parser.add_argument("--max-documents", type=_positive, metavar="N", help="use only the first N documents of the input")
     parser.add_argument("--strict", action="store_true", help="stop at the first broken or empty record")
     parser.add_argument("--workers", type=_positive, metavar="N", help="processes on this machine; default: one per core")
     parser.add_argument("--mpi", action="store_true", help="the ranks of this MPI job are the workers (one hands out the work)")
-    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was cut off")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run with the same options")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     return parser
 
@@ -99,7 +99,7 @@ def main(words: Sequence[str]) -> int:
         )
     except KeyboardInterrupt:
         bar.finish()
-        say(f"stopped; the same command with --resume goes on from {arguments.output}.parts")
+        say(f"stopped; the same command with --resume continues from {arguments.output}.parts")
         return EXIT_INTERRUPTED
     finally:
         bar.finish()
@@ -115,7 +115,7 @@ def main(words: Sequence[str]) -> int:
 
 
 class ProgressBar:
-    """What is being done, how far it is, its speed since it began, and when it will be done: a bar, or lines in a log."""
+    """The current task, its progress, speed and remaining time: as a bar, or as lines in a log."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -167,5 +167,5 @@ class ProgressBar:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
     return int(text)

@@ -1,7 +1,7 @@
-"""Compute one step of a run again, to look at it: megarewarm replay-step RUN [--step N] [--rows 12] [--out FILE.json]
+"""Recompute one step of a run to inspect it: megarewarm replay-step RUN [--step N] [--rows 12] [--out FILE.json]
 
-Without --step the newest step that went wrong (RUN/batches), else the last. Nothing of the run changes. A run of several ranks
-is computed by as many: torchrun --nproc-per-node 4 -m megarewarm replay-step RUN --step N
+Without --step, takes the newest step that went wrong (RUN/batches), else the last. The run is not changed. A run of several
+ranks needs as many here: torchrun --nproc-per-node 4 -m megarewarm replay-step RUN --step N
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def command_line() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--step", type=int, metavar="N", help="the step, counted from 1")
-    parser.add_argument("--rows", type=int, default=12, metavar="K", help="sequences that are shown; default: %(default)s")
+    parser.add_argument("--rows", type=int, default=12, metavar="K", help="sequences to show; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON, with the text of all sequences")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     return parser
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> int:
         ranks = connect(launch, arguments.device, 30.0)
         try:
             with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
-                task = bar.add_task("steps before it", total=None)
+                task = bar.add_task("retraining the steps before", total=None)
                 replayed = replay_step(
                     arguments.run,
                     arguments.step,

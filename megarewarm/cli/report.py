@@ -18,10 +18,10 @@ def command_line() -> Parser:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="FOLDER", help="an experiment's folder or its YAML, or folders of runs"
     )
-    parser.add_argument("--quick", action="store_true", help="with an experiment's YAML: the folder that --quick trained in")
     parser.add_argument(
-        "--output", type=Path, help="default: FOLDER/report, or report/ beside the runs where there are several"
+        "--quick", action="store_true", help="with an experiment's YAML: report the folder that --quick trained in"
     )
+    parser.add_argument("--output", type=Path, help="default: FOLDER/report, or for several runs report/ next to them")
     return parser
 
 
@@ -40,10 +40,10 @@ def main(words: Sequence[str]) -> None:
     if given[0].is_file():
         given = [_folder_of(given, arguments.quick)]
     elif arguments.quick:
-        raise UserError("--quick goes with an experiment's YAML: give that, or the folder without --quick")
+        raise UserError("--quick works only with an experiment's YAML: give that, or the folder without --quick")
     if experiments := [path for path in given if is_experiment(path)]:
         if len(given) > 1:
-            raise UserError(f"{experiments[0]}: an experiment: give it alone; for single runs of it, give their folders")
+            raise UserError(f"{experiments[0]}: is an experiment: give it alone; for single runs of it, give their folders")
         page = report_experiment(given[0], arguments.output or given[0] / "report")
     else:
         together = given[0] if len(given) == 1 else Path(os.path.commonpath([run.parent for run in given]))
@@ -53,14 +53,14 @@ def main(words: Sequence[str]) -> None:
 
 
 def _folder_of(given: list[Path], quick: bool) -> Path:
-    """The folder of the experiment whose YAML was given. Raises UserError where that is no experiment, or has not begun."""
+    """The folder of the experiment whose YAML was given. Raises ``UserError`` if that is no experiment or has not started."""
     from megarewarm.config.experiment import is_experiment as names_experiment
     from megarewarm.config.load import read_configs
     from megarewarm.report.numbers.experiment import is_experiment
 
     mapping, _ = read_configs([str(path) for path in given])
     if not names_experiment(mapping):
-        raise UserError(f"{given[0]}: no experiment (no key 'experiment'): give the folder of a run or of an experiment")
+        raise UserError(f"{given[0]}: not an experiment (no key 'experiment'): give the folder of a run or of an experiment")
     folder = Path(str(mapping.get("folder") or f"runs/{mapping['experiment']}") + "_quick" * quick)
     if not is_experiment(folder):
         raise UserError(f"{folder}: nothing there yet; start the experiment first: megarewarm sweep {given[0]}")

@@ -1,4 +1,4 @@
-"""Draw every learning-rate curve into one picture: megarewarm schedules [docs/schedules.png]"""
+"""Draw all learning-rate curves into one picture: megarewarm schedules [docs/schedules.png]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megarewarm.process import importing
 
 
 def command_line() -> Parser:
-    parser = Parser(description="Draw every learning-rate curve into one picture.")
+    parser = Parser(description="Draw all learning-rate curves into one picture.")
     parser.add_argument("picture", nargs="?", type=Path, default=Path("docs/schedules.png"), help="default: %(default)s")
     return parser
 

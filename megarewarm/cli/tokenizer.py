@@ -19,12 +19,14 @@ def command_line() -> Parser:
         metavar="FILE",
         help=".jsonl, .txt (also .gz, .zst), .parquet, folders, patterns, -",
     )
-    parser.add_argument("--vocab-size", required=True, type=int, help="ids, special tokens included")
+    parser.add_argument("--vocab-size", required=True, type=int, help="number of ids, special tokens included")
     parser.add_argument("--output", required=True, type=Path, help=".json: byte-level BPE, .model: sentencepiece")
     parser.add_argument(
         "--text-key", default="text", help="key or column of the text, dots divide nested keys; default: %(default)s"
     )
-    parser.add_argument("--sample-mb", type=_megabytes, default=100.0, help="megabytes to learn from; default: %(default)g")
+    parser.add_argument(
+        "--sample-mb", type=_megabytes, default=100.0, help="megabytes of text to train on; default: %(default)g"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser
 
@@ -48,7 +50,7 @@ def main(words: Sequence[str]) -> None:
     console = make_console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         limit = int(arguments.sample_mb * 1e6)
-        task = bar.add_task("reading and learning", total=min(limit, documents.total_bytes) or None)
+        task = bar.add_task("reading and training", total=min(limit, documents.total_bytes) or None)
         texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))
         tokenizer = trainers[arguments.output.suffix](texts, arguments.vocab_size, arguments.output)
         bar.update(task, total=1, completed=1)
@@ -60,5 +62,5 @@ def main(words: Sequence[str]) -> None:
 def _megabytes(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of megabytes above 0")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of megabytes above 0")
     return value

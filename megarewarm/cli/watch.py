@@ -1,4 +1,4 @@
-"""Runs under way, live in the terminal: megarewarm watch RUN_OR_EXPERIMENT [--once] [--every SECONDS]"""
+"""Follow runs live in the terminal: megarewarm watch RUN_OR_EXPERIMENT [--once] [--every SECONDS]"""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from megarewarm.process import importing
 def command_line() -> Parser:
     parser = Parser(description="Watch an experiment's runs, or one run, from the files they write.")
     parser.add_argument("folder", type=Path, metavar="RUN_OR_EXPERIMENT", help="folder of a run or of an experiment")
-    parser.add_argument("--once", action="store_true", help="print one frame and end, as where the output is no terminal")
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two looks (default: 2)")
+    parser.add_argument(
+        "--once", action="store_true", help="print one frame and exit; the default if the output is not a terminal"
+    )
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between updates (default: 2)")
     parser.add_argument(
         "--rise",
         type=float,
         metavar="NATS",
-        help="rise of the upstream loss that is an alarm (default: what published re-warmings stay below)",
+        help="rise of the upstream loss that raises an alarm (default: above what published re-warmings show)",
     )
-    parser.add_argument("--ascii", action="store_true", help="ASCII only, as where the terminal's encoding isn't UTF-8")
+    parser.add_argument("--ascii", action="store_true", help="ASCII only; the default if the terminal's encoding isn't UTF-8")
     return parser
 
 
@@ -56,5 +58,5 @@ def main(words: Sequence[str]) -> None:
                 time.sleep(arguments.every)
                 overview = watch.look()
     except KeyboardInterrupt:
-        pass  # the way out of it
+        pass  # Ctrl-C ends the live view
     console.print(shown(overview, None))

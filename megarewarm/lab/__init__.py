@@ -1,1 +1,1 @@
-"""Carrying experiments out: which runs are done, what the others cost, starting them here or under Slurm."""
+"""Running experiments: which runs are done, what the others cost, and starting them on this machine or with Slurm."""

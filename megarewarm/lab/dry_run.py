@@ -1,4 +1,4 @@
-"""``--dry-run``: sizes, costs, the LR curve, the ranks, the data, the reset table. Nothing is trained."""
+"""``--dry-run``: sizes, costs, the LR curve, the ranks, the data, the reset table. Trains nothing."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def show_run(
     show_config: bool = False,
     world_size: int | None = None,
 ) -> int:
-    """Print everything about one run on ``world_size`` ranks; None: those that a launcher started, else as many as the file
-    needs. ``show_config``: its keys as well. Returns exit code 0.
+    """Print the plan of one run on ``world_size`` ranks; None: those that a launcher started, else as many as the config
+    needs. ``show_config``: also print every key. Returns exit code 0.
 
-    Raises ``UserError`` for whatever its start would be refused for, after all that can be shown is shown; with
-    ``allow_missing`` files, start checkpoints and GPUs that this machine lacks are only listed.
+    Prints what it can, then raises the ``UserError`` that the run's start would raise. With ``allow_missing``, files, start
+    checkpoints and GPUs that this machine lacks are only listed.
     """
     config, lengths = settle_epochs(config)
     check_place(config)
@@ -80,7 +80,7 @@ def show_run(
     notes = [*lengths, *chosen, *checked.notes, *evaluation_note(plan, cost)]
     try:
         needed = _show_plan(plan, console, world_size, cost, launch)
-        if _on_gpu(config) or not allow_missing:  # which is for a plan on another machine
+        if _on_gpu(config) or not allow_missing:  # allow_missing plans for another machine
             notes += memory_note(plan.config, needed, launch, on_gpu=_on_gpu(config))
     except UserError as error:
         refusal = refusal or error
@@ -89,7 +89,7 @@ def show_run(
     for note in notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     for problem in checked.absent:
-        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+        console.print(f"missing, needed to train: {problem}", style="yellow", highlight=False)
     if refusal is not None:
         raise refusal
     return 0
@@ -110,7 +110,7 @@ def _device(config: RunConfig) -> torch.device:
 
 
 def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None, launch: Launch) -> list[float]:
-    """Returns the bytes that each rank needs."""
+    """Print the plan. Returns the bytes that each rank needs."""
     config = plan.config
     pace = seen_pace(plan, world_size, "cuda" if _on_gpu(config) else "cpu")
     needed, ranks = _ranks(plan, world_size)
@@ -128,7 +128,7 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
     if is_trained(plan):
         console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
     elif plan.resumed:
-        console.print(f"the run stands at step {plan.position.step:,}; the same command continues it", style="yellow")
+        console.print(f"the run is at step {plan.position.step:,}; the same command resumes it", style="yellow")
     console.print()
     return needed
 
@@ -142,8 +142,8 @@ def show_experiment(
     allow_missing: bool = False,
     show_config: bool = False,
 ) -> int:
-    """Print the runs of an experiment, their sum, and each one's LR curve, with ``show_config`` also its keys. Returns exit
-    code 0; raises as ``show_run``."""
+    """Print the runs of an experiment, their total cost and the LR curve of each, with ``show_config`` also its keys. Returns
+    exit code 0; raises as ``show_run``."""
     experiment = settled(experiment)
     chosen = chosen_arms(experiment, only)
     check_folders(experiment)
@@ -215,7 +215,7 @@ def show_experiment(
         for note in evaluation_note(plans[name], costs[name]):
             console.print(f"note: {name}: {note}", style="yellow", highlight=False)
     for problem in absent:
-        console.print(f"not here, needed to train: {problem}", style="yellow", highlight=False)
+        console.print(f"missing, needed to train: {problem}", style="yellow", highlight=False)
     if refusal is not None:
         raise refusal
     return 0
@@ -246,7 +246,7 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
-    costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} a token, causal attention, forward and backward)")
+    costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token, causal attention, forward and backward)")
     if cost is not None:
         costs.add_row("evaluation", str(cost))
     if here is not None:
@@ -257,7 +257,7 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
 
 
 def _print_data(plan: Plan, console: Console) -> None:
-    """Which source gives how much, from which step on."""
+    """Print the share and tokens of each data source, with the step from which it is read."""
     config = plan.config
     notes = []
     try:
@@ -265,7 +265,7 @@ def _print_data(plan: Plan, console: Console) -> None:
     except UserError as error:
         if not isinstance(plan.source, PlannedCheckpoint):
             raise
-        old, notes = [], [f"what of the lineage is replayed shows when {plan.source.name} is there ({error})"]
+        old, notes = [], [f"what is replayed of the lineage is known once {plan.source.name} exists ({error})"]
     phases = training_phases(config, plan.schedule, plan.origin, old)
     shown = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="bold")
     for heading in ("from step", "source", "share", "tokens"):
@@ -288,12 +288,12 @@ def _print_data(plan: Plan, console: Console) -> None:
 
 
 def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]:
-    """The bytes that each rank needs, and what to print: memory and traffic of each pipeline rank (the others of its tensor and
-    data groups are like it), and remarks."""
+    """(bytes that each rank needs, what to print): memory and traffic of each pipeline rank, the same for all ranks of its
+    tensor and data groups, and remarks."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
     remarks = check_fit(config, plan.model, layout)
-    # what 'auto' is on another machine's GPU is not known here; fp32 is the larger
+    # another machine's GPU may resolve 'auto' differently; fp32 is the upper bound
     value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
     size = config.training.micro_batch_size
     work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config))

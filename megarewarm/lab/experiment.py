@@ -1,4 +1,4 @@
-"""Run an experiment: prepare its data, train its runs one after another, report. Whatever is done already is kept."""
+"""Run an experiment: prepare its data, train its runs one after another, write the report. Finished work is kept."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def chosen_arms(experiment: Experiment, only: Sequence[str]) -> list[Arm]:
 
 
 def settled(experiment: Experiment) -> Experiment:
-    """``experiment`` with the lengths of its runs that are in epochs in steps. Raises ``UserError``."""
+    """``experiment`` with run lengths in epochs converted to steps. Raises ``UserError``."""
     arms = []
     for arm in experiment.arms:
         keys = list(in_epochs(arm.config))
         if keys and experiment.config.prepare is not None:
             raise UserError(
-                f"run '{arm.name}': {keys[0]}: epochs are counted before the first run, and 'prepare' makes the data then; "
-                f"give steps or tokens"
+                f"run '{arm.name}': {keys[0]}: epochs are converted to steps before 'prepare' makes the data; give steps "
+                f"or tokens"
             )
         try:
             arms.append(replace(arm, config=settle_epochs(arm.config)[0]))
@@ -60,7 +60,7 @@ def settled(experiment: Experiment) -> Experiment:
 
 
 def check_folders(experiment: Experiment) -> None:
-    """Raise ``UserError`` where a folder that the experiment would train in holds something else. Nothing is written."""
+    """Raise ``UserError`` if a folder that the experiment would train in holds something else. Writes nothing."""
     check_record(experiment)
     for arm in experiment.arms:
         check_place(arm.config, experiment=experiment.folder)
@@ -68,8 +68,8 @@ def check_folders(experiment: Experiment) -> None:
 
 @collective
 def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only: Sequence[str] = ()) -> int:
-    """The runs in order, or those named in ``only``. Returns the exit code of the first that was stopped, 0 when all are
-    complete.
+    """Train the runs in order, or only those named in ``only``. Returns the exit code of the first run that was stopped, 0 if
+    all are complete.
 
     All ranks call it. Raises ``UserError``.
     """
@@ -98,7 +98,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
 
 
 def write_report(experiment: Experiment) -> Path:
-    """The page of what has trained so far: of arms over seeds where there are seeds or sweeps, else of the single runs."""
+    """Write the report of what has trained so far, by arm if there are seeds or sweeps, else by run. Returns its page."""
     folder = Path(experiment.folder)
     if experiment.config.seeds or experiment.config.sweeps:
         return report_experiment(folder, folder / "report")
@@ -107,7 +107,7 @@ def write_report(experiment: Experiment) -> Path:
 
 
 def prepare(experiment: Experiment, console: Console) -> None:
-    """The experiment's token files, one process at a time. Raises ``UserError``."""
+    """Write the experiment's token files; a lock admits one process at a time. Raises ``UserError``."""
     if experiment.config.prepare is None:
         return
     folder = Path(experiment.config.data_folder)

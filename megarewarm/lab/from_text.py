@@ -14,20 +14,21 @@ from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
 
 _PEAKS = [(1e8, 1e-3), (3e8, 6e-4), (1.2e9, 3e-4), (5e9, 2e-4), (math.inf, 1.2e-4)]
-"""(parameters up to, peak learning rate) of Pythia's pre-training (arXiv 2304.01373, table 6), to which both papers re-warm."""
+"""(largest parameter count, peak learning rate) of Pythia's pre-training (arXiv 2304.01373, table 6). Both papers re-warm to
+these peaks."""
 
-_SHARES = (1, 5, 20)  # percent of the documents that are held out, the least that is enough
-_ENOUGH = 64  # windows of validation that make a steady loss
+_SHARES = (1, 5, 20)  # percent of the documents to hold out; the smallest that is enough is used
+_ENOUGH = 64  # validation windows for a stable loss
 _LEAST = 8  # windows
-_EVALUATION_SHARE = 140  # 21 evaluations at a third of a training step's cost: a twentieth of the compute
+_EVALUATION_SHARE = 140  # 21 evaluations at a third of a training step's cost take 5% of the compute
 _MOST_EVALUATED = 2**18  # tokens
-_STEPS = 400  # of a run, about: fewer leave no curve, more cost nothing but smaller batches
+_STEPS = 400  # of a run, about: fewer leave no room for a schedule, more only make the batches smaller
 _MOST_PER_STEP = 2**20  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A token file of shuffled documents: ``split`` holds out validation documents at its end, ``held_out`` tokens."""
+    """A token file of shuffled documents. ``split`` holds out its last documents, ``held_out`` tokens, for validation."""
 
     prefix: str
     split: str
@@ -39,7 +40,7 @@ class Text:
 
 
 def hold_out(prefix: str, sequence_length: int) -> Text:
-    """The smallest share of ``prefix``'s documents that makes a validation set. Raises UserError where there is none."""
+    """Hold out the smallest share of ``prefix``'s documents that makes a validation set. Raises ``UserError`` if none does."""
     file = open_tokens(prefix)
     found = None
     for share in _SHARES:
@@ -54,9 +55,9 @@ def hold_out(prefix: str, sequence_length: int) -> Text:
                 break
     if found is None:
         raise UserError(
-            f"{file.path}: {file.num_documents:,} documents of {file.total_tokens:,} tokens leave no "
-            f"validation set of a window of {sequence_length} tokens; give more text, a file for each document, or a smaller "
-            f"--sequence-length"
+            f"{file.path}: {file.num_documents:,} documents with {file.total_tokens:,} tokens are too "
+            f"few for a validation set of one window of {sequence_length} tokens; give more text, one file per document, or a "
+            f"smaller --sequence-length"
         )
     return found
 
@@ -79,10 +80,10 @@ def settings(
     replay: float = 0.05,
     tokenizer: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """(the run's YAML as a mapping, what was chosen and why, a line each).
+    """(the run's YAML as a mapping, one line for each choice with its reason).
 
     Re-warming to the peak, cosine decay to a tenth of it, ``replay`` of the samples from ``old``: arXiv 2403.08763, sections
-    6 and 7. ``tokens``: of training; ``new`` is read as often as that takes, which a line says.
+    6 and 7. ``tokens``: of training; ``new`` is repeated as often as they need, and a line reports how often.
     """
     rate = peak or next(rate for parameters, rate in _PEAKS if count_parameters(model) <= parameters)
     batch = max(1, min(tokens // _STEPS, _MOST_PER_STEP) // sequence_length)
@@ -118,12 +119,12 @@ def settings(
         mapping["replay"] = {"fraction": replay, "sources": sources}
         chosen.append(f"replay: {replay:.0%} of the samples are old text; validation set 'old' shows what is forgotten")
     else:
-        chosen.append("no replay, and nothing shows what the model forgets: give old text by --replay")
+        chosen.append("no replay and no validation set of old text, so forgetting is not measured: give old text with --replay")
     return mapping, chosen
 
 
 def _validation(name: str, role: str, text: Text, tokens: int, sequence_length: int) -> dict[str, Any]:
-    """So many held-out tokens that all evaluations of a set take about a twentieth of the run's compute, 8 windows at least."""
+    """A validation set of a size at which all its evaluations take about 5% of the run's compute, at least 8 windows."""
     wanted = max(_LEAST * sequence_length, min(tokens // _EVALUATION_SHARE, _MOST_EVALUATED))
     windows = min(text.held_out, wanted) // sequence_length
     return {"name": name, "role": role, "tokens": windows * sequence_length, "sources": [text.source("valid")]}

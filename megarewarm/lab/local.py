@@ -1,4 +1,4 @@
-"""An experiment's runs on this machine, several at a time, each a process of its own."""
+"""An experiment's runs on this machine, several at a time, each in its own process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from megarewarm.process import in_main_thread
 from megarewarm.resources import CHECKOUT
 
 LAUNCHER = [str(CHECKOUT / "launch.sh")] if CHECKOUT else ["-m", "megarewarm", "train"]
-"""What Python starts for a run."""
+"""Arguments with which Python starts a run."""
 
 _GRACE = 120.0  # seconds that a stopped run may take to save
 
 
 @dataclass
 class Job:
-    """A run in a process of its own; ``log`` takes what it prints."""
+    """A run in its own process; its output goes to ``log``."""
 
     arm: Arm
     process: subprocess.Popen[bytes]
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass
 class Result:
-    """How the runs ended: names that are complete, name -> why of those that failed, names that could not begin for that."""
+    """How the runs ended: names of complete runs, name -> reason of failed runs, names of runs skipped because of a failure."""
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -67,11 +67,12 @@ def run_locally(
     tick: Callable[[Sequence[Job], Result], None] = lambda running, result: None,
     every: float = 0.5,
 ) -> Result:
-    """Carry ``arms`` out, ``jobs`` at a time, each as soon as what it starts from is done.
+    """Run ``arms``, ``jobs`` at a time, each as soon as the runs that it starts from are complete.
 
-    ``words``: config files, overrides and options that name the experiment to launch.sh. ``folder``/logs takes what the
-    runs print. ``ranks``: processes of each run. GPUs are shared out, CPU cores divided. ``tick`` is called every ``every``
-    seconds. A run that fails takes with it what starts from it; the others go on. On SIGINT or SIGTERM all runs save and end.
+    ``words``: the experiment's config files, overrides and options for launch.sh. The runs' output goes to ``folder``/logs.
+    ``ranks``: processes of each run. Each run gets its own GPUs and an equal share of the CPU cores. ``tick`` is called every
+    ``every`` seconds. If a run fails, those that start from it are skipped and the others continue. On SIGINT or SIGTERM all
+    runs save and exit.
     """
     logs = folder / "logs"
     try:
@@ -124,7 +125,7 @@ def run_locally(
 
 
 def _next(waiting: Sequence[Arm], done: Sequence[str], mine: set[str]) -> Arm | None:
-    """The first run whose start is there. What is not to be run here is taken to be there."""
+    """The first run whose predecessors are complete. Predecessors that are not run here count as complete."""
     return next((arm for arm in waiting if all(name in done or name not in mine for name in arm.after)), None)
 
 
@@ -141,14 +142,14 @@ def _begin(
     log = logs / f"{arm.name}.log"
     file = open(log, "ab")  # noqa: SIM115 - lives as long as the process
     command = [*start, *LAUNCHER, *words, "--only", arm.name]
-    process = subprocess.Popen(  # noqa: S603 - our own launcher with the words of this very command line, and no shell
+    process = subprocess.Popen(  # noqa: S603 - megarewarm's own launcher with the arguments of this command line, no shell
         command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
     return Job(arm, process, log, device, file)
 
 
 def _visible(numbers: Sequence[int]) -> list[str]:
-    """The GPUs as CUDA_VISIBLE_DEVICES names them, which may be a choice already."""
+    """The GPUs by their names in CUDA_VISIBLE_DEVICES, which may already select some of them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else None
     return [names[number] if names else str(number) for number in numbers]
@@ -159,14 +160,14 @@ def _take(job: Job, result: Result) -> None:
     if code == 0:
         result.done.append(job.arm.name)
     elif code >= 128 and result.stopped_by is not None:
-        pass  # it was told to; the same command goes on with it
+        pass  # it was stopped on request; the same command resumes it
     else:
         result.failed[job.arm.name] = f"exit code {code}: {_last_line(job.log)} ({job.log})"
 
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "nothing was printed")
+    return next((line for line in reversed(lines) if line), "no output")
 
 
 def _stop(running: Sequence[Job]) -> None:

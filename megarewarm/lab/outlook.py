@@ -1,4 +1,4 @@
-"""What an experiment still costs: the state of each run, FLOPs, tokens, disk and, once runs have trained, hours."""
+"""The remaining cost of an experiment: the state of each run, FLOPs, tokens, disk and, once runs have trained, hours."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ _WEIGHT_BYTES = 4  # fp32
 
 @dataclass(frozen=True)
 class Prospect:
-    """A run, how far it is and what the rest of it takes.
+    """A run, its progress and the cost of the rest.
 
-    ``flops`` of the remaining steps and evaluations; ``disk`` in bytes, of the checkpoints that stay at its end;
-    ``flops_per_second`` as far as it has trained, None before; ``missing``: a line for each file it needs and that isn't here.
+    ``flops``: of the remaining steps and evaluations; ``disk``: bytes of the checkpoints kept at its end;
+    ``flops_per_second``: measured so far, None before it has trained; ``missing``: a line for each file that it needs and
+    this machine lacks.
     """
 
     arm: Arm
@@ -52,10 +53,10 @@ class Prospect:
 
 
 def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = None) -> list[Prospect]:
-    """What lies ahead of ``arms``, of ``ranks`` processes each (None: what their files need). Every run is planned.
+    """The remaining cost of each of ``arms`` on ``ranks`` processes (None: as many as its config needs). Plans every run.
 
-    Raises ``UserError`` for a run whose start is neither here nor made by another run, for what a plan refuses, and for what
-    the start of one of ``arms`` would be refused for, but for files that are not here.
+    Raises ``UserError`` if a start checkpoint is neither on this machine nor written by another run, or if planning a run or
+    starting one of ``arms`` would fail for another reason than missing files.
     """
     plans: list[Plan] = []
     found = []
@@ -82,7 +83,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length)
         cost = evaluation_cost(plan, tokens_asked(config))
-        step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated, too
+        step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated too
         evaluated = 0 if cost is None or state == "done" else cost.after(step)
         rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]
         found.append(
@@ -106,7 +107,7 @@ def _extra(arm: Arm) -> int:
 
 
 def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, console: Console) -> None:
-    """The plan as a table, arms of several seeds in one line, and below it what all of it takes with ``jobs`` at a time."""
+    """Print the plan as a table, all seeds of an arm in one row, then its total cost with ``jobs`` runs at a time."""
     table = Table(title=f"experiment {experiment.config.experiment} in {experiment.folder}", title_justify="left", box=None)
     table.add_column("run", overflow="fold")
     for heading in ("done", "steps", "tokens left", "PFLOP left"):
@@ -135,15 +136,15 @@ def show_outlook(experiment: Experiment, found: Sequence[Prospect], jobs: int, c
     if left and rates:
         seconds = max(flops / statistics.median(rates) / jobs, longest_chain(left, statistics.median(rates)))
         console.print(
-            f"about {duration_text(seconds)} at the rate at which its runs have trained so far, {jobs} at a time",
+            f"about {duration_text(seconds)} at the speed of its runs so far, {jobs} at a time",
             highlight=False,
         )
     elif left:
-        console.print("how long that takes is known once its first run has trained for some steps", highlight=False)
+        console.print("no time estimate before its first run has trained for some steps", highlight=False)
 
 
 def longest_chain(left: Sequence[Prospect], flops_per_second: float) -> float:
-    """Seconds that no number of jobs can save: of the longest row of runs that start from each other."""
+    """Seconds of the longest chain of runs that start from each other: the minimum for any number of jobs."""
     seconds: dict[str, float] = {}
     for prospect in left:
         before = max((seconds.get(name, 0.0) for name in prospect.arm.after), default=0.0)

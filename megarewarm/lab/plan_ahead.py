@@ -1,4 +1,4 @@
-"""Plans of runs that start from checkpoints which are not written yet, or not on this machine: enough to show and to count."""
+"""Plans of runs whose start checkpoint is not written yet or not on this machine, complete enough to show and to estimate."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megarewarm.training.start.saving import is_saved
 
 
 def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
-    """The plan, and what is missing on this machine to carry it out.
+    """(the plan, a line for each start checkpoint that this machine lacks).
 
-    A start checkpoint that one of the ``earlier`` plans will have written is taken as that plan says. Raises ``UserError``.
+    A start checkpoint that one of the ``earlier`` plans will write is described by that plan. Raises ``UserError``.
     """
     start = config.start.from_
     if start is not None:
         for plan in earlier:
             if Path(start).is_dir() and (Path(start) != Path(plan.config.run_folder) or is_trained(plan)):
-                continue  # it stands; the folder of a run that is in progress means a checkpoint that doesn't yet
+                continue  # it exists; the folder of an unfinished run names a checkpoint that doesn't exist yet
             if (step := _step_named(start, plan)) is not None:
                 state = _state_after(plan, step)
                 written = PlannedCheckpoint(start, plan.model, "not yet written", training=state, lineage=state.lineage)
@@ -44,7 +44,7 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
 
 
 def _opens(start: str) -> bool:
-    """Whether the checkpoint is here: what else was refused is refused of it."""
+    """Whether the checkpoint can be opened here. If so, the plan failed for another reason."""
     try:
         open_checkpoint(start)
     except UserError:
@@ -53,7 +53,7 @@ def _opens(start: str) -> bool:
 
 
 def _step_named(start: str, plan: Plan) -> int | None:
-    """The step of the checkpoint ``start`` of the planned run; None where it is not one of its."""
+    """The step of checkpoint ``start`` if it belongs to the planned run, else None."""
     folder = Path(plan.config.run_folder)
     if Path(start) == folder:
         return plan.config.total_steps
@@ -99,8 +99,8 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
 
 
 def _data_of(plan: Plan) -> TrainingBatches | None:
-    """The data of a planned run; None where they are not there yet, or can't be had for another reason, which its own start
-    says."""
+    """The data of a planned run; None if they don't exist yet or can't be opened for another reason, which the run's own start
+    reports."""
     try:
         return open_data(plan, TokenFiles(plan.config.data, plan.model.vocab_size))
     except UserError:

@@ -1,4 +1,4 @@
-"""One step of a run once more, from its checkpoint, to be looked at: the losses of its sequences, its gradients, its data."""
+"""Recompute one step of a run from its checkpoint to inspect it: the losses of its sequences, its gradients, its data."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _EXCERPT = 60  # characters of a sequence's text
 
 @dataclass(frozen=True)
 class Replayed:
-    """Step ``step`` of a run, computed again from the checkpoint of step ``since``.
+    """Step ``step`` of a run, recomputed from the checkpoint of step ``since``.
 
-    ``row_losses``: mean loss of each sequence of the global batch; ``groups``: of each part of the model the norms of weights
-    and gradient, and how many values of either are not finite. ``recorded``: the loss and the gradient norm that the run wrote
-    down, None where it did not or where they were not finite; ``differing``: steps on the way whose loss was another then.
+    ``row_losses``: mean loss of each sequence of the global batch; ``groups``: norms of the weights and the gradient of each
+    part of the model, and their counts of non-finite values. ``recorded``: the loss and the gradient norm that the run logged,
+    None if it logged none or they were not finite; ``differing``: steps in between whose loss differs from the logged one.
     """
 
     step: int
@@ -54,7 +54,7 @@ class Replayed:
     groups: dict[str, dict[str, float]]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as JSON; numbers that are not finite become null."""
+        """Everything as JSON; non-finite numbers become null."""
         return {
             **{key: _finite(value) for key, value in asdict(self).items() if key not in ("places", "row_losses", "texts")},
             "rows": [
@@ -68,11 +68,11 @@ class Replayed:
 def replay_step(
     folder: Path, step: int | None, ranks: Ranks, progress: Callable[[int, int, int], None] = lambda step, first, last: None
 ) -> Replayed:
-    """Compute ``step`` of the run in ``folder`` again (None: the newest that went wrong, else the last). Writes nothing.
+    """Recompute ``step`` of the run in ``folder`` (None: the newest that went wrong, else the last). Writes nothing.
 
-    The steps between the newest checkpoint before it and the step itself are trained again, deterministically; their data and
-    rates follow from their numbers. ``progress``: called with (step, first, last). All ranks call it; a layout of the ranks
-    like the run's gives its very bits on a CPU. Raises ``UserError``.
+    Retrains the steps since the newest checkpoint before it, deterministically; the step numbers determine their data and
+    learning rates. ``progress``: called with (step, first, last). All ranks call it; on a CPU, the run's layout reproduces the
+    run bit for bit. Raises ``UserError``.
     """
     recorded = read_run(folder)
     config = _config_of(folder)
@@ -80,7 +80,7 @@ def replay_step(
     plan = make_plan(config, up_to=step - 1)
     first = plan.position.step
     if step <= first:
-        raise UserError(f"{folder}: the run begins at step {first + 1}, there is no step {step}")
+        raise UserError(f"{folder}: the run begins at step {first + 1} and has no step {step}")
     run = build(plan, ranks)
     try:
         losses = _column(recorded, "loss")
@@ -122,13 +122,13 @@ def _look(run: Run, step: int, since: int, recorded: RecordedRun, differing: lis
 
 
 def _column(recorded: RecordedRun, name: str) -> dict[int, float | None]:
-    """Step -> what the run wrote down under ``name``, None where it was not finite."""
+    """Step -> the value that the run logged under ``name``, None if it was not finite."""
     steps = recorded.train["step"].astype(int).tolist()
     return dict(zip(steps, map(_finite, recorded.train[name].tolist()), strict=True))
 
 
 def _groups(run: Run) -> dict[str, dict[str, float]]:
-    """Norms of weights and gradients, and how many values are not finite, of each part of the model; each value counted
+    """For each part of the model, norms of weights and gradients and counts of non-finite values. Replicated values count
     once."""
     names = list(dict.fromkeys(card.group for card in run.model.cards.values()))
     sums = torch.zeros(len(names), 4, dtype=torch.float64)
@@ -157,7 +157,7 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _texts(run: Run, first_sample: int, count: int) -> list[str]:
-    """The beginning of each sequence as text, or of its ids where the run has no tokenizer."""
+    """Each sequence as text, or its first ids if the run has no tokenizer."""
     rows = run.data.rows(first_sample, count)
     if run.plan.config.data.tokenizer is None:
         return [" ".join(map(str, row[:16].tolist())) for row in rows]
@@ -166,10 +166,10 @@ def _texts(run: Run, first_sample: int, count: int) -> list[str]:
 
 
 def _config_of(folder: Path) -> RunConfig:
-    """The run's configuration, to be computed with the same bits each time."""
+    """The run's configuration with deterministic kernels."""
     path = RunFolder(folder).config_file
     if not path.is_file():
-        raise UserError(f"{path}: not there, so {folder} is no run folder; name the folder of a run")
+        raise UserError(f"{path}: no such file, so {folder} is not a run folder; give the folder of a run")
     mapping, origins = read_yaml(path)
     config = validate(RunConfig, take_format(mapping, path), origins)
     kernels = config.kernels.model_copy(update={"deterministic": True})
@@ -181,22 +181,22 @@ def _choose(step: int | None, folder: Path, recorded: RecordedRun, config: RunCo
         written = [n for path in RunFolder(folder).batches.glob("*.json") if (n := step_of(path.stem)) is not None]
         trained = list(_column(recorded, "loss"))
         if not written and not trained:
-            raise UserError(f"{folder}: the run has made no step yet; give one with --step")
+            raise UserError(f"{folder}: the run has logged no step yet; give one with --step")
         step = max(written or trained)
     if not 1 <= step <= config.total_steps:
-        raise UserError(f"--step {step}: the run has the steps 1 to {config.total_steps}")
+        raise UserError(f"--step {step}: expected 1 to {config.total_steps}, the steps of the run")
     return step
 
 
 def show(replayed: Replayed, console: Console, most: int = 12) -> None:
-    """Print what was found: the step against the record, its sequences with the highest losses, the parts of the model."""
-    console.print(f"step {replayed.step}, computed again from step {replayed.since}", style="bold", highlight=False)
+    """Print the result: the step against the log, its sequences with the highest losses, the parts of the model."""
+    console.print(f"step {replayed.step}, recomputed from step {replayed.since}", style="bold", highlight=False)
     console.print(f"loss {replayed.loss:.6f}, gradient norm {replayed.norm:.6g}; {_verdict(replayed)}", highlight=False)
     if replayed.differing:
         few = ", ".join(map(str, replayed.differing[:5])) + (", ..." if len(replayed.differing) > 5 else "")
         console.print(
-            f"{len(replayed.differing)} of the {replayed.step - replayed.since - 1} steps on the way have other losses than "
-            f"then ({few}): another device, layout or number of threads, or weights that were damaged",
+            f"{len(replayed.differing)} of the {replayed.step - replayed.since - 1} steps in between have other losses than "
+            f"logged ({few}): the device, layout or number of threads differs, or weights were corrupted",
             style="yellow",
         )
     order = sorted(range(len(replayed.places)), key=lambda i: _badness(replayed.row_losses[i]), reverse=True)
@@ -228,14 +228,14 @@ def show(replayed: Replayed, console: Console, most: int = 12) -> None:
 
 def _verdict(replayed: Replayed) -> str:
     if replayed.recorded is None:
-        return "the run has no line of it"
+        return "the run logged nothing for it"
     then = replayed.recorded
     if then == (_finite(replayed.loss), _finite(replayed.norm)):
-        return "bit for bit as recorded"
+        return "bit for bit as logged"
     shown = ", ".join("not finite" if value is None else f"{value:.6g}" for value in then)
     if None in then and math.isfinite(replayed.loss) and math.isfinite(replayed.norm):
-        return f"recorded were {shown}: what went wrong then does not come again"
-    return f"recorded were {shown}"
+        return f"the run logged {shown}: the problem does not recur"
+    return f"the run logged {shown}"
 
 
 def _badness(loss: float) -> float:
@@ -243,7 +243,7 @@ def _badness(loss: float) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with None for numbers that are not finite, at any depth."""
+    """``value`` with None for non-finite numbers, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How long a run will take, where one like it has trained before."""
+"""How long a run will take, if a similar one has trained before."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class SeenPace:
     tokens_per_second: float
 
     def outlook(self, plan: Plan, cost: EvaluationCost | None) -> str:
-        """How long what is left of ``plan`` takes at this pace, and whose pace it is."""
+        """How long the rest of ``plan`` takes at this pace, and the run that the pace is from."""
         tokens = float((plan.config.total_steps - plan.position.step) * plan.config.tokens_per_step)
         if cost is not None:
             tokens += cost.after(plan.position.step if plan.resumed else plan.origin.step - 1) / PASSES["none"]
         time = duration_text(tokens / self.tokens_per_second)
-        return f"about {time}, at the {tokens_text(self.tokens_per_second)} tokens/s of {self.folder}, a run like this one"
+        return f"about {time}, at the {tokens_text(self.tokens_per_second)} tokens/s of {self.folder}, a similar run"
 
 
 def seen_pace(plan: Plan, ranks: int, device: str) -> SeenPace | None:
-    """The pace of the run itself so far, or of the newest complete run beside ``plan``'s folder with as many parameters, the
-    same settings of what a token costs, and as many ``ranks`` on the same type of ``device``; None where there is none."""
+    """The pace of the run itself so far, or of the newest complete run next to ``plan``'s folder with the same number of
+    parameters and ``ranks``, the same type of ``device`` and the same settings that affect speed; None if there is none."""
     folder = Path(plan.config.run_folder)
     wanted = _like(plan.config.model_dump(mode="json"))
     found = []
@@ -57,7 +57,7 @@ def seen_pace(plan: Plan, ranks: int, device: str) -> SeenPace | None:
 
 
 def _like(settings: dict[str, Any]) -> list[Any]:
-    """What of a run decides the time of a token, as far as it is written down."""
+    """The recorded settings that determine the time per token."""
     keys = (("data", "sequence_length"), ("training", "recompute"), ("training", "precision"), ("parallel", "sharding"))
     sections = [(settings.get(section), key) for section, key in keys]
     return [found.get(key) if isinstance(found, dict) else None for found, key in sections]

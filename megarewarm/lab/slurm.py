@@ -1,4 +1,4 @@
-"""An experiment's runs as Slurm job arrays: one array for the runs that can begin, the next for those that start from them."""
+"""An experiment's runs as Slurm job arrays: one array for the runs that can start, the next for those that start from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPTS = CHECKOUT / "tools" / "slurm" if CHECKOUT else FOLDER / "slurm"
 
 @dataclass(frozen=True)
 class Wave:
-    """Runs that wait for the same array; ``job`` is its number once it is submitted."""
+    """The runs of one array; ``job`` is its number once it is submitted."""
 
     arms: tuple[Arm, ...]
     list_file: Path
@@ -26,7 +26,7 @@ class Wave:
 
 
 def waves(arms: Sequence[Arm], folder: Path) -> list[Wave]:
-    """``arms`` by how many runs of theirs lie before each. ``folder``: the experiment's."""
+    """``arms`` grouped by the length of the chain of runs before each. ``folder``: the experiment's."""
     names = {arm.name for arm in arms}
     depth: dict[str, int] = {}
     for arm in arms:
@@ -64,17 +64,17 @@ def submit(
     options: Sequence[str],
     environment: dict[str, str],
 ) -> list[Wave]:
-    """Submit ``arms`` in waves. ``words`` name the experiment to launch.sh, ``options`` go to sbatch. Raises ``UserError``."""
+    """Submit ``arms`` in waves. ``words``: the experiment for launch.sh; ``options``: for sbatch. Raises ``UserError``."""
     if shutil.which("sbatch", path=environment.get("PATH")) is None:
         raise UserError("--launcher slurm: there is no sbatch on this machine; run this on the cluster's login node")
     place = {"MEGAREWARM_ROOT": str(CHECKOUT)} if CHECKOUT else {"MEGAREWARM_PYTHON": sys.executable}
-    place["MEGAREWARM_SLURM"] = str(SCRIPTS)  # Slurm starts a copy of the script, which can't find its neighbour by itself
+    place["MEGAREWARM_SLURM"] = str(SCRIPTS)  # Slurm runs a copy of the script, which can't find the files next to the original
     submitted: list[Wave] = []
     for wave in waves(arms, folder):
         wave.list_file.parent.mkdir(parents=True, exist_ok=True)
         wave.list_file.write_text("".join(f"{arm.name}\n" for arm in wave.arms), encoding="utf-8")
         command = command_of(wave, words, jobs, options, submitted[-1].job if submitted else "")
-        done = subprocess.run(  # noqa: S603 - sbatch with the words of this very command line, and no shell
+        done = subprocess.run(  # noqa: S603 - sbatch with the arguments of this command line, no shell
             command,
             capture_output=True,
             encoding="utf-8",
@@ -83,7 +83,7 @@ def submit(
             check=False,
         )
         if done.returncode:
-            told = f" Submitted before: {', '.join(w.job for w in submitted)} (scancel takes them back)" if submitted else ""
-            raise UserError(f"sbatch refused: {done.stderr.strip() or done.stdout.strip()} ({' '.join(command)}).{told}")
+            earlier = f"; already submitted: {', '.join(w.job for w in submitted)} (scancel cancels them)" if submitted else ""
+            raise UserError(f"sbatch failed: {done.stderr.strip() or done.stdout.strip()} ({' '.join(command)}){earlier}")
         submitted.append(Wave(wave.arms, wave.list_file, done.stdout.strip().split(";")[0]))
     return submitted

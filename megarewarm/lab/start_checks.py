@@ -1,4 +1,4 @@
-"""What the start of a run would be refused for, found ahead of it: by the start's own checks, as far as its files are here."""
+"""Checks a run's start in advance: the start's own checks, as far as the run's files are on this machine."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from megarewarm.training.start.texts import settle_texts
 
 @dataclass(frozen=True)
 class Checked:
-    """What is ``absent`` and needed, where that is allowed; ``notes`` of the start; ``evaluated``: tokens of one evaluation of
-    each validation set, as asked for where the sets are not here."""
+    """``absent``: what is needed but missing, if that is allowed; ``notes``: of the start; ``evaluated``: tokens of one
+    evaluation of each validation set, as configured if the sets are missing."""
 
     absent: list[str]
     notes: list[str]
@@ -39,18 +39,18 @@ class Checked:
 
 
 def ranks_of(config: RunConfig, started: int) -> int:
-    """The ranks of a run: those that a launcher ``started``; of a single process, as many as ``parallel`` needs."""
+    """The ranks of a run: as many as a launcher ``started``, or for a single process as many as ``parallel`` needs."""
     parallel = config.parallel
     return started if started > 1 else parallel.pipeline * parallel.tensor * (parallel.data or 1)
 
 
 def prepared_folder(experiment: Experiment) -> Path | None:
-    """Where the experiment makes token files of its own before its first run."""
+    """The folder of the token files that the experiment prepares before its first run; None if it prepares none."""
     return Path(experiment.config.data_folder) if experiment.config.prepare is not None else None
 
 
 def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
-    """A line for each token file of the run that is not on this machine, but for those to be ``prepared``."""
+    """A line for each token file of the run that is not on this machine, except those below ``prepared``."""
     sources = [source for source in _sources(config) if not _is_here(source) and not _is_below(source.path, prepared)]
     return list(dict.fromkeys(f"{Path(source.path).absolute()}: no such token file (.bin) here" for source in sources))
 
@@ -64,10 +64,10 @@ def check_start(
     allow_missing: bool = False,
     prepared: Path | None = None,
 ) -> Checked:
-    """Go through the start of ``plan``; ``missing``: lines on what of its start checkpoint is not here.
+    """Check the start of ``plan``; ``missing``: lines on a missing start checkpoint.
 
-    Raises the ``UserError`` of the start, whatever it is. What an earlier run or ``prepared`` will write is not missing; what
-    depends on it can't be checked yet. Every file that is here is opened. ``choose``: from ``training.device`` to a device.
+    Raises the ``UserError`` that the start would raise. Files that an earlier run or ``prepared`` will write are not missing;
+    what depends on them can't be checked yet. Opens every file that exists. ``choose``: from ``training.device`` to a device.
     """
     config = plan.config
     absent = [*missing, *missing_files(config, prepared)]
@@ -101,8 +101,8 @@ def check_start(
 def check_runs(
     configs: Sequence[RunConfig], chosen: Collection[str], world_size: int, choose: Callable[[str], torch.device]
 ) -> None:
-    """Raise the ``UserError`` of the start of any run whose name is ``chosen``, before the first trains: each starts from what
-    is there, or from what an earlier one of ``configs`` will have written. All ranks call it."""
+    """Check the start of each run named in ``chosen`` before the first trains, and raise its ``UserError``. A run starts from
+    what exists, or from what an earlier one of ``configs`` will have written. All ranks call it."""
     plans: list[Plan] = []
     for config in configs:
         try:
@@ -116,7 +116,7 @@ def check_runs(
 
 
 def _device(config: RunConfig, choose: Callable[[str], torch.device], absent: list[str], allow_missing: bool) -> torch.device:
-    """The device of this process; ``absent`` gets the line for one that isn't here."""
+    """The device of this process; if it is missing, ``absent`` gets a line."""
     try:
         return choose(config.training.device)
     except UserError as error:
@@ -137,7 +137,7 @@ def _is_here(source: Source) -> bool:
 
 
 def _missing_tokenizer(config: RunConfig) -> Path | None:
-    """``data.tokenizer`` where it is not on this machine."""
+    """``data.tokenizer`` if it is not on this machine, else None."""
     name = config.data.tokenizer
     return Path(name) if name is not None and not Path(name).exists() else None
 

@@ -43,8 +43,8 @@ def sweep(
     environment: dict[str, str],
     allow_missing: bool = False,
 ) -> int:
-    """Run what of ``experiment`` is not done. ``words`` name it on a command line; the rest is as for ``megarewarm sweep``.
-    Returns the exit code: 0, 1 where runs failed, 128 + the signal that stopped it. Raises ``UserError``."""
+    """Run the unfinished runs of ``experiment``. ``words``: its arguments on a command line; the rest is as for ``megarewarm
+    sweep``. Returns the exit code: 0, 1 if runs failed, 128 + n if signal n stopped it. Raises ``UserError``."""
     experiment = settled(experiment)
     arms = chosen_arms(experiment, only)
     check_folders(experiment)
@@ -55,7 +55,7 @@ def sweep(
     if missing and not allow_missing:
         raise UserError("\n".join(f"{prospect.arm.name}: {line}" for line, prospect in missing.items()))
     for line, prospect in missing.items():
-        console.print(f"not here, needed to train: {prospect.arm.name}: {line}", style="yellow", highlight=False)
+        console.print(f"missing, needed to train: {prospect.arm.name}: {line}", style="yellow", highlight=False)
     if dry_run:
         return 0
     write_record(experiment)
@@ -67,7 +67,7 @@ def sweep(
         for wave in submit(left, words, folder, jobs=jobs, options=options, environment=environment):
             console.print(f"job {wave.job}: {len(wave.arms)} runs ({wave.list_file})", highlight=False)
         console.print(
-            f"megarewarm watch {folder} shows how they do; the same sweep command submits what is not done by then",
+            f"megarewarm watch {folder} shows their progress; the same sweep command later submits what is not done",
             highlight=False,
         )
         return 0
@@ -79,7 +79,7 @@ def sweep(
 
 
 def fitting_jobs(found: Sequence[Prospect], ranks: int) -> int:
-    """Runs at a time that GPUs, or else cores and memory, have room for; at least 1."""
+    """How many runs at a time fit on the GPUs, or without GPUs into cores and memory; at least 1."""
     gpus = len(devices())
     if gpus:
         return max(1, gpus // ranks)
@@ -95,9 +95,9 @@ def _parameters(prospect: Prospect) -> int:
 
 
 class _Teller:
-    """A line for each run that begins or ends, and how many are left; on a terminal below it what megarewarm watch shows.
+    """Prints a line for each run that starts or ends, with the count so far; on a terminal, megarewarm watch's view below it.
 
-    ``total`` runs are to be carried out; ``chosen`` are the names of those and of what was done before.
+    ``total``: number of runs to run; ``chosen``: the names of those and of the runs done before.
     """
 
     def __init__(self, console: Console, folder: Path, total: int, chosen: Collection[str]) -> None:
@@ -129,9 +129,9 @@ class _Teller:
         for job in running:
             if job.arm.name not in self._begun:
                 self._begun.add(job.arm.name)
-                self._console.print(f"{job.arm.name}: begun ({job.log})", highlight=False)
+                self._console.print(f"{job.arm.name}: started ({job.log})", highlight=False)
         ended = {name: "complete" for name in result.done} | result.failed
-        ended |= {name: "can't begin: what it starts from failed" for name in result.skipped}
+        ended |= {name: "skipped because the run that it starts from failed" for name in result.skipped}
         for name, how in ended.items():
             if name not in self._told:
                 self._told.add(name)
@@ -142,14 +142,14 @@ class _Teller:
 
 def _conclude(experiment: Experiment, result: Result, only: Sequence[str], console: Console) -> int:
     if result.stopped_by is not None:
-        console.print("stopped; the same command goes on from here", style="yellow")
+        console.print("stopped; the same command resumes from here", style="yellow")
         return 128 + result.stopped_by
     if any((Path(arm.config.run_folder) / METRICS_FILE).exists() for arm in experiment.arms):
         console.print(f"report: {write_report(experiment)}", highlight=False, soft_wrap=True)
     if result.failed:
         console.print(
-            f"{len(result.failed)} runs failed and {len(result.skipped)} could not begin for that; the same command tries them "
-            f"again",
+            f"{len(result.failed)} runs failed and {len(result.skipped)} were skipped because of that; the same command "
+            f"retries them",
             style="red",
         )
         return EXIT_FAILED

@@ -1,1 +1,1 @@
-"""Layouts of ranks by arithmetic: memory, traffic and time, before anything runs."""
+"""Estimates for layouts of ranks before anything runs: memory, traffic and time."""

@@ -1,6 +1,6 @@
-"""The time of a training step on a cluster of known GPUs, by a model of FLOPs, bandwidths and the pipeline's bubble.
+"""The time of a training step on a cluster of known GPUs, estimated from FLOPs, bandwidths and the pipeline bubble.
 
-It ranks layouts; it does not promise seconds. Its assumptions are the constants below, and none of them was measured here.
+It ranks layouts; its seconds are rough. Its assumptions are the constants below, and none of them was measured.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from megarewarm.model.size import PASSES, stage_costs, training_flops_per_token
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import Layout
 
-MATMUL_EFFICIENCY = 0.65  # share of the peak that large bf16 matrix products reach, with what stands between them
-HALF_EFFICIENT = (768, 192)  # tokens of a micro-batch, and columns of a rank's share of a layer, that halve it
-LINK_EFFICIENCY = 0.8  # share of a link's rate that collectives reach
-OVERLAPPED = 0.7  # share of the sharded data-parallel traffic that hides behind computing
-MEMORY_IN_USE = 0.92  # the rest is the allocator's and the driver's
+MATMUL_EFFICIENCY = 0.65  # share of the peak that large bf16 matmuls reach, kernels between them included
+HALF_EFFICIENT = (768, 192)  # tokens of a micro-batch, and columns of a rank's share of a layer, at which it is half
+LINK_EFFICIENCY = 0.8  # share of a link's bandwidth that collectives reach
+OVERLAPPED = 0.7  # share of the sharded data-parallel traffic that overlaps with compute
+MEMORY_IN_USE = 0.92  # share of memory for training; the allocator and the driver take the rest
 
 
 @dataclass(frozen=True)
 class LayoutEstimate:
-    """A layout with its estimates. ``keys``: the configuration that asks for it; ``hours``: of all steps of the run."""
+    """A layout with its estimates. ``keys``: the configuration that selects it; ``hours``: for all steps of the run."""
 
     layout: Layout
     keys: dict[str, Any]
@@ -42,7 +42,7 @@ class LayoutEstimate:
 
 
 def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> list[LayoutEstimate]:
-    """All layouts of ``gpus`` GPUs that fit into memory, fastest first. Raises ``UserError`` where none does."""
+    """All layouts of ``gpus`` GPUs that fit into memory, fastest first. Raises ``UserError`` if none does."""
     plans = []
     smallest = math.inf
     for parallel, recompute, micro_batch in _candidates(config, model, gpus, gpu):
@@ -73,12 +73,12 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
         mfu = tokens * flops / (gpus * gpu.tflops * 1e12)
         plans.append(LayoutEstimate(layout, keys, memory, seconds, bubble, tokens, mfu, config.total_steps * seconds / 3600))
     if not plans:
-        least = "no layout divides model and batch" if math.isinf(smallest) else f"the least is {smallest / 2**30:.0f} GiB"
+        least = "no layout divides model and batch" if math.isinf(smallest) else f"at least {smallest / 2**30:.0f} GiB"
         raise UserError(
-            f"nothing fits on {gpus} GPUs of {gpu.memory:g} GiB ({least}); use more GPUs, or a global_batch that more of "
-            f"them divide"
+            f"no layout fits on {gpus} GPUs of {gpu.memory:g} GiB ({least}); use more GPUs, or a global_batch with more "
+            f"divisors"
         )
-    # of equally fast ones the simpler
+    # among equally fast layouts, the simpler first
     return sorted(plans, key=lambda plan: (round(plan.seconds, 4), plan.layout.model, plan.memory))
 
 
@@ -104,7 +104,7 @@ def _candidates(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> I
 
 
 def step_seconds(work: Work, parallel: ParallelConfig, layout: Layout, gpu: Gpu, held: list[Part]) -> tuple[float, float]:
-    """(seconds of a step, share of it that the pipeline waits)."""
+    """(seconds per step, share of the step lost to the pipeline bubble)."""
     model, m = work.model, work.micro_batches
     layer, head = stage_costs(model, work.sequence_length)
     passes = PASSES[work.recompute]
@@ -122,13 +122,13 @@ def step_seconds(work: Work, parallel: ParallelConfig, layout: Layout, gpu: Gpu,
         per_micro = max(per_micro, seconds)
         outside = max(outside, traffic, key=lambda t: t.data)
         weights = max(weights, parameters_of(part, model, layout.tensor)[0])
-    # a pipeline fills and drains: (P - 1) micro-batches of one rank's whole time, less for interleaved and zero_bubble
+    # fill and drain: each rank idles for the time of (P - 1) micro-batches, less with interleaved and zero_bubble
     waits = (layout.pipeline - 1) * {"1f1b": 1.0, "interleaved": 0.5, "zero_bubble": 0.1}[parallel.schedule]
     busy = m * per_micro
     one_host = layout.data * layout.tensor <= gpu.per_host and layout.pipeline == 1
     data_rate = (gpu.inner_rate if one_host else gpu.outer_rate) * 1e9 * LINK_EFFICIENCY
     data = outside.data / data_rate * (1.0 if parallel.sharding == "none" else 1 - OVERLAPPED)
-    # AdamW reads weight, gradient and moments and writes all but the gradient: 28 bytes a parameter
+    # AdamW reads weight, gradient and moments and writes all but the gradient: 28 bytes per parameter
     update = 28.0 * weights / layout.shard / (gpu.memory_rate * 1e12)
     total = busy + waits * per_micro + data + update
     return total, waits * per_micro / total

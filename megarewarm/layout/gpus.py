@@ -1,4 +1,4 @@
-"""What is known of GPUs from their data sheets."""
+"""Data-sheet values of GPUs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak dense bf16 TFLOP/s, memory in GiB and its TB/s; GB/s that one GPU sends to its host's others and to other hosts."""
+    """Peak dense bf16 TFLOP/s; memory in GiB and its TB/s; GB/s from one GPU to others in its host and to other hosts."""
 
     tflops: float
     memory: float
@@ -17,7 +17,7 @@ class Gpu:
     per_host: int = 8
 
 
-# Data sheets; the outer rate is that of one 400 Gbit/s (A100: 200) adapter per GPU, as DGX systems have it.
+# The outer rate is that of one 400 Gbit/s (A100: 200) adapter per GPU, as in DGX systems.
 GPUS = {
     "a100-40gb": Gpu(312, 40, 1.55, 300, 25),
     "a100-80gb": Gpu(312, 80, 2.0, 300, 25),

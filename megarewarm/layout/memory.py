@@ -1,7 +1,7 @@
-"""What a layout will need, by arithmetic: memory and traffic of each rank, and the time of a step on a known GPU.
+"""Estimated needs of a layout: memory and traffic of each rank.
 
-Memory is that at the peak, the end of the forward passes in flight. Traffic is what a rank sends with ring collectives,
-which is the least that any algorithm without reduction in the network can do.
+Memory is the peak, at the end of the forward passes in flight. Traffic is what a rank sends with ring collectives, the
+minimum for any algorithm without in-network reduction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained in which portions. ``micro_batches``: a rank's per step; ``value_bytes``: of a value computed with;
+    """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
     ``optimizer``: its kind."""
 
     model: ModelConfig
@@ -40,9 +40,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Part:
-    """What one pipeline rank holds: its stages by number, of ``count``, and how many layers each has.
+    """What one pipeline rank holds: the numbers of its stages, out of ``count``, and how many layers each has.
 
-    ``sends``: micro-batches' worth of activations or gradients that go from here to other ranks per micro-batch.
+    ``sends``: activations or gradients of one micro-batch that the rank sends to other ranks, per micro-batch.
     """
 
     numbers: tuple[int, ...]
@@ -63,7 +63,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, by what they are for."""
+    """Bytes on one rank, by purpose."""
 
     weights: float
     gradients: float
@@ -109,7 +109,7 @@ def parts(work: Work, parallel: ParallelConfig, layout: Layout) -> list[Part]:
 
 
 def parameters_of(part: Part, model: ModelConfig, tensor: int) -> tuple[int, int]:
-    """(parameters on a rank, those of them that every tensor rank holds whole)."""
+    """(parameters on a rank, how many of them are replicated on every tensor rank)."""
     h, f = model.hidden_size, model.mlp_size
     attention_bias = 3 * h if model.attention_bias else 0
     divided = (4 * h * h + 2 * h * f + attention_bias + f) // tensor
@@ -132,7 +132,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
         one_layer = (count - _outer(part, model, tensor)) / sum(part.layers)
         weights += work.value_bytes * (_outer(part, model, tensor) + 2 * one_layer)
     elif work.value_bytes < 4:
-        weights += work.value_bytes * count  # autocast keeps the rounded weights of a step
+        weights += work.value_bytes * count  # autocast caches the weights in the compute dtype for a step
     stages = len(part.layers)
     if layout.pipeline == 1:
         in_flight = 1.0
@@ -155,7 +155,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     )
     activations *= in_flight
     if work.recompute == "full":
-        # one layer is recomputed at a time and keeps everything meanwhile
+        # one layer at a time is recomputed and keeps all its activations meanwhile
         activations += activation_bytes(
             model, work.tokens, tensor=tensor, sequence=parallel.sequence, work_bytes=work.value_bytes, layers=1, last=False
         )
@@ -164,7 +164,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
 
 
 def _state_values(part: Part, work: Work, tensor: int) -> int:
-    """Values that the optimizer keeps of the parameters on a rank."""
+    """Values that the optimizer keeps for the parameters on a rank."""
     every = cards(work.model).values()
     matrices = sum(card.numel // tensor for card in every if card.layer == 0 and card.is_matrix) * sum(part.layers)
     per_matrix, per_other = (
@@ -175,7 +175,7 @@ def _state_values(part: Part, work: Work, tensor: int) -> int:
 
 
 def _keeps_gathered(parallel: ParallelConfig, layout: Layout) -> bool:
-    """Whether sharded weights are gathered once a step: zero2, and every pipeline, whose micro-batches overlap."""
+    """Whether sharded weights are gathered once per step: zero2, and every pipeline because its micro-batches overlap."""
     return parallel.sharding == "zero2" or layout.pipeline > 1
 
 
@@ -186,8 +186,8 @@ def _outer(part: Part, model: ModelConfig, tensor: int) -> int:
 
 
 def _follower(part: Part, model: ModelConfig, tensor: int) -> int:
-    """Under sharding, parameters of the tied head of a V: a copy with a gradient of its own and no moments, since two modules
-    can't share a matrix that is divided."""
+    """Parameters of the tied head of a V-shaped pipeline under sharding: a copy with its own gradient and no moments, because
+    two modules can't share a sharded matrix."""
     both = part.count > 1 and part.first and part.last
     return _matrix(model, tensor) if model.tie_embeddings and both else 0
 
@@ -205,21 +205,21 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
     sharded = parallel.sharding != "none" and layout.shard > 1
     tensor = 0.0
     if t > 1:
-        # a sum over ranks, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
+        # an all-reduce, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
         sums = 2 * sum(part.layers) * (1 if model.residual == "parallel" else 2) + int(part.first) + int(part.last)
         tensor = m * sums * _all_reduce(stream, t)
         tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
         norms = sum(part.layers) * 4 * model.hidden_size
         tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
-    if model.tie_embeddings and part.first != part.last:  # both ends add up the gradients of their copies
+    if model.tie_embeddings and part.first != part.last:  # both ends sum the gradients of their copies
         pipeline += _all_reduce(4.0 * _matrix(model, t) / (layout.shard if sharded else 1), 2)
     if not sharded:
         data = _all_reduce(4.0 * count, layout.data)
     else:
         held = count + _follower(part, model, t)
         gathered = float(held)
-        if not _keeps_gathered(parallel, layout):  # what lies outside the layers is kept from the forward to the backward pass
+        if not _keeps_gathered(parallel, layout):  # weights outside the layers stay gathered until the backward pass
             gathered = m * (2.0 * count - _outer(part, model, t))
         share = (layout.shard - 1) / layout.shard
         data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)

@@ -1,4 +1,4 @@
-"""The micro-batch that a rank's memory has room for, by arithmetic alone."""
+"""The micro-batch that fits into a rank's memory, estimated without running anything."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import micro_batches
 
 _MOST_ON_CPU = 8192  # tokens of a micro-batch: a CPU is no faster with more of them
-_TO_FILL = 4  # micro-batches for each rank of a pipeline, which then waits for a fifth of the time at most
+_TO_FILL = 4  # micro-batches per pipeline rank: they limit the bubble to a fifth of the time
 
 
 def sizes(share: int, pipeline: int = 1) -> list[int]:
-    """The micro-batches to choose from, ascending, for ``share`` sequences a step on a rank of ``pipeline``: divisors, and
-    powers of two, whose last one may be smaller; a pipeline would fill that up, and gets divisors only."""
+    """Candidate micro-batches, ascending, for ``share`` sequences per step on a rank of ``pipeline``: divisors, and powers of
+    two, whose last micro-batch may be smaller. A pipeline would pad the last one, so it gets divisors only."""
     most = share if pipeline == 1 else max(1, share // (_TO_FILL * pipeline))
     divisors = {size for size in range(1, most + 1) if share % size == 0}
     return sorted(divisors | ({2**k for k in range(most.bit_length())} if pipeline == 1 else set()))
@@ -36,9 +36,9 @@ def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *,
 def fitting(
     config: RunConfig, model: ModelConfig, layout: Layout, memory: float, *, value_bytes: int, on_gpu: bool
 ) -> tuple[int, float]:
-    """(sequences, bytes that the fullest rank then needs) of the micro-batch for which ``memory`` bytes on each rank suffice.
+    """(sequences, bytes that the fullest rank needs) of the micro-batch that fits into ``memory`` bytes on each rank.
 
-    It is the smallest with as few micro-batches a step as the largest that fits has; 1 where nothing does.
+    It is the smallest with as few micro-batches per step as the largest that fits; 1 if none fits.
     """
     share = max(1, config.training.global_batch // layout.data)
     needed: dict[int, float] = {}

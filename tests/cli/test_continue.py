@@ -88,7 +88,7 @@ def test_a_dry_run_trains_nothing_and_can_be_followed_by_the_run(
     out = tmp_path / "out"
     assert continue_run.main(words(place, out, "--dry-run")) == 0
     assert (out / "run.yml").is_file() and not (out / "run").exists()
-    assert "nothing shows what the model forgets" in capsys.readouterr().out
+    assert "forgetting is not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, more: list[str], said: str
 def test_too_little_text_and_no_tokenizer(place: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("one document only " * 40)
-    with pytest.raises(UserError, match=r"1 documents .* leave no validation set"):
+    with pytest.raises(UserError, match=r"1 documents .* are too few for a validation set"):
         continue_run.main(
             [str(place / "model"), "--on", str(tmp_path / "one"), "--tokens", "1k", "--output", str(tmp_path / "o")]
         )
@@ -130,4 +130,4 @@ def test_numbers_of_tokens(text: str, count: int) -> None:
 def test_what_is_no_number_of_tokens(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         continue_run.command_line().parse_args(["x", "--on", "y", f"--tokens={text}"])
-    assert f"'{text}' is no number of tokens" in capsys.readouterr().err
+    assert f"'{text}' is not a number of tokens" in capsys.readouterr().err

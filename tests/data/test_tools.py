@@ -86,11 +86,11 @@ def test_the_screen_shows_header_lengths_documents_and_checks(golden: Path, tmp_
     file = open_tokens(prefix)
     shown = tool("inspect_data", prefix, "--verify", "--compare", prefix, "--tokenizer", tokenizer)
     assert f"{file.num_documents:,} documents, {file.total_tokens:,} tokens" in shown
-    assert "follow one another without gaps" in shown and "the same documents of the same ids" in shown and "█" in shown
+    assert "follow one another without gaps" in shown and "the same documents with the same ids" in shown and "█" in shown
     text = tool("inspect_data", prefix, "--document", 0, "--tokenizer", tokenizer)
     first = json.loads((golden / "A.jsonl").read_text().splitlines()[0])["text"]
     assert first[:60].split()[0] in text
-    assert "there are" in tool("inspect_data", prefix, "--document", 10**9, expect=2)
+    assert "the file has" in tool("inspect_data", prefix, "--document", 10**9, expect=2)
     for suffix in ("bin", "idx"):
         (tmp_path / f"cut.{suffix}").write_bytes(Path(f"{prefix}.{suffix}").read_bytes())
     os.truncate(tmp_path / "cut.bin", 100)

@@ -57,7 +57,7 @@ def test_the_papers_run(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> N
     with_keys = " ".join(capsys.readouterr().out.split())
     assert "curve: cosine_clipped" in with_keys and "curve: cosine_clipped" not in shown
     assert main([words[0], "--show-config"]) == 2
-    assert "--show-config goes with --dry-run" in capsys.readouterr().err
+    assert "--show-config works only with --dry-run" in capsys.readouterr().err
 
 
 def test_layouts_are_shown_per_rank(anywhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +87,7 @@ def test_a_run_that_has_begun_is_shown_where_it_stands(
     (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, **changes)))
     before = {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")}
     assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 0
-    assert "the run stands at step 15; the same command continues it" in capsys.readouterr().out
+    assert "the run is at step 15; the same command resumes it" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in outcome.folder.rglob("*")} == before
 
 

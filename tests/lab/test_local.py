@@ -133,7 +133,7 @@ def test_a_sweep_of_some_runs_shows_those_alone(tmp_path: Path, calls: Path, mon
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
     options: dict[str, Any] = {"launcher": "local", "jobs": 2, "ranks": 1, "options": [], "dry_run": False, "environment": {}}
     assert lab_sweep.sweep(whole, [], console, only=["second", "third"], **options) == 0
-    screen = printed(console).partition("begun")[2]
+    screen = printed(console).partition("started")[2]
     assert "2 waiting" in screen and "first" not in screen and "3 waiting" not in screen
 
 

@@ -47,7 +47,7 @@ def test_any_step_comes_out_as_recorded(trained: Path, step: int) -> None:
     console = quiet()
     show(again, console)
     text = printed(console)
-    assert "bit for bit as recorded" in text and "layers.1" in text
+    assert "bit for bit as logged" in text and "layers.1" in text
 
 
 def test_its_rows_are_those_of_the_step(trained: Path) -> None:
@@ -66,8 +66,8 @@ def test_without_a_step_the_newest_bad_one_is_taken(tmp_path: Path, monkeypatch:
     assert again.step == 7 and again.recorded is not None and again.recorded[1] is None
     console = quiet()
     show(again, console)
-    assert "does not come again" in printed(console)
-    # and one that does come again: the parts that are not finite are counted
+    assert "does not recur" in printed(console)
+    # and one that does recur: the parts that are not finite are counted
     Faults(monkeypatch, {2: "gradient"})
     broken = replay_step(folder, 7, ALONE)
     assert math.isnan(broken.norm) and sum(group["bad_gradients"] for group in broken.groups.values()) == 1
@@ -89,9 +89,9 @@ def test_norms_beyond_fp32_squares_and_large_counts_are_told(monkeypatch: pytest
 
 
 def test_steps_and_folders_that_are_not_there(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--step 21: the run has the steps 1 to 20"):
+    with pytest.raises(UserError, match=r"--step 21: expected 1 to 20, the steps of the run"):
         replay_step(trained, 21, ALONE)
-    with pytest.raises(UserError, match=r"metrics\.jsonl|no run folder"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl|not a run folder"):
         replay_step(tmp_path, 1, ALONE)
 
 
@@ -101,7 +101,7 @@ def test_as_a_command(trained: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/replay_batch.py"), str(trained), "--step", "7", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
-    assert "bit for bit as recorded" in result.stdout
+    assert "bit for bit as logged" in result.stdout
     written = json.loads(out.read_text())
     assert len(written["rows"]) == 8 and written["rows"][0]["parts"][0]["tokens"] > 0
     refused = subprocess.run([*command[:3], "--step", "0"], capture_output=True, text=True, cwd=ROOT, check=False)

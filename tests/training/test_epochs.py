@@ -120,7 +120,7 @@ def test_runs_of_an_experiment_may_differ_in_epochs(tmp_path: Path) -> None:
     assert (half.arm, full.arm) == ("s_0.5epochs", "s_1epoch")
     assert full.config.total_steps == samples(tmp_path) // BATCH == half.config.total_steps * 2 + full.config.total_steps % 2
     prepare = {"tokenizer": {"vocab_size": 64, "train_on": "c"}, "corpora": {"c": {"from": ["x.txt"]}}}
-    with pytest.raises(UserError, match=r"run 's_0.5epochs': training.budget: .*'prepare' makes the data then"):
+    with pytest.raises(UserError, match=r"run 's_0.5epochs': training.budget: .*before 'prepare' makes the data"):
         settled(load_experiment(whole | {"prepare": prepare}, {}))
     later = {"name": "later", "start": {"from": "${runs}/first@50%"}}
     chain = whole | {"sweeps": [], "runs": [{"name": "first"}, later]}
