@@ -30,7 +30,7 @@ def test_every_spelling_is_the_same_amount(
     number: int, multiple: str, unit: str, comma: str, space: str, plural: bool, upper: bool
 ) -> None:
     word = UNITS[unit] + "s" * plural
-    expected = Budget(amount=float(number * MULTIPLES[multiple]), unit=unit)  # type: ignore[arg-type]
+    expected = Budget(amount=float(number * MULTIPLES[multiple]), unit=unit)
     grouped = f"{number:{comma}}"
     for digits in (str(number), grouped, f"{number}.0", f"{number}e0"):
         text = f"{digits}{space}{multiple}{space}{word.upper() if upper else word}"

@@ -68,8 +68,8 @@ def _work(run: Run) -> Work:
     training, kind = run.plan.config.training, run.plan.config.optimizer.kind
     share = training.global_batch // run.mesh.layout.data
     length = run.plan.config.data.sequence_length
-    count = -(-share // training.micro_batch)
-    return Work(run.plan.model, length, training.micro_batch, count, training.recompute, optimizer=kind)
+    count = -(-share // training.micro_batch_size)
+    return Work(run.plan.model, length, training.micro_batch_size, count, training.recompute, optimizer=kind)
 
 
 def _measured_memory(run: Run) -> dict[str, float]:
@@ -83,7 +83,7 @@ def _measured_memory(run: Run) -> dict[str, float]:
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = run.data.rows(0, run.plan.config.training.micro_batch)
+    batch = run.data.rows(0, run.plan.config.training.micro_batch_size)
     run.model.forward_backward(batch)
     gradients = sum(p.grad.nbytes for p in run.model.parameters.values() if p.grad is not None)
     run.model.gradients.zero()

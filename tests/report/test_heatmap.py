@@ -62,7 +62,7 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> ExperimentRecord:
 
 
 def cells(axes: Axes) -> dict[tuple[float, float], str]:
-    return {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    return {(x, y): text.get_text() for text in axes.texts for x, y in [text.get_position()]}
 
 
 def framed(axes: Axes) -> list[tuple[float, float]]:
@@ -83,7 +83,7 @@ def test_every_cell_is_the_arm_of_its_values_and_the_lowest_is_framed(grid: Expe
         x, y = min(truth, key=lambda place: truth[place])
         assert framed(axes) == [(x - 0.5, y - 0.5)]
         # darker is lower
-        mesh = axes.collections[0]
+        mesh: Any = axes.collections[0]
         mesh.update_scalarmappable()
         lightness = matplotlib.colors.rgb_to_hsv(mesh.get_facecolors()[:, :3])[:, 2]
         losses = np.array([truth[c + 0.5, r + 0.5] for r in range(4) for c in range(4)])

@@ -74,7 +74,7 @@ def test_what_a_run_lacks_has_no_panel(tmp_path: Path) -> None:
 
 
 def test_date_machine_and_versions_are_on_the_page(tmp_path: Path) -> None:
-    start = {"ranks": 8, "device": "cuda:0", "layout": "pipeline 1 x data 8 x tensor 1", "precision": "bf16",
+    start: dict[str, Any] = {"ranks": 8, "device": "cuda:0", "layout": "pipeline 1 x data 8 x tensor 1", "precision": "bf16",
              "kernels": {"attention": "flash", "compile": True, "deterministic": False, "optimizer": "torch"},
              "versions": {"megarewarm": "0.1.0", "torch": "2.13.0"}}  # fmt: skip
     folders = [noisy(tmp_path, "rewarm", **start), noisy(tmp_path, "prose_pretrain")]

@@ -108,7 +108,7 @@ def test_out_of_memory_halves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def _chosen(ranks: Ranks, place: str) -> int:
     if ranks.rank == 1:  # of which the other must hear
-        setup.free_memory = lambda device, ranks: 1.0  # type: ignore[assignment]
+        setup.free_memory = lambda device, ranks: 1.0
     run = build(make_plan(config(Path(place), training={"micro_batch": "auto"})), ranks)
     run.batches.close()
     return run.plan.config.training.micro_batch_size
