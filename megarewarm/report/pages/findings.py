@@ -223,7 +223,7 @@ def _early_rise(rows: Sequence[ArmRow]) -> list[str]:
         highest = ranked[0]
         rise, at = highest.mean(f"{role}_rise"), highest.mean(f"{role}_rise_tokens")
         tied = len(ranked) > 1 and (rise or 0.0) - (ranked[1].mean(f"{role}_rise") or 0.0) <= SAME
-        most = "in" if len(risen) == 1 else "jointly most in" if tied else "most in"
+        most = "in" if len(risen) == 1 else "for example in" if tied else "most in"
         text = f"The {role} loss rose above its start in {len(risen)} of {counted(len(able), 'arm')}, {most} {highest.name}: "
         text += f"{signed_text(rise)} after {tokens_text(at or 0.0)} tokens. "
         if not back:
