@@ -29,7 +29,7 @@ _WORD = re.compile(r"\$\{[^}]*\}")
 class Arm:
     """One run of an experiment. ``arm`` is its name without the seed, ``axes`` the values that its sweep gave it.
 
-    ``groups``: the sweeps in whose figures it stands, with its values on their axes. ``folder`` is relative to the
+    ``groups``: the sweeps whose figures show it, with its values on their axes. ``folder`` is relative to the
     experiment's; ``after``: names of the runs that it starts from.
     """
 
@@ -228,7 +228,7 @@ def _shortened(mapping: dict[str, Any], length: float) -> dict[str, Any]:
     try:
         budget = Budget.model_validate(mapping["training"]["budget"])
     except (KeyError, TypeError, ValidationError):
-        return mapping  # what is wrong with it is said where the run is validated
+        return mapping  # errors in it are reported where the run is validated
     amount = max(2, round(budget.amount * length)) if budget.unit == "steps" else budget.amount * length
     return merge(mapping, {"training": {"budget": str(Budget(amount=amount, unit=budget.unit))}})
 

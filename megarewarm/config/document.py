@@ -146,7 +146,7 @@ def json_schema() -> str:
     run = RunConfig.model_json_schema(by_alias=True)
     experiment = ExperimentConfig.model_json_schema(by_alias=True)
     definitions = {**run.pop("$defs"), **experiment.pop("$defs"), "Run": run}
-    # a file or an arm may hold a part of a run, so nothing is required of one alone; items of lists stand whole
+    # a file or an arm may hold a part of a run, so no key is required in it; items of lists are complete
     for name, schema in definitions.items():
         if name not in ("Source", "ValidationSet", "WandbConfig"):
             schema.pop("required", None)

@@ -1,4 +1,4 @@
-"""experiment.json in an experiment's folder: its runs and how they belong together, for whoever looks at the folder later."""
+"""experiment.json in an experiment's folder: its runs and how they belong together, for readers of the folder."""
 
 from __future__ import annotations
 

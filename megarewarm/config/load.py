@@ -49,7 +49,7 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
 
 
 def _parents(mapping: dict[str, Any], path: Path, where: str, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    """What ``mapping`` extends, merged; its key 'extends' is taken out. ``path``: the file that it stands in."""
+    """What ``mapping`` extends, merged; its key 'extends' is taken out. ``path``: the file of ``mapping``."""
     parents = mapping.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):

@@ -1,4 +1,4 @@
-"""A GPT-NeoX configuration in our words. Rules and defaults are GPT-NeoX's; the sections of ours are built one by one."""
+"""A GPT-NeoX configuration as a megarewarm config. Rules and defaults are GPT-NeoX's; sections are built one by one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUTPUT_INIT = {"normal": "normal", "wang_init": "wang", "scaled_normal": "scale
 
 @dataclass(frozen=True)
 class Translation:
-    """``mapping``: a run in our words, but for ``start`` and the vocabulary of a model that is loaded, for which the checkpoint
+    """``mapping``: a megarewarm config without ``start`` and the vocabulary of a model that is loaded, for which the checkpoint
     has to be opened. ``load``: its name. ``vocabulary``: the rows that the file's tokenizer asks for. ``notes``: what a reader
     of the file may not expect. ``idle``: honoured keys that have no effect beside the others of this file, with why."""
 
@@ -293,7 +293,7 @@ class _Translator(NeoxValues):
         for weight in weights:
             if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
                 raise self.error(f"{part}_data_weights", f"{weight!r} is no weight; expected numbers above 0")
-        # two files of the same name are told apart by their place in the list
+        # two files of the same name are distinguished by their place in the list
         names = [Path(path).name for path in paths]
         return [
             {"path": path, "weight": float(weight), "max_epochs": None}
@@ -372,7 +372,7 @@ class _Translator(NeoxValues):
         return {
             "every": every,
             "keep_last": keep_last or 1,
-            "keep_every": every if keep_last is None else None,  # GPT-NeoX removes none unless it is told to
+            "keep_every": every if keep_last is None else None,  # GPT-NeoX removes none unless asked to
             "extra_steps": sorted({step for step in extra if step <= self._iterations}),
         }
 

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in the words of whoever wrote it, with what is expected instead."""
+"""pydantic's complaints about a value in terms of the YAML, with what is expected instead."""
 
 from __future__ import annotations
 

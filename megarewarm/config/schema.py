@@ -1,6 +1,6 @@
 """The schema of a run: what is trained, on what, from where, along which curve; the rest is in ``execution``.
 
-Every key, its meaning and its default stands here and nowhere else: ``docs/config.md`` and ``docs/config.schema.json`` are
+The one place for every key, its meaning and its default: ``docs/config.md`` and ``docs/config.schema.json`` are
 generated from it (``python tools/document_config.py``).
 """
 
@@ -231,7 +231,7 @@ class RunConfig(Section):
         return budget.in_steps(self.tokens_per_step, self.total_steps)
 
     def grid(self, interval: Budget | None) -> Grid:
-        """The steps, counted from where the interval begins, at which ``interval`` is over once more; None is never."""
+        """The steps, counted from where the interval begins, at which ``interval`` is over again; None is never."""
         if interval is None:
             return Grid(self.total_steps + 1)
         if self.intervals == "rounded":

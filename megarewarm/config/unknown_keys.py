@@ -14,7 +14,7 @@ from megarewarm.errors import nearest
 
 
 def _inner(annotation: Any) -> Any:
-    """The section that an annotation may hold, whatever stands around it; else what is left of the annotation."""
+    """The section that an annotation may hold, whatever surrounds it; else what is left of the annotation."""
     while True:
         origin = get_origin(annotation)
         if origin is Annotated:
