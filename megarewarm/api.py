@@ -34,7 +34,7 @@ from megarewarm.data.text.preprocess.job import Options, Written, preprocess
 from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
 from megarewarm.errors import UserError
 from megarewarm.model.neox import NeoX
-from megarewarm.parallel.connect import connect
+from megarewarm.parallel.connect import choose_device, connect
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import RecordedRun, read_run
@@ -173,7 +173,7 @@ class LoadedModel:
     """A checkpoint's model on one device. ``module`` is plain PyTorch: token ids (b, s) int64 to hidden states; ``config`` its
     shape; ``tokenizer`` is ``None`` if the checkpoint names none."""
 
-    def __init__(self, source: OpenedCheckpoint, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, source: OpenedCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._source, self.config = source, source.model_config
         with torch.device("meta"):
             module = NeoX(self.config)
@@ -185,7 +185,7 @@ class LoadedModel:
 
         with torch.no_grad():
             fill(source.weights, expected_shapes(self.config), take)
-        self.device = torch.device(device)
+        self.device = device
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -276,9 +276,14 @@ class LoadedModel:
         return model.to(self.device).eval()
 
 
-def load_model(checkpoint: Path | str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """The model of a run's folder (its newest checkpoint), or of any checkpoint or hub name that ``start.from`` takes."""
-    return LoadedModel(open_checkpoint(str(checkpoint)), device, dtype)
+def load_model(checkpoint: Path | str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """The model of a run's folder (its newest checkpoint), or of any checkpoint or hub name that ``start.from`` takes.
+
+    ``device``: auto (a GPU if there is one), cpu or cuda.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device '{device}': expected auto, cpu or cuda")
+    return LoadedModel(open_checkpoint(str(checkpoint)), choose_device(launch_of_process(), device), dtype)
 
 
 def draw(runs: Sequence[Path | str]) -> dict[str, Figure]:

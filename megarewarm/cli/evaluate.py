@@ -16,7 +16,7 @@ def command_line() -> Parser:
     parser.add_argument("--tokens", type=int, metavar="N", help="at most N tokens of each file; default: all")
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: all positions of the model")
     parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences at a time; default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     return parser
 
 

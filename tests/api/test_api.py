@@ -149,6 +149,14 @@ def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:
         megarewarm.load_model(place / "tiny").generate("x")
 
 
+def test_a_device_that_is_not_there(place: Path) -> None:
+    with pytest.raises(UserError, match="device 'xyz': expected auto, cpu or cuda"):
+        megarewarm.load_model(place / "tiny", device="xyz")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs GPU 0"):
+            megarewarm.load_model(place / "tiny", device="cuda")
+
+
 def test_it_draws_the_reports_figures(place: Path) -> None:
     figures = megarewarm.draw([place / "tiny"])
     assert "pretraining" in figures and figures["pretraining"].get_axes()
