@@ -16,6 +16,8 @@ from megarewarm import arguments
 from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Form, convert
 from megarewarm.checkpoint.source import FORMATS, ForeignCheckpoint, OpenedCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import Description, Weights
+from megarewarm.cli import convert as cli_convert
+from megarewarm.cli import merge_checkpoints
 from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.training.trainer import train
@@ -57,7 +59,9 @@ def write(it: Conversion) -> list[str]:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "numpy", (opened, f"one of numpy (no {FILE})"))
     monkeypatch.setitem(FORMS, "numpy", Form(write))
-    monkeypatch.setattr(arguments, "FORMS", (*arguments.FORMS, "numpy"))
+    forms = (*arguments.FORMS, "numpy")
+    for module in (arguments, cli_convert, merge_checkpoints):
+        monkeypatch.setattr(module, "FORMS", forms)
 
 
 def test_it_is_written_read_and_trained_on(tmp_path: Path) -> None:

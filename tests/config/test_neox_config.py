@@ -558,7 +558,7 @@ def test_load_and_save_the_same_begin_from_scratch_and_go_on(tmp_path: Path, cap
     same = {"load": str(tmp_path / "run"), "save": str(tmp_path / "run"), "train_iters": 6, "checkpoint_factor": 3}
     file = _small(tmp_path, **same)
     assert main([file]) == 0
-    assert "the run begins there from scratch" in capfd.readouterr().out
+    assert "the run starts from scratch there" in capfd.readouterr().out
     shutil.rmtree(tmp_path / "run/checkpoints/step_6")
     assert main([file]) == 0
     assert "resumes at step 3" in " ".join(capfd.readouterr().out.split())

@@ -119,7 +119,7 @@ def test_a_busy_port_is_no_obstacle_on_one_node(place: Path) -> None:
 def test_configs_merge_from_left_to_right_and_overrides_follow(place: Path) -> None:
     more = place / "more.yml"
     more.write_text("training: {budget: 5, seed: 9}\n")
-    result = run("python", write_config(place, "merged"), str(more), "training.budget=2", "--dry-run")
+    result = run("python", write_config(place, "merged"), str(more), "training.budget=2", "--dry-run", "--show-config")
     assert result.returncode == 0, result.stderr
     assert "budget: 2" in result.stdout and "seed: 9" in result.stdout
     assert not (place / "merged").exists()

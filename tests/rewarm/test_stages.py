@@ -93,5 +93,5 @@ def test_a_chain_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path: Path) -> 
 def test_continuing_at_another_rate_is_refused(tmp_path: Path) -> None:
     whole = chain(tmp_path, max_lr=1e-2)
     train(whole.arms[0].config, ALONE, quiet())
-    with pytest.raises(UserError, match=r"at which the checkpoint stands, 0.005, and this schedule begins at 0.01"):
+    with pytest.raises(UserError, match=r"at the checkpoint's learning rate, 0.005, and this schedule begins at 0.01"):
         train(whole.arms[1].config, ALONE, quiet())

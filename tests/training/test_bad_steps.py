@@ -166,7 +166,9 @@ def test_a_stop_amid_bad_steps_saves_if_the_weights_are_good(
     saved = sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())
     assert saved == (["step_5"] if damaged else ["step_11", "step_5"])
     said = " ".join(printed(console).split())
-    assert ("not saved, for the weights are not finite" if damaged else "saved; the same command continues from here") in said
+    assert (
+        "not saved, because the weights are not finite" if damaged else "saved; the same command continues from here"
+    ) in said
 
 
 def test_stop_ends_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

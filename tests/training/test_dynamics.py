@@ -184,7 +184,7 @@ def test_without_the_start_checkpoint_there_is_no_distance(tmp_path: Path, lost:
     run, said = _killed_and_again(second, 12, monkeypatch, lose)
     assert {step: bool(found) for step, found in _distances(run).items()} == {5: True, 10: True, 15: False, 20: False}
     reason = f"{folder} has another history" if lost == "trained on" else str(folder)
-    assert said.count("go without 'distance'") == 1 and reason in said.replace("\n", " ")
+    assert said.count("'dynamics' has no 'distance'") == 1 and reason in said.replace("\n", " ")
 
 
 def test_when_it_is_measured(tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ class Stops:
     def received(self) -> int | None:
         return signal.SIGTERM if self.step == self.after else None
 
+    by_callback = False
+
+    @property
+    def is_asked(self) -> bool:
+        return self.received is not None
+
     def __enter__(self) -> Stops:
         return self
 
