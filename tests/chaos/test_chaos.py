@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.launch
 
 
+@pytest.mark.slow
 def test_one_fault_of_each_kind_costs_no_step(tmp_path: Path) -> None:
     """In a process of its own: this one has threads, and must not fork."""
     paths = [str(ROOT), str(ROOT / "kernels")]
