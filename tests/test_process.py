@@ -76,6 +76,12 @@ def commands(place: Path, out: Path) -> dict[str, list[str]]:
 
 
 COMMANDS = list(commands(Path(), Path()))
+OFTEN = ("launch", "dry run", "convert_checkpoint", "inspect_data", "report")
+"""Tried at every change; the others, which end by the same lines of process.py, in the slow tests."""
+
+
+def marked(names: list[str]) -> list[Any]:
+    return [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def ended(words: list[str], **changes: Any) -> subprocess.CompletedProcess[bytes]:
@@ -96,7 +102,7 @@ def test_help_costs_no_torch_and_writes_nothing(tool: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in (ROOT / "docs").iterdir()} == docs
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", marked(COMMANDS))
 def test_any_locale(place: Path, tmp_path: Path, name: str) -> None:
     done = ended(commands(place, tmp_path)[name], env=LATIN)
     assert done.returncode == 0, done.stderr
@@ -105,7 +111,7 @@ def test_any_locale(place: Path, tmp_path: Path, name: str) -> None:
         assert ended(commands(place, tmp_path)[name], env=POSIX).stdout.isascii()
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("dry run", "plan_layout", "watch")])
+@pytest.mark.parametrize("name", marked([name for name in COMMANDS if name not in ("dry run", "plan_layout", "watch")]))
 def test_an_output_place_that_takes_nothing(place: Path, tmp_path: Path, name: str) -> None:
     """A file where a folder should be."""
     (tmp_path / "file").write_text("")
@@ -117,7 +123,7 @@ def test_an_output_place_that_takes_nothing(place: Path, tmp_path: Path, name: s
     assert str(tmp_path / "file").encode() in done.stderr
 
 
-@pytest.mark.parametrize("name", ["dry run", "inspect_checkpoint", "inspect_data", "watch", "plan_layout", "report"])
+@pytest.mark.parametrize("name", marked(["dry run", "inspect_checkpoint", "inspect_data", "watch", "plan_layout", "report"]))
 def test_a_reader_that_has_seen_enough(place: Path, tmp_path: Path, name: str) -> None:
     reads, writes = os.pipe()
     os.close(reads)
@@ -148,7 +154,7 @@ def test_closed_streams(place: Path, tmp_path: Path) -> None:
         assert ended(["sh", "-c", shell]).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["launch", "dry run", "convert_checkpoint", "report", "watch", "plan_layout"])
+@pytest.mark.parametrize("name", marked(["launch", "dry run", "convert_checkpoint", "report", "watch", "plan_layout"]))
 @pytest.mark.parametrize("after", [0.3, 1.0])
 def test_ctrl_c(place: Path, tmp_path: Path, name: str, after: float) -> None:
     """At any moment after Python itself has started: while modules are imported and later."""

@@ -87,6 +87,7 @@ def published() -> list[Path]:
     return [Path(folder) / name for name in ("20B_tokenizer.json", "gpt2_tokenizer.json")]
 
 
+@pytest.mark.slow
 def test_published_tokenizers_on_real_text(published: list[Path]) -> None:
     """The sources of Python's library, as they are and shuffled together with other fragments."""
     sources = [path.read_text() for path in sorted(Path(os.__file__).parent.glob("*.py"))[:60]]

@@ -124,6 +124,7 @@ def test_blends_of_many_are_those_of_the_rule(count: int) -> None:
     assert table.locate(np.arange(200))[0].tolist() == picks[:200]  # in float64, where no ties are near
 
 
+@pytest.mark.slow
 def test_one_run_over_thousands_of_sources_under_the_usual_limit(tmp_path: Path) -> None:
     settings = mapping(
         tmp_path,

@@ -90,6 +90,7 @@ def test_a_signalled_job_saves_requeues_and_resumes_by_itself(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_time_limit_is_only_an_interruption(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm sends the signal by itself, ahead of the limit that the job was submitted with."""
     words = ["--time=1", "--signal=USR1@40", "--ntasks-per-node=2", TRAIN, write_config(tmp_path, "run", steps=100_000)]
@@ -119,6 +120,7 @@ def test_a_job_whose_rank_is_killed_is_tried_again(cluster: Cluster, tmp_path: P
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("--ntasks-per-node=2", TRAIN, write_config(tmp_path, "run", steps=3000), cwd=tmp_path)
     wait_for_step(tmp_path / "run" / "metrics.jsonl", 5)
@@ -139,6 +141,7 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     assert output_of(tmp_path, job).count("start a multiple of 3") == 1
 
 
+@pytest.mark.slow
 def test_an_array_runs_one_variant_a_task(cluster: Cluster, tmp_path: Path) -> None:
     variants = tmp_path / "variants"
     variants.write_text(
@@ -153,6 +156,7 @@ def test_an_array_runs_one_variant_a_task(cluster: Cluster, tmp_path: Path) -> N
     assert "expected overrides with a name" in (tmp_path / f"megarewarm-sweep-{job}_3.out").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_waves_each_after_what_it_starts_from(cluster: Cluster, tmp_path: Path) -> None:
     base = mapping(tmp_path)
     del base["name"], base["folder"]

@@ -113,6 +113,7 @@ def test_torchrun(hosts: Hosts, tmp_path: Path, rendezvous: str) -> None:
     assert_trained_by_two(tmp_path)
 
 
+@pytest.mark.slow
 def test_deepspeed_started_on_each_host(hosts: Hosts, tmp_path: Path) -> None:
     path = write_config(tmp_path, parallel={"tensor": 2})
     hostfile = tmp_path / "hosts"
@@ -146,6 +147,7 @@ def test_deepspeed_reaches_the_hosts_of_its_file_by_ssh(hosts: Hosts, tmp_path: 
     assert_trained_by_two(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_dead_master_is_named(hosts: Hosts, tmp_path: Path) -> None:
     path = write_config(tmp_path, parallel={"timeout_minutes": 0.05})
     rank = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
