@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
-from megarewarm.checkpoint.source import OpenedCheckpoint, open_checkpoint
+from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import expected_shapes, fill
 from megarewarm.config.data import DataConfig, ValidationSet
 from megarewarm.config.load import apply_override, dump, read_configs, validate
@@ -171,10 +171,11 @@ def _connected(config: RunConfig) -> Ranks:
 
 class LoadedModel:
     """A checkpoint's model on one device. ``module`` is plain PyTorch: token ids (b, s) int64 to hidden states; ``config`` its
-    shape; ``tokenizer`` is ``None`` if the checkpoint names none."""
+    shape; ``tokenizer`` is ``None`` if the checkpoint names none; ``document_rules`` are its run's, ``None`` without."""
 
     def __init__(self, source: OpenedCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._source, self.config = source, source.model_config
+        self.document_rules = source.document_rules if isinstance(source, OwnCheckpoint) else None
         with torch.device("meta"):
             module = NeoX(self.config)
         self.module = module.to(dtype).to_empty(device=device).eval()
@@ -211,7 +212,8 @@ class LoadedModel:
     ) -> tuple[float, int]:
         """(mean cross entropy in nats per token, number of tokens) on a token file.
 
-        Uses the windows of a validation set over the same file, so the loss equals that of a run's evaluation.
+        Uses the windows of a validation set over the same file, and the ``reset_at_eod`` and ``mask_eod_loss`` of the run that
+        the model is from (``document_rules``), so the loss equals that of the run's evaluation.
 
         Args:
             data: the file's name without suffix.
@@ -219,7 +221,8 @@ class LoadedModel:
             sequence_length: of the windows; default: all positions of the model.
             micro_batch: windows at a time.
         """
-        length = sequence_length or self.config.max_positions
+        _check_positive(tokens=tokens, micro_batch=micro_batch)
+        length = self.config.max_positions if sequence_length is None else sequence_length
         if not 0 < length <= self.config.max_positions:
             raise UserError(f"sequence_length {length}: expected 1 to {self.config.max_positions}, the positions of the model")
         source = [{"path": str(data)}]
@@ -230,14 +233,20 @@ class LoadedModel:
         total, count = 0.0, 0
         for rows in windows.micro_batches(0, 1, micro_batch):
             batch = torch.from_numpy(rows).to(self.device)
-            loss, targets = self.module.loss(batch[:, :-1], batch[:, 1:])
-            total, count = total + float(loss), count + int(targets)
+            inputs, targets, starts = batch[:, :-1], batch[:, 1:], None
+            if (rules := self.document_rules) is not None:
+                starts, targets = rules.starts(inputs), rules.targets(inputs, targets)
+            loss, counted = self.module.loss(inputs, targets, starts)
+            total, count = total + float(loss), count + int(counted)
         return total / count, count
 
     def generate(
         self, text: str, max_tokens: int = 100, *, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
     ) -> str:
         """Continue ``text``; temperature 0 takes the most likely token each time. Needs the package transformers."""
+        _check_positive(max_tokens=max_tokens)
+        if not 0 < top_p <= 1:
+            raise UserError(f"top_p {top_p}: expected a share above 0, at most 1")
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise UserError(
@@ -274,6 +283,12 @@ class LoadedModel:
                 Path(folder) / "model", dtype=next(self.module.parameters()).dtype
             )
         return model.to(self.device).eval()
+
+
+def _check_positive(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise UserError(f"{name} {number}: expected a whole number above 0")
 
 
 def load_model(checkpoint: Path | str, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> LoadedModel:

@@ -43,6 +43,31 @@ def path_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def share(text: str) -> float:
+    """'5%' or '0.05' -> 0.05, for ``argparse``."""
+    from megarewarm.config.budget import share as of_percent
+
+    try:
+        value = float(of_percent(text))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1, such as 5%")
+    return value
+
+
+def tokens(text: str) -> int:
+    """'50M' or '50M tokens' -> 50,000,000, for ``argparse``."""
+    from pydantic import TypeAdapter
+
+    from megarewarm.config.budget import Tokens
+
+    try:
+        return TypeAdapter(Tokens).validate_python(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, such as 50M") from None
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that suggests the nearest option for a mistyped one and expands arguments of type ``Path``."""
 

@@ -37,6 +37,7 @@ from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.files.manifest import Made
 from megarewarm.data.text.end_of_document import TOKENIZER_FILES
 from megarewarm.errors import UserError
+from megarewarm.model.documents import DocumentRules
 from megarewarm.model.neox import NeoX
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
@@ -132,6 +133,13 @@ class OwnCheckpoint:
         stated = data.get("eod")
         recorded = self.lineage.stages[-1].eod if self.lineage.stages else None
         return TokenizerSource(readable_tokenizer(data.get("tokenizer")), recorded if stated is None else stated)
+
+    @property
+    def document_rules(self) -> DocumentRules | None:
+        """The document rules that its run trained and evaluated with; None if a sequence was one text or it is unknown."""
+        data = self._run_config.get("data") or {}
+        reset, mask, eod = bool(data.get("reset_at_eod")), bool(data.get("mask_eod_loss")), self.own_tokenizer().eod
+        return DocumentRules(eod, reset, mask) if eod is not None and (reset or mask) else None
 
     @cached_property
     def _run_config(self) -> dict[str, Any]:

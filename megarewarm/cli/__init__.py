@@ -61,6 +61,9 @@ def main() -> NoReturn:
     """The installed command: ``sys.argv`` is ``megarewarm COMMAND ...``."""
     begin()
     words = sys.argv[1:]
+    # DeepSpeed's launcher (deepspeed --module megarewarm train ...) puts its own word first
+    launcher = [word for word in words[:1] if word.startswith(("--local_rank=", "--local-rank="))]
+    words = [*words[len(launcher) :], *launcher]
     if not words or words[0] in ("-h", "--help", "help"):
         run(_show_help)
     if words[0] == "--version":

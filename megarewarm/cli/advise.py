@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarewarm.arguments import Parser
+from megarewarm.arguments import Parser, share
 from megarewarm.errors import UserError
 from megarewarm.process import importing
-
-
-def share(text: str) -> float:
-    """'2%' or '0.02' -> 0.02."""
-    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def command_line() -> Parser:

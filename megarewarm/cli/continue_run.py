@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import Parser, path_text
+from megarewarm.arguments import Parser, path_text, share, tokens
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -36,9 +36,9 @@ def command_line() -> Parser:
     old.add_argument("--replay", type=path_text, nargs="+", metavar="TEXT", help="old text to replay, to limit forgetting")
     old.add_argument("--replay-tokens", type=path_text, nargs="+", metavar="PREFIX", help="old text as token files")
     parser.add_argument(
-        "--replay-share", type=_share, default=0.05, metavar="SHARE", help="share of old text in the samples; default: 5%%"
+        "--replay-share", type=share, default=0.05, metavar="SHARE", help="share of old text in the samples; default: 5%%"
     )
-    parser.add_argument("--tokens", type=_count, required=True, metavar="N", help="tokens to train on, such as 50M")
+    parser.add_argument("--tokens", type=tokens, required=True, metavar="N", help="tokens to train on, such as 50M")
     parser.add_argument(
         "--peak", type=float, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
     )
@@ -128,17 +128,17 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
     from megarewarm.console import make_console
     from megarewarm.data.text.preprocess import job
 
-    if not prefix.with_suffix(".json").exists():
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        bar = ProgressBar(make_console(stderr=True))
-        options = job.Options(text_key=arguments.text_key, shuffle=1234)
-        try:
-            (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=bar.show)
-        finally:
-            bar.finish()
-        console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
-        for reason, count in written.skipped.items():
-            console.print(f"left out: {count:,} records: {reason}")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    bar = ProgressBar(make_console(stderr=True))
+    options = job.Options(text_key=arguments.text_key, shuffle=1234)
+    try:
+        # the same texts and tokenizer are not tokenised again, others are refused
+        (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=bar.show)
+    finally:
+        bar.finish()
+    console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
+    for reason, count in written.skipped.items():
+        console.print(f"left out: {count:,} records: {reason}")
     return str(prefix.absolute())
 
 
@@ -154,23 +154,3 @@ def _name(arguments: argparse.Namespace) -> str:
 
 def _without_dry_run(header: str) -> str:
     return header.replace(" --dry-run", "")
-
-
-def _count(text: str) -> int:
-    """'50M' -> 50,000,000."""
-    match = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)(?:\s*tokens?)?", text.strip(), re.IGNORECASE)
-    value = round(float(re.sub("[_,]", "", match[1])) * 1000 ** " kmbt".index(match[2].lower() or " ")) if match else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, such as 50M")
-    return value
-
-
-def _share(text: str) -> float:
-    """'5%' or '0.05' -> 0.05."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a share from 0 to below 1, such as 5%")
-    return value

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megarewarm.arguments import Parser, path_text
-from megarewarm.process import importing
+from megarewarm.process import importing, say
 
 
 def command_line() -> Parser:
@@ -26,6 +26,9 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.api import load_model
 
     model = load_model(arguments.checkpoint, device=arguments.device)
+    if (rules := model.document_rules) is not None:
+        kept = [key for key, is_set in (("reset_at_eod", rules.reset), ("mask_eod_loss", rules.mask_loss)) if is_set]
+        say(f"{arguments.checkpoint}: evaluated with {' and '.join(kept)}, as in its run")
     for prefix in arguments.on:
         loss, count = model.evaluate(
             prefix,

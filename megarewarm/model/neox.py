@@ -56,10 +56,10 @@ class NeoX(nn.Module):
         """(b, s) token ids to (b, s, v) logits, padded rows cut off. For inspection: training uses ``loss``."""
         return F.linear(self(tokens), self.head[: self.config.vocab_size])
 
-    def loss(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, inputs: Tensor, targets: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross entropy summed over tokens, and how many there were. ``inputs`` and ``targets`` are (b, s) int64; targets of
-        -100 are left out. Returns an fp32 and an int64 scalar."""
-        hidden = self(inputs)
+        -100 are left out, ``starts`` as in ``forward``. Returns an fp32 and an int64 scalar."""
+        hidden = self(inputs, starts)
         return linear_cross_entropy(
             hidden.flatten(0, 1),
             self.head,

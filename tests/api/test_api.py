@@ -18,6 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import megarewarm
+from megarewarm import api
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import EXIT_TIME_LIMIT, UserError
 from tests.support.tiny import mapping
@@ -124,6 +125,32 @@ def test_its_evaluation_is_the_trainers(place: Path) -> None:
         model.evaluate(source["path"], sequence_length=10**6)
 
 
+@pytest.mark.parametrize(("reset", "mask"), [(True, False), (False, True), (True, True)])
+def test_a_runs_document_rules_apply(place: Path, tmp_path: Path, reset: bool, mask: bool) -> None:
+    settings = mapping(place, **SETTINGS, folder=str(tmp_path / "run"))
+    settings["data"] |= {"eod": 3, "reset_at_eod": reset, "mask_eod_loss": mask}
+    megarewarm.train(megarewarm.load_config(settings), quiet=True)
+    model, length = megarewarm.load_model(tmp_path / "run"), settings["data"]["sequence_length"]
+    asked = settings["data"]["validation"][0]
+    path = asked["sources"][0]["path"]
+    loss, _ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
+    run = megarewarm.read_run(tmp_path / "run")
+    (recorded,) = [e.loss for e in run.evaluations if e.name == asked["name"] and e.step == 6]
+    assert loss == pytest.approx(recorded, rel=1e-6)
+    model.document_rules = None
+    other, _ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
+    assert abs(other - loss) > 1e-5 * loss, "the rules make a difference here"
+
+
+def test_numbers_out_of_range(place: Path) -> None:
+    model = megarewarm.load_model(place / "tiny")
+    for keys in ({"tokens": 0}, {"micro_batch": 0}, {"sequence_length": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(keys))} 0: expected"):
+            model.evaluate(place / "new", **keys)
+    with pytest.raises(UserError, match="max_tokens 0: expected"):
+        model.generate("x", 0)
+
+
 def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:
     """A model with a tokenizer: greedy tokens are the arg max of our own logits, one by one."""
     train_bpe(["some text of a few words " * 20], 258, tmp_path / "tokenizer.json")
@@ -170,6 +197,7 @@ def test_the_page_of_the_interface_is_up_to_date() -> None:
         sys.path.remove(str(ROOT / "tools"))
     page = (ROOT / "docs/api.md").read_text()
     assert page == api_markdown(), "run: python tools/document_config.py"
+    assert megarewarm.__all__ == ["__version__", *api.__all__]
     assert all(f"## megarewarm.{name}\n" in page for name in megarewarm.__all__ if name not in ("__version__", "UserError"))
 
 

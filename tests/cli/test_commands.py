@@ -97,3 +97,8 @@ def test_example_configs_are_copied_and_load(tmp_path: Path, capsys: pytest.Capt
 def test_resources_are_the_files_of_the_checkout() -> None:
     assert CHECKOUT == ROOT
     assert os.path.samefile(FOLDER / "configs", ROOT / "configs") and os.path.samefile(FOLDER / "slurm", ROOT / "tools/slurm")
+
+
+def test_deepspeeds_own_word_may_come_first(tmp_path: Path) -> None:
+    """``deepspeed --module megarewarm train x.yml`` starts ``python -m megarewarm --local_rank=0 train x.yml``."""
+    assert "x.yml: no such config file" in megarewarm("--local_rank=0", "train", str(tmp_path / "x.yml"), code=2)

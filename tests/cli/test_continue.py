@@ -91,6 +91,20 @@ def test_a_dry_run_trains_nothing_and_can_be_followed_by_the_run(
     assert "forgetting is not measured" in capsys.readouterr().out
 
 
+def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path) -> None:
+    """The tokens of an interrupted command are used again only for the same text."""
+    out = tmp_path / "out"
+    shutil.copytree(place / "new", tmp_path / "texts")
+    command = [str(place / "model"), "--on", str(tmp_path / "texts"), "--tokens", "6.4k", "--output", str(out), "--dry-run"]
+    assert continue_run.main(command) == 0
+    (out / "run.yml").unlink()
+    assert continue_run.main(command) == 0
+    (out / "run.yml").unlink()
+    next((tmp_path / "texts").iterdir()).write_text("other words " * 50)
+    with pytest.raises(UserError, match="exists: remove it"):
+        continue_run.main(command)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

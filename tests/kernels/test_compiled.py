@@ -17,8 +17,7 @@ NARROW = {"adamw many tensors, anywhere", "rotary bf16 d 80 r 20"}
 """Kernels whose values begin anywhere, so that no access can be wide."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [[], ["--all"]], ids=["usual", "all"])
+@pytest.mark.parametrize("words", [[], pytest.param(["--all"], marks=pytest.mark.slow)], ids=["usual", "all"])
 def test_shipped_configurations_compile_without_spills(tmp_path: Path, words: list[str]) -> None:
     environment = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)

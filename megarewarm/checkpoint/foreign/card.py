@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from megarewarm.checkpoint.lineage import StatedTerms
+from megarewarm.data.text.hub_tokenizer import HUB_NAME
 
 _MOST_BYTES = 65_536
-_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*?)(@[\w./-]+)?", re.ASCII)
 _CACHED = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/")
 _VALUE = {"license": r"[a-z0-9][a-z0-9.-]*", "language": r"[a-z]{2,3}(?:-[A-Za-z]+)?", "base_model": r"\w[\w.-]*/\w[\w.-]*"}
 
@@ -23,7 +23,7 @@ def read_card(name: str, folder: Path) -> StatedTerms:
         text = ""
     block = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     facts = {key: _values(block[1] if block else "", key) for key in _VALUE}
-    hub = None if Path(name).exists() else _HUB_NAME.fullmatch(name)
+    hub = None if Path(name).exists() else HUB_NAME.fullmatch(name)
     cached = _CACHED.search(str(folder))
     base = hub[1] if hub else "/".join(cached.groups()) if cached else next(iter(facts["base_model"]), None)
     return StatedTerms(license=next(iter(facts["license"]), None), languages=facts["language"], base_model=base)
