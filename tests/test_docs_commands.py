@@ -227,7 +227,7 @@ def test_an_experiment_and_its_questions(place: Path, capsys: pytest.CaptureFixt
     """docs/laboratory.md's first example, then what both pages ask about it."""
     (text,) = [text for text in blocks(ROOT / "docs/laboratory.md", "yaml") if "my_question" in text]
     small = yaml.safe_load((place / "RUN.yml").read_text())
-    del small["name"], small["start"]
+    del small["name"], small["start"], small["replay"]  # which configs/410m_rewarm.yml has not either
     small["training"] |= {"global_batch": 4, "micro_batch": 4}
     (place / "configs" / "410m_rewarm.yml").write_text(yaml.safe_dump(small))
     (place / "question.yml").write_text(text.replace("EleutherAI/pythia-410m@step143000", "hf").replace("[1, 2, 3]", "[1, 2]"))
@@ -237,7 +237,10 @@ def test_an_experiment_and_its_questions(place: Path, capsys: pytest.CaptureFixt
     assert len(asked) >= 9
     for line in asked:
         assert use(
-            line, ("rewarm_2308_04014_mini", "my_question"), ("runs/quickstart/rewarm_*/", "runs/my_question/seed_1/*/")
+            line,
+            ("rewarm_2308_04014_mini", "my_question"),
+            ("runs/my_rewarm", "runs/my_question"),
+            ("runs/quickstart/rewarm_*/", "runs/my_question/seed_1/*/"),
         ), line
     (place / "configs" / "410m_rewarm.yml").unlink()
 
