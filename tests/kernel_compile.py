@@ -101,7 +101,7 @@ def _shipped(every: bool) -> Iterator[Configuration]:
         yield Configuration(name, adamw_many, "fp32", {"BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
     for head_dim, half in ((64, 8), (64, 32), (128, 16), (80, 10)):
         width = 1 << (half - 1).bit_length()
-        shape = {"D": head_dim, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width, "BACK": False}
+        shape = {"D": head_dim, "GROUP": 1, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width, "BACK": False}
         yield Configuration(f"rotary bf16 d {head_dim} r {2 * half}", rotary_kernel, "bf16", shape, 4, ("cos_ptr", "sin_ptr"))
     yield from attention_configurations(every)
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
@@ -133,7 +133,7 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
                 blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
-                values: dict[str, Any] = {"DOCUMENTS": documents, "D": head_dim, "WIDTH": width_of(head_dim)}
+                values: dict[str, Any] = {"DOCUMENTS": documents, "GROUP": 1, "D": head_dim, "WIDTH": width_of(head_dim)}
                 values |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": blocks.precision}
                 yield Configuration(
                     f"attention {name} {dtype} d {head_dim}{' documents' * documents}",

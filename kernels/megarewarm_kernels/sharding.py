@@ -67,20 +67,20 @@ def _gelu_backward(grad: Any, x: Any, bias: Any, tanh: bool) -> Rules:
 
 
 @_rule("flash_attention")
-def _attention(qkv: Any, starts: Any, head_dim: int) -> Rules:
+def _attention(qkv: Any, starts: Any, head_dim: int, group: int) -> Rules:
     batch, heads = Shard(0), Shard(2)
     return [
-        ([_WHOLE] * 2, [_WHOLE, *_where(_WHOLE, starts), None]),
-        ([batch] * 2, [batch, *_where(batch, starts), None]),
-        ([heads, Shard(1)], [heads, *_where(_WHOLE, starts), None]),
+        ([_WHOLE] * 2, [_WHOLE, *_where(_WHOLE, starts), None, None]),
+        ([batch] * 2, [batch, *_where(batch, starts), None, None]),
+        ([heads, Shard(1)], [heads, *_where(_WHOLE, starts), None, None]),
     ]
 
 
 @_rule("flash_attention_backward")
-def _attention_backward(grad: Any, qkv: Any, out: Any, lse: Any, starts: Any, head_dim: int) -> Rules:
+def _attention_backward(grad: Any, qkv: Any, out: Any, lse: Any, starts: Any, head_dim: int, group: int) -> Rules:
     batch, heads = Shard(0), Shard(2)
     return [
-        ([_WHOLE], [_WHOLE] * 4 + [*_where(_WHOLE, starts), None]),
-        ([batch], [batch] * 4 + [*_where(batch, starts), None]),
-        ([heads], [heads, heads, heads, Shard(1), *_where(_WHOLE, starts), None]),
+        ([_WHOLE], [_WHOLE] * 4 + [*_where(_WHOLE, starts), None, None]),
+        ([batch], [batch] * 4 + [*_where(batch, starts), None, None]),
+        ([heads], [heads, heads, heads, Shard(1), *_where(_WHOLE, starts), None, None]),
     ]

@@ -159,9 +159,9 @@ def test_nothing_is_kept_but_what_the_backward_pass_needs() -> None:
 def test_operators_keep_pytorchs_rules(documents: list[list[int]] | None) -> None:
     case = arguments(2, 9, 2, 8, 4, documents).to(torch.float32)
     ops = torch.ops.megarewarm
-    forward = (case.qkv, case.starts, 8)
+    forward = (case.qkv, case.starts, 8, 1)
     out, lse = ops.flash_attention.default(*forward)
-    backward = (case.grad, case.qkv, out, lse, case.starts, 8)
+    backward = (case.grad, case.qkv, out, lse, case.starts, 8, 1)
     for operator, given_to in ((ops.flash_attention, forward), (ops.flash_attention_backward, backward)):
         checks = torch.library.opcheck(operator.default, given_to, test_utils=("test_schema", "test_faketensor"))
         assert set(checks.values()) == {"SUCCESS"}

@@ -51,6 +51,6 @@ def test_offsets_beyond_two_to_the_31() -> None:
     count = 2**31 // small.qkv.numel() + 1
     large = small.qkv.expand(count, -1, -1).contiguous()
     with torch.no_grad():
-        out = torch.ops.megarewarm.flash_attention(large, None, 64)[0]
-        alone = torch.ops.megarewarm.flash_attention(small.qkv, None, 64)[0]
+        out = torch.ops.megarewarm.flash_attention(large, None, 64, 1)[0]
+        alone = torch.ops.megarewarm.flash_attention(small.qkv, None, 64, 1)[0]
     assert torch.equal(out[-1], alone[0])

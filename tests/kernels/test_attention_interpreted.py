@@ -112,8 +112,8 @@ def test_offsets_beyond_two_to_the_31() -> None:
     apart.copy_(case.qkv)
     starts = torch.zeros(2, 20, dtype=torch.int32)
     with torch.no_grad():
-        far = torch.ops.megarewarm.flash_attention(apart, starts, 16)
-        near = torch.ops.megarewarm.flash_attention(case.qkv, starts, 16)
+        far = torch.ops.megarewarm.flash_attention(apart, starts, 16, 1)
+        near = torch.ops.megarewarm.flash_attention(case.qkv, starts, 16, 1)
     assert all(torch.equal(one, other) for one, other in zip(far, near, strict=True))
 
 
@@ -128,7 +128,7 @@ def test_rotary_is_the_definition(rows, repeats, heads, head_dim, half, dtype, b
     angles = torch.randn(rows, half, generator=random)
     cos, sin = angles.cos(), angles.sin()
     ours = qkv.clone()
-    torch.ops.megarewarm.rotate_(ours, cos, sin, head_dim, back)
+    torch.ops.megarewarm.rotate_(ours, cos, sin, head_dim, 1, back)
     wanted = rotary.reference(qkv, cos, -sin if back else sin, head_dim=head_dim)
     torch.testing.assert_close(ours, wanted, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
     untouched = ours.view(-1, heads, 3, head_dim)

@@ -34,14 +34,14 @@ def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
 
         @staticmethod
         def forward(ctx: Any, qkv: Tensor, starts: Tensor) -> Tensor:
-            out, lse = torch.ops.megarewarm.flash_attention(qkv, starts, D)
+            out, lse = torch.ops.megarewarm.flash_attention(qkv, starts, D, 1)
             ctx.save_for_backward(qkv, out, lse, starts)
             return out
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
             qkv, out, lse, starts = ctx.saved_tensors
-            return torch.ops.megarewarm.flash_attention_backward(grad, qkv, out, lse, starts, D), None
+            return torch.ops.megarewarm.flash_attention_backward(grad, qkv, out, lse, starts, D, 1), None
 
     def first(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return residual_norms(x, None, None, *weights)

@@ -111,7 +111,7 @@ def test_who_saved_it_hears_of_the_change() -> None:
 @pytest.mark.parametrize("back", [False, True])
 def test_the_operator_keeps_pytorchs_rules(dtype: torch.dtype, back: bool) -> None:
     cos, sin = tables(4, 2, torch.float32)
-    arguments = (random(8, 24, dtype=dtype), cos, sin, 8, back)
+    arguments = (random(8, 24, dtype=dtype), cos, sin, 8, 1, back)
     checks = torch.library.opcheck(
         torch.ops.megarewarm.rotate_.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

@@ -1,11 +1,12 @@
 """Causal attention on the fused projection by the best available kernels: other packages', PyTorch's, this package's own.
 
 What is computed is the definition in flash_attention.py. Which implementation is used depends on what is installed, the GPU,
-the dtype and whether documents are kept apart; ``choose`` says which and why. On Hopper FlashAttention 3 and cuDNN are faster
+the dtype, documents and windows; ``choose`` says which and why. On Hopper FlashAttention 3 and cuDNN are faster
 than FlashAttention 2 (Shah et al. 2024, arXiv 2407.08608, figures 5 and 6), hence the order.
 
-Bytes moved: those of flash_attention.py; the implementations that are not ours write the three gradients apart, and 12 n d
-bytes more for each token (bf16, n heads of d) bring them together.
+Bytes moved: those of flash_attention.py; the implementations that are not ours write the three gradients apart, and
+4 (n + 2 k) d bytes more for each token (bf16, n query and k key heads of d) bring them together. They want the queries in one
+row of heads: with a group of more than 1 these are copied, 4 n d bytes more.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megarewarm_kernels.attention import rotary
-from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, flash_attention, reference, visible
+from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, first_seen, flash_attention, reference, visible
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
 
 BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference")
@@ -44,6 +45,8 @@ def attention(
     sin: Tensor,
     *,
     head_dim: int,
+    group: int = 1,
+    window: int | None = None,
     starts: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
@@ -51,30 +54,35 @@ def attention(
     """Rotary positions and causal attention, within documents where ``starts`` says so. Scores are scaled by 1 / sqrt(d).
 
     Args:
-        qkv: (b, s, n x 3 x d), contiguous, a projection's output: head by head the query, the key and the value. It is
-            consumed: rotated in place and kept for the backward pass. Nobody may have saved it or use it afterwards; a
-            checkpointed region must hold the projection too.
+        qkv: (b, s, k x (group + 2) x d), contiguous, a projection's output: key head by key head its queries, its key and its
+            value. It is consumed: rotated in place and kept for the backward pass. Nobody may have saved it or use it
+            afterwards; a checkpointed region must hold the projection too.
         cos, sin: (s, r / 2) or (b, s, r / 2), fp32 (fp64 for fp64), r <= d; see ``rotate_``. They get no gradients.
         head_dim: d.
+        group: queries of each key head; n = k x group.
+        window: how many positions each one sees, itself included; None for all earlier ones.
         starts: (b, s) int32, at each position the first one of its document, or None for one document. Position i attends
-            to j where starts[i] <= j <= i. Must not decrease along s, and starts[i] <= i; values are not checked. With
-            "flash2" to "flash4" each new tensor waits for the device once, to count the documents.
+            to j where starts[i] <= j <= i and i - window < j. Must not decrease along s, and starts[i] <= i; values are not
+            checked. With "flash2" to "flash4" each new tensor waits for the device once, to count the documents.
         backend: one of BACKENDS or "auto". One that can't be used gives way to the next that can, and a warning says so once.
         deterministic: the same gradients at every run, bit for bit.
 
     Returns:
         (b, s, n x d). Raises ValueError on wrong shapes or dtypes and on a leaf that asks for gradients.
     """
-    flat_cos, flat_sin = check(qkv, cos, sin, head_dim, starts)
-    name = _chosen(qkv.device, qkv.dtype, head_dim, starts is not None, deterministic, backend)
+    flat_cos, flat_sin = check(qkv, cos, sin, head_dim, group, window, starts)
+    if window is not None and window >= qkv.shape[1]:
+        window = None
+    name = _chosen(qkv.device, qkv.dtype, head_dim, starts is not None, window is not None, deterministic, backend)
     if name == "triton":
-        return flash_attention(qkv, cos, sin, head_dim=head_dim, starts=starts)
+        return flash_attention(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts)
     if name == "reference" or not qkv.numel():
-        return reference(qkv, cos, sin, head_dim=head_dim, starts=starts)
-    query, key, value = _RotateAndSplit.apply(qkv, flat_cos, flat_sin, head_dim)  # (b, s, n, d) each
+        return reference(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts)
+    # queries (b, s, n, d), keys and values (b, s, k, d)
+    query, key, value = _RotateAndSplit.apply(qkv, flat_cos, flat_sin, head_dim, group)
     if name in _MODULES:
-        return _by_flash(name, query, key, value, starts).flatten(2)
-    return _by_torch(name, query, key, value, starts, deterministic).flatten(2)
+        return _by_flash(name, query, key, value, window, starts).flatten(2)
+    return _by_torch(name, query, key, value, first_seen(qkv, window, starts), deterministic).flatten(2)
 
 
 def choose(
@@ -83,6 +91,7 @@ def choose(
     head_dim: int,
     *,
     documents: bool = False,
+    window: bool = False,
     deterministic: bool = False,
     wanted: str = "auto",
 ) -> tuple[str, str]:
@@ -92,15 +101,19 @@ def choose(
     device = torch.device(device)
     refused: list[str] = []
     for name in BACKENDS if wanted == "auto" else BACKENDS[BACKENDS.index(wanted) :]:
-        objection = _objection(name, device, dtype, head_dim, documents, deterministic, asked=name == wanted)
+        objection = _objection(name, device, dtype, head_dim, documents, window, deterministic, asked=name == wanted)
         if objection is None:
             return name, "; ".join(refused) or ("as asked" if name == wanted else "the first choice")
         refused.append(f"{name} {objection}")
     raise ValueError(f"no attention for heads of {head_dim} in {dtype} on {device.type}: {refused[-1]}")
 
 
-def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, deterministic: bool, wanted: str) -> str:
-    name, reason = choose(device, dtype, head_dim, documents=documents, deterministic=deterministic, wanted=wanted)
+def _chosen(
+    device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, window: bool, deterministic: bool, wanted: str
+) -> str:
+    name, reason = choose(
+        device, dtype, head_dim, documents=documents, window=window, deterministic=deterministic, wanted=wanted
+    )
     if wanted not in ("auto", name):
         message = f"attention is computed by '{name}', not by '{wanted}' as asked: {reason}"
         if message not in _said:
@@ -114,14 +127,21 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _objection(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, deterministic: bool, asked: bool
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    documents: bool,
+    window: bool,
+    deterministic: bool,
+    asked: bool,
 ) -> str | None:
     """Why ``name`` can't be used, or None. ``asked``: the user did, so preferences don't count."""
     if name in ("sdpa", "reference"):
         fits = dtype in (*_HALF, torch.float32, torch.float64) and head_dim >= 1
         return None if fits else "takes bf16, fp16, fp32 and fp64, and heads of at least 1"
     if name == "triton":
-        return _objection_of_triton(device, dtype, head_dim, documents or deterministic or asked)
+        return _objection_of_triton(device, dtype, head_dim, documents or window or deterministic or asked)
     if device.type != "cuda":
         return "runs on CUDA only"
     most = 256 if name in ("flash2", "flash3") else 128
@@ -131,8 +151,8 @@ def _objection(
         return "adds up gradients in no fixed order"
     major = _capability(device)
     if name == "cudnn":
-        if documents:
-            return "keeps no documents apart"
+        if documents or window:
+            return "keeps no documents apart and has no window"
         return None if major == 9 or (asked and major >= 8) else "is the fastest on compute capability 9 only"
     generations = {"flash4": (9, 10), "flash3": (9,), "flash2": (8, 9, 10, 12)}[name]
     if major not in generations:
@@ -149,7 +169,7 @@ def _objection_of_triton(device: torch.device, dtype: torch.dtype, head_dim: int
         return "runs on compute capability 8 and above"
     if dtype not in (*_HALF, torch.float32) or not 1 <= head_dim <= MOST_CHANNELS:
         return f"takes bf16, fp16 and fp32, and heads up to {MOST_CHANNELS}"
-    return None if preferred else "is for documents and determinism, or where asked for"
+    return None if preferred else "is for documents, windows and determinism, or where asked for"
 
 
 def _capability(device: torch.device) -> int:
@@ -170,43 +190,49 @@ class _RotateAndSplit(torch.autograd.Function):
     """Queries, keys and values as views of the projection. Their gradients meet in one tensor and are rotated there."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int) -> tuple[Tensor, ...]:
         qkv = qkv.detach()
-        rotary.consume(qkv, cos, sin, head_dim)
+        rotary.consume(qkv, cos, sin, head_dim, group)
         ctx.save_for_backward(cos, sin)
-        ctx.head_dim = head_dim
-        query, key, value = qkv.view(*qkv.shape[:2], -1, 3, head_dim).unbind(3)
-        return query, key, value
+        ctx.head_dim, ctx.group = head_dim, group
+        heads = qkv.view(*qkv.shape[:2], -1, group + 2, head_dim)
+        return heads[:, :, :, :group].flatten(2, 3), heads[:, :, :, group], heads[:, :, :, group + 1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = torch.stack(grads, 3).flatten(2)
-        rotary.apply_rotary(grad.view(-1, grad.shape[2]), *ctx.saved_tensors, ctx.head_dim, True)
-        return grad, None, None, None
+        queries, keys, values = grads
+        parts = [queries.unflatten(2, (-1, ctx.group)), keys.unsqueeze(3), values.unsqueeze(3)]
+        grad = torch.cat(parts, 3).flatten(2)
+        rotary.apply_rotary(grad.view(-1, grad.shape[2]), *ctx.saved_tensors, ctx.head_dim, ctx.group, True)
+        return grad, None, None, None, None
 
 
-def _by_torch(name: str, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None, deterministic: bool) -> Tensor:
+def _by_torch(name: str, query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, deterministic: bool) -> Tensor:
+    """``first``: as first_seen."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
     if name == "cudnn":
         # never with a mask: cuDNN's gradients of queries have been NaN with one
         with sdpa_kernel(_PREFERRED, set_priority=True):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    mask = None if starts is None else visible(query.shape[2], starts, query.device)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    mask = None if first is None else visible(query.shape[2], first, query.device)
     allowed = sdpa_kernel(SDPBackend.MATH) if deterministic and query.is_cuda else nullcontext()
     with allowed:
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
-def _by_flash(name: str, query: Tensor, key: Tensor, value: Tensor, starts: Tensor | None) -> Tensor:
+def _by_flash(name: str, query: Tensor, key: Tensor, value: Tensor, window: int | None, starts: Tensor | None) -> Tensor:
     found = functions(name)
     assert found is not None
+    seen = {} if window is None else {"window_size": (window - 1, 0)}
     if starts is None:
-        return _first(found[0](query, key, value, causal=True))
+        return _first(found[0](query, key, value, causal=True, **seen))
     cuts, longest = documents_of(starts)
     flat = [part.flatten(0, 1) for part in (query, key, value)]
     named = {"cu_seqlens_q": cuts, "cu_seqlens_k": cuts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return _first(found[1](*flat, **named, causal=True)).view(query.shape)
+    return _first(found[1](*flat, **named, causal=True, **seen)).view(query.shape)
 
 
 def _first(result: Any) -> Tensor:

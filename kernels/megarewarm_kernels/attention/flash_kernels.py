@@ -1,7 +1,8 @@
 """The Triton kernels of flash attention, causal, with documents: forward, the gradient of queries, that of keys and values.
 
 A program has a block of queries (or keys) of one head and walks along the keys (queries) that it needs: first those that
-need no comparison of positions, then those around the diagonal. Queries, keys and values lie in one tensor (b, s, n, 3, d).
+need no comparison of positions, then those around the diagonal. Queries, keys and values lie in one tensor
+(b, s, k, GROUP + 2, d): key head by key head its queries, its key and its value.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     stride,
     scale,
     DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -111,7 +113,9 @@ def attention_forward(  # type: ignore[no-untyped-def]
     which = tl.program_id(0) // blocks
     batch = (which // heads).to(tl.int64)
     head = which % heads
-    query_ptr = qkv_ptr + batch * batch_stride + head * 3 * D
+    place = (head // GROUP) * (GROUP + 2) * D
+    query_ptr = qkv_ptr + batch * batch_stride + place + head % GROUP * D
+    key_ptr = qkv_ptr + batch * batch_stride + place + GROUP * D
     query = first + tl.arange(0, QUERIES)
     q = load_block(query_ptr, first, length, stride, True, QUERIES, D, WIDTH)
     start = query
@@ -125,12 +129,12 @@ def attention_forward(  # type: ignore[no-untyped-def]
     middle = first // KEYS * KEYS
     for key in range(begin, middle, KEYS):
         m_i, l_i, acc = attention_step(
-            m_i, l_i, acc, q, query_ptr + D, query, start, key, length, stride, scale,
+            m_i, l_i, acc, q, key_ptr, query, start, key, length, stride, scale,
             False, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     for key in range(middle, min(first + QUERIES, length), KEYS):
         m_i, l_i, acc = attention_step(
-            m_i, l_i, acc, q, query_ptr + D, query, start, key, length, stride, scale,
+            m_i, l_i, acc, q, key_ptr, query, start, key, length, stride, scale,
             True, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     row = heads * D
@@ -190,6 +194,7 @@ def attention_backward_queries(  # type: ignore[no-untyped-def]
     stride,
     scale,
     DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -202,7 +207,9 @@ def attention_backward_queries(  # type: ignore[no-untyped-def]
     which = tl.program_id(0) // blocks
     batch = (which // heads).to(tl.int64)
     head = which % heads
-    query_ptr = qkv_ptr + batch * batch_stride + head * 3 * D
+    place = (head // GROUP) * (GROUP + 2) * D
+    query_ptr = qkv_ptr + batch * batch_stride + place + head % GROUP * D
+    key_ptr = qkv_ptr + batch * batch_stride + place + GROUP * D
     query = first + tl.arange(0, QUERIES)
     row = heads * D
     outer = batch * length * row + head * D
@@ -221,16 +228,16 @@ def attention_backward_queries(  # type: ignore[no-untyped-def]
     middle = first // KEYS * KEYS
     for key in range(begin, middle, KEYS):
         dq = queries_step(
-            dq, q, grad, lse, delta, query_ptr + D, query, start, key, length, stride, scale * LOG2E,
+            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2E,
             False, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     for key in range(middle, min(first + QUERIES, length), KEYS):
         dq = queries_step(
-            dq, q, grad, lse, delta, query_ptr + D, query, start, key, length, stride, scale * LOG2E,
+            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2E,
             True, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
-    dqkv_ptr += batch * length * 3 * row + head * 3 * D
-    store_block(dqkv_ptr, dq * scale, first, length, 3 * row, QUERIES, D, WIDTH)
+    dqkv_ptr += batch * batch_stride + place + head % GROUP * D
+    store_block(dqkv_ptr, dq * scale, first, length, stride, QUERIES, D, WIDTH)
 
 
 @triton.jit
@@ -290,43 +297,53 @@ def attention_backward_keys(  # type: ignore[no-untyped-def]
     stride,
     scale,
     DOCUMENTS: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv. ``ends`` (b, s): the first position past those that see each key."""
+    """dk and dv, summed over the group. ``ends`` (b, s): the first position past those that see each key."""
     blocks = tl.cdiv(length, KEYS)
     first = tl.program_id(0) % blocks * KEYS  # the first keys have the most queries
     which = tl.program_id(0) // blocks
-    batch = (which // heads).to(tl.int64)
-    head = which % heads
-    query_ptr = qkv_ptr + batch * batch_stride + head * 3 * D
+    key_heads = heads // GROUP
+    batch = (which // key_heads).to(tl.int64)
+    key_head = which % key_heads
+    place = key_head * (GROUP + 2) * D
+    query_ptr = qkv_ptr + batch * batch_stride + place
+    key_ptr = query_ptr + GROUP * D
     row = heads * D
-    grad_ptr += batch * length * row + head * D
-    lse_ptr += which.to(tl.int64) * length
-    delta_ptr += which.to(tl.int64) * length
+    grad_ptr += batch * length * row + key_head * GROUP * D
+    statistic = (batch * heads + key_head * GROUP) * length
+    lse_ptr += statistic
+    delta_ptr += statistic
     starts_ptr += batch * length
     key = first + tl.arange(0, KEYS)
-    k = load_block(query_ptr + D, first, length, stride, True, KEYS, D, WIDTH)
-    v = load_block(query_ptr + 2 * D, first, length, stride, True, KEYS, D, WIDTH)
+    k = load_block(key_ptr, first, length, stride, True, KEYS, D, WIDTH)
+    v = load_block(key_ptr + D, first, length, stride, True, KEYS, D, WIDTH)
     dk = tl.zeros((KEYS, WIDTH), tl.float32)
     dv = tl.zeros((KEYS, WIDTH), tl.float32)
     end = length
     if DOCUMENTS:
         end = min(tl.load(ends_ptr + batch * length + min(first + KEYS, length) - 1), length)
     middle = min(tl.cdiv(first + KEYS, QUERIES) * QUERIES, end)
-    for query in range(first // QUERIES * QUERIES, middle, QUERIES):
-        dk, dv = keys_step(
-            dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
-            scale * LOG2E, True, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
-        )  # fmt: skip
-    for query in range(tl.cdiv(first + KEYS, QUERIES) * QUERIES, end, QUERIES):
-        dk, dv = keys_step(
-            dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
-            scale * LOG2E, False, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
-        )  # fmt: skip
-    dqkv_ptr += batch * length * 3 * row + head * 3 * D
-    store_block(dqkv_ptr + D, dk * scale, first, length, 3 * row, KEYS, D, WIDTH)
-    store_block(dqkv_ptr + 2 * D, dv, first, length, 3 * row, KEYS, D, WIDTH)
+    for _ in range(GROUP):
+        for query in range(first // QUERIES * QUERIES, middle, QUERIES):
+            dk, dv = keys_step(
+                dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
+                scale * LOG2E, True, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
+            )  # fmt: skip
+        for query in range(tl.cdiv(first + KEYS, QUERIES) * QUERIES, end, QUERIES):
+            dk, dv = keys_step(
+                dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
+                scale * LOG2E, False, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
+            )  # fmt: skip
+        query_ptr += D
+        grad_ptr += D
+        lse_ptr += length
+        delta_ptr += length
+    dqkv_ptr += batch * batch_stride + place + GROUP * D
+    store_block(dqkv_ptr, dk * scale, first, length, stride, KEYS, D, WIDTH)
+    store_block(dqkv_ptr + D, dv, first, length, stride, KEYS, D, WIDTH)
