@@ -21,7 +21,7 @@ from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.weights import expected_shapes
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 
 
 def make_tensors(config: ModelConfig, device: str) -> dict[str, torch.Tensor]:

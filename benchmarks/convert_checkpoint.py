@@ -22,7 +22,7 @@ import torch
 from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.source import ForeignCheckpoint
 from megarewarm.checkpoint.weights import Description, expected_shapes
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_checkpoint.py"
 _MEASURED = """

@@ -106,7 +106,7 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
 
 def model_config(arguments: argparse.Namespace) -> Any:
     """Pythia 70M, or what the arguments say."""
-    from megarewarm.config.schema import ModelConfig
+    from megarewarm.config.model import ModelConfig
 
     return ModelConfig(
         num_layers=arguments.layers,

@@ -30,7 +30,7 @@ def sides(arguments: argparse.Namespace, device: Any) -> dict[str, Callable[[], 
     import torch
 
     from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
-    from megarewarm.config.schema import ModelConfig
+    from megarewarm.config.model import ModelConfig
     from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh

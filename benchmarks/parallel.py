@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.layout.memory import Work, parts, traffic_of
 from megarewarm.model.parameters import cards
 from megarewarm.optimizers.adamw import AdamW
@@ -73,9 +73,9 @@ SMALL = ModelConfig(num_layers=6, hidden_size=512, num_heads=8, vocab_size=8192,
 def plain_step() -> Callable[[np.ndarray], float]:
     """The model and the optimizer as one would write them down for one device."""
     from megarewarm.model.initialize import initial_value
-    from megarewarm.model.neox import NeoX
+    from megarewarm.model.transformer import Transformer
 
-    model = NeoX(SMALL)
+    model = Transformer(SMALL)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(cards(SMALL)[name], SMALL, 1))

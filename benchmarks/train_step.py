@@ -55,7 +55,7 @@ CLASSES = (
 
 def shape(arguments: argparse.Namespace) -> Any:
     """The model's shape."""
-    from megarewarm.config.schema import ModelConfig
+    from megarewarm.config.model import ModelConfig
 
     size = {"num_layers": 2, "hidden_size": 128, "num_heads": 2, "vocab_size": 512} if arguments.smoke else {
         "num_layers": 24, "hidden_size": 1024, "num_heads": 16, "vocab_size": 50304}  # fmt: skip

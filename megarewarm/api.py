@@ -33,7 +33,7 @@ from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.text.preprocess.job import Options, Written, preprocess
 from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 from megarewarm.parallel.connect import choose_device, connect
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
@@ -177,7 +177,7 @@ class LoadedModel:
         self._source, self.config = source, source.model_config
         self.document_rules = source.document_rules if isinstance(source, OwnCheckpoint) else None
         with torch.device("meta"):
-            module = NeoX(self.config)
+            module = Transformer(self.config)
         self.module = module.to(dtype).to_empty(device=device).eval()
         parameters = dict(self.module.named_parameters())
 

@@ -17,7 +17,7 @@ from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.tokenizer_source import named_tokenizer
 from megarewarm.checkpoint.vocabulary import resize
 from megarewarm.checkpoint.weights import Description, OnBytes, Weights
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_bytes
 from megarewarm.model.size import count_parameters

@@ -19,7 +19,7 @@ from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.source import ForeignCheckpoint, open_checkpoint, tokenizers_of
 from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS

@@ -32,13 +32,13 @@ from megarewarm.checkpoint.tokenizer_source import (
     tokenizer_files_in,
 )
 from megarewarm.checkpoint.weights import Description, Weights, fill
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.files.manifest import Made
 from megarewarm.data.text.end_of_document import TOKENIZER_FILES
 from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.placement import TensorSlice
@@ -164,10 +164,10 @@ class OwnCheckpoint:
         self.verify()
         store.load(self.folder, tensors)
 
-    def whole_model(self) -> NeoX:
+    def whole_model(self) -> Transformer:
         """The model on one device (the CPU), whatever layout wrote it. For one rank to call."""
         with torch.device("meta"):
-            model = NeoX(self.model_config)
+            model = Transformer(self.model_config)
         model.to_empty(device="cpu")
         self.verify(alone=True)
         store.load(self.folder, {f"model.{name}": p.data for name, p in model.named_parameters()}, alone=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.weights import Description, Weights
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, HEAD
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 
@@ -43,7 +43,7 @@ class Description:
 
 
 class Weights(Protocol):
-    """Parameters of a GPT-NeoX model in some format. Names and shapes are those of ``model.neox.NeoX``."""
+    """Parameters of a GPT-NeoX model in some format. Names and shapes are those of ``model.transformer.Transformer``."""
 
     where: str
 

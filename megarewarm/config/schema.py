@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from megarewarm.config.budget import Budget, Share, in_epochs
+from megarewarm.config.budget import Budget, in_epochs
 from megarewarm.config.data import DataConfig, ReplayConfig
 from megarewarm.config.execution import (
     CheckpointConfig,
@@ -24,70 +24,12 @@ from megarewarm.config.execution import (
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
 from megarewarm.config.grid import Grid
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.schedule import ScheduleConfig
-from megarewarm.config.section import FolderName, Positive, Section
+from megarewarm.config.section import FolderName, Section
 from megarewarm.errors import UserError
-
-
-class ModelConfig(Section):
-    """Shape of the GPT-NeoX model. With ``start.from`` naming a checkpoint, it must agree with the checkpoint."""
-
-    num_layers: Positive = Field(description="Transformer layers.")
-    hidden_size: Positive = Field(description="Width h of the residual stream.")
-    num_heads: Positive = Field(description="Attention heads n; must divide hidden_size.")
-    ffn_size: Positive | None = Field(None, description="Width of the MLP; null means 4 x hidden_size.")
-    vocab_size: Positive = Field(description="Rows of the embedding and of the head; every token id must be below it.")
-    max_positions: Positive = Field(2048, description="Longest sequence the model is meant for.")
-    rotary_fraction: Share = Field(0.25, ge=0, le=1, description="Share of each head's channels that are rotated.")
-    rotary_base: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
-    activation: Literal["gelu_tanh", "gelu_erf"] = Field(
-        "gelu_tanh",
-        description="gelu_tanh is what GPT-NeoX trained Pythia with (bias_gelu_fusion); gelu_erf is what Hugging Face's "
-        "Pythia configs say.",
-    )
-    residual: Literal["parallel", "sequential"] = Field(
-        "parallel", description="parallel: x + attention(norm1(x)) + mlp(norm2(x)), as Pythia; sequential: as GPT-2."
-    )
-    tie_embeddings: bool = Field(False, description="Use the embedding matrix as the head too.")
-    attention_bias: bool = Field(True, description="Biases on the QKV and attention output projections.")
-    layernorm_eps: float = Field(1e-5, gt=0, description="Epsilon of every LayerNorm.")
-    init: Literal["small", "normal"] = Field(
-        "small", description="Input-side weights: small = N(0, sqrt(2/(5h))) (Pythia), normal = N(0, init_std)."
-    )
-    output_init: Literal["wang", "scaled_normal", "normal"] = Field(
-        "wang",
-        description="Weights that write to the residual stream: wang = N(0, 2/(L sqrt(h))) (Pythia), "
-        "scaled_normal = N(0, init_std/sqrt(2L)), normal = N(0, init_std).",
-    )
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of the normal initialisations.")
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: change one of them"
-            )
-        if self.rotary_dims % 2:
-            raise ValueError(
-                f"rotary_fraction {self.rotary_fraction} of a head of {self.head_dim} channels rotates "
-                f"{self.rotary_dims} of them; the number must be even"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def rotary_dims(self) -> int:
-        return int(self.head_dim * self.rotary_fraction)
-
-    @property
-    def mlp_size(self) -> int:
-        return self.ffn_size or 4 * self.hidden_size
-
 
 Intent = Literal["scratch", "resume", "rewarm", "branch", "continue"]
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.split import split_documents
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError

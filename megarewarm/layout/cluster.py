@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarewarm.config.execution import ParallelConfig
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.layout.gpus import Gpu
 from megarewarm.layout.memory import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
@@ -84,7 +85,7 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
 
 def _candidates(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> Iterator[tuple[ParallelConfig, str, int]]:
     batch = config.training.global_batch
-    for tensor in (t for t in (1, 2, 4, 8) if t <= gpu.per_host and model.num_heads % t == 0 and model.mlp_size % t == 0):
+    for tensor in (t for t in (1, 2, 4, 8) if t <= gpu.per_host and model.kv_heads % t == 0 and model.mlp_size % t == 0):
         for pipeline in range(1, min(gpus // tensor, model.num_layers) + 1):
             if gpus % (tensor * pipeline) or batch % (gpus // (tensor * pipeline)):
                 continue

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megarewarm.config.execution import ParallelConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.optimizer_state import states_of
 from megarewarm.model.parameters import cards
 from megarewarm.model.size import activation_bytes, stage_costs
@@ -110,12 +110,17 @@ def parts(work: Work, parallel: ParallelConfig, layout: Layout) -> list[Part]:
 
 def parameters_of(part: Part, model: ModelConfig, tensor: int) -> tuple[int, int]:
     """(parameters on a rank, how many of them are replicated on every tensor rank)."""
-    h, f = model.hidden_size, model.mlp_size
-    attention_bias = 3 * h if model.attention_bias else 0
-    divided = (4 * h * h + 2 * h * f + attention_bias + f) // tensor
-    whole = 4 * h + h + (h if model.attention_bias else 0)
+    in_layer = [card for card in cards(model).values() if card.layer == 0]
+    divided = sum(card.numel for card in in_layer if card.divided is not None) // tensor
+    whole = sum(card.numel for card in in_layer if card.divided is None)
     layers = sum(part.layers)
-    return layers * (divided + whole) + _outer(part, model, tensor), layers * whole + (2 * h if part.last else 0)
+    last = _last_norm(model) if part.last else 0
+    return layers * (divided + whole) + _outer(part, model, tensor), layers * whole + last
+
+
+def _last_norm(model: ModelConfig) -> int:
+    """Parameters of the norm after the layers."""
+    return sum(card.numel for card in cards(model).values() if card.layer is None and card.role == "norm")
 
 
 def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layout: Layout) -> Memory:
@@ -182,7 +187,7 @@ def _keeps_gathered(parallel: ParallelConfig, layout: Layout) -> bool:
 def _outer(part: Part, model: ModelConfig, tensor: int) -> int:
     """Parameters outside the layers: embedding, head and last norm."""
     matrices = int(part.first) + int(part.last and not (model.tie_embeddings and part.first))
-    return matrices * _matrix(model, tensor) + (2 * model.hidden_size if part.last else 0)
+    return matrices * _matrix(model, tensor) + (_last_norm(model) if part.last else 0)
 
 
 def _follower(part: Part, model: ModelConfig, tensor: int) -> int:
@@ -209,7 +214,9 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
         sums = 2 * sum(part.layers) * (1 if model.residual == "parallel" else 2) + int(part.first) + int(part.last)
         tensor = m * sums * _all_reduce(stream, t)
         tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
-        norms = sum(part.layers) * 4 * model.hidden_size
+        norms = sum(part.layers) * sum(c.numel for c in cards(model).values() if c.layer == 0 and c.feeds_share)
+        if model.qk_norm == "width":  # sums of squares of queries and keys, forward and backward
+            tensor += m * sum(part.layers) * 4 * _all_reduce(4.0 * work.tokens, t)
         tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
     if model.tie_embeddings and part.first != part.last:  # both ends sum the gradients of their copies

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.layout.memory import Work, memory_of, parts
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import micro_batches

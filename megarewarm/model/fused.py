@@ -1,7 +1,7 @@
-"""Fused operations, applied to a NeoX from outside: they replace parts by ones that compute the same in fewer passes.
+"""Fused operations, applied to a model from outside: they replace parts by ones that compute the same in fewer passes.
 
-With the parallel residual a layer begins with x + attention + MLP of the layer before and two norms of that sum: one
-operation, if a layer passes its parts on instead of adding them (``DeferredResidual``).
+A norm of a sum is one operation with the sum, if a layer passes its parts on instead of adding them: with the parallel
+residual of GPT-NeoX x, attention and MLP (``DeferredResidual``), in Llama's layers x and the MLP (``DeferredSum``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from megarewarm_kernels.apex import fused_layer_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megarewarm.model.neox import MLP, Attention, DeferredResidual, Layer, Positions
+from megarewarm.model.neox import MLP, Attention, DeferredResidual, Layer
+from megarewarm.model.positions import Positions
 
 
 @dataclass(frozen=True)

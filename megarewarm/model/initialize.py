@@ -8,12 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from megarewarm.config.schema import ModelConfig
-from megarewarm.model.neox import NeoX
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import Card, cards
+from megarewarm.model.transformer import Transformer
 
 
-def initialize(model: NeoX, seed: int) -> None:
+def initialize(model: Transformer, seed: int) -> None:
     """Fill every parameter of ``model`` as its config says. Rows of a padded vocabulary become zero. The values don't depend
     on the order of the parameters, the device, the dtype, or the padding."""
     every = cards(model.config)

@@ -8,7 +8,7 @@ from megarewarm_kernels.apex import fused_adam, fused_layer_norm
 from megarewarm_kernels.attention.choose import choose
 
 from megarewarm.config.execution import KernelsConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.fused import Operations
 
@@ -46,7 +46,7 @@ def choose_operations(
     wanted = config.attention or ("sdpa" if config.use == "reference" else "auto")
     try:
         attention, why = choose(
-            device, dtype, model.head_dim, documents=documents, deterministic=config.deterministic, wanted=wanted
+            device, dtype, model.head_width, documents=documents, deterministic=config.deterministic, wanted=wanted
         )
     except ValueError as error:
         raise UserError(f"kernels.attention: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import Card, cards
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import cards
 
 # Dense bf16 tensor rates without sparsity, in TFLOP/s, from the vendors' data sheets; the first name contained wins.
@@ -34,10 +34,18 @@ def count_parameters(model: ModelConfig) -> int:
 
 def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float]:
     """(FLOPs of one layer, FLOPs of the head) per token, forward. The embedding is a lookup and costs nothing. 2 per matrix
-    weight, and causal attention: 2 (QK^T) + 2 (PV) per pair of positions and channel, half of the pairs."""
+    weight, and causal attention: 2 (QK^T) + 2 (PV) per pair of positions and channel, half of the pairs, or those within the
+    window. A layer costs what it does on the mean: some may have a window and others none."""
     layer = sum(card.numel for card in cards(model).values() if card.layer == 0 and card.is_matrix)
-    h = model.hidden_size
-    return 2.0 * layer + 2.0 * h * sequence_length, 2.0 * model.vocab_size * h
+    pairs = sum(_pairs(sequence_length, model.window_of(i)) for i in range(model.num_layers)) / model.num_layers
+    attention = 4.0 * model.num_heads * model.head_width * pairs / sequence_length
+    return 2.0 * layer + attention, 2.0 * model.vocab_size * model.hidden_size
+
+
+def _pairs(length: int, window: int | None) -> float:
+    """Pairs of positions of a sequence, of which the later one attends to the earlier; a pair with itself counts half."""
+    window = min(window or length, length)
+    return window * length - window * window / 2
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -65,13 +73,14 @@ def activation_bytes(
 ) -> float:
     """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
-    A layer keeps, in values per token: its input h (twice with the sequential residual, whose second norm has an input of
-    its own), both norms' outputs 2h, queries, keys and values 3h, the attention's output h, and the MLP's f before and f
-    after the GELU, which ``selective`` recomputes. ``full`` keeps the input alone. Then come the last norm's input and
-    output, 2h. ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide
-    the inputs, and what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics
-    of norms and attention, 4 + n values, are left out. A value of the residual stream takes
-    ``stream_bytes``, any other ``work_bytes``.
+    A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
+    outputs 2h, queries, keys and values, once more where they are normed, the attention's output, and the MLP's activation
+    before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep their inputs,
+    2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input and output,
+    2h. ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs;
+    of LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of
+    norms and attention, some values per token, are left out. A value of the residual stream takes ``stream_bytes``, any
+    other ``work_bytes``.
     """
     h, f = model.hidden_size, model.mlp_size
     inputs = 1 if model.residual == "parallel" else 2
@@ -80,8 +89,11 @@ def activation_bytes(
     if recompute == "full":
         per_layer = stream_bytes * h / divided_stream
     else:
-        normed = inputs * h if sequence else 2 * h
-        inner = (4 * h + (f if recompute == "selective" else 2 * f)) / tensor
+        normed = inputs * h if sequence and model.norm == "layer" else 2 * h
+        q, qkv = model.num_heads * model.head_width, (model.num_heads + 2 * model.kv_heads) * model.head_width
+        expanded = 2 * f if model.activation == "swiglu" else f
+        projected = qkv if model.qk_norm == "none" else 2 * qkv
+        inner = (projected + q + expanded + (0 if recompute == "selective" else f)) / tensor
         per_layer = stream_bytes * stream + work_bytes * (normed + inner)
     after = stream_bytes * 2 * h / divided_stream if last else 0.0
     return tokens * ((model.num_layers if layers is None else layers) * per_layer + after)

@@ -42,6 +42,11 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
     return wide.mT if x.shape[-2] > x.shape[-1] else wide
 
 
+def _scaled(matrix: Tensor) -> Tensor:
+    """(rows, columns) in fp32, as large as an update of AdamW (arXiv 2502.16982)."""
+    return matrix.float() * (0.2 * math.sqrt(max(matrix.shape)))
+
+
 class Muon:
     """Muon over the matrices of a model's layers, AdamW over the rest. The momentum is laid out as its parameter.
 
@@ -111,17 +116,15 @@ class Muon:
         return whole
 
     def _orthogonalised(self, card: Card, direction: Tensor) -> Tensor:
-        """(rows, columns), scaled as in arXiv 2502.16982."""
+        """(rows, columns), scaled."""
         exact = direction.device.type == "cpu"
         x = direction if exact else direction.bfloat16()
-        if card.by_head:  # (heads, 3, rows of one, h): a matrix each of queries, keys and values
-            heads = self._model.config.num_heads
-            split = x.view(heads, 3, -1, x.shape[1]).transpose(0, 1)
-            three = orthogonalised(split.flatten(1, 2), self.config.orthogonal_steps)
-            size, x = max(three.shape[1:]), three.view(split.shape).transpose(0, 1).reshape(x.shape)
-        else:
-            size, x = max(x.shape), orthogonalised(x, self.config.orthogonal_steps)
-        return x.float().contiguous() * (0.2 * math.sqrt(size))
+        if card.interleaved is None:
+            x = _scaled(orthogonalised(x, self.config.orthogonal_steps))
+        else:  # of queries, keys and values, and of gate and up, each is a matrix of its own
+            parts = card.interleaved.split(x)
+            x = card.interleaved.join([_scaled(orthogonalised(part, self.config.orthogonal_steps)) for part in parts])
+        return x.contiguous()
 
     def set_lr(self, lr: float) -> None:
         self._rest.set_lr(lr)

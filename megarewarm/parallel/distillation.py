@@ -1,5 +1,5 @@
 """Distillation from the frozen start checkpoint, which keeps the model's predictions or hidden states near it. The teacher
-is a whole NeoX on every data-parallel rank, without gradients, in the dtype of the forward pass."""
+is a whole model on every data-parallel rank, without gradients, in the dtype of the forward pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megarewarm_kernels import linear_cross_entropy, linear_distillation
 from torch import Tensor
 
 from megarewarm.config.forgetting import DistillConfig
-from megarewarm.config.schema import ModelConfig
-from megarewarm.model.neox import NeoX
+from megarewarm.config.model import ModelConfig
+from megarewarm.model.transformer import Transformer
 
 
 class Teacher:
@@ -28,7 +28,7 @@ class Teacher:
         """``read`` returns a whole parameter by its name; ``dtype`` is the teacher's dtype."""
         self._settings = settings
         with torch.device("meta"):
-            model = NeoX(config)
+            model = Transformer(config)
         self._model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
         for name, parameter in self._model.named_parameters():
             parameter.copy_(read(name))

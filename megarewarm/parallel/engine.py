@@ -1,5 +1,5 @@
 """The model as the trainer sees it: one global step in, loss and gradients out, whatever the layout of the ranks. Code
-outside this room does not handle groups, stages or shards. With one rank nothing is wrapped: the model is a NeoX."""
+outside this room does not handle groups, stages or shards. With one rank nothing is wrapped: the model is a Transformer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
-from megarewarm.model.neox import LOSS_MEMORY
+from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model.size import stage_costs
 from megarewarm.parallel import pipeline, tensor

@@ -1,4 +1,4 @@
-"""A NeoX laid out over ranks: its stages, tensor-parallel parts and shards, and this rank's part of each parameter."""
+"""A model laid out over ranks: its stages, tensor-parallel parts and shards, and this rank's part of each parameter."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.fused import Operations, fuse
 from megarewarm.model.initialize import initial_value
-from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.model.size import stage_costs
+from megarewarm.model.transformer import Transformer
 from megarewarm.parallel import pipeline, tensor
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.recompute import recompute
+from megarewarm.parallel.tensor_ranks import TensorRanks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LaidOutModel:
-    """A NeoX laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
+    """A model laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
 
     ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
     optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``:
@@ -72,13 +73,13 @@ class LaidOutModel:
         """The parts of the model that this rank computes: ``_modules``, one for each of its pipeline stages."""
         layout = self.mesh.layout
         with torch.device("meta"):
-            model = NeoX(self.config)
+            model = Transformer(self.config)
         self.cards = cards(self.config)
         self.shapes = {name: card.shape for name, card in self.cards.items()}
         sequence = layout.tensor > 1 and parallel.sequence
-        self._tensor: tensor.TensorRanks | None = None
+        self._tensor: TensorRanks | None = None
         if self.mesh.tensor is not None:
-            self._tensor = tensor.TensorRanks(self.mesh.tensor, sequence)
+            self._tensor = TensorRanks(self.mesh.tensor, sequence)
             tensor.shard(model, self._tensor)
         rank = self.mesh.tensor_rank
         self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}

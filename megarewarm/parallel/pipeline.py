@@ -1,4 +1,4 @@
-"""Pipeline parallelism: a NeoX cut into stages of equal cost, and torch.distributed.pipelining's schedules to run them.
+"""Pipeline parallelism: a model cut into stages of equal cost, and torch.distributed.pipelining's schedules to run them.
 
 The only file that uses that library. It adds stages with a given shape (so that neither evaluation nor a change of mode
 costs a probing micro-batch), contiguous gradients, and tied embeddings.
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX, add_deferred, positions_of
+from megarewarm.model.positions import positions_of
+from megarewarm.model.transformer import Transformer, add_deferred
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
@@ -76,10 +77,10 @@ def rank_of(order: Order, number: int, ranks: int) -> int:
 
 
 class StageModule(nn.Module):
-    """Some layers of a NeoX under their names in the whole, with the embedding before or the last norm after them. Tied
+    """Some layers of a model under their names in the whole, with the embedding before or the last norm after them. Tied
     embeddings: the last stage holds a copy of the embedding as its head."""
 
-    def __init__(self, model: NeoX, layers: range, *, first: bool, last: bool) -> None:
+    def __init__(self, model: Transformer, layers: range, *, first: bool, last: bool) -> None:
         super().__init__()
         self.config = model.config
         self.first, self.last = first, last
@@ -98,7 +99,7 @@ class StageModule(nn.Module):
 
     def forward(self, x: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
         """Tokens (b, s) in the first stage, else hidden states; to hidden states, normed in the last stage. ``starts``: as
-        in NeoX."""
+        in Transformer."""
         x = self.embed_in(x) if self.first else _ContiguousGradient.apply(x)
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers.values():

@@ -81,9 +81,9 @@ class Placement:
 def place(card: Card, rank: int, ranks: int, sequence: bool) -> Placement:
     """The placement of a parameter. ``sequence``: with sequence parallelism.
 
-    Partial are the parameters used on a part of the work only. The layers' norms feed this rank's heads and MLP columns;
-    with sequence parallelism the biases that are added after the sum and the last norm see this rank's positions only.
+    Partial are the parameters used on a part of the work only: those that feed this rank's heads and MLP columns, and with
+    sequence parallelism all that are whole on each rank, which see this rank's positions only.
     """
     dim = card.divided if ranks > 1 else None
-    partial = ranks > 1 and dim is None and (sequence or (card.role == "norm" and card.layer is not None))
+    partial = ranks > 1 and dim is None and (sequence or card.feeds_share)
     return Placement(card.name, card.shape, dim, rank, ranks, partial)

@@ -22,8 +22,8 @@ from megarewarm.checkpoint.export.torch_stream import write_streaming
 from megarewarm.checkpoint.own.integrity import find_damage
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import expected_shapes
-from megarewarm.config.schema import ModelConfig
-from megarewarm.model.neox import NeoX
+from megarewarm.config.model import ModelConfig
+from megarewarm.model.transformer import Transformer
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_neox import written
@@ -103,7 +103,7 @@ def test_round_trips_keep_every_bit(run: Path, tmp_path: Path) -> None:
 
 def test_logits_are_those_of_transformers(run: Path, tmp_path: Path) -> None:
     tool("convert_checkpoint", run, tmp_path / "hf", "--to", "hf")
-    ours: NeoX = OwnCheckpoint(run / "checkpoints/step_20").whole_model()
+    ours: Transformer = OwnCheckpoint(run / "checkpoints/step_20").whole_model()
     tokens = some_tokens(ours.config)
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
     torch.testing.assert_close(ours.logits(tokens), wanted, rtol=2e-5, atol=2e-5)

@@ -27,7 +27,7 @@ from megarewarm.checkpoint.own.retention import Retention
 from megarewarm.checkpoint.own.saver import Saver
 from megarewarm.checkpoint.own.state import TrainingState, read_state
 from megarewarm.config.grid import Grid
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train

@@ -14,10 +14,10 @@ from transformers import GPTNeoXForCausalLM
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.foreign.hub import resolve
 from megarewarm.checkpoint.foreign.huggingface import read_model_config
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.initialize import initialize
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 from tests.model.test_neox import SHAPE, VARIANTS, some_tokens, their_parameters, transformers_model
 from tests.support.huggingface import load_weights
 
@@ -31,9 +31,9 @@ def theirs(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> GPTNe
     return model
 
 
-def loaded(folder: Path) -> NeoX:
+def loaded(folder: Path) -> Transformer:
     config, _ = read_model_config(folder)
-    model = NeoX(config)
+    model = Transformer(config)
     load_weights(folder, model)
     return model
 
@@ -77,7 +77,7 @@ def test_sharded_folders_and_bin_files_are_the_same_model(tmp_path: Path) -> Non
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_what_we_export_transformers_loads(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = ModelConfig(**(SHAPE | changes))
-    model = NeoX(config, padded_vocab_size=64)
+    model = Transformer(config, padded_vocab_size=64)
     initialize(model, 3)
     export(ModelWeights(model), config, tmp_path / "out")
     tokens = some_tokens(config)
@@ -99,7 +99,7 @@ def test_the_configuration_that_we_write_is_read_without_a_warning(
     from transformers.utils import logging
 
     config = ModelConfig(**(SHAPE | changes | {"layernorm_eps": 1e-12, "rotary_base": 5e5}))
-    export(ModelWeights(NeoX(config)), config, tmp_path / "out")
+    export(ModelWeights(Transformer(config)), config, tmp_path / "out")
     logging.enable_propagation()
     try:
         read = AutoConfig.from_pretrained(tmp_path / "out")
@@ -115,7 +115,7 @@ def test_the_configuration_that_we_write_is_read_without_a_warning(
 
 def test_a_large_export_goes_to_several_files(tmp_path: Path) -> None:
     config = ModelConfig(**SHAPE)
-    model = NeoX(config)
+    model = Transformer(config)
     initialize(model, 3)
     export(ModelWeights(model), config, tmp_path / "out", shard_bytes=100_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -207,7 +207,7 @@ def test_an_untied_head_under_a_tied_config_is_refused(tmp_path: Path) -> None:
 
 def test_exports_replace_exports_only(tmp_path: Path) -> None:
     config = ModelConfig(**SHAPE)
-    model = NeoX(config)
+    model = Transformer(config)
     initialize(model, 3)
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")

@@ -17,7 +17,7 @@ from megarewarm.checkpoint.export.model_card import model_card
 from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer
 from megarewarm.checkpoint.foreign.card import read_card
 from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train

@@ -315,7 +315,7 @@ def test_what_we_write_is_what_the_other_writer_writes(tmp_path: Path) -> None:
 def test_hugging_face_to_neox_and_back_is_bit_exact(golden: Path, tmp_path: Path) -> None:
     from megarewarm.checkpoint.export.huggingface import export
     from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights, read_model_config
-    from megarewarm.model.neox import NeoX
+    from megarewarm.model.transformer import Transformer
 
     shape, _ = read_model_config(golden / "hf_r1")
     export_neox(HuggingFaceWeights(golden / "hf_r1"), shape, tmp_path / "neox", tensor_ranks=2)
@@ -323,7 +323,7 @@ def test_hugging_face_to_neox_and_back_is_bit_exact(golden: Path, tmp_path: Path
     export(NeoXFolder(tmp_path / "neox/global_step0"), source.model_config, tmp_path / "hf")
     one, two = load_file(golden / "hf_r1/model.safetensors"), load_file(tmp_path / "hf/model.safetensors")
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    model = NeoX(shape)
+    model = Transformer(shape)
     load_weights(tmp_path / "hf", model)
 
 

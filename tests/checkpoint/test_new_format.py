@@ -18,7 +18,7 @@ from megarewarm.checkpoint.source import FORMATS, ForeignCheckpoint, OpenedCheck
 from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.cli import convert as cli_convert
 from megarewarm.cli import merge_checkpoints
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_convert import ALONE, assert_same, tool, weights_of

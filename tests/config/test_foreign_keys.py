@@ -20,7 +20,7 @@ from megarewarm.checkpoint.foreign.recorded_keys import is_off, refuse_other_fun
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.neox_function import another_function
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 from tests.support import megatron_writer, neox_writer
 from tests.support.huggingface import load_weights
 
@@ -276,7 +276,7 @@ def test_a_config_is_read_as_transformers_does_or_refused(tmp_path: Path, name: 
         return
     transformers = pytest.importorskip("transformers")
     config, _ = huggingface.read_model_config(folder)
-    model = NeoX(config).eval()
+    model = Transformer(config).eval()
     load_weights(folder, model)
     tokens = torch.arange(40).view(2, 20)
     with torch.no_grad():

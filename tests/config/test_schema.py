@@ -15,8 +15,9 @@ from megarewarm.config.budget import Budget
 from megarewarm.config.document import json_schema, markdown
 from megarewarm.config.experiment import load_experiment
 from megarewarm.config.load import dump, merge, read_configs, validate
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.schedule import ScheduleConfig
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import parse_yaml
 from megarewarm.errors import UserError
 from megarewarm.schedules.schedule import CURVES

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from megarewarm.cli import plan as tool
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
 from tests.support.tiny import config

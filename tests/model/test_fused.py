@@ -12,14 +12,15 @@ from megarewarm_kernels import apex
 from torch import Tensor, nn
 
 from megarewarm.config.execution import KernelsConfig, OptimizerConfig
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model import operations
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import FusedLayer, FusedMLP, Operations, fuse
-from megarewarm.model.neox import NeoX
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.parameters import cards
+from megarewarm.model.transformer import Transformer
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.ranks import Ranks
@@ -33,7 +34,7 @@ FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="refere
 """On a CPU the operators compute their definitions: what is tested is how the model calls them."""
 
 
-def losses_and_gradients(model: NeoX, tokens: Tensor, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def losses_and_gradients(model: Transformer, tokens: Tensor, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
     hidden = model(tokens[:, :-1], **more)
     loss = torch.nn.functional.cross_entropy(
         nn.functional.linear(hidden, model.head).flatten(0, 1).float(), tokens[:, 1:].flatten()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.initialize import initialize
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 
 SHAPE: dict[str, Any] = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 61, "max_positions": 32}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,11 +55,11 @@ def transformers_model(config: ModelConfig, dtype: torch.dtype = torch.float32) 
     return model.to(dtype)
 
 
-def pair(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[NeoX, GPTNeoXForCausalLM]:
+def pair(changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> tuple[Transformer, GPTNeoXForCausalLM]:
     """Both models with equal random weights, none of them zero or one."""
     config = ModelConfig(**(SHAPE | changes))
     torch.manual_seed(1)
-    ours, theirs = NeoX(config).to(dtype), transformers_model(config, dtype)
+    ours, theirs = Transformer(config).to(dtype), transformers_model(config, dtype)
     named = their_parameters(theirs)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
@@ -112,10 +112,10 @@ def test_without_rotary_positions_the_order_of_the_past_is_unknown() -> None:
     """transformers can't do this one. Without positions, attention sees a set: permuting the past changes nothing."""
     tokens = some_tokens(ModelConfig(**SHAPE))[:1]
     shuffled = torch.cat([tokens[:, :10].flip(1), tokens[:, 10:]], 1)
-    one_layer = NeoX(ModelConfig(**(SHAPE | {"num_layers": 1, "rotary_fraction": 0.0})))
+    one_layer = Transformer(ModelConfig(**(SHAPE | {"num_layers": 1, "rotary_fraction": 0.0})))
     initialize(one_layer, 3)
     torch.testing.assert_close(one_layer(tokens)[:, 10:], one_layer(shuffled)[:, 10:], rtol=1e-5, atol=1e-6)
-    rotated = NeoX(ModelConfig(**(SHAPE | {"num_layers": 1})))
+    rotated = Transformer(ModelConfig(**(SHAPE | {"num_layers": 1})))
     initialize(rotated, 3)
     assert not torch.allclose(rotated(tokens)[:, 10:], rotated(shuffled)[:, 10:], rtol=1e-5, atol=1e-6)
 
@@ -131,7 +131,7 @@ def test_no_token_sees_a_later_one() -> None:
 
 def test_rows_that_only_a_layout_needs_are_in_no_softmax() -> None:
     config = ModelConfig(**SHAPE)
-    plain, padded = NeoX(config), NeoX(config, padded_vocab_size=64)
+    plain, padded = Transformer(config), Transformer(config, padded_vocab_size=64)
     initialize(plain, 5)
     initialize(padded, 5)
     with torch.no_grad():  # whatever lies in the padding
@@ -148,7 +148,7 @@ def test_rows_that_only_a_layout_needs_are_in_no_softmax() -> None:
         torch.testing.assert_close(mine[: len(want)], want, rtol=1e-6, atol=1e-7)
         assert not mine[len(want) :].any()
     with pytest.raises(ValueError, match="padded_vocab_size 60 is below vocab_size 61"):
-        NeoX(config, padded_vocab_size=60)
+        Transformer(config, padded_vocab_size=60)
 
 
 def test_ignored_targets_are_left_out() -> None:
@@ -163,7 +163,7 @@ def test_ignored_targets_are_left_out() -> None:
 
 def test_it_can_be_built_without_memory() -> None:
     with torch.device("meta"):
-        model = NeoX(ModelConfig(num_layers=44, hidden_size=6144, num_heads=64, vocab_size=50432))
+        model = Transformer(ModelConfig(num_layers=44, hidden_size=6144, num_heads=64, vocab_size=50432))
     assert sum(parameter.numel() for parameter in model.parameters()) == 20_554_567_680  # GPT-NeoX-20B
     assert not list(model.buffers())
 

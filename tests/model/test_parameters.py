@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from megarewarm.config.schema import ModelConfig
-from megarewarm.model.neox import NeoX
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import cards, kind_of
+from megarewarm.model.transformer import Transformer
 
 CONFIG = ModelConfig(num_layers=3, hidden_size=24, num_heads=3, ffn_size=40, vocab_size=17, rotary_fraction=0.5)
 
 
 def test_roles_are_what_the_modules_do() -> None:
     with torch.device("meta"):
-        model = NeoX(CONFIG)
+        model = Transformer(CONFIG)
     every = cards(CONFIG)
     seen = set()
     for path, module in model.named_modules():

@@ -15,9 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megarewarm.config.load import read_configs
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.initialize import initialize
-from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import cards
 from megarewarm.model.size import (
     activation_bytes,
@@ -25,6 +24,7 @@ from megarewarm.model.size import (
     peak_tflops,
     training_flops_per_token,
 )
+from megarewarm.model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
 # totals and totals without embeddings as published with Pythia (arXiv 2304.01373, table 1 and its model cards)
@@ -70,7 +70,7 @@ def test_parameters_are_counted_as_the_module_has_them(
         attention_bias=bias,
     )
     with torch.device("meta"):
-        model = NeoX(config)
+        model = Transformer(config)
     assert [(name, card.shape) for name, card in cards(config).items()] == [
         (name, tuple(parameter.shape)) for name, parameter in model.named_parameters()
     ]
@@ -80,7 +80,7 @@ def test_parameters_are_counted_as_the_module_has_them(
 def test_flops_are_those_that_pytorch_counts() -> None:
     """PyTorch counts attention's whole squares; ours counts the causal half, so the other half is added back."""
     config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, vocab_size=97)
-    model = NeoX(config)
+    model = Transformer(config)
     b, s = 2, 32
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         torch.nn.functional.linear(model(torch.zeros((b, s), dtype=torch.int64)), model.head).sum().backward()
@@ -107,7 +107,7 @@ def test_activations_are_those_that_are_saved(changes: dict[str, Any], b: int, s
 
     shape = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 50}
     config = ModelConfig(**(shape | changes))
-    model = NeoX(config)
+    model = Transformer(config)
     for layer in model.layers:
         recompute(layer, recompute_what)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -137,7 +137,7 @@ def test_initial_weights_have_the_spread_they_should() -> None:
         ({"init": "normal", "init_std": 0.05, "output_init": "scaled_normal"}, 0.05, 0.05 / math.sqrt(12)),
         ({"init": "normal", "init_std": 0.01, "output_init": "normal"}, 0.01, 0.01),
     ]:
-        model = NeoX(ModelConfig(**shape, **settings_))
+        model = Transformer(ModelConfig(**shape, **settings_))
         initialize(model, 1)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -153,14 +153,17 @@ def test_initial_weights_have_the_spread_they_should() -> None:
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     shape = {"hidden_size": 32, "num_heads": 2, "vocab_size": 61}
-    small, large = NeoX(ModelConfig(num_layers=2, **shape)), NeoX(ModelConfig(num_layers=2, **shape), padded_vocab_size=64)
+    small, large = (
+        Transformer(ModelConfig(num_layers=2, **shape)),
+        Transformer(ModelConfig(num_layers=2, **shape), padded_vocab_size=64),
+    )
     initialize(small, 4)
     initialize(large, 4)
     wide = dict(large.named_parameters())
     for name, parameter in small.named_parameters():
         assert torch.equal(wide[name][: len(parameter)], parameter)
         assert not wide[name][len(parameter) :].any()
-    other = NeoX(ModelConfig(num_layers=2, **shape))
+    other = Transformer(ModelConfig(num_layers=2, **shape))
     initialize(other, 5)
     assert not torch.equal(other.embed_in.weight, small.embed_in.weight)
     layers: Any = small.layers

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megarewarm.config.execution import LossScaleConfig, ParallelConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.neox import NeoX
 from megarewarm.model.parameters import cards
+from megarewarm.model.transformer import Transformer
 from megarewarm.parallel import connect as connect_module
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.loss_scaler import LossScaler
@@ -369,7 +369,7 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
     run = _run(str(tmp_path), ALONE)
     run.batches.close()
     (module,) = run.model._modules
-    assert type(module) is NeoX and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
+    assert type(module) is Transformer and isinstance(Mesh(ALONE, Layout()).tensor, type(None))
     assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
 
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from megarewarm.checkpoint.own.misplaced_rows import true_places
 from megarewarm.checkpoint.own.slices import tile
 from megarewarm.checkpoint.own.store import load, misplaced_rows, stored_tensors
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import cards
 from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.ranks import Ranks

@@ -14,7 +14,8 @@ from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import ALL_LINES
 from megarewarm.config.data import Source
-from megarewarm.config.schema import ModelConfig, StartConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import StartConfig
 from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import with_replay
 from megarewarm.rewarm.reset import Position, resolve, start_position, table

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights
 from megarewarm.checkpoint.weights import expected_shapes, fill
-from megarewarm.model.neox import NeoX
+from megarewarm.model.transformer import Transformer
 
 
-def load_weights(folder: str | Path, model: NeoX) -> None:
+def load_weights(folder: str | Path, model: Transformer) -> None:
     """Fill every parameter of ``model`` from the weights in ``folder``, cast to the parameter's dtype.
 
     Rows of a padded vocabulary become zero. Otherwise as ``weights.fill``.

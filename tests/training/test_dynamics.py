@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megarewarm.config.execution import OptimizerConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.optimizers import sums
 from megarewarm.optimizers.adamw import AdamW

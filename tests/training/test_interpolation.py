@@ -17,7 +17,7 @@ from megarewarm.checkpoint.convert import ConvertOptions
 from megarewarm.checkpoint.merge import Merge, interpolation_shares, merge
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import cards
 from megarewarm.optimizers.adamw import AdamW, rate_factor

@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.model import ModelConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.layout.memory import memory_of, parts
 from megarewarm.layout.micro_batch import fitting, sizes, work_of
 from megarewarm.main import main

@@ -18,7 +18,7 @@ from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState, read_state, write_state
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.execution import OptimizerConfig
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import cards
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.parallel.ranks import Ranks

@@ -19,9 +19,9 @@ from megarewarm.checkpoint.foreign.huggingface import PREFIX, SHAPE, read_json
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.tokenizer_source import ROLES, TokenizerSource, named_tokenizer
 from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
-from megarewarm.config.schema import ModelConfig
-from megarewarm.model.neox import NeoX
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import HEAD, cards
+from megarewarm.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
 
@@ -31,7 +31,7 @@ class ModelWeights:
 
     where = "the model"
 
-    def __init__(self, model: NeoX) -> None:
+    def __init__(self, model: Transformer) -> None:
         rows = {name: card.shape[0] for name, card in cards(model.config).items()}
         self._tensors = {name: parameter.detach()[: rows[name]] for name, parameter in model.named_parameters()}
 

@@ -11,7 +11,7 @@ import yaml
 
 from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer
 from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.model.size import count_parameters
 
 _ADD = "add `license` and `language` to the first lines of this file before you publish the model"

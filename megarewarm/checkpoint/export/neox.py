@@ -15,7 +15,7 @@ from megarewarm.checkpoint.export.tokenizer_files import write_files
 from megarewarm.checkpoint.export.torch_stream import write_streaming
 from megarewarm.checkpoint.foreign.tensor_parts import Sharing, part_shape, require_divisible, sharing_of, split
 from megarewarm.checkpoint.weights import Weights, check, expected_shapes
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.yaml_text import write_yaml
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD

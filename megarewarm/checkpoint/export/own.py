@@ -17,7 +17,7 @@ from megarewarm.checkpoint.own.folder import is_checkpoint
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import OnBytes, Weights, check, expected_shapes
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import states_of
 from megarewarm.model.parameters import cards

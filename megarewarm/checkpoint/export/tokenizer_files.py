@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.data.text.end_of_document import TOKENIZER_FILES, beside
 from megarewarm.data.text.tokenizers import HuggingFaceTokenizer
 from megarewarm.errors import UserError

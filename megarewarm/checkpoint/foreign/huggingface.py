@@ -20,7 +20,7 @@ from megarewarm.checkpoint.foreign.huggingface_keys import KEYS, ROPE_KEYS
 from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.weights import Description, make_model_config, unreadable
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import HEAD
 from megarewarm.untrusted import is_name

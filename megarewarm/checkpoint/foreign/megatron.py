@@ -21,7 +21,7 @@ from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
 from megarewarm.checkpoint.weights import Description, make_model_config
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD, kind_of
 

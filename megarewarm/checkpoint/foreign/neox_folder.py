@@ -19,8 +19,8 @@ from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
 from megarewarm.checkpoint.weights import Description, check, expected_shapes, make_model_config
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.neox_function import another_function
-from megarewarm.config.schema import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage, Loss
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.file_identity import FileIdentity
 from megarewarm.errors import UserError
 

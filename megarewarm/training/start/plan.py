@@ -11,8 +11,9 @@ import numpy as np
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.schedule import build_schedule
-from megarewarm.config.schema import ModelConfig, RunConfig
+from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.rewarm.replay import history_to_replay
@@ -103,12 +104,11 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
                 f"{source.name}"
             )
         return settled
-    for key in SHAPE_KEYS:
-        ours, theirs = getattr(config.model, key), getattr(stored, key)
+    for attribute, key in SHAPE_KEYS.items():
+        ours, theirs = getattr(config.model, attribute), getattr(stored, attribute)
         if ours != theirs:
-            name = "ffn_size" if key == "mlp_size" else key
             raise UserError(
-                f"model.{name}: {ours} in the config, {theirs} in the checkpoint {source.name}; make them agree, or leave "
+                f"model.{key}: {ours} in the config, {theirs} in the checkpoint {source.name}; make them agree, or leave "
                 f"'model' out to take the checkpoint's"
             )
     return config

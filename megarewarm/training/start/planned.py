@@ -8,7 +8,7 @@ from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource
-from megarewarm.config.schema import ModelConfig
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.training.start.plan import Plan
