@@ -22,6 +22,8 @@ import torch
 import triton
 from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
 from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
+from megarewarm_kernels.attention.head_norms import _ELEMENTS as HEADS_ELEMENTS
+from megarewarm_kernels.attention.head_norms import head_norms_backward, head_norms_forward
 from megarewarm_kernels.attention.rotary import _ELEMENTS as ROTARY_ELEMENTS
 from megarewarm_kernels.attention.rotary import rotary as rotary_kernel
 from megarewarm_kernels.layer.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
@@ -31,6 +33,11 @@ from megarewarm_kernels.layer.residual_norms import (
     residual_norms_forward,
     warps,
 )
+from megarewarm_kernels.layer.rms_norm import rms_norm_backward, rms_norm_forward
+from megarewarm_kernels.layer.rms_norm import warps as rms_warps
+from megarewarm_kernels.layer.swiglu import _BLOCK as SWIGLU_BLOCK
+from megarewarm_kernels.layer.swiglu import _WARPS as SWIGLU_WARPS
+from megarewarm_kernels.layer.swiglu import swiglu_backward, swiglu_forward
 from megarewarm_kernels.loss.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.loss.logit_passes import _WARPS as LOGITS_WARPS
 from megarewarm_kernels.loss.logit_passes import gradient_pass, statistics_pass
@@ -48,7 +55,9 @@ _INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
 _INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
-_ATTENTION_USUAL = (("bf16", 64, True), ("fp32", 64, True))
+_GROUPED_EXACT = (64, 128)  # heads whose grouped kernels in fp32 are in the table
+_ATTENTION_USUAL = (("bf16", 64, True, 1), ("fp32", 64, True, 1), ("bf16", 64, True, 4))
+"""dtype, head, documents (windows are the same to the kernel), group."""
 _USUAL = {80: " bf16 d 64 documents", 90: ""}  # architecture -> what kernels that are compiled for it have in their names
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
@@ -99,10 +108,19 @@ def _shipped(every: bool) -> Iterator[Configuration]:
             yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
     for name, aligned in (("adamw many tensors", True), ("adamw many tensors, anywhere", False)):
         yield Configuration(name, adamw_many, "fp32", {"BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
-    for head_dim, half in ((64, 8), (64, 32), (128, 16), (80, 10)):
+    for head_dim, half, group in ((64, 8, 1), (64, 32, 1), (128, 16, 1), (80, 10, 1), (64, 32, 4), (128, 64, 4)):
         width = 1 << (half - 1).bit_length()
-        shape = {"D": head_dim, "GROUP": 1, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width, "BACK": False}
-        yield Configuration(f"rotary bf16 d {head_dim} r {2 * half}", rotary_kernel, "bf16", shape, 4, ("cos_ptr", "sin_ptr"))
+        shape = {"D": head_dim, "GROUP": group, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width}
+        name = f"rotary bf16 d {head_dim} r {2 * half}{_grouped(group)}"
+        yield Configuration(name, rotary_kernel, "bf16", shape | {"BACK": False}, 4, ("cos_ptr", "sin_ptr"))
+    for head_dim, group in ((64, 1), (128, 1), (64, 4), (128, 4), (256, 4)):
+        shape = {"D": head_dim, "GROUP": group, "WIDTH": head_dim, "VECTORS": HEADS_ELEMENTS // head_dim}
+        for way, kernel in (("", head_norms_forward), ("_backward", head_norms_backward)):
+            name = f"norm_heads{way} bf16 d {head_dim}{_grouped(group)}"
+            yield Configuration(name, kernel, "bf16", shape, 4, ("rstd_ptr", "partial_ptr"))
+    for dtype in ("bf16", "fp32"):
+        for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
+            yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
     yield from attention_configurations(every)
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
     for dtype in ("bf16", "fp32"):
@@ -124,19 +142,41 @@ def _shipped(every: bool) -> Iterator[Configuration]:
             name, kernel = f"residual_norms_backward bf16 {columns}", residual_norms_backward
             yield Configuration(name, kernel, "bf16", {"COLUMNS": columns}, warps(columns), (*statistics, "partial_ptr"))
 
+    statistics = ("rstd_ptr", "partial_ptr")
+    for columns in (512, 1024, 2048, 4096, 8192, 16384):
+        number = rms_warps(columns)
+        for added in (True, False):
+            values = {"ADDED": added, "COLUMNS": columns}
+            name = f"rms_norm {'added' if added else 'first'} bf16 {columns}"
+            yield Configuration(name, rms_norm_forward, "bf16", values, number, statistics)
+            values = {"RESIDUAL": added, "COLUMNS": columns}
+            name = f"rms_norm_backward {'added' if added else 'first'} bf16 {columns}"
+            yield Configuration(name, rms_norm_backward, "bf16", values, number, statistics)
+
+
+def _grouped(group: int) -> str:
+    return f" group {group}" if group > 1 else ""
+
 
 def attention_configurations(every: bool) -> Iterator[Configuration]:
     """Those of flash attention, which differ from GPU to GPU. ``every``: also of heads that few models have."""
     kernels = {"forward": attention_forward, "queries": attention_backward_queries, "keys": attention_backward_keys}
-    wanted = [(dtype, dim, documents) for dtype in _ATTENTION for dim in _ATTENTION[dtype] for documents in (False, True)]
-    for dtype, head_dim, documents in wanted if every else _ATTENTION_USUAL:
+    wanted = [
+        (dtype, dim, documents, group)
+        for dtype in _ATTENTION
+        for dim in _ATTENTION[dtype]
+        for documents in (False, True)
+        for group in ((1, 4) if dtype == "bf16" or dim in _GROUPED_EXACT else (1,))
+    ]
+    for dtype, head_dim, documents, group in wanted if every else _ATTENTION_USUAL:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
                 blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
-                values: dict[str, Any] = {"DOCUMENTS": documents, "GROUP": 1, "D": head_dim, "WIDTH": width_of(head_dim)}
+                values: dict[str, Any] = {"DOCUMENTS": documents, "GROUP": group, "D": head_dim}
+                values["WIDTH"] = width_of(head_dim)
                 values |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": blocks.precision}
                 yield Configuration(
-                    f"attention {name} {dtype} d {head_dim}{' documents' * documents}",
+                    f"attention {name} {dtype} d {head_dim}{_grouped(group)}{' documents' * documents}",
                     kernel,
                     dtype,
                     values,

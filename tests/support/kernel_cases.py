@@ -8,8 +8,12 @@ from typing import Any
 
 import megarewarm_kernels as kernels
 import torch
+from megarewarm_kernels.attention.head_norms import reference as norm_heads_reference
+from megarewarm_kernels.attention.width_norms import reference as norm_widths_reference
 from megarewarm_kernels.layer.bias_gelu import reference as bias_gelu_reference
 from megarewarm_kernels.layer.residual_norms import reference as residual_norms_reference
+from megarewarm_kernels.layer.rms_norm import reference as rms_norm_reference
+from megarewarm_kernels.layer.swiglu import reference as swiglu_reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,12 +57,74 @@ def _norms(added: bool) -> Case:
     )
 
 
+def _rms_norm_by_torch(*arguments: Tensor) -> Outputs:
+    x, weight = arguments[0], arguments[-1]
+    x = x + arguments[1] if len(arguments) == 3 else x
+    normed = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+    return [x, normed] if len(arguments) == 3 else [normed]
+
+
+def _swiglu_by_torch(pairs: Tensor) -> Outputs:
+    return [F.silu(pairs[..., 0::2]) * pairs[..., 1::2]]
+
+
+GROUP = 2  # queries of each of two key heads
+
+
+def _norms_of_heads(wide: bool) -> Case:
+    """``columns``: four times the channels of a head."""
+    function, definition = (kernels.norm_widths, norm_widths_reference) if wide else (kernels.norm_heads, norm_heads_reference)
+
+    def by_torch(qkv: Tensor, query_weight: Tensor, key_weight: Tensor) -> Outputs:
+        query, key, value = qkv.unflatten(-1, (2, GROUP + 2, -1)).split([GROUP, 1, 1], -2)
+        if wide:
+            query, key = (
+                F.rms_norm(part, part.shape[-3:], weight.view(part.shape[-3:]), 1e-6)
+                for part, weight in ((query, query_weight), (key, key_weight))
+            )
+        else:
+            query, key = (F.rms_norm(q, w.shape, w, 1e-6) for q, w in ((query, query_weight), (key, key_weight)))
+        return [torch.cat([query, key, value], -2).flatten(-3)]
+
+    def shapes(rows: int, columns: int) -> list[tuple[int, ...]]:
+        d = max(1, columns // 4)
+        return [(rows, 2 * (GROUP + 2) * d), *([(2 * GROUP * d,), (2 * d,)] if wide else [(d,)] * 2)]
+
+    def run(side: Callable[..., Tensor]) -> Callable[..., Outputs]:
+        return lambda qkv, query_weight, key_weight: [
+            side(qkv, query_weight, key_weight, head_dim=qkv.shape[-1] // (2 * (GROUP + 2)), group=GROUP)
+        ]
+
+    return Case(shapes, run(function), run(definition), by_torch)
+
+
 CASES = {
     "bias_gelu": _gelu("none"),
     "bias_gelu_tanh": _gelu("tanh"),
     "residual_norms": _norms(added=True),
     "norms": _norms(added=False),
+    "residual_rms_norm": Case(
+        shapes=lambda rows, columns: [(rows, columns), (rows, columns), (columns,)],
+        ours=kernels.residual_rms_norm,
+        definition=rms_norm_reference,
+        torch=_rms_norm_by_torch,
+    ),
+    "rms_norm": Case(
+        shapes=lambda rows, columns: [(rows, columns), (columns,)],
+        ours=lambda x, w: [kernels.rms_norm(x, w)],
+        definition=lambda x, w: [rms_norm_reference(x, None, w)[1]],
+        torch=_rms_norm_by_torch,
+    ),
+    "swiglu": Case(
+        shapes=lambda rows, columns: [(rows, 2 * columns)],
+        ours=lambda pairs: [kernels.swiglu(pairs)],
+        definition=lambda pairs: [swiglu_reference(pairs)],
+        torch=_swiglu_by_torch,
+    ),
+    "norm_heads": _norms_of_heads(wide=False),
 }
+PLAIN = {"norm_widths": _norms_of_heads(wide=True)}
+"""Operations without a kernel of their own."""
 
 
 def arguments_of(case: Case, rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -85,7 +151,7 @@ def assert_as_exact_as_torch(case: Case, arguments: list[Tensor], device: str = 
     true = results(case.torch, [argument.detach().double() for argument in arguments])
     theirs = results(case.torch, [argument.detach().to(device) for argument in arguments])
     ours = results(case.ours, [argument.detach().to(device) for argument in arguments])
-    tiny = 4 * torch.finfo(arguments[0].dtype).eps * 2**-3
+    tiny = torch.finfo(arguments[0].dtype).eps  # of results of few elements, where their errors are a matter of luck
     for number, (wanted, mine, other) in enumerate(zip(true, ours, theirs, strict=True)):
         assert mine.dtype == arguments[0].dtype and mine.shape == wanted.shape
         size = wanted.norm().item() or 1.0
