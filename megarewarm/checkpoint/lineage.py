@@ -51,7 +51,8 @@ class Stage(BaseModel):
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
-    ``reset``: its choices in the reset table (null: not recorded). ``card``: of a foreign checkpoint.
+    ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of a foreign
+    checkpoint, its model card's terms and its whole config.json, which an export goes by.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -72,6 +73,7 @@ class Stage(BaseModel):
     goes_on: bool | None = None
     reset: dict[str, str] | None = None
     card: StatedTerms | None = None
+    config: dict[str, Any] | None = None
 
 
 class Lineage(BaseModel):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megarewarm.checkpoint.foreign import hub, huggingface, neox_folder
 from megarewarm.checkpoint.foreign.card import read_card
+from megarewarm.checkpoint.foreign.json_file import read_json
 from megarewarm.checkpoint.foreign.megatron import MegatronFolder
 from megarewarm.checkpoint.foreign.megatron import find as find_megatron
 from megarewarm.checkpoint.foreign.neox_state import read_training, with_masters
@@ -210,9 +211,11 @@ class ForeignCheckpoint:
     training: TrainingState | None = None
     keeps: frozenset[str] = frozenset()
     card: StatedTerms | None = None
+    config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.lineage = Lineage(stages=[Stage(run=self.name, intent=f"foreign checkpoint ({self.format})", card=self.card)])
+        intent = f"foreign checkpoint ({self.format})"
+        self.lineage = Lineage(stages=[Stage(run=self.name, intent=intent, card=self.card, config=self.config)])
 
     @cached_property
     def stored(self) -> Weights:
@@ -291,9 +294,10 @@ def _huggingface(name: str, path: Path) -> OpenedCheckpoint | None:
         return None
     shape, notes = huggingface.read_model_config(path)
     files = tokenizer_files_in(path)
-    tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(huggingface.read_json(path / "config.json")))
+    raw = read_json(path / "config.json")
+    tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(raw))
     weights, card = lambda: huggingface.HuggingFaceWeights(path), read_card(name, path)
-    return ForeignCheckpoint(name, "huggingface", shape, weights, notes, tokenizer, card=card)
+    return ForeignCheckpoint(name, "huggingface", shape, weights, notes, tokenizer, card=card, config=raw)
 
 
 def _neox(name: str, path: Path) -> OpenedCheckpoint | None:

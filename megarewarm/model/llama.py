@@ -16,7 +16,7 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.model.positions import Positions
 
 
-def layer(config: ModelConfig, number: int) -> Layer:
+def layer(config: ModelConfig, number: int) -> LlamaLayer:
     """Layer ``number``, counted from 0."""
     return (NormBefore if config.norm_place == "before" else NormAfter)(config, number)
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         return (exact * (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
 
 
-class Layer(nn.Module):
+class LlamaLayer(nn.Module):
     """Attention and MLP, one after the other."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
@@ -42,10 +42,10 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.layernorm_eps)
         self.attention = _ATTENTION[config.qk_norm](config, number)
         self.mlp_norm = RMSNorm(config.hidden_size, config.layernorm_eps)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config)
 
 
-class NormBefore(Layer):
+class NormBefore(LlamaLayer):
     """x += attention(norm(x)), x += mlp(norm(x))."""
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
@@ -53,7 +53,7 @@ class NormBefore(Layer):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class NormAfter(Layer):
+class NormAfter(LlamaLayer):
     """x += norm(attention(x)), x += norm(mlp(x)): OLMo 2 (arXiv 2501.00656, section 3.2)."""
 
     def forward(self, x: Tensor, positions: Positions) -> Tensor:
@@ -61,7 +61,7 @@ class NormAfter(Layer):
         return x + self.mlp_norm(self.mlp(x))
 
 
-class Attention(nn.Module):
+class GroupedAttention(nn.Module):
     """Causal attention with grouped queries (arXiv 2305.13245). ``query_key_value`` has, key head by key head, the rows of its
     queries, its key and its value. ``backend``, ``deterministic``: see megarewarm_kernels.attention.choose."""
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return qkv.view(*qkv.shape[:2], -1, self.group + 2, self.head_dim).split([self.group, 1, 1], 3)
 
 
-class HeadNormedAttention(Attention):
+class HeadNormedAttention(GroupedAttention):
     """Each query and each key normed over its channels: Qwen 3 (arXiv 2505.09388)."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
@@ -113,7 +113,7 @@ class HeadNormedAttention(Attention):
         return torch.cat([self.query_norm(queries), self.key_norm(keys), values], 3).flatten(2)
 
 
-class WidthNormedAttention(Attention):
+class WidthNormedAttention(GroupedAttention):
     """All queries of a token normed together, and all its keys: OLMo 2 (arXiv 2501.00656)."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
@@ -127,10 +127,10 @@ class WidthNormedAttention(Attention):
         return torch.cat([*normed, values], 3).flatten(2)
 
 
-_ATTENTION = {"none": Attention, "head": HeadNormedAttention, "width": WidthNormedAttention}
+_ATTENTION = {"none": GroupedAttention, "head": HeadNormedAttention, "width": WidthNormedAttention}
 
 
-class MLP(nn.Module):
+class GatedMLP(nn.Module):
     """down(silu(gate(x)) x up(x)) (arXiv 2002.05202). ``gate_up`` has the rows of gate and up in turn."""
 
     def __init__(self, config: ModelConfig) -> None:

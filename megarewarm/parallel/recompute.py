@@ -28,7 +28,7 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
         layer.forward = forward_whole
     elif what == "selective":
         mlp = layer.mlp
-        assert isinstance(mlp, neox.MLP | llama.MLP)
+        assert isinstance(mlp, neox.MLP | llama.GatedMLP)
         contract = mlp.contract
 
         def contract_again(x: Tensor) -> Tensor:

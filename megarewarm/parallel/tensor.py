@@ -43,7 +43,7 @@ def shard(model: Transformer, ranks: TensorRanks) -> None:
         if isinstance(layer, neox.Layer):
             model.layers[i] = ShardedLayer(layer, ranks)
         else:
-            assert isinstance(layer, llama.Layer)
+            assert isinstance(layer, llama.LlamaLayer)
             shard_layer(layer, ranks)
     every = cards(model.config)
     for module_name, module in model.named_modules():

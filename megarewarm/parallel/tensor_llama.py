@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megarewarm.model.llama import Layer, RMSNorm, WidthNormedAttention
+from megarewarm.model.llama import LlamaLayer, RMSNorm, WidthNormedAttention
 from megarewarm.parallel.tensor_ranks import RowLinear, TensorRanks
 
 
-def shard_layer(layer: Layer, ranks: TensorRanks) -> None:
+def shard_layer(layer: LlamaLayer, ranks: TensorRanks) -> None:
     """Make both sublayers of ``layer`` ones that compute this rank's share and meet the other ranks."""
     for sublayer, last in ((layer.attention, layer.attention.dense), (layer.mlp, layer.mlp.down)):
         last.__class__ = RowLinear

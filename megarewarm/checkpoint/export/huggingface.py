@@ -1,7 +1,8 @@
-"""Writing folders that ``GPTNeoXForCausalLM.from_pretrained`` and ``AutoTokenizer.from_pretrained`` load, versions 4 and 5."""
+"""Writing folders that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load with ``from_pretrained``, versions 4 and 5."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,14 @@ from megarewarm.checkpoint.export.model_card import model_card
 from megarewarm.checkpoint.export.replace import new_folder
 from megarewarm.checkpoint.export.safetensors_stream import write_streaming
 from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, exported_tokenizer, write_files
-from megarewarm.checkpoint.foreign.huggingface import PREFIX, SHAPE, read_json
+from megarewarm.checkpoint.foreign.families import ModelType, model_type_of_family
+from megarewarm.checkpoint.foreign.json_file import read_json
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.tokenizer_source import ROLES, TokenizerSource, named_tokenizer
 from megarewarm.checkpoint.weights import Description, Weights, check, expected_shapes
 from megarewarm.config.model import ModelConfig
-from megarewarm.model.parameters import HEAD, cards
+from megarewarm.errors import UserError
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS, cards
 from megarewarm.model.transformer import Transformer
 
 SHARD_BYTES = 5 * 10**9
@@ -66,10 +69,11 @@ def export(
     check(weights, shapes)
     dtype = dtype or _common_dtype(weights)
     with new_folder(folder, _is_export) as new:
-        ids = {f"{role}_token_id": tokenizer.ids[role] for role in ROLES}
-        _write_json(new / "config.json", _to_huggingface(config, dtype) | ids)
+        written = _written_config(config, dtype, lineage)
+        ids = _ids(tokenizer, written)
+        _write_json(new / "config.json", written | ids)
         _write_json(new / "generation_config.json", {"_from_model_config": True, **ids})
-        _write_weights(weights, shapes, dtype, new, shard_bytes)
+        _write_weights(weights, config, dtype, new, shard_bytes)
         write_files(tokenizer.files, new)
         if lineage is not None:
             name = lineage.stages[-1].run if lineage.stages else folder.name
@@ -86,48 +90,53 @@ def _is_export(folder: Path) -> bool:
     return config.is_file() and str(read_json(config).get("exported_by", "")).startswith("megarewarm")
 
 
-def _to_huggingface(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
+def _written_config(config: ModelConfig, dtype: torch.dtype, lineage: Lineage | None) -> dict[str, Any]:
+    """config.json: the start checkpoint's own, with what training doesn't change, where it says the same model."""
+    kind = model_type_of_family(config)
+    kept = next((stage.config for stage in reversed(lineage.stages) if stage.config), None) if lineage else None
+    written = kind.write(config)
+    if kept is not None and kept.get("model_type") == kind.name:
+        written = _kept(kept, kind, config, written)
+    name = str(dtype).removeprefix("torch.")
+    return written | {
+        "architectures": [kind.architecture],
+        "model_type": kind.name,
         "exported_by": f"megarewarm {__version__}",
-        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
-        "intermediate_size": config.mlp_size,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "gelu" if config.activation == "gelu_erf" else "gelu_pytorch_tanh",
-        "use_parallel_residual": config.residual == "parallel",
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "layer_norm_eps": config.layernorm_eps,
-        "initializer_range": config.init_std,
-        # transformers 4 reads the first two, transformers 5 the third.
-        "rotary_pct": config.rotary_fraction,
-        "rotary_emb_base": config.rotary_base,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rotary_base,
-            "partial_rotary_factor": config.rotary_fraction,
-        },
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": name,
+        "dtype": name,
     }
 
 
-def _write_weights(
-    weights: Weights, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, folder: Path, shard_bytes: int
-) -> None:
+def _kept(kept: dict[str, Any], kind: ModelType, config: ModelConfig, written: dict[str, Any]) -> dict[str, Any]:
+    kept = kept | {"vocab_size": config.vocab_size}
+    """``kept`` and what only ``written`` has, where both say the same model; else ``written`` and what only ``kept`` has."""
+    with contextlib.suppress(UserError):
+        before, _ = kind.read(Path("config.json"), kept)
+        if all(getattr(before, key) == getattr(config, key) for key in (*SHAPE_KEYS, *FUNCTION_KEYS, "max_positions")):
+            return written | kept
+    return kept | written
+
+
+def _ids(tokenizer: ExportedTokenizer, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens' ids: the tokenizer's, where the start's config.json does not name them among several."""
+    ids = {}
+    for role in ROLES:
+        key, ours = f"{role}_token_id", tokenizer.ids[role]
+        theirs = kept.get(key)
+        among = ours is None or ours in (theirs if isinstance(theirs, list) else [theirs])
+        ids[key] = theirs if theirs is not None and among else ours
+    return ids
+
+
+def _write_weights(weights: Weights, config: ModelConfig, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = total = 0
-    ours = {}
-    for name, shape in shapes.items():
+    stored = _Stored(weights, config)
+    for theirs, shape in stored.shapes.items():
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if size + nbytes > shard_bytes and shards[-1]:
             shards.append({})
             size = 0
-        theirs = name if name == HEAD else PREFIX + name
-        ours[theirs] = name
         shards[-1][theirs] = shape
         size += nbytes
         total += nbytes
@@ -136,10 +145,36 @@ def _write_weights(
         for i in range(len(shards))
     ]
     for file, shard in zip(names, shards, strict=True):
-        write_streaming(folder / file, shard, dtype, lambda name: weights.read(ours[name]))
+        write_streaming(folder / file, shard, dtype, stored.read)
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+class _Stored:
+    """``weights`` under the names of their model type. ``shapes``: of all, those that are one tensor here in turn."""
+
+    def __init__(self, weights: Weights, config: ModelConfig) -> None:
+        self._weights, self._cards = weights, cards(config)
+        self._places: dict[str, tuple[str, int]] = {}
+        self._split: tuple[str, list[Tensor]] = "", []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        kind = model_type_of_family(config)
+        for ours, card in self._cards.items():
+            theirs = kind.stored(ours)
+            rows = (card.shape[0],) if len(theirs) == 1 else card.interleaved.rows(card.shape[0])  # type: ignore[union-attr]
+            for i, (name, count) in enumerate(zip(theirs, rows, strict=True)):
+                self._places[name] = ours, i
+                self.shapes[name] = (count, *card.shape[1:])
+
+    def read(self, name: str) -> Tensor:
+        ours, i = self._places[name]
+        interleaved = self._cards[ours].interleaved
+        if self.shapes[name] == self._cards[ours].shape or interleaved is None:
+            return self._weights.read(ours)
+        if self._split[0] != ours:
+            self._split = ours, interleaved.split(self._weights.read(ours))
+        return self._split[1][i]
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megarewarm.checkpoint.foreign.huggingface import WEIGHT_FILES, first_line, weight_files
+from megarewarm.checkpoint.foreign.huggingface import WEIGHT_FILES, weight_files
+from megarewarm.checkpoint.foreign.json_file import first_line
 from megarewarm.data.text.hub_tokenizer import HUB_NAME, SIDE_FILES
 from megarewarm.errors import UserError
 

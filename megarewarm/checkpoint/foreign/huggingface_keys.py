@@ -1,5 +1,5 @@
-"""Keys of a Hugging Face ``config.json``, and which of them leave the function of a GPT-NeoX model alone. From GPTNeoXConfig
-and the generic configuration class of transformers 4 and 5."""
+"""Keys of a Hugging Face ``config.json``, and which of them leave the function of a model alone. From the configuration classes
+of transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READ = frozenset(_READ_WORDS.split())
 
 _CODE = "the model is computed by code that comes with it, which is not run here"
 _DECODER = "the model here is a decoder alone"
-_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True, None), "attention here is over earlier positions only"),
     "is_encoder_decoder": (NO, _DECODER),
     "add_cross_attention": (NO, _DECODER),
@@ -31,13 +31,16 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
         NO,
         "it names another file of weights than the usual ones; rename that file and leave the key out",
     ),
-    "sliding_window": (NO, "attention here is over all earlier positions"),
     "attention_chunk_size": (NO, "attention here is over all earlier positions"),
+}
+"""What no model here does: the values that a key may have, and why not others."""
+_NEOX_ONLY = NOT_HERE | {
+    "sliding_window": (NO, "attention here is over all earlier positions"),
     "layer_types": (NO, "all layers here are of one kind"),
 }
 
 # the second half steers generation, which is no part of the model
-_HARMLESS = names(
+HARMLESS = names(
     "architectures exported_by transformers_version torch_dtype dtype use_bfloat16 use_cache torchscript return_dict "
     "output_hidden_states output_attentions output_router_logits tf_legacy_loss chunk_size_feed_forward is_decoder "
     "finetuning_task id2label label2id num_labels task_specific_params problem_type classifier_dropout tokenizer_class "
@@ -51,7 +54,7 @@ _HARMLESS = names(
     "_",
 )
 
-KEYS = Keys(_READ, _ONLY, _HARMLESS, "if it leaves the function alone, remove it from the file")
+KEYS = Keys(_READ, _NEOX_ONLY, HARMLESS, "if it leaves the function alone, remove it from the file")
 
 ROPE_KEYS = Keys(
     frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}),
