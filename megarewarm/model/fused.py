@@ -6,24 +6,19 @@ residual of GPT-NeoX x, attention and MLP (``DeferredResidual``), in Llama's lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from megarewarm_kernels import bias_gelu, residual_norms
-from megarewarm_kernels.apex import fused_layer_norm
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from megarewarm.model.neox import MLP, Attention, DeferredResidual, Layer
-from megarewarm.model.positions import Positions
+from megarewarm.model import fused_llama, fused_neox, llama, neox
+from megarewarm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Operations:
     """The implementation of each operation. ``loss``: the ``kernel`` of linear_cross_entropy; ``norms``: triton, apex or
-    reference; ``gelu``: triton or reference; ``attention``: a backend of megarewarm_kernels.attention.choose."""
+    reference; ``gelu``: triton or reference, of SwiGLU too; ``attention``: a backend of megarewarm_kernels.attention.choose.
+    triton: the operators of megarewarm_kernels, which are computed by their definitions where there is no GPU."""
 
     norms: str = "reference"
     gelu: str = "reference"
@@ -32,52 +27,41 @@ class Operations:
     deterministic: bool = False
 
 
-def fuse(layers: Iterable[nn.Module], operations: Operations) -> None:
-    """Replace parts of ``layers``, which may be divided over tensor ranks. Parameters and their names stay."""
-    for layer in layers:
-        if operations.norms == "triton" and type(layer) is Layer and layer.parallel:
-            layer.__class__ = FusedLayer
+def fuse(model: Transformer, operations: Operations) -> None:
+    """Replace parts of ``model``, which may be divided over tensor ranks. Parameters and their names stay."""
+    for layer in model.layers:
+        if operations.norms == "triton" and type(layer) is neox.Layer and layer.parallel:
+            layer.__class__ = fused_neox.FusedLayer
         for module in layer.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, neox.Attention | llama.GroupedAttention):
                 module.backend, module.deterministic = operations.attention, operations.deterministic
-            elif type(module) is MLP and operations.gelu == "triton" and type(module.dense_h_to_4h) is nn.Linear:
-                module.__class__ = FusedMLP
-            elif type(module) is nn.LayerNorm and operations.norms == "apex":
-                module.__class__ = ApexLayerNorm
+            if operations.norms == "triton" and not _has_divided_norms(module):
+                module.__class__ = _NORMS.get(type(module), type(module))
+            elif operations.norms == "apex" and type(module) is nn.LayerNorm:
+                module.__class__ = fused_neox.ApexLayerNorm
+            if operations.gelu == "triton" and not _has_divided_expansion(module):
+                module.__class__ = _ACTIVATIONS.get(type(module), type(module))
+    if operations.norms == "triton" and type(model.final_layer_norm) is llama.RMSNorm:
+        model.final_layer_norm.__class__ = fused_llama.FusedRMSNorm
 
 
-class FusedLayer(Layer):
-    """A layer with the parallel residual that adds the parts of the one before, and passes on its own parts. Under autocast
-    the stream has autocast's dtype."""
-
-    def forward(self, x: Tensor | DeferredResidual, positions: Positions) -> DeferredResidual:  # type: ignore[override]
-        parts: tuple[Any, Any, Any] = x if isinstance(x, DeferredResidual) else (_at_work(x), None, None)
-        one, other = self.input_layernorm, self.post_attention_layernorm
-        total, first, second = residual_norms(*parts, one.weight, one.bias, other.weight, other.bias, eps=one.eps)
-        return DeferredResidual(total, self.attention(first, positions), self.mlp(second))
-
-
-class FusedMLP(MLP):
-    """The bias of the first linear layer belongs to the GELU."""
-
-    def expand(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense_h_to_4h.weight)
-
-    def contract(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(bias_gelu(x, self.dense_h_to_4h.bias, approximate=self.approximate))
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    llama.NormBefore: fused_llama.FusedNormBefore,
+    llama.RMSNorm: fused_llama.FusedRMSNorm,
+    llama.HeadNormedAttention: fused_llama.FusedHeadNormedAttention,
+    llama.WidthNormedAttention: fused_llama.FusedWidthNormedAttention,
+}
+_ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {
+    neox.MLP: fused_neox.FusedMLP,
+    llama.GatedMLP: fused_llama.FusedGatedMLP,
+}
 
 
-class ApexLayerNorm(nn.LayerNorm):
-    """NVIDIA apex's LayerNorm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        function = fused_layer_norm()
-        assert function is not None, "chosen only where it is there"
-        result: Tensor = function(_at_work(x), self.weight, self.bias, self.normalized_shape, self.eps)
-        return result
+def _has_divided_norms(module: nn.Module) -> bool:
+    """Whether tensor ranks add up its squares, which its operator doesn't."""
+    return isinstance(module, llama.WidthNormedAttention) and type(module.query_norm) is not llama.RMSNorm
 
 
-def _at_work(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype under autocast."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+def _has_divided_expansion(module: nn.Module) -> bool:
+    """Whether its first linear layer does more than its operator replaces."""
+    return isinstance(module, neox.MLP) and type(module.dense_h_to_4h) is not nn.Linear

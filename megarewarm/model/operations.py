@@ -23,8 +23,12 @@ def choose_operations(
     """
     notes: list[str] = []
     missing = no_triton(device)
+    # the definitions of Llama's operators keep less than plain PyTorch, and are faster on a CPU
+    by_definition = config.use == "auto" and device.type == "cpu" and model.norm == "rms"
 
     def pick(key: str, asked: str | None) -> str:
+        if asked is None and by_definition and key != "loss":
+            return "triton"
         default = "reference" if config.use in ("compile", "reference") or missing else "triton"
         if asked is None and config.use == "triton" and missing:
             asked = "triton"
@@ -34,10 +38,13 @@ def choose_operations(
         return asked or default
 
     norms = pick("norms", config.norms)
-    if norms == "triton" and model.residual == "sequential":
+    if norms == "triton" and model.residual == "sequential" and model.norm == "layer":
         if config.norms == "triton":
             notes.append("kernels.norms: reference, not triton: the sequential residual has no two norms of one sum")
         norms = "reference"
+    if norms == "apex" and model.norm == "rms":
+        notes.append("kernels.norms: triton, not apex: apex's norms are used for LayerNorm only")
+        norms = pick("norms", "triton")
     if norms == "apex" and (fused_layer_norm() is None or device.type != "cuda"):
         notes.append("kernels.norms: reference, not apex: NVIDIA apex with its CUDA extensions is not here")
         norms = "reference"
@@ -46,7 +53,13 @@ def choose_operations(
     wanted = config.attention or ("sdpa" if config.use == "reference" else "auto")
     try:
         attention, why = choose(
-            device, dtype, model.head_width, documents=documents, deterministic=config.deterministic, wanted=wanted
+            device,
+            dtype,
+            model.head_width,
+            documents=documents,
+            window=model.sliding_window is not None,
+            deterministic=config.deterministic,
+            wanted=wanted,
         )
     except ValueError as error:
         raise UserError(f"kernels.attention: {error}") from error

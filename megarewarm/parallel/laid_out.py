@@ -83,7 +83,7 @@ class LaidOutModel:
             tensor.shard(model, self._tensor)
         rank = self.mesh.tensor_rank
         self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}
-        fuse(model.layers, operations)
+        fuse(model, operations)
         self._numbers, self._count = [0], 1
         self._modules: list[nn.Module] = [model]
         if layout.pipeline > 1:

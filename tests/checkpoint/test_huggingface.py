@@ -164,7 +164,7 @@ def broken(folder: Path, how: str) -> None:
     elif how in ("type", "rope", "activation"):
         config = json.loads((folder / "config.json").read_text())
         changes: dict[str, dict[str, Any]] = {
-            "type": {"model_type": "llama"},
+            "type": {"model_type": "gemma2"},
             "rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
             "activation": {"hidden_act": "relu"},
         }
@@ -183,7 +183,7 @@ def broken(folder: Path, how: str) -> None:
         ("truncated", r"model\.safetensors: not a readable safetensors file"),
         ("none", "no weights found"),
         ("json", r"config\.json"),
-        ("type", "model_type is 'llama'"),
+        ("type", "model_type is 'gemma2'.*nearest one that works is 'llama'"),
         ("rope", "rope_type is 'yarn'"),
         ("activation", "hidden_act is 'relu'"),
     ],

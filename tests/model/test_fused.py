@@ -17,7 +17,8 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.model import operations
 from megarewarm.model.documents import DocumentRules
-from megarewarm.model.fused import FusedLayer, FusedMLP, Operations, fuse
+from megarewarm.model.fused import Operations, fuse
+from megarewarm.model.fused_neox import FusedLayer, FusedMLP
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.parameters import cards
 from megarewarm.model.transformer import Transformer
@@ -49,7 +50,7 @@ def losses_and_gradients(model: Transformer, tokens: Tensor, **more: Any) -> tup
 def test_the_fused_model_is_the_model(name: str, what: str, documents: bool) -> None:
     plain, _ = pair(VARIANTS[name], torch.float64)
     fused, _ = pair(VARIANTS[name], torch.float64)
-    fuse(fused.layers, FUSED)
+    fuse(fused, FUSED)
     kinds = [type(fused.layers[0]), type(fused.layers[0].mlp)]
     assert kinds == [FusedLayer if plain.config.residual == "parallel" else type(plain.layers[0]), FusedMLP]
     for layer in fused.layers:
@@ -71,7 +72,7 @@ def test_under_autocast_the_fused_model_is_no_worse_than_the_plain_one() -> None
     for name in ("plain", "fused"):
         model, _ = pair({})
         if name == "fused":
-            fuse(model.layers, FUSED)
+            fuse(model, FUSED)
         with torch.autocast("cpu", torch.bfloat16):
             loss, found = losses_and_gradients(model, tokens)
         distance = torch.stack([(found[key].double() - wanted[key]).norm() / wanted[key].norm() for key in wanted])
@@ -82,7 +83,7 @@ def test_under_autocast_the_fused_model_is_no_worse_than_the_plain_one() -> None
 def test_compiled_whole(tmp_path: Path) -> None:
     """No graph break in a fused layer, its attention included."""
     model, _ = pair({})
-    fuse(model.layers, FUSED)
+    fuse(model, FUSED)
     plain, _ = pair({})
     tokens = some_tokens(model.config)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -229,6 +230,6 @@ def test_apex_norms_stand_in_for_the_models(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("megarewarm.model.fused.fused_layer_norm", lambda: norm)
     plain, _ = pair({})
     with_apex, _ = pair({})
-    fuse(with_apex.layers, Operations(norms="apex"))
+    fuse(with_apex, Operations(norms="apex"))
     tokens = some_tokens(plain.config)
     assert torch.equal(with_apex(tokens), plain(tokens))
