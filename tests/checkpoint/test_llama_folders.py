@@ -315,3 +315,89 @@ def test_a_config_without_keys_means_what_transformers_takes(name: str, tmp_path
         (tmp_path / "config.json").write_text(json.dumps(raw))
         with pytest.raises(UserError, match=f"config.json: missing '{key}'"):
             read_model_config(tmp_path)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def _lose(name: str) -> Callable[[Path], None]:
+    def lose(folder: Path) -> None:
+        tensors = load_file(folder / FILE)
+        del tensors[name]
+        save_file(tensors, folder / FILE)
+
+    return lose
+
+
+def _put(name: str, tensor: Tensor) -> Callable[[Path], None]:
+    return lambda folder: save_file(load_file(folder / FILE) | {name: tensor}, folder / FILE)
+
+
+def _say(**keys: Any) -> Callable[[Path], Any]:
+    return lambda folder: change(folder, **keys)
+
+
+def _lose_a_shard(folder: Path) -> None:
+    sharded(folder)
+    next(folder.glob("model-00002*")).unlink()
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "no key": ("llama", _lose("model.layers.1.self_attn.k_proj.weight"), r"missing tensor model\.layers\.1\.self_attn\.k_proj"),
+    "no gate": (
+        "qwen3",
+        _lose("model.layers.0.mlp.gate_proj.weight"),
+        r"missing tensor model\.layers\.0\.mlp\.gate_proj\.weight",
+    ),
+    "no norm": ("olmo2", _lose("model.norm.weight"), r"missing tensor model\.norm\.weight"),
+    "no head": (
+        "mistral",
+        _lose("lm_head.weight"),
+        r"missing tensor lm_head\.weight, .*tie_word_embeddings .* is false: set it",
+    ),
+    "tied, it says": ("llama", _say(tie_word_embeddings=True), "the head is not the embedding: set it to false"),
+    "another head": ("qwen2", _put("lm_head.weight", torch.ones(61, 36)), "the head is not the embedding"),
+    "a smaller head": ("qwen2", _put("lm_head.weight", torch.ones(60, 36)), "the head is not the embedding"),
+    "no shard": ("llama", _lose_a_shard, r"model-00002-of-.*: no such file, yet the index beside it names it"),
+    "fewer words": ("llama", _say(vocab_size=50), "vocab_size in config.json is 50, yet model.embed_tokens.weight has 61 rows"),
+    "more words": (
+        "smollm3",
+        _say(vocab_size=70),
+        "vocab_size in config.json is 70, yet model.embed_tokens.weight has 61 rows",
+    ),
+    "other heads": ("llama", _say(num_key_value_heads=3), r"k_proj\.weight .*has shape \(12, 36\), expected \(18, 36\)"),
+    "another MLP": ("mistral", _say(intermediate_size=51), r"gate_proj\.weight .*has shape \(52, 36\), expected \(51, 36\)"),
+    "another width": ("olmo2", _say(hidden_size=30), r"has shape \(61, 36\), expected \(61, 30\) by config.json"),
+    "fewer layers": (
+        "qwen3",
+        _say(num_hidden_layers=2, layer_types=None),
+        "unexpected tensor model.layers.2.input_layernorm.weight",
+    ),
+    "more layers": ("llama", _say(num_hidden_layers=4), "missing tensor model.layers.3.input_layernorm.weight"),
+    "a bias": ("llama", _put("model.layers.0.mlp.up_proj.bias", torch.ones(52)), "unexpected tensor .*up_proj.bias"),
+    "no floats": ("llama", _put("model.norm.weight", torch.ones(36, dtype=torch.int32)), r"model\.norm\.weight .*has dtype"),
+    "bytes": (
+        "llama",
+        _put("model.layers.0.mlp.up_proj.weight", torch.ones(52, 36, dtype=torch.uint8)),
+        r"up_proj\.weight .*has dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_weights_that_do_not_fit_are_refused_by_name(how: str, tmp_path: Path) -> None:
+    name, damage, message = DAMAGED[how]
+    saved(name, tmp_path / "start")
+    damage(tmp_path / "start")
+    for form in ("hf", "megarewarm"):
+        with pytest.raises(UserError, match=message) as found:
+            to(form, tmp_path / "start", tmp_path / "out")
+        assert "\n" not in str(found.value) and str(tmp_path / "start") in str(found.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+def test_layers_that_gpt_neox_does_not_have_are_not_written_for_it(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "start")
+    with pytest.raises(UserError, match=r"a model of the family 'llama', .*convert it with '--to hf'"):
+        to("neox", tmp_path / "start", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
