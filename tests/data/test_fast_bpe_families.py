@@ -157,7 +157,25 @@ FRAGMENTS = [
         "\0",
     ),
     *("a", "return", "Zoë", "1", "42", "1234567", "²", "Ⅻ", "١٢", "!", "...", "_", "日本", "ß", "İ", "🦙", "👩‍👩‍👧", "naïvely"),
-    *("'ll", "'LL", "'s", "'S", "'\u017f", "'", "’s", "’", "'Re", "'vE", "'d1", "e\u0301", "\u0301", "a\u0323\u0307", "\u212b"),
+    *(
+        "'ll",
+        "'LL",
+        "'s",
+        "'S",
+        "'\u017f",
+        "'",
+        "’s",
+        "’",
+        "'Re",
+        "'vE",
+        "'d1",
+        "\ra",
+        "e\u0301",
+        "\u0301",
+        "a\u0323\u0307",
+        "\u212b",
+    ),
+    *("'sa", "'Ta", "'rea", "'VEa", "'ma", "'lLa", "'Da", "'\u017fa", "'s1", "'lla", "!\na", "\n "),
     *("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|im_end|>", "<think>", "<|endof", "<", "|||IP_ADDRESS|||"),
 ]
 PIECES = st.sampled_from(FRAGMENTS) | st.characters(exclude_categories=["Cs"]) | st.integers(0, 10**9).map(str)
@@ -170,6 +188,16 @@ MIXED = st.lists(PIECES, max_size=20).map("".join)
 def test_any_text_gets_the_ids_of_the_library(pairs: dict[str, Pair], kind: str, text: str) -> None:
     fast, library = pairs[kind]
     assert np.array_equal(fast.encode(text), ids_of(library, text))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_pairs_of_fragments(pairs: dict[str, Pair], kind: str) -> None:
+    """Among them what the end of a text decides: white space after line breaks, before digits, before nothing."""
+    fast, library = pairs[kind]
+    texts = [a + b for a in FRAGMENTS for b in FRAGMENTS]
+    expected = library.encode_batch_fast(texts, add_special_tokens=False)
+    wrong = [text for text, right in zip(texts, expected, strict=True) if fast.encode(text).tolist() != right.ids]
+    assert wrong == []
 
 
 @pytest.mark.slow
@@ -194,7 +222,7 @@ def test_every_character_in_company(pairs: dict[str, Pair], kind: str, step: int
         *range(0x11DE0, 0x11DEA),
         *range(0x16FF4, 0x16FF7),
     ]
-    texts = ["a{0}a {0}! 1{0}1\n{0}\n '{0}s\t{0} '{0}'!{0} ".format(chr(c)) for c in points if not 0xD800 <= c < 0xE000]
+    texts = ["a{0}a {0}! 1{0}1\n{0}\n '{0}s\t{0} '{0}a!{0} ".format(chr(c)) for c in points if not 0xD800 <= c < 0xE000]
     for start in range(0, len(texts), 2_000):
         part = texts[start : start + 2_000]
         if not np.array_equal(fast.encode("".join(part)), ids_of(library, "".join(part))):

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.text.byte_ranks import byte_ranks, token_bytes
-from megarewarm.data.text.word_patterns import NotCovered, require_known, words_of
+from megarewarm.data.text.word_patterns import NotCovered, Words, require_known, words_of
 
 _FORMS: tuple[Literal["NFC", "NFD", "NFKC"], ...] = ("NFC", "NFD", "NFKC")
 # Keys of the file, and the parts that do nothing to ids where no special tokens are asked for and nothing is cut or padded.
@@ -43,8 +43,6 @@ _PLAIN_MODEL = {
     "byte_fallback": (None, False),
     "ignore_merges": (None, False, True),
 }
-
-
 _PIECE = 2**20  # characters that are encoded at a time
 
 
@@ -56,8 +54,7 @@ class FastBPE:
     """The fast path of a tokenizer.json's ``content``. Raises ``NotCovered``, also where tiktoken is not installed."""
 
     def __init__(self, content: dict[str, Any]) -> None:
-        _require_structure(content)
-        words = words_of(content.get("pre_tokenizer"))
+        words = _words_of_known(content)
         ranks, ids = byte_ranks(content["model"])
         try:
             from tiktoken import Encoding
@@ -164,11 +161,13 @@ def texts_around(tokens: Iterable[str]) -> list[str]:
     return [text.format(form) for form in forms for text in ("{0}", "a{0}b", " {0} ", "{0}{0}", "e{0}\u0301\n{0}  1")]
 
 
-def _require_structure(content: dict[str, Any]) -> None:
+def _words_of_known(content: dict[str, Any]) -> Words:
+    """The words of a tokenizer.json of which nothing else is unknown. Raises ``NotCovered``."""
     require_known("", content, _KEYS)
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise NotCovered(f"normalizer {normalizer.get('type')}")
+    words = words_of(content.get("pre_tokenizer"))
     model = content["model"]
     require_known("model.", model, {*_PLAIN_MODEL, "vocab", "merges"})
     for key, allowed in _PLAIN_MODEL.items():
@@ -184,6 +183,7 @@ def _require_structure(content: dict[str, Any]) -> None:
         if not name or name in contents or model["vocab"].get(name, token["id"]) != token["id"]:
             raise NotCovered(f"added token {name!r}, which is empty, or has two ids")
         contents.add(name)
+    return words
 
 
 def _longest_run(tokens: list[str]) -> int | None:
