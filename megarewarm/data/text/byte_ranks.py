@@ -57,12 +57,12 @@ def byte_ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
         token = left + right
         if token not in vocabulary:
             raise NotCovered(f"merge {token!r} is not in the vocabulary")
-        pair = token_bytes(left), token_bytes(right)
-        if pair[0] is None or pair[1] is None:
+        first_part, second_part = token_bytes(left), token_bytes(right)
+        if first_part is None or second_part is None:
             raise NotCovered(f"merge {token!r}, which is not of bytes")
-        if listed.setdefault(pair, place) != place:
+        if listed.setdefault((first_part, second_part), place) != place:
             raise NotCovered(f"merge {token!r}, which is listed twice")
-        if ranks.setdefault(pair[0] + pair[1], len(ids)) == len(ids):
+        if ranks.setdefault(first_part + second_part, len(ids)) == len(ids):
             ids.append(vocabulary[token])
     whole = bool(model.get("ignore_merges"))
     if whole:

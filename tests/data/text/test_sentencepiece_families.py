@@ -182,4 +182,4 @@ def test_a_folder_with_both_forms_gives_the_tokenizer_json(folder: Path, tmp_pat
     (tmp_path / "tokenizer.json").write_bytes((folder / "legacy" / "tokenizer.json").read_bytes())
     assert load_tokenizer(tmp_path).path.name == "tokenizer.json"
     ids = [load_tokenizer(tmp_path / name).encode_batch(["the rate"])[0] for name in ("tokenizer.json", "tokenizer.model")]
-    assert np.array_equal(*ids)
+    assert np.array_equal(ids[0], ids[1])
