@@ -44,7 +44,7 @@ def main(words: Sequence[str]) -> None:
 
     config, lengths = settle_epochs(validate(RunConfig, *read_configs(arguments.configs)))
     if config.model is None:
-        raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml")
+        raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml or configs/llama/*.yml")
     gpus = arguments.gpus
     plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu])
     console = make_console()

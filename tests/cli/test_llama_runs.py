@@ -82,7 +82,7 @@ def test_a_chain_of_runs(name: str, tmp_path: Path, caplog: pytest.LogCaptureFix
         assert card.data.tags is not None and written["model_type"] in card.data.tags and "GPT-NeoX" not in card.text
         assert len(OwnCheckpoint(run / "checkpoints/step_6").lineage.stages) == stages
         if run != third:
-            assert card.data.base_model == "some/model" and f"A {written['architectures'][0][:4]}" in card.text
+            assert card.data.base_model == "some/model" and f" {written['architectures'][0][:4]}" in card.text
     between = Merge([str(whole), str(second)], interpolation_shares(0.5), "half way")
     merge(between, tmp_path / "merged", ConvertOptions("hf"))
     strictly(tmp_path / "merged", caplog)

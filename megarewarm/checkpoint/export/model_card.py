@@ -34,7 +34,7 @@ def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: Expo
     block = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).rstrip()
     lines = ["---", block, "---", "", f"# {name}", ""]
     lines.append(
-        f"A {_called(config)} model of {count_parameters(config):,} parameters, written by megarewarm on "
+        f"{_called(config)} model of {count_parameters(config):,} parameters, written by megarewarm on "
         f"{time.strftime('%Y-%m-%d', time.gmtime())}: {config.num_layers} layers, "
         f"width {config.hidden_size}, {config.num_heads} heads{_key_heads(config)}, "
         f"vocabulary {config.vocab_size:,}, {config.max_positions:,} positions."
@@ -55,7 +55,8 @@ def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: Expo
 
 def _called(config: ModelConfig) -> str:
     name = model_type_of_family(config).architecture.removesuffix("ForCausalLM")
-    return "GPT-NeoX" if name == "GPTNeoX" else name
+    name = "GPT-NeoX" if name == "GPTNeoX" else name
+    return f"An {name}" if name[0] in "AEIOU" else f"A {name}"
 
 
 def _key_heads(config: ModelConfig) -> str:
