@@ -74,7 +74,7 @@ def activation_bytes(
     """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
     A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
-    outputs 2h, queries, keys and values, once more where they are normed, the attention's output, and the MLP's activation
+    outputs 2h, queries, keys and values, again where they are normed, the attention's output, and the MLP's activation
     before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep their inputs,
     2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input and output,
     2h. ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs;
