@@ -21,7 +21,7 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 @dataclass(frozen=True)
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
-    ``optimizer``: its kind."""
+    ``optimizer``: its kind; ``fused``: see ``activation_bytes``."""
 
     model: ModelConfig
     sequence_length: int
@@ -31,6 +31,7 @@ class Work:
     value_bytes: int = 4
     loss_memory: int = 64 * 2**20
     optimizer: str = "adamw"
+    fused: bool = True
 
     @property
     def tokens(self) -> int:
@@ -157,12 +158,20 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
         work_bytes=work.value_bytes,
         layers=sum(part.layers),
         last=part.last,
+        fused=work.fused,
     )
     activations *= in_flight
     if work.recompute == "full":
         # one layer at a time is recomputed and keeps all its activations meanwhile
         activations += activation_bytes(
-            model, work.tokens, tensor=tensor, sequence=parallel.sequence, work_bytes=work.value_bytes, layers=1, last=False
+            model,
+            work.tokens,
+            tensor=tensor,
+            sequence=parallel.sequence,
+            work_bytes=work.value_bytes,
+            layers=1,
+            last=False,
+            fused=work.fused,
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
     return Memory(weights, 4.0 * held / shard, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)

@@ -2,13 +2,13 @@
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with the decoupled weight decay and the scale of arXiv
 2502.16982, 0.2 sqrt(max(m, n)) for a matrix (m, n): an update is as large as AdamW's, so that both share learning rate and
-decay. Queries, keys and values are three matrices.
+decay. Queries, keys and values are three matrices, gate and up two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -122,9 +122,17 @@ class Muon:
         if card.interleaved is None:
             x = _scaled(orthogonalised(x, self.config.orthogonal_steps))
         else:  # of queries, keys and values, and of gate and up, each is a matrix of its own
-            parts = card.interleaved.split(x)
-            x = card.interleaved.join([_scaled(orthogonalised(part, self.config.orthogonal_steps)) for part in parts])
+            x = card.interleaved.join(self._each(card.interleaved.split(x)))
         return x.contiguous()
+
+    def _each(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Each of ``matrices`` orthogonalised and scaled, those of one shape together."""
+        moved: dict[int, Tensor] = {}
+        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+            places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+            batch = orthogonalised(torch.stack([matrices[i] for i in places]), self.config.orthogonal_steps)
+            moved |= {i: _scaled(matrix) for i, matrix in zip(places, batch, strict=True)}
+        return [moved[i] for i in range(len(matrices))]
 
     def set_lr(self, lr: float) -> None:
         self._rest.set_lr(lr)
