@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ Case = tuple[str, dict[str, Any], dict[str, Any]]
 def case(model: str, world_size: int, layout: str, number: int) -> Case:
     """``number`` chooses among what changes nothing, and whether documents are kept apart."""
     parallel, layers = LAYOUTS[world_size][layout]
-    shape = {"family": model, **SHAPE, **MODELS[model], "num_layers": layers}
+    shape = {"family": model.split("_")[0], **SHAPE, **MODELS[model], "num_layers": layers}
     changes = dict(VARIATIONS[number % len(VARIATIONS)])
     return f"{model}_{layout}", parallel, changes | {"model": shape, "data": DOCUMENTS if number % 2 else {}}
 
@@ -199,3 +198,76 @@ def test_layouts_compute_the_run_of_one_process(world_size: int, tmp_path: Path)
 def test_so_does_every_family_in_every_layout(world_size: int, model: str, tmp_path: Path) -> None:
     first = list(MODELS).index(model)
     check(tmp_path, world_size, (case(model, world_size, layout, first + i) for i, layout in enumerate(LAYOUTS[world_size])))
+
+
+# ---- low precision ------------------------------------------------------------------------------------------------------
+
+LOW: dict[str, tuple[dict[str, Any], int]] = {
+    "1f1b": ({"pipeline": 2}, 3),
+    "zero_bubble": ({"pipeline": 2, "schedule": "zero_bubble"}, 5),
+    "tensor": ({"tensor": 2}, 3),
+    "sequence": ({"tensor": 2, "sequence": True}, 3),
+    "zero2": ({"sharding": "zero2"}, 3),
+    "zero3": ({"sharding": "zero3"}, 3),
+}
+
+
+def low_case(model: str, layout: str, number: int) -> Case:
+    parallel, layers = LOW[layout]
+    shape = {"family": model.split("_")[0], **SHAPE, **MODELS[model], "num_layers": layers}
+    kernels = {"use": ("auto", "reference")[number % 2]}
+    return f"{model}_{layout}_{number % 2}", parallel, {"model": shape, "data": {}, "kernels": kernels}
+
+
+def _train_low(ranks: Ranks, place: str, cases: list[Case], precision: str) -> None:
+    for name, parallel, changes in cases:
+        low = changes | {"training": {"budget": HALF, "precision": precision}}
+        train(settings(Path(place), name, parallel, low), ranks, quiet())
+
+
+def check_low(place: Path, cases: list[Case], precision: str = "bf16") -> None:
+    """Losses near those of one process in fp32."""
+    config(place)
+    run_ranks(_train_low, 2, str(place), cases, precision, timeout=600)
+    for name, _, changes in cases:
+        if not (place / alone_of(changes)).exists():
+            exact = {"model": changes["model"], "data": {}, "training": {"budget": HALF}}
+            train(settings(place, alone_of(changes), {}, exact), ALONE, quiet())
+        wanted, found = (told(folder, "train", "loss") for folder in (place / alone_of(changes), place / name))
+        assert found == pytest.approx(wanted, rel=0.03) and found != wanted, name
+
+
+def test_low_precision_stays_near_fp32(tmp_path: Path) -> None:
+    pairs = [("olmo2", "sequence", 0), ("qwen3", "1f1b", 0), ("llama_biases", "zero3", 1)]
+    check_low(tmp_path, [low_case(*pair) for pair in pairs])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_so_it_does_in_every_layout(model: str, precision: str, tmp_path: Path) -> None:
+    check_low(tmp_path, [low_case(model, layout, i) for layout in LOW for i in range(2)], precision)
+
+
+# ---- what can't be laid out ---------------------------------------------------------------------------------------------
+
+
+def _refused(ranks: Ranks, place: str) -> list[str]:
+    messages = []
+    for model in ({"num_kv_heads": 1}, {"num_kv_heads": 2, "ffn_size": 27}):
+        shape = {"family": "llama", "num_layers": 1, **SHAPE, **WIDE, **model}
+        try:
+            build(make_plan(config(Path(place), folder=f"{place}/no", model=shape, parallel={"tensor": 2})), ranks)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_more_tensor_ranks_than_key_heads_name_the_number(tmp_path: Path) -> None:
+    config(tmp_path)
+    assert run_ranks(_refused, 2, str(tmp_path)) == [
+        [
+            "parallel.tensor: 2 ranks can't share model.num_kv_heads 1 evenly; choose a divisor of 1",
+            "parallel.tensor: 2 ranks can't share model.ffn_size 27 evenly; choose a divisor of 27",
+        ]
+    ] * 2
