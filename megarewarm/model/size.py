@@ -43,7 +43,8 @@ def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float]
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """Pairs of positions of a sequence, of which the later one attends to the earlier; a pair with itself counts half."""
+    """Pairs of positions of a sequence, of which the later one attends to the earlier, less half of one at each of the first
+    ``window`` positions: without a window half of all."""
     window = min(window or length, length)
     return window * length - window * window / 2
 
@@ -77,9 +78,9 @@ def activation_bytes(
     A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
     outputs 2h, queries, keys and values, once more where they are normed, the queries of shared keys once more (torch's
     attention copies them, megarewarm's kernel for windows and documents doesn't), the attention's output, and the MLP's
-    activation before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep their
-    inputs, 2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input and
-    output, 2h. ``fused`` False: of plain PyTorch, whose RMSNorm also keeps what it scales, and whose SwiGLU silu(gate).
+    activation before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep
+    their inputs, 2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input
+    and output, 2h. ``fused`` False: of plain PyTorch, whose RMSNorm also keeps what it scales, and whose SwiGLU silu(gate).
 
     ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs; of
     LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of norms

@@ -20,25 +20,11 @@ from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_layouts import tensors_of
 from tests.support.distributed import run_ranks
+from tests.support.family_shapes import SHAPES, shape
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-STEPS, HALF = 20, 10
-# 67 rows of the vocabulary over 2 or 4 ranks, 13 columns of the MLP on each of 2, windows shorter than a sequence of 16
-SHAPE: dict[str, Any] = {"hidden_size": 20, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 26, "vocab_size": 67}
-WIDE = {"head_dim": 6}  # all heads are wider than the residual stream
-EVEN = {"hidden_size": 24}
-LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_positions": 8, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama": {**WIDE, "rotary_scaling": LLAMA3},
-    "llama_biases": {**EVEN, "family": "llama", "num_kv_heads": 4, "attention_bias": True, "mlp_bias": True},
-    "mistral": {**WIDE, "sliding_window": 5, "tie_embeddings": True},
-    "qwen2": {**EVEN, "sliding_window": 7, "window_layers": (1,), "tie_embeddings": True},
-    "qwen3": WIDE,
-    "olmo2": EVEN,
-    "smollm3": {**EVEN, "unrotated_layers": (1,)},
-}
-"""By family, and what is particular."""
+STEPS, HALF, VOCABULARY = 20, 10, 67
 # name -> (parallel, layers)
 LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
     2: {
@@ -78,9 +64,8 @@ Case = tuple[str, dict[str, Any], dict[str, Any]]
 def case(model: str, world_size: int, layout: str, number: int) -> Case:
     """``number`` chooses among what changes nothing, and whether documents are kept apart."""
     parallel, layers = LAYOUTS[world_size][layout]
-    shape = {"family": model.split("_")[0], **SHAPE, **MODELS[model], "num_layers": layers}
     changes = dict(VARIATIONS[number % len(VARIATIONS)])
-    return f"{model}_{layout}", parallel, changes | {"model": shape, "data": DOCUMENTS if number % 2 else {}}
+    return f"{model}_{layout}", parallel, changes | {"model": shape(model, layers), "data": DOCUMENTS if number % 2 else {}}
 
 
 def settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[str, Any], **more: Any) -> Any:
@@ -93,6 +78,7 @@ def settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[str
         evaluation={"every": HALF},
         checkpoint={"every": HALF, "keep_last": 9},
         parallel=parallel,
+        schedule={"max_lr": 2e-3, "min_lr": 1e-3},
         **{key: value for key, value in changes.items() if key != "training"},
         **more,
     )
@@ -147,7 +133,7 @@ def assert_same(run: Path, alone: Path, export: bool = True) -> None:
         difference = float((mine - true).norm() / (true.norm() + 1e-30))
         assert difference < 2e-3, f"{run.name} {name}: {difference:.1e}"
     if export:
-        tokens = torch.arange(15)[None] * 4 % SHAPE["vocab_size"]
+        tokens = torch.arange(15)[None] * 4 % VOCABULARY
         theirs, ours = (AutoModelForCausalLM.from_pretrained(folder / "huggingface") for folder in (alone, run))
         wanted_logits = theirs(tokens).logits
         scale = float(wanted_logits.detach().abs().max())
@@ -193,10 +179,10 @@ def test_layouts_compute_the_run_of_one_process(world_size: int, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SHAPES)
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_so_does_every_family_in_every_layout(world_size: int, model: str, tmp_path: Path) -> None:
-    first = list(MODELS).index(model)
+    first = list(SHAPES).index(model)
     check(tmp_path, world_size, (case(model, world_size, layout, first + i) for i, layout in enumerate(LAYOUTS[world_size])))
 
 
@@ -214,9 +200,8 @@ LOW: dict[str, tuple[dict[str, Any], int]] = {
 
 def low_case(model: str, layout: str, number: int) -> Case:
     parallel, layers = LOW[layout]
-    shape = {"family": model.split("_")[0], **SHAPE, **MODELS[model], "num_layers": layers}
     kernels = {"use": ("auto", "reference")[number % 2]}
-    return f"{model}_{layout}_{number % 2}", parallel, {"model": shape, "data": {}, "kernels": kernels}
+    return f"{model}_{layout}_{number % 2}", parallel, {"model": shape(model, layers), "data": {}, "kernels": kernels}
 
 
 def _train_low(ranks: Ranks, place: str, cases: list[Case], precision: str) -> None:
@@ -244,7 +229,7 @@ def test_low_precision_stays_near_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SHAPES)
 def test_so_it_does_in_every_layout(model: str, precision: str, tmp_path: Path) -> None:
     check_low(tmp_path, [low_case(model, layout, i) for layout in LOW for i in range(2)], precision)
 
@@ -254,10 +239,12 @@ def test_so_it_does_in_every_layout(model: str, precision: str, tmp_path: Path) 
 
 def _refused(ranks: Ranks, place: str) -> list[str]:
     messages = []
-    for model in ({"num_kv_heads": 1}, {"num_kv_heads": 2, "ffn_size": 27}):
-        shape = {"family": "llama", "num_layers": 1, **SHAPE, **WIDE, **model}
+    for model in ({"num_kv_heads": 1}, {"ffn_size": 27}):
         try:
-            build(make_plan(config(Path(place), folder=f"{place}/no", model=shape, parallel={"tensor": 2})), ranks)
+            build(
+                make_plan(config(Path(place), folder=f"{place}/no", model=shape("llama", 1, **model), parallel={"tensor": 2})),
+                ranks,
+            )
         except UserError as error:
             messages.append(str(error))
     return messages
@@ -265,9 +252,13 @@ def _refused(ranks: Ranks, place: str) -> list[str]:
 
 def test_more_tensor_ranks_than_key_heads_name_the_number(tmp_path: Path) -> None:
     config(tmp_path)
-    assert run_ranks(_refused, 2, str(tmp_path)) == [
-        [
-            "parallel.tensor: 2 ranks can't share model.num_kv_heads 1 evenly; choose a divisor of 1",
-            "parallel.tensor: 2 ranks can't share model.ffn_size 27 evenly; choose a divisor of 27",
+    assert (
+        run_ranks(_refused, 2, str(tmp_path))
+        == [
+            [
+                "parallel.tensor: 2 ranks can't share model.num_kv_heads 1 evenly; choose a divisor of 1",
+                "parallel.tensor: 2 ranks can't share model.ffn_size 27 evenly; choose a divisor of 27",
+            ]
         ]
-    ] * 2
+        * 2
+    )
