@@ -221,11 +221,12 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
     if t > 1:
         # an all-reduce, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
         sums = 2 * sum(part.layers) * (1 if model.residual == "parallel" else 2) + int(part.first) + int(part.last)
-        tensor = m * sums * _all_reduce(stream, t)
+        tensor = m * (sums + sum(part.layers) * _sums_again(work, parallel)) * _all_reduce(stream, t)
         tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
         norms = sum(part.layers) * sum(c.numel for c in cards(model).values() if c.layer == 0 and c.feeds_share)
-        if model.qk_norm == "width":  # sums of squares of queries and keys, forward and backward
-            tensor += m * sum(part.layers) * 4 * _all_reduce(4.0 * work.tokens, t)
+        if model.qk_norm == "width":  # sums of squares of queries and keys: forward, again if recomputed, backward
+            times = 6 if work.recompute == "full" else 4
+            tensor += m * sum(part.layers) * times * _all_reduce(4.0 * work.tokens, t)
         tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
     if model.tie_embeddings and part.first != part.last:  # both ends sum the gradients of their copies
@@ -240,6 +241,18 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
         share = (layout.shard - 1) / layout.shard
         data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)
     return Traffic(tensor, pipeline, data)
+
+
+def _sums_again(work: Work, parallel: ParallelConfig) -> float:
+    """All-reduces of the stream that full recomputation repeats in a layer, halves of them with sequence parallelism: all up
+    to the last tensor that the backward pass needs, which is the MLP's last product's input or, where it is normed, its sum."""
+    if work.recompute != "full":
+        return 0.0
+    if work.model.residual == "parallel":
+        return 0.5 if parallel.sequence else 0.0
+    if work.model.norm_place == "after":
+        return 2.0
+    return 1.5 if parallel.sequence else 1.0
 
 
 def _all_reduce(size: float, ranks: int) -> float:

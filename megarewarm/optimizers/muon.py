@@ -47,6 +47,16 @@ def _scaled(matrix: Tensor) -> Tensor:
     return matrix.float() * (0.2 * math.sqrt(max(matrix.shape)))
 
 
+def orthogonal_each(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Each of ``matrices`` (rows, columns) orthogonalised and scaled, in fp32; those of one shape in one batch."""
+    moved: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+        batch = orthogonalised(torch.stack([matrices[i] for i in places]), steps)
+        moved |= {i: _scaled(matrix) for i, matrix in zip(places, batch, strict=True)}
+    return [moved[i] for i in range(len(matrices))]
+
+
 class Muon:
     """Muon over the matrices of a model's layers, AdamW over the rest. The momentum is laid out as its parameter.
 
@@ -122,17 +132,8 @@ class Muon:
         if card.interleaved is None:
             x = _scaled(orthogonalised(x, self.config.orthogonal_steps))
         else:  # of queries, keys and values, and of gate and up, each is a matrix of its own
-            x = card.interleaved.join(self._each(card.interleaved.split(x)))
+            x = card.interleaved.join(orthogonal_each(card.interleaved.split(x), self.config.orthogonal_steps))
         return x.contiguous()
-
-    def _each(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Each of ``matrices`` orthogonalised and scaled, those of one shape together."""
-        moved: dict[int, Tensor] = {}
-        for shape in dict.fromkeys(matrix.shape for matrix in matrices):
-            places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
-            batch = orthogonalised(torch.stack([matrices[i] for i in places]), self.config.orthogonal_steps)
-            moved |= {i: _scaled(matrix) for i, matrix in zip(places, batch, strict=True)}
-        return [moved[i] for i in range(len(matrices))]
 
     def set_lr(self, lr: float) -> None:
         self._rest.set_lr(lr)
