@@ -95,7 +95,7 @@ def test_steps_are_those_of_the_definition(tmp_path: Path) -> None:
     run.batches.close()
 
 
-@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 30), st.integers(0, 2**31))
+@given(st.integers(1, 6), st.integers(2, 5), st.integers(2, 30), st.integers(0, 2**31))
 @examples(max_examples=20, deadline=None)
 def test_queries_keys_and_values_of_equal_size_move_in_one_batch(heads: int, dim: int, columns: int, seed: int) -> None:
     """To the bit as a batch of three, which earlier versions computed."""
