@@ -134,6 +134,41 @@ def test_activations_are_those_that_are_saved(changes: dict[str, Any], b: int, s
 # ---- Llama's relatives --------------------------------------------------------------------------------------------------
 
 
+# totals of the safetensors files that Hugging Face's pages of these models state
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Meta-Llama-3-8B": (
+        8_030_261_248,
+        dict(family="llama", hidden_size=4096, num_kv_heads=8, ffn_size=14336, vocab_size=128256),
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        dict(family="mistral", hidden_size=4096, num_kv_heads=8, ffn_size=14336, vocab_size=32000),
+    ),
+    "OLMo-2-1124-7B": (7_298_617_344, dict(family="olmo2", hidden_size=4096, ffn_size=11008, vocab_size=100352)),
+    "Qwen2-0.5B": (
+        494_032_768,
+        dict(family="qwen2", num_layers=24, hidden_size=896, num_heads=14, num_kv_heads=2, ffn_size=4864, vocab_size=151936)
+        | {"tie_embeddings": True},
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        dict(family="qwen3", num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, ffn_size=3072, vocab_size=151936)
+        | {"tie_embeddings": True, "head_dim": 128},
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        dict(family="smollm3", num_layers=36, hidden_size=2048, num_heads=16, num_kv_heads=4, ffn_size=11008, vocab_size=128256)
+        | {"tie_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_sizes(name: str) -> None:
+    total, keys = PUBLISHED[name]
+    assert count_parameters(ModelConfig(**({"num_layers": 32, "num_heads": 32} | keys))) == total
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_of_every_family_are_counted(name: str) -> None:
     config = ModelConfig(**shape(name, 3))
