@@ -85,12 +85,16 @@ def activation_bytes(
     ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs; of
     LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of norms
     and attention, some values per token, are left out. A value of the residual stream, and what a plain RMSNorm keeps, takes
-    ``stream_bytes``, any other ``work_bytes``.
+    ``stream_bytes``, any other ``work_bytes``, and so does the stream of fused Llama-like layers.
     """
     h, f = model.hidden_size, model.mlp_size
     inputs = 1 if model.residual == "parallel" else 2
     divided_stream = tensor if sequence else 1
     plain_norms = model.norm == "rms" and not fused
+    exact_bytes = stream_bytes
+    # what fused layers pass on, and the inputs of linear layers that no norm precedes, are in autocast's dtype
+    last_bytes = work_bytes if fused and model.norm == "rms" and model.norm_place == "before" else stream_bytes
+    stream_bytes = work_bytes if fused and model.norm == "rms" else stream_bytes
     if recompute == "full":
         per_layer = stream_bytes * h / divided_stream
     else:
@@ -99,9 +103,9 @@ def activation_bytes(
         mlp = 2 * f if model.activation == "swiglu" else f
         if recompute == "none":
             mlp += f if fused or model.activation != "swiglu" else 2 * f
-        inner = work_bytes * mlp + _attention_bytes(model, fused, tensor, stream_bytes, work_bytes)
+        inner = work_bytes * mlp + _attention_bytes(model, fused, tensor, exact_bytes, work_bytes)
         per_layer = stream_bytes * stream + work_bytes * normed + inner / tensor
-    after = stream_bytes * (3 if plain_norms else 2) * h / divided_stream if last else 0.0
+    after = last_bytes * (3 if plain_norms else 2) * h / divided_stream if last else 0.0
     return tokens * ((model.num_layers if layers is None else layers) * per_layer + after)
 
 
