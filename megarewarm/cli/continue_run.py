@@ -55,6 +55,8 @@ def command_line() -> Parser:
 def main(words: Sequence[str]) -> int:
     arguments = command_line().parse_args(words)
     with importing():
+        from megarewarm.config.load import read_configs, validate
+        from megarewarm.config.schema import RunConfig
         from megarewarm.config.yaml_text import write_yaml
         from megarewarm.console import make_console
         from megarewarm.files import write_whole
@@ -76,7 +78,8 @@ def main(words: Sequence[str]) -> int:
         mapping, chosen = _prepare(arguments, name, folder, console)
         for line in chosen:
             console.print(line)
-        write_whole(path, (header + write_yaml(mapping)).encode())
+        hint = f"# to change it: another 'folder', then megarewarm train {shlex.quote(str(path))}\n"
+        write_whole(path, (header + hint + write_yaml(mapping)).encode())
         console.print(f"written: {path}")
     from megarewarm.main import main as train
 
@@ -85,8 +88,11 @@ def main(words: Sequence[str]) -> int:
         return code
     from megarewarm.report.pages.run_page import report
 
-    run = folder / "run"
-    console.print(f"report: {report([run], folder / 'report')}\nmodel for transformers: {run / 'huggingface'}")
+    config = validate(RunConfig, *read_configs([str(path)]))  # its user may have edited it
+    run = Path(config.run_folder)
+    console.print(f"report: {report([run], folder / 'report')}")
+    if config.export.huggingface:
+        console.print(f"model for transformers: {run / 'huggingface'}")
     return 0
 
 
