@@ -108,9 +108,9 @@ def prepare(
         workers: processes; more than 1 needs a script with ``if __name__ == "__main__"``.
         options: fields of ``megarewarm.data.text.preprocess.job.Options``, such as ``split=(0.9, 0.1)``, ``shuffle=1``.
     """
-    if unknown := set(options) - {field.name for field in dataclasses.fields(Options)}:
-        known = ", ".join(field.name for field in dataclasses.fields(Options))
-        raise UserError(f"prepare: no option '{min(unknown)}'; known: {known}")
+    known = [field.name for field in dataclasses.fields(Options)]
+    if unknown := options.keys() - known:
+        raise UserError(f"prepare: no option '{min(unknown)}'; known: {', '.join(known)}")
     return preprocess(_several(texts), tokenizer, prefix, Options(**options), worker_count=workers, threads_only=workers == 1)
 
 
@@ -211,11 +211,8 @@ class LoadedModel:
             ids = torch.as_tensor(tokens, dtype=torch.int64)
         except (TypeError, ValueError) as error:  # also of rows of several lengths
             raise UserError(f"tokens: expected (b, s) token ids: {error}") from error
-        if ids.dim() != 2 or not ids.numel():
-            raise UserError(f"tokens: expected (b, s) token ids, found the shape {tuple(ids.shape)}")
-        least, largest = (int(bound) for bound in ids.aminmax())
-        if least < 0 or largest >= self.config.vocab_size:
-            raise UserError(f"tokens: expected ids from 0 to {self.config.vocab_size - 1}, found {least} to {largest}")
+        if ids.dim() != 2 or not ids.numel() or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UserError(f"tokens: expected (b, s) token ids from 0 to {self.config.vocab_size - 1}")
         return self.module.logits(ids.to(self.device))
 
     @torch.no_grad()
