@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import Parser, path_text, share, tokens
+from megarewarm.arguments import Parser, path_text, rate, share, tokens
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -40,7 +40,7 @@ def command_line() -> Parser:
     )
     parser.add_argument("--tokens", type=tokens, required=True, metavar="N", help="tokens to train on, such as 50M")
     parser.add_argument(
-        "--peak", type=float, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
+        "--peak", type=rate, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
     )
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's positions, up to 2048")
     parser.add_argument("--tokenizer", type=path_text, help="default: the checkpoint's own")
@@ -108,6 +108,8 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
     length = arguments.sequence_length or min(source.model_config.max_positions, 2048)
     if not 0 < length <= source.model_config.max_positions:
         raise UserError(f"--sequence-length {length}: expected 1 to {source.model_config.max_positions}, the model's positions")
+    if arguments.tokens < length:
+        raise UserError(f"--tokens {arguments.tokens}: expected at least one sequence of {length} tokens (--sequence-length)")
     new = _tokenise(arguments, arguments.on, tokenizer, folder / "data" / "new", console)
     old = list(arguments.replay_tokens or [])
     if arguments.replay:

@@ -120,6 +120,7 @@ def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path)
     ("more", "said"),
     [
         (["--sequence-length", "64"], "--sequence-length 64: expected 1 to 32"),
+        (["--tokens", "10"], "--tokens 10: expected at least one sequence of 32 tokens"),
         (["--replay-tokens", "nowhere"], "nowhere"),
     ],
 )
