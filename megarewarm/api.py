@@ -213,6 +213,8 @@ class LoadedModel:
             raise UserError(f"tokens: expected (b, s) token ids: {error}") from error
         if ids.dim() != 2 or not ids.numel() or ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise UserError(f"tokens: expected (b, s) token ids from 0 to {self.config.vocab_size - 1}")
+        if ids.shape[1] > self.config.max_positions:
+            raise UserError(f"tokens: {ids.shape[1]} positions, the model has {self.config.max_positions}")
         return self.module.logits(ids.to(self.device))
 
     @torch.no_grad()
@@ -298,7 +300,9 @@ class LoadedModel:
     def _transformers(self) -> Any:
         """The same weights in transformers, which has the caches and samplers."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             convert(self._source, Path(folder) / "model", ConvertOptions("hf"), lambda count: None)
             model: Any = AutoModelForCausalLM.from_pretrained(

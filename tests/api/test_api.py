@@ -150,9 +150,10 @@ def test_numbers_out_of_range(place: Path) -> None:
             model.evaluate(place / "new", **keys)
     with pytest.raises(UserError, match="max_tokens 0: expected"):
         model.generate("x", 0)
-    for keys in ({"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}, {"seed": -1}, {"seed": 2**64}):
-        with pytest.raises(UserError, match=f"{next(iter(keys))} .*: expected"):
-            model.generate("x", **keys)
+    odd: list[dict[str, Any]] = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
+    for options in [*odd, {"seed": -1}, {"seed": 2**64}]:
+        with pytest.raises(UserError, match=f"{next(iter(options))} .*: expected"):
+            model.generate("x", **options)
     with pytest.raises(UserError, match="the text is not UTF-8"):
         model.generate("na\udcc3\udcafve")  # as Python reads the command line where the locale has no such characters
 
@@ -168,6 +169,8 @@ def test_arguments_of_another_type(place: Path, tmp_path: Path) -> None:
     for tokens in odd:
         with pytest.raises(UserError, match="tokens: expected"):
             model.logits(tokens)
+    with pytest.raises(UserError, match=r"tokens: .* positions, the model has"):
+        model.logits([[1] * (model.config.max_positions + 1)])
     assert megarewarm.draw(str(place / "tiny")).keys() == megarewarm.draw([place / "tiny"]).keys()
     with pytest.raises(UserError, match=r"write \[text\]"):
         megarewarm.train_tokenizer("one text", 300, tmp_path / "tokenizer.json")
