@@ -166,6 +166,7 @@ if HAS_TRITON:
         each,
         RESIDUAL: tl.constexpr,
         COLUMNS: tl.constexpr,
+        PART: tl.constexpr,
     ):
         part = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, COLUMNS)
@@ -179,16 +180,28 @@ if HAS_TRITON:
             # read for each row, from the cache: registers are for what differs
             inner = grad * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
             along = tl.sum(inner * normed, axis=0) / columns
-            dx = (inner - normed * along) * rstd
-            if RESIDUAL:
-                dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            if COLUMNS > PART:  # more than registers hold: read again, part by part
+                for begin in range(0, COLUMNS, PART):
+                    some = begin + tl.arange(0, PART)
+                    there = some < columns
+                    x = tl.load(total_ptr + row * total_stride + some, mask=there, other=0.0).to(tl.float32)
+                    again = tl.load(grad_ptr + row * grad_stride + some, mask=there, other=0.0).to(tl.float32)
+                    again *= tl.load(weight_ptr + some, mask=there, other=0.0).to(tl.float32)
+                    dx = (again - x * rstd * along) * rstd
+                    if RESIDUAL:
+                        dx += tl.load(residual_ptr + row * residual_stride + some, mask=there, other=0.0).to(tl.float32)
+                    tl.store(dx_ptr + row * columns + some, dx.to(dx_ptr.dtype.element_ty), mask=there)
+            else:
+                dx = (inner - normed * along) * rstd
+                if RESIDUAL:
+                    dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+                tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         # one row of partial sums for each program, added up afterwards: no atomics, so the same result at every run
         tl.store(partial_ptr + part * columns + column, dweight, mask=inside)
 
-    def warps(columns: int) -> int:
-        """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
-        return min(16, max(1, triton.next_power_of_2(columns) // 256))
+    def warps(columns: int, each: int = 256) -> int:
+        """Warps for a row of so many columns: ``each`` elements for a warp; for a thread, 8 are 16 bytes of bf16."""
+        return min(16, max(1, triton.next_power_of_2(columns) // each))
 
     def _kernel_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Three:
         if x.dtype == torch.float64 or x.shape[-1] > _MOST_COLUMNS:
@@ -245,10 +258,14 @@ if HAS_TRITON:
                 triton.cdiv(rows, count),
                 RESIDUAL=residual is not None,
                 COLUMNS=triton.next_power_of_2(columns),
-                num_warps=warps(columns),
+                PART=_PART,
+                num_warps=warps(columns, _EACH_BACKWARD),
             )
         return dx.view(total.shape), partial.sum(0).to(weight.dtype)
 
+    # chosen so that no registers are spilled: tests/kernel_compile.py
+    _EACH_BACKWARD = 512
+    _PART = 8192
     _MOST_COLUMNS = 16384  # a row lies in the registers of one program, backward with the sum that it adds to
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
