@@ -149,8 +149,9 @@ def _shipped(every: bool) -> Iterator[Configuration]:
             values = {"ADDED": added, "COLUMNS": columns}
             name = f"rms_norm {'added' if added else 'first'} bf16 {columns}"
             yield Configuration(name, rms_norm.rms_norm_forward, "bf16", values, rms_norm.warps(columns), statistics)
-            number = rms_norm.warps(columns, rms_norm._EACH_BACKWARD)
-            values = {"RESIDUAL": added, "COLUMNS": columns, "PART": rms_norm._PART}
+            part = min(columns, rms_norm._PART)
+            number = rms_norm.warps(part, rms_norm._EACH_BACKWARD)
+            values = {"RESIDUAL": added, "COLUMNS": part, "PARTS": columns // part}
             name = f"rms_norm_backward {'added' if added else 'first'} bf16 {columns}"
             yield Configuration(name, rms_norm.rms_norm_backward, "bf16", values, number, statistics)
 
