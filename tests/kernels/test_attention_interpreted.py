@@ -76,7 +76,7 @@ def test_the_blocks_that_gpus_get_in_fp32(monkeypatch: pytest.MonkeyPatch, head_
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    cuts=st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=5), min_size=1, max_size=2),
+    cuts=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=2),
     head_dim=st.sampled_from([2, 16, 20, 33]),
     each=st.booleans(),
     packed=st.booleans(),
@@ -93,7 +93,7 @@ def test_any_documents(cuts, head_dim, each, packed, group, window) -> None:
 
 @pytest.mark.parametrize("way", [{}, {"group": 6}, {"group": 2, "window": 37}], ids=str)
 def test_backward_is_the_same_at_every_run(way) -> None:
-    case = arguments(2, 90, 2, 16, 4, [[40, 50], [90]], **way).to(torch.bfloat16)
+    case = arguments(2, 45, 1, 16, 4, [[20, 25], [45]], **way).to(torch.bfloat16)
     first, second = results(flash_attention, case), results(flash_attention, case)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
