@@ -112,11 +112,11 @@ def _shipped(every: bool) -> Iterator[Configuration]:
         name = f"rotary bf16 d {head_dim} r {2 * half}{_grouped(group)}"
         yield Configuration(name, rotary_kernel, "bf16", shape | {"BACK": False}, 4, ("cos_ptr", "sin_ptr"))
     for head_dim, group in ((64, 1), (128, 1), (64, 4), (128, 4), (256, 4)):
-        for way, kernel, tile in (
+        for way, kernel, elements in (
             ("", head_norms.head_norms_forward, head_norms._ELEMENTS),
             ("_backward", head_norms.head_norms_backward, head_norms._ELEMENTS_BACKWARD),
         ):
-            shape = {"D": head_dim, "GROUP": group, "WIDTH": head_dim, "VECTORS": tile // head_dim}
+            shape = {"D": head_dim, "GROUP": group, "WIDTH": head_dim, "VECTORS": elements // head_dim}
             name = f"norm_heads{way} bf16 d {head_dim}{_grouped(group)}"
             yield Configuration(name, kernel, "bf16", shape, head_norms._WARPS, ("rstd_ptr", "partial_ptr"))
     for dtype in ("bf16", "fp32"):

@@ -341,8 +341,8 @@ def flash_module(name: str, with_statistics: bool) -> ModuleType:
         assert max(sizes) == max_seqlen_q == max_seqlen_k and cuts[0] == 0 and cuts[-1] == q.shape[0] and min(sizes) > 0
         outs = []
         for begin, end in pairwise(cuts):
-            here = (part[None, begin:end] for part in (q, k, v))
-            out = flash_attn_func(*here, softmax_scale, causal, window_size)
+            one, two, three = (part[None, begin:end] for part in (q, k, v))
+            out = flash_attn_func(one, two, three, softmax_scale, causal, window_size)
             outs.append((out[0] if with_statistics else out)[0])
         return (torch.cat(outs), None) if with_statistics else torch.cat(outs)
 
