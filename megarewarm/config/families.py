@@ -16,10 +16,12 @@ _NOTHING: tuple[Any, ...] = (None,)
 @dataclass(frozen=True)
 class ModelFamily:
     """``parts``: for keys of ``ModelConfig`` the values that this family may take, the usual one first. ``usual``: what other
-    keys are where a configuration says nothing."""
+    keys are where a configuration says nothing. ``heads_divide``: its class wants num_heads to divide hidden_size, even with
+    head_dim."""
 
     parts: Mapping[str, tuple[Any, ...]]
     usual: Mapping[str, Any] = field(default_factory=dict)
+    heads_divide: bool = False
 
     @property
     def presets(self) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def _but(parts: Mapping[str, tuple[Any, ...]], *free: str, **other: tuple[Any, .
 
 FAMILIES: dict[str, ModelFamily] = {
     "neox": ModelFamily(_NEOX),
-    "llama": ModelFamily(_but(_LLAMA, mlp_bias=(False, True)), _USUAL),
+    "llama": ModelFamily(_but(_LLAMA, mlp_bias=(False, True)), _USUAL, heads_divide=True),
     "mistral": ModelFamily(_but(_LLAMA, "sliding_window", attention_bias=(False,)), _USUAL),
     # biases on queries, keys and values alone (arXiv 2407.10671)
     "qwen2": ModelFamily(

@@ -104,7 +104,10 @@ def test_bash_completes(words: list[str], expected: set[str]) -> None:
 def test_example_configs_are_copied_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configs.main([str(tmp_path)])
     copied = {Path(line) for line in capsys.readouterr().out.splitlines()}
-    assert tmp_path / "configs/pythia/410m.yml" in copied and tmp_path / "slurm/job.sh" in copied
+    assert {
+        tmp_path / "configs/pythia/410m.yml",
+        tmp_path / "configs/llama/llama3_1b.yml",
+    } <= copied and tmp_path / "slurm/job.sh" in copied
     read_configs([str(tmp_path / "configs/410m_rewarm.yml")])  # which extends its neighbour
     with pytest.raises(UserError, match="exists; add --overwrite"):
         configs.main([str(tmp_path)])
