@@ -29,6 +29,7 @@ from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 
 _RANK_FOLDER = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
 _LATEST = "latest_checkpointed_iteration.txt"
+_ORIGINAL_POSITIONS = 8192  # of use_rope_scaling, a constant there
 
 
 def find(path: Path) -> Path | None:
@@ -213,16 +214,13 @@ class MegatronFolder:
 
     @property
     def _groups(self) -> int:
-        """Heads of keys and values."""
-        heads = int(self._args["num_attention_heads"])
-        said = self._args.get("num_query_groups") if self._args.get("group_query_attention") else None
-        return int(said or heads)
+        """Heads of keys and values, by the tensors."""
+        rows = self._shape("layers.0.attention.query_key_value.weight")[0]
+        return max((rows // self._channels - int(self._args["num_attention_heads"])) // 2, 0)
 
     @property
     def _hidden(self) -> int:
-        if self._norm not in self._headers:
-            raise UserError(f"{self.where}: no norm before the attention of the first layer in its files")
-        return int(self._headers[self._norm][0][0])
+        return self._shape(self._norm)[0]
 
     def _refuse_other_shapes(self) -> None:
         """Refuse positions and heads in 'args' that NeoX here does not have, and shapes that contradict the tensors."""
@@ -241,14 +239,8 @@ class MegatronFolder:
                 f"{self.where}: group_query_attention with {groups} num_query_groups, expected {heads}: with LayerNorm every "
                 f"head here has its own keys and values"
             )
-        rows = self._shape("layers.0.attention.query_key_value.weight")[0]
-        if self._is_llama_like and rows != (heads + 2 * self._groups) * self._channels:
-            raise UserError(
-                f"{self.where}: query_key_value has {rows} rows, expected {(heads + 2 * self._groups) * self._channels} for "
-                f"{heads} num_attention_heads and {self._groups} num_query_groups of {self._channels} channels (kv_channels)"
-            )
-        if args.get("qk_layernorm") and "layers.0.attention.query_norm.weight" not in self._parts:
-            raise UserError(f"{self.where}: qk_layernorm is True, yet no q_layernorm is in its files")
+        if self._is_llama_like:
+            self._refuse_other_heads(heads)
         scale, channels = args.get("softmax_scale"), self._channels if self._is_llama_like else self._hidden / heads
         if scale is not None and not math.isclose(scale, channels**-0.5, rel_tol=1e-6):
             raise UserError(
@@ -271,7 +263,25 @@ class MegatronFolder:
         elif untied and HEAD not in self._parts:
             raise UserError(f"{self.where}: untie_embeddings_and_output_weights is True, yet output_layer.weight is not there")
 
+    def _refuse_other_heads(self, heads: int) -> None:
+        """The same for the grouped queries of Llama-like models."""
+        args, groups, rows = self._args, self._groups, self._shape("layers.0.attention.query_key_value.weight")[0]
+        if groups < 1 or rows != (heads + 2 * groups) * self._channels or heads % groups:
+            raise UserError(
+                f"{self.where}: query_key_value has {rows} rows, which are not those of {heads} num_attention_heads with "
+                f"{self._channels} channels (kv_channels)"
+            )
+        if "group_query_attention" in args:
+            said = args.get("num_query_groups") if args["group_query_attention"] else heads
+            require_agreement(self.where, "num_query_groups", {"'args'": said, "the tensors": groups})
+        if self._version < 2 and groups != heads:
+            raise UserError(f"{self.where}: checkpoint_version {self._version:g} is older than grouped queries; save it again")
+        if args.get("qk_layernorm") and "layers.0.attention.query_norm.weight" not in self._parts:
+            raise UserError(f"{self.where}: qk_layernorm is True, yet no q_layernorm is in its files")
+
     def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._headers:
+            raise UserError(f"{self.where}: no {name} in its files, under Megatron-LM's name of it")
         return whole_shape(self._headers[name][0], len(self._parts[name]), sharing_of(name, biases_added=False))
 
     def describe(self) -> Mapping[str, Description]:

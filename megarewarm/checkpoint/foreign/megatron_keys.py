@@ -1,5 +1,5 @@
-"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX or a Llama-like model alone. From the argument lists of
-Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel)."""
+"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX or a Llama-like model alone. From the argument
+lists of Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel)."""
 
 from __future__ import annotations
 
@@ -152,9 +152,9 @@ _HARMLESS = names(
 
 _REMEDY = "if it leaves the function alone, remove it from 'args' in the files (torch.load, delattr, torch.save)"
 KEYS = Keys(_READ, _ONLY, _HARMLESS, _REMEDY)
-_LLAMA_READS = frozenset("swiglu qk_layernorm use_rope_scaling rope_scaling_factor window_size rotary_percent".split())
+_LLAMA_READS = frozenset({"swiglu", "qk_layernorm", "use_rope_scaling", "rope_scaling_factor", "window_size"})
 LLAMA_KEYS = Keys(
-    _READ - {"rotary_percent"} | (_LLAMA_READS - {"rotary_percent"}),
+    (_READ | _LLAMA_READS) - {"rotary_percent"},
     {key: value for key, value in _ONLY.items() if key not in _LLAMA_READS}
     | {
         "normalization": (("RMSNorm",), "only RMSNorm goes with a SwiGLU here"),
