@@ -3,7 +3,6 @@ SwiGLU); and how wide each one's MLP is. Pure rules of the keys' values, for a Y
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +90,10 @@ def width_before_rounding(values: Mapping[str, Any]) -> int:
     """The MLP's width that the keys ask for; 0 where they don't say hidden_size."""
     said = (values.get(key) for key in ("hidden_size", "expansion_factor", "intermediate_size"))
     hidden, factor, width = (each if isinstance(each, int | float) else 0 for each in said)
-    return int(width or (factor or 4) * hidden)
+    try:
+        return int(width or (factor or 4) * hidden)
+    except (OverflowError, ValueError):  # no number of columns: refused where it is translated
+        return 0
 
 
 def _rounded(values: Mapping[str, Any], width: int) -> int | None:
@@ -100,8 +102,12 @@ def _rounded(values: Mapping[str, Any], width: int) -> int | None:
     multiple = values.get("mlp_multiple_of") or 1
     if not isinstance(multiple, int) or multiple <= 1:
         return width
-    first, second = (step * math.ceil(width / step) for step in (2 * multiple, multiple))
+    first, second = _up(width, 2 * multiple), _up(width, multiple)
     return first if first == second else None
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def gated_width(values: Mapping[str, Any]) -> int | None:
@@ -112,10 +118,10 @@ def gated_width(values: Mapping[str, Any]) -> int | None:
     intermediate_size itself, or 8/3 hidden_size up to a multiple of 256.
     """
     if values.get(_OLD_MLP) == "llama":
-        return values.get("intermediate_size") or 256 * math.ceil(int(2 * (values.get("hidden_size") or 0) * 4 / 3) / 256)
+        return values.get("intermediate_size") or _up(int(2 * (values.get("hidden_size") or 0) * 4 / 3), 256)
     both = int(width_before_rounding(values) * 2 / 3)
     multiple = values.get("mlp_multiple_of") or 1
     if not isinstance(multiple, int) or multiple < 1:
         return None
-    within, out = 2 * multiple * math.ceil(both / (2 * multiple)), multiple * math.ceil((both // 2) / multiple)
+    within, out = _up(both, 2 * multiple), _up(both // 2, multiple)
     return out if within == 2 * out and out else None

@@ -121,6 +121,10 @@ class MegatronFolder:
         args = self._args
         if args.get("num_attention_heads") is None:
             raise UserError(f"{self.where}: 'args' in its files has no num_attention_heads; save it with Megatron-LM >= 2")
+        for key in ("num_attention_heads", "kv_channels"):
+            value = args.get(key)
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise UserError(f"{self.where}: {key} is {value!r} in 'args', expected a number above 0")
         if self._layers == 0:
             raise UserError(f"{self.where}: no transformer layers in it")
         refuse_other_functions(self.where, args, self._keys)
@@ -210,7 +214,7 @@ class MegatronFolder:
         """Of a head."""
         heads = int(self._args["num_attention_heads"])
         said = self._args.get("kv_channels") if self._is_llama_like else None
-        return int(said or self._hidden // heads)
+        return int(said or self._hidden // heads or 1)
 
     @property
     def _groups(self) -> int:
