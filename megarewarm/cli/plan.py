@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> None:
     if config.model is None:
         if config.start.from_ is None:
             raise UserError(
-                "model: needed to plan; 'extends' one of configs/pythia/*.yml or configs/llama/*.yml, or give start.from"
+                "model: needed to plan; 'extends' one of configs/pythia or configs/llama, or give start.from"
             )
         config = settle_model(config, open_checkpoint(config.start.from_))
     assert config.model is not None

@@ -234,7 +234,7 @@ def _scaling(where: str, block: Mapping[str, Any], outside: int | None, position
         said = require_agreement(where, "original_max_position_embeddings", inside)
         values["original_positions"] = positions if said is None else said
     try:
-        return RotaryScaling(kind=kind, **values)  # type: ignore[arg-type]
+        return RotaryScaling(kind=kind, **values)
     except ValidationError as error:
         problem = error.errors()[0]
         key = next((ours[str(part)] for part in problem["loc"] if part in ours), "")
