@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.errors import UserError
+from megarewarm.model.fused import Operations
 from megarewarm.model.parameters import cards
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.setup import build
+from megarewarm.training.start import inputs
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_layouts import tensors_of
@@ -24,6 +26,7 @@ from tests.support.family_shapes import SHAPES, shape
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
 STEPS, HALF, VOCABULARY = 20, 10, 67
 # name -> (parallel, layers)
 LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
@@ -38,6 +41,7 @@ LAYOUTS: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
         "zero3": ({"sharding": "zero3"}, 2),
     },
     4: {
+        "tensor": ({"tensor": 4, "sequence": True}, 2),
         "tensor_1f1b": ({"tensor": 2, "pipeline": 2}, 3),
         "sequence_zero_bubble": ({"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "zero_bubble"}, 5),
         "sequence_interleaved": ({"tensor": 2, "sequence": True, "pipeline": 2, "schedule": "interleaved"}, 5),
@@ -64,8 +68,13 @@ Case = tuple[str, dict[str, Any], dict[str, Any]]
 def case(model: str, world_size: int, layout: str, number: int) -> Case:
     """``number`` chooses among what changes nothing, and whether documents are kept apart."""
     parallel, layers = LAYOUTS[world_size][layout]
+    divisible = {"num_kv_heads": 4, "ffn_size": 28} if parallel.get("tensor") == 4 else {}
     changes = dict(VARIATIONS[number % len(VARIATIONS)])
-    return f"{model}_{layout}", parallel, changes | {"model": shape(model, layers), "data": DOCUMENTS if number % 2 else {}}
+    return (
+        f"{model}_{layout}",
+        parallel,
+        changes | {"model": shape(model, layers, **divisible), "data": DOCUMENTS if number % 2 else {}},
+    )
 
 
 def settings(place: Path, name: str, parallel: dict[str, Any], changes: dict[str, Any], **more: Any) -> Any:
@@ -100,7 +109,7 @@ def _go_on(ranks: Ranks, place: str, cases: list[Case]) -> None:
 def alone_of(changes: dict[str, Any]) -> str:
     """The name of the run of one process with the same model and data."""
     model = changes["model"]
-    return f"alone_{model['family']}_{model['num_layers']}_{model['num_kv_heads']}_{len(changes['data'])}"
+    return f"alone_{model['family']}_{model['num_layers']}_{model['num_kv_heads']}_{model['ffn_size']}_{len(changes['data'])}"
 
 
 def told(folder: Path, event: str, value: str) -> dict[Any, float]:
@@ -186,6 +195,24 @@ def test_so_does_every_family_in_every_layout(world_size: int, model: str, tmp_p
     check(tmp_path, world_size, (case(model, world_size, layout, first + i) for i, layout in enumerate(LAYOUTS[world_size])))
 
 
+COMPILED: dict[str, dict[str, Any]] = {"alone": {}, "sequence": {"tensor": 2, "sequence": True}, "zero2": {"sharding": "zero2"}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3", "olmo2"])
+def test_compiled_layers_compute_the_same(model: str, tmp_path: Path) -> None:
+    config(tmp_path)
+    plain: dict[str, Any] = {"model": shape(model, 2), "data": {}, "training": {"budget": 4}}
+    cases = [(name, parallel, plain | {"kernels": {"use": "compile"}}) for name, parallel in COMPILED.items() if parallel]
+    run_ranks(_train_all, 2, str(tmp_path), cases, timeout=600)
+    train(settings(tmp_path, "alone", {}, plain | {"kernels": {"use": "compile"}}), ALONE, quiet())
+    train(settings(tmp_path, "plain", {}, plain), ALONE, quiet())
+    for name in COMPILED:
+        for value in ("loss", "grad_norm"):
+            wanted, found = (told(tmp_path / folder, "train", value) for folder in ("plain", name))
+            assert found == pytest.approx(wanted, rel=1e-4), f"{name} {value}"
+
+
 # ---- low precision ------------------------------------------------------------------------------------------------------
 
 LOW: dict[str, tuple[dict[str, Any], int]] = {
@@ -225,6 +252,29 @@ def check_low(place: Path, cases: list[Case], precision: str = "bf16") -> None:
 def test_low_precision_stays_near_fp32(tmp_path: Path) -> None:
     pairs = [("olmo2", "sequence", 0), ("qwen3", "1f1b", 0), ("llama_biases", "zero3", 1)]
     check_low(tmp_path, [low_case(*pair) for pair in pairs])
+
+
+def _train_neox(ranks: Ranks, place: str) -> None:
+    usual = inputs.choose_operations
+    try:
+        inputs.choose_operations = lambda *_, **__: (FUSED, [])
+        for layout in ("1f1b", "zero_bubble"):
+            parallel, layers = LOW[layout]
+            low: dict[str, Any] = {"model": {"num_layers": layers}, "training": {"budget": HALF, "precision": "bf16"}}
+            train(settings(Path(place), layout, parallel, low), ranks, quiet())
+    finally:
+        inputs.choose_operations = usual
+
+
+def test_so_do_fused_pipelines_of_neox(tmp_path: Path) -> None:
+    """Stages pass on a stream in bf16."""
+    config(tmp_path)
+    run_ranks(_train_neox, 2, str(tmp_path))
+    for layout in ("1f1b", "zero_bubble"):
+        exact: dict[str, Any] = {"model": {"num_layers": LOW[layout][1]}, "training": {"budget": HALF}}
+        train(settings(tmp_path, f"{layout}_alone", {}, exact), ALONE, quiet())
+        wanted, found = (told(tmp_path / name, "train", "loss") for name in (f"{layout}_alone", layout))
+        assert found == pytest.approx(wanted, rel=0.03) and found != wanted, layout
 
 
 @pytest.mark.slow
