@@ -173,7 +173,7 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
     for dtype, head_dim, documents, group in wanted if every else _ATTENTION_USUAL:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
-                blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
+                blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents, group)
                 values: dict[str, Any] = {"DOCUMENTS": documents, "GROUP": group, "D": head_dim}
                 values["WIDTH"] = width_of(head_dim)
                 values |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": blocks.precision}
