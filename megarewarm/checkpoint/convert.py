@@ -16,7 +16,7 @@ from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, expo
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.tokenizer_source import named_tokenizer
 from megarewarm.checkpoint.vocabulary import resize
-from megarewarm.checkpoint.weights import Description, OnBytes, Weights
+from megarewarm.checkpoint.weights import Description, OnBytes, Weights, expected_shapes, refuse_another_head
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_bytes
@@ -102,6 +102,7 @@ def convert(
     rows = options.vocab_size if options.vocab_size is not None else source.model_config.vocab_size
     if rows < 1:
         raise UserError(f"--vocab-size {rows}: at least one row is needed")
+    refuse_another_head(_weights_for(source, options), expected_shapes(source.model_config))
     weights: Weights = Watched(_weights_for(source, options), on_bytes)
     weights, config, resized = resize(weights, source.model_config, rows)
     notes = [resized] if resized else []
@@ -125,6 +126,11 @@ def _huggingface(it: Conversion) -> list[str]:
 
 
 def _neox(it: Conversion) -> list[str]:
+    if it.config.family != "neox":
+        raise UserError(
+            f"{it.source.name}: a model of the family '{it.config.family}', whose layers GPT-NeoX's files here can't hold; "
+            f"convert it with '--to hf'"
+        )
     texts, notes = _texts(it)
     files = {name: data for name, data in texts.files.items() if name == "tokenizer.json"}
     step = it.source.training.step if it.source.training is not None else 0

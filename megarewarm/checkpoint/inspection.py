@@ -14,6 +14,7 @@ from torch import Tensor
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import OnBytes, Weights, in_order
+from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
 
@@ -89,9 +90,9 @@ def state_table(source: OpenedCheckpoint) -> Table:
     rows = {
         "checkpoint": source.name,
         "format": source.format,
-        "model": f"{config.num_layers} layers, width {config.hidden_size}, {config.num_heads} heads, vocabulary "
+        "model": f"{config.family}, {config.num_layers} layers, width {config.hidden_size}, {_heads(config)}, vocabulary "
         f"{config.vocab_size:,}, {config.max_positions:,} positions",
-        "": f"{config.activation}, {config.residual} residual, rotary {config.rotary_fraction:g} of a head"
+        "": f"{config.activation}, {config.residual} residual, {_rotary(config)}"
         + (", tied embeddings" if config.tie_embeddings else ""),
         "parameters": f"{count_parameters(config):,}, {', '.join(dtypes)}, {decimal(size_of(source.stored))}",
         "holds": "weights" + "".join(f", {line.replace('_', ' ')}" for line in sorted(source.keeps)),
@@ -113,6 +114,20 @@ def state_table(source: OpenedCheckpoint) -> Table:
     for note in source.notes:
         table.add_row("note", note)
     return table
+
+
+def _heads(config: ModelConfig) -> str:
+    return f"{config.num_heads} heads" + ("" if config.kv_heads == config.num_heads else f" on {config.kv_heads} of keys")
+
+
+def _rotary(config: ModelConfig) -> str:
+    """The positions, and how far back a layer attends."""
+    scaling, window, layers = config.rotary_scaling, config.sliding_window, config.window_layers
+    words = f"rotary {config.rotary_fraction:g} of a head, base {config.rotary_base:g}"
+    words += f", {scaling.kind} x {scaling.factor:g}" if scaling is not None else ""
+    words += f", {len(config.unrotated_layers)} layers without" if config.unrotated_layers else ""
+    words += f", window {window:,}" if window is not None else ""
+    return words + (f" in {len(layers)} layers" if window is not None and layers is not None else "")
 
 
 def _schedule(schedule: dict[str, object], position: int) -> str:

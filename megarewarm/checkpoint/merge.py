@@ -18,7 +18,7 @@ from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Wat
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.source import ForeignCheckpoint, open_checkpoint, tokenizers_of
-from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes
+from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes, refuse_another_head
 from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
@@ -130,6 +130,7 @@ def merge(merged: Merge, destination: Path, options: ConvertOptions, on_bytes: O
     shapes = expected_shapes(first.model_config)
     for source in sources:
         check(source.weights, shapes)
+        refuse_another_head(source.weights, shapes)
     tokenizer = first.tokenizer
     for source in sources[1:]:
         tokenizer = tokenizer.over(source.tokenizer)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,8 @@ from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 OnBytes = Callable[[int], None]
 """Called with the bytes of what has been read."""
 
+MOST_LAYERS = 10_000
+"""That a file may claim: each is a list of parameters in memory before the first tensor is found."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -43,7 +47,7 @@ class Description:
 
 
 class Weights(Protocol):
-    """Parameters of a GPT-NeoX model in some format. Names and shapes are those of ``model.transformer.Transformer``."""
+    """Parameters of a model in some format. Names and shapes are those of ``model.transformer.Transformer``."""
 
     where: str
 
@@ -70,14 +74,30 @@ def unreadable(path: Path, kind: str, reason: str) -> UserError:
     return UserError(f"{path}: not a readable {kind} ({reason}); copy it again")
 
 
-def make_model_config(where: str, **values: Any) -> ModelConfig:
-    """The shape that ``values`` of the file or folder ``where`` say. Raises ``UserError`` for one that can't be."""
+def make_model_config(where: str, called: Mapping[str, str] = MappingProxyType({}), /, **values: Any) -> ModelConfig:
+    """The shape that ``values`` of the file or folder ``where`` say. ``called``: what the file calls keys of
+    ``ModelConfig``. Raises ``UserError`` for one that can't be."""
+    if isinstance(count := values.get("num_layers"), int):
+        refuse_too_many_layers(where, called.get("num_layers", "num_layers"), count)
     try:
         return ModelConfig(**values)
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{where}: {key + ': ' if key else ''}{problem['msg']}") from error
+        message = f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}"
+        raise UserError(f"{where}: {re.sub(r'[a-z_]+', lambda word: called.get(word[0], word[0]), message)}") from error
+
+
+def refuse_too_many_layers(where: str, key: str, count: int) -> None:
+    """Raise ``UserError`` where ``key`` of the file ``where`` claims more layers than any model has."""
+    if count > MOST_LAYERS:
+        raise UserError(f"{where}: {key} is {count}, expected {MOST_LAYERS:,} at most")
+
+
+def misfit(where: str, problems: Sequence[str]) -> UserError:
+    """The error for weights of which some are missing, or have another shape or dtype than the model's."""
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return UserError(f"{where}: weights do not fit the model: {'; '.join(problems[:5])}{more}")
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -102,19 +122,26 @@ def check(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
             problems.append(f"{item.place} has shape {item.shape}, expected {shapes[name]}")
     problems += [f"missing tensor {name}" for name in sorted(set(shapes) - set(found))]
     if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{weights.where}: weights do not fit the model: {'; '.join(problems[:5])}{more}")
+        raise misfit(weights.where, problems)
 
 
 def fill(weights: Weights, shapes: Mapping[str, tuple[int, ...]], take: Callable[[str, Tensor], None]) -> None:
     """Call ``take(name, tensor)`` for every parameter of ``shapes``, one tensor at a time, after all were checked. Raises
     ``UserError`` as ``check``, and for tied embeddings whose stored head is not the embedding."""
     check(weights, shapes)
-    tied = HEAD not in shapes and HEAD in weights.describe()
-    if tied and not torch.equal(weights.read(HEAD).float(), weights.read(EMBEDDING).float()):
-        raise UserError(f"{weights.where}: tie_word_embeddings is true, yet the head is not the embedding: set it to false")
+    refuse_another_head(weights, shapes)
     for name in shapes:
         take(name, weights.read(name))
+
+
+def refuse_another_head(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ``UserError`` where ``weights`` have a head that ``shapes`` ties to the embedding, and that differs from it."""
+    if HEAD in shapes or HEAD not in weights.describe():
+        return
+    head, embedding = weights.read(HEAD), weights.read(EMBEDDING)
+    some = zip(head.split(4096), embedding.split(4096), strict=False)
+    if head.shape != embedding.shape or not all(torch.equal(one.float(), other.float()) for one, other in some):
+        raise UserError(f"{weights.where}: tie_word_embeddings is true, yet the head is not the embedding: set it to false")
 
 
 def in_order(names: Iterable[str], config: ModelConfig) -> list[str]:

@@ -14,12 +14,14 @@ _NOTHING: tuple[Any, ...] = (None,)
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """``parts``: for keys of ``ModelConfig`` the values that this family may take, the usual one first. ``usual``: what other
-    keys are where a configuration says nothing."""
+    keys are where a configuration says nothing. ``heads_divide``: its class wants num_heads to divide hidden_size, even with
+    head_dim."""
 
     parts: Mapping[str, tuple[Any, ...]]
     usual: Mapping[str, Any] = field(default_factory=dict)
+    heads_divide: bool = False
 
     @property
     def presets(self) -> dict[str, Any]:
@@ -64,21 +66,21 @@ def _but(parts: Mapping[str, tuple[Any, ...]], *free: str, **other: tuple[Any, .
     return {key: values for key, values in {**parts, **other}.items() if key not in free}
 
 
-FAMILIES: dict[str, Family] = {
-    "neox": Family(_NEOX),
-    "llama": Family(_but(_LLAMA, mlp_bias=(False, True)), _USUAL),
-    "mistral": Family(_but(_LLAMA, "sliding_window", attention_bias=(False,)), _USUAL),
+FAMILIES: dict[str, ModelFamily] = {
+    "neox": ModelFamily(_NEOX),
+    "llama": ModelFamily(_but(_LLAMA, mlp_bias=(False, True)), _USUAL, heads_divide=True),
+    "mistral": ModelFamily(_but(_LLAMA, "sliding_window", attention_bias=(False,)), _USUAL),
     # biases on queries, keys and values alone (arXiv 2407.10671)
-    "qwen2": Family(
+    "qwen2": ModelFamily(
         _but(_LLAMA, "sliding_window", "window_layers", attention_bias=(True,), output_bias=(False,), head_dim=_NOTHING), _USUAL
     ),
     # each query and key normed over its channels (arXiv 2505.09388)
-    "qwen3": Family(_but(_LLAMA, "sliding_window", "window_layers", qk_norm=("head",)), _USUAL),
+    "qwen3": ModelFamily(_but(_LLAMA, "sliding_window", "window_layers", qk_norm=("head",)), _USUAL),
     # norms of what the sublayers give; all queries of a token normed together, and all keys (arXiv 2501.00656)
-    "olmo2": Family(
+    "olmo2": ModelFamily(
         _but(_LLAMA, norm_place=("after",), qk_norm=("width",), head_dim=_NOTHING), _USUAL | {"layernorm_eps": 1e-5}
     ),
-    "smollm3": Family(
+    "smollm3": ModelFamily(
         _but(_LLAMA, "sliding_window", "window_layers", "unrotated_layers", mlp_bias=(False, True), head_dim=_NOTHING),
         _USUAL | {"rotary_base": 2e6},
     ),

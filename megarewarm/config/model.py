@@ -116,7 +116,7 @@ class ModelConfig(Section):
                     f"{key} is {_shown(value)}, expected {expected} in the family '{self.family}': leave {key} out, or name "
                     f"another family"
                 )
-        if self.head_dim is None and self.hidden_size % self.num_heads:
+        if self.hidden_size % self.num_heads and (self.head_dim is None or FAMILIES[self.family].heads_divide):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}: change one of them"
             )

@@ -73,8 +73,10 @@ def test_right_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for text, count in zip(SEEDS["index"], (1, 49), strict=True):
         assert len(hostile.read_index(hostile.io.BytesIO(text)).state_dict_metadata) == count
     hostile.checkpoint(tmp_path, SEEDS["checkpoint"][0])
-    hostile.checkpoint(tmp_path, SEEDS["checkpoint"][4])
-    hostile.safetensors(tmp_path, SEEDS["safetensors"][0])
+    for text in SEEDS["checkpoint"][4:8]:
+        hostile.checkpoint(tmp_path, text)
+    for text in SEEDS["safetensors"][:2]:
+        hostile.safetensors(tmp_path, text)
     hostile.pickles(tmp_path, SEEDS["pickles"][1])
     hostile.pickles(tmp_path, SEEDS["pickles"][2])
     for text in SEEDS["config"][:2]:

@@ -176,7 +176,7 @@ def broken(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"missing tensor layers\.1\.mlp\.dense_h_to_4h\.weight"),
+        ("missing", r"missing tensor gpt_neox\.layers\.1\.mlp\.dense_h_to_4h\.weight"),
         ("extra", r"unexpected tensor gpt_neox\.layers\.9\.mlp\.dense_h_to_4h\.weight in model\.safetensors"),
         ("shape", r"final_layer_norm\.bias in model\.safetensors has shape \(63,\), expected \(64,\)"),
         ("dtype", r"final_layer_norm\.bias .*has dtype"),

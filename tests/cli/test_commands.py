@@ -60,6 +60,23 @@ def test_mistyped_words(words: list[str], said: str) -> None:
     assert megarewarm(*words, code=2).rstrip().endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "x", "y", "--to", "neox", "--tp", "0"], "'0' is not a whole number above 0"),
+        (["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "0"], "'0' is not a learning rate above 0, such as 3e-4"),
+        (
+            ["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "nan"],
+            "'nan' is not a learning rate above 0, such as 3e-4",
+        ),
+        (["evaluate", "x", "--on", "y", "--tokens", "0"], "'0' is not a number of tokens, such as 50M"),
+        (["schedules", "x.txt"], "x.txt: expected the name of a picture, such as schedules.png"),
+    ],
+)
+def test_values_out_of_range(words: list[str], said: str) -> None:
+    assert megarewarm(*words, code=2).rstrip().endswith(said)
+
+
 def test_every_shell_gets_every_command() -> None:
     for shell in ("bash", "zsh", "fish"):
         script = megarewarm("completion", shell)
@@ -87,7 +104,10 @@ def test_bash_completes(words: list[str], expected: set[str]) -> None:
 def test_example_configs_are_copied_and_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configs.main([str(tmp_path)])
     copied = {Path(line) for line in capsys.readouterr().out.splitlines()}
-    assert tmp_path / "configs/pythia/410m.yml" in copied and tmp_path / "slurm/job.sh" in copied
+    assert {
+        tmp_path / "configs/pythia/410m.yml",
+        tmp_path / "configs/llama/llama3_1b.yml",
+    } <= copied and tmp_path / "slurm/job.sh" in copied
     read_configs([str(tmp_path / "configs/410m_rewarm.yml")])  # which extends its neighbour
     with pytest.raises(UserError, match="exists; add --overwrite"):
         configs.main([str(tmp_path)])

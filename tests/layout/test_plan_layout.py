@@ -7,11 +7,12 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 from megarewarm.cli import plan as tool
-from megarewarm.config.load import merge
+from megarewarm.config.load import dump, merge
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schema import RunConfig
 from megarewarm.lab.dry_run import show_run
@@ -19,6 +20,8 @@ from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.training.trainer import train
 from tests.support.family_shapes import SHAPES, larger
 from tests.support.tiny import config, mapping, printed, quiet
 
@@ -95,3 +98,12 @@ def check(plans: list[LayoutEstimate], gpus: int, width: int) -> None:
     assert {"pipe", "data", "tensor", "shard", "recomp.", "micro", "tok/s"} <= set(names)
     if width >= 80:
         assert {"GiB", "s/step", "MFU", "hours"} <= set(names)
+
+
+def test_the_model_may_be_the_start_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = config(tmp_path, folder=str(tmp_path / "first"), training={"budget": 2})
+    train(first, Ranks(0, 1, torch.device("cpu")), quiet())
+    run = config(tmp_path, model=None, start={"from": first.run_folder})
+    (tmp_path / "run.yml").write_text(dump(run))
+    tool.main([str(tmp_path / "run.yml"), "--gpus", "2", "--gpu", "h100-80gb"])
+    assert "the fastest: parallel.tensor=" in capsys.readouterr().out

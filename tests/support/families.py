@@ -3,6 +3,7 @@ a sequence, positions past the original context."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ USUAL = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
 def random_model(name: str, seed: int = 1) -> PreTrainedModel:
     """transformers' model of ``CONFIGS[name]`` with random weights, none of them zero or one."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter) + float(parameter.dim() == 1))

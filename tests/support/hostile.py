@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megarewarm.checkpoint.foreign.families import model_type_of
 from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights, read_model_config
 from megarewarm.checkpoint.foreign.neox_folder import find as find_neox
 from megarewarm.checkpoint.foreign.pickles import read_pickle
@@ -38,6 +39,7 @@ from megarewarm.config.neox_read import neox_files
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.laws.arms import read_trained
+from megarewarm.model.parameters import cards
 from megarewarm.record.follow import Follower
 from megarewarm.record.run import read_run
 from megarewarm.report.live.watch import planned_runs
@@ -111,13 +113,17 @@ _FILES: list[tuple[str, Callable[[Path], object]]] = [
 def safetensors(folder: Path, data: bytes) -> None:
     """Weights of a Hugging Face folder. The library's own checks are not ours to test: no crash, and one line."""
     (folder / "model.safetensors").write_bytes(data)
+    (folder / "config.json").write_text(json.dumps(_MODEL if b"gpt_neox" in data else _LLAMA))
 
     def read() -> None:
         weights = HuggingFaceWeights(folder)
         for name, described in weights.describe().items():
             assert tuple(weights.read(name).shape) == described.shape
 
-    one_line(read)
+    try:
+        one_line(read)
+    finally:
+        (folder / "config.json").unlink()
 
 
 def pickles(folder: Path, data: bytes) -> None:
@@ -232,6 +238,21 @@ _MODEL = {
     "model_type": "gpt_neox", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
     "vocab_size": 16, "rotary_pct": 0.5, "hidden_act": "gelu",
 }  # fmt: skip
+_LLAMA = {
+    "model_type": "smollm3", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 12, "vocab_size": 16, "max_position_embeddings": 32, "no_rope_layers": [1], "rope_theta": 1e4,
+    "layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 4, "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32},
+}  # fmt: skip
+_LLAMA3 = {
+    "model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+    "vocab_size": 16, "head_dim": 4, "attention_bias": False, "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5,
+    "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8},
+}  # fmt: skip
+_QWEN2 = {
+    "model_type": "qwen2", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 12, "vocab_size": 16, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1,
+}  # fmt: skip
 _RUN = """\
 name: a
 model: {num_layers: 1, hidden_size: 8, num_heads: 2, vocab_size: 32, max_positions: 16, rotary_fraction: 0.5}
@@ -262,6 +283,14 @@ _NEOX = """\
  "data_path": "d", "tokenizer_type": "CharLevelTokenizer",
  "split": "969,30,1", "make_vocab_size_divisible_by": 8, "save": "out", "fp16": {"enabled": false}}
 """
+_LLAMA = (
+    _NEOX.replace('"rotary_pct": 0.5', '"rotary_pct": 1')
+    .replace('"gpt_j_residual": true', '"norm": "rmsnorm"')
+    .replace(
+        '"num_layers"',
+        '"activation": "swiglu", "num_kv_heads": 1, "mlp_multiple_of": 8, "rms_norm_epsilon": 1.0e-6, "num_layers"',
+    )
+)
 
 
 def _packed(value: object) -> bytes:
@@ -289,6 +318,18 @@ def _small_index() -> bytes:
     return pickle.dumps(Metadata({"a": tensor}, {"a": ("a",)}, places, StorageMeta("x", "y"), "1"))
 
 
+def _weights(raw: dict[str, object]) -> dict[str, torch.Tensor]:
+    """All tensors of a config.json under their stored names, the first in bf16."""
+    kind = model_type_of(Path("config.json"), raw)
+    found = {}
+    for name, card in cards(kind.read(Path("config.json"), raw)[0]).items():
+        theirs = kind.stored(name)
+        rows = (card.shape[0],) if card.interleaved is None or len(theirs) == 1 else card.interleaved.rows(card.shape[0])
+        found |= {each: torch.ones(count, *card.shape[1:]) for each, count in zip(theirs, rows, strict=True)}
+    first = next(iter(found))
+    return found | {first: found[first].bfloat16()}
+
+
 def seeds() -> dict[str, list[bytes]]:
     """Right files for each reader."""
     metadata = (OLD_RUN / ".metadata").read_bytes()
@@ -302,17 +343,18 @@ def seeds() -> dict[str, list[bytes]]:
             bytes([1]) + b"0" * 64 + b"  state.json\n",
             bytes([2]) + _small_index(),
             bytes([3]) + json.dumps(_MODEL).encode(),
+            *(bytes([3]) + json.dumps(model).encode() for model in (_LLAMA, _LLAMA3, _QWEN2)),
             bytes([4]) + shards,
             bytes([5]) + b"global_step4\n",
         ],
         "safetensors": [
-            save({"gpt_neox.a": torch.ones(2, 2), "b": torch.zeros(3, dtype=torch.bfloat16)}),
+            *(save(_weights(model)) for model in (_MODEL, _LLAMA)),
             struct.pack("<Q", 2),
         ],
         "pickles": [b"\1" + _inner_pickle(values), b"\0" + _packed(values), b"\0" + _legacy(values)],
         "config": [_RUN.encode(), _EXPERIMENT.encode(), b"a: &a [*a]\n"],
         "runs": [b"\0" + _RECORD.encode(), b"\1" + _METRICS.encode(), b"\2name: r\nstart: {from: up}\n"],
-        "neox": [_NEOX.encode(), _NEOX.replace("{", "").replace("}", "").encode()],
+        "neox": [_NEOX.encode(), _NEOX.replace("{", "").replace("}", "").encode(), _LLAMA.encode()],
     }
 
 

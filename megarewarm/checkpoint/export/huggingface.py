@@ -91,12 +91,14 @@ def _is_export(folder: Path) -> bool:
 
 
 def _written_config(config: ModelConfig, dtype: torch.dtype, lineage: Lineage | None) -> dict[str, Any]:
-    """config.json: the start checkpoint's own, with what training doesn't change, where it says the same model."""
+    """config.json: the start checkpoint's own keys, and those of ``config`` where the two differ."""
     kind = model_type_of_family(config)
     kept = next((stage.config for stage in reversed(lineage.stages) if stage.config), None) if lineage else None
     written = kind.write(config)
     if kept is not None and kept.get("model_type") == kind.name:
-        written = _kept(kept, kind, config, written)
+        kept = kept | {"vocab_size": config.vocab_size}
+        ways = (written | kept, kept | written, written)
+        written = next((way for way in ways if _says(way, kind, config)), written)
     name = str(dtype).removeprefix("torch.")
     return written | {
         "architectures": [kind.architecture],
@@ -107,14 +109,12 @@ def _written_config(config: ModelConfig, dtype: torch.dtype, lineage: Lineage | 
     }
 
 
-def _kept(kept: dict[str, Any], kind: ModelType, config: ModelConfig, written: dict[str, Any]) -> dict[str, Any]:
-    kept = kept | {"vocab_size": config.vocab_size}
-    """``kept`` and what only ``written`` has, where both say the same model; else ``written`` and what only ``kept`` has."""
+def _says(written: dict[str, Any], kind: ModelType, config: ModelConfig) -> bool:
+    """Whether a reader of ``written`` finds the model ``config``."""
     with contextlib.suppress(UserError):
-        before, _ = kind.read(Path("config.json"), kept)
-        if all(getattr(before, key) == getattr(config, key) for key in (*SHAPE_KEYS, *FUNCTION_KEYS, "max_positions")):
-            return written | kept
-    return kept | written
+        found, _ = kind.read(Path("config.json"), written)
+        return all(getattr(found, key) == getattr(config, key) for key in (*SHAPE_KEYS, *FUNCTION_KEYS, "max_positions"))
+    return False
 
 
 def _ids(tokenizer: ExportedTokenizer, kept: Mapping[str, Any]) -> dict[str, Any]:

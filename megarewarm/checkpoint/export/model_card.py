@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer
+from megarewarm.checkpoint.foreign.families import model_type_of_family
 from megarewarm.checkpoint.lineage import Lineage, Stage, StatedTerms
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.size import count_parameters
@@ -27,15 +28,15 @@ def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: Expo
         "license": card.license,
         "language": card.languages,
         "base_model": card.base_model,
-        "tags": ["gpt_neox", "megarewarm", "continual-pretraining"],
+        "tags": [model_type_of_family(config).name, "megarewarm", "continual-pretraining"],
         "metrics": ["perplexity"] if measured else None,
     }
     block = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False).rstrip()
     lines = ["---", block, "---", "", f"# {name}", ""]
     lines.append(
-        f"A GPT-NeoX model of {count_parameters(config):,} parameters, written by megarewarm on "
+        f"{_called(config)} model of {count_parameters(config):,} parameters, written by megarewarm on "
         f"{time.strftime('%Y-%m-%d', time.gmtime())}: {config.num_layers} layers, "
-        f"width {config.hidden_size}, {config.num_heads} heads, "
+        f"width {config.hidden_size}, {config.num_heads} heads{_key_heads(config)}, "
         f"vocabulary {config.vocab_size:,}, {config.max_positions:,} positions."
     )
     lines += ["", f"- Base model: {f'`{card.base_model}`' if card.base_model else 'none on the hub is recorded'}"]
@@ -50,6 +51,16 @@ def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: Expo
     for number, stage in enumerate(lineage.stages, 1):
         lines += _stage(number, stage)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _called(config: ModelConfig) -> str:
+    name = model_type_of_family(config).architecture.removesuffix("ForCausalLM")
+    name = "GPT-NeoX" if name == "GPTNeoX" else name
+    return f"An {name}" if name[0] in "AEIOU" else f"A {name}"
+
+
+def _key_heads(config: ModelConfig) -> str:
+    return "" if config.kv_heads == config.num_heads else f" ({config.kv_heads} of keys and values)"
 
 
 def _card(lineage: Lineage) -> StatedTerms:

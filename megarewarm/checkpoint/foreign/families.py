@@ -14,7 +14,7 @@ from typing import Any
 from megarewarm.checkpoint.foreign.huggingface_llama import LLAMA_LIKE
 from megarewarm.checkpoint.foreign.huggingface_neox import read_neox_config, write_neox_config
 from megarewarm.config.model import ModelConfig
-from megarewarm.errors import UserError, nearest
+from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD
 
 _IN_LAYER = re.compile(r"(layers\.\d+)\.(.+)\.(weight|bias)")
@@ -70,18 +70,36 @@ MODEL_TYPES: dict[str, ModelType] = {
         _llama("smollm3", "SmolLM3"),
     )
 }
-_NEAREST = {"gemma": "llama", "phi": "llama", "mixtral": "mistral", "ministral": "mistral", "olmo": "olmo2", "qwen": "qwen3"}
+_NEAREST = {
+    **dict.fromkeys(("gpt", "bloom", "opt", "falcon", "codegen", "stablelm"), "gpt_neox"),
+    **dict.fromkeys(("mixtral", "ministral", "mistral"), "mistral"),
+    "olmo": "olmo2",
+    "qwen2": "qwen2",
+    "qwen": "qwen3",
+    "smollm": "smollm3",
+}
+"""By how the name of a model type begins; the nearest to all others is llama."""
+_PARTICULAR = (
+    *("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"),
+    *("final_logit_softcapping", "attn_logit_softcapping", "kv_lora_rank", "partial_rotary_factor"),
+    *("state_size", "ssm_cfg", "mamba_d_state", "linear_num_key_heads", "n_embd", "vision_config", "text_config"),
+)
+"""Keys that say what such a model has beyond the parts there are here."""
 
 
 def model_type_of(path: Path, raw: Mapping[str, Any]) -> ModelType:
     """The entry for a config.json. Raises ``UserError`` for a model type that can't be loaded."""
     name = raw.get("model_type")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: model_type is {str(name)[:40]!r}, expected one of {', '.join(MODEL_TYPES)}")
     if name in MODEL_TYPES:
         return MODEL_TYPES[name]
-    known = ", ".join(MODEL_TYPES)
-    near = next((family for start, family in _NEAREST.items() if str(name).startswith(start)), None)
-    hint = f"; the nearest one that works is '{near}'" if near else nearest(str(name), MODEL_TYPES)
-    raise UserError(f"{path}: model_type is {name!r}, expected one of {known}{hint}")
+    near = next((family for start, family in _NEAREST.items() if name.startswith(start)), "llama")
+    has = [f"{key} {raw[key]}" if isinstance(raw[key], int | float) else key for key in _PARTICULAR if raw.get(key)]
+    raise UserError(
+        f"{path}: model_type is {name[:40]!r}{f' ({has[0]})' if has else ''}, expected one of {', '.join(MODEL_TYPES)}; the "
+        f"nearest one that works is '{near}'"
+    )
 
 
 def model_type_of_family(config: ModelConfig) -> ModelType:

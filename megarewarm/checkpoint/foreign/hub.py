@@ -30,6 +30,7 @@ def resolve(name_or_folder: str) -> Path:
         ) from None
     repository, revision = match["repository"], match["revision"]
     problem: Exception | None = None
+    lacking = ""
     # Hub folders often hold the same weights twice: .bin files only where there is nothing else.
     for local, weights in ((True, "*"), (False, "*.safetensors"), (False, "*.bin")):
         try:
@@ -44,20 +45,25 @@ def resolve(name_or_folder: str) -> Path:
         except Exception as error:  # the hub's own errors, and those of whatever carries its requests
             problem = error
             continue
-        if _is_complete(folder):
+        if not (lacking := _lacking(folder)):
             return folder
         problem = None
     if problem is None:
-        raise UserError(f"{name_or_folder}: the repository holds none of {', '.join(WEIGHT_FILES)}")
+        raise UserError(
+            f"{name_or_folder}: its local copy {folder} lacks {lacking}: run 'hf download {repository}' where there is a "
+            f"network and copy it, or use another repository"
+        )
     raise UserError(
         f"{name_or_folder}: neither a folder, nor in the Hugging Face cache, nor to be downloaded "
         f"({first_line(problem)}): give a folder, or run 'hf download {repository}' where there is a network and copy it"
     ) from problem
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether configuration and weights are there, every shard of them."""
+def _lacking(folder: Path) -> str:
+    """What of configuration and weights, every shard of them, is not there; empty if all is."""
+    if not (folder / "config.json").is_file():
+        return "config.json"
     try:
-        return (folder / "config.json").is_file() and all(file.is_file() for file in weight_files(folder))
+        return next((file.name for file in weight_files(folder) if not file.is_file()), "")
     except UserError:
-        return False
+        return f"weights ({', '.join(WEIGHT_FILES)})"

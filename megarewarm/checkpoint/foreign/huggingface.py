@@ -13,10 +13,10 @@ from torch import Tensor
 from megarewarm.checkpoint.foreign.families import model_type_of
 from megarewarm.checkpoint.foreign.json_file import first_line, read_json
 from megarewarm.checkpoint.foreign.pickles import read_pickle
-from megarewarm.checkpoint.weights import Description, unreadable
+from megarewarm.checkpoint.weights import FLOATS, Description, misfit, unreadable
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
-from megarewarm.model.parameters import HEAD, cards
+from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 from megarewarm.untrusted import is_name
 
 # Causal masks and rotary frequencies that older versions stored; fp16 ones are too coarse to be of use.
@@ -69,8 +69,8 @@ class HuggingFaceWeights:
         path = folder / "config.json"
         raw = read_json(path)
         self._type = model_type_of(path, raw)
-        config, _ = self._type.read(path, raw)
-        self._cards = cards(config)
+        self._config, _ = self._type.read(path, raw)
+        self._cards = cards(self._config)
         for file in weight_files(folder):
             for name, shape, dtype in _headers(file):
                 if not _BUFFERS.search(name):
@@ -88,33 +88,47 @@ class HuggingFaceWeights:
             self._names[HEAD] = ("lm_head.weight",)
 
     def describe(self) -> Mapping[str, Description]:
+        """As ``Weights``. Raises ``UserError`` for tensors that do not fit config.json, by their stored names."""
+        self._refuse_misfits()
         found, used = {}, set()
         for ours, theirs in self._names.items():
-            parts = [self._stored[name][1] for name in theirs if name in self._stored]
-            if len(theirs) == 1 and parts:
-                found[ours] = parts[0]
-                used.add(theirs[0])
-            elif parts:
-                used |= {name for name in theirs if name in self._stored}
-                found[ours] = self._together(ours, theirs, parts)
+            if parts := [self._stored[name][1] for name in theirs if name in self._stored]:
+                used |= set(theirs)
+                found[ours] = parts[0] if len(theirs) == 1 else self._together(ours, parts)
         return found | {name: item for name, (_, item) in self._stored.items() if name not in used}
 
-    def _together(self, ours: str, theirs: tuple[str, ...], parts: list[Description]) -> Description:
-        card = self._cards[ours]
-        assert card.interleaved is not None
-        for name, rows in zip(theirs, card.interleaved.rows(card.shape[0]), strict=True):
-            if name not in self._stored:
-                raise UserError(f"{self.where}: weights do not fit the model: missing tensor {name}")
-            _, item = self._stored[name]
-            if item.shape != (rows, *card.shape[1:]):
-                raise UserError(
-                    f"{self.where}: weights do not fit the model: {item.place} has shape {item.shape}, expected "
-                    f"{(rows, *card.shape[1:])} by config.json"
-                )
+    def _refuse_misfits(self) -> None:
+        problems = []
+        embedding, head = self._names[EMBEDDING][0], self._names[HEAD][0]
+        rows = self._stored[embedding][1].shape[:1] if embedding in self._stored else ()
+        if rows and rows != (self._config.vocab_size,):
+            raise UserError(
+                f"{self.where}: vocab_size in config.json is {self._config.vocab_size}, yet {embedding} has {rows[0]} rows: a "
+                f"vocabulary that was resized in one of them alone; write {rows[0]} into config.json, or resize the tensors"
+            )
+        if head not in self._stored and not self._config.tie_embeddings and len(self._stored) > 1:
+            raise UserError(
+                f"{self.where}: missing tensor {head}, the head, since tie_word_embeddings in config.json is false: set it to "
+                f"true if the head is the embedding, or get all of the weights"
+            )
+        for ours, card in self._cards.items():
+            theirs = self._names[ours]
+            together = card.interleaved if len(theirs) > 1 else None
+            counts = (card.shape[0],) if together is None else together.rows(card.shape[0])
+            for name, count in zip(theirs, counts, strict=True):
+                shape = (count, *card.shape[1:])
+                if name not in self._stored:
+                    problems.append(f"missing tensor {name}")
+                elif (item := self._stored[name][1]).shape != shape:
+                    problems.append(f"{item.place} has shape {item.shape}, expected {shape} by config.json")
+        if problems:
+            raise misfit(self.where, problems)
+
+    def _together(self, ours: str, parts: list[Description]) -> Description:
         dtype = parts[0].dtype
         for part in parts[1:]:
-            dtype = torch.promote_types(dtype, part.dtype)
-        return Description(card.shape, dtype, " and ".join(part.place for part in parts))
+            dtype = torch.promote_types(dtype, part.dtype) if {dtype, part.dtype} <= set(FLOATS) else torch.int8
+        return Description(self._cards[ours].shape, dtype, " and ".join(part.place for part in parts))
 
     def read(self, name: str) -> Tensor:
         theirs = self._names.get(name, (name,))

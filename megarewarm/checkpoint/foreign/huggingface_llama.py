@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megarewarm.checkpoint.foreign.huggingface_keys import HARMLESS, NOT_HERE
+from megarewarm.checkpoint.foreign.json_file import FLAG, LIST, MAPPING, NUMBER, WHOLE, Kind, require_kinds
 from megarewarm.checkpoint.foreign.recorded_keys import Keys, names, refuse_other_functions, require_agreement
-from megarewarm.checkpoint.weights import make_model_config
+from megarewarm.checkpoint.weights import make_model_config, refuse_too_many_layers
 from megarewarm.config.families import FAMILIES
 from megarewarm.config.model import ModelConfig, RotaryScaling
 from megarewarm.errors import UserError
@@ -28,15 +31,25 @@ _SHAPE = {
     "init_std": "initializer_range",
 }
 _REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-_USUAL = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+_USUAL = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "rope_theta": 10000.0}
+_NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
+"""Where null is no default: as many as num_attention_heads, hidden_size / num_attention_heads, no window."""
 _ROPE = ("rope_theta", "rope_parameters", "rope_scaling")
 _WINDOW = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+_KINDS: dict[Kind, str] = {
+    WHOLE: f"{' '.join(_REQUIRED)} num_key_value_heads head_dim max_position_embeddings sliding_window max_window_layers "
+    "no_rope_layer_interval original_max_position_embeddings",
+    NUMBER: "rms_norm_eps initializer_range rope_theta attention_dropout",
+    FLAG: "tie_word_embeddings use_sliding_window attention_bias mlp_bias",
+    LIST: "layer_types no_rope_layers",
+    MAPPING: "rope_parameters rope_scaling",
+}
 
 
 @dataclass(frozen=True)
 class LlamaLike:
     """A family's config.json beside what all have. ``options``: keys that are ours by the same name. ``windowed``: it has
-    use_sliding_window and layer_types. ``usual``: what transformers takes for a key that is not there; None: it must be."""
+    use_sliding_window and layer_types. ``usual``: what transformers takes for a key that is not there."""
 
     family: str
     options: tuple[str, ...] = ()
@@ -47,55 +60,65 @@ class LlamaLike:
     def read(self, path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
         """The shape in ``raw``, the content of ``path``, and notes. Raises ``UserError`` naming the file and key for a
         feature that is not there here."""
-        usual = _USUAL | dict(self.usual)
-        said = {theirs: usual.get(theirs) if raw.get(theirs) is None else raw[theirs] for theirs in _SHAPE.values()}
-        needed = (*_REQUIRED, *(key for key, value in self.usual.items() if value is None))
+        require_kinds(str(path), raw, _KINDS)
+        said = _USUAL | dict(self.usual) | {key: raw[key] for key in raw if raw[key] is not None or key in _NULLABLE}
+        needed = (*_REQUIRED, *(("head_dim",) if self.usual.get("head_dim") else ()))
         if missing := [key for key in needed if said.get(key) is None]:
             raise UserError(f"{path}: missing {', '.join(repr(key) for key in missing)}")
+        refuse_too_many_layers(str(path), "num_hidden_layers", said["num_hidden_layers"])
         read = {*_SHAPE.values(), *_ROPE, *self.options, *self.reads, *(_WINDOW if self.windowed else ())}
         keys = Keys(
             frozenset({"model_type", "hidden_act", "original_max_position_embeddings", "attention_dropout", *read}),
-            NOT_HERE | ({} if self.windowed or "sliding_window" in self.reads else _NO_WINDOW),
+            NOT_HERE | _WHOLE_HEADS | ({} if self.windowed or "sliding_window" in self.reads else _NO_WINDOW),
             HARMLESS,
             "if it leaves the function alone, remove it from the file",
         )
-        refuse_other_functions(str(path), raw, keys)
+        refuse_other_functions(str(path), _without_full_attention(raw) if not self.windowed else raw, keys)
         if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise UserError(f"{path}: hidden_act is {activation!r}, expected 'silu': the gate of the MLP is a SwiGLU here")
-        values = {ours: said[theirs] for ours, theirs in _SHAPE.items()}
-        base, scaling = _rotary(path, raw, int(said["max_position_embeddings"] or 0), usual.get("rope_theta", 10000.0))
+        values = {ours: said.get(theirs) for ours, theirs in _SHAPE.items()}
+        base, scaling = _rotary(path, raw, said["max_position_embeddings"], said["rope_theta"])
         values |= {key: bool(raw.get(key)) for key in self.options}
-        values |= {"rotary_base": base, "rotary_scaling": scaling} | self._layers(path, raw)
-        config = make_model_config(str(path), family=self.family, **_canonical(values))
+        values |= {"rotary_base": base, "rotary_scaling": scaling} | self._layers(path, said)
+        config = make_model_config(str(path), _SHAPE, family=self.family, **_canonical(values))
         dropout = raw.get("attention_dropout")
         return config, [f"attention_dropout {dropout} is not used: megarewarm trains without dropout"] if dropout else []
 
-    def _layers(self, path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-        """What differs from layer to layer."""
-        count, found = raw["num_hidden_layers"], {}
+    def _layers(self, path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+        """What differs from layer to layer. ``said``: with transformers' defaults."""
+        count: int = said["num_hidden_layers"]
+        found: dict[str, Any] = {}
         if "no_rope_layers" in self.reads:
-            every = raw.get("no_rope_layer_interval", 4)
-            rotated = raw.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
+            every = said["no_rope_layer_interval"]
+            if every < 1:
+                raise UserError(f"{path}: no_rope_layer_interval is {every}, expected 1 or more")
+            rotated = said.get("no_rope_layers") or [(i + 1) % every for i in range(count)]
+            if len(rotated) < count:
+                raise UserError(f"{path}: no_rope_layers has {len(rotated)} entries for {count} layers: one for each is needed")
             found["unrotated_layers"] = tuple(i for i, rotates in enumerate(rotated[:count]) if not rotates)
-        if "sliding_window" in self.reads:  # Mistral's, in every layer
-            return found | {"sliding_window": raw.get("sliding_window", 4096)}
-        if not self.windowed:
-            return found
-        window = raw.get("sliding_window", self.usual.get("sliding_window")) if raw.get("use_sliding_window") else None
-        kinds = raw.get("layer_types")
-        if kinds is not None and len(kinds) < count:
-            raise UserError(f"{path}: layer_types has {len(kinds)} entries for {count} layers")
+        window = said.get("sliding_window")
+        if not self.windowed:  # Mistral's is in every layer
+            return found | ({"sliding_window": window} if "sliding_window" in self.reads else {})
+        window = window if said.get("use_sliding_window") else None
+        kinds = said.get("layer_types")
+        if kinds is not None and len(kinds) != count:
+            raise UserError(f"{path}: layer_types has {len(kinds)} entries for {count} layers: one for each is needed")
         if wrong := [kind for kind in kinds or () if kind not in ("full_attention", "sliding_attention")]:
             raise UserError(f"{path}: layer_types has {wrong[0]!r}, expected full_attention or sliding_attention")
-        if window is None:
-            return found
         if kinds is not None:
-            layers = [i for i, kind in enumerate(kinds[:count]) if kind == "sliding_attention"]
+            layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+            if layers and window is None:
+                raise UserError(
+                    f"{path}: layer_types has 'sliding_attention', yet use_sliding_window and sliding_window give no window: "
+                    f"set both, or all of layer_types to 'full_attention'"
+                )
         elif "unrotated_layers" in found:
-            layers = list(found["unrotated_layers"])
+            layers = found["unrotated_layers"]
         else:
-            layers = list(range(raw.get("max_window_layers", 28), count))
-        return found | ({"sliding_window": window, "window_layers": tuple(layers)} if layers else {})
+            layers = tuple(range(said["max_window_layers"], count))
+        if window is None or not layers:
+            return found
+        return found | {"sliding_window": window, "window_layers": None if len(layers) == count else layers}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of ``read``, in both ways in which transformers 4 and 5 read them."""
@@ -126,10 +149,20 @@ class LlamaLike:
         return values
 
 
+_WHOLE_HEADS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "partial_rotary_factor": ((None, 1, 1.0), "all channels of a head are rotated in this family"),
+}
 _NO_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window": ((None, False), "attention in this family is over all earlier positions; mistral has a window"),
     "layer_types": ((None, False), "all layers in this family are of one kind"),
 }
+
+
+def _without_full_attention(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw`` without layer_types that say what is so anyway."""
+    kinds = raw.get("layer_types")
+    plain = isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)
+    return {key: value for key, value in raw.items() if not (key == "layer_types" and plain)}
 
 
 def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,44 +198,47 @@ _SCALING = {
 
 
 def _rotary(path: Path, raw: Mapping[str, Any], positions: int, usual: float) -> tuple[float, RotaryScaling | None]:
-    """(base, scaling). Versions of transformers look in different places, which have to agree."""
+    """(base, scaling). Versions of transformers look in different places, which have to agree. ``positions``, ``usual``: of
+    the model, and the base, where they are not given."""
     bases: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
     found: dict[str, RotaryScaling | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
         block = raw.get(key)
-        if block is None:
+        if not block:
             continue
-        if not isinstance(block, Mapping):
-            raise UserError(f"{path}: {key} is {block!r}, expected a mapping")
+        require_kinds(f"{path}: {key}", block, {NUMBER: "rope_theta"})
         bases[f"{key}.rope_theta"] = block.get("rope_theta")
-        found[key] = _scaling(f"{path}: {key}", block, raw.get("original_max_position_embeddings") or positions)
+        found[key] = _scaling(f"{path}: {key}", block, raw.get("original_max_position_embeddings"), positions)
     base = require_agreement(str(path), "rope_theta", bases)
     if len(set(found.values())) > 1:
         raise UserError(f"{path}: rope_parameters and rope_scaling differ: make them agree, or remove one of them")
     return float(usual if base is None else base), next(iter(found.values()), None)
 
 
-def _scaling(where: str, block: Mapping[str, Any], positions: int) -> RotaryScaling | None:
-    """``positions``: what original_max_position_embeddings is where it is not given."""
+def _scaling(where: str, block: Mapping[str, Any], outside: int | None, positions: int) -> RotaryScaling | None:
+    """``outside``: original_max_position_embeddings beside the block; without any it is ``positions``."""
     kind = block.get("rope_type") or block.get("type") or "default"
-    if kind != "default" and kind not in _SCALING:
-        raise UserError(f"{where}: rope_type is {kind!r}, expected default, {' or '.join(_SCALING)}")
+    if not isinstance(kind, str) or (kind != "default" and kind not in _SCALING):
+        raise UserError(f"{where}: rope_type is {kind!r}, expected default, {', '.join(_SCALING)}")
     ours = _SCALING.get(kind, {})
     known = frozenset({"rope_type", "type", "rope_theta", *ours.values()})
-    share = {"partial_rotary_factor": ((None, 1, 1.0), "all channels of a head are rotated in this family")}
-    unused = names("original_max_position_embeddings" if kind != "yarn" else "")
-    refuse_other_functions(where, block, Keys(known, share, unused, f"it is no key of rope_type {kind!r}"))
+    unused = names("original_max_position_embeddings" if "original_positions" not in ours else "")
+    refuse_other_functions(where, block, Keys(known, _WHOLE_HEADS, unused, f"it is no key of rope_type {kind!r}"))
     if kind == "default":
         return None
     values = {our: block[their] for our, their in ours.items() if block.get(their) is not None}
     if missing := [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key in ours and key not in values]:
         raise UserError(f"{where}: missing {missing[0]!r}")
     if "original_positions" in ours:
-        values.setdefault("original_positions", positions)
+        inside = {"this block": values.get("original_positions"), "the key outside of it": outside}
+        said = require_agreement(where, "original_max_position_embeddings", inside)
+        values["original_positions"] = positions if said is None else said
     try:
         return RotaryScaling(kind=kind, **values)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = next((ours[str(part)] for part in problem["loc"] if part in ours), "")
+        raise UserError(f"{where}: {key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}") from error
 
 
 def _scaling_words(scaling: RotaryScaling | None) -> dict[str, Any]:
@@ -212,20 +248,34 @@ def _scaling_words(scaling: RotaryScaling | None) -> dict[str, Any]:
     return {"rope_type": scaling.kind, **{key: value for key, value in said.items() if value is not None}}
 
 
+_QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 LLAMA_LIKE: dict[str, LlamaLike] = {
-    "llama": LlamaLike("llama", ("attention_bias", "mlp_bias")),
-    "mistral": LlamaLike("mistral", reads=("sliding_window",), usual={"num_key_value_heads": 8}),
-    "qwen2": LlamaLike("qwen2", windowed=True, usual={"num_key_value_heads": None, "sliding_window": 4096}),
-    "qwen3": LlamaLike(
-        "qwen3", ("attention_bias",), True, usual={"num_key_value_heads": None, "head_dim": 128, "sliding_window": 4096}
+    "llama": LlamaLike("llama", ("attention_bias", "mlp_bias"), usual={"max_position_embeddings": 2048}),
+    "mistral": LlamaLike(
+        "mistral",
+        reads=("sliding_window",),
+        usual={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     ),
-    "olmo2": LlamaLike("olmo2", ("attention_bias",), usual={"rms_norm_eps": 1e-5}),
+    "qwen2": LlamaLike("qwen2", windowed=True, usual=_QWEN),
+    "qwen3": LlamaLike("qwen3", ("attention_bias",), windowed=True, usual=_QWEN | {"head_dim": 128}),
+    "olmo2": LlamaLike("olmo2", ("attention_bias",), usual={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}),
     "smollm3": LlamaLike(
         "smollm3",
         ("attention_bias", "mlp_bias"),
-        True,
+        windowed=True,
         reads=("no_rope_layers", "no_rope_layer_interval"),
-        usual={"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        usual={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+        },
     ),
 }
 """By model_type."""

@@ -1,10 +1,9 @@
-"""Byte-level BPE through tiktoken's core, for tokenizer.json files of GPT-2's kind: the same ids as 'tokenizers', several times
-as fast.
+"""Byte-level BPE through tiktoken's core: the same ids as 'tokenizers', several times as fast.
 
-Covered is the structure of GPT-2's and GPT-NeoX's tokenizers: byte-level BPE with GPT-2's pattern, NFC or no normalisation,
-added tokens without flags that are their own NFC, and merges that are all reached from the bytes of their token. Every key of
-the file is known to be computed, or to have no effect on ids; anything else, and any difference on the tokenizer's own
-vocabulary and added tokens, leaves the text to 'tokenizers'.
+Covered is the structure of the tokenizers of GPT-2, GPT-NeoX, Llama 3, Qwen, OLMo and SmolLM: byte-level BPE with one of the
+divisions into words in ``word_patterns.py``, NFC or no normalisation, added tokens without flags that are their own NFC, and
+merges that tiktoken makes alike (``byte_ranks.py``). Every key of the file is known to be computed, or to have no effect on
+ids; anything else, and any difference on the tokenizer's own vocabulary and added tokens, leaves the text to 'tokenizers'.
 """
 
 from __future__ import annotations
@@ -17,16 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-# GPT-2's division of a text into words (Radford et al. 2019), with possessive quantifiers: the same matches, no backtracking.
-_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
-_PATTERN = _WORDS + r"|\s++$|\s+(?!\S)|\s"
-# The same where runs of 2 to {most} spaces are added tokens, which divide a text before all else: a run is a word of its own,
-# the white space before it ends as at the end of a text, and no other word holds two spaces in a row.
-_PATTERN_WITH_RUNS = (
-    r" {{2,{most}}}|"
-    + _WORDS.replace("{", "{{").replace("}", "}}")
-    + (r"|(?:[^\S ]| (?! ))++(?:$|(?=  ))|(?:[^\S ]| (?! ))+(?!\S)|\s")
-)
+from megarewarm.data.text.byte_ranks import byte_ranks, token_bytes
+from megarewarm.data.text.word_patterns import NotCovered, Words, require_known, words_of
+
 _FORMS: tuple[Literal["NFC", "NFD", "NFKC"], ...] = ("NFC", "NFD", "NFKC")
 # Keys of the file, and the parts that do nothing to ids where no special tokens are asked for and nothing is cut or padded.
 _KEYS = {
@@ -41,7 +33,6 @@ _KEYS = {
     "model",
 }
 _OF_ADDED = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-_OF_BYTE_LEVEL = {"type", "add_prefix_space", "trim_offsets", "use_regex"}
 _PLAIN_MODEL = {
     "type": ("BPE",),
     "dropout": (None, 0, 0.0),
@@ -50,14 +41,8 @@ _PLAIN_MODEL = {
     "end_of_word_suffix": (None, ""),
     "fuse_unk": (None, False),
     "byte_fallback": (None, False),
-    "ignore_merges": (None, False),
+    "ignore_merges": (None, False, True),
 }
-
-
-class NotCovered(Exception):
-    """The tokenizer has a feature that the fast path does not support; the message names it."""
-
-
 _PIECE = 2**20  # characters that are encoded at a time
 
 
@@ -69,8 +54,8 @@ class FastBPE:
     """The fast path of a tokenizer.json's ``content``. Raises ``NotCovered``, also where tiktoken is not installed."""
 
     def __init__(self, content: dict[str, Any]) -> None:
-        _require_structure(content)
-        ranks, ids = _ranks(content["model"])
+        words = _words_of_known(content)
+        ranks, ids = byte_ranks(content["model"])
         try:
             from tiktoken import Encoding
             from tokenizers.normalizers import NFC
@@ -79,9 +64,12 @@ class FastBPE:
         added = content.get("added_tokens") or []
         self._added = {token["content"]: int(token["id"]) for token in added}
         normalized = [token["content"] for token in added if token.get("normalized", True)]
-        pattern = _PATTERN
+        pattern = words.pattern
+        self._breaks_after = words.breaks_after
         if most := _longest_run(normalized):
-            pattern = _PATTERN_WITH_RUNS.format(most=most)
+            if words.runs is None:
+                raise NotCovered("added tokens of spaces beside another pattern than GPT-2's")
+            pattern = words.runs.format(most=most)
             for length in range(2, most + 1):
                 # a word that is a token is not taken apart; the merges of two spaces can't apply any more
                 rank = ranks.setdefault(b" " * length, len(ids))
@@ -121,22 +109,29 @@ class FastBPE:
     def _short(self, text: str) -> Iterator[str]:
         """``text`` in pieces of about a megabyte, so that a book takes no more memory than its ids.
 
-        It is cut before a line break that follows no space: no word of the pattern goes on there, and none that begins there
-        looks back; no added token holds a line break, and nothing is composed with one.
+        It is cut where no word of the pattern goes on, before or after a line break (``Words.breaks_after``), and none looks
+        across; no added token holds a line break, and nothing is composed with one.
         """
         if any("\n" in token for token in self._added):
             yield text
             return
         start = 0
         while len(text) - start > _PIECE:
-            cut = text.find("\n", start + _PIECE)
-            while cut > 0 and text[cut - 1].isspace():
-                cut = text.find("\n", cut + 1)
-            if cut < 0:
+            cut = self._break(text, start + _PIECE)
+            if cut is None:
                 break
             yield text[start:cut]
             start = cut
         yield text[start:]
+
+    def _break(self, text: str, start: int) -> int | None:
+        """Where ``text`` may be cut, at a line break from ``start`` on."""
+        while (place := text.find("\n", start)) >= 0:
+            other = place + 1 if self._breaks_after else place - 1
+            if 0 <= other < len(text) and not text[other].isspace():
+                return place + self._breaks_after
+            start = place + 1
+        return None
 
 
 def first_difference(
@@ -144,13 +139,12 @@ def first_difference(
 ) -> str | None:
     """A text on which the two differ, of ``others`` and of words of ``vocabulary`` one after another and on lines; None where
     they agree."""
-    from_letter = {letter: byte for byte, letter in _letters().items()}
     texts = []
     for token in vocabulary:
         try:
-            texts.append(bytes(from_letter[letter] for letter in token).decode())
-        except (KeyError, UnicodeDecodeError):
-            continue  # an added token, or a part of a character
+            texts.append((token_bytes(token) or b"").decode())
+        except UnicodeDecodeError:
+            continue  # a part of a character
     for start in range(0, len(texts), 500):
         for text in ("".join(texts[start : start + 500]), "\n".join(texts[start : start + 500])):
             if not np.array_equal(fast.encode(text), slow(text)):
@@ -167,17 +161,15 @@ def texts_around(tokens: Iterable[str]) -> list[str]:
     return [text.format(form) for form in forms for text in ("{0}", "a{0}b", " {0} ", "{0}{0}", "e{0}\u0301\n{0}  1")]
 
 
-def _require_structure(content: dict[str, Any]) -> None:
-    _require_known("", content, _KEYS)
+def _words_of_known(content: dict[str, Any]) -> Words:
+    """The words of a tokenizer.json of which nothing else is unknown. Raises ``NotCovered``."""
+    require_known("", content, _KEYS)
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer != {"type": "NFC"}:
         raise NotCovered(f"normalizer {normalizer.get('type')}")
-    before = content.get("pre_tokenizer") or {}
-    if before.get("type") != "ByteLevel" or before.get("add_prefix_space") is not False or not before.get("use_regex", True):
-        raise NotCovered(f"pre-tokenizer {before.get('type')}, expected ByteLevel with GPT-2's pattern and no added space")
-    _require_known("pre_tokenizer.", before, _OF_BYTE_LEVEL)
+    words = words_of(content.get("pre_tokenizer"))
     model = content["model"]
-    _require_known("model.", model, {*_PLAIN_MODEL, "vocab", "merges"})
+    require_known("model.", model, {*_PLAIN_MODEL, "vocab", "merges"})
     for key, allowed in _PLAIN_MODEL.items():
         # 'type' is missing in files of the library's first versions
         if model.get(key, "BPE" if key == "type" else None) not in allowed:
@@ -185,77 +177,13 @@ def _require_structure(content: dict[str, Any]) -> None:
     contents = set()
     for token in content.get("added_tokens") or []:
         name = token["content"]
-        _require_known(f"added token {name!r}: ", token, _OF_ADDED)
+        require_known(f"added token {name!r}: ", token, _OF_ADDED)
         if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
             raise NotCovered(f"added token {name!r} with conditions")
         if not name or name in contents or model["vocab"].get(name, token["id"]) != token["id"]:
             raise NotCovered(f"added token {name!r}, which is empty, or has two ids")
         contents.add(name)
-
-
-def _require_known(where: str, found: Iterable[str], known: set[str]) -> None:
-    if unknown := sorted(set(found) - known):
-        raise NotCovered(f"{where}{unknown[0]}, which is not known here")
-
-
-def _ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
-    """(bytes -> rank, rank -> id): the 256 bytes first, then the merges in their order, which is their priority."""
-    byte_of = {letter: byte for byte, letter in _letters().items()}
-    vocabulary = model["vocab"]
-    ranks: dict[bytes, int] = {}
-    ids: list[int] = []
-    parts: list[tuple[bytes, bytes]] = []
-    for letter, byte in byte_of.items():
-        if letter not in vocabulary:
-            if byte in (0xC0, 0xC1) or byte >= 0xF5:
-                continue  # never in UTF-8
-            raise NotCovered(f"byte {byte} is not in the vocabulary")
-        ranks[bytes([byte])] = len(ids)
-        ids.append(vocabulary[letter])
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        token = left + right
-        if token not in vocabulary:
-            raise NotCovered(f"merge {token!r} is not in the vocabulary")
-        if not set(token) <= byte_of.keys():
-            raise NotCovered(f"merge {token!r}, which is not of bytes")
-        pair = bytes(byte_of[letter] for letter in left), bytes(byte_of[letter] for letter in right)
-        data = pair[0] + pair[1]
-        if data in ranks:
-            raise NotCovered(f"token {token!r}, which two merges make")
-        ranks[data] = len(ids)
-        ids.append(vocabulary[token])
-        parts.append(pair)
-    for left_bytes, right_bytes in parts:
-        if _merged(left_bytes + right_bytes, ranks) != [left_bytes, right_bytes]:
-            raise NotCovered(f"merge {left_bytes!r} {right_bytes!r}, whose parts the earlier merges don't make of its bytes")
-    return ranks, ids
-
-
-def _merged(data: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """``data`` by the merges that come before its own. Where these are a merge's two parts, to merge whatever makes a token, as
-    tiktoken does, and to merge those two alone, as 'tokenizers' does, is the same: within the token nothing else becomes
-    adjacent.
-    """
-    own = ranks[data]
-    parts = [data[i : i + 1] for i in range(len(data))]
-    while len(parts) > 2:
-        best, place = own, -1
-        for i in range(len(parts) - 1):
-            rank = ranks.get(parts[i] + parts[i + 1], own)
-            if rank < best:
-                best, place = rank, i
-        if place < 0:
-            break
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts
-
-
-def _letters() -> dict[int, str]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for the code points from 256 on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return words
 
 
 def _longest_run(tokens: list[str]) -> int | None:

@@ -43,7 +43,8 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
         """Ids of each text, (t,) each, on ``threads`` cores (None: all; where 'tokenizers' encodes, RAYON_NUM_THREADS says).
-        Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX."""
+        Nothing is added at either end. A special token that is written out in a text becomes its id, as in GPT-NeoX, but
+        sentencepiece takes its control symbols apart."""
 
     @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> str:

@@ -34,6 +34,7 @@ def folder_of(
 
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>"]
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+OLMO2 = ["|||IP_ADDRESS|||", "<|fim_prefix|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "<|pad|>"]
 KINDS: dict[str, tuple[list[str], tuple[str, ...], dict[str, Any] | None, str]] = {
     "gpt2": (["<|endoftext|>"], (), None, "<|endoftext|>"),
     "neox": (["<|endoftext|>", "<|padding|>"], (), {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
@@ -44,6 +45,12 @@ KINDS: dict[str, tuple[list[str], tuple[str, ...], dict[str, Any] | None, str]] 
     "llama3_bare": (LLAMA3, (), None, "<|end_of_text|>"),
     "qwen": (QWEN, (), {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
     "qwen_bare": (QWEN, (), None, "<|endoftext|>"),
+    "olmo2": (OLMO2, (), {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
+    "olmo2_bare": (OLMO2, (), None, "<|endoftext|>"),
+    "smollm2": ([*QWEN, "<repo_name>"], (), {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
+    "smollm3": ([*LLAMA3, "<|im_start|>", "<|im_end|>"], (), {"eos_token": "<|end_of_text|>"}, "<|end_of_text|>"),
+    "mistral": (["<unk>", "<s>", "</s>", "[INST]"], (), {"eos_token": "</s>"}, "</s>"),
+    "mistral_bare": (["<unk>", "<s>", "</s>"], (), None, "</s>"),
     "phi3": (["<|endoftext|>", "<|end|>"], ("</s>",), {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),
     "t5": (["<pad>", "</s>", "<unk>"], (), {"eos_token": "</s>"}, "</s>"),
     "deepseek": (["<\uff5cend\u2581of\u2581sentence\uff5c>"], ("</s>",), None, "<\uff5cend\u2581of\u2581sentence\uff5c>"),
@@ -54,6 +61,7 @@ KINDS: dict[str, tuple[list[str], tuple[str, ...], dict[str, Any] | None, str]] 
 REFUSED: dict[str, tuple[list[str], tuple[str, ...], dict[str, Any] | None, str]] = {
     "qwen_chat": (QWEN, (), {"eos_token": "<|im_end|>"}, r"several special tokens .*'<\|im_end\|>', '<\|endoftext\|>'"),
     "llama3_chat": (LLAMA3, (), {"eos_token": "<|eot_id|>"}, "several special tokens"),
+    "smollm2_chat": (QWEN, (), {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}, "several special tokens"),
     "two_bare": (["</s>", "<|endoftext|>"], (), None, "several special tokens"),
     "bert": (["[PAD]", "[CLS]", "[SEP]"], (), None, r"no special token .*\(special are '\[CLS\]', '\[PAD\]', '\[SEP\]'\)"),
     "ordinary": (["<unk>"], ("</s>",), None, "'</s>' is an ordinary token"),
