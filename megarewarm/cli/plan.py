@@ -47,9 +47,7 @@ def main(words: Sequence[str]) -> None:
     config, lengths = settle_epochs(validate(RunConfig, *read_configs(arguments.configs)))
     if config.model is None:
         if config.start.from_ is None:
-            raise UserError(
-                "model: needed to plan; 'extends' one of configs/pythia or configs/llama, or give start.from"
-            )
+            raise UserError("model: needed to plan; 'extends' one of configs/pythia or configs/llama, or give start.from")
         config = settle_model(config, open_checkpoint(config.start.from_))
     assert config.model is not None
     gpus = arguments.gpus

@@ -76,7 +76,7 @@ def activation_bytes(
     """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
     A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
-    outputs 2h, queries, keys and values, once more where they are normed, the queries of shared keys once more (torch's
+    outputs 2h, queries, keys and values, again where they are normed, the queries of shared keys again (torch's
     attention copies them, megarewarm's kernel for windows and documents doesn't), the attention's output, and the MLP's
     activation before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep
     their inputs, 2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input
