@@ -176,7 +176,7 @@ def check(place: Path, world_size: int, cases: Iterable[Case]) -> None:
 
 # tried in every run of the tests; the others are slow
 EVERY_TIME = {
-    2: ["llama_biases sequence", "mistral zero_bubble", "qwen2 1f1b", "olmo2 tensor", "smollm3 zero2"],
+    2: ["llama_biases sequence", "mistral zero_bubble", "qwen2 1f1b", "olmo2 tensor"],
     4: ["olmo2 sequence_interleaved", "qwen3 sequence_zero3"],
 }
 
