@@ -16,6 +16,7 @@ from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.weights import OnBytes, Weights, in_order
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
+from megarewarm.model.parameters import HEAD
 from megarewarm.model.size import count_parameters
 
 
@@ -57,7 +58,10 @@ def differences(
     one: OpenedCheckpoint, other: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None
 ) -> Iterator[TensorDifference]:
     """How each parameter changed from ``one`` to ``other``. Raises ``UserError`` if names or shapes don't match."""
-    mine, theirs = one.stored.describe(), other.stored.describe()
+    mine, theirs = dict(one.stored.describe()), dict(other.stored.describe())
+    if one.model_config.tie_embeddings and other.model_config.tie_embeddings:  # some files hold the head nevertheless
+        mine.pop(HEAD, None)
+        theirs.pop(HEAD, None)
     for name in in_order({*mine, *theirs}, one.model_config):
         if name not in mine or name not in theirs:
             raise UserError(f"{name}: only in {one.name if name in mine else other.name}; the models differ")

@@ -321,7 +321,7 @@ def _small_index() -> bytes:
 def _weights(raw: dict[str, object]) -> dict[str, torch.Tensor]:
     """All tensors of a config.json under their stored names, the first in bf16."""
     kind = model_type_of(Path("config.json"), raw)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, card in cards(kind.read(Path("config.json"), raw)[0]).items():
         theirs = kind.stored(name)
         rows = (card.shape[0],) if card.interleaved is None or len(theirs) == 1 else card.interleaved.rows(card.shape[0])
