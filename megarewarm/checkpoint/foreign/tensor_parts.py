@@ -24,7 +24,7 @@ Sharing = Literal["rows", "columns", "copies", "added"]
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Several matrices (or biases) in one, other than here (``ours``). ``order``: the numbers of ours as they come there.
+    """Several matrices (or biases) in one, other than here (``ours``). ``order``: which matrix here is the first, second, ... there.
     ``unit``: rows of one count in a turn there; None where each matrix is in one piece. Both ways are for a rank's part."""
 
     ours: Interleaved
