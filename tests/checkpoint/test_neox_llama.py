@@ -177,6 +177,25 @@ def test_moments_and_masters_are_laid_out_like_weights(name: str, data: int, tmp
         assert torch.equal(source.weights.read(each), others[2].read(each)), each
 
 
+@pytest.mark.parametrize("name", ["3:1, w1, 2 tensor", "biases", "6:1, w1, no pipeline"])
+def test_moments_without_zero_are_divided_among_the_stages(name: str, tmp_path: Path) -> None:
+    config, shape = CASES[name]
+    stages = 2 if shape.pipe else 1
+    shape = Neox(shape.tensor, shape.pipe, shape.names, settings_of(config, shape))
+    models = [random_model(config, seed) for seed in (1, 2, 3)]
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / f"hf{number}")
+    first, second, third = (state_of(model) for model in models)
+    write_neox(tmp_path / "neox", shape, first, heads_of(config), LAYERS, (second, third, first), stages=stages)
+    source = open_checkpoint(str(tmp_path / "neox"))
+    assert isinstance(source, NeoXCheckpoint) and source._optimizer is not None and not source._optimizer.has_masters
+    whats: tuple[What, ...] = ("exp_avg", "exp_avg_sq")
+    for what, number in zip(whats, (1, 2), strict=True):
+        wanted = HuggingFaceWeights(tmp_path / f"hf{number}")
+        for each in cards(source.model_config):
+            assert torch.equal(source._optimizer.read(what, each), wanted.read(each)), (what, each)
+
+
 def test_the_tool_writes_llama_in_their_form(tmp_path: Path) -> None:
     model = random_model(hf_config(2))
     model.save_pretrained(tmp_path / "hf")
@@ -219,7 +238,7 @@ def test_query_key_value_of_any_shape(group: int, per_rank: int, ranks: int, uni
 
 @pytest.mark.parametrize("family", ["neox", "llama"])
 def test_names_there_and_back(family: str) -> None:
-    config = ModelConfig(family=family, num_layers=3, hidden_size=32, num_heads=4, vocab_size=8)  # type: ignore[arg-type]
+    config = ModelConfig(family=family, num_layers=3, hidden_size=32, num_heads=4, vocab_size=8)
     for name in cards(config):
         number, rest = stored_name(name, config)
         assert piece_name(f"{number}.{rest}", 3, llama=family == "llama") == name

@@ -45,8 +45,8 @@ def shape(layers: int, hidden: int, heads: int, wide: int | None, length: int = 
     return COMMON | sizes | width | {"max_position_embeddings": length, "rms_norm_epsilon": 1e-5} | more
 
 
-FIRST = {"use_bias_in_mlp": False, "rms_norm_epsilon": 1e-6}
-FLASH = {"rotary_emb_base": 1000000, "attention_config": [[["flash"], 80]], "num_kv_heads": 8}
+FIRST: dict[str, Any] = {"use_bias_in_mlp": False, "rms_norm_epsilon": 1e-6}
+FLASH: dict[str, Any] = {"rotary_emb_base": 1000000, "attention_config": [[["flash"], 80]], "num_kv_heads": 8}
 PUBLISHED: dict[str, tuple[dict[str, Any], int, float | None]] = {
     # name -> (file, width of the gate, parameters in billions with a vocabulary of 32,000, by the papers)
     "llama/7B": (shape(32, 4096, 32, 32768, **FIRST), 11008, 6.738),

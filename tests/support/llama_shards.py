@@ -96,9 +96,17 @@ def neox_parts(state: State, heads: Heads, layers: int, rank: int, shape: Neox) 
 
 
 def write_neox(
-    save: Path, shape: Neox, state: State, heads: Heads, layers: int, moments: tuple[State, ...] | None = None, data: int = 1
+    save: Path,
+    shape: Neox,
+    state: State,
+    heads: Heads,
+    layers: int,
+    moments: tuple[State, ...] | None = None,
+    data: int = 1,
+    stages: int = 0,
 ) -> Path:
-    """``save/global_step7`` of weights, and with ``moments`` (exp_avg, exp_avg_sq, masters) ZeRO's files of ``data`` ranks."""
+    """``save/global_step7`` of weights, and with ``moments`` (exp_avg, exp_avg_sq, masters) ZeRO's files of ``data`` ranks;
+    with ``stages`` the optimizer of that many pipeline stages without ZeRO, in the files of the ranks."""
     folder = save / "global_step7"
     (folder / "configs").mkdir(parents=True)
     (save / "latest").write_text("global_step7")
@@ -114,6 +122,14 @@ def write_neox(
         prefix = "" if shape.pipe else "sequential."
         decays = [name for name in parts if not name.endswith((".bias", ".scale"))]
         groups = [decays, [name for name in parts if name not in decays]]
+        for stage in range(stages if moments is not None else 0):
+            assert moments is not None
+            border = layers // 2 + 2
+            mine = [[n for n in group if stages == 1 or (int(n.split(".")[0]) >= border) == stage] for group in groups]
+            own = client | {"optimizer": _without_zero(mine, [neox_parts(m, heads, layers, rank, shape) for m in moments[:2]])}
+            torch.save(own, folder / f"mp_rank_{stage * shape.tensor + rank:02d}_model_states.pt")
+        if stages:
+            continue
         if moments is not None:
             client["param_shapes"] = [{prefix + name: parts[name].shape for name in group} for group in groups]
         torch.save(client, folder / f"mp_rank_{rank:02d}_model_states.pt")
@@ -134,6 +150,12 @@ def write_neox(
             name = f"zero_pp_rank_{data_rank}_mp_rank_{rank:02d}_optim_states.pt"
             torch.save({"optimizer_state_dict": optimizer}, folder / name)
     return folder
+
+
+def _without_zero(groups: list[list[str]], moments: list[State]) -> dict[str, Any]:
+    names = [name for group in groups for name in group]
+    state = {i: {"step": 6, "exp_avg": moments[0][name], "exp_avg_sq": moments[1][name]} for i, name in enumerate(names)}
+    return {"state": state, "param_groups": [{"params": [names.index(name) for name in group]} for group in groups]}
 
 
 def write_megatron(

@@ -129,7 +129,7 @@ def _counters(config: ModelConfig, step: int, tensor_ranks: int) -> dict[str, An
 
 
 def _missing_there(config: ModelConfig) -> dict[str, bool]:
-    """Keys of ours for which GPT-NeoX has none, and whether ``config`` needs one."""
+    """Keys of megarewarm's for which GPT-NeoX has none, and whether ``config`` needs one."""
     windows = {config.window_of(layer) for layer in range(config.num_layers)}
     return {
         "rotary_base": config.rotary_base != int(config.rotary_base),

@@ -24,8 +24,8 @@ Sharing = Literal["rows", "columns", "copies", "added"]
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Several matrices (or biases) in one, other than here (``ours``). ``order``: the numbers of ours as they come there.
-    ``unit``: rows of one count in a turn there; None where each matrix is in one piece. Both ways are for a rank's part."""
+    """Several matrices (or biases) in one, other than here (``ours``). ``order``: which matrix here is the first, second, ...
+    there. ``unit``: rows of one count in a turn there; None where each matrix is in one piece. It is of a rank's part."""
 
     ours: Interleaved
     order: tuple[int, ...]
