@@ -103,7 +103,7 @@ GROUPED: dict[tuple[str, int, int], Blocks] = {
     ("keys", 80, 64): Blocks(32, 64, 8, 2),
     ("keys", 90, 64): Blocks(64, 64, 8, 2),
     ("keys", 100, 64): Blocks(64, 64, 8, 2),
-    ("keys", 100, 128): Blocks(32, 64, 8, 2),
+    ("keys", 100, 128): Blocks(32, 64, 8, 1),
 }
 # kernel -> width of a head's block -> launch, for fp32, which is there for exactness: no tensor cores. The same on every GPU,
 # within the memory of the smallest. Two stages spare registers too: what is copied ahead waits in shared memory.
