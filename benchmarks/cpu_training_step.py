@@ -1,10 +1,10 @@
-"""One training step on the CPU against transformers' GPTNeoXForCausalLM: tokens/s and peak memory, as ratios of one run.
+"""One training step on the CPU against transformers' own model: tokens/s and peak memory, as ratios of one run.
 
-Same sizes (Pythia 70M by default), same weights, same batch, fp32, eager: forward, backward, clipping and AdamW. Each
-side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
+Same shape (Pythia 70M by default, or --model), same weights, same batch, fp32, eager: forward, backward, clipping, AdamW.
+Each side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
 else the machine does meets both. The losses of both sides are compared.
 
-    python benchmarks/cpu_training_step.py [--steps 5] [--blocks 3] [--json FILE]
+    python benchmarks/cpu_training_step.py [--model smollm2-135m] [--layers 6] [--steps 5] [--blocks 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     """The trainer's own step: the engine with one rank, its gradient buffer, clipping and optimizer."""
     import torch
 
-    from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
+    from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+    from megarewarm.model.operations import choose_operations
     from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
 
+    config, device = model_config(arguments), torch.device("cpu")
+    operations, _ = choose_operations(KernelsConfig(), config, device, torch.float32, documents=False)
     model = ParallelModel(
-        model_config(arguments),
-        Mesh(Ranks(0, 1, torch.device("cpu")), Layout()),
+        config,
+        Mesh(Ranks(0, 1, device), Layout()),
         parallel=ParallelConfig(),
         training=TrainingConfig(budget="1 steps", global_batch=arguments.batch, micro_batch=arguments.batch),
         sequence_length=arguments.sequence,
         precision="fp32",
+        operations=operations,
     )
     model.initialize(1)
     optimizer = AdamW(model.parameters, model.cards, OptimizerConfig())
@@ -65,31 +69,23 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
 def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
     """transformers' model and loss, torch's clipping and AdamW, as its users write it."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from megarewarm.checkpoint.foreign.families import model_type_of_family
     from megarewarm.model.initialize import initial_value
     from megarewarm.model.parameters import cards
 
     config = model_config(arguments)
-    model = GPTNeoXForCausalLM(
-        GPTNeoXConfig(  # type: ignore[call-arg]
-            num_hidden_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_heads,
-            intermediate_size=config.mlp_size,
-            vocab_size=config.vocab_size,
-            max_position_embeddings=arguments.sequence,
-            hidden_act="gelu_pytorch_tanh",
-            use_parallel_residual=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-            attn_implementation="sdpa",
-        )
-    )
-    every = cards(config)
+    kind = model_type_of_family(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.name, **kind.write(config)), attn_implementation="sdpa")
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            name = name.removeprefix("gpt_neox.").replace("lm_head.", "embed_out.")
-            parameter.copy_(initial_value(every[name], config, 1))
+        for name, card in cards(config).items():
+            whole = initial_value(card, config, 1)
+            names = kind.stored(name)
+            parts = [whole] if len(names) == 1 or card.interleaved is None else card.interleaved.split(whole)
+            for stored, part in zip(names, parts, strict=True):
+                parameters["lm_head.weight" if stored == "embed_out.weight" else stored].copy_(part)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
     def step(rows: Any) -> float:
@@ -104,17 +100,39 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
     return step
 
 
+SHAPES: dict[str, dict[str, Any]] = {
+    "pythia-70m": {"num_layers": 6, "hidden_size": 512, "num_heads": 8, "vocab_size": 50304},
+    "smollm2-135m": {
+        "family": "llama",
+        "num_layers": 30,
+        "hidden_size": 576,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "ffn_size": 1536,
+        "vocab_size": 49152,
+        "rotary_base": 1e5,
+        "tie_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "family": "qwen2",
+        "num_layers": 24,
+        "hidden_size": 896,
+        "num_heads": 14,
+        "num_kv_heads": 2,
+        "ffn_size": 4864,
+        "vocab_size": 151936,
+        "rotary_base": 1e6,
+        "tie_embeddings": True,
+    },
+}
+
+
 def model_config(arguments: argparse.Namespace) -> Any:
-    """Pythia 70M, or what the arguments say."""
+    """The shape that is asked for."""
     from megarewarm.config.model import ModelConfig
 
-    return ModelConfig(
-        num_layers=arguments.layers,
-        hidden_size=arguments.hidden,
-        num_heads=arguments.heads,
-        vocab_size=arguments.vocabulary,
-        max_positions=arguments.sequence,
-    )
+    shape = SHAPES[arguments.model] | {"max_positions": arguments.sequence}
+    return ModelConfig(**shape | ({} if arguments.layers is None else {"num_layers": arguments.layers}))
 
 
 def serve(side: str, arguments: argparse.Namespace, pipe: Connection) -> None:
@@ -126,24 +144,27 @@ def serve(side: str, arguments: argparse.Namespace, pipe: Connection) -> None:
     step = {"megarewarm": ours, "transformers": theirs}[side](arguments)
     random = np.random.default_rng(0)
     # both sides predict s tokens: transformers shifts inside, so its rows are those of ours as well
-    batches = random.integers(arguments.vocabulary, size=(2, arguments.batch, arguments.sequence + 1), dtype=np.int64)
+    batches = random.integers(
+        SHAPES[arguments.model]["vocab_size"], size=(2, arguments.batch, arguments.sequence + 1), dtype=np.int64
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     pipe.send(before)
     done = 0
     while (steps := pipe.recv()) is not None:
         times, losses = [], []
         for _ in range(steps):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             losses.append(step(batches[done % 2]))
-            times.append(time.perf_counter() - began)
+            times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
             done += 1
         pipe.send((times, losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in [("layers", 6), ("hidden", 512), ("heads", 8), ("vocabulary", 50304), ("sequence", 512)]:
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", choices=SHAPES, default="pythia-70m", help="whose shape; default: %(default)s")
+    parser.add_argument("--layers", type=int, help="instead of the model's")
+    parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step; default: %(default)s")
     parser.add_argument("--steps", type=int, default=5, help="steps of a block; default: %(default)s")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each side; default: %(default)s")
@@ -170,21 +191,28 @@ def main() -> None:
         state["process"].join()
 
     tokens = arguments.batch * arguments.sequence
-    rates = {side: tokens / statistics.median(state["times"]) for side, state in sides.items()}
-    apart = max(abs(a - b) / a for a, b in zip(sides["transformers"]["losses"], sides["megarewarm"]["losses"], strict=True))
-    print(
-        f"{arguments.layers} layers, hidden {arguments.hidden}, vocabulary {arguments.vocabulary:,}, {arguments.batch} x ",
-        end="",
+    rates, work = (
+        {side: tokens / statistics.median(times[kind] for times in state["times"]) for side, state in sides.items()}
+        for kind in (0, 1)
     )
+    apart = max(abs(a - b) / a for a, b in zip(sides["transformers"]["losses"], sides["megarewarm"]["losses"], strict=True))
+    shape = model_config(arguments)
+    print(f"{arguments.model}, {shape.num_layers} layers, {arguments.batch} x ", end="")
     print(f"{arguments.sequence} tokens, fp32, {arguments.threads} threads; losses differ by at most {apart:.1e} (relative)")
-    print(f"{'':14}{'tokens/s':>10}{'peak MiB':>10}{'before the first step':>24}")
+    print(f"{'':14}{'tokens/s':>10}{'a CPU second':>14}{'peak MiB':>10}{'before the first step':>24}")
     for side, state in sides.items():
-        print(f"{side:14}{rates[side]:10.0f}{state['peak']:10.0f}{state['built']:24.0f}")
-    speed = rates["megarewarm"] / rates["transformers"]
+        print(f"{side:14}{rates[side]:10.0f}{work[side]:14.0f}{state['peak']:10.0f}{state['built']:24.0f}")
+    speed, effort = (rate["megarewarm"] / rate["transformers"] for rate in (rates, work))
     memory = sides["megarewarm"]["peak"] / sides["transformers"]["peak"]
-    print(f"{'ratio':14}{speed:10.2f}{memory:10.2f}")
+    print(f"{'ratio':14}{speed:10.2f}{effort:14.2f}{memory:10.2f}")
     if arguments.json:
-        result = {"speed": speed, "memory": memory, "tokens_per_second": rates, "loss_difference": apart}
+        result = {
+            "speed": speed,
+            "per_cpu_second": effort,
+            "memory": memory,
+            "tokens_per_second": rates,
+            "loss_difference": apart,
+        }
         result["peak_mib"] = {side: state["peak"] for side, state in sides.items()}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 

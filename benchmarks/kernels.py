@@ -25,7 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from megarewarm_kernels import AdamWTensors, attention, bias_gelu, linear_cross_entropy, no_triton, residual_norms, rotate_
+from megarewarm_kernels import (
+    AdamWTensors,
+    attention,
+    bias_gelu,
+    linear_cross_entropy,
+    no_triton,
+    norm_heads,
+    residual_norms,
+    residual_rms_norm,
+    rms_norm,
+    rotate_,
+    swiglu,
+)
 from megarewarm_kernels.attention.choose import BACKENDS, choose
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,6 +125,76 @@ def gelu(shape: Shape) -> Operation:
         "torch.compile": differentiated(compiled(plain), inputs),
     }
     return Operation("bias + GELU", sides, 10.0 * t * f)
+
+
+def rms(shape: Shape) -> Operation:
+    t, h = shape.b * shape.s, shape.h
+    inputs = [shape.tensor(t, h), shape.weight(h)]
+    plain = lambda x, w: F.rms_norm(x, (h,), w.to(x.dtype), 1e-6)  # noqa: E731
+    sides = {
+        "ours": differentiated(rms_norm, inputs),
+        "PyTorch": differentiated(plain, inputs),
+        "torch.compile": differentiated(compiled(plain), inputs),
+    }
+    if (liger := optional("liger_kernel.ops.rms_norm", "LigerRMSNormFunction")) is not None:
+        sides["Liger"] = differentiated(lambda x, w: liger.apply(x, w, 1e-6), inputs)
+    return Operation("RMSNorm", sides, 10.0 * t * h)
+
+
+def residual_rms(shape: Shape) -> Operation:
+    t, h = shape.b * shape.s, shape.h
+    inputs = [shape.tensor(t, h), shape.tensor(t, h), shape.weight(h)]
+
+    def plain(x: Tensor, delta: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        x = x + delta
+        return x, F.rms_norm(x, (h,), w.to(x.dtype), 1e-6)
+
+    sides = {"ours": differentiated(residual_rms_norm, inputs), "PyTorch": differentiated(plain, inputs)}
+    sides["torch.compile"] = differentiated(compiled(plain), inputs)
+    if (liger := optional("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction")) is not None:
+
+        def by_liger(x: Tensor, delta: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+            normed, total = liger.apply(delta, x, w, 1e-6, 0.0, "llama", False)
+            return total, normed
+
+        sides["Liger"] = differentiated(by_liger, inputs)
+    return Operation("residual + RMSNorm", sides, 16.0 * t * h)
+
+
+def gated(shape: Shape) -> Operation:
+    t, f = shape.b * shape.s, shape.f
+    inputs = [shape.tensor(t, 2 * f)]
+    plain = lambda pairs: F.silu(pairs[:, 0::2]) * pairs[:, 1::2]  # noqa: E731
+    halves = lambda pairs: F.silu(pairs[:, :f]) * pairs[:, f:]  # noqa: E731  # what others' fused projections give
+    sides = {
+        "ours": differentiated(swiglu, inputs),
+        "PyTorch": differentiated(plain, inputs),
+        "PyTorch, halves": differentiated(halves, inputs),
+        "torch.compile": differentiated(compiled(plain), inputs),
+    }
+    if (liger := optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")) is not None:
+        two = [shape.tensor(t, f), shape.tensor(t, f)]
+        sides["Liger, two tensors"] = differentiated(lambda gate, up: liger.apply(gate, up), two)
+    return Operation("SwiGLU", sides, 16.0 * t * f)
+
+
+def heads(shape: Shape) -> Operation:
+    """Four queries a key head."""
+    t, d = shape.b * shape.s, shape.h // shape.n
+    row = shape.n // 2 * 6 * d
+    inputs = [shape.tensor(t, row), shape.weight(d), shape.weight(d)]
+
+    def plain(qkv: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query, key, value = qkv.view(t, -1, 6, d).split([4, 1, 1], 2)
+        normed = [F.rms_norm(part, (d,), w.to(part.dtype), 1e-6) for part, w in ((query, q), (key, k))]
+        return torch.cat([*normed, value], 2).view(t, row)
+
+    sides = {
+        "ours": differentiated(lambda qkv, q, k: norm_heads(qkv, q, k, head_dim=d, group=4), inputs),
+        "PyTorch": differentiated(plain, inputs),
+        "torch.compile": differentiated(compiled(plain), inputs),
+    }
+    return Operation("norms of heads", sides, 10.0 * t * row)
 
 
 def rotary(shape: Shape) -> Operation:
@@ -203,7 +285,7 @@ def optimizer(shape: Shape) -> Operation:
     return Operation("clip + AdamW", sides, 28.0 * count)
 
 
-OPERATIONS = (norms, gelu, rotary, attend, loss, optimizer)
+OPERATIONS = (norms, rms, residual_rms, gelu, gated, heads, rotary, attend, loss, optimizer)
 
 
 def optional(module: str, name: str) -> Any:

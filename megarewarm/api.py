@@ -9,6 +9,7 @@ import atexit
 import copy
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -90,11 +91,13 @@ def load_config(source: Path | str | Mapping[str, Any], overrides: Mapping[str, 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path | str) -> Tokenizer:
     """Train a byte-level BPE tokenizer with ``vocab_size`` ids, special tokens included, and write it to ``path`` (.json)."""
+    if isinstance(texts, str):
+        raise UserError("texts: expected several texts, found one; write [text]")
     return train_bpe(texts, vocab_size, Path(path))
 
 
 def prepare(
-    texts: Sequence[Path | str], tokenizer: Path | str, prefix: Path | str, *, workers: int = 1, **options: Any
+    texts: Path | str | Sequence[Path | str], tokenizer: Path | str, prefix: Path | str, *, workers: int = 1, **options: Any
 ) -> list[Written]:
     """Tokenise files or folders of text into PREFIX.bin, .idx and .json, as ``megarewarm prepare`` does.
 
@@ -105,7 +108,10 @@ def prepare(
         workers: processes; more than 1 needs a script with ``if __name__ == "__main__"``.
         options: fields of ``megarewarm.data.text.preprocess.job.Options``, such as ``split=(0.9, 0.1)``, ``shuffle=1``.
     """
-    return preprocess(texts, tokenizer, prefix, Options(**options), worker_count=workers, threads_only=workers == 1)
+    known = [field.name for field in dataclasses.fields(Options)]
+    if unknown := options.keys() - known:
+        raise UserError(f"prepare: no option '{min(unknown)}'; known: {', '.join(known)}")
+    return preprocess(_several(texts), tokenizer, prefix, Options(**options), worker_count=workers, threads_only=workers == 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +134,7 @@ class RunPlan:
 
 def plan(config: RunConfig) -> RunPlan:
     """The plan of a run, without training or writing anything. Opens the start checkpoint, but no token files."""
+    _check_config(config)
     made = make_plan(settle_epochs(config)[0])
     first, last = made.origin.step, made.config.total_steps
     return RunPlan(
@@ -154,6 +161,7 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool 
         The run's folder, last step and validation losses; ``exit_code`` is 0 if the run is complete. Beside ``UserError`` it
         raises ``TrainingDiverged`` and ``ReplicasDiffer``, as which the command exits with codes of their own.
     """
+    _check_config(config)
     ranks = _connected(config)
     return train_on(config, ranks, make_console(quiet=quiet or not ranks.is_main), callbacks)
 
@@ -199,7 +207,15 @@ class LoadedModel:
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
         """(b, s) token ids to (b, s, v) logits in the model's dtype."""
-        return self.module.logits(torch.as_tensor(tokens, dtype=torch.int64, device=self.device))
+        try:
+            ids = torch.as_tensor(tokens, dtype=torch.int64)
+        except (TypeError, ValueError) as error:  # also of rows of several lengths
+            raise UserError(f"tokens: expected (b, s) token ids: {error}") from error
+        if ids.dim() != 2 or not ids.numel() or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise UserError(f"tokens: expected (b, s) token ids from 0 to {self.config.vocab_size - 1}")
+        if ids.shape[1] > self.config.max_positions:
+            raise UserError(f"tokens: {ids.shape[1]} positions, the model has {self.config.max_positions}")
+        return self.module.logits(ids.to(self.device))
 
     @torch.no_grad()
     def evaluate(
@@ -247,6 +263,14 @@ class LoadedModel:
         _check_positive(max_tokens=max_tokens)
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p}: expected a share above 0, at most 1")
+        if not 0 <= temperature < math.inf:
+            raise UserError(f"temperature {temperature}: expected 0 (the most likely token each time) or a number above 0")
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed}: expected a whole number from 0 to 2^63 - 1")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("generate: the text is not UTF-8; set LC_ALL=C.UTF-8 or PYTHONUTF8=1") from error
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise UserError(
@@ -276,13 +300,24 @@ class LoadedModel:
     def _transformers(self) -> Any:
         """The same weights in transformers, which has the caches and samplers."""
         from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             convert(self._source, Path(folder) / "model", ConvertOptions("hf"), lambda count: None)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 Path(folder) / "model", dtype=next(self.module.parameters()).dtype
             )
         return model.to(self.device).eval()
+
+
+def _several(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:
+    return [paths] if isinstance(paths, (str, Path)) else paths
+
+
+def _check_config(config: object) -> None:
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config: expected what megarewarm.load_config returns, found {type(config).__name__}")
 
 
 def _check_positive(**numbers: int | None) -> None:
@@ -301,13 +336,13 @@ def load_model(checkpoint: Path | str, *, device: str = "auto", dtype: torch.dty
     return LoadedModel(open_checkpoint(str(checkpoint)), choose_device(launch_of_process(), device), dtype)
 
 
-def draw(runs: Sequence[Path | str]) -> dict[str, Figure]:
+def draw(runs: Path | str | Sequence[Path | str]) -> dict[str, Figure]:
     """The figures of the runs' report as matplotlib figures, by name: 'curves', 'tradeoff', ..."""
     from megarewarm.record.run import read_runs
     from megarewarm.report.numbers.runs import rows
     from megarewarm.report.pages.run_page import pictures
 
-    found = read_runs(runs)
+    found = read_runs(_several(runs))
     return {picture.name: picture.figure for picture in pictures(found, rows(found))}
 
 

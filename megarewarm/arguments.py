@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,20 @@ def tokens(text: str) -> int:
         return TypeAdapter(Tokens).validate_python(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, such as 50M") from None
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for ``argparse``."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A learning rate, for ``argparse``."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a learning rate above 0, such as 3e-4")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import triton
+from megarewarm_kernels.attention import head_norms
 from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
 from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
-from megarewarm_kernels.attention.head_norms import _ELEMENTS as HEADS_ELEMENTS
-from megarewarm_kernels.attention.head_norms import head_norms_backward, head_norms_forward
 from megarewarm_kernels.attention.rotary import _ELEMENTS as ROTARY_ELEMENTS
 from megarewarm_kernels.attention.rotary import rotary as rotary_kernel
+from megarewarm_kernels.layer import rms_norm
 from megarewarm_kernels.layer.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
 from megarewarm_kernels.layer.residual_norms import (
     _MOST_COLUMNS_BACKWARD,
@@ -33,8 +33,6 @@ from megarewarm_kernels.layer.residual_norms import (
     residual_norms_forward,
     warps,
 )
-from megarewarm_kernels.layer.rms_norm import rms_norm_backward, rms_norm_forward
-from megarewarm_kernels.layer.rms_norm import warps as rms_warps
 from megarewarm_kernels.layer.swiglu import _BLOCK as SWIGLU_BLOCK
 from megarewarm_kernels.layer.swiglu import _WARPS as SWIGLU_WARPS
 from megarewarm_kernels.layer.swiglu import swiglu_backward, swiglu_forward
@@ -55,7 +53,7 @@ _INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
 _INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
-_GROUPED_EXACT = (64, 128)  # heads whose grouped kernels in fp32 are in the table
+_GROUPED = {"bf16": (64, 128, 256), "fp32": (64,)}  # dtype -> heads that are compiled for groups of 4 too
 _ATTENTION_USUAL = (("bf16", 64, True, 1), ("fp32", 64, True, 1), ("bf16", 64, True, 4))
 """dtype, head, documents (windows are the same to the kernel), group."""
 _USUAL = {80: " bf16 d 64 documents", 90: ""}  # architecture -> what kernels that are compiled for it have in their names
@@ -114,10 +112,13 @@ def _shipped(every: bool) -> Iterator[Configuration]:
         name = f"rotary bf16 d {head_dim} r {2 * half}{_grouped(group)}"
         yield Configuration(name, rotary_kernel, "bf16", shape | {"BACK": False}, 4, ("cos_ptr", "sin_ptr"))
     for head_dim, group in ((64, 1), (128, 1), (64, 4), (128, 4), (256, 4)):
-        shape = {"D": head_dim, "GROUP": group, "WIDTH": head_dim, "VECTORS": HEADS_ELEMENTS // head_dim}
-        for way, kernel in (("", head_norms_forward), ("_backward", head_norms_backward)):
+        for way, kernel, elements in (
+            ("", head_norms.head_norms_forward, head_norms._ELEMENTS),
+            ("_backward", head_norms.head_norms_backward, head_norms._ELEMENTS_BACKWARD),
+        ):
+            shape = {"D": head_dim, "GROUP": group, "WIDTH": head_dim, "VECTORS": elements // head_dim}
             name = f"norm_heads{way} bf16 d {head_dim}{_grouped(group)}"
-            yield Configuration(name, kernel, "bf16", shape, 4, ("rstd_ptr", "partial_ptr"))
+            yield Configuration(name, kernel, "bf16", shape, head_norms._WARPS, ("rstd_ptr", "partial_ptr"))
     for dtype in ("bf16", "fp32"):
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
@@ -144,14 +145,15 @@ def _shipped(every: bool) -> Iterator[Configuration]:
 
     statistics = ("rstd_ptr", "partial_ptr")
     for columns in (512, 1024, 2048, 4096, 8192, 16384):
-        number = rms_warps(columns)
         for added in (True, False):
             values = {"ADDED": added, "COLUMNS": columns}
             name = f"rms_norm {'added' if added else 'first'} bf16 {columns}"
-            yield Configuration(name, rms_norm_forward, "bf16", values, number, statistics)
-            values = {"RESIDUAL": added, "COLUMNS": columns}
+            yield Configuration(name, rms_norm.rms_norm_forward, "bf16", values, rms_norm.warps(columns), statistics)
+            part = min(columns, rms_norm._PART)
+            number = rms_norm.warps(part, rms_norm._EACH_BACKWARD)
+            values = {"RESIDUAL": added, "COLUMNS": part, "PARTS": columns // part}
             name = f"rms_norm_backward {'added' if added else 'first'} bf16 {columns}"
-            yield Configuration(name, rms_norm_backward, "bf16", values, number, statistics)
+            yield Configuration(name, rms_norm.rms_norm_backward, "bf16", values, number, statistics)
 
 
 def _grouped(group: int) -> str:
@@ -166,12 +168,12 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
         for dtype in _ATTENTION
         for dim in _ATTENTION[dtype]
         for documents in (False, True)
-        for group in ((1, 4) if dtype == "bf16" or dim in _GROUPED_EXACT else (1,))
+        for group in ((1, 4) if dim in _GROUPED[dtype] else (1,))
     ]
     for dtype, head_dim, documents, group in wanted if every else _ATTENTION_USUAL:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
-                blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents)
+                blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents, group)
                 values: dict[str, Any] = {"DOCUMENTS": documents, "GROUP": group, "D": head_dim}
                 values["WIDTH"] = width_of(head_dim)
                 values |= {"QUERIES": blocks.queries, "KEYS": blocks.keys, "PRECISION": blocks.precision}

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
     "no such checkpoint": ({"start": {"from": "PLACE/absent"}}, r"absent: no such folder"),
     "a folder without a checkpoint": (no_checkpoint, r"empty is neither a run or checkpoint folder"),
     "another shape": (another_shape, r"model\.hidden_size: 64 in the config, 32 in the checkpoint"),
-    "another run's folder": (other_run, r"schedule\.max_lr was 0\.01, now it is 0\.005; give this run another 'name', or"),
+    "another run's folder": (other_run, r"schedule\.max_lr was 0\.01, now it is 0\.005; give this run another 'folder', or"),
     "unwritable folder": (unwritable, r"file"),
     "moments from scratch": ({"start": {"moments": "keep"}}, r"start\.moments: nothing to keep in a run from scratch"),
     "validation set without data": (

@@ -1,8 +1,8 @@
 """How the operators act on DTensors: for those who divide a model by PyTorch's tensor parallelism or sequence sharding.
 
 Importing this module registers the rules. Tokens may be divided everywhere (weights' gradients are then parts of a sum), heads
-in attention and columns in bias and GELU; the hidden dimension of a norm never. The trainer of this project needs none of it:
-its operators see each rank's own plain tensors.
+in attention and its norms, columns in bias and GELU and in SwiGLU; the hidden dimension of a norm never. The trainer of this
+project needs none of it: its operators see each rank's own plain tensors.
 """
 
 from __future__ import annotations
@@ -64,6 +64,52 @@ def _gelu_backward(grad: Any, x: Any, bias: Any, tanh: bool) -> Rules:
     rules += [([Shard(d), Partial()], [Shard(d), Shard(d), _WHOLE, None]) for d in range(x.ndim - 1)]
     columns = Shard(x.ndim - 1)
     return [*rules, ([columns, Shard(0)], [columns, columns, Shard(0), None])]
+
+
+@_rule("residual_rms_norm")
+def _rms_norm(x: Any, delta: Any, weight: Any, eps: float) -> Rules:
+    added = lambda placement: _WHOLE if delta is None else placement  # noqa: E731  # without delta an empty tensor
+    each = [_WHOLE, *(Shard(d) for d in range(x.ndim - 1))]
+    return [([added(p), p, p], [p, *_where(p, delta), _WHOLE, None]) for p in each]
+
+
+@_rule("residual_rms_norm_backward")
+def _rms_norm_backward(residual: Any, grad: Any, total: Any, weight: Any, scale: Any) -> Rules:
+    rules: Rules = [([_WHOLE] * 2, [*_where(_WHOLE, residual), *[_WHOLE] * 4])]
+    for d in range(total.ndim - 1):
+        tokens = Shard(d)
+        rules.append(([tokens, Partial()], [*_where(tokens, residual), tokens, tokens, _WHOLE, tokens]))
+    return rules
+
+
+def _pairs(pairs: Any) -> list[Any]:
+    whole = pairs.shape[-1] % (2 * pairs.mesh.size()) == 0  # no pair is divided
+    return [_WHOLE, *(Shard(d) for d in range(pairs.ndim - (not whole)))]
+
+
+@_rule("swiglu")
+def _swiglu(pairs: Any) -> Rules:
+    return [([p], [p]) for p in _pairs(pairs)]
+
+
+@_rule("swiglu_backward")
+def _swiglu_backward(grad: Any, pairs: Any) -> Rules:
+    return [([p], [p, p]) for p in _pairs(pairs)]
+
+
+@_rule("norm_heads")
+def _heads(qkv: Any, query_weight: Any, key_weight: Any, head_dim: int, group: int, eps: float) -> Rules:
+    # the last dimension is that of the heads, which the statistics have in the same place
+    return [([p] * 2, [p, _WHOLE, _WHOLE, None, None, None]) for p in (_WHOLE, *map(Shard, range(qkv.ndim)))]
+
+
+@_rule("norm_heads_backward")
+def _heads_backward(grad: Any, qkv: Any, query_weight: Any, key_weight: Any, rstd: Any, head_dim: int, group: int) -> Rules:
+    rules: Rules = [([_WHOLE] * 3, [_WHOLE] * 5 + [None, None])]
+    for d in range(qkv.ndim):
+        here = Shard(d)
+        rules.append(([here, Partial(), Partial()], [here, here, _WHOLE, _WHOLE, here, None, None]))
+    return rules
 
 
 @_rule("flash_attention")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import Parser, path_text, share, tokens
+from megarewarm.arguments import Parser, path_text, rate, share, tokens
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -40,7 +40,7 @@ def command_line() -> Parser:
     )
     parser.add_argument("--tokens", type=tokens, required=True, metavar="N", help="tokens to train on, such as 50M")
     parser.add_argument(
-        "--peak", type=float, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
+        "--peak", type=rate, metavar="LR", help="peak learning rate; default: that of Pythia's pre-training at this size"
     )
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: the model's positions, up to 2048")
     parser.add_argument("--tokenizer", type=path_text, help="default: the checkpoint's own")
@@ -55,6 +55,8 @@ def command_line() -> Parser:
 def main(words: Sequence[str]) -> int:
     arguments = command_line().parse_args(words)
     with importing():
+        from megarewarm.config.load import read_configs, validate
+        from megarewarm.config.schema import RunConfig
         from megarewarm.config.yaml_text import write_yaml
         from megarewarm.console import make_console
         from megarewarm.files import write_whole
@@ -76,7 +78,8 @@ def main(words: Sequence[str]) -> int:
         mapping, chosen = _prepare(arguments, name, folder, console)
         for line in chosen:
             console.print(line)
-        write_whole(path, (header + write_yaml(mapping)).encode())
+        hint = f"# to change it: another 'folder', then megarewarm train {shlex.quote(str(path))}\n"
+        write_whole(path, (header + hint + write_yaml(mapping)).encode())
         console.print(f"written: {path}")
     from megarewarm.main import main as train
 
@@ -85,8 +88,11 @@ def main(words: Sequence[str]) -> int:
         return code
     from megarewarm.report.pages.run_page import report
 
-    run = folder / "run"
-    console.print(f"report: {report([run], folder / 'report')}\nmodel for transformers: {run / 'huggingface'}")
+    config = validate(RunConfig, *read_configs([str(path)]))  # its user may have edited it
+    run = Path(config.run_folder)
+    console.print(f"report: {report([run], folder / 'report')}")
+    if config.export.huggingface:
+        console.print(f"model for transformers: {run / 'huggingface'}")
     return 0
 
 
@@ -102,6 +108,8 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
     length = arguments.sequence_length or min(source.model_config.max_positions, 2048)
     if not 0 < length <= source.model_config.max_positions:
         raise UserError(f"--sequence-length {length}: expected 1 to {source.model_config.max_positions}, the model's positions")
+    if arguments.tokens < length:
+        raise UserError(f"--tokens {arguments.tokens}: expected at least one sequence of {length} tokens (--sequence-length)")
     new = _tokenise(arguments, arguments.on, tokenizer, folder / "data" / "new", console)
     old = list(arguments.replay_tokens or [])
     if arguments.replay:

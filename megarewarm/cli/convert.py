@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarewarm.arguments import DTYPES, FORMS, Parser, path_text
+from megarewarm.arguments import DTYPES, FORMS, Parser, count, path_text
 from megarewarm.process import importing
 
 
@@ -20,7 +20,7 @@ def command_line() -> Parser:
     parser.add_argument("source", type=path_text, metavar="SRC")
     parser.add_argument("destination", metavar="DST", type=Path, help="a new folder, or an earlier conversion to replace")
     parser.add_argument("--to", required=True, choices=FORMS, help="the format to write")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
+    parser.add_argument("--tp", type=count, default=1, metavar="N", help="neox: tensor-parallel ranks; default: %(default)s")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: as stored; fp32 uses the optimizer's master weights if there are any"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megarewarm.arguments import Parser, path_text
+from megarewarm.arguments import Parser, path_text, tokens
 from megarewarm.process import importing, say
 
 
@@ -13,7 +13,7 @@ def command_line() -> Parser:
     parser = Parser(description="Mean cross entropy (nats per token) and perplexity of a checkpoint on token files.")
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("--on", type=path_text, nargs="+", required=True, metavar="PREFIX", help="token files, without suffix")
-    parser.add_argument("--tokens", type=int, metavar="N", help="at most N tokens of each file; default: all")
+    parser.add_argument("--tokens", type=tokens, metavar="N", help="at most N tokens of each file, such as 2M; default: all")
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: all positions of the model")
     parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences at a time; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")

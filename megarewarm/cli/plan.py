@@ -39,12 +39,17 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.console import make_console
 
     with importing():
+        from megarewarm.checkpoint.source import open_checkpoint
         from megarewarm.layout.cluster import rank_layouts
         from megarewarm.training.start.epochs import settle_epochs
+        from megarewarm.training.start.plan import settle_model
 
     config, lengths = settle_epochs(validate(RunConfig, *read_configs(arguments.configs)))
     if config.model is None:
-        raise UserError("model: needed to plan; 'extends' one of configs/pythia/*.yml or configs/llama/*.yml")
+        if config.start.from_ is None:
+            raise UserError("model: needed to plan; 'extends' one of configs/pythia or configs/llama, or give start.from")
+        config = settle_model(config, open_checkpoint(config.start.from_))
+    assert config.model is not None
     gpus = arguments.gpus
     plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu])
     console = make_console()

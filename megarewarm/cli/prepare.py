@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import STORED_DTYPES, Parser, path_text
+from megarewarm.arguments import STORED_DTYPES, Parser, count, path_text
 from megarewarm.process import EXIT_INTERRUPTED, importing, say
 
 _LINES = 30.0
@@ -52,9 +51,9 @@ def command_line() -> Parser:
     )
     parser.add_argument("--shuffle", action="store_true", help="write the documents in random order")
     parser.add_argument("--seed", type=int, default=1234, help="seed of --shuffle; default: %(default)s")
-    parser.add_argument("--max-documents", type=_positive, metavar="N", help="use only the first N documents of the input")
+    parser.add_argument("--max-documents", type=count, metavar="N", help="use only the first N documents of the input")
     parser.add_argument("--strict", action="store_true", help="stop at the first broken or empty record")
-    parser.add_argument("--workers", type=_positive, metavar="N", help="processes on this machine; default: one per core")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes on this machine; default: one per core")
     parser.add_argument("--mpi", action="store_true", help="the ranks of this MPI job are the workers (one hands out the work)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run with the same options")
     parser.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
@@ -108,8 +107,8 @@ def main(words: Sequence[str]) -> int:
         print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")
     for output in written[:1]:
         print(*output.notes, sep="\n", end="\n" * bool(output.notes))
-        for reason, count in output.skipped.items():
-            print(f"left out: {count:,} records: {reason}")
+        for reason, number in output.skipped.items():
+            print(f"left out: {number:,} records: {reason}")
         print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
     return 0
 
@@ -163,9 +162,3 @@ class ProgressBar:
     def finish(self) -> None:
         if self._bar is not None and self._doing:  # without a task it would print an empty line
             self._bar.stop()
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
-    return int(text)

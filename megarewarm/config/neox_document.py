@@ -36,6 +36,10 @@ writes it down. What follows GPT-NeoX's rules and defaults:
 - **Evaluation** takes the next `eval_iters` batches each time, as GPT-NeoX does, so its losses are of different text each
   time (`evaluation.windows: moving`). Fixed windows, which compare, are `evaluation.windows=fixed
   evaluation.at_start=true`.
+- **Llama-like models** (`norm: rmsnorm`, `activation: swiglu`; up to 2024 `activation: silu` with `mlp_type: llama`) are the
+  family `llama`, with `sliding_window_width` the family `mistral`. Two of GPT-NeoX's rules are easily overlooked: the gate is
+  a third as wide as `intermediate_size`, rounded up to `mlp_multiple_of`, and the MLP has biases unless `use_bias_in_mlp` is
+  false. The notes at the start name both. A width that GPT-NeoX itself can't build is refused with the one that it can.
 - **Initial weights** have GPT-NeoX's distributions and not its random numbers: a run from scratch follows another curve.
 - **Checkpoints** all stay unless `keep_last_n_checkpoints` is given; those of `extra_save_iters` stay anyway.
 

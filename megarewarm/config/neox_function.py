@@ -29,7 +29,6 @@ _OLD_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "geglu": (NO, "only GELU is known here"),
     "openai_gelu": (NO, "an old name of the tanh approximation; write bias_gelu_fusion: true instead"),
     "sparsity": (("none", None), "only full attention is known here"),
-    "mlp_type": (("regular", None), _ANOTHER),
     "num_experts": ((1, 0, None), _ANOTHER),
     "lora": ((None,), _ANOTHER),
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megarewarm.config.neox_family import not_here
+
 
 class Honoured(NamedTuple):
     """A key that ``neox_translate.py`` turns into ours: what GPT-NeoX takes there, its default, and what the key is here."""
@@ -32,11 +34,26 @@ HONOURED: dict[str, Honoured] = {
         "num_layers": ((int,), None, "model.num_layers"),
         "hidden_size": ((int,), None, "model.hidden_size"),
         "num_attention_heads": ((int,), None, "model.num_heads"),
-        "intermediate_size": ((int,), None, "model.ffn_size"),
+        "norm": ((str,), "layernorm", "model.family: 'rmsnorm' with 'activation: swiglu' is llama, with a window mistral"),
+        "activation": ((str,), "gelu", "model.family, with norm: 'gelu' beside 'layernorm', 'swiglu' beside 'rmsnorm'"),
+        "mlp_type": ((str,), "regular", "model.family; 'llama' with 'activation: silu' is GPT-NeoX's SwiGLU up to 2024"),
+        "num_kv_heads": ((int,), None, "model.num_kv_heads, with 'norm: rmsnorm'"),
+        "sliding_window_width": (
+            (int,),
+            None,
+            "model.sliding_window, with 'norm: rmsnorm': one more, as GPT-NeoX does not count the position itself",
+        ),
+        "intermediate_size": (
+            (int,),
+            None,
+            "model.ffn_size; with 'activation: swiglu' GPT-NeoX makes the gate a third as wide, rounded up to mlp_multiple_of",
+        ),
+        "mlp_multiple_of": ((int,), 1, "model.ffn_size: see intermediate_size"),
         "expansion_factor": (_NUMBER, None, "model.ffn_size, as a multiple of hidden_size"),
         "seq_length": ((int,), None, "data.sequence_length"),
         "max_position_embeddings": ((int,), None, "model.max_positions"),
         "layernorm_epsilon": (_NUMBER, 1e-5, "model.layernorm_eps"),
+        "rms_norm_epsilon": (_NUMBER, 1e-8, "model.layernorm_eps, with 'norm: rmsnorm'"),
         "no_weight_tying": ((bool,), False, "model.tie_embeddings, inverted"),
         "make_vocab_size_divisible_by": ((int,), 128, "model.vocab_size, with the tokenizer's size, where nothing is loaded"),
         "padded_vocab_size": ((int,), None, "model.vocab_size, where nothing is loaded"),
@@ -48,6 +65,7 @@ HONOURED: dict[str, Honoured] = {
         "init_method_std": (_NUMBER, 0.02, "model.init_std"),
         "gpt_j_residual": ((bool,), False, "model.residual"),
         "use_bias_in_attn_linear": ((bool,), True, "model.attention_bias"),
+        "use_bias_in_mlp": ((bool,), True, "model.mlp_bias; with LayerNorm it has to be true"),
         "attention_config": ((list,), None, "checked: 'global' and 'flash' are what every layer does here"),
         "optimizer": ((dict,), None, "the section optimizer, schedule.max_lr"),
         "weight_decay": (_NUMBER, 0.1, "optimizer.weight_decay"),
@@ -128,10 +146,10 @@ _BY_REASON: dict[str, str] = {
     ),
     _FUSED: (
         "scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion rope_fusion "
-        "layernorm_fusion attention_softmax_in_fp32 apply_query_key_layer_scaling rotary_save_freqs_buffer "
+        "layernorm_fusion rmsnorm_fusion use_flashattn_swiglu attention_softmax_in_fp32 apply_query_key_layer_scaling "
+        "rotary_save_freqs_buffer "
         "fused_kernels_build_path"
     ),
-    "a choice between kernels of another norm or activation, which is refused": "rmsnorm_fusion use_flashattn_swiglu",
     "the exact GELU in other operations: the mathematics is the same": "onnx_safe",
     "the loss is computed in fp32 here": "fp16_lm_cross_entropy",
     "gradients are added up in fp32 here": "fp32_allreduce communication_data_type data_types",
@@ -167,7 +185,7 @@ _BY_REASON: dict[str, str] = {
         "hysteresis loss_scale loss_scale_window min_scale dynamic_loss_scale short_seq_prob no_save_optim num_unique_layers "
         "param_sharing_style sparse_attention deepscale deepscale_config"
     ),
-    "GPT-NeoX reads it nowhere: its LayerNorm has biases": "use_bias_in_norms",
+    "GPT-NeoX reads it nowhere: its LayerNorm has biases, its RMSNorm has none": "use_bias_in_norms",
     "token files are read where they are needed": "use_shared_fs num_workers mmap_warmup",
     "checkpoints have checksums that are verified when they are loaded": "checkpoint_validation_with_forward_pass",
     "checkpoints always hold the random state": "no_save_rng",
@@ -197,7 +215,7 @@ _BY_REASON: dict[str, str] = {
         "mamba_use_bias_in_conv mamba_use_bias_in_linears dim_att head_size ffn_dim"
     ),
     "only used by sparse or gMLP attention, which attention_config may not name": "sparsity_config gmlp_attn_dim",
-    "only used by other norms, which are refused": "rms_norm_epsilon scalenorm_epsilon",
+    "only used by other norms, which are refused": "scalenorm_epsilon",
     "only used by other positions (pos_emb), which are refused": "rpe_num_buckets rpe_max_distance opt_pos_emb_offset",
     "only used by Transformer Engine's layers, which are refused": (
         "te_fp8_format te_fp8_wgrad te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin"
@@ -214,14 +232,8 @@ _ANOTHER_LOSS = "only next-token prediction is trained here"
 _TE = "Transformer Engine is not used here; leave it out"
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pos_emb": (("rotary",), "only rotary positions are known here; GPT-NeoX's default is 'learned', so say it"),
-    "norm": (("layernorm",), "only LayerNorm is known here"),
-    "activation": (("gelu",), "only GELU is known here"),
     "gpt_j_tied": (NO, "the two norms of the parallel residual are separate here"),
-    "use_bias_in_mlp": ((True,), "the MLP has biases here"),
     "use_qk_layernorm": (NO, _ANOTHER_MODEL),
-    "num_kv_heads": ((None,), "every head has its own keys and values here; leave it out"),
-    "sliding_window_width": ((None,), "attention is over the whole sequence here; leave it out"),
-    "mlp_multiple_of": ((1, None), "the MLP's width is taken as it is; give it with intermediate_size"),
     "hidden_dropout": (NO, "there is no dropout here; set it to 0"),
     "attention_dropout": (NO, "there is no dropout here; set it to 0"),
     "use_mup": (NO, "mup is not known here"),
@@ -278,7 +290,8 @@ OVERWRITTEN: dict[str, tuple[Any, str]] = {
 FUNCTION = frozenset(
     words(
         "num_layers hidden_size num_attention_heads num_kv_heads intermediate_size expansion_factor mlp_multiple_of "
-        "layernorm_epsilon no_weight_tying bias_gelu_fusion rotary_pct rotary_emb_base gpt_j_residual gpt_j_tied "
+        "layernorm_epsilon rms_norm_epsilon mlp_type no_weight_tying bias_gelu_fusion rotary_pct rotary_emb_base "
+        "gpt_j_residual gpt_j_tied "
         "use_bias_in_attn_linear use_bias_in_mlp use_qk_layernorm attention_config sliding_window_width pos_emb norm "
         "activation use_mup moe_num_experts soft_prompt_tuning te_columnparallel te_rowparallel te_layernorm_mlp te_mha "
         "te_fp8_mha"
@@ -296,21 +309,15 @@ def is_known(key: str) -> bool:
 def refusal(key: str, value: Any, values: Mapping[str, Any]) -> str | None:
     """Why ``value`` can't be honoured; None where it can, or has no effect beside the other ``values``.
 
-    ``key`` with underscores, a top-level key of ``ONLY``; of any other key the answer is None.
+    ``key`` with underscores, at the top level.
     """
     if key not in ONLY:
-        return None
+        return not_here(values).get(key)
     allowed, reason = ONLY[key]
     if is_among(value, allowed):
         return None
     if key == "gpt_j_tied" and not values.get("gpt_j_residual"):
         return None
-    if key == "num_kv_heads" and (not value or value == values.get("num_attention_heads")):
-        return None
-    if key == "mlp_multiple_of" and isinstance(value, int) and value > 0:
-        width = values.get("intermediate_size") or (values.get("expansion_factor") or 4) * (values.get("hidden_size") or 0)
-        if width and int(width) % (2 * value) == 0:  # GPT-NeoX rounds up to a multiple of twice the value
-            return None
     return reason
 
 

@@ -116,6 +116,8 @@ def _check(file: NeoxFile, path: str, value: Any, *, off: bool = False) -> None:
         _check_inside(file, path, value, off=True)  # a misspelt key is the cause, where there is one
     if key in tables.HONOURED:
         _check_type(place, value, tables.HONOURED[key])
+        if tables is neox_keys and (why := refusal(key, value, file.values)) is not None:
+            raise UserError(f"{place}: {_shown(value)} can't be honoured: {why}")
         file.honoured[path] = tables.HONOURED[key].meaning
     elif key in tables.ONLY:
         allowed, reason = tables.ONLY[key]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megarewarm.config import neox_keys
+from megarewarm.config.neox_model import model_of
 from megarewarm.config.neox_precision import loss_scale_of, precision_of
 from megarewarm.config.neox_read import NeoxFile
 from megarewarm.config.neox_tokenizer import KNOWN_ENDS, tokenizer_size, usable_tokenizer
@@ -17,8 +18,6 @@ from megarewarm.errors import UserError
 from megarewarm.untrusted import one_line
 
 _CURVES = {"linear": "linear_clipped", "cosine": "cosine", "exponential": "exponential", "constant": "constant"}
-_INIT = {"normal": "normal", "small_init": "small"}
-_OUTPUT_INIT = {"normal": "normal", "wang_init": "wang", "scaled_normal": "scaled_normal"}
 
 
 @dataclass(frozen=True)
@@ -173,63 +172,10 @@ class _Translator(NeoxValues):
     # ---- the model -------------------------------------------------------------------------------------------------
 
     def _model(self, tensor: int) -> dict[str, Any]:
-        hidden = self.require("hidden_size")
-        self._check_attention()
-        ffn, factor = self.get("intermediate_size"), self.get("expansion_factor")
-        if ffn is not None and factor is not None:
-            raise self.error("expansion_factor", "given beside intermediate_size; GPT-NeoX refuses both, remove one")
-        if ffn is None and factor is not None:
-            ffn = int(factor * hidden)
-        tanh = self.get("bias_gelu_fusion")
-        self.notes.append(
-            f"bias_gelu_fusion {str(tanh).lower()}: {'tanh' if tanh else 'exact (erf)'} GELU, whatever the checkpoint says"
-        )
-        model = {
-            "num_layers": self.require("num_layers"),
-            "hidden_size": hidden,
-            "num_heads": self.require("num_attention_heads"),
-            "ffn_size": ffn,
-            "max_positions": self.get("max_position_embeddings") or self.require("seq_length"),
-            "rotary_fraction": self.get("rotary_pct"),
-            "rotary_base": self.get("rotary_emb_base"),
-            "activation": "gelu_tanh" if tanh else "gelu_erf",
-            "residual": "parallel" if self.get("gpt_j_residual") else "sequential",
-            "tie_embeddings": not self.get("no_weight_tying"),
-            "attention_bias": self.get("use_bias_in_attn_linear"),
-            "layernorm_eps": self.get("layernorm_epsilon"),
-            "init": self.choice("init_method", _INIT),
-            "output_init": self.choice("output_layer_init_method", _OUTPUT_INIT),
-            "init_std": self.get("init_method_std"),
-        }
+        model = model_of(self)
         if self._load is None:
             model["vocab_size"] = self.padded_vocabulary(tensor)
         return model
-
-    def _check_attention(self) -> None:
-        layers = self.require("num_layers")
-        given = self.get("attention_config")
-        if given is None:
-            return
-        kinds: list[str] = []
-        shape = 'a list of [[kinds], count], such as [[["flash"], 24]]; count may be "all"'
-        for item in given:
-            if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and item[0]):
-                raise self.error("attention_config", f"{item!r} is not of the form [[kinds], count]: expected {shape}")
-            pattern, count = item
-            if count == "all":
-                count = layers // len(pattern)
-            if isinstance(count, bool) or not isinstance(count, int):
-                raise self.error("attention_config", f'count {count!r} is neither a number nor "all": expected {shape}')
-            if count > layers:
-                described = len(kinds) + len(pattern) * count
-                raise self.error("attention_config", f"describes {described} layers, num_layers is {layers}")
-            kinds += pattern * count
-        if len(kinds) != layers:
-            raise self.error("attention_config", f"describes {len(kinds)} layers, num_layers is {layers}")
-        if other := [kind for kind in kinds if kind not in ("global", "flash")]:
-            raise self.error(
-                "attention_config", f"{other[0]!r} can't be honoured: only 'global' and 'flash' attention is known"
-            )
 
     def padded_vocabulary(self, tensor: int) -> int:
         """GPT-NeoX's rule: the tokenizer's size, up to a multiple of make_vocab_size_divisible_by x tensor-parallel ranks."""

@@ -82,6 +82,9 @@ class StartConfig(Section):
         return self
 
 
+_MOST_STEPS = 10**10  # far above any run, and their samples can be counted in 64 bits
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -148,6 +151,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.budget '{self.training.budget}' is less than one step of {self.tokens_per_step:,} tokens"
             )
+        if self.training.budget.unit != "epochs" and self.total_steps > _MOST_STEPS:
+            raise ValueError(f"training.budget '{self.training.budget}' is more than {_MOST_STEPS:,} steps; give fewer")
         return self
 
     @property

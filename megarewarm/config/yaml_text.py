@@ -81,8 +81,13 @@ for _name, (_pattern, _first) in _RESOLVERS.items():
 
 
 def write_yaml(mapping: dict[str, Any]) -> str:
-    """``mapping`` as YAML that `parse_yaml`, and any reader of YAML 1.1, reads as the same."""
-    return str(yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    """``mapping`` as YAML that `parse_yaml`, and any reader of YAML 1.1, reads as the same. Raises ``UserError`` for text
+    that is no Unicode, such as a command line's in a locale that can't hold it."""
+    try:
+        return str(yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    except UnicodeEncodeError as error:
+        shown = error.object.encode("ascii", "backslashreplace").decode()
+        raise UserError(f"'{shown}' is no Unicode text: use a UTF-8 locale (LC_ALL=C.UTF-8), or other names") from error
 
 
 def _value(node: yaml.Node, loader: _Loader, file: str, path: tuple[str, ...], origins: Origins) -> Any:

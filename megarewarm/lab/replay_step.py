@@ -200,9 +200,14 @@ def show(replayed: Replayed, console: Console, most: int = 12) -> None:
             style="yellow",
         )
     order = sorted(range(len(replayed.places)), key=lambda i: _badness(replayed.row_losses[i]), reverse=True)
-    rows = Table(title="its sequences, highest loss first", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading, justify in (("row", "right"), ("loss", "right"), ("source", "left"), ("documents", "left"), ("text", "left")):
-        rows.add_column(heading, justify=justify, overflow="ellipsis", no_wrap=heading != "documents")  # type: ignore[arg-type]
+    rows = Table(
+        title="its sequences, highest loss first", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=True
+    )
+    for heading in ("row", "loss"):
+        rows.add_column(heading, justify="right", no_wrap=True)
+    rows.add_column("source", overflow="ellipsis", no_wrap=True)
+    rows.add_column("documents", max_width=20)
+    rows.add_column("text", overflow="ellipsis", no_wrap=True, ratio=1)  # the others have their width, this one the rest
     for i in order[:most]:
         place = replayed.places[i]
         text = " ".join(replayed.texts[i].split())[:_EXCERPT]

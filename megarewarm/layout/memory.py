@@ -21,7 +21,7 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 @dataclass(frozen=True)
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
-    ``optimizer``: its kind."""
+    ``optimizer``: its kind; ``fused``: see ``activation_bytes``."""
 
     model: ModelConfig
     sequence_length: int
@@ -31,6 +31,7 @@ class Work:
     value_bytes: int = 4
     loss_memory: int = 64 * 2**20
     optimizer: str = "adamw"
+    fused: bool = True
 
     @property
     def tokens(self) -> int:
@@ -157,12 +158,20 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
         work_bytes=work.value_bytes,
         layers=sum(part.layers),
         last=part.last,
+        fused=work.fused,
     )
     activations *= in_flight
     if work.recompute == "full":
         # one layer at a time is recomputed and keeps all its activations meanwhile
         activations += activation_bytes(
-            model, work.tokens, tensor=tensor, sequence=parallel.sequence, work_bytes=work.value_bytes, layers=1, last=False
+            model,
+            work.tokens,
+            tensor=tensor,
+            sequence=parallel.sequence,
+            work_bytes=work.value_bytes,
+            layers=1,
+            last=False,
+            fused=work.fused,
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
     return Memory(weights, 4.0 * held / shard, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
@@ -212,11 +221,12 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
     if t > 1:
         # an all-reduce, or its two halves, forward and backward in each layer (twice if sequential); embedding and head
         sums = 2 * sum(part.layers) * (1 if model.residual == "parallel" else 2) + int(part.first) + int(part.last)
-        tensor = m * sums * _all_reduce(stream, t)
+        tensor = m * (sums + sum(part.layers) * _sums_again(work, parallel)) * _all_reduce(stream, t)
         tensor += m * int(part.last) * 12.0 * work.tokens * (t - 1)
         norms = sum(part.layers) * sum(c.numel for c in cards(model).values() if c.layer == 0 and c.feeds_share)
-        if model.qk_norm == "width":  # sums of squares of queries and keys, forward and backward
-            tensor += m * sum(part.layers) * 4 * _all_reduce(4.0 * work.tokens, t)
+        if model.qk_norm == "width":  # sums of squares of queries and keys: forward, again if recomputed, backward
+            times = 6 if work.recompute == "full" else 4
+            tensor += m * sum(part.layers) * times * _all_reduce(4.0 * work.tokens, t)
         tensor += _all_reduce(4.0 * (whole if parallel.sequence else norms) / (layout.shard if sharded else 1), t)
     pipeline = m * part.sends * stream / (t if parallel.sequence else 1)
     if model.tie_embeddings and part.first != part.last:  # both ends sum the gradients of their copies
@@ -231,6 +241,18 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
         share = (layout.shard - 1) / layout.shard
         data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)
     return Traffic(tensor, pipeline, data)
+
+
+def _sums_again(work: Work, parallel: ParallelConfig) -> float:
+    """All-reduces of the stream that full recomputation repeats in a layer, halves of them with sequence parallelism: all up
+    to the last tensor that the backward pass needs, which is the MLP's last product's input or, where it is normed, its sum."""
+    if work.recompute != "full":
+        return 0.0
+    if work.model.residual == "parallel":
+        return 0.5 if parallel.sequence else 0.0
+    if work.model.norm_place == "after":
+        return 2.0
+    return 1.5 if parallel.sequence else 1.0
 
 
 def _all_reduce(size: float, ranks: int) -> float:

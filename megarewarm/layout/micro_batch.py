@@ -31,7 +31,16 @@ def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *,
         value_bytes,
         config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
         config.optimizer.kind,
+        _is_fused(config, on_gpu),
     )
+
+
+def _is_fused(config: RunConfig, on_gpu: bool) -> bool:
+    """Whether RMSNorm and SwiGLU keep as little as their operators; torch's compiler drops as much."""
+    kernels = config.kernels
+    if "reference" in (kernels.use, kernels.norms, kernels.gelu):
+        return False
+    return on_gpu or kernels.use == "auto"
 
 
 def fitting(

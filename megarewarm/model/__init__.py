@@ -1,1 +1,1 @@
-"""GPT-NeoX on one device: the module, its initial weights, its sizes."""
+"""Transformers of each family on one device: the module, its initial weights, its sizes."""

@@ -45,6 +45,11 @@ def fuse(model: Transformer, operations: Operations) -> None:
         model.final_layer_norm.__class__ = fused_llama.FusedRMSNorm
 
 
+def rounds_stream(layer: nn.Module) -> bool:
+    """Whether ``layer`` passes on a residual stream in autocast's dtype under autocast, not in fp32."""
+    return isinstance(layer, fused_neox.FusedLayer | fused_llama.FusedNormBefore)
+
+
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {
     llama.NormBefore: fused_llama.FusedNormBefore,
     llama.RMSNorm: fused_llama.FusedRMSNorm,

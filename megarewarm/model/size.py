@@ -43,7 +43,8 @@ def stage_costs(model: ModelConfig, sequence_length: int) -> tuple[float, float]
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """Pairs of positions of a sequence, of which the later one attends to the earlier; a pair with itself counts half."""
+    """Pairs of positions of a sequence, of which the later one attends to the earlier, less half of one at each of the first
+    ``window`` positions: without a window half of all."""
     window = min(window or length, length)
     return window * length - window * window / 2
 
@@ -70,30 +71,56 @@ def activation_bytes(
     work_bytes: int = 4,
     layers: int | None = None,
     last: bool = True,
+    fused: bool = True,
 ) -> float:
     """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
     A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
-    outputs 2h, queries, keys and values, again where they are normed, the attention's output, and the MLP's activation
-    before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep their inputs,
-    2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input and output,
-    2h. ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs;
-    of LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of
-    norms and attention, some values per token, are left out. A value of the residual stream takes ``stream_bytes``, any
-    other ``work_bytes``.
+    outputs 2h, queries, keys and values, again where they are normed, the queries of shared keys again (torch's
+    attention copies them, megarewarm's kernel for windows and documents doesn't), the attention's output, and the MLP's
+    activation before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep
+    their inputs, 2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input
+    and output, 2h. ``fused`` False: of plain PyTorch, whose RMSNorm also keeps what it scales, and whose SwiGLU silu(gate).
+
+    ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs; of
+    LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of norms
+    and attention, some values per token, are left out. A value of the residual stream, and what a plain RMSNorm keeps, takes
+    ``stream_bytes``, any other ``work_bytes``, and so does the stream of fused Llama-like layers.
     """
     h, f = model.hidden_size, model.mlp_size
     inputs = 1 if model.residual == "parallel" else 2
     divided_stream = tensor if sequence else 1
-    stream = inputs * h / divided_stream
+    plain_norms = model.norm == "rms" and not fused
+    exact_bytes = stream_bytes
+    # what fused layers pass on, and the inputs of linear layers that no norm precedes, are in autocast's dtype
+    last_bytes = work_bytes if fused and model.norm == "rms" and model.norm_place == "before" else stream_bytes
+    stream_bytes = work_bytes if fused and model.norm == "rms" else stream_bytes
     if recompute == "full":
         per_layer = stream_bytes * h / divided_stream
     else:
+        stream = (inputs + (2 if plain_norms else 0)) * h / divided_stream
         normed = inputs * h if sequence and model.norm == "layer" else 2 * h
-        q, qkv = model.num_heads * model.head_width, (model.num_heads + 2 * model.kv_heads) * model.head_width
-        expanded = 2 * f if model.activation == "swiglu" else f
-        projected = qkv if model.qk_norm == "none" else 2 * qkv
-        inner = (projected + q + expanded + (0 if recompute == "selective" else f)) / tensor
-        per_layer = stream_bytes * stream + work_bytes * (normed + inner)
-    after = stream_bytes * 2 * h / divided_stream if last else 0.0
+        mlp = 2 * f if model.activation == "swiglu" else f
+        if recompute == "none":
+            mlp += f if fused or model.activation != "swiglu" else 2 * f
+        inner = work_bytes * mlp + _attention_bytes(model, fused, tensor, exact_bytes, work_bytes)
+        per_layer = stream_bytes * stream + work_bytes * normed + inner / tensor
+    after = last_bytes * (3 if plain_norms else 2) * h / divided_stream if last else 0.0
     return tokens * ((model.num_layers if layers is None else layers) * per_layer + after)
+
+
+def _attention_bytes(model: ModelConfig, fused: bool, tensor: int, exact_bytes: int, work_bytes: int) -> float:
+    """Bytes per token that the attention of one layer keeps on all ``tensor`` ranks, its input aside; see
+    ``activation_bytes``. Ranks that add up the squares of a width norm them by plain PyTorch."""
+    q, k = model.num_heads * model.head_width, model.kv_heads * model.head_width
+    values, exact = 2 * q + 2 * k, 0
+    if model.queries_per_key > 1:
+        values += q
+    if model.qk_norm != "none":
+        if fused and (model.qk_norm == "head" or tensor == 1):
+            values += q + 2 * k
+        elif model.qk_norm == "width" or work_bytes < exact_bytes:
+            exact = 2 * (q + k)  # copies of queries and keys, and what is scaled
+        else:
+            values, exact = values + q + 2 * k, q + k
+    return float(work_bytes * values + exact_bytes * exact)

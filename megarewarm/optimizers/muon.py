@@ -2,13 +2,13 @@
 
 Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), with the decoupled weight decay and the scale of arXiv
 2502.16982, 0.2 sqrt(max(m, n)) for a matrix (m, n): an update is as large as AdamW's, so that both share learning rate and
-decay. Queries, keys and values are three matrices.
+decay. Queries, keys and values are three matrices, gate and up two.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,16 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
 def _scaled(matrix: Tensor) -> Tensor:
     """(rows, columns) in fp32, as large as an update of AdamW (arXiv 2502.16982)."""
     return matrix.float() * (0.2 * math.sqrt(max(matrix.shape)))
+
+
+def orthogonal_each(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
+    """Each of ``matrices`` (rows, columns) orthogonalised and scaled, in fp32; those of one shape in one batch."""
+    moved: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(matrix.shape for matrix in matrices):
+        places = [i for i, matrix in enumerate(matrices) if matrix.shape == shape]
+        batch = orthogonalised(torch.stack([matrices[i] for i in places]), steps)
+        moved |= {i: _scaled(matrix) for i, matrix in zip(places, batch, strict=True)}
+    return [moved[i] for i in range(len(matrices))]
 
 
 class Muon:
@@ -122,8 +132,7 @@ class Muon:
         if card.interleaved is None:
             x = _scaled(orthogonalised(x, self.config.orthogonal_steps))
         else:  # of queries, keys and values, and of gate and up, each is a matrix of its own
-            parts = card.interleaved.split(x)
-            x = card.interleaved.join([_scaled(orthogonalised(part, self.config.orthogonal_steps)) for part in parts])
+            x = card.interleaved.join(orthogonal_each(card.interleaved.split(x), self.config.orthogonal_steps))
         return x.contiguous()
 
     def set_lr(self, lr: float) -> None:

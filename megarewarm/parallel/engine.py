@@ -90,7 +90,7 @@ class ParallelModel(LaidOutModel):
             sequence_length=length,
             local_length=length // mesh.layout.tensor if sequence else length,
             hidden_size=self.config.hidden_size,
-            dtype=self._dtype if self._sharded else torch.float32,
+            dtype=self._stream_dtype,
             loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
         )
 

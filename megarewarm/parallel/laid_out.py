@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
-from megarewarm.model.fused import Operations, fuse
+from megarewarm.model.fused import Operations, fuse, rounds_stream
 from megarewarm.model.initialize import initial_value
 from megarewarm.model.parameters import EMBEDDING, cards
 from megarewarm.model.size import stage_costs
@@ -84,6 +84,8 @@ class LaidOutModel:
         rank = self.mesh.tensor_rank
         self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}
         fuse(model, operations)
+        low = self._sharded or any(rounds_stream(layer) for layer in model.layers)
+        self._stream_dtype = self._dtype if low else torch.float32
         self._numbers, self._count = [0], 1
         self._modules: list[nn.Module] = [model]
         if layout.pipeline > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -149,6 +150,36 @@ def test_numbers_out_of_range(place: Path) -> None:
             model.evaluate(place / "new", **keys)
     with pytest.raises(UserError, match="max_tokens 0: expected"):
         model.generate("x", 0)
+    odd: list[dict[str, Any]] = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
+    for options in [*odd, {"seed": -1}, {"seed": 2**64}]:
+        with pytest.raises(UserError, match=f"{next(iter(options))} .*: expected"):
+            model.generate("x", **options)
+    with pytest.raises(UserError, match="the text is not UTF-8"):
+        model.generate("na\udcc3\udcafve")  # as Python reads the command line where the locale has no such characters
+
+
+def test_arguments_of_another_type(place: Path, tmp_path: Path) -> None:
+    """One line each; one path where several are expected is that path, not its letters."""
+    settings: Any = mapping(place)
+    for function in (megarewarm.train, megarewarm.plan):
+        with pytest.raises(UserError, match=r"config: expected what megarewarm\.load_config returns, found dict"):
+            function(settings)
+    model = megarewarm.load_model(place / "tiny")
+    odd: list[Any] = [[[1, 2], [3]], [], [1, 2], [[1, model.config.vocab_size]], [[-1]]]
+    for tokens in odd:
+        with pytest.raises(UserError, match="tokens: expected"):
+            model.logits(tokens)
+    with pytest.raises(UserError, match=r"tokens: .* positions, the model has"):
+        model.logits([[1] * (model.config.max_positions + 1)])
+    assert megarewarm.draw(str(place / "tiny")).keys() == megarewarm.draw([place / "tiny"]).keys()
+    with pytest.raises(UserError, match=r"write \[text\]"):
+        megarewarm.train_tokenizer("one text", 300, tmp_path / "tokenizer.json")
+    megarewarm.train_tokenizer(["one text"], 258, tmp_path / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("one text")
+    (written,) = megarewarm.prepare(tmp_path / "text.txt", tmp_path / "tokenizer.json", tmp_path / "data")
+    assert written.counts.documents == 1
+    with pytest.raises(UserError, match=r"no option 'bogus'; known: .*split"):
+        megarewarm.prepare([tmp_path / "text.txt"], tmp_path / "tokenizer.json", tmp_path / "other", bogus=1)
 
 
 def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:

@@ -60,6 +60,23 @@ def test_mistyped_words(words: list[str], said: str) -> None:
     assert megarewarm(*words, code=2).rstrip().endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["convert", "x", "y", "--to", "neox", "--tp", "0"], "'0' is not a whole number above 0"),
+        (["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "0"], "'0' is not a learning rate above 0, such as 3e-4"),
+        (
+            ["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "nan"],
+            "'nan' is not a learning rate above 0, such as 3e-4",
+        ),
+        (["evaluate", "x", "--on", "y", "--tokens", "0"], "'0' is not a number of tokens, such as 50M"),
+        (["schedules", "x.txt"], "x.txt: expected the name of a picture, such as schedules.png"),
+    ],
+)
+def test_values_out_of_range(words: list[str], said: str) -> None:
+    assert megarewarm(*words, code=2).rstrip().endswith(said)
+
+
 def test_every_shell_gets_every_command() -> None:
     for shell in ("bash", "zsh", "fish"):
         script = megarewarm("completion", shell)

@@ -17,6 +17,7 @@ from megarewarm.data.files.split import split_documents
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.text.tokenizers import load_tokenizer, train_bpe
 from megarewarm.errors import UserError
+from megarewarm.main import main as train
 from megarewarm.record.run import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +81,16 @@ def test_the_whole_way(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert config.replay is not None and config.replay.fraction == 0.1
     with pytest.raises(UserError, match="made by another command"):
         continue_run.main(words(place, out))
+    edited = [str(out / "run.yml"), "name=lower", "schedule.max_lr=5e-3"]
+    assert train([*edited, "--dry-run"]) == 2
+    assert "give this run another 'folder'" in capsys.readouterr().err
+    assert train([*edited, f"folder={out / 'lower'}", "--dry-run"]) == 0
+    # the same command reports the run that the file now names
+    (out / "run.yml").write_text(before.decode().replace(str(out / "run"), str(out / "moved")))
+    capsys.readouterr()
+    assert continue_run.main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"model for transformers: {out / 'moved' / 'huggingface'}" in shown.replace("\n", "")
 
 
 def test_a_dry_run_trains_nothing_and_can_be_followed_by_the_run(
@@ -109,6 +120,7 @@ def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path)
     ("more", "said"),
     [
         (["--sequence-length", "64"], "--sequence-length 64: expected 1 to 32"),
+        (["--tokens", "10"], "--tokens 10: expected at least one sequence of 32 tokens"),
         (["--replay-tokens", "nowhere"], "nowhere"),
     ],
 )

@@ -90,6 +90,7 @@ def test_the_length_of_a_quick_form(length: str) -> None:
     ("word", "said"),
     [
         ("training.budget=5e9", "may be steps or tokens: write '5000000000 steps' or '5000000000 tokens'"),
+        ("training.budget=1e30 tokens", "is more than 10,000,000,000 steps; give fewer"),
         ("training.budget={a: 1}", "training.budget: not a length of training; write steps as an integer (500), or"),
         ("training.budget=1%", "is a share of itself: give steps, tokens or epochs"),
         ("training.global_batch=2 tokens", "'2 tokens' is no number of sequences; write it as 1000 or '512 sequences'"),

@@ -211,7 +211,7 @@ def test_pythia_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"a.yml": SMALL | {"hidden_size": "32"}}, r"hidden_size: '32' is of type str, expected int"),
         ({"a.yml": SMALL | {"num_layers": True}}, r"num_layers: True is of type bool, expected int"),
         ({"a.yml": SMALL | {"hidden_dropout": 0.1}}, r"hidden_dropout: 0\.1 can't be honoured: there is no dropout"),
-        ({"a.yml": SMALL | {"norm": "rmsnorm"}}, r"norm: 'rmsnorm' can't be honoured: only LayerNorm"),
+        ({"a.yml": SMALL | {"norm": "scalenorm"}}, r"norm: 'scalenorm' can't be honoured: only LayerNorm"),
         ({"a.yml": {k: v for k, v in SMALL.items() if k != "pos_emb"}}, r"'pos_emb' is missing: .*default is 'learned'"),
         ({"a.yml": SMALL | {"moe_num_experts": 8}}, r"moe_num_experts: 8 can't be honoured"),
         ({"a.yml": SMALL | {"train_impl": "dpo"}}, r"train_impl: 'dpo' can't be honoured: only next-token"),

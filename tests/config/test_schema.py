@@ -18,7 +18,7 @@ from megarewarm.config.load import dump, merge, read_configs, validate
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schedule import ScheduleConfig
 from megarewarm.config.schema import RunConfig
-from megarewarm.config.yaml_text import parse_yaml
+from megarewarm.config.yaml_text import parse_yaml, write_yaml
 from megarewarm.errors import UserError
 from megarewarm.schedules.schedule import CURVES
 
@@ -246,3 +246,9 @@ def test_json_schema_judges_as_the_loader_does() -> None:
     assert list(checker.iter_errors(parse_yaml(MINIMAL.replace("max_lr", "max_rl"), "f")[0]))
     assert list(checker.iter_errors(parse_yaml(MINIMAL.replace("budget: 40", "budget: forty"), "f")[0]))
     assert list(checker.iter_errors(parse_yaml("experiment: e\nruns: [{name: a, schedule: {curve: cosin}}]", "f")[0]))
+
+
+def test_text_that_is_no_unicode_is_said() -> None:
+    """As Python reads the command line in a locale that can't hold it."""
+    with pytest.raises(UserError, match=r"'out_\\udce6' is no Unicode text: use a UTF-8 locale"):
+        write_yaml({"name": "out_\udce6"})

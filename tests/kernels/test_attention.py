@@ -35,6 +35,13 @@ def backend(name: str) -> Callable[..., Tensor]:
 
 
 IMPLEMENTATIONS = ("flash", "sdpa", "reference")
+WAYS: dict[str, dict[str, Any]] = {
+    "2 queries a key": {"group": 2},
+    "6 queries a key": {"group": 6},
+    "a window": {"window": 3},
+    "a window of one": {"window": 1, "group": 2},
+    "all together": {"group": 3, "window": 4, "documents": DOCUMENTS},
+}
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
@@ -49,6 +56,45 @@ def test_the_derivative(name: str, documents: list[list[int]] | None) -> None:
     assert torch.autograd.gradcheck(ours, [leaf])
     for mine, wanted in zip(results(backend(name), case), results(by_torch, case), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_groups_and_windows(name: str, way: str) -> None:
+    case = arguments(2, 9, 2, 4, 4, **WAYS[way])
+    named = {"head_dim": 4, "group": case.group, "window": case.window, "starts": case.starts}
+    assert torch.autograd.gradcheck(lambda x: backend(name)(x * 1.0, case.cos, case.sin, **named), [case.qkv.requires_grad_()])
+    for mine, wanted in zip(results(backend(name), case), results(by_torch, case), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 9, 40])
+def test_a_group_adds_up_what_equal_heads_would_get(window: int | None) -> None:
+    """Keys and values copied for each query are heads of their own, whose gradients' sum is the key's."""
+    case = arguments(2, 33, 2, 8, 8, group=3, window=window)
+    heads = case.qkv.unflatten(-1, (2, 5, 8))
+    key_value = heads[..., 3:, :].unsqueeze(-3).expand(-1, -1, -1, 3, -1, -1)
+    apart = torch.cat([heads[..., :3, None, :], key_value], -2).flatten(2)  # (b, s, 6 x 3 x 8)
+    out, gradient = results(flash_attention, case)
+    alone = Arguments(apart, case.cos, case.sin, 8, None, case.grad, 1, window)
+    wanted, each = results(flash_attention, alone)
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    each = each.unflatten(-1, (2, 3, 3, 8))
+    summed = torch.cat([each[..., 0, :], each[..., 1:, :].sum(-3)], -2).flatten(2)
+    torch.testing.assert_close(gradient, summed, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_as_long_as_the_sequence_is_none() -> None:
+    for name in IMPLEMENTATIONS:
+        found = [results(backend(name), arguments(2, 9, 2, 8, 4, window=window)) for window in (None, 9, 100)]
+        assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("way", [{"group": 2}, {"group": 6, "window": 20}, {"window": 7, "documents": [[20, 1, 44], [65]]}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [*IMPLEMENTATIONS, "auto"])
+def test_groups_and_windows_as_exact_as_torch(name: str, dtype: torch.dtype, way: dict[str, Any]) -> None:
+    assert_as_exact_as_torch(backend(name), arguments(2, 65, 2, 20, 8, each=True, **way), dtype)
 
 
 @pytest.mark.parametrize("documents", [None, [[20, 1, 44], [65]]])
@@ -155,23 +201,26 @@ def test_nothing_is_kept_but_what_the_backward_pass_needs() -> None:
     assert sum(kept.values()) == rotated + out + statistics + tables + starts
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_operators_keep_pytorchs_rules(documents: list[list[int]] | None) -> None:
-    case = arguments(2, 9, 2, 8, 4, documents).to(torch.float32)
+def test_operators_keep_pytorchs_rules(documents: list[list[int]] | None, group: int) -> None:
+    case = arguments(2, 9, 2, 8, 4, documents, group=group).to(torch.float32)
     ops = torch.ops.megarewarm
-    forward = (case.qkv, case.starts, 8, 1)
+    forward = (case.qkv, case.starts, 8, group)
     out, lse = ops.flash_attention.default(*forward)
-    backward = (case.grad, case.qkv, out, lse, case.starts, 8, 1)
+    backward = (case.grad, case.qkv, out, lse, case.starts, 8, group)
     for operator, given_to in ((ops.flash_attention, forward), (ops.flash_attention_backward, backward)):
         checks = torch.library.opcheck(operator.default, given_to, test_utils=("test_schema", "test_faketensor"))
         assert set(checks.values()) == {"SUCCESS"}
 
 
-def test_operations_are_counted() -> None:
-    case = arguments(2, 9, 3, 8, 4)
+@pytest.mark.parametrize("group", [1, 3])
+def test_operations_are_counted(group: int) -> None:
+    """By the queries: three heads each time, of one key or of three."""
+    case = arguments(2, 9, 3 // group, 8, 4, group=group)
     leaf = case.qkv.requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        out = flash_attention(leaf * 1.0, case.cos, case.sin, head_dim=8)
+        out = flash_attention(leaf * 1.0, case.cos, case.sin, head_dim=8, group=group)
         forward = counter.get_total_flops()
         out.backward(case.grad)
     product = 2 * (2 * 3) * 9 * 9 * 8 // 2  # of one pair of matrices, for half of the scores
@@ -208,6 +257,11 @@ ALL = {"flash2", "flash3", "flash4"}
         (9, ALL, BF16, 64, {"wanted": "reference"}, "reference"),
         (9, ALL, BF16, 64, {"wanted": "flash2", "deterministic": True}, "triton"),
         (9, {"flash2"}, BF16, 64, {"wanted": "flash3"}, "cudnn"),
+        (9, ALL, BF16, 64, {"window": True}, "flash4"),
+        (9, {"flash2"}, BF16, 64, {"window": True}, "flash2"),
+        (9, set(), BF16, 64, {"window": True}, "triton"),
+        (9, ALL, FP32, 64, {"window": True}, "triton"),
+        (9, ALL, BF16, 64, {"wanted": "cudnn", "window": True}, "flash2"),
     ],
 )
 def test_the_choice_on_a_gpu(
@@ -252,9 +306,21 @@ def test_giving_way_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
 def flash_module(name: str, with_statistics: bool) -> ModuleType:
     """FlashAttention's interface, as its packages have it, computed document by document."""
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Any:
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Any:
+        assert q.shape[2] % k.shape[2] == 0 and k.shape == v.shape and causal
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+        left, right = window_size  # how many positions before and after it a query sees; -1: all
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        mask = (distance >= 0) & ((distance <= left) | (left < 0)) & ((-distance <= right) | (right < 0))
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=softmax_scale).transpose(1, 2)
         return (out, None) if with_statistics else out
 
     def flash_attn_varlen_func(
@@ -267,6 +333,7 @@ def flash_module(name: str, with_statistics: bool) -> ModuleType:
         max_seqlen_k: int,
         softmax_scale: float | None = None,
         causal: bool = False,
+        window_size: tuple[int, int] = (-1, -1),
     ) -> Any:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
         cuts = cu_seqlens_q.tolist()
@@ -274,7 +341,8 @@ def flash_module(name: str, with_statistics: bool) -> ModuleType:
         assert max(sizes) == max_seqlen_q == max_seqlen_k and cuts[0] == 0 and cuts[-1] == q.shape[0] and min(sizes) > 0
         outs = []
         for begin, end in pairwise(cuts):
-            out = flash_attn_func(q[None, begin:end], k[None, begin:end], v[None, begin:end], softmax_scale, causal)
+            one, two, three = (part[None, begin:end] for part in (q, k, v))
+            out = flash_attn_func(one, two, three, softmax_scale, causal, window_size)
             outs.append((out[0] if with_statistics else out)[0])
         return (torch.cat(outs), None) if with_statistics else torch.cat(outs)
 
@@ -290,17 +358,17 @@ def fresh() -> Iterator[None]:
     MODULE.functions.cache_clear()
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+@pytest.mark.parametrize("way", [{}, {"documents": DOCUMENTS}, *WAYS.values()])
 @pytest.mark.parametrize("name", ["flash4", "flash3", "flash2"])
 def test_others_kernels_are_called_as_they_ask(
-    monkeypatch: pytest.MonkeyPatch, fresh: None, name: str, documents: list[list[int]] | None
+    monkeypatch: pytest.MonkeyPatch, fresh: None, name: str, way: dict[str, Any]
 ) -> None:
     path = MODULE._MODULES[name]
     for depth in range(path.count(".") + 1):
         part = path.rsplit(".", depth)[0]
         monkeypatch.setitem(sys.modules, part, flash_module(part, with_statistics=name == "flash4"))
     monkeypatch.setattr(MODULE, "_chosen", lambda *given: name)
-    case = arguments(2, 9, 2, 8, 4, documents)
+    case = arguments(2, 9, 2, 8, 4, **way)
     for mine, wanted in zip(results(attention, case), results(by_torch, case), strict=True):
         torch.testing.assert_close(mine, wanted)
 
@@ -312,9 +380,10 @@ def test_a_package_of_the_same_name_is_not_taken(monkeypatch: pytest.MonkeyPatch
 
 def test_cudnns_order_of_preference_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_chosen", lambda *given: "cudnn")
-    case = arguments(2, 9, 2, 8, 4)
-    for mine, wanted in zip(results(attention, case), results(by_torch, case), strict=True):
-        torch.testing.assert_close(mine, wanted)
+    for group in (1, 2, 6):
+        case = arguments(2, 9, 2, 8, 4, group=group)
+        for mine, wanted in zip(results(attention, case), results(by_torch, case), strict=True):
+            torch.testing.assert_close(mine, wanted)
 
 
 def test_documents_are_counted_once_for_a_tensor() -> None:
@@ -347,12 +416,15 @@ def wrong(change: dict[str, Any], words: str) -> Any:
         wrong({"starts": torch.zeros(2, 4)}, r"starts is \(2, 4\) int32, got \(2, 4\) torch.float32"),
         wrong({"starts": torch.zeros(2, 3, dtype=torch.int32)}, r"got \(2, 3\)"),
         wrong({"qkv": torch.zeros(2, 4, 24).requires_grad_()}, "qkv is consumed"),
+        wrong({"group": 2}, r"need qkv .* heads x 4 x 8\), got \(8, 24\)"),
+        wrong({"group": 0}, r"need qkv .* heads x 2 x 8\)"),
+        wrong({"window": 0}, "the window holds at least 1 position, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(function: Callable[..., Tensor], change: dict[str, Any], words: str) -> None:
-    plain = {"qkv": torch.zeros(2, 4, 24), "cos": torch.ones(4, 2), "sin": torch.ones(4, 2), "starts": None} | change
+    plain = {"qkv": torch.zeros(2, 4, 24), "cos": torch.ones(4, 2), "sin": torch.ones(4, 2)} | change
     with pytest.raises(ValueError, match=words):
-        function(*(plain[name] for name in ("qkv", "cos", "sin")), head_dim=8, starts=plain["starts"])
+        function(**plain, head_dim=8)
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:

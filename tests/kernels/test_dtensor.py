@@ -22,7 +22,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
     """name -> (arguments, function, the ways in which the arguments are divided)."""
-    from megarewarm_kernels import bias_gelu, residual_norms
+    from megarewarm_kernels import bias_gelu, norm_heads, residual_norms, residual_rms_norm, rms_norm, swiglu
 
     x, a, m = (_random(B, S, H, seed=i) for i in range(3))
     vectors = [_random(H, seed=3 + i) for i in range(4)]
@@ -48,10 +48,16 @@ def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
 
     tokens = [[Shard(d)] * 3 + [WHOLE] * 4 for d in (0, 1)]
     columns = [Shard(2), Shard(0)]
+    heads = [qkv, vectors[0][:D], vectors[1][:D]]
+    norm_both = lambda qkv, q, k: norm_heads(qkv, q, k, head_dim=D)  # noqa: E731
     return {
         "residual_norms": ([x, a, m, *vectors], residual_norms, tokens),
         "norms": ([x, *vectors], first, [[Shard(d)] + [WHOLE] * 4 for d in (0, 1)]),
         "bias_gelu": ([x, vectors[0]], bias_gelu, [[Shard(0), WHOLE], [Shard(1), WHOLE], columns]),
+        "residual_rms_norm": ([x, a, vectors[0]], residual_rms_norm, [[Shard(d)] * 2 + [WHOLE] for d in (0, 1)]),
+        "rms_norm": ([x, vectors[0]], rms_norm, [[Shard(d), WHOLE] for d in (0, 1)]),
+        "swiglu": ([x], swiglu, [[Shard(d)] for d in (0, 1, 2)]),
+        "norm_heads": (heads, norm_both, [[Shard(d), WHOLE, WHOLE] for d in (0, 1, 2)]),
         "attention": ([qkv, starts], Attend.apply, [[Shard(0), Shard(0)], [Shard(2), WHOLE]]),
     }
 

@@ -34,6 +34,12 @@ def test_kernels_are_as_exact_as_torch(name: str, rows: int, columns: int, dtype
     assert_as_exact_as_torch(CASES[name], arguments_of(CASES[name], rows, columns, dtype))
 
 
+@pytest.mark.parametrize("columns", [9000, 16384, 20000])
+@pytest.mark.parametrize("name", ["residual_rms_norm", "rms_norm"])
+def test_rows_that_programs_share(name: str, columns: int) -> None:
+    assert_as_exact_as_torch(CASES[name], arguments_of(CASES[name], 3, columns, torch.float32))
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(list(CASES)),

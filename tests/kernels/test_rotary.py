@@ -22,42 +22,50 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Te
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def by_complex_numbers(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+def by_complex_numbers(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int) -> Tensor:
     """One vector after the other, each plane a complex number: nothing in common with the implementation."""
     result, half = qkv.clone(), cos.shape[1]
     for token in range(qkv.shape[0]):
         turn = torch.complex(cos, sin)[token % cos.shape[0]]
-        for head in range(qkv.shape[1] // (3 * head_dim)):
-            for part in (0, 1):
-                at = (3 * head + part) * head_dim
+        for head in range(qkv.shape[1] // ((group + 2) * head_dim)):
+            for part in range(group + 1):
+                at = ((group + 2) * head + part) * head_dim
                 plane = torch.complex(qkv[token, at : at + half], qkv[token, at + half : at + 2 * half]) * turn
                 result[token, at : at + half], result[token, at + half : at + 2 * half] = plane.real, plane.imag
     return result
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(batch=st.integers(0, 3), rows=st.integers(1, 4), heads=st.integers(1, 3), dim=st.integers(1, 9), share=st.floats(0, 1))
-def test_planes_are_turned_as_complex_numbers(batch: int, rows: int, heads: int, dim: int, share: float) -> None:
+@given(
+    batch=st.integers(0, 3),
+    rows=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 6]),
+    dim=st.integers(1, 9),
+    share=st.floats(0, 1),
+)
+def test_planes_are_turned_as_complex_numbers(batch: int, rows: int, heads: int, group: int, dim: int, share: float) -> None:
     cos, sin = tables(rows, int(share * (dim // 2)))
-    qkv = random(batch * rows, heads * 3 * dim)
-    wanted = by_complex_numbers(qkv, cos, sin, dim)
-    torch.testing.assert_close(reference(qkv, cos, sin, head_dim=dim), wanted, rtol=0, atol=1e-14)
-    found = kernels.rotate_(qkv, cos, sin, head_dim=dim)
+    qkv = random(batch * rows, heads * (group + 2) * dim)
+    wanted = by_complex_numbers(qkv, cos, sin, dim, group)
+    torch.testing.assert_close(reference(qkv, cos, sin, head_dim=dim, group=group), wanted, rtol=0, atol=1e-14)
+    found = kernels.rotate_(qkv, cos, sin, head_dim=dim, group=group)
     assert found.data_ptr() == qkv.data_ptr()
     torch.testing.assert_close(qkv, wanted, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_the_derivative(overwrite: bool) -> None:
+def test_the_derivative(overwrite: bool, group: int) -> None:
     cos, sin = tables(2, 2)
-    qkv = random(4, 2 * 3 * 5).requires_grad_()
+    qkv = random(4, 2 * (group + 2) * 5).requires_grad_()
 
     def ours(x: Tensor) -> Tensor:
-        return kernels.rotate_(x * 1.0, cos, sin, head_dim=5, overwrite_gradient=overwrite).square()
+        return kernels.rotate_(x * 1.0, cos, sin, head_dim=5, group=group, overwrite_gradient=overwrite).square()
 
     assert torch.autograd.gradcheck(ours, [qkv])
     (found,) = torch.autograd.grad(ours(qkv).sum(), [qkv])
-    (wanted,) = torch.autograd.grad(reference(qkv, cos, sin, head_dim=5).square().sum(), [qkv])
+    (wanted,) = torch.autograd.grad(reference(qkv, cos, sin, head_dim=5, group=group).square().sum(), [qkv])
     torch.testing.assert_close(found, wanted)
 
 

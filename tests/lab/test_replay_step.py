@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
@@ -47,6 +49,9 @@ def test_any_step_comes_out_as_recorded(trained: Path, step: int) -> None:
     console = quiet()
     show(again, console)
     text = printed(console)
+    narrow = Console(file=io.StringIO(), width=60)  # where the excerpt is cut, and nothing else
+    show(again, narrow)
+    assert f"{max(again.row_losses):.4f}" in printed(narrow)
     assert "bit for bit as logged" in text and "layers.1" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import training_step
 from tests.support.distributed import run_ranks
+from tests.support.family_shapes import SHAPES, larger
 from tests.support.tiny import config, mapping
 from tests.support.wire import Wire
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
+FAMILIES = {name: larger(name, layers=4) for name in SHAPES}
 CLUSTER: dict[str, Any] = {
     "model": {"num_layers": 32, "hidden_size": 4096, "num_heads": 32, "vocab_size": 50432, "max_positions": 2048},
     "data": {"sequence_length": 2048},
@@ -37,7 +40,21 @@ SIZES: dict[str, dict[str, Any]] = {
     "wide": {"num_layers": 4, "hidden_size": 192, "num_heads": 4, "vocab_size": 512},
     "tied": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 1024, "tie_embeddings": True},
     "deep": {"num_layers": 12, "hidden_size": 96, "num_heads": 4, "vocab_size": 64},
+    "sequential": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "vocab_size": 128, "residual": "sequential"},
+    **FAMILIES,
 }
+
+
+OF_TWO: list[dict[str, Any]] = [
+    {},
+    {"tensor": 2},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2},
+    {"pipeline": 2, "schedule": "interleaved"},
+    {"pipeline": 2, "schedule": "zero_bubble"},
+    {"sharding": "zero2"},
+    {"sharding": "zero3"},
+]
 
 
 def _build(
@@ -48,6 +65,7 @@ def _build(
     micro_batch: int = 4,
     recompute: str = "none",
     kind: str = "adamw",
+    kernels: str = "auto",
 ) -> Run:
     return build(
         make_plan(
@@ -58,6 +76,7 @@ def _build(
                 training={"micro_batch": micro_batch, "recompute": recompute},
                 parallel=parallel,
                 optimizer={"kind": kind},
+                kernels={"use": kernels},
             )
         ),
         ranks,
@@ -69,7 +88,8 @@ def _work(run: Run) -> Work:
     share = training.global_batch // run.mesh.layout.data
     length = run.plan.config.data.sequence_length
     count = -(-share // training.micro_batch_size)
-    return Work(run.plan.model, length, training.micro_batch_size, count, training.recompute, optimizer=kind)
+    fused = run.plan.config.kernels.use == "auto"
+    return Work(run.plan.model, length, training.micro_batch_size, count, training.recompute, optimizer=kind, fused=fused)
 
 
 def _measured_memory(run: Run) -> dict[str, float]:
@@ -100,8 +120,10 @@ def _measured_memory(run: Run) -> dict[str, float]:
     }
 
 
-def _compare(ranks: Ranks, place: str, size: str, parallel: dict[str, Any], recompute: str) -> list[tuple[str, float, float]]:
-    run = _build(place, size, ranks, parallel, recompute=recompute)
+def _compare(
+    ranks: Ranks, place: str, size: str, parallel: dict[str, Any], recompute: str, kernels: str = "auto"
+) -> list[tuple[str, float, float]]:
+    run = _build(place, size, ranks, parallel, recompute=recompute, kernels=kernels)
     run.batches.close()
     measured = _measured_memory(run)
     asked, layout = run.plan.config.parallel, run.mesh.layout
@@ -111,7 +133,7 @@ def _compare(ranks: Ranks, place: str, size: str, parallel: dict[str, Any], reco
     if recompute == "full":  # the plan adds the layer that is being recomputed in the backward pass
         from megarewarm.model.size import activation_bytes
 
-        activations -= activation_bytes(run.plan.model, _work(run).tokens, layers=1, last=False)
+        activations -= activation_bytes(run.plan.model, _work(run).tokens, layers=1, last=False, fused=_work(run).fused)
     return [
         ("weights", planned.weights, measured["weights"]),
         ("gradients", planned.gradients, measured["gradients"]),
@@ -133,6 +155,30 @@ def test_planned_memory_of_tensor_ranks_is_there(tmp_path: Path, parallel: dict[
     for found in run_ranks(_compare, 2, str(tmp_path), "wide", parallel, "none"):
         for what, planned, measured in found:
             assert planned == pytest.approx(measured, rel=0.1), what
+
+
+def _compare_families(ranks: Ranks, place: str, sizes: list[str]) -> list[tuple[str, float, float]]:
+    found = []
+    for size, sequence, kernels in itertools.product(sizes, (False, True), ("auto", "reference")):
+        for what, planned, measured in _compare(ranks, place, size, {"tensor": 2, "sequence": sequence}, "none", kernels):
+            found.append((f"{size}, sequence {sequence}, {kernels}: {what}", planned, measured))
+    return found
+
+
+def _check_families(place: Path, sizes: list[str]) -> None:
+    config(place)
+    for found in run_ranks(_compare_families, 2, str(place), sizes, timeout=300):
+        for what, planned, measured in found:
+            assert planned == pytest.approx(measured, rel=0.1), what
+
+
+def test_planned_memory_of_tensor_ranks_of_families_is_there(tmp_path: Path) -> None:
+    _check_families(tmp_path, ["qwen3", "olmo2"])
+
+
+@pytest.mark.slow
+def test_planned_memory_of_tensor_ranks_of_other_families_is_there(tmp_path: Path) -> None:
+    _check_families(tmp_path, sorted(FAMILIES.keys() - {"qwen3", "olmo2"}))
 
 
 def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
@@ -165,7 +211,7 @@ def _held(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) ->
     return found
 
 
-@pytest.mark.parametrize("size", ["tied", "small"])
+@pytest.mark.parametrize("size", ["tied", "small", "qwen2", pytest.param("olmo2", marks=pytest.mark.slow)])
 def test_planned_memory_of_pipelines_is_there(tmp_path: Path, size: str) -> None:
     orders = ("1f1b", "interleaved", "zero_bubble")
     layouts = [{"pipeline": 2, "schedule": order, "sharding": "zero2"} for order in orders]
@@ -193,20 +239,9 @@ def _sent(ranks: Ranks, place: str, size: str, layouts: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("world_size", "size", "layouts"),
     [
-        (
-            2,
-            "wide",
-            [
-                {},
-                {"tensor": 2},
-                {"tensor": 2, "sequence": True},
-                {"pipeline": 2},
-                {"pipeline": 2, "schedule": "interleaved"},
-                {"pipeline": 2, "schedule": "zero_bubble"},
-                {"sharding": "zero2"},
-                {"sharding": "zero3"},
-            ],
-        ),
+        (2, "wide", OF_TWO),
+        pytest.param(2, "olmo2", OF_TWO, marks=pytest.mark.slow),
+        pytest.param(2, "qwen2", OF_TWO, marks=pytest.mark.slow),
         (
             4,
             "tied",
@@ -237,6 +272,38 @@ def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, size
     for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), size, layouts)):
         for layout, planned, sent in found:
             assert sent == pytest.approx(planned, rel=0.05), f"rank {rank}, {layout}"
+
+
+def _sent_by_families(ranks: Ranks, place: str, sizes: list[str]) -> list[tuple[str, float, float]]:
+    found = []
+    for size, recompute in itertools.product(sizes, ("none", "full")):
+        for parallel in ({"tensor": 2}, {"tensor": 2, "sequence": True}):
+            run = _build(place, size, ranks, parallel, micro_batch=2, recompute=recompute)
+            training_step(run, 1e-3)
+            with Wire() as wire:
+                training_step(run, 1e-3)
+            run.batches.close()
+            asked, layout = run.plan.config.parallel, run.mesh.layout
+            (part,) = parts(_work(run), asked, layout)
+            found.append((f"{size}, {parallel}, {recompute}", traffic_of(part, _work(run), asked, layout).total, wire.bytes))
+    return found
+
+
+def _check_sent(place: Path, sizes: list[str]) -> None:
+    config(place)
+    for found in run_ranks(_sent_by_families, 2, str(place), sizes, timeout=300):
+        for what, planned, sent in found:
+            assert sent == pytest.approx(planned, rel=0.05), what
+
+
+def test_tensor_ranks_of_families_send_what_is_planned(tmp_path: Path) -> None:
+    """With and without sequence parallelism and recomputation, GPT-NeoX's two residuals among them."""
+    _check_sent(tmp_path, ["olmo2", "qwen3", "wide", "sequential"])
+
+
+@pytest.mark.slow
+def test_tensor_ranks_of_other_families_send_what_is_planned(tmp_path: Path) -> None:
+    _check_sent(tmp_path, sorted(FAMILIES.keys() - {"olmo2", "qwen3"}))
 
 
 def test_layouts_are_ranked_by_time_and_fit(tmp_path: Path) -> None:

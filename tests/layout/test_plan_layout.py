@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from rich.console import Console
 
 from megarewarm.cli import plan as tool
+from megarewarm.config.load import dump, merge
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schema import RunConfig
+from megarewarm.lab.dry_run import show_run
 from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
-from tests.support.tiny import config
+from megarewarm.model.size import training_flops_per_token
+from megarewarm.parallel.launchers import Launch
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.training.trainer import train
+from tests.support.family_shapes import SHAPES, larger
+from tests.support.tiny import config, mapping, printed, quiet
 
 
 def planned(place: Path, gpus: int, batch: int) -> tuple[RunConfig, list[LayoutEstimate]]:
@@ -55,6 +65,25 @@ def test_the_price_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             tool.Price(wrong)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_family_is_planned(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command, with as many tensor ranks as key heads at most; and by a dry run of 2 of them."""
+    keys = mapping(tmp_path, folder=str(tmp_path / "run"), model=larger(name, times=8))
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(json.loads(json.dumps(keys))))
+    tool.main([str(tmp_path / "run.yml"), "--gpus", "8", "--gpu", "h100-80gb", "--most", "1000"])
+    assert "the fastest: parallel.tensor=" in capsys.readouterr().out
+    run = config(tmp_path, **keys)
+    assert run.model is not None
+    plans = rank_layouts(run, run.model, 8, GPUS["h100-80gb"])
+    assert {plan.layout.tensor for plan in plans} == {n for n in (1, 2, 4) if run.model.kv_heads % n == 0}
+    assert all(0 < plan.mfu < 0.65 for plan in plans)
+    console = quiet()
+    settings = config(tmp_path, **merge(keys, {"parallel": {"tensor": 2, "sequence": True}}))
+    show_run(settings, console, Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"), world_size=4)
+    per_token = training_flops_per_token(run.model, 16)
+    assert f"{per_token:.3g} per token" in printed(console) and "tensor 2" in printed(console)
+
+
 def check(plans: list[LayoutEstimate], gpus: int, width: int) -> None:
     console = Console(width=width)
     with console.capture() as shown:
@@ -69,3 +98,12 @@ def check(plans: list[LayoutEstimate], gpus: int, width: int) -> None:
     assert {"pipe", "data", "tensor", "shard", "recomp.", "micro", "tok/s"} <= set(names)
     if width >= 80:
         assert {"GiB", "s/step", "MFU", "hours"} <= set(names)
+
+
+def test_the_model_may_be_the_start_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = config(tmp_path, folder=str(tmp_path / "first"), training={"budget": 2})
+    train(first, Ranks(0, 1, torch.device("cpu")), quiet())
+    run = config(tmp_path, model=None, start={"from": first.run_folder})
+    (tmp_path / "run.yml").write_text(dump(run))
+    tool.main([str(tmp_path / "run.yml"), "--gpus", "2", "--gpu", "h100-80gb"])
+    assert "the fastest: parallel.tensor=" in capsys.readouterr().out

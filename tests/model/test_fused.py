@@ -227,7 +227,7 @@ def test_apex_norms_stand_in_for_the_models(monkeypatch: pytest.MonkeyPatch) -> 
     def norm(x: Tensor, weight: Tensor, bias: Tensor, shape: Any, eps: float) -> Tensor:
         return nn.functional.layer_norm(x, shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
-    monkeypatch.setattr("megarewarm.model.fused.fused_layer_norm", lambda: norm)
+    monkeypatch.setattr("megarewarm.model.fused_neox.fused_layer_norm", lambda: norm)
     plain, _ = pair({})
     with_apex, _ = pair({})
     fuse(with_apex, Operations(norms="apex"))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megarewarm.config.load import read_configs
 from megarewarm.config.model import ModelConfig
+from megarewarm.model.fused import Operations, fuse
 from megarewarm.model.initialize import initialize
 from megarewarm.model.parameters import cards
 from megarewarm.model.size import (
@@ -25,6 +26,7 @@ from megarewarm.model.size import (
     training_flops_per_token,
 )
 from megarewarm.model.transformer import Transformer
+from tests.support.family_shapes import SHAPES, larger, shape
 
 ROOT = Path(__file__).resolve().parents[2]
 # totals and totals without embeddings as published with Pythia (arXiv 2304.01373, table 1 and its model cards)
@@ -88,6 +90,29 @@ def test_flops_are_those_that_pytorch_counts() -> None:
     assert counter.get_total_flops() == training_flops_per_token(config, s) * b * s + other_half
 
 
+def saved_bytes(model: Transformer, what: Any, b: int, s: int) -> int:
+    """Bytes of all storages that autograd keeps of (b, s) tokens, each once, and of the result: neither parameters nor
+    autocast's copies of them."""
+    from megarewarm.parallel.recompute import recompute
+
+    for layer in model.layers:
+        recompute(layer, what)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {parameter.shape for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        copied = tensor.dtype is torch.bfloat16 and bool({tensor.shape, tensor.shape[::-1]} & shapes)
+        if storage.data_ptr() not in own and tensor.is_floating_point() and not copied:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(torch.zeros((b, s), dtype=torch.int64))
+    return sum(storages.values()) + (hidden.nbytes if hidden.untyped_storage().data_ptr() not in storages else 0)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -102,27 +127,99 @@ def test_flops_are_those_that_pytorch_counts() -> None:
 @pytest.mark.parametrize(("b", "s"), [(1, 64), (4, 32)])
 @pytest.mark.parametrize("recompute_what", ["none", "selective", "full"])
 def test_activations_are_those_that_are_saved(changes: dict[str, Any], b: int, s: int, recompute_what: Any) -> None:
-    """Every storage that autograd keeps is counted once; the parameters are not activations."""
-    from megarewarm.parallel.recompute import recompute
-
-    shape = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 50}
-    config = ModelConfig(**(shape | changes))
+    usual = {"num_layers": 3, "hidden_size": 64, "num_heads": 4, "vocab_size": 50}
+    config = ModelConfig(**(usual | changes))
     model = Transformer(config)
-    for layer in model.layers:
-        recompute(layer, recompute_what)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.is_floating_point():
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = model(torch.zeros((b, s), dtype=torch.int64))
-    held = sum(storages.values()) + (hidden.nbytes if hidden.untyped_storage().data_ptr() not in storages else 0)
+    held = saved_bytes(model, recompute_what, b, s)
     assert activation_bytes(config, b * s, recompute=recompute_what) == pytest.approx(held, rel=0.05)
+
+
+# ---- Llama's relatives --------------------------------------------------------------------------------------------------
+
+
+# totals of the safetensors files that Hugging Face's pages of these models state
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Meta-Llama-3-8B": (
+        8_030_261_248,
+        dict(family="llama", hidden_size=4096, num_kv_heads=8, ffn_size=14336, vocab_size=128256),
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        dict(family="mistral", hidden_size=4096, num_kv_heads=8, ffn_size=14336, vocab_size=32000),
+    ),
+    "OLMo-2-1124-7B": (7_298_617_344, dict(family="olmo2", hidden_size=4096, ffn_size=11008, vocab_size=100352)),
+    "Qwen2-0.5B": (
+        494_032_768,
+        dict(family="qwen2", num_layers=24, hidden_size=896, num_heads=14, num_kv_heads=2, ffn_size=4864, vocab_size=151936)
+        | {"tie_embeddings": True},
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        dict(family="qwen3", num_layers=28, hidden_size=1024, num_heads=16, num_kv_heads=8, ffn_size=3072, vocab_size=151936)
+        | {"tie_embeddings": True, "head_dim": 128},
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        dict(family="smollm3", num_layers=36, hidden_size=2048, num_heads=16, num_kv_heads=4, ffn_size=11008, vocab_size=128256)
+        | {"tie_embeddings": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_sizes(name: str) -> None:
+    total, keys = PUBLISHED[name]
+    assert count_parameters(ModelConfig(**({"num_layers": 32, "num_heads": 32} | keys))) == total
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_of_every_family_are_counted(name: str) -> None:
+    config = ModelConfig(**shape(name, 3))
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = [(key, tuple(parameter.shape)) for key, parameter in model.named_parameters()]
+    assert [(key, card.shape) for key, card in cards(config).items()] == found
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_flops_of_every_family_are_those_that_pytorch_counts(name: str) -> None:
+    """PyTorch counts attention's whole squares; ours the pairs of each window."""
+    config = ModelConfig(**shape(name, 3))
+    model, b, s = Transformer(config), 2, 16
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        torch.nn.functional.linear(model(torch.zeros((b, s), dtype=torch.int64)), model.head).sum().backward()
+    unseen = 0.0
+    for layer in range(3):
+        window = min(config.window_of(layer) or s, s)
+        unseen += s * s - sum(min(i + 1, window) for i in range(s)) + window / 2
+    rest = 12.0 * config.num_heads * config.head_width * unseen * b
+    assert counter.get_total_flops() == pytest.approx(training_flops_per_token(config, s) * b * s + rest, rel=1e-12)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_of_every_family_are_those_that_are_saved(name: str, what: Any, fused: bool) -> None:
+    config = ModelConfig(**larger(name))
+    model, b, s = Transformer(config), 4, 16
+    if fused:
+        fuse(model, Operations(norms="triton", gelu="triton"))
+    held = saved_bytes(model, what, b, s)
+    expected = activation_bytes(config, b * s, recompute=what, fused=fused)
+    assert expected == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_activations_of_every_family_under_autocast(name: str, fused: bool) -> None:
+    config = ModelConfig(**larger(name))
+    model, b, s = Transformer(config), 7, 16
+    if fused:
+        fuse(model, Operations(norms="triton", gelu="triton"))
+    with torch.autocast("cpu", torch.bfloat16):
+        held = saved_bytes(model, "none", b, s)
+    assert activation_bytes(config, b * s, fused=fused, work_bytes=2) == pytest.approx(held, rel=0.05)
 
 
 def test_known_gpus_have_a_peak() -> None:

@@ -20,7 +20,8 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.errors import UserError
-from megarewarm.optimizers.muon import orthogonalised
+from megarewarm.model.interleaved import Interleaved
+from megarewarm.optimizers.muon import orthogonal_each, orthogonalised
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.run import RNG
 from megarewarm.training.setup import build
@@ -28,6 +29,7 @@ from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import training_step
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.family_shapes import shape
 from tests.support.tiny import config, events, quiet
 
 MODEL = dict(num_layers=3, hidden_size=24, num_heads=6, ffn_size=36, vocab_size=67, rotary_fraction=0.5, max_positions=64)
@@ -93,6 +95,45 @@ def test_steps_are_those_of_the_definition(tmp_path: Path) -> None:
     run.batches.close()
 
 
+@given(st.integers(1, 6), st.integers(2, 5), st.integers(2, 30), st.integers(0, 2**31))
+@examples(max_examples=20, deadline=None)
+def test_queries_keys_and_values_of_equal_size_move_in_one_batch(heads: int, dim: int, columns: int, seed: int) -> None:
+    """To the bit as a batch of three, which earlier versions computed."""
+    qkv = torch.randn(3 * heads * dim, columns, generator=torch.Generator().manual_seed(seed))
+    rows = qkv.view(heads, 3, dim, columns).transpose(0, 1)
+    three = orthogonalised(rows.flatten(1, 2), 5)
+    wanted = three.view(rows.shape).transpose(0, 1).reshape(qkv.shape) * (0.2 * math.sqrt(max(three.shape[1:])))
+    interleaved = Interleaved((1, 1, 1), dim)
+    assert torch.equal(interleaved.join(orthogonal_each(interleaved.split(qkv), 5)), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_steps_of_families_are_those_of_the_definition(tmp_path: Path, name: str) -> None:
+    """Queries, keys, values, gate and up are a matrix each, in float64; norms move by AdamW."""
+    settings = run_config(tmp_path, model=shape(name, 2))
+    run = build(make_plan(settings), ALONE)
+    heads, d = settings.model.num_heads // 2, settings.model.head_width
+    lr = run.plan.lr(1)
+    before = {key: p.detach().double() for key, p in run.model.parameters.items()}
+    momentum = {key: held for (what, key), held in run.optimizer.state().items() if what == "momentum"}
+    assert len(momentum) == 4 * 2
+    training_step(run, lr)
+    for key, held in momentum.items():
+        direction = (0.1 + 0.9 * 0.1) / 0.1 * held.double()  # the momentum of one gradient g is 0.1 g
+        index = torch.arange(len(direction))
+        if key.endswith("query_key_value.weight"):  # rows: key head by key head 2 queries, a key and a value of d channels
+            kind = index // d % (heads + 2) - (heads - 1)
+            parts = [index[kind <= 0], index[kind == 1], index[kind == 2]]
+        else:
+            parts = [index[0::2], index[1::2]] if key.endswith("gate_up.weight") else [index]
+        moved = torch.empty_like(direction)
+        for rows in parts:
+            moved[rows] = newton_schulz(direction[rows], 5) * (0.2 * math.sqrt(max(direction[rows].shape)))
+        wanted = before[key] * (1 - lr * 0.05) - lr * moved
+        torch.testing.assert_close(run.model.parameters[key].double(), wanted, rtol=0, atol=2e-5, msg=key)
+    run.batches.close()
+
+
 def test_a_matrix_moves_as_with_torchs_own(tmp_path: Path) -> None:
     """torch.optim.Muon iterates in bfloat16, so only about the same."""
     run = build(make_plan(run_config(tmp_path)), ALONE)
@@ -128,9 +169,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def settings_of(place: Path, name: str, parallel: dict[str, Any]) -> Any:
+def settings_of(place: Path, name: str, parallel: dict[str, Any], model: dict[str, Any] = MODEL) -> Any:
     return run_config(
         place,
+        model=model,
         name=name,
         folder=str(place / name),
         parallel=parallel,
@@ -141,9 +183,9 @@ def settings_of(place: Path, name: str, parallel: dict[str, Any]) -> Any:
     )
 
 
-def _train_all(ranks: Ranks, place: str, names: list[str]) -> None:
+def _train_all(ranks: Ranks, place: str, names: list[str], model: dict[str, Any] = MODEL) -> None:
     for name in names:
-        train(settings_of(Path(place), name, LAYOUTS[name][1]), ranks, quiet())
+        train(settings_of(Path(place), name, LAYOUTS[name][1], model), ranks, quiet())
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
@@ -156,9 +198,25 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
 def test_every_layout_trains_saves_and_resumes_as_one_process(tmp_path: Path, ranks: int) -> None:
     """Losses, weights, momentum, moments, dynamics; a run of one process gone on with on several ranks, too."""
-    names = [name for name, (count, _) in LAYOUTS.items() if count == ranks]
-    alone = train(settings_of(tmp_path, "alone", {}), ALONE, quiet()).folder
-    run_ranks(_train_all, ranks, str(tmp_path), names, timeout=300)
+    check_layouts(tmp_path, ranks, [name for name, (count, _) in LAYOUTS.items() if count == ranks], MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "names"),
+    [
+        ("olmo2", 2, ["tensor", "pipeline"]),
+        pytest.param("qwen3", 4, ["zero3_of_two_replicas", "tensor_sequence_zero2", "pipeline_zero2"], marks=pytest.mark.slow),
+        pytest.param("llama_biases", 4, ["tensor_sequence_zero2"], marks=pytest.mark.slow),
+    ],
+)
+def test_so_do_families(tmp_path: Path, model: str, ranks: int, names: list[str]) -> None:
+    check_layouts(tmp_path, ranks, names, shape(model, 3))
+
+
+def check_layouts(tmp_path: Path, ranks: int, names: list[str], model: dict[str, Any]) -> None:
+    """The layouts ``names`` of so many ranks against one process, from the start and from its middle."""
+    alone = train(settings_of(tmp_path, "alone", {}, model), ALONE, quiet()).folder
+    run_ranks(_train_all, ranks, str(tmp_path), names, model, timeout=300)
     whole = {name: tmp_path / name for name in names}
     for name in names:
         (tmp_path / name).rename(tmp_path / f"whole_{name}")
@@ -167,10 +225,10 @@ def test_every_layout_trains_saves_and_resumes_as_one_process(tmp_path: Path, ra
         shutil.rmtree(tmp_path / name / "checkpoints" / "step_4")
         text = (tmp_path / name / "config.yaml").read_text()
         (tmp_path / name / "config.yaml").write_text(text.replace("alone", name))
-    run_ranks(_train_all, ranks, str(tmp_path), names, timeout=300)
+    run_ranks(_train_all, ranks, str(tmp_path), names, model, timeout=300)
     wanted = tensors_of(alone / "checkpoints" / "step_4")
-    assert "optimizer.momentum.layers.0.mlp.dense_4h_to_h.weight" in wanted
-    assert "optimizer.exp_avg.layers.0.mlp.dense_4h_to_h.weight" not in wanted
+    assert "optimizer.momentum.layers.0.attention.dense.weight" in wanted
+    assert "optimizer.exp_avg.layers.0.attention.dense.weight" not in wanted
     for name in names:
         for folder in (whole[name], tmp_path / name):
             for event in ("train", "eval"):

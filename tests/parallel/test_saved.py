@@ -109,7 +109,8 @@ def _assert_same(one: Path, other: Path, step: int) -> None:
             continue
         rows = [t.flatten(1) if t.dim() > 1 else t[None] for t in (tensor, found[name])]
         scale = rows[0].norm(dim=1).mean() + 1e-30
-        assert float(((rows[0] - rows[1]).norm(dim=1) / scale).max()) < 5e-3, f"{other.name} {step}: {name}"
+        most = 1e-2 if name.startswith("optimizer.exp_avg_sq") else 5e-3  # a square is twice as far off
+        assert float(((rows[0] - rows[1]).norm(dim=1) / scale).max()) < most, f"{other.name} {step}: {name}"
 
 
 def train_alone(place_: Path, case: Case, *, export: bool = False) -> None:

@@ -22,6 +22,8 @@ class Arguments:
     head_dim: int
     starts: Tensor | None
     grad: Tensor
+    group: int = 1
+    window: int | None = None
 
     def to(self, dtype: torch.dtype) -> Arguments:
         """In a dtype; the tables in fp32 or, for fp64, in fp64."""
@@ -54,8 +56,10 @@ def arguments(
     documents: Sequence[Sequence[int]] | None = None,
     seed: int = 0,
     each: bool = False,
+    group: int = 1,
+    window: int | None = None,
 ) -> Arguments:
-    """Random, in fp64. ``each``: angles for every token, not every position."""
+    """Random, in fp64. ``heads``: of keys. ``each``: angles for every token, not every position."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -65,27 +69,44 @@ def arguments(
     # tables that fp32 holds exactly, so that all dtypes turn by the same angles
     cos, sin = angles.cos().float().double(), angles.sin().float().double()
     starts = None if documents is None else starts_of(documents, length)
-    qkv, grad = normal(batch, length, heads * 3 * head_dim), normal(batch, length, heads * head_dim)
-    return Arguments(qkv, cos, sin, head_dim, starts, grad)
+    qkv, grad = normal(batch, length, heads * (group + 2) * head_dim), normal(batch, length, heads * group * head_dim)
+    return Arguments(qkv, cos, sin, head_dim, starts, grad, group, window)
 
 
 def results(function: Callable[..., Tensor], given: Arguments) -> tuple[Tensor, Tensor]:
     """The output and the gradient of qkv."""
     leaf = given.qkv.detach().requires_grad_()
-    out = function(leaf.clone(), given.cos, given.sin, head_dim=given.head_dim, starts=given.starts)
+    named = {"head_dim": given.head_dim, "group": given.group, "window": given.window, "starts": given.starts}
+    out = function(leaf.clone(), given.cos, given.sin, **named)
     (gradient,) = torch.autograd.grad(out, [leaf], given.grad)
     return out.detach(), gradient
 
 
-def by_torch(qkv: Tensor, cos: Tensor, sin: Tensor, *, head_dim: int, starts: Tensor | None = None) -> Tensor:
-    """What a user would write without us: complex numbers turn queries and keys, PyTorch attends."""
-    query, key, value = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
-    query, key = (_turned(part, cos, sin).transpose(1, 2) for part in (query, key))
+def by_torch(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    head_dim: int,
+    group: int = 1,
+    window: int | None = None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """What a user would write without us: complex numbers turn queries and keys, keys are repeated, PyTorch attends."""
+    heads = qkv.unflatten(-1, (-1, group + 2, head_dim))
+    query, key, value = heads[..., :group, :].flatten(2, 3), heads[..., group, :], heads[..., group + 1, :]
+    query, key = (_turned(part, cos, sin) for part in (query, key))
+    query, key, value = (part.transpose(1, 2) for part in (query, *(x.repeat_interleave(group, 2) for x in (key, value))))
     mask = None
-    if starts is not None:
+    if starts is not None or window is not None:
+        mask = torch.ones(qkv.shape[0], qkv.shape[1], qkv.shape[1], dtype=torch.bool, device=qkv.device).tril()
+    if mask is not None and starts is not None:
         # position i and j are in one document where their starts are equal
-        mask = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]
-    out = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), mask, is_causal=mask is None)
+        mask &= starts[:, :, None] == starts[:, None, :]
+    if mask is not None and window is not None:
+        mask = mask.triu(1 - window)
+    mask = None if mask is None else mask[:, None]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -200,7 +200,7 @@ if HAS_TRITON:
     ) -> None:
         batch, length, row = qkv.shape
         key_heads = row // ((group + 2) * head_dim)
-        blocks: Blocks = blocks_of(name, head_dim, qkv.dtype, architecture(qkv.device), starts is not None)
+        blocks: Blocks = blocks_of(name, head_dim, qkv.dtype, architecture(qkv.device), starts is not None, group)
         rows, heads = (blocks.keys, key_heads) if name == "keys" else (blocks.queries, key_heads * group)
         kernel[(triton.cdiv(length, rows) * batch * heads,)](
             *pointers,

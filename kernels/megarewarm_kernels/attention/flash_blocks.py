@@ -98,6 +98,13 @@ DOCUMENTS: dict[tuple[str, int, int], Blocks] = {
     ("queries", 80, 32): Blocks(64, 64, 4, 2),
     ("queries", 100, 64): Blocks(64, 64, 4, 2),
 }
+# where walking along the queries of a group does
+GROUPED: dict[tuple[str, int, int], Blocks] = {
+    ("keys", 80, 64): Blocks(32, 64, 8, 2),
+    ("keys", 90, 64): Blocks(64, 64, 8, 2),
+    ("keys", 100, 64): Blocks(64, 64, 8, 2),
+    ("keys", 100, 128): Blocks(32, 64, 8, 1),
+}
 # kernel -> width of a head's block -> launch, for fp32, which is there for exactness: no tensor cores. The same on every GPU,
 # within the memory of the smallest. Two stages spare registers too: what is copied ahead waits in shared memory.
 EXACT: dict[str, dict[int, Blocks]] = {
@@ -140,11 +147,13 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)  # 12, the smaller Blackwell, has the memory and the instructions of 8
 
 
-def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, documents: bool) -> Blocks:
-    """For "forward", "queries" or "keys"."""
+def blocks_of(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, documents: bool, group: int = 1) -> Blocks:
+    """For "forward", "queries" or "keys"; ``group``: queries of each key head."""
     if not arch:
         return INTERPRETED
     width = width_of(head_dim)
     if dtype == torch.float32:
         return EXACT[kernel][width]
-    return (DOCUMENTS.get((kernel, arch, width)) if documents else None) or HALF[kernel][arch][width]
+    place = kernel, arch, width
+    other = (GROUPED.get(place) if group > 1 else None) or (DOCUMENTS.get(place) if documents else None)
+    return other or HALF[kernel][arch][width]

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
 
 _ELEMENTS = 1024  # of a tile: 8 for each thread, 16 bytes of bf16
+_ELEMENTS_BACKWARD = 2048
 _WARPS = 4
 _MOST_CHANNELS = 1024
 
@@ -261,11 +262,11 @@ if HAS_TRITON:
         grad: Tensor, qkv: Tensor, query_weight: Tensor, key_weight: Tensor, rstd: Tensor, head_dim: int, group: int
     ) -> Three:
         vectors = qkv.numel() // head_dim
-        if qkv.dtype == torch.float64 or head_dim > _MOST_CHANNELS or vectors >= 2**31 - _ELEMENTS:
+        if qkv.dtype == torch.float64 or head_dim > _MOST_CHANNELS or vectors >= 2**31 - _ELEMENTS_BACKWARD:
             return _define_backward(grad, qkv, query_weight, key_weight, rstd, head_dim, group)
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         width = triton.next_power_of_2(head_dim)
-        tile = _ELEMENTS // width
+        tile = _ELEMENTS_BACKWARD // width
         count = programs(triton.cdiv(vectors, tile), qkv.device)
         partial = torch.zeros((count, 2, head_dim), dtype=torch.float32, device=qkv.device)
         if vectors:

@@ -166,19 +166,33 @@ if HAS_TRITON:
         each,
         RESIDUAL: tl.constexpr,
         COLUMNS: tl.constexpr,
+        PARTS: tl.constexpr,
     ):
+        """A program has rows, and COLUMNS of them: PARTS programs share rows that are more than registers hold."""
         part = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, COLUMNS)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < columns
         dweight = tl.zeros((COLUMNS,), tl.float32)
         for row in range(part * each, min(part * each + each, rows)):
             rstd = tl.load(rstd_ptr + row)
+            along = 0.0
+            if PARTS > 1:
+                products = tl.zeros((COLUMNS,), tl.float32)
+                for other in range(PARTS):
+                    some = other * COLUMNS + tl.arange(0, COLUMNS)
+                    product = tl.load(total_ptr + row * total_stride + some, mask=some < columns, other=0.0).to(tl.float32)
+                    product *= rstd * tl.load(grad_ptr + row * grad_stride + some, mask=some < columns, other=0.0).to(
+                        tl.float32
+                    )
+                    products += product * tl.load(weight_ptr + some, mask=some < columns, other=0.0).to(tl.float32)
+                along = tl.sum(products, axis=0) / columns
             normed = tl.load(total_ptr + row * total_stride + column, mask=inside, other=0.0).to(tl.float32) * rstd
             grad = tl.load(grad_ptr + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
             dweight += grad * normed
             # read for each row, from the cache: registers are for what differs
             inner = grad * tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            along = tl.sum(inner * normed, axis=0) / columns
+            if PARTS == 1:
+                along = tl.sum(inner * normed, axis=0) / columns
             dx = (inner - normed * along) * rstd
             if RESIDUAL:
                 dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -186,9 +200,9 @@ if HAS_TRITON:
         # one row of partial sums for each program, added up afterwards: no atomics, so the same result at every run
         tl.store(partial_ptr + part * columns + column, dweight, mask=inside)
 
-    def warps(columns: int) -> int:
-        """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
-        return min(16, max(1, triton.next_power_of_2(columns) // 256))
+    def warps(columns: int, each: int = 256) -> int:
+        """Warps for a row of so many columns: ``each`` elements for a warp; for a thread, 8 are 16 bytes of bf16."""
+        return min(16, max(1, triton.next_power_of_2(columns) // each))
 
     def _kernel_forward(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Three:
         if x.dtype == torch.float64 or x.shape[-1] > _MOST_COLUMNS:
@@ -220,7 +234,7 @@ if HAS_TRITON:
     def _kernel_backward(
         residual: Tensor | None, grad: Tensor, total: Tensor, weight: Tensor, rstd: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if total.dtype == torch.float64 or total.shape[-1] > _MOST_COLUMNS:
+        if total.dtype == torch.float64:
             return _define_backward(residual, grad, total, weight, rstd)
         flat_grad, flat = rows_of(grad), rows_of(total)
         other = flat_grad if residual is None else rows_of(residual)
@@ -229,7 +243,9 @@ if HAS_TRITON:
         count = programs(rows, total.device)
         partial = torch.zeros((count, columns), dtype=torch.float32, device=total.device)
         if dx.numel():
-            rms_norm_backward[(count,)](
+            width = min(_PART, triton.next_power_of_2(columns))
+            parts = triton.cdiv(columns, width)
+            rms_norm_backward[(count, parts)](
                 other,
                 flat_grad,
                 flat,
@@ -244,12 +260,15 @@ if HAS_TRITON:
                 columns,
                 triton.cdiv(rows, count),
                 RESIDUAL=residual is not None,
-                COLUMNS=triton.next_power_of_2(columns),
-                num_warps=warps(columns),
+                COLUMNS=width,
+                PARTS=parts,
+                num_warps=warps(width, _EACH_BACKWARD),
             )
         return dx.view(total.shape), partial.sum(0).to(weight.dtype)
 
-    _MOST_COLUMNS = 16384  # a row lies in the registers of one program, backward with the sum that it adds to
+    # chosen so that no registers are spilled: tests/kernel_compile.py
+    _MOST_COLUMNS = 16384  # of the forward pass: a row lies in the registers of one program
+    _PART, _EACH_BACKWARD = 8192, 512  # columns of a program, and of a warp
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 

@@ -1,5 +1,5 @@
-"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX model alone. From the argument lists of
-Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel)."""
+"""Megatron-LM's arguments, and which of them leave the function of a GPT-NeoX or a Llama-like model alone. From the argument
+lists of Megatron-LM between 2021 and 2026 (megatron/training/arguments.py, TransformerConfig, GPTModel)."""
 
 from __future__ import annotations
 
@@ -150,9 +150,18 @@ _HARMLESS = names(
     *_FAMILIES.split(),
 )
 
-KEYS = Keys(
-    _READ,
-    _ONLY,
+_REMEDY = "if it leaves the function alone, remove it from 'args' in the files (torch.load, delattr, torch.save)"
+KEYS = Keys(_READ, _ONLY, _HARMLESS, _REMEDY)
+_LLAMA_READS = frozenset({"swiglu", "qk_layernorm", "use_rope_scaling", "rope_scaling_factor", "window_size"})
+LLAMA_KEYS = Keys(
+    (_READ | _LLAMA_READS) - {"rotary_percent"},
+    {key: value for key, value in _ONLY.items() if key not in _LLAMA_READS}
+    | {
+        "normalization": (("RMSNorm",), "only RMSNorm goes with a SwiGLU here"),
+        "gated_linear_unit": ((None, False, True), _PLAIN),
+        "rotary_percent": ((None, 1, 1.0), "with RMSNorm every channel of a head is rotated here"),
+    },
     _HARMLESS,
-    "if it leaves the function alone, remove it from 'args' in the files (torch.load, delattr, torch.save)",
+    _REMEDY,
 )
+"""With ``normalization`` RMSNorm and ``swiglu``."""

@@ -7,29 +7,30 @@ more: embedding 00, layers from 02 on, norm L + 3, head L + 4) or inside ``mp_ra
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
+from megarewarm.checkpoint.foreign.neox_names import arrangement_of, is_first_norm, piece_name, whole_of
 from megarewarm.checkpoint.foreign.pickles import InertRecord, read_pickle
 from megarewarm.checkpoint.foreign.pointer import name_in
 from megarewarm.checkpoint.foreign.recorded_keys import require_agreement
 from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of, whole_shape
 from megarewarm.checkpoint.weights import Description, check, expected_shapes, make_model_config
 from megarewarm.config.model import ModelConfig
+from megarewarm.config.neox_family import is_llama_like
 from megarewarm.config.neox_function import another_function
 from megarewarm.errors import UserError
-from megarewarm.model.parameters import EMBEDDING, HEAD
+from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _ZERO3_FILE = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 _STEP = re.compile(r"global_step(\d+)")
-_IGNORED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|_extra_state)$")
-_MLP = {"mlp.linear1.": "mlp.dense_h_to_4h.", "mlp.linear2.": "mlp.dense_4h_to_h."}
 
 
 def find(path: Path) -> Path | None:
@@ -56,30 +57,6 @@ def _is_checkpoint(path: Path) -> bool:
     return any(_LAYER_FILE.fullmatch(name) or _RANK_FILE.fullmatch(name) for name in names)
 
 
-def our_name(name: str, layers: int) -> str | None:
-    """megarewarm's name of parameter ``N.rest`` (N counts the modules of GPT-NeoX's sequence); None for a buffer."""
-    if _IGNORED.search(name):
-        return None
-    number, _, rest = name.removeprefix("sequential.").partition(".")
-    if name.startswith("tied_modules.embed."):
-        number, rest = "0", name.removeprefix("tied_modules.embed.")
-    if not number.isdecimal():
-        raise UserError(f"'{name}' is not a parameter of a GPT-NeoX model")
-    position = int(number)
-    for theirs, ours in _MLP.items():
-        if rest.startswith(theirs):
-            rest = ours + rest.removeprefix(theirs)
-    if rest == "word_embeddings.weight":
-        return EMBEDDING
-    if rest == "final_linear.weight":
-        return HEAD
-    if rest.startswith("norm."):
-        return "final_layer_norm." + rest.removeprefix("norm.")
-    if 2 <= position < layers + 2:
-        return f"layers.{position - 2}.{rest}"
-    raise UserError(f"'{name}' is not a parameter of a GPT-NeoX model with {layers} layers")
-
-
 class NeoXFolder:
     """A ``global_stepN`` folder. Raises ``UserError`` naming what is missing or doesn't fit."""
 
@@ -95,11 +72,15 @@ class NeoXFolder:
         self._settings = _settings(folder)
         self.state: Mapping[str, Any] = read_pickle(self.rank_files[min(self.rank_files)]) if self.rank_files else {}
         self.tensor_ranks = self._count_tensor_ranks()
-        # megarewarm's name -> [(file, key in it) of each tensor rank]
+        # megarewarm's name, or that of a piece -> [(file, key in it) of each tensor rank]
         self._parts: dict[str, list[tuple[Path, str]]] = {}
         self._headers: dict[str, tuple[tuple[int, ...], Any]] = {}
         self._rotary_dims: int | None = None
+        self._has_old_names = False  # of the MLP of Llama-like models
         self._index()
+        self._pieces: dict[str, list[str]] = {}
+        for piece in sorted(self._parts):
+            self._pieces.setdefault(whole_of(piece), []).append(piece)
         self.model_config, self.notes = self._read_config()
         check(self, expected_shapes(self.model_config))
 
@@ -145,7 +126,7 @@ class NeoXFolder:
             if isinstance(tensor, Tensor)
         ]
         numbered = [
-            (prefix + key).removeprefix("sequential.").split(".")[0] for _, _, prefix, key, _ in found if _is_first(key)
+            (prefix + key).removeprefix("sequential.").split(".")[0] for _, _, prefix, key, _ in found if is_first_norm(key)
         ]
         positions = [int(number) for number in numbered if number.isdecimal()]
         for _, path, prefix, key, _ in found:
@@ -160,10 +141,12 @@ class NeoXFolder:
         if sorted(set(positions)) != list(range(2, self.layers + 2)):
             missing = sorted(set(range(2, self.layers + 2)) - set(positions))
             raise UserError(f"{self.folder}: the file of layer {missing[0]:02d} is missing; copy it as well")
+        self.is_llama_like = any(key.endswith("input_layernorm.scale") for _, _, _, key, _ in found)
+        self._require_norm(found[0][1])
         for rank, path, prefix, key, tensor in found:
             if key.endswith("rotary_emb.inv_freq"):
                 self._rotary_dims = 2 * tensor.numel()
-            name = our_name(prefix + key, self.layers)
+            name = self.our_name(prefix + key)
             if name is None:
                 continue
             parts = self._parts.setdefault(name, [])
@@ -176,19 +159,60 @@ class NeoXFolder:
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise UserError(f"{path}: {key} has shape {tuple(tensor.shape)}, rank 0's has {shape}")
 
+    def _require_norm(self, path: Path) -> None:
+        """Refuse the files of one norm beside the settings of another."""
+        if self._settings and is_llama_like(self._settings) != self.is_llama_like:
+            said = self._settings.get("norm", "layernorm")
+            held = "RMSNorm's ('scale')" if self.is_llama_like else "LayerNorm's ('weight', no 'scale')"
+            raise UserError(f"{path}: norm is {said!r} by configs/*.yml, and the norms in the file are {held}: of two models")
+
+    def our_name(self, stored: str) -> str | None:
+        """megarewarm's name of a stored parameter or of the piece of one that it is; None for a buffer."""
+        return piece_name(stored, self.layers, llama=self.is_llama_like)
+
     # ---- the shape -------------------------------------------------------------------------------------------------
 
     def _read_config(self) -> tuple[ModelConfig, list[str]]:
         settings, args = self._settings, _mapping(self.state.get("args"))
-        notes = []
         heads = settings.get("num_attention_heads", args.get("num_attention_heads"))
-        h = self._headers["layers.0.input_layernorm.weight"][0][0]
         if heads is None:
             raise UserError(
                 f"{self.folder}: nothing in it says how many heads there are (no configs/*.yml, no 'args' in mp_rank_00): copy "
                 f"the run's YAML into {self.folder / 'configs'}"
             )
+        if not isinstance(heads, int) or heads < 1:
+            raise UserError(f"{self.folder}: num_attention_heads is {heads!r}, expected a number above 0")
         self._agree()
+        self.parallel_residual = not self.is_llama_like and bool(settings.get("gpt_j_residual", not settings))
+        found, notes = self._llama(heads) if self.is_llama_like else self._neox(heads)
+        config = make_model_config(
+            str(self.folder),
+            num_layers=self.layers,
+            hidden_size=self._hidden,
+            num_heads=heads,
+            vocab_size=self._rows(EMBEDDING),
+            max_positions=settings.get("max_position_embeddings", args.get("max_position_embeddings", 2048)),
+            rotary_base=settings.get("rotary_emb_base", 10000.0),
+            tie_embeddings=HEAD not in self._parts,
+            attention_bias="layers.0.attention.query_key_value.bias" in self._parts,
+            **found,
+        )
+        return config, notes
+
+    @property
+    def _hidden(self) -> int:
+        norm = "attention_norm" if self.is_llama_like else "input_layernorm"
+        return int(self._headers[f"layers.0.{norm}.weight"][0][0])
+
+    def _rows(self, name: str) -> int:
+        """Rows of a parameter, or of a piece, whose rows the tensor ranks share."""
+        if name not in self._headers:
+            raise UserError(f"{self.folder}: no {name} in its files; is it a GPT-NeoX model?")
+        return whole_shape(self._headers[name][0], self.tensor_ranks, "rows")[0]
+
+    def _neox(self, heads: int) -> tuple[dict[str, Any], list[str]]:
+        """What is particular of GPT-NeoX's own models, and notes."""
+        settings, notes, h = self._settings, [], self._hidden
         if "rotary_pct" in settings:
             fraction = float(settings["rotary_pct"])
             if self._rotary_dims is not None:
@@ -204,29 +228,56 @@ class NeoXFolder:
                 "no configs/*.yml in the checkpoint: parallel residual and tanh GELU are assumed, as in Pythia; give 'model' "
                 "to say otherwise"
             )
-        self.parallel_residual = bool(settings.get("gpt_j_residual", not settings))
         tanh = bool(settings.get("bias_gelu_fusion", not settings))
-        kind = sharing_of(EMBEDDING, biases_added=False)
-        rows = whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, kind)[0]
-        up = whole_shape(self._headers["layers.0.mlp.dense_h_to_4h.weight"][0], self.tensor_ranks, kind)[0]
         notes.append(f"{'tanh' if tanh else 'exact (erf)'} GELU, from bias_gelu_fusion" if settings else "tanh GELU")
-        config = make_model_config(
-            str(self.folder),
-            num_layers=self.layers,
-            hidden_size=h,
-            num_heads=heads,
-            ffn_size=up,
-            vocab_size=rows,
-            max_positions=settings.get("max_position_embeddings", args.get("max_position_embeddings", 2048)),
-            rotary_fraction=fraction,
-            rotary_base=settings.get("rotary_emb_base", 10000.0),
-            activation="gelu_tanh" if tanh else "gelu_erf",
-            residual="parallel" if self.parallel_residual else "sequential",
-            tie_embeddings=HEAD not in self._parts,
-            attention_bias="layers.0.attention.query_key_value.bias" in self._parts,
-            layernorm_eps=settings.get("layernorm_epsilon", 1e-5),
+        return {
+            "ffn_size": self._rows("layers.0.mlp.dense_h_to_4h.weight"),
+            "rotary_fraction": fraction,
+            "activation": "gelu_tanh" if tanh else "gelu_erf",
+            "residual": "parallel" if self.parallel_residual else "sequential",
+            "layernorm_eps": settings.get("layernorm_epsilon", 1e-5),
+        }, notes
+
+    def _llama(self, heads: int) -> tuple[dict[str, Any], list[str]]:
+        """What is particular of Llama-like models, and notes."""
+        settings, notes = self._settings, []
+        gate, fused = "layers.0.mlp.gate_up.weight", "layers.0.attention.query_key_value.weight"
+        self._has_old_names = gate not in self._parts
+        width = self._rows(f"{gate}/0") if self._has_old_names else self._rows(gate) // 2
+        channels, rows = self._hidden // heads, self._rows(fused)
+        keys = (rows // channels - heads) // 2 if channels else 0
+        if keys < 1 or rows != (heads + 2 * keys) * channels or keys % self.tensor_ranks or width % self.tensor_ranks:
+            raise UserError(
+                f"{self.folder}: {rows} rows of query_key_value and {width} of the gate, by {self.tensor_ranks} ranks, are not "
+                f"those of {heads} heads with {channels} channels; num_attention_heads is of another model"
+            )
+        said = settings.get("num_kv_heads") or (heads if settings else None)
+        require_agreement(self.where, "num_kv_heads", {"configs/*.yml": said, "the tensors": keys})
+        require_agreement(
+            self.where, "the number of rotated channels", {"the family": channels, "rotary_emb.inv_freq": self._rotary_dims}
         )
-        return config, notes
+        if keys != heads and self._has_old_names:
+            notes.append("grouped queries beside w1 and w3: read as GPT-NeoX laid them out until November 2024")
+            if channels * keys % heads:
+                raise UserError(
+                    f"{self.folder}: GPT-NeoX up to 2024 had no {keys} keys for {heads} heads of {channels} channels"
+                )
+        window = settings.get("sliding_window_width")
+        if not isinstance(window, int | None):
+            raise UserError(f"{self.folder}: sliding_window_width is {window!r}, expected a number")
+        if not settings:
+            notes.append(
+                "no configs/*.yml in the checkpoint: rms_norm_epsilon 1e-5, rotary_emb_base 10000 and no window are assumed; "
+                "give 'model' to say otherwise"
+            )
+        return {
+            "family": "llama" if window is None else "mistral",
+            "num_kv_heads": None if keys == heads else keys,
+            "ffn_size": width,
+            "mlp_bias": "layers.0.mlp.gate_up.bias" in self._parts,
+            "layernorm_eps": settings.get("rms_norm_epsilon", 1e-8) if settings else 1e-5,
+            **({} if window is None else {"sliding_window": window + 1}),
+        }, notes
 
     def _agree(self) -> None:
         """Raise ``UserError`` if the recorded settings contradict the files: some were not copied, or belong to another
@@ -236,8 +287,8 @@ class NeoXFolder:
         if layers is not None and int(layers) != self.layers:
             raise UserError(f"{self.folder}: it had {layers} layers, its files hold {self.layers}; copy all layer_* files")
         held = {
-            "hidden_size": self._headers["layers.0.input_layernorm.weight"][0][0],
-            "padded_vocab_size": whole_shape(self._headers[EMBEDDING][0], self.tensor_ranks, "rows")[0],
+            "hidden_size": self._hidden,
+            "padded_vocab_size": self._rows(EMBEDDING),
             "model_parallel_size": self.tensor_ranks,
         }
         for key in {**held, **dict.fromkeys(("num_attention_heads", "max_position_embeddings"))}:
@@ -255,12 +306,13 @@ class NeoXFolder:
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
-    def names(self, tensor_rank: int) -> list[str]:
-        """megarewarm's names of the parameters in the order in which GPT-NeoX registers them."""
-        return [name for name, parts in self._parts.items() if tensor_rank < len(parts)]
+    def names(self, tensor_rank: int | None = None) -> list[str]:
+        """megarewarm's names of the stored parameters (pieces where one here is stored in several), in the order in which
+        GPT-NeoX registers them: of one tensor rank, or of any."""
+        return [name for name, parts in self._parts.items() if tensor_rank is None or tensor_rank < len(parts)]
 
     def part_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor rank's part of parameter ``name``."""
+        """Shape of a tensor rank's part of stored parameter ``name``."""
         return self._headers[name][0]
 
     def setting(self, key: str, default: Any = None) -> Any:
@@ -269,22 +321,38 @@ class NeoXFolder:
 
     def describe(self) -> Mapping[str, Description]:
         found = {}
-        for name, (shape, dtype) in self._headers.items():
-            file, key = self._parts[name][0]
+        for name, pieces in self._pieces.items():
             kind = sharing_of(name, biases_added=self.parallel_residual)
-            found[name] = Description(whole_shape(shape, len(self._parts[name]), kind), dtype, f"{key} in {file.name}")
+            shapes = [whole_shape(self._headers[piece][0], len(self._parts[piece]), kind) for piece in pieces]
+            dtype = self._headers[pieces[0]][1]
+            for piece in pieces[1:]:
+                dtype = torch.promote_types(dtype, self._headers[piece][1])
+            stored = [self._parts[piece][0] for piece in pieces]
+            place = " and ".join(f"{key} in {file.name}" for file, key in stored)
+            found[name] = Description((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype, place)
         return found
 
     def read(self, name: str) -> Tensor:
+        return self.assembled(name, self._read, biases_added=self.parallel_residual)
+
+    def _read(self, piece: str) -> list[Tensor]:
         parts = []
-        for path, key in self._parts[name]:
+        for path, key in self._parts[piece]:
             loaded = read_pickle(path)
             parts.append((loaded if self._layer_files else loaded["module"])[key])
-        return merge(parts, sharing_of(name, biases_added=self.parallel_residual))
+        return parts
 
-
-def _is_first(key: str) -> bool:
-    return key.endswith("input_layernorm.weight")
+    def assembled(self, name: str, parts_of: Callable[[str], Sequence[Tensor]], *, biases_added: bool) -> Tensor:
+        """Parameter ``name``, whole and in our order of rows. ``parts_of``: the tensor ranks' parts of a stored parameter;
+        those of weights, masters or moments are laid out alike. ``biases_added``: see ``tensor_parts``."""
+        card, pieces = cards(self.model_config).get(name), self._pieces[name]
+        sharing = sharing_of(name, biases_added=biases_added)
+        if card is None:
+            return merge(parts_of(pieces[0]), sharing)
+        if len(pieces) > 1 and card.interleaved is not None:
+            return card.interleaved.join([merge(parts_of(piece), sharing) for piece in pieces])
+        arranged = arrangement_of(card, self.model_config, old=self.is_llama_like and self._has_old_names)
+        return merge([part if arranged is None else arranged.to_ours(part) for part in parts_of(pieces[0])], sharing)
 
 
 def _settings(folder: Path) -> dict[str, Any]:

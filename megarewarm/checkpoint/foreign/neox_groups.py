@@ -13,12 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder, our_name
+from megarewarm.checkpoint.foreign.neox_folder import NeoXFolder
+from megarewarm.checkpoint.foreign.neox_names import whole_of
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, cards, kind_of
 
 Member = tuple[str, tuple[int, ...], int]
-"""A parameter's name here, the shape of the tensor rank's part, and the padding that follows it in the flat tensor."""
+"""A stored parameter's name here (``NeoXFolder.names``), the shape of the tensor rank's part, and the padding that follows it
+in the flat tensor."""
 
 _MASTERS = ("single_partition_of_fp32_groups", "local_sub_partitions_of_fp32_groups", "fp32_groups_flat", "fp32_groups")
 
@@ -41,18 +43,18 @@ def recorded_groups(stored: Any, states: Sequence[Mapping[str, Any]], folder: Ne
             [
                 (name, tuple(shape), int(padding))
                 for (key, shape), padding in zip(group.items(), padded, strict=True)
-                if (name := our_name(key, folder.layers)) is not None
+                if (name := folder.our_name(key)) is not None
             ]
             for group, padded in zip(stored, paddings, strict=True)
         ]
     if isinstance(stored, Mapping):  # Pythia's: of all groups together
-        named = [(our_name(key, folder.layers), tuple(shape)) for key, shape in stored.items()]
+        named = [(folder.our_name(key), tuple(shape)) for key, shape in stored.items()]
         return _divided([(name, shape, 0) for name, shape in named if name is not None], _count(states[0]))
     maps = [state.get("param_slice_mappings") for state in states]
     if maps and all(isinstance(each, Sequence) for each in maps):
         groups = []
         for pieces in zip(*maps, strict=True):  # the data-parallel ranks hold what follows each other
-            names = dict.fromkeys(our_name(key, folder.layers) for piece in pieces for key in piece)
+            names = dict.fromkeys(folder.our_name(key) for piece in pieces for key in piece)
             groups.append([(name, folder.part_shape(name), 0) for name in names if name is not None])
         return groups
     return None
@@ -81,7 +83,7 @@ def _modules(folder: NeoXFolder, tensor_rank: int) -> list[list[Member]]:
     modules: dict[str, list[Member]] = {}
     every = cards(folder.model_config)
     for name in folder.names(tensor_rank):
-        modules.setdefault(every[name].group, []).append((name, folder.part_shape(name), 0))
+        modules.setdefault(every[whole_of(name)].group, []).append((name, folder.part_shape(name), 0))
     order = dict.fromkeys(card.group for card in every.values())
     return [modules[module] for module in order if module in modules]
 
@@ -120,7 +122,7 @@ def _divided(members: list[Member], groups: int) -> list[list[Member]]:
     """Without weight decay GPT-NeoX makes one group; groups that are empty on a rank are left out."""
     if groups == 1:
         return [members]
-    parts = [[m for m in members if kind_of(m[0]).decays is decays] for decays in (True, False)]
+    parts = [[m for m in members if kind_of(whole_of(m[0])).decays is decays] for decays in (True, False)]
     return [part for part in parts if part]
 
 

@@ -28,7 +28,6 @@ from megarewarm.checkpoint.foreign.neox_groups import (
     steps_of,
 )
 from megarewarm.checkpoint.foreign.pickles import InertRecord, read_pickle
-from megarewarm.checkpoint.foreign.tensor_parts import merge, sharing_of
 from megarewarm.errors import UserError
 
 _ZERO_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -59,7 +58,7 @@ class NeoXOptimizer:
         self._where: dict[str, dict[int, _Slice]] = {}
         for rank, groups in self._groups().items():
             self._index(rank, groups)
-        missing = sorted(set(folder.describe()) - set(self._where))
+        missing = sorted(set(folder.names()) - set(self._where))
         if missing:
             raise UserError(
                 f"{folder.where}: the optimizer's files hold nothing of {missing[0]}; copy all of *_optim_states.pt"
@@ -92,10 +91,13 @@ class NeoXOptimizer:
 
     def read(self, what: What, name: str) -> Tensor:
         """A moment or the master of parameter ``name``, whole, fp32."""
-        by_rank = self._where[name]
-        parts = [self._part(what, by_rank[rank]) for rank in sorted(by_rank)]
-        kind = sharing_of(name, biases_added=what == "master" and self._folder.parallel_residual)
-        return merge(parts, kind)
+
+        def parts_of(piece: str) -> list[Tensor]:
+            by_rank = self._where[piece]
+            return [self._part(what, by_rank[rank]) for rank in sorted(by_rank)]
+
+        added = what == "master" and self._folder.parallel_residual
+        return self._folder.assembled(name, parts_of, biases_added=added)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

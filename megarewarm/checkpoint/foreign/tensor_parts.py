@@ -3,20 +3,47 @@
 Heads, MLP columns and vocabulary rows are divided; norms are held whole by every rank. The bias of a projection that sums
 over ranks is the odd one: with GPT-NeoX's parallel residual every rank adds its own bias before the sum, so the bias
 of the model is the sum of the ranks' (GPT-NeoX issues 615, 962); elsewhere it is added once and the ranks hold copies.
+Matrices that lie in one another row by row here lie there one after another, in each rank's part (``Arrangement``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megarewarm.errors import UserError
+from megarewarm.model.interleaved import Interleaved
 from megarewarm.model.parameters import kind_of
 
 Sharing = Literal["rows", "columns", "copies", "added"]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Several matrices (or biases) in one, other than here (``ours``). ``order``: which matrix here is the first, second, ...
+    there. ``unit``: rows of one count in a turn there; None where each matrix is in one piece. It is of a rank's part."""
+
+    ours: Interleaved
+    order: tuple[int, ...]
+    unit: int | None = None
+
+    def _theirs(self, rows: int) -> Interleaved:
+        counts = tuple(self.ours.counts[i] for i in self.order)
+        return Interleaved(counts, rows // sum(counts) if self.unit is None else self.unit)
+
+    def to_ours(self, part: Tensor) -> Tensor:
+        """A part as stored there, in our order of rows."""
+        there = self._theirs(part.shape[0]).split(part.contiguous())
+        return self.ours.join([there[self.order.index(i)] for i in range(len(there))])
+
+    def to_theirs(self, part: Tensor) -> Tensor:
+        """The inverse of ``to_ours``."""
+        here = self.ours.split(part.contiguous())
+        return self._theirs(part.shape[0]).join([here[i] for i in self.order])
 
 
 def sharing_of(name: str, *, biases_added: bool) -> Sharing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Literal
 
@@ -19,7 +20,7 @@ def parse_split(text: str) -> tuple[float, ...]:
         shares = tuple(float(word) for word in text.split(","))
     except ValueError:
         shares = ()
-    if not 2 <= len(shares) <= 3 or min(shares) <= 0:
+    if not 2 <= len(shares) <= 3 or not all(0 < share < math.inf for share in shares):
         raise UserError(f"--split {text}: expected two or three shares above 0, as 0.98,0.01,0.01 (train, valid, test)")
     return tuple(share / sum(shares) for share in shares)
 

@@ -70,11 +70,12 @@ class RunFolder:
         difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
         if difference is not None:
             key, before, now = difference
-            alone = f"give this run another 'name', or continue the old one in a new run with start.from={self.path}"
+            place = "name" if config.folder is None else "folder"  # a folder that is given does not follow the name
+            alone = f"give this run another '{place}', or continue the old one in a new run with start.from={self.path}"
             if key == "training.budget":
                 alone = (
-                    f"to train on, make it a new run: another 'name', start.from={self.path}, start.intent=branch (the data go "
-                    f"on, Adam's moments are kept, the schedule begins again) and as training.budget what is added"
+                    f"to train on, make it a new run: another '{place}', start.from={self.path}, start.intent=branch (the data "
+                    f"go on, Adam's moments are kept, the schedule begins again) and as training.budget what is added"
                 )
             remedy = other if experiment is not None else alone
             raise UserError(f"{self.path}: holds a run in which {key} was {before!r}, now it is {now!r}; {remedy}")

@@ -168,6 +168,12 @@ def test_the_split_goes_by_content_and_stays_when_data_are_added(tmp_path: Path,
     assert 0.15 < sides[0]["valid"].total() / 150 < 0.45
 
 
+@pytest.mark.parametrize("split", ["nan,1,0.5", "inf,1", "1,0", "1", "a,b", "1,-1"])
+def test_shares_that_are_none(split: str) -> None:
+    with pytest.raises(UserError, match="--split"):
+        parse_split(split)
+
+
 def test_mpi_ranks_write_the_same_bytes(tmp_path: Path, bpe: Tokenizer) -> None:
     pytest.importorskip("mpi4py")
     mpiexec = Path(sys.executable).with_name("mpiexec")

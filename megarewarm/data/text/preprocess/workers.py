@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar, cast
 
 from megarewarm.errors import UserError
@@ -45,6 +46,7 @@ def local(workers: int, tasks: int) -> Iterator[Workers]:
         return
     threads = workers // processes
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # unblocks SIGINT where it starts, so before `_interrupted_later`
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(threads, os.getpid()))
     try:
         yield Workers(pool, processes, threads)
@@ -91,7 +93,8 @@ def in_order(
                 except StopIteration:
                     ended = True
                     break
-                waiting.append(workers.executor.submit(function, task))
+                with _interrupted_later():  # it may start a process
+                    waiting.append(workers.executor.submit(function, task))
                 active.add(waiting[-1])
             while waiting and waiting[0].done():
                 yield waiting.popleft().result()
@@ -105,6 +108,17 @@ def in_order(
     finally:
         for future in waiting:
             future.cancel()
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C waits. Processes that start meanwhile never see it: they inherit the mask, and would print a traceback if it came
+    while they import, before `_begin_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker(threads: int, parent: int) -> None:
