@@ -88,6 +88,16 @@ class Lineage(BaseModel):
         """Tokens trained on over all recorded stages; foreign checkpoints count as 0, their past is not recorded."""
         return sum(stage.tokens for stage in self.stages)
 
+    @property
+    def started_config(self) -> dict[str, Any]:
+        """The config.json of the Hugging Face checkpoint that training began with; empty if there was none."""
+        return next((stage.config for stage in reversed(self.stages) if stage.config), {})
+
+    @property
+    def began_in_bf16(self) -> bool:
+        """Whether that checkpoint's weights are bf16."""
+        return (self.started_config.get("dtype") or self.started_config.get("torch_dtype")) == "bfloat16"
+
     def extended(self, stage: Stage) -> Lineage:
         """This history with one more stage at its end."""
         return Lineage(stages=[*self.stages, stage])

@@ -159,6 +159,10 @@ class ExportConfig(Section):
     """What is written after the last step, beside the run's own checkpoints."""
 
     huggingface: bool = Field(False, description="A folder RUN/huggingface that transformers loads, with the tokenizer.")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None,
+        description="Of its weights; null: bf16 where the Hugging Face checkpoint that training began with says so, or fp32.",
+    )
 
 
 class WandbConfig(Section):

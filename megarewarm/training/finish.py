@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megarewarm.checkpoint.convert import DTYPES
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.parallel.ranks import Ranks
@@ -62,5 +63,6 @@ def export_run(plan: Plan, texts: Texts, folder: RunFolder, ranks: Ranks, say: C
     assert newest is not None
     checkpoint = OwnCheckpoint(newest, verified=True)
     weights = ModelWeights(checkpoint.whole_model())
-    export(weights, plan.model, folder.export, tokenizer=texts.exported, lineage=checkpoint.lineage)
-    say(f"{plan.config.name}: exported to {folder.export}")
+    name = plan.config.export.dtype or ("bf16" if checkpoint.lineage.began_in_bf16 else "fp32")
+    export(weights, plan.model, folder.export, tokenizer=texts.exported, dtype=DTYPES[name], lineage=checkpoint.lineage)
+    say(f"{plan.config.name}: exported to {folder.export} ({name})")

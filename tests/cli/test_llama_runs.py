@@ -15,9 +15,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megarewarm.checkpoint.convert import ConvertOptions
+from megarewarm.checkpoint.foreign.huggingface import HuggingFaceWeights
 from megarewarm.checkpoint.merge import Merge, interpolation_shares, merge
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.cli import continue_run, evaluate, generate, inspect_checkpoint
+from megarewarm.config.load import validate
+from megarewarm.config.schema import RunConfig
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.main import main
@@ -25,7 +28,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_llama_folders import change, config_of, strictly
-from tests.support.families import USUAL, saved
+from tests.support.families import USUAL, random_model, saved
 from tests.support.tiny import config, mapping, printed, quiet, write_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,9 +57,6 @@ def test_a_chain_of_runs(name: str, tmp_path: Path, caplog: pytest.LogCaptureFix
     def settings(run: str, **changes: Any) -> Any:
         raw = mapping(tmp_path, **SHORT, folder=str(tmp_path / run), **changes)
         del raw["model"]
-        from megarewarm.config.load import validate
-        from megarewarm.config.schema import RunConfig
-
         return validate(RunConfig, raw, {})
 
     first = settings("first", start={"from": str(start)})
@@ -181,3 +181,27 @@ def test_one_command_from_a_llama_to_a_report(
     (tmp_path / "again.yml").write_text(json.dumps(raw))
     assert main([str(tmp_path / "again.yml"), "--dry-run"]) == 0
     assert not (tmp_path / "again").exists() and "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "written"),
+    [
+        (torch.bfloat16, None, "bfloat16"),
+        (torch.bfloat16, "fp32", "float32"),
+        (torch.float16, None, "float32"),
+        (torch.float32, "fp16", "float16"),
+    ],
+)
+def test_the_dtype_of_an_export(tmp_path: Path, stored: torch.dtype, asked: str | None, written: str) -> None:
+    """The start's, where it is bf16, or what is asked for; the values are those of the run, rounded once."""
+    random_model("llama").to(stored).save_pretrained(tmp_path / "start")
+    tokens_below_61(tmp_path)
+    raw = mapping(tmp_path, training={"budget": 2}, start={"from": str(tmp_path / "start")})
+    del raw["model"]
+    raw["export"] = {"huggingface": True, "dtype": asked}
+    folder = train(validate(RunConfig, raw, {}), ALONE, quiet()).folder
+    found = config_of(folder / "huggingface")
+    assert found["dtype"] == found["torch_dtype"] == written
+    exported, run = HuggingFaceWeights(folder / "huggingface"), open_checkpoint(str(folder)).weights
+    for name in run.describe():
+        assert torch.equal(exported.read(name), run.read(name).to(getattr(torch, written))), name

@@ -93,9 +93,9 @@ def _is_export(folder: Path) -> bool:
 def _written_config(config: ModelConfig, dtype: torch.dtype, lineage: Lineage | None) -> dict[str, Any]:
     """config.json: the start checkpoint's own keys, and those of ``config`` where the two differ."""
     kind = model_type_of_family(config)
-    kept = next((stage.config for stage in reversed(lineage.stages) if stage.config), None) if lineage else None
+    kept = lineage.started_config if lineage else {}
     written = kind.write(config)
-    if kept is not None and kept.get("model_type") == kind.name:
+    if kept.get("model_type") == kind.name:
         kept = kept | {"vocab_size": config.vocab_size}
         ways = (written | kept, kept | written, written)
         written = next((way for way in ways if _says(way, kind, config)), written)
