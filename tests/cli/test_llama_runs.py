@@ -194,7 +194,8 @@ def test_one_command_from_a_llama_to_a_report(
 )
 def test_the_dtype_of_an_export(tmp_path: Path, stored: torch.dtype, asked: str | None, written: str) -> None:
     """The start's, where it is bf16, or what is asked for; the values are those of the run, rounded once."""
-    random_model("llama").to(stored).save_pretrained(tmp_path / "start")
+    model: Any = random_model("llama")
+    model.to(stored).save_pretrained(tmp_path / "start")
     tokens_below_61(tmp_path)
     raw = mapping(tmp_path, training={"budget": 2}, start={"from": str(tmp_path / "start")})
     del raw["model"]
