@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megarewarm.checkpoint.foreign import hub, huggingface, megatron, neox_folder
+from megarewarm.checkpoint.foreign.huggingface_neox import write_neox_config
 from megarewarm.checkpoint.foreign.pickles import read_pickle
 from megarewarm.checkpoint.own.integrity import find_damage
 from megarewarm.config.experiment import load_experiment
 from megarewarm.config.load import validate
+from megarewarm.config.model import ModelConfig
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import parse_yaml
 from megarewarm.data.order import array_cache
@@ -61,6 +63,8 @@ def test_an_index_of_weights_names_files_beside_it(tmp_path: Path, name: str) ->
     save_file({"secret": torch.zeros(2)}, tmp_path / "x")
     folder = tmp_path / "model"
     folder.mkdir()
+    config = ModelConfig(num_layers=1, hidden_size=8, num_heads=1, vocab_size=3)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt_neox", **write_neox_config(config)}))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError, match="no file beside it"):
         huggingface.HuggingFaceWeights(folder)

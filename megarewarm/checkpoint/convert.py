@@ -126,11 +126,6 @@ def _huggingface(it: Conversion) -> list[str]:
 
 
 def _neox(it: Conversion) -> list[str]:
-    if it.config.family != "neox":
-        raise UserError(
-            f"{it.source.name}: a model of the family '{it.config.family}', whose layers GPT-NeoX's files here can't hold; "
-            f"convert it with '--to hf'"
-        )
     texts, notes = _texts(it)
     files = {name: data for name, data in texts.files.items() if name == "tokenizer.json"}
     step = it.source.training.step if it.source.training is not None else 0

@@ -45,7 +45,7 @@ def run_config(place: Path, **changes: Any) -> Any:
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     """By singular values, which the odd polynomial maps one by one (float64)."""
-    u, sigma, v = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    u, sigma, v = torch.linalg.svd(matrix / (matrix.norm() + 1e-7), full_matrices=False)
     for _ in range(steps):
         sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
     return u @ torch.diag(sigma) @ v

@@ -283,7 +283,7 @@ _NEOX = """\
  "data_path": "d", "tokenizer_type": "CharLevelTokenizer",
  "split": "969,30,1", "make_vocab_size_divisible_by": 8, "save": "out", "fp16": {"enabled": false}}
 """
-_LLAMA = (
+_NEOX_LLAMA = (
     _NEOX.replace('"rotary_pct": 0.5', '"rotary_pct": 1')
     .replace('"gpt_j_residual": true', '"norm": "rmsnorm"')
     .replace(
@@ -354,7 +354,7 @@ def seeds() -> dict[str, list[bytes]]:
         "pickles": [b"\1" + _inner_pickle(values), b"\0" + _packed(values), b"\0" + _legacy(values)],
         "config": [_RUN.encode(), _EXPERIMENT.encode(), b"a: &a [*a]\n"],
         "runs": [b"\0" + _RECORD.encode(), b"\1" + _METRICS.encode(), b"\2name: r\nstart: {from: up}\n"],
-        "neox": [_NEOX.encode(), _NEOX.replace("{", "").replace("}", "").encode(), _LLAMA.encode()],
+        "neox": [_NEOX.encode(), _NEOX.replace("{", "").replace("}", "").encode(), _NEOX_LLAMA.encode()],
     }
 
 
