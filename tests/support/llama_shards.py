@@ -70,8 +70,8 @@ def neox_parts(state: State, heads: Heads, layers: int, rank: int, shape: Neox) 
         found[f"{ours}input_layernorm.scale"] = state[f"{theirs}input_layernorm.weight"]
         for kind in ("weight", "bias"):
             if f"{theirs}self_attn.q_proj.{kind}" in state:
-                qkv = [state[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-                fused = neox_attention(*qkv, heads, rank, ranks, old=shape.names == "w")
+                q, k, v = (state[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv")
+                fused = neox_attention(q, k, v, heads, rank, ranks, old=shape.names == "w")
                 found[f"{ours}attention.query_key_value.{kind}"] = fused
         found[f"{ours}attention.dense.weight"] = _share(state[f"{theirs}self_attn.o_proj.weight"].T, rank, ranks).T
         if f"{theirs}self_attn.o_proj.bias" in state:
@@ -118,7 +118,7 @@ def write_neox(
             inside = {name.split(".", 1)[1]: tensor for name, tensor in parts.items() if name.startswith(f"{number}.")}
             torch.save(inside, folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt")
         module = None if shape.pipe else {f"sequential.{name}": tensor for name, tensor in parts.items()}
-        client = {"module": module, "optimizer": None, "iteration": 7, "global_steps": 7, "global_samples": 28}
+        client: dict[str, Any] = {"module": module, "optimizer": None, "iteration": 7, "global_steps": 7, "global_samples": 28}
         prefix = "" if shape.pipe else "sequential."
         decays = [name for name in parts if not name.endswith((".bias", ".scale"))]
         groups = [decays, [name for name in parts if name not in decays]]
@@ -138,12 +138,12 @@ def write_neox(
         each = [neox_parts(one, heads, layers, rank, shape) for one in moments]
         flat = [[torch.cat([one[name].flatten() for name in group]) for group in groups] for one in each]
         for data_rank in range(data):
-            mine = [[part.tensor_split(data)[data_rank].clone() for part in one] for one in flat]
+            split = [[part.tensor_split(data)[data_rank].clone() for part in one] for one in flat]
             optimizer = {
                 "base_optimizer_state": [
-                    {"exp_avg": a, "exp_avg_sq": b, "step": 6} for a, b in zip(mine[0], mine[1], strict=True)
+                    {"exp_avg": a, "exp_avg_sq": b, "step": 6} for a, b in zip(split[0], split[1], strict=True)
                 ],
-                "single_partition_of_fp32_groups": mine[2],
+                "single_partition_of_fp32_groups": split[2],
                 "partition_count": [data] * len(groups),
                 "zero_stage": 1,
             }
@@ -172,8 +172,8 @@ def write_megatron(
                 theirs, ours = f"model.layers.{i}.", f"decoder.layers.{here}."
                 for kind in ("weight", "bias"):
                     if f"{theirs}self_attn.q_proj.{kind}" in state:
-                        qkv = [state[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-                        found[f"{ours}self_attention.linear_qkv.{kind}"] = megatron_attention(*qkv, heads, rank, tensor)
+                        q, k, v = (state[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv")
+                        found[f"{ours}self_attention.linear_qkv.{kind}"] = megatron_attention(q, k, v, heads, rank, tensor)
                     if f"{theirs}mlp.gate_proj.{kind}" in state:
                         halves = [_share(state[f"{theirs}mlp.{x}_proj.{kind}"], rank, tensor) for x in ("gate", "up")]
                         found[f"{ours}mlp.linear_fc1.{kind}"] = torch.cat(halves)
