@@ -6,20 +6,18 @@ Neither imports packages outside the standard library until ``main`` has parsed 
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from megarewarm import __version__
 from megarewarm.errors import EXIT_BAD_INPUT, nearest
 from megarewarm.process import begin, run, say
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """``module``: in this package; ``about``: its line in the list; ``stopped``: the line that it prints after Ctrl-C."""
 
     module: str

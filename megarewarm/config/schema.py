@@ -40,9 +40,9 @@ class StartConfig(Section):
     from_: PathText | None = Field(
         None,
         alias="from",
-        description="A megarewarm run or checkpoint folder; a Hugging Face GPT-NeoX folder or hub name (name@revision); a "
-        "GPT-NeoX folder (global_stepN, or the one with 'latest'), with its optimizer where its files are there; a Megatron-LM "
-        "folder ('torch' format, weights). Null: from scratch.",
+        description="A megarewarm run or checkpoint folder; a Hugging Face folder or hub name (name@revision) of a "
+        "family in docs/models.md; a GPT-NeoX folder (global_stepN, or the one with 'latest'), with its optimizer where its "
+        "files are there; a Megatron-LM folder ('torch' format, weights). Null: from scratch.",
     )
     intent: Intent | None = Field(
         None,

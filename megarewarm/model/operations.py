@@ -43,8 +43,8 @@ def choose_operations(
             notes.append("kernels.norms: reference, not triton: the sequential residual has no two norms of one sum")
         norms = "reference"
     if norms == "apex" and model.norm == "rms":
-        notes.append("kernels.norms: triton, not apex: apex's norms are used for LayerNorm only")
-        norms = pick("norms", "triton")
+        norms = pick("norms", None)
+        notes.append(f"kernels.norms: {norms}, not apex: apex's norms are used for LayerNorm only")
     if norms == "apex" and (fused_layer_norm() is None or device.type != "cuda"):
         notes.append("kernels.norms: reference, not apex: NVIDIA apex with its CUDA extensions is not here")
         norms = "reference"

@@ -82,7 +82,8 @@ def attention(
     query, key, value = _RotateAndSplit.apply(qkv, flat_cos, flat_sin, head_dim, group)
     if name in _MODULES:
         return _by_flash(name, query, key, value, window, starts).flatten(2)
-    return _by_torch(name, query, key, value, first_seen(qkv, window, starts), deterministic).flatten(2)
+    first = first_seen(qkv.shape[1], window, starts, qkv.device)
+    return _by_torch(name, query, key, value, first, deterministic).flatten(2)
 
 
 def choose(

@@ -58,7 +58,9 @@ def flash_attention(
         (b, s, n x d). Raises ValueError on wrong shapes or dtypes and on a leaf that asks for gradients.
     """
     cos, sin = check(qkv, cos, sin, head_dim, group, window, starts)
-    result: Tensor = _FlashAttention.apply(qkv, cos, sin, first_seen(qkv, window, starts), head_dim, group)
+    first = first_seen(qkv.shape[1], window, starts, qkv.device)
+    first = None if first is None else first.expand(qkv.shape[:2])
+    result: Tensor = _FlashAttention.apply(qkv, cos, sin, first, head_dim, group)
     return result
 
 
@@ -78,7 +80,7 @@ def reference(
     if cos.shape[1]:
         rotated = rotary.reference(qkv.flatten(0, 1), cos, sin, head_dim=head_dim, group=group).view(qkv.shape)
     query, key, value = _heads(rotated, head_dim, group)
-    out = _scores(query, key, first_seen(qkv, window, starts)).softmax(-1) @ value
+    out = _scores(query, key, first_seen(qkv.shape[1], window, starts, qkv.device)).softmax(-1) @ value
     return _joined(out).to(qkv.dtype)
 
 
@@ -103,12 +105,13 @@ def check(
     return flat_cos, flat_sin
 
 
-def first_seen(qkv: Tensor, window: int | None, starts: Tensor | None) -> Tensor | None:
-    """(b, s) int32, the first position that each one of ``qkv`` (b, s, ...) sees; None where that is the sequence's first."""
-    if window is None or window >= qkv.shape[1]:
+def first_seen(length: int, window: int | None, starts: Tensor | None, device: torch.device) -> Tensor | None:
+    """(b, s) int32, the first position that each one of a sequence sees; (1, s) where ``starts`` is None; None where that is
+    the sequence's first."""
+    if window is None or window >= length:
         return starts
-    moving = torch.arange(1 - window, qkv.shape[1] - window + 1, dtype=torch.int32, device=qkv.device).clamp_(min=0)
-    return moving.expand(qkv.shape[:2]) if starts is None else torch.maximum(starts, moving)
+    moving = torch.arange(1 - window, length - window + 1, dtype=torch.int32, device=device).clamp_(min=0)
+    return moving[None] if starts is None else torch.maximum(starts, moving)
 
 
 def visible(length: int, starts: Tensor | None, device: torch.device) -> Tensor:
