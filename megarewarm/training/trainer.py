@@ -68,6 +68,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
         check_training(plan)
         with logged_notes() as logged:
             run = build(plan, ranks)
+        opened.callback(run.batches.close)
         plan = run.plan
         run.notes += [*lengths, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
@@ -96,7 +97,6 @@ def _call(callback: Callback, stop: StopRequest, event: dict[str, Any]) -> None:
 
 def _open(run: Run, config: RunConfig, folder: RunFolder, console: Console, opened: ExitStack) -> Voice:
     """Begin to write in the run's folder; ``opened`` closes what is then open."""
-    opened.callback(run.batches.close)
     # as it was given, but with the run's own rule for intervals, and the micro-batch that 'auto' has become
     training = config.training.model_copy(update={"micro_batch": run.plan.config.training.micro_batch})
     settled = {"intervals": run.plan.config.intervals, "training": training}
@@ -117,6 +117,7 @@ def _do_pending(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, 
     if left.alphas:
         run = build(plan, ranks)
         with ExitStack() as opened:
+            opened.callback(run.batches.close)
             voice = _open(run, config, folder, console, opened)
             interpolate(run, voice, left.alphas)
             voice.metrics.event("stop", step=run.step, reason="complete")

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -233,18 +234,21 @@ def test_sources_without_samples_and_bare_files_with_split(paths, tmp_path):
         build([{"path": str(bare), "split": "9,1"}], 20)
 
 
-def threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate()}
+@pytest.fixture
+def working() -> Callable[[], set[threading.Thread]]:
+    """The prefetching threads of this test that are still at work; another test's run may have left some."""
+    before = set(threading.enumerate())
+    return lambda: {thread for thread in threading.enumerate() if thread.name == "prefetch"} - before
 
 
-def test_prefetch_gives_all_items_in_order_and_ends():
+def test_prefetch_gives_all_items_in_order_and_ends(working):
     prefetch = Prefetch((i * i for i in range(100)), depth=3)
     assert list(prefetch) == [i * i for i in range(100)]
-    assert list(prefetch) == [] and "prefetch" not in threads()
+    assert list(prefetch) == [] and not working()
     assert list(Prefetch([])) == []
 
 
-def test_prefetch_works_ahead_but_not_further_than_its_depth():
+def test_prefetch_works_ahead_but_not_further_than_its_depth(working):
     made = []
     reached = threading.Event()
 
@@ -260,10 +264,10 @@ def test_prefetch_works_ahead_but_not_further_than_its_depth():
         assert reached.wait(5)  # one taken, two queued, one in hand
         time.sleep(0.05)
         assert made == [0, 1, 2, 3]
-    assert "prefetch" not in threads()
+    assert not working()
 
 
-def test_prefetch_forwards_the_error_after_the_items_before_it():
+def test_prefetch_forwards_the_error_after_the_items_before_it(working):
     def items():
         yield 1
         raise UserError("no more")
@@ -274,10 +278,10 @@ def test_prefetch_forwards_the_error_after_the_items_before_it():
         next(prefetch)
     with pytest.raises(StopIteration):
         next(prefetch)
-    assert "prefetch" not in threads()
+    assert not working()
 
 
-def test_prefetch_closes_while_its_queue_is_full_or_it_is_busy():
+def test_prefetch_closes_while_its_queue_is_full_or_it_is_busy(working):
     busy = threading.Event()
 
     def endless():
@@ -293,6 +297,6 @@ def test_prefetch_closes_while_its_queue_is_full_or_it_is_busy():
         start = time.perf_counter()
         prefetch.close()
         prefetch.close()
-        assert time.perf_counter() - start < 2 and "prefetch" not in threads()
+        assert time.perf_counter() - start < 2 and not working()
         with pytest.raises(StopIteration):
             next(prefetch)
