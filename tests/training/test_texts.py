@@ -376,7 +376,7 @@ def test_what_is_logged_far_below_is_a_note(tmp_path: Path, monkeypatch: pytest.
     tiny.mapping(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEGAREWARM_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr("megarewarm.data.order.shuffled_documents.CACHED_FROM", 0, raising=False)
+    monkeypatch.setattr("megarewarm.data.files.shuffled_documents.CACHED_FROM", 0, raising=False)
     run(config(tmp_path, data={"order": "neox"}))
     (start,) = tiny.events(tmp_path / "tiny", "start")
     import megarewarm.data.order.array_cache as array_cache
