@@ -13,6 +13,7 @@ from megarewarm.config.data import DataConfig
 from megarewarm.data.files.document_table import DocumentTable, write_table
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.order.samples import SequentialSamples
+from megarewarm.spelling import counted
 from tests.data.test_listed_documents import S, build, keep, other, refusal, texts, write
 
 
@@ -67,7 +68,7 @@ def test_an_order_by_score_is_a_file_written_in_that_order(tmp_path_factory, doc
     plain = build([{"path": written, "max_epochs": 2}], 2 * total, order="sequential")
     assert np.array_equal(scored.rows(0, 2 * total), plain.rows(0, 2 * total))
     without = sum(values[i] != values[i] for i in ranked)
-    assert scored.notes == ([f"{path}.bin: {without} documents have no score, they are read last"] if without else [])
+    assert scored.notes == ([f"{path}.bin: no score for {counted(without, 'document')}, read last"] if without else [])
 
 
 @pytest.fixture(scope="module")

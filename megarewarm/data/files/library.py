@@ -12,6 +12,7 @@ from megarewarm.data.files.listed_documents import by_score, listed
 from megarewarm.data.files.split import Rule, split_documents
 from megarewarm.data.files.token_file import TokenFile, TokenView, open_tokens
 from megarewarm.errors import UserError
+from megarewarm.spelling import counted
 
 
 class TokenFiles:
@@ -65,7 +66,7 @@ class TokenFiles:
             place = f"{str(view.file.path).removesuffix('.bin')}.{place}"
         table = read_table(place, "scores", view.file)
         found, without = by_score(view, table, used(place, table), descending=order.direction == "descending")
-        return found, [f"{view.file.path}: {without:,} documents have no score, they are read last"] if without else []
+        return found, [f"{view.file.path}: no score for {counted(without, 'document')}, read last"] if without else []
 
 
 def part_of(file: TokenFile, source: Source, data: DataConfig) -> TokenView:
