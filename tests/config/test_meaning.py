@@ -92,6 +92,9 @@ def test_labels_of_an_axis_may_look_like_switches_dates_and_numbers() -> None:
 # ---- paths ---------------------------------------------------------------------------------------------------------------
 
 PATHS = {
+    "ByScore.by",
+    "Source.documents",
+    "Source.scores",
     "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "ReplayConfig.paths",
     "ExperimentConfig.folder", "PrepareConfig.folder", "CorpusConfig.from_",
 }  # fmt: skip
