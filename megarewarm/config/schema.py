@@ -133,6 +133,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is above model.max_positions {self.model.max_positions}"
             )
+        if self.evaluation.windows == "moving" and self.data.order_name == "scored":
+            raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
         if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
             raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
         if self.distill is not None and self.start.from_ is None:
@@ -143,8 +145,6 @@ class RunConfig(Section):
             raise ValueError(
                 "interpolate needs 'start.from': the checkpoint at the other end; give it, or remove 'interpolate'"
             )
-        if self.evaluation.windows == "moving" and self.data.order_name == "scored":
-            raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.data.switches and (keys := list(in_epochs(self))):
