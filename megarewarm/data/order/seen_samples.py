@@ -89,7 +89,7 @@ class SeenSource:
                     f"{now.differing(self.file)}): say where that one is in replay.paths"
                 )
             files.check(file)
-        originals = [_reopen(part.order, opened[part.order.dtype]) for part in self.parts]
+        originals = [reopen(part.order, opened[part.order.dtype]) for part in self.parts]
         return SeenSamples(originals, [part.seen for part in self.parts], self.ended, self.max_epochs)
 
 
@@ -325,7 +325,8 @@ def _table(then: TableUsed, kind: TableKind, file: TokenFile) -> DocumentTable:
     return table
 
 
-def _reopen(order: SampleOrder, file: TokenFile) -> Samples:
+def reopen(order: SampleOrder, file: TokenFile) -> Samples:
+    """The samples of a recorded ``order`` in its ``file``."""
     view = view_of(order, file)
     match order.kind:
         case "sequential":
