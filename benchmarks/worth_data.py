@@ -35,8 +35,18 @@ from megarewarm.lab.experiment import prepare
 
 CONFIG = ROOT / "configs/experiments/worth_mini.yml"
 HEADERS_MB = 5.0
-SIZES = {"code": 120_000, "spoiled": 120_000, "tenfold": 4_000, "diet": 240_000, "other": 210_000, "often": 30_000, "pool": 900_000}
-"""Tokens that each takes of code_train, one after another."""
+SIZES = {
+    "code": 120_000,
+    "spoiled": 120_000,
+    "tenfold": 4_000,
+    "diet": 240_000,
+    "other": 210_000,
+    "often": 30_000,
+    "pool": 900_000,
+}
+"""Tokens that each takes of the pieces of code_train, one after another."""
+PIECE = 256
+"""Tokens of a document: whole files of code are few and long, and selection is about many documents."""
 COPIES = 10
 DROPPED = (1, 3, 5, 10)
 KEPT = (75, 50, 25)
@@ -49,7 +59,9 @@ def make(experiment: Experiment) -> None:
         with open(folder / "headers.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in headers())
     prepare(experiment, make_console())
-    code = open_tokens(folder / "code_train")
+    files = open_tokens(folder / "code_train")
+    write(folder / "pieces", pieces(files), files)
+    code = open_tokens(folder / "pieces")
     parts, first = {}, 0
     for name, size in SIZES.items():
         last = int(np.searchsorted(code.offsets, code.offsets[first] + size))
@@ -84,6 +96,14 @@ def headers() -> Iterator[str]:
             yield text
 
 
+def pieces(files: TokenFile) -> Iterator[np.ndarray]:
+    """The documents cut into pieces, each with the end of its document after it."""
+    for number in range(files.num_documents):
+        ids = files.document(number)
+        for first in range(0, len(ids) - 1, PIECE):
+            yield np.concatenate([ids[:-1][first : first + PIECE], ids[-1:]])
+
+
 def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
@@ -91,7 +111,7 @@ def hash_of(text: str) -> int:
 def documents(
     file: TokenFile, numbers: npt.NDArray[np.int64], random: np.random.Generator | None = None
 ) -> Iterator[np.ndarray]:
-    """The documents ``numbers``; with ``random`` one token in a hundred is drawn again from the same document."""
+    """The documents ``numbers`` of ``file``; with ``random`` one token in a hundred is drawn again from the same document."""
     for number in numbers.tolist():
         ids = file.document(number)
         if random is not None and len(ids) > 2:
@@ -127,13 +147,13 @@ def select(experiment: Experiment) -> None:
     for share in DROPPED:
         for end in ("easiest", "hardest"):
             out = folder / f"diet_{end}_{share}"
-            command("select-data", folder / "diet", "--output", out, "--score", folder / "diet.loss", f"--drop-{end}", f"{share}%",
-                "--as-manifest", made=out)  # fmt: skip
+            how = "--score", folder / "diet.loss", f"--drop-{end}", f"{share}%"
+            command("select-data", folder / "diet", "--output", out, *how, "--as-manifest", made=out)
         at_random(folder / "diet", folder / f"diet_random_{share}", share)
     for share in KEPT:
-        out, diverse = folder / f"pool_d4_{share}", () if share == 75 else ("--diverse", f"{share / 75:.6f}")
-        command("select-data", folder / "pool", "--output", out, "--semantic", "75%", *diverse, "--embed", model, "--as-manifest",
-            made=out)  # fmt: skip
+        out = folder / f"pool_d4_{share}"
+        steps = ["--semantic", "75%", *([] if share == 75 else ["--diverse", f"{share / 75:.6f}"])]
+        command("select-data", folder / "pool", "--output", out, *steps, "--embed", model, "--as-manifest", made=out)
     out = folder / "mix_selected"
     command("select-data", folder / "mix", "--output", out, "--exact", "--near", "0.8", "--as-manifest", made=out)
 
