@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.errors import UserError
 from megarewarm.selection.desk import Desk, Show
 from megarewarm.selection.scoring_model import ScoringModel, blocks
+from megarewarm.selection.step import Numbers
 
 Scores = npt.NDArray[np.float64]
 
@@ -59,10 +61,11 @@ def score_file(
     width = file.dtype.itemsize
     in_tokens: Show = lambda doing, done, total: show(doing, done // width, total // width)  # noqa: E731
     desk = Desk(work, identity_of(file).model_dump(exclude={"path"}), in_tokens)
-    scores = file_losses(file, model, desk)
+    everything = np.arange(file.num_documents)
+    scores = file_losses(file, everything, model, desk, {})
     about = {"name": "loss", "made_by": f"megarewarm {__version__}", **_named("", model)}
     if minus is not None:
-        scores = scores - file_losses(file, minus, desk)
+        scores = scores - file_losses(file, everything, minus, desk, {})
         about |= {"name": "loss difference", **_named("minus_", minus)}
     table = DocumentTable("scores", scores, about)
     write_table(place, table, file, overwrite=overwrite)
@@ -75,25 +78,28 @@ def work_folder(place: Path) -> Path:
     return place.with_name(f"{place.name}.work")
 
 
-def file_losses(file: TokenFile, model: ScoringModel, desk: Desk) -> Scores:
-    """(num_documents,) float64, mean nats per target of each document; see ``ScoringModel.losses``. Kept on the ``desk``."""
-    sizes, starts = file.sizes, file.document_starts(0, file.num_documents)
-    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]) * file.dtype.itemsize
+def file_losses(file: TokenFile, documents: Numbers, model: ScoringModel, desk: Desk, depends: Mapping[str, Any]) -> Scores:
+    """(n,) float64, mean nats per target of each of ``documents``, by their numbers in ``file``; see ``ScoringModel.losses``.
+    Kept on the ``desk``, under what they depend on besides the model."""
+    sizes, starts = file.sizes[documents], file.starts_of(documents)
+    width, doing = file.dtype.itemsize, f"loss by {model.name}"
+    total = int(sizes.sum()) * width
 
     def make(first: int) -> Iterator[Scores]:
+        done = int(sizes[:first].sum()) * width
         for begin, end in blocks(sizes, first):
-            done = int(before[begin])
+            shown = done
 
             def progress(tokens: int) -> None:
-                nonlocal done
-                done += tokens * file.dtype.itemsize
-                desk.show(f"loss by {model.name}", done, int(before[-1]))
+                nonlocal shown
+                shown += tokens * width
+                desk.show(doing, shown, total)
 
+            desk.show(doing, done, total)
             yield model.losses(file, starts[begin:end], sizes[begin:end], progress)
-            desk.show(f"loss by {model.name}", int(before[end]), int(before[-1]))
+            done += int(sizes[begin:end].sum()) * width
 
-    found = desk.rows("losses", model.identity, (file.num_documents,), np.float64, make)
-    return np.array(found)
+    return np.array(desk.rows("losses", {**model.identity, **depends}, (len(documents),), np.float64, make))
 
 
 def _named(prefix: str, model: ScoringModel) -> dict[str, str]:

@@ -26,9 +26,9 @@ from megarewarm.errors import UserError
 from megarewarm.model.transformer import LOSS_MEMORY, Transformer
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.meeting_place import launch_of_process
+from megarewarm.selection.step import Numbers
 from megarewarm.selection.windows import Windows, cut, read_padded
 
-Numbers = npt.NDArray[np.int64]
 Precision = Literal["fp32", "bf16"]
 
 BLOCK = 2**18

@@ -7,7 +7,7 @@ ties by digests.py, never by a document's number.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -120,6 +120,15 @@ class Examples:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A document and what it is like outside of the corpus: the ids of that, and where it is from, for people."""
+
+    document: int
+    place: str
+    ids: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
 class ClusterMap:
     """A picture of some documents: their ``places``, (m, 2), their ``clusters``, (m,), and whether each was ``dropped``."""
 
@@ -134,14 +143,15 @@ class ClusterMap:
 class Chosen:
     """What a step drops. ``dropped``: document numbers, ascending; ``because``: for each the kept document of which it is a
     duplicate, -1 where that is not the reason; ``score``: the similarity or score that decided, NaN without. ``notes``: lines
-    for people; ``maps`` and ``examples``: for the page."""
+    for people; ``maps``, ``examples`` and ``beside``: for the page."""
 
     dropped: Numbers
     because: Numbers
     score: npt.NDArray[np.float64]
     notes: Sequence[str] = ()
     maps: Sequence[ClusterMap] = ()
-    examples: Sequence[Examples] = field(default_factory=tuple)
+    examples: Sequence[Examples] = ()
+    beside: Sequence[Beside] = ()
 
 
 class Step(Protocol):

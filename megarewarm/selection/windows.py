@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megarewarm.data.files.token_file import TokenFile
-
-Numbers = npt.NDArray[np.int64]
+from megarewarm.selection.step import Numbers
 
 
 @dataclass(frozen=True)

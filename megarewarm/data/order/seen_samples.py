@@ -85,7 +85,7 @@ class SeenSource:
                     f"{now.differing(self.file)}): say where that one is in replay.paths"
                 )
             files.check(file)
-        originals = [_reopen(part.order, opened[part.order.dtype]) for part in self.parts]
+        originals = [reopen(part.order, opened[part.order.dtype]) for part in self.parts]
         return SeenSamples(originals, [part.seen for part in self.parts], self.ended, self.max_epochs)
 
 
@@ -314,7 +314,8 @@ def _new_tokens(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np
     return found
 
 
-def _reopen(order: SampleOrder, file: TokenFile) -> Samples:
+def reopen(order: SampleOrder, file: TokenFile) -> Samples:
+    """The samples of a recorded ``order`` in its ``file``."""
     view: TokenView = file.view(order.first_document, order.last_document)
     match order.kind:
         case "permuted":

@@ -1,0 +1,72 @@
+"""Drops documents that are tested: those that overlap with token files which a run is validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megarewarm.data.files.file_identity import identity_of
+from megarewarm.data.files.manifest import refuse_other_tokenizers
+from megarewarm.selection.desk import Desk
+from megarewarm.selection.opening import made, open_corpus
+from megarewarm.selection.overlap import GRAM, Overlap, Text, overlap
+from megarewarm.selection.step import Beside, Chosen, Corpus, Mask, Numbers
+
+_SHOWN = 20
+
+
+class Unlike:
+    """``paths``: token files that documents of ``corpus`` are not to be like; ``share``: of n-grams, from which on a document
+    goes. Raises ``UserError`` for files that can't be read, or whose tokenizers differ from the corpus's."""
+
+    name = "unlike"
+
+    def __init__(self, paths: Sequence[str], share: float, corpus: Corpus) -> None:
+        self._tested, self._share = open_corpus(paths), share
+        refuse_other_tokenizers(made([*corpus.files, *self._tested.files]))
+        self.words = (
+            f"drop documents of which at least {share:.0%} of the {GRAM}-grams of tokens are in {', '.join(paths)}, or that "
+            f"hold at least {share:.0%} of those of one document there"
+        )
+        self.settings: Mapping[str, Any] = {
+            "files": [identity_of(file).model_dump() for file in self._tested.files],
+            "ends": list(self._tested.ends),
+            "share": share,
+            "gram": GRAM,
+        }
+
+    def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
+        documents = np.flatnonzero(kept)
+        tested = self._tested
+        found = overlap(corpus, documents, self._texts, int(tested.sizes.sum()), desk, "overlap with tested files")
+        return chosen(documents, found, self._share, self._beside)
+
+    def _texts(self) -> Iterator[Text]:
+        for block in self._tested.blocks(np.arange(self._tested.num_documents)):
+            yield Text(block.documents, block.ids, block.starts, block.sizes)
+
+    def _beside(self, document: int, other: int) -> Beside:
+        index = int(self._tested.file_of(np.array([other]))[0])
+        place = f"{self._tested.files[index].path}, document {other - int(self._tested.firsts[index]):,}"
+        return Beside(document, place, self._tested.content(other))
+
+
+def chosen(documents: Numbers, found: Overlap, share: float, beside: Any = None) -> Chosen:
+    """The ``documents`` whose overlap with others is at least ``share``, in either sense. ``beside``: shows one of the others,
+    by the numbers of both."""
+    most = np.maximum(found.own, found.of_other)
+    gone = np.flatnonzero((most >= share) & (most > 0))
+    shown = [int(i) for i in gone[np.argsort(-most[gone], kind="stable")] if found.other[i] >= 0][:_SHOWN] if beside else []
+    below = np.flatnonzero((most > 0) & (most < share))
+    notes = []
+    if len(below):
+        notes.append(f"{len(below):,} documents that stay share at least one {GRAM}-gram, the most {most[below].max():.1%}")
+    return Chosen(
+        documents[gone],
+        np.full(len(gone), -1, np.int64),
+        most[gone],
+        notes,
+        beside=[beside(int(documents[i]), int(found.other[i])) for i in shown],
+    )
