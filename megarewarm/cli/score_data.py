@@ -24,12 +24,17 @@ _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 def command_line() -> Parser:
     parser = Parser(
-        description="Write the loss of every document (mean nats per token, each document read by itself) beside its token file, "
+        description="Write the loss of every document (mean nats per token, each read by itself) beside its token file, "
         "for select-data and data.order; with --minus the difference of two checkpoints."
     )
     parser.add_argument("prefix", type=path_text, metavar="PREFIX", help="token file, without suffix")
     parser.add_argument(
-        "--with", required=True, type=path_text, dest="model", metavar="CHECKPOINT", help="folder or hub name, as for start.from"
+        "--with",
+        required=True,
+        type=path_text,
+        dest="model",
+        metavar="CHECKPOINT",
+        help="folder or hub name, as for start.from",
     )
     parser.add_argument(
         "--minus", type=path_text, metavar="CHECKPOINT", help="subtract this one's loss: what is left is what it knows better"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megarewarm.selection.clusters import Clusters, cluster, cluster_count, cluster_map, one_thread
 from megarewarm.selection.desk import Desk
-from megarewarm.selection.embeddings import Embedded, Embedder, Points
+from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.step import Chosen, ClusterMap, Corpus, Mask, Numbers
 
 _BLOCK = 2**12  # points whose similarities to as many others are in memory
@@ -108,9 +108,7 @@ def _gone(most: Points, share: float) -> tuple[Mask, str]:
     return gone, note
 
 
-def collected(
-    parts: list[tuple[Numbers, Numbers, Points]], notes: list[str], maps: list[ClusterMap], **more: Any
-) -> Chosen:
+def collected(parts: list[tuple[Numbers, Numbers, Points]], notes: list[str], maps: list[ClusterMap], **more: Any) -> Chosen:
     """The parts (dropped, because, score) of several files as one choice, by document."""
     dropped: Numbers = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
     because: Numbers = np.concatenate([part[1] for part in parts] or [np.empty(0, np.int64)])
