@@ -1,6 +1,7 @@
 """The second half of D4 (arXiv 2308.12284): of new clusters the most prototypical documents go (arXiv 2206.14486).
 
-The clusters are those of what is left after de-duplication, as the authors found necessary (section 4.4.2).
+The clusters are those of what is left after de-duplication, as the authors found necessary (section 4.4.2). Other than there,
+the least prototypical of each cluster stays: a document alone in its cluster is its own centroid and would be the first to go.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ class Prototypes:
             where = file.path.stem
             clusters = cluster(embedded.points, rows, cluster_count(self._clusters, len(rows), where))
             order = np.lexsort((np.arange(len(rows)), -clusters.likeness))
+            wanted = len(rows) - kept_count(self._share, len(rows))
+            chosen = order[~_last_of_clusters(clusters.labels[order])][:wanted]
             gone = np.zeros(len(rows), bool)
-            gone[order[: len(rows) - kept_count(self._share, len(rows))]] = True
-            notes.append(f"{where}: {int(gone.sum()):,} of {len(rows):,} documents go, in {clusters.count:,} clusters")
+            gone[chosen] = True
+            note = f"{where}: {len(chosen):,} of {len(rows):,} documents go, in {clusters.count:,} clusters"
+            notes.append(note + (f"; not the {wanted:,} asked for, since one of each stays" if len(chosen) < wanted else ""))
             maps.append(cluster_map(f"{where}: documents by their meaning", embedded, rows, clusters, gone))
             for title, ends in (("most", order[:_EXAMPLES]), ("least", order[::-1][:_EXAMPLES])):
                 scores = clusters.likeness[ends].astype(np.float64)
@@ -55,3 +59,10 @@ class Prototypes:
             dropped = embedded.documents[rows[gone]]
             parts.append((dropped, np.full(len(dropped), -1), clusters.likeness[gone]))
         return collected(parts, notes, maps, examples=examples)
+
+
+def _last_of_clusters(labels: Numbers) -> Mask:
+    """Whether each of ``labels`` (n,) is the last one equal to it."""
+    last = np.zeros(len(labels), bool)
+    last[len(labels) - 1 - np.unique(labels[::-1], return_index=True)[1]] = True
+    return last
