@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megarewarm.selection.clusters import Clusters, cluster, cluster_count, cluster_map, one_thread
 from megarewarm.selection.desk import Desk
@@ -112,6 +111,6 @@ def collected(parts: list[tuple[Numbers, Numbers, Points]], notes: list[str], ma
     """The parts (dropped, because, score) of several files as one choice, by document."""
     dropped: Numbers = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
     because: Numbers = np.concatenate([part[1] for part in parts] or [np.empty(0, np.int64)])
-    score: npt.NDArray[np.float64] = np.concatenate([part[2] for part in parts] or [np.empty(0)]).astype(np.float64)
+    score = np.concatenate([part[2] for part in parts] or [np.empty(0, np.float32)]).astype(np.float64)
     order = np.argsort(dropped)
     return Chosen(dropped[order], because[order], score[order], notes, maps, **more)
