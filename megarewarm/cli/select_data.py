@@ -65,7 +65,7 @@ def command_line() -> Parser:
     ends.add_argument("--drop-easiest", type=share, metavar="SHARE", help="for --score: the documents of the lowest scores")
     ends.add_argument("--drop-hardest", type=share, metavar="SHARE", help="for --score: those of the highest scores")
     ends.add_argument("--keep-middle", type=kept_share, metavar="SHARE", help="for --score: drop as many of both ends")
-    how.add_argument("--device", help="for models: cpu, cuda, cuda:1; default: a GPU if there is one")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for models; default: %(default)s")
     what = parser.add_argument_group("output")
     what.add_argument("--dry-run", action="store_true", help="write only OUT.selection.html, to look at what would go")
     what.add_argument(
@@ -199,7 +199,37 @@ def _steps(given: argparse.Namespace, corpus: Corpus) -> list[Step]:
         from megarewarm.selection.unlike_lineage import UnlikeLineage
 
         steps.append(UnlikeLineage(given.unlike_lineage, given.overlap, corpus, _paths(given.lineage_path)))
+    if given.semantic or given.diverse:
+        from megarewarm.selection.embeddings import Embedder
+        from megarewarm.selection.prototypes import Prototypes
+        from megarewarm.selection.scoring_model import ScoringModel
+        from megarewarm.selection.semantic import Semantic
+
+        embedder = Embedder(ScoringModel(given.embed, device=given.device))
+        if given.semantic:
+            steps.append(Semantic(given.semantic, embedder, given.clusters))
+        if given.diverse:
+            steps.append(Prototypes(given.diverse, embedder, given.clusters))
+    if given.score:
+        steps.append(_by_score(given, corpus))
     return steps
+
+
+def _by_score(given: argparse.Namespace, corpus: Corpus) -> Step:
+    from megarewarm.selection.percentile import ByScore, LossOf, ScoresInFile
+    from megarewarm.selection.scoring_model import ScoringModel
+
+    source: LossOf | ScoresInFile
+    if given.score == "loss":
+        models = [name and ScoringModel(name, device=given.device) for name in (given.by, given.minus)]
+        source = LossOf(*models)
+    else:
+        source = ScoresInFile(given.score, corpus)
+    if given.keep_middle is not None:
+        return ByScore(source, "keep-middle", given.keep_middle)
+    if given.drop_hardest is not None:
+        return ByScore(source, "drop-hardest", given.drop_hardest)
+    return ByScore(source, "drop-easiest", given.drop_easiest)
 
 
 def _paths(given: Sequence[str]) -> dict[str, str]:
