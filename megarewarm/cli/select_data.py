@@ -102,7 +102,6 @@ def main(words: Sequence[str]) -> int:
         from megarewarm.data.text.preprocess.job import Progress
         from megarewarm.selection.opening import open_corpus
         from megarewarm.selection.output import Destination, write
-        from megarewarm.selection.page import write_page
         from megarewarm.selection.pipeline import select
         from megarewarm.selection.work import working
 
@@ -121,6 +120,8 @@ def main(words: Sequence[str]) -> int:
         with working(destination.work, corpus, show) as desk:
             selection = select(corpus, steps, desk)
             if arguments.dry_run:
+                from megarewarm.selection.page import write_page
+
                 write_page(selection, destination.page, arguments.tokenizer)
             else:
                 write(selection, destination, show)

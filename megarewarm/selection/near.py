@@ -1,4 +1,4 @@
-"""Drops all but one of each group of near duplicates: MinHash signatures, candidates by bands (LSH), verified Jaccard.
+"""Drops near duplicates, so that one of them stays: MinHash signatures, candidates by bands (LSH), verified Jaccard.
 
 A. Broder, "On the resemblance and containment of documents", 1997; Leskovec, Rajaraman, Ullman, "Mining of Massive Datasets",
 section 3.4. The signatures are rensa's; the similarity that decides is computed of the documents themselves.
@@ -7,6 +7,7 @@ section 3.4. The signatures are rensa's; the similarity that decides is computed
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,9 @@ def bands_for(similarity: float, permutations: int = PERMUTATIONS) -> tuple[int,
 class Near:
     """``similarity``: the Jaccard similarity of the sets of 5-grams of tokens from which on two documents are near duplicates.
 
-    Documents are a group where pairs connect them, so of a chain A~B~C one stays, also if A and C are less similar. The longest
-    stays; of equally long ones that with the smallest digest.
+    The longest document comes first, of equally long ones that with the smallest digest; a document goes if it is similar to
+    one that stays. So of a chain A~B~C, with A and C less similar, B alone stays if it is the longest, else both A and C, and
+    whatever goes has a near duplicate that is kept.
     """
 
     name = "near"
@@ -50,8 +52,8 @@ class Near:
         self.similarity = similarity
         self._bands, self._rows = bands_for(similarity)
         self.words = (
-            f"of documents whose sets of {GRAM}-grams of tokens have a Jaccard similarity of {similarity:g} or more, directly "
-            f"or through others, keep the longest"
+            f"drop documents whose set of {GRAM}-grams of tokens has a Jaccard similarity of {similarity:g} or more with "
+            f"that of one that stays, the longest first"
         )
         self.settings: Mapping[str, Any] = {
             "similarity": similarity,
@@ -68,7 +70,7 @@ class Near:
         signatures = _signatures(corpus, desk, kept, documents)
         sets = GramSets(corpus, GRAM)
         groups = self._groups(corpus, desk, kept, documents, content, signatures, sets)
-        return self._chosen(corpus, desk, documents, content, groups, sets)
+        return self._chosen(corpus, desk, documents, content, signatures, groups, sets)
 
     def _groups(
         self,
@@ -116,29 +118,46 @@ class Near:
                             groups.join(pivot, other)
 
     def _chosen(
-        self, corpus: Corpus, desk: Desk, documents: Numbers, content: Numbers, parent: Numbers, sets: GramSets
+        self,
+        corpus: Corpus,
+        desk: Desk,
+        documents: Numbers,
+        content: Numbers,
+        signatures: npt.NDArray[np.uint32],
+        parent: Numbers,
+        sets: GramSets,
     ) -> Chosen:
+        """Of each group the longest first: each goes that is similar to one that stays."""
         grouped = np.flatnonzero(np.bincount(parent, minlength=len(documents))[parent] > 1)
-        lengths = corpus.sizes[documents[grouped]]
-        order = grouped[np.lexsort((content[grouped], -lengths, parent[grouped]))]
-        first = np.concatenate([[True], parent[order][1:] != parent[order][:-1]])[: len(order)]
-        best = order[first][np.cumsum(first) - 1] if len(order) else order
-        dropped, because = documents[order[~first]], documents[best[~first]]
-        scores = np.empty(len(dropped))
-        total, done = corpus.bytes_of(dropped), 0
-        for k, (one, other) in enumerate(zip(dropped.tolist(), because.tolist(), strict=True)):
-            scores[k] = sets.jaccard(other, one)
-            done += int(corpus.sizes[one])
-            if not k % 256:
-                desk.show("similarity to the kept", min(done, total), total)
-        indirect = int((scores < self.similarity).sum())
-        notes = [
-            f"{int(first.sum()):,} groups, the largest of {int(np.bincount(parent).max()) if len(parent) else 0:,} documents"
-        ]
-        if indirect:
-            notes.append(f"{indirect:,} are less similar to the kept document, and connected to it through others")
-        by_number = np.argsort(dropped)
-        return Chosen(dropped[by_number], because[by_number], scores[by_number], notes)
+        order = grouped[np.lexsort((content[grouped], -corpus.sizes[documents[grouped]], parent[grouped]))]
+        bounds = np.flatnonzero(np.concatenate([[True], parent[order][1:] != parent[order][:-1], [True]]))
+        found: list[tuple[int, int, float]] = []
+        total, done = corpus.bytes_of(documents[order]), 0
+        for begin, end in pairwise(bounds.tolist()):
+            group = order[begin:end]
+            found += self._similar_to_kept(documents[group], signatures[group], sets)
+            done += corpus.bytes_of(np.sort(documents[group]))
+            desk.show("choosing of each group", done, total)
+        found.sort()
+        dropped, because = (np.array([row[k] for row in found], np.int64) for k in (0, 1))
+        notes = [f"{len(bounds) - 1:,} groups, the largest of {int(np.diff(bounds).max()):,} documents"] if len(order) else []
+        return Chosen(dropped, because, np.array([row[2] for row in found], np.float64), notes)
+
+    def _similar_to_kept(
+        self, group: Numbers, signatures: npt.NDArray[np.uint32], sets: GramSets
+    ) -> list[tuple[int, int, float]]:
+        """(document, the kept one it is most similar to, Jaccard) of those of a ``group`` that go."""
+        found = []
+        stays = [0]
+        for i in range(1, len(group)):
+            estimates = (signatures[stays] == signatures[i]).mean(1)
+            near = [stays[k] for k in np.flatnonzero(estimates >= self.similarity - _DOUBT)]
+            best = max(((sets.jaccard(int(group[k]), int(group[i])), -k) for k in near), default=(0.0, 0))
+            if best[0] >= self.similarity:
+                found.append((int(group[i]), int(group[-best[1]]), best[0]))
+            else:
+                stays.append(i)
+        return found
 
 
 def _content_ranks(corpus: Corpus, desk: Desk, documents: Numbers) -> Numbers:

@@ -51,7 +51,7 @@ def _mixed_ids(ids: npt.NDArray[Any]) -> Hashes:
     return _mixed((ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_BASE))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)  # a power of two of entries each, so all take twice the memory of the largest
 def _powers(count: int) -> tuple[Hashes, Hashes]:
     """The powers 0 to ``count`` - 1 of the base, and of its inverse."""
     inverse = pow(_BASE, -1, 2**64)

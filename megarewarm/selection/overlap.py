@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.ngrams import Hashes, ngrams
-from megarewarm.selection.step import Corpus, Numbers
+from megarewarm.selection.step import Block, Corpus, Numbers
 
 GRAM = 13
 MOST = 2**26
@@ -37,7 +37,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of each of some documents: the share of its distinct grams that the others hold, and the largest share of the grams of
+    """Of each of some documents: the share of its grams that the others hold, and the largest share of the distinct grams of
     one of the others that it holds, with the number of that one (-1 for none); (documents,) each."""
 
     own: npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ def overlap(
         at = 0
         for block in corpus.blocks(documents):
             last = at + len(block.documents)
-            mine, owners = _distinct(ngrams(block.ids, block.starts, block.sizes, GRAM), number, passes)
+            mine, owners = _grams(block, number, passes)
             grams[at:last] += np.bincount(owners, minlength=last - at)
             places = index.find(mine)
             shared = places >= 0
@@ -77,21 +77,18 @@ def overlap(
 
 def _part(texts: Iterable[Text], number: int, passes: int) -> Iterator[tuple[Hashes, Numbers]]:
     for text in texts:
-        grams, owners = _distinct(ngrams(text.ids, text.starts, text.sizes, GRAM), number, passes)
+        grams, owners = _grams(text, number, passes)
         yield grams, text.numbers[owners]
 
 
-def _distinct(found: tuple[Hashes, Numbers], number: int, passes: int) -> tuple[Hashes, Numbers]:
-    """(the distinct grams of each document in this pass, the place of its document), sorted by document, then gram."""
-    grams, bounds = found
+def _grams(text: Text | Block, number: int, passes: int) -> tuple[Hashes, Numbers]:
+    """(the grams of this pass, the place of the document of each), in the order of the text."""
+    grams, bounds = ngrams(text.ids, text.starts, text.sizes, GRAM)
     owners = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    if passes > 1:
-        mine = grams % np.uint64(passes) == number
-        grams, owners = grams[mine], owners[mine]
-    order = np.lexsort((grams, owners))
-    grams, owners = grams[order], owners[order]
-    new = np.concatenate([[True], (grams[1:] != grams[:-1]) | (owners[1:] != owners[:-1])])[: len(grams)]
-    return grams[new], owners[new]
+    if passes == 1:
+        return grams, owners
+    mine = grams % np.uint64(passes) == number
+    return grams[mine], owners[mine]
 
 
 class _Index:
@@ -102,10 +99,12 @@ class _Index:
         grams = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in gathered)])
         owners = np.concatenate([np.empty(0, np.int64), *(part for _, part in gathered)])
         del gathered
-        order = np.lexsort((owners, grams))
+        order = np.argsort(grams, kind="stable")  # the owners of a gram stay in their order
         grams, owners = grams[order], owners[order]
+        new = np.concatenate([[True], (grams[1:] != grams[:-1]) | (owners[1:] != owners[:-1])])[: len(grams)]
+        grams, owners = grams[new], owners[new]
         self._sizes = np.unique(owners, return_counts=True)
-        few = np.ones(len(grams), bool)  # each text has distinct grams, so a gram's owners are distinct
+        few = np.ones(len(grams), bool)
         few[_OWNERS:] = grams[_OWNERS:] != grams[:-_OWNERS]
         self._grams, self._owners = grams[few], owners[few]
         self._sieve = np.zeros(2**_SIEVE_BITS // 8, np.uint8)
@@ -128,7 +127,11 @@ class _Index:
         return places
 
     def pairs(self, places: Numbers, documents: Numbers) -> npt.NDArray[np.int64]:
-        """(k, 3): document, other document, and how many grams they share."""
+        """(k, 3): document, other document, and how many distinct grams they share."""
+        order = np.lexsort((places, documents))
+        places, documents = places[order], documents[order]
+        new = np.concatenate([[True], (places[1:] != places[:-1]) | (documents[1:] != documents[:-1])])[: len(places)]
+        places, documents = places[new], documents[new]
         ends = np.searchsorted(self._grams, self._grams[places], side="right")
         counts = ends - places
         mine = np.repeat(documents, counts)

@@ -23,6 +23,7 @@ from megarewarm.selection.step import Corpus, Numbers
 from megarewarm.spelling import DASH, listed
 
 _PAIRS = 12
+_EQUAL = 4  # pairs of equal documents
 _TOKENS = 600  # of a document that are shown
 
 _STYLE = (
@@ -32,12 +33,13 @@ _STYLE = (
 .pair h4 { grid-column: 1 / -1; font-size: 14px; font-weight: 600; margin: 0; }
 .text { background: var(--wash); border-left: 3px solid var(--line); padding: 8px 12px; min-width: 0;
   max-height: 340px; overflow: auto; }
-.text.kept { border-left-color: var(--mark); }
+.text.kept, .text.there { border-left-color: var(--mark); }
 .text p { margin: 0 0 6px; }
 .text pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 mark { background: #ffd33d88; color: inherit; border-radius: 2px; }
-td.why { white-space: normal; text-align: left; min-width: 260px; }
+th.why, td.why { text-align: left; }
+td.why { white-space: normal; min-width: 260px; }
 @media (max-width: 700px) { .pair { grid-template-columns: 1fr; } td.why { min-width: 200px; } }
 """
 )
@@ -138,7 +140,8 @@ def _input_row(selection: Selection, index: int) -> tuple[str, ...]:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], why: Sequence[str] | None = None) -> str:
-    head = "".join(f"<th>{escape(word)}</th>" for word in heads)
+    head = "".join(f"<th>{escape(word)}</th>" for word in heads[: len(heads) - bool(why)])
+    head += f'<th class="why">{escape(heads[-1])}</th>' if why else ""
     body = ""
     for number, (first, *cells) in enumerate(rows):
         last = f'<td class="why">{escape(why[number])}</td>' if why else ""
@@ -148,20 +151,23 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], why: Sequence[st
 
 def _section(taken: Taken, selection: Selection, text: _Texts) -> Iterator[str]:
     chosen, corpus = taken.chosen, selection.corpus
-    yield f"<h2>{escape(taken.step.name)}</h2><p>{escape(taken.line)}.</p>"
+    yield f"<h2>{escape(taken.step.name)}</h2><p>{escape(taken.line.partition(': ')[2].capitalize())}.</p>"
     if chosen.notes:
         yield f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in chosen.notes)}</ul>"
     for number, drawn in enumerate(chosen.maps):
         picture = picture_of(drawn, number)
         yield picture_html(picture, svg_of(picture.figure))
-    for row in spread(chosen.because, chosen.score, _PAIRS):
+    most = _PAIRS if len(np.unique(chosen.score)) > 1 else _EQUAL
+    for row in spread(chosen.because, chosen.score, most):
         one, other = int(chosen.dropped[row]), int(chosen.because[row])
         ids = corpus.content(one), corpus.content(other)
-        yield _pair(_score(chosen.score[row]), (text.place(one), text.place(other)), ids, text.of)
+        places = text.place(one), text.place(other)
+        yield _pair(f"similarity {_score(chosen.score[row])}", ("dropped", "kept"), places, ids, text.of)
     for beside in chosen.beside[:_PAIRS]:
         row = int(np.searchsorted(chosen.dropped, beside.document))
         ids = corpus.content(beside.document), beside.ids
-        yield _pair(_score(chosen.score[row]), (text.place(beside.document), beside.place), ids, text.of)
+        places = text.place(beside.document), beside.place
+        yield _pair(f"overlap {_score(chosen.score[row])}", ("dropped", "there"), places, ids, text.of)
     for examples in chosen.examples:
         yield f"<h3>{escape(examples.title)}</h3>"
         for document, score in zip(examples.documents.tolist(), examples.scores.tolist(), strict=True):
@@ -179,13 +185,14 @@ def spread(because: Numbers, score: npt.NDArray[np.float64], most: int) -> list[
 
 def _pair(
     score: str,
+    kinds: tuple[str, str],
     places: tuple[str, str],
     ids: tuple[npt.NDArray[Any], npt.NDArray[Any]],
     text: Callable[[npt.NDArray[Any]], str],
 ) -> str:
     sides = marked(text(ids[0]), text(ids[1]))
     cells = ""
-    for kind, place, mine, side in zip(("dropped", "kept"), places, ids, sides, strict=True):
+    for kind, place, mine, side in zip(kinds, places, ids, sides, strict=True):
         more = f", the first {_TOKENS}" if mine.size > _TOKENS else ""
         head = f"{kind}: {place}, {mine.size:,} tokens{more}"
         cells += f'<div class="text {kind}"><p class="quiet">{escape(head)}</p><pre>{side}</pre></div>'
