@@ -84,7 +84,7 @@ def _centroids(points: Points, rows: Numbers, count: int) -> Points:
     most = max(count, min(count * _PER_CLUSTER, _TRAINING // (4 * points.shape[1])))
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
-    means = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=SEED, compute_labels=False)
+    means = MiniBatchKMeans(count, max_iter=25, batch_size=4096, n_init=3, random_state=SEED, compute_labels=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct points than clusters: some stay empty
         means.fit(points[rows])

@@ -27,7 +27,7 @@ class Semantic:
 
     def __init__(self, share: float, embedder: Embedder, clusters: int | None = None) -> None:
         self._share, self._embedder, self._clusters = share, embedder, clusters
-        self.words = f"keep {share:.4g} of the documents of each input: those most like another of their cluster go (SemDeDup)"
+        self.words = f"keep {100 * share:.4g} % of each input's documents: those most like another in a cluster go (SemDeDup)"
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -47,7 +47,7 @@ class Semantic:
             most, which = likest_before(embedded.points, rows, clusters, desk)
             gone, note = _gone(most, self._share)
             notes.append(f"{where}: {note}, in {clusters.count:,} clusters")
-            maps.append(cluster_map(f"{where}: documents by their meaning", embedded, rows, clusters, gone))
+            maps.append(cluster_map(f"{where}: documents by their states", embedded, rows, clusters, gone))
             because = embedded.documents[rows[which[gone]]]
             parts.append((embedded.documents[rows[gone]], because, most[gone]))
         return collected(parts, notes, maps)
