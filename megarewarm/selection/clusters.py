@@ -15,7 +15,7 @@ import numpy as np
 
 from megarewarm.errors import UserError
 from megarewarm.selection.embeddings import Embedded, Points, normalised
-from megarewarm.selection.step import ClusterMap, Mask, Numbers
+from megarewarm.selection.step import ClusterMap, Corpus, Mask, Numbers
 
 SEED = 20240313
 _PER_CLUSTER = 256  # points per centroid that K-means is trained on at most, as in faiss
@@ -52,6 +52,13 @@ def cluster_count(asked: int | None, documents: int, where: str) -> int:
     if asked is not None and asked > documents:
         raise UserError(f"--clusters {asked}: expected at most {documents:,}, the documents of {where} that are left")
     return asked or max(1, round(documents**0.5))
+
+
+def check_count(asked: int | None, corpus: Corpus, kept: Mask) -> None:
+    """Raise ``UserError`` as ``cluster_count``, of any file with documents that are ``kept``: before they are embedded."""
+    for index, file in enumerate(corpus.files):
+        if number := len(corpus.members(kept, index)):
+            cluster_count(asked, number, file.path.stem)
 
 
 def cluster_map(title: str, embedded: Embedded, rows: Numbers, clusters: Clusters, dropped: Mask) -> ClusterMap:

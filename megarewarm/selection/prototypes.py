@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.selection.clusters import cluster, cluster_count, cluster_map
+from megarewarm.selection.clusters import check_count, cluster, cluster_count, cluster_map
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.semantic import collected, kept_count
@@ -34,6 +34,7 @@ class Prototypes:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
+        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []

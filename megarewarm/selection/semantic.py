@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.selection.clusters import Clusters, cluster, cluster_count, cluster_map, one_thread
+from megarewarm.selection.clusters import Clusters, check_count, cluster, cluster_count, cluster_map, one_thread
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.step import Chosen, ClusterMap, Corpus, Mask, Numbers
@@ -34,6 +34,7 @@ class Semantic:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
+        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []
