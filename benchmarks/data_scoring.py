@@ -5,7 +5,7 @@ GPU, seconds).
 Prediction, written first: both are one forward pass, so the losses cost as much as an evaluation; short documents save
 attention, and padding (below a quarter) costs about as much. The embedding leaves out the head.
 
-    python benchmarks/score_data.py [--tokens 60000] [--model neox|llama] [--device cpu]
+    python benchmarks/data_scoring.py [--tokens 60000] [--model neox|llama] [--device cpu]
 """
 
 from __future__ import annotations
