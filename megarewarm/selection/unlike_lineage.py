@@ -42,8 +42,7 @@ class UnlikeLineage:
         refuse_other_tokenizers(made([*corpus.files, *(file for file in self._files if file is not None)]))
         self.words = (
             f"drop documents that {checkpoint} was trained on: of a file that it read those of which a token was read, of "
-            f"other files those of which at least {share:.0%} of the {GRAM}-grams of tokens were read, or that hold at least "
-            f"{share:.0%} of those of one document that was read"
+            f"other files those of which at least {share:.0%} of the {GRAM}-grams of tokens were read"
         )
         self.settings: Mapping[str, Any] = {
             "read": [
@@ -74,8 +73,9 @@ class UnlikeLineage:
                     elsewhere.append(mine)
             if file is not None and len(documents := np.concatenate(elsewhere)):
                 texts = partial(_texts, pool, file, end_of(file))
-                like = overlap(corpus, documents, texts, _tokens(pool), desk, f"overlap with '{pool.pool}'")
-                found = chosen(documents, like, self._share)
+                doing = f"overlap with '{pool.pool}'"
+                like = overlap(corpus, documents, texts, _tokens(pool), desk, doing, of_others=False)
+                found = chosen(documents, like.own, self._share)
                 score[found.dropped] = np.maximum(score[found.dropped], found.score)
                 notes += [f"{len(found.dropped):,} documents are like what was read as '{pool.pool}'", *found.notes]
         dropped = np.flatnonzero(score > 0)

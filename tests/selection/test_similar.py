@@ -271,4 +271,3 @@ def test_clusters_are_the_same_for_any_number_of_threads() -> None:
         with threadpool_limits(threads):
             found.append(cluster(points, np.arange(600), 20))
     assert all((each.labels == found[0].labels).all() and (each.likeness == found[0].likeness).all() for each in found)
-
