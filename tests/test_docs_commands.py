@@ -124,7 +124,7 @@ TRIED = [
     r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
-    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
+    r"megarewarm (prepare|tokenizer|score-data|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
 ]
 
 
@@ -183,6 +183,15 @@ def test_data_out_of_text(place: Path) -> None:
     assert "80 documents" in shown and "its counts and checksums are those of the files" in shown
     for path in set((place / "data").iterdir()) - before:
         path.unlink()
+
+
+def test_scores_of_documents(place: Path) -> None:
+    hub = ("runs/second", "hf"), ("runs/upstream", "hf"), ("EleutherAI/pythia-70m", "hf")
+    for line in commands(ROOT / "docs/worth.md"):
+        if "score-data" in line:
+            assert "percentile" in use(line, *hub)
+    for name in ("loss", "loss_difference"):
+        assert (place / f"data/new_train.{name}.safetensors").is_file()
 
 
 def test_fragments_of_yaml_are_refused_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

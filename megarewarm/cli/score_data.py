@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _LINES = 30.0
 """Seconds between the lines of a log."""
-_EXAMPLES, _CHARACTERS = 3, 160
+_EXAMPLES, _TOKENS, _CHARACTERS = 3, 400, 160
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -141,7 +141,8 @@ def _summarise(scored: ScoredFile, model: ScoringModel, console: Console) -> Non
         for title, chosen in (("lowest", order[:_EXAMPLES]), ("highest", order[::-1][:_EXAMPLES])):
             console.print(f"{title}:")
             for document in chosen.tolist():
-                text = " ".join(tokenizer.decode(file.document(document)[:400].tolist()).split())
+                ids = file.document(document)[:_TOKENS]
+                text = " ".join(tokenizer.decode(ids[ids < tokenizer.vocab_size]).split())
                 shown = text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 3]}..."
                 line = f"  {scores[document]:.3f}  document {document}, {int(sizes[document]):,} tokens: {shown}"
                 console.print(line, markup=False)

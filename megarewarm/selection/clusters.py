@@ -15,7 +15,7 @@ import numpy as np
 
 from megarewarm.errors import UserError
 from megarewarm.selection.embeddings import Embedded, Points, normalised
-from megarewarm.selection.step import ClusterMap, Mask, Numbers
+from megarewarm.selection.step import ClusterMap, Corpus, Mask, Numbers
 
 SEED = 20240313
 _PER_CLUSTER = 256  # points per centroid that K-means is trained on at most, as in faiss
@@ -54,6 +54,13 @@ def cluster_count(asked: int | None, documents: int, where: str) -> int:
     return asked or max(1, round(documents**0.5))
 
 
+def check_count(asked: int | None, corpus: Corpus, kept: Mask) -> None:
+    """Raise ``UserError`` as ``cluster_count``, of any file with documents that are ``kept``: before they are embedded."""
+    for index, file in enumerate(corpus.files):
+        if number := len(corpus.members(kept, index)):
+            cluster_count(asked, number, file.path.stem)
+
+
 def cluster_map(title: str, embedded: Embedded, rows: Numbers, clusters: Clusters, dropped: Mask) -> ClusterMap:
     """A map of up to 2,000 of the documents ``rows`` by their two principal components. ``dropped``: (len(rows),) bool."""
     drawn = np.unique(np.linspace(0, len(rows) - 1, min(_DRAWN, len(rows))).astype(np.int64))
@@ -84,7 +91,7 @@ def _centroids(points: Points, rows: Numbers, count: int) -> Points:
     most = max(count, min(count * _PER_CLUSTER, _TRAINING // (4 * points.shape[1])))
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(SEED).choice(rows, most, replace=False))
-    means = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=SEED, compute_labels=False)
+    means = MiniBatchKMeans(count, max_iter=25, batch_size=4096, n_init=3, random_state=SEED, compute_labels=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct points than clusters: some stay empty
         means.fit(points[rows])

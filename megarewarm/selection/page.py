@@ -157,12 +157,14 @@ def _section(taken: Taken, selection: Selection, text: _Texts) -> Iterator[str]:
     for number, drawn in enumerate(chosen.maps):
         picture = picture_of(drawn, number)
         yield picture_html(picture, svg_of(picture.figure))
+    dropped = set(chosen.dropped.tolist())
     most = _PAIRS if len(np.unique(chosen.score)) > 1 else _EQUAL
     for row in spread(chosen.because, chosen.score, most):
         one, other = int(chosen.dropped[row]), int(chosen.because[row])
         ids = corpus.content(one), corpus.content(other)
         places = text.place(one), text.place(other)
-        yield _pair(f"similarity {_score(chosen.score[row])}", ("dropped", "kept"), places, ids, text.of)
+        fate = "dropped too" if other in dropped else "kept"  # SemDeDup compares with what goes itself, too
+        yield _pair(f"similarity {_score(chosen.score[row])}", ("dropped", fate), places, ids, text.of)
     for beside in chosen.beside[:_PAIRS]:
         row = int(np.searchsorted(chosen.dropped, beside.document))
         ids = corpus.content(beside.document), beside.ids

@@ -89,7 +89,8 @@ class ByScore:
 
     def __init__(self, source: ScoreSource, end: End, share: float) -> None:
         self._source, self._end, self._share = source, end, share
-        self.words = f"{end} {share:.4g} of each input by {source.name}"
+        verb, part = end.split("-")
+        self.words = f"{verb} the {part} {100 * share:.4g} % of each input's documents by {source.name}"
 
     @property
     def settings(self) -> Mapping[str, Any]:

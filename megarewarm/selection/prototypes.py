@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.selection.clusters import cluster, cluster_count, cluster_map
+from megarewarm.selection.clusters import check_count, cluster, cluster_count, cluster_map
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.semantic import collected, kept_count
@@ -27,13 +27,14 @@ class Prototypes:
 
     def __init__(self, share: float, embedder: Embedder, clusters: int | None = None) -> None:
         self._share, self._embedder, self._clusters = share, embedder, clusters
-        self.words = f"keep {share:.4g} of the documents of each input: the most prototypical of each cluster go (D4)"
+        self.words = f"keep {100 * share:.4g} % of each input's documents: the most prototypical of their clusters go (D4)"
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
+        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []
@@ -52,7 +53,7 @@ class Prototypes:
             gone[chosen] = True
             note = f"{where}: {len(chosen):,} of {len(rows):,} documents go, in {clusters.count:,} clusters"
             notes.append(note + (f"; not the {wanted:,} asked for, since one of each stays" if len(chosen) < wanted else ""))
-            maps.append(cluster_map(f"{where}: documents by their meaning", embedded, rows, clusters, gone))
+            maps.append(cluster_map(f"{where}: documents by their states", embedded, rows, clusters, gone))
             for title, ends in (("most", order[:_EXAMPLES]), ("least", order[::-1][:_EXAMPLES])):
                 scores = clusters.likeness[ends].astype(np.float64)
                 examples.append(Examples(f"{where}: the {title} prototypical", embedded.documents[rows[ends]], scores))

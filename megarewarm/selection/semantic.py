@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from megarewarm.selection.clusters import Clusters, cluster, cluster_count, cluster_map, one_thread
+from megarewarm.selection.clusters import Clusters, check_count, cluster, cluster_count, cluster_map, one_thread
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.step import Chosen, ClusterMap, Corpus, Mask, Numbers
@@ -28,13 +27,14 @@ class Semantic:
 
     def __init__(self, share: float, embedder: Embedder, clusters: int | None = None) -> None:
         self._share, self._embedder, self._clusters = share, embedder, clusters
-        self.words = f"keep {share:.4g} of the documents of each input: those most like another of their cluster go (SemDeDup)"
+        self.words = f"keep {100 * share:.4g} % of each input's documents: those most like another in a cluster go (SemDeDup)"
 
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
+        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []
@@ -48,7 +48,7 @@ class Semantic:
             most, which = likest_before(embedded.points, rows, clusters, desk)
             gone, note = _gone(most, self._share)
             notes.append(f"{where}: {note}, in {clusters.count:,} clusters")
-            maps.append(cluster_map(f"{where}: documents by their meaning", embedded, rows, clusters, gone))
+            maps.append(cluster_map(f"{where}: documents by their states", embedded, rows, clusters, gone))
             because = embedded.documents[rows[which[gone]]]
             parts.append((embedded.documents[rows[gone]], because, most[gone]))
         return collected(parts, notes, maps)
@@ -112,6 +112,6 @@ def collected(parts: list[tuple[Numbers, Numbers, Points]], notes: list[str], ma
     """The parts (dropped, because, score) of several files as one choice, by document."""
     dropped: Numbers = np.concatenate([part[0] for part in parts] or [np.empty(0, np.int64)])
     because: Numbers = np.concatenate([part[1] for part in parts] or [np.empty(0, np.int64)])
-    score: npt.NDArray[np.float64] = np.concatenate([part[2] for part in parts] or [np.empty(0)]).astype(np.float64)
+    score = np.concatenate([part[2] for part in parts] or [np.empty(0, np.float32)]).astype(np.float64)
     order = np.argsort(dropped)
     return Chosen(dropped[order], because[order], score[order], notes, maps, **more)

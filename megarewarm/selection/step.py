@@ -141,9 +141,9 @@ class ClusterMap:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a step drops. ``dropped``: document numbers, ascending; ``because``: for each the kept document of which it is a
-    duplicate, -1 where that is not the reason; ``score``: the similarity or score that decided, NaN without. ``notes``: lines
-    for people; ``maps``, ``examples`` and ``beside``: for the page."""
+    """What a step drops. ``dropped``: document numbers, ascending; ``because``: for each the document of which it is a
+    duplicate (one that stays, but for SemDeDup), -1 where that is not the reason; ``score``: the similarity or score that
+    decided, NaN without. ``notes``: lines for people; ``maps``, ``examples`` and ``beside``: for the page."""
 
     dropped: Numbers
     because: Numbers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ SIZES = (0, 1, 2, 3, POSITIONS, POSITIONS + 1, POSITIONS + 2, 5 * POSITIONS + 7,
 def neox(folder: Path, seed: int = 0) -> PreTrainedModel:
     """transformers' GPT-NeoX of an odd vocabulary, in ``folder``."""
     torch.manual_seed(seed)
-    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 44}
+    shape: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 44}
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS))
     with torch.no_grad():
         for parameter in model.parameters():

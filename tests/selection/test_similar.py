@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Meaning:
     """A model for ``Embedder`` whose points are ``directions``."""
 
     config = SimpleNamespace(hidden_size=WIDTH)
-    identity: dict[str, str] = {}
+    identity = MappingProxyType[str, str]({})
 
     def check_reads(self, file: TokenFile) -> None:
         pass
@@ -128,7 +128,7 @@ def test_exact_duplicates_go_and_only_they(tmp_path: Path) -> None:
     read = corpus(tmp_path / "a", [*documents, documents[3], documents[3], documents[7]])
     chosen = chosen_by(Semantic(12 / 15, embedder(), 1), read, tmp_path / "work")
     kept = np.setdiff1d(np.arange(15), chosen.dropped)
-    assert sorted(tuple(read.content(number)) for number in kept) == sorted(map(tuple, documents))
+    assert sorted(tuple(read.content(number)) for number in kept.tolist()) == sorted(map(tuple, documents))
     np.testing.assert_allclose(chosen.score, 1, atol=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_a_planted_far_cluster_survives(tmp_path: Path) -> None:
     kept = np.ones(42, bool)
     for step in (Semantic(0.5, shared, 2), Prototypes(0.5, shared, 2)):
         kept[chosen_by(step, read, tmp_path / "work", kept.copy()).dropped] = False
-    assert kept.sum() == 11 and any(read.content(document)[0] == 2 for document in np.flatnonzero(kept))
+    assert kept.sum() == 11 and any(read.content(document)[0] == 2 for document in np.flatnonzero(kept).tolist())
 
 
 def test_the_most_prototypical_go(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_order_of_the_input_makes_no_difference(tmp_path: Path, seed: int) -
         kept = np.ones(len(documents), bool)
         for step in (Semantic(0.75, shared), Prototypes(0.5, shared)):
             kept[chosen_by(step, read, tmp_path / f"work{name}", kept.copy()).dropped] = False
-        left.append(sorted(tuple(read.content(document)) for document in np.flatnonzero(kept)))
+        left.append(sorted(tuple(read.content(document)) for document in np.flatnonzero(kept).tolist()))
         assert kept.sum() == 18 + 3, "35 of 46, then 18 of them, and the three without content"
     assert left[0] == left[1]
 
