@@ -26,7 +26,7 @@ _OWNERS = 16
 
 
 @dataclass(frozen=True)
-class Text:
+class OtherText:
     """Some of the other documents, or pieces of such: as in ``Block``; ``numbers``: of the documents, (documents,)."""
 
     numbers: Numbers
@@ -48,7 +48,7 @@ class Overlap:
 def overlap(
     corpus: Corpus,
     documents: Numbers,
-    texts: Callable[[], Iterable[Text]],
+    texts: Callable[[], Iterable[OtherText]],
     tokens: int,
     desk: Desk,
     doing: str,
@@ -84,13 +84,13 @@ def overlap(
     return Overlap(hits / np.maximum(grams, 1), share, other)
 
 
-def _part(texts: Iterable[Text], number: int, passes: int) -> Iterator[tuple[Hashes, Numbers]]:
+def _part(texts: Iterable[OtherText], number: int, passes: int) -> Iterator[tuple[Hashes, Numbers]]:
     for text in texts:
         grams, owners = _grams(text, number, passes)
         yield grams, text.numbers[owners]
 
 
-def _grams(text: Text | Block, number: int, passes: int) -> tuple[Hashes, Numbers]:
+def _grams(text: OtherText | Block, number: int, passes: int) -> tuple[Hashes, Numbers]:
     """(the grams of this pass, the place of the document of each), in the order of the text."""
     grams, bounds = ngrams(text.ids, text.starts, text.sizes, GRAM)
     owners = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))

@@ -12,8 +12,8 @@ from megarewarm.data.files.file_identity import identity_of
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import made, open_corpus
-from megarewarm.selection.overlap import GRAM, Overlap, Text, overlap
-from megarewarm.selection.step import Beside, Chosen, Corpus, Mask, Numbers
+from megarewarm.selection.overlap import GRAM, OtherText, Overlap, overlap
+from megarewarm.selection.step import Chosen, Corpus, Counterpart, Mask, Numbers
 
 _SHOWN = 20
 _LEAST = 1e-9
@@ -47,11 +47,11 @@ class Unlike:
         found = overlap(corpus, documents, self._texts, int(tested.sizes.sum()), desk, "overlap with tested files")
         return chosen(documents, np.maximum(found.own, found.of_other), self._share, self._shown(documents, found))
 
-    def _texts(self) -> Iterator[Text]:
+    def _texts(self) -> Iterator[OtherText]:
         for block in self._tested.blocks(np.arange(self._tested.num_documents)):
-            yield Text(block.documents, block.ids, block.starts, block.sizes)
+            yield OtherText(block.documents, block.ids, block.starts, block.sizes)
 
-    def _shown(self, documents: Numbers, found: Overlap) -> list[Beside]:
+    def _shown(self, documents: Numbers, found: Overlap) -> list[Counterpart]:
         """Those that share most of one tested document, beside it."""
         best = np.flatnonzero(found.of_other >= max(self._share, _LEAST))
         best = best[np.argsort(-found.of_other[best], kind="stable")][:_SHOWN]
@@ -59,11 +59,11 @@ class Unlike:
         for document, other in zip(documents[best].tolist(), found.other[best].tolist(), strict=True):
             index = int(self._tested.file_of(np.array([other]))[0])
             place = f"{self._tested.files[index].path}, document {other - int(self._tested.firsts[index]):,}"
-            shown.append(Beside(document, place, self._tested.content(other)))
+            shown.append(Counterpart(document, place, self._tested.content(other)))
         return shown
 
 
-def chosen(documents: Numbers, overlaps: Shares, share: float, beside: Sequence[Beside] = ()) -> Chosen:
+def chosen(documents: Numbers, overlaps: Shares, share: float, beside: Sequence[Counterpart] = ()) -> Chosen:
     """Those of ``documents`` go whose overlap with others is at least ``share``, and above 0. ``beside``: for the page."""
     gone = (overlaps >= share) & (overlaps > 0)
     below = overlaps[(overlaps > 0) & ~gone]

@@ -20,7 +20,7 @@ from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import seen_sources
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import end_of, made
-from megarewarm.selection.overlap import GRAM, Text, overlap
+from megarewarm.selection.overlap import GRAM, OtherText, overlap
 from megarewarm.selection.step import BLOCK, Chosen, Corpus, Mask, Numbers
 from megarewarm.selection.unlike import chosen
 
@@ -146,7 +146,7 @@ def _read_documents(pool: SeenSource, file: TokenFile, end: int | None, desk: De
     return np.cumsum(steps)[:-1] > 0
 
 
-def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[Text]:
+def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[OtherText]:
     """What was read, cut where documents end."""
     number = 0
     for part in pool.parts:
@@ -159,7 +159,7 @@ def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[Text]
             sizes = np.diff(bounds)
             if end is not None:
                 sizes = sizes - (ids[bounds[1:] - 1] == end)
-            yield Text(number + np.arange(len(sizes)), ids, bounds[:-1], sizes)
+            yield OtherText(number + np.arange(len(sizes)), ids, bounds[:-1], sizes)
             number += len(sizes)
 
 

@@ -149,9 +149,9 @@ def test_the_order_of_the_input_does_not_change_what_is_kept(tmp_path_factory, s
     place = tmp_path_factory.mktemp("order")
     one = write_documents(place / "one", documents)
     parts = [write_documents(place / str(i), [documents[k] for k in part]) for i, part in enumerate((order[:cut], order[cut:]))]
-    for steps in ([Exact()], [Near(0.6)], [Exact(), Near(0.6)]):
-        mine: list[Step] = list(steps)
-        assert kept_contents(place, mine, one) == kept_contents(place, mine, *parts)
+    pipelines: list[list[Step]] = [[Exact()], [Near(0.6)], [Exact(), Near(0.6)]]
+    for steps in pipelines:
+        assert kept_contents(place, steps, one) == kept_contents(place, steps, *parts)
 
 
 def test_a_pair_at_the_limit_meets_in_a_band_almost_surely() -> None:

@@ -148,7 +148,8 @@ def test_a_second_start_after_a_kill_gives_the_same_bytes(tmp_path: Path) -> Non
 
 def test_a_kill_while_files_get_their_names_is_made_good(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"{data}/a", f"{data}/b", "--output", f"{data}/out", "--exact"]
-    real, moved = output.move, []
+    real = output.move
+    moved: list[Path] = []
 
     def move(source: Path, target: Path) -> None:
         if len(moved) == 4:

@@ -13,7 +13,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.selection import overlap as module
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import identity, open_corpus
-from megarewarm.selection.overlap import Text, overlap
+from megarewarm.selection.overlap import OtherText, overlap
 from megarewarm.selection.step import Chosen, Corpus
 from megarewarm.selection.unlike import Unlike
 from megarewarm.selection.unlike_lineage import UnlikeLineage
@@ -43,8 +43,8 @@ def test_overlap_is_that_of_the_definition(tmp_path: Path, monkeypatch: pytest.M
     corpus = open_corpus([write_documents(tmp_path / "x", mine)])
     tested = open_corpus([write_documents(tmp_path / "y", theirs)])
 
-    def texts() -> list[Text]:
-        return [Text(b.documents, b.ids, b.starts, b.sizes) for b in tested.blocks(np.arange(15), tokens=50)]
+    def texts() -> list[OtherText]:
+        return [OtherText(b.documents, b.ids, b.starts, b.sizes) for b in tested.blocks(np.arange(15), tokens=50)]
 
     found = overlap(corpus, np.arange(40), texts, int(tested.sizes.sum()), desk(tmp_path, corpus), "")
     other = [gram_set(ids, 3) for ids in theirs]
