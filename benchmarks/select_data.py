@@ -57,7 +57,9 @@ def main() -> None:
     corpus = open_corpus([arguments.prefix])
     size = corpus.files[0].total_tokens * corpus.files[0].dtype.itemsize
     print(f"{arguments.prefix}: {corpus.num_documents:,} documents, {size / 1e6:.1f} MB of ids")
-    print(f"Python {platform.python_version()}, {os.cpu_count()} processors, numpy {version('numpy')}, rensa {version('rensa')}\n")
+    print(
+        f"Python {platform.python_version()}, {os.cpu_count()} processors, numpy {version('numpy')}, rensa {version('rensa')}\n"
+    )
     print("| step | documents dropped | MB/s of CPU time | MB/s | memory, MB |\n|---|---|---|---|---|")
     steps: list[Step] = [Exact(), Near(0.8), Unlike([arguments.unlike], 0.2, corpus)]
     work = Path(f"{arguments.prefix}.benchmark_work")

@@ -13,12 +13,12 @@ import numpy.typing as npt
 
 from megarewarm import __version__
 from megarewarm.data.files.document_table import DocumentTable, table_path, write_table
-from megarewarm.data.files.file_identity import identity_of
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.errors import UserError
 from megarewarm.selection.desk import Desk, ShowProgress
 from megarewarm.selection.scoring_model import ScoringModel, blocks
-from megarewarm.selection.step import Numbers
+from megarewarm.selection.step import Corpus, Numbers
+from megarewarm.selection.work import working
 
 Scores = npt.NDArray[np.float64]
 
@@ -57,19 +57,18 @@ def score_file(
     models = [model] if minus is None else [model, minus]
     for each in models:
         each.check_reads(file)
-    work = work_folder(place)
     width = file.dtype.itemsize
     in_tokens: ShowProgress = lambda doing, done, total: show(doing, done // width, total // width)  # noqa: E731
-    desk = Desk(work, identity_of(file).model_dump(exclude={"path"}), in_tokens)
-    everything = np.arange(file.num_documents)
-    scores = file_losses(file, everything, model, desk, {})
-    about = {"name": "loss", "made_by": f"megarewarm {__version__}", **_named("", model)}
-    if minus is not None:
-        scores = scores - file_losses(file, everything, minus, desk, {})
-        about |= {"name": "loss difference", **_named("minus_", minus)}
-    table = DocumentTable("scores", scores, about)
-    write_table(place, table, file, overwrite=overwrite)
-    shutil.rmtree(work, ignore_errors=True)
+    with working(work := work_folder(place), Corpus((file,), (None,)), in_tokens) as desk:
+        everything = np.arange(file.num_documents)
+        scores = file_losses(file, everything, model, desk, {})
+        about = {"name": "loss", "made_by": f"megarewarm {__version__}", **_named("", model)}
+        if minus is not None:
+            scores = scores - file_losses(file, everything, minus, desk, {})
+            about |= {"name": "loss difference", **_named("minus_", minus)}
+        table = DocumentTable("scores", scores, about)
+        write_table(place, table, file, overwrite=overwrite)
+        shutil.rmtree(work, ignore_errors=True)
     return ScoredFile(file, table, place)
 
 
@@ -82,7 +81,7 @@ def file_losses(file: TokenFile, documents: Numbers, model: ScoringModel, desk: 
     """(n,) float64, mean nats per target of each of ``documents``, by their numbers in ``file``; see ``ScoringModel.losses``.
     Kept on the ``desk``, under what they depend on besides the model."""
     sizes, starts = file.sizes[documents], file.starts_of(documents)
-    width, doing = file.dtype.itemsize, f"loss by {model.name}"
+    width, doing = file.dtype.itemsize, f"loss by {model.name.rstrip('/').rpartition('/')[2]}"
     total = int(sizes.sum()) * width
 
     def make(first: int) -> Iterator[Scores]:

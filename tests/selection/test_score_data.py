@@ -16,6 +16,7 @@ from megarewarm.data.files.document_table import DocumentTable, read_table, writ
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
+from megarewarm.file_lock import FileLock
 from megarewarm.process import EXIT_INTERRUPTED
 from megarewarm.selection import score_file
 from megarewarm.selection.desk import Desk
@@ -113,6 +114,14 @@ def test_other_weights_at_the_same_place_start_again(place: Path, monkeypatch: p
     np.testing.assert_allclose(
         read_table(place / "data.loss", "scores", open_tokens(place / "data")).values, losses(place, "one"), rtol=2e-6
     )
+
+
+def test_two_processes_do_not_share_the_work(place: Path) -> None:
+    work = place / "data.loss.safetensors.work"
+    work.mkdir()
+    with FileLock(work / "lock"), pytest.raises(UserError, match="another process"):
+        run(place, "--with", str(place / "one"))
+    assert run(place, "--with", str(place / "one")) == 0 and not work.exists()
 
 
 def test_bad_input_is_one_line_and_writes_nothing(place: Path) -> None:
