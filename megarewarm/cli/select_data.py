@@ -188,6 +188,8 @@ def _steps(given: argparse.Namespace, corpus: Corpus) -> list[Step]:
 
         steps.append(Exact())
     if given.near:
+        import rensa  # noqa: F401 - a missing one is named before any work
+
         from megarewarm.selection.near import Near
 
         steps.append(Near(given.near))
@@ -200,6 +202,8 @@ def _steps(given: argparse.Namespace, corpus: Corpus) -> list[Step]:
 
         steps.append(UnlikeLineage(given.unlike_lineage, given.overlap, corpus, _paths(given.lineage_path)))
     if given.semantic or given.diverse:
+        import sklearn  # noqa: F401
+
         from megarewarm.selection.embeddings import Embedder
         from megarewarm.selection.prototypes import Prototypes
         from megarewarm.selection.scoring_model import ScoringModel

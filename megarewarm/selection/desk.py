@@ -18,7 +18,7 @@ from megarewarm.files import write_whole
 _SAVE_EVERY = 2.0  # seconds
 
 
-class Show(Protocol):
+class ShowProgress(Protocol):
     """Is called with what is being done, and how many of how many bytes of token ids are done."""
 
     def __call__(self, doing: str, done: int, total: int) -> None: ...
@@ -32,7 +32,7 @@ class Desk:
     """Arrays in ``folder``, each under a name that depends on everything its contents depend on: ``corpus``, the identity of
     the input, and what the caller names. ``show``: the progress."""
 
-    def __init__(self, folder: Path, corpus: Mapping[str, Any], show: Show = _quiet) -> None:
+    def __init__(self, folder: Path, corpus: Mapping[str, Any], show: ShowProgress = _quiet) -> None:
         self.folder = folder
         self.show = show
         self._corpus = dict(corpus)

@@ -25,6 +25,7 @@ PERMUTATIONS = 128
 _SEED = 1234
 _FOUND = 0.97  # of the pairs that are as similar as the threshold, at least so many meet in a band
 _DOUBT = 0.15  # by so much an estimate may be below the threshold and is looked at: 4 standard deviations of 128 values
+_ROWS = 2**12  # signatures that are lists of numbers at a time, 5 KB each
 _PAIRS = 2**13  # signatures compared at a time
 
 
@@ -174,8 +175,11 @@ def _signatures(corpus: Corpus, desk: Desk, kept: Mask, documents: Numbers) -> n
         done = corpus.bytes_of(documents[:first])
         for block in corpus.blocks(documents[first:]):
             grams, bounds = ngrams(block.ids, block.starts, block.sizes, GRAM)
-            found = RMinHash.digest_matrix_from_flat_token_hashes(grams, bounds.astype(np.uint64), PERMUTATIONS, _SEED)
-            yield np.array(found.to_rows(), np.uint32).reshape(-1, PERMUTATIONS)
+            for begin in range(0, len(bounds) - 1, _ROWS):
+                part = bounds[begin : begin + _ROWS + 1]
+                mine, ends = grams[part[0] : part[-1]], (part - part[0]).astype(np.uint64)
+                found = RMinHash.digest_matrix_from_flat_token_hashes(mine, ends, PERMUTATIONS, _SEED)
+                yield np.array(found.to_rows(), np.uint32).reshape(-1, PERMUTATIONS)
             done += block.ids.nbytes
             desk.show("MinHash signatures", done, total)
 

@@ -24,7 +24,7 @@ from megarewarm.data.files.manifest import manifest_of
 from megarewarm.data.files.token_file import TokenFile, TokenFileWriter
 from megarewarm.errors import UserError
 from megarewarm.files import move, sha256, write_whole
-from megarewarm.selection.desk import Show
+from megarewarm.selection.desk import ShowProgress
 from megarewarm.selection.pipeline import Selection
 
 FORMAT = "megarewarm.selection.1"
@@ -91,7 +91,7 @@ class Destination:
             return []
 
 
-def write(selection: Selection, destination: Destination, show: Show) -> list[Path]:
+def write(selection: Selection, destination: Destination, show: ShowProgress) -> list[Path]:
     """Write all of it, and remove the work folder. Returns the new files. Raises ``UserError`` as ``check``."""
     corpus = selection.corpus
     destination.check(corpus.files)
@@ -134,7 +134,7 @@ def _publish(new: Path, destination: Destination) -> None:
     move(new / "manifest", destination.manifest)
 
 
-def _write_tokens(selection: Selection, index: int, prefix: Path, destination: Destination, show: Show) -> None:
+def _write_tokens(selection: Selection, index: int, prefix: Path, destination: Destination, show: ShowProgress) -> None:
     """The kept documents of a file as a token file, with a manifest that carries over what its manifest says."""
     corpus, file = selection.corpus, selection.corpus.files[index]
     kept = corpus.members(selection.kept, index)
@@ -147,7 +147,7 @@ def _write_tokens(selection: Selection, index: int, prefix: Path, destination: D
             show(f"writing {destination.names[index]}", done, total)
         counts = writer.num_documents, writer.num_tokens
     before = manifest_of(file.path) or {}
-    said = {
+    said: dict[str, Any] = {
         "documents": counts[0],
         "tokens": counts[1],
         "dtype": writer.dtype.name,

@@ -1,6 +1,6 @@
 """Finds documents that share n-grams with other texts: how many of each document's own, and how much of one of the others.
 
-The grams of the others are kept sorted in memory, 2**26 at a time; larger texts take several passes, each over a part of the
+The grams of the others are kept sorted in memory, 2**25 at a time; larger texts take several passes, each over a part of the
 hashes.
 """
 
@@ -18,15 +18,15 @@ from megarewarm.selection.ngrams import Hashes, ngrams
 from megarewarm.selection.step import Block, Corpus, Numbers
 
 GRAM = 13
-MOST = 2**26
-"""Grams of the other texts in memory at a time, with 16 bytes each, and twice that while they are sorted."""
+MOST = 2**25
+"""Grams of the other texts in memory at a time."""
 _SIEVE_BITS = 27
 _OWNERS = 16
 """Of a gram that more of the other documents hold, so many are counted as holding it: boilerplate would pair all with all."""
 
 
 @dataclass(frozen=True)
-class Text:
+class OtherText:
     """Some of the other documents, or pieces of such: as in ``Block``; ``numbers``: of the documents, (documents,)."""
 
     numbers: Numbers
@@ -46,19 +46,27 @@ class Overlap:
 
 
 def overlap(
-    corpus: Corpus, documents: Numbers, texts: Callable[[], Iterable[Text]], tokens: int, desk: Desk, doing: str
+    corpus: Corpus,
+    documents: Numbers,
+    texts: Callable[[], Iterable[OtherText]],
+    tokens: int,
+    desk: Desk,
+    doing: str,
+    *,
+    of_others: bool = True,
 ) -> Overlap:
-    """How each of ``documents`` overlaps with ``texts()``, which hold ``tokens`` tokens. Memory: 1 GiB for the grams of large
-    texts, and 40 bytes for each of ``documents``."""
+    """How each of ``documents`` overlaps with ``texts()``, which hold ``tokens`` tokens. ``of_others``: not only how much of
+    its own. Memory: 48 bytes for each of up to ``MOST`` grams while they are sorted, 40 for each of ``documents``."""
     passes = max(1, -(-tokens // MOST))
     total = corpus.bytes_of(documents) * passes
     hits, grams = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int64)
     found: list[npt.NDArray[np.int64]] = []
     sizes: list[tuple[Numbers, Numbers]] = []
-    done = 0
+    none, done = np.full(len(documents), -1, np.int64), 0
     for number in range(passes):
         index = _Index(_part(texts(), number, passes))
-        sizes.append(index.sizes())
+        if of_others:
+            sizes.append(index.sizes())
         at = 0
         for block in corpus.blocks(documents):
             last = at + len(block.documents)
@@ -67,21 +75,22 @@ def overlap(
             places = index.find(mine)
             shared = places >= 0
             hits[at:last] += np.bincount(owners[shared], minlength=last - at)
-            found.append(index.pairs(places[shared], owners[shared] + at))
+            if of_others:
+                found.append(index.pairs(places[shared], owners[shared] + at))
             at = last
             done += block.ids.nbytes
             desk.show(doing, done, total)
-    share, other = _largest(found, sizes, len(documents))
+    share, other = _largest(found, sizes, len(documents)) if of_others else (np.zeros(len(documents)), none)
     return Overlap(hits / np.maximum(grams, 1), share, other)
 
 
-def _part(texts: Iterable[Text], number: int, passes: int) -> Iterator[tuple[Hashes, Numbers]]:
+def _part(texts: Iterable[OtherText], number: int, passes: int) -> Iterator[tuple[Hashes, Numbers]]:
     for text in texts:
         grams, owners = _grams(text, number, passes)
         yield grams, text.numbers[owners]
 
 
-def _grams(text: Text | Block, number: int, passes: int) -> tuple[Hashes, Numbers]:
+def _grams(text: OtherText | Block, number: int, passes: int) -> tuple[Hashes, Numbers]:
     """(the grams of this pass, the place of the document of each), in the order of the text."""
     grams, bounds = ngrams(text.ids, text.starts, text.sizes, GRAM)
     owners = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))

@@ -15,7 +15,7 @@ from megarewarm import __version__
 from megarewarm.data.files.document_table import DocumentTable, table_path, write_table
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.errors import UserError
-from megarewarm.selection.desk import Desk, Show
+from megarewarm.selection.desk import Desk, ShowProgress
 from megarewarm.selection.scoring_model import ScoringModel, blocks
 from megarewarm.selection.step import Corpus, Numbers
 from megarewarm.selection.work import working
@@ -43,7 +43,7 @@ def score_path(prefix: str, *, difference: bool) -> Path:
 
 
 def score_file(
-    prefix: str, model: ScoringModel, minus: ScoringModel | None, output: Path, *, show: Show, overwrite: bool = False
+    prefix: str, model: ScoringModel, minus: ScoringModel | None, output: Path, *, show: ShowProgress, overwrite: bool = False
 ) -> ScoredFile:
     """Write to ``output`` what ``model`` makes of each document of ``prefix``, less what ``minus`` does.
 
@@ -58,7 +58,7 @@ def score_file(
     for each in models:
         each.check_reads(file)
     width = file.dtype.itemsize
-    in_tokens: Show = lambda doing, done, total: show(doing, done // width, total // width)  # noqa: E731
+    in_tokens: ShowProgress = lambda doing, done, total: show(doing, done // width, total // width)  # noqa: E731
     with working(work := work_folder(place), Corpus((file,), (None,)), in_tokens) as desk:
         everything = np.arange(file.num_documents)
         scores = file_losses(file, everything, model, desk, {})

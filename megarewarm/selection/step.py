@@ -120,7 +120,7 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Counterpart:
     """A document and what it is like outside of the corpus: the ids of that, and where it is from, for people."""
 
     document: int
@@ -151,7 +151,7 @@ class Chosen:
     notes: Sequence[str] = ()
     maps: Sequence[ClusterMap] = ()
     examples: Sequence[Examples] = ()
-    beside: Sequence[Beside] = ()
+    beside: Sequence[Counterpart] = ()
 
 
 class Step(Protocol):

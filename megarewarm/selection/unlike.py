@@ -6,15 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megarewarm.data.files.file_identity import identity_of
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import made, open_corpus
-from megarewarm.selection.overlap import GRAM, Overlap, Text, overlap
-from megarewarm.selection.step import Beside, Chosen, Corpus, Mask, Numbers
+from megarewarm.selection.overlap import GRAM, OtherText, Overlap, overlap
+from megarewarm.selection.step import Chosen, Corpus, Counterpart, Mask, Numbers
 
 _SHOWN = 20
+_LEAST = 1e-9
+
+Shares = npt.NDArray[np.float64]
 
 
 class Unlike:
@@ -41,32 +45,29 @@ class Unlike:
         documents = np.flatnonzero(kept)
         tested = self._tested
         found = overlap(corpus, documents, self._texts, int(tested.sizes.sum()), desk, "overlap with tested files")
-        return chosen(documents, found, self._share, self._beside)
+        return chosen(documents, np.maximum(found.own, found.of_other), self._share, self._shown(documents, found))
 
-    def _texts(self) -> Iterator[Text]:
+    def _texts(self) -> Iterator[OtherText]:
         for block in self._tested.blocks(np.arange(self._tested.num_documents)):
-            yield Text(block.documents, block.ids, block.starts, block.sizes)
+            yield OtherText(block.documents, block.ids, block.starts, block.sizes)
 
-    def _beside(self, document: int, other: int) -> Beside:
-        index = int(self._tested.file_of(np.array([other]))[0])
-        place = f"{self._tested.files[index].path}, document {other - int(self._tested.firsts[index]):,}"
-        return Beside(document, place, self._tested.content(other))
+    def _shown(self, documents: Numbers, found: Overlap) -> list[Counterpart]:
+        """Those that share most of one tested document, beside it."""
+        best = np.flatnonzero(found.of_other >= max(self._share, _LEAST))
+        best = best[np.argsort(-found.of_other[best], kind="stable")][:_SHOWN]
+        shown = []
+        for document, other in zip(documents[best].tolist(), found.other[best].tolist(), strict=True):
+            index = int(self._tested.file_of(np.array([other]))[0])
+            place = f"{self._tested.files[index].path}, document {other - int(self._tested.firsts[index]):,}"
+            shown.append(Counterpart(document, place, self._tested.content(other)))
+        return shown
 
 
-def chosen(documents: Numbers, found: Overlap, share: float, beside: Any = None) -> Chosen:
-    """The ``documents`` whose overlap with others is at least ``share``, in either sense. ``beside``: shows one of the others,
-    by the numbers of both."""
-    most = np.maximum(found.own, found.of_other)
-    gone = np.flatnonzero((most >= share) & (most > 0))
-    shown = [int(i) for i in gone[np.argsort(-most[gone], kind="stable")] if found.other[i] >= 0][:_SHOWN] if beside else []
-    below = np.flatnonzero((most > 0) & (most < share))
+def chosen(documents: Numbers, overlaps: Shares, share: float, beside: Sequence[Counterpart] = ()) -> Chosen:
+    """Those of ``documents`` go whose overlap with others is at least ``share``, and above 0. ``beside``: for the page."""
+    gone = (overlaps >= share) & (overlaps > 0)
+    below = overlaps[(overlaps > 0) & ~gone]
     notes = []
     if len(below):
-        notes.append(f"{len(below):,} documents that stay share at least one {GRAM}-gram, the most {most[below].max():.1%}")
-    return Chosen(
-        documents[gone],
-        np.full(len(gone), -1, np.int64),
-        most[gone],
-        notes,
-        beside=[beside(int(documents[i]), int(found.other[i])) for i in shown],
-    )
+        notes.append(f"{len(below):,} documents that stay share at least one {GRAM}-gram, the most {below.max():.1%}")
+    return Chosen(documents[gone], np.full(int(gone.sum()), -1, np.int64), overlaps[gone], notes, beside=beside)

@@ -20,7 +20,7 @@ from megarewarm.errors import UserError
 from megarewarm.rewarm.replay import seen_sources
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import end_of, made
-from megarewarm.selection.overlap import GRAM, Text, overlap
+from megarewarm.selection.overlap import GRAM, OtherText, overlap
 from megarewarm.selection.step import BLOCK, Chosen, Corpus, Mask, Numbers
 from megarewarm.selection.unlike import chosen
 
@@ -42,8 +42,7 @@ class UnlikeLineage:
         refuse_other_tokenizers(made([*corpus.files, *(file for file in self._files if file is not None)]))
         self.words = (
             f"drop documents that {checkpoint} was trained on: of a file that it read those of which a token was read, of "
-            f"other files those of which at least {share:.0%} of the {GRAM}-grams of tokens were read, or that hold at least "
-            f"{share:.0%} of those of one document that was read"
+            f"other files those of which at least {share:.0%} of the {GRAM}-grams of tokens were read"
         )
         self.settings: Mapping[str, Any] = {
             "read": [
@@ -74,8 +73,9 @@ class UnlikeLineage:
                     elsewhere.append(mine)
             if file is not None and len(documents := np.concatenate(elsewhere)):
                 texts = partial(_texts, pool, file, end_of(file))
-                like = overlap(corpus, documents, texts, _tokens(pool), desk, f"overlap with '{pool.pool}'")
-                found = chosen(documents, like, self._share)
+                doing = f"overlap with '{pool.pool}'"
+                like = overlap(corpus, documents, texts, _tokens(pool), desk, doing, of_others=False)
+                found = chosen(documents, like.own, self._share)
                 score[found.dropped] = np.maximum(score[found.dropped], found.score)
                 notes += [f"{len(found.dropped):,} documents are like what was read as '{pool.pool}'", *found.notes]
         dropped = np.flatnonzero(score > 0)
@@ -146,7 +146,7 @@ def _read_documents(pool: SeenSource, file: TokenFile, end: int | None, desk: De
     return np.cumsum(steps)[:-1] > 0
 
 
-def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[Text]:
+def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[OtherText]:
     """What was read, cut where documents end."""
     number = 0
     for part in pool.parts:
@@ -159,7 +159,7 @@ def _texts(pool: SeenSource, file: TokenFile, end: int | None) -> Iterator[Text]
             sizes = np.diff(bounds)
             if end is not None:
                 sizes = sizes - (ids[bounds[1:] - 1] == end)
-            yield Text(number + np.arange(len(sizes)), ids, bounds[:-1], sizes)
+            yield OtherText(number + np.arange(len(sizes)), ids, bounds[:-1], sizes)
             number += len(sizes)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from megarewarm.errors import UserError
 from megarewarm.file_lock import FileLock
-from megarewarm.selection.desk import Desk, Show
+from megarewarm.selection.desk import Desk, ShowProgress
 from megarewarm.selection.opening import identity
 from megarewarm.selection.step import Corpus
 
 
 @contextlib.contextmanager
-def working(folder: Path, corpus: Corpus, show: Show) -> Iterator[Desk]:
+def working(folder: Path, corpus: Corpus, show: ShowProgress) -> Iterator[Desk]:
     """A desk in ``folder``, which is made if it is not there and removed if nothing was kept in it. Raises ``UserError`` while
     another process works there."""
     is_new = not folder.exists()
