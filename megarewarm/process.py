@@ -26,6 +26,7 @@ _EXTRAS = {
     **dict.fromkeys(("tiktoken", "sentencepiece", "zstandard", "pyarrow", "ftfy"), "data"),
     **dict.fromkeys(("matplotlib", "scipy"), "report"),
     "mpi4py": "mpi",
+    **dict.fromkeys(("rensa", "sklearn"), "select"),
     "huggingface_hub": "hub",
     "transformers": "hub",
     "wandb": "wandb",

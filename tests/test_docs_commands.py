@@ -125,6 +125,7 @@ TRIED = [
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
     r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
+    r"megarewarm (score|select)-data ",
 ]
 
 
@@ -183,6 +184,28 @@ def test_data_out_of_text(place: Path) -> None:
     assert "80 documents" in shown and "its counts and checksums are those of the files" in shown
     for path in set((place / "data").iterdir()) - before:
         path.unlink()
+
+
+def test_scores_of_documents(place: Path) -> None:
+    hub = ("runs/second", "hf"), ("runs/upstream", "hf"), ("EleutherAI/pythia-70m", "hf")
+    for line in commands(ROOT / "docs/worth.md"):
+        if "score-data" in line:
+            assert "percentile" in use(line, *hub)
+    for name in ("loss", "loss_difference"):
+        assert (place / f"data/new_train.{name}.safetensors").is_file()
+
+
+def test_selections(place: Path) -> None:
+    scratch = ["replay=null", "start={from: null, intent: scratch}", "training={budget: 2, global_batch: 8, micro_batch: 8}"]
+    assert main(["RUN.yml", "name=second", *scratch]) == 0
+    before, made = set((place / "data").iterdir()), set()
+    for line in commands(ROOT / "docs/worth.md"):
+        if "select-data" in line:
+            assert "tokens are left" in use(line, ("EleutherAI/pythia-70m", "hf"))
+            made |= {path.name for path in set((place / "data").iterdir()) - before}
+    assert made >= {"new_selected.bin", "new_selected.selection.html", "new_selected.selection.json", "selected"}
+    for path in set((place / "data").iterdir()) - before:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_fragments_of_yaml_are_refused_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,6 @@ def test_versions_are_those_of_the_constraints() -> None:
 def test_all_that_is_wanted_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [item for name in ("test", "deepspeed", "data", "report", "mpi") for item in extras[name]]
+    wanted = [item for name in ("test", "deepspeed", "data", "report", "mpi", "select") for item in extras[name]]
     names = {normal(re.split(r"[><=;\[ ]", item)[0]) for item in [*project["dependencies"], *wanted]} - {"megarewarm"}
     assert names <= hashed().keys() and len(names) > 20

@@ -52,7 +52,7 @@ if [ "$wanted" = test ]; then
   pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[test]"
   DS_BUILD_OPS=0 pip install --no-build-isolation --constraint "$root/constraints.txt" deepspeed
 else
-  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[data,report,mpi]"
+  pip install --no-build-isolation --constraint "$root/constraints.txt" --editable "$root[data,report,mpi,select]"
 fi
 # last, so that an interrupted installation is taken up again
 touch "$venv/installed-$wanted-$stamp"

@@ -81,6 +81,7 @@ def test_it_has_the_examples_types_and_version(installed: Path, tmp_path: Path) 
 def test_a_missing_extra_is_one_line(installed: Path, tmp_path: Path) -> None:
     """Training needs none of the extras; what needs one says which."""
     blocked = ["matplotlib", "scipy", "zstandard", "tiktoken", "sentencepiece", "pyarrow", "ftfy", "mpi4py", "transformers"]
+    blocked += ["rensa", "sklearn"]
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in blocked)]
     (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
     settings = mapping(tmp_path, training={"budget": 2}, folder="tiny", evaluation={"every": 2})
