@@ -153,10 +153,12 @@ class AdamW:
         for begin, end, _ in slices(flat[0]):
             u, g, m, v, w = (values[begin:end] for values in flat)
             g = g * scale
-            p = (v * beta2).addcmul_(g, g, value=1 - beta2).sqrt_().div_(root).add_(self.config.eps).reciprocal_()
-            own, pulled = (p * u).mul_(u), u * w
-            u.mul_(p)
-            total += torch.stack([values.sum(dtype=torch.float64) for values in (u * g, u * m, pulled, own)])
+            squares = (v * beta2).addcmul_(g, g, value=1 - beta2)
+            pulled = u * w
+            # never any gradient: no row has one, and 1 / eps would hide what the others do
+            u.div_(squares.sqrt().div_(root).add_(self.config.eps)).masked_fill_(squares == 0, 0)
+            moved = u * g
+            total += torch.stack([values.sum(dtype=torch.float64) for values in (moved, u * m, pulled, moved.abs())])
         bias = factor / (1 - beta1**steps)
         now = (1 - beta1) * bias
         direction.mul_(now * clip)

@@ -19,30 +19,31 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import squared_norm
 
-_CHANGE = 0.02
-"""Nats by which a displacement changes the loss whose gradient the direction was made of. Differences of the rows' losses are
-then exact to some 3e-4: a tenth of it, and fp32 rounds them away; ten times as much, and losses bend."""
+_CHANGE = 2e-3
+"""Nats by which a displacement may change the mean loss of rows. Differences are then exact to some 3e-4 of their length, from
+the first step on: with a tenth of it fp32 rounds them away, with ten times as much losses bend."""
 _LONGEST = 1e-3
 """Of a displacement relative to the weights, whatever the change."""
 
 
 @collective
 def row_derivatives(
-    model: ParallelModel, rows: npt.NDArray[np.int64], most: int, micro_batch: int, slope: float
+    model: ParallelModel, rows: npt.NDArray[np.int64], most: int, micro_batch: int, steepness: float
 ) -> list[float]:
     """d/dh at h = 0 of the loss of each of this rank's ``rows`` (n, s + 1) with weights w + h u, where u is in
     ``model.gradients``: (loss(w + h u) - loss(w - h u)) / 2h. All ranks call it.
 
-    ``slope``: <u, g>, where u was made of the gradient g of some mean loss; it sets the scale of h. The error grows with h^2,
-    and that of fp32's rounding with 1 / h. Losses, ``most`` and ``micro_batch`` are those of ``ParallelModel.row_losses``.
+    ``steepness``: sum |u o g|, where g is the gradient of the rows' mean loss; it sets the scale of h. The error grows with
+    h^2, and that of fp32's rounding with 1 / h. (A product without the bars may vanish; |u| alone is large where only u is.)
+    Losses, ``most`` and ``micro_batch`` are those of ``ParallelModel.row_losses``.
     The weights are afterwards what they were, bit for bit. All zero for a u of length zero.
     """
     weights = {name: parameter.detach() for name, parameter in model.parameters.items()}
     direction = {name: _gradient(parameter) for name, parameter in model.parameters.items()}
     length, along = _norms(model, weights, direction)
-    if not along or not slope:
+    if not along or not steepness:
         return [0.0] * len(rows)
-    step = min(_CHANGE / slope, _LONGEST * length / along)
+    step = min(_CHANGE / steepness, _LONGEST * length / along)
     begun = {name: values.clone() for name, values in weights.items()}
     losses = []
     try:

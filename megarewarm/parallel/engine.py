@@ -116,9 +116,7 @@ class ParallelModel(LaidOutModel):
         self._rows = [] if per_row else None
         try:
             total, distilled = (
-                self._pipelined(tokens)
-                if self._pipeline is not None
-                else self._accumulated(tokens, between, self.teacher)
+                self._pipelined(tokens) if self._pipeline is not None else self._accumulated(tokens, between, self.teacher)
             )
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
@@ -160,9 +158,7 @@ class ParallelModel(LaidOutModel):
             losses = self._pipeline.train(inputs, targets, starts)
         return sum(float(loss) for loss in losses) / self._scale(), 0.0
 
-    def _accumulated(
-        self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0
-    ) -> tuple[float, float]:
+    def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> tuple[float, float]:
         """``portions``: micro-batches of the rank that has most, where ranks that share parameters have different numbers."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
@@ -268,9 +264,7 @@ class ParallelModel(LaidOutModel):
 
     @collective
     @torch.no_grad()
-    def row_losses(
-        self, rows: npt.NDArray[np.int64], most: int, micro_batch: int, *, taught: bool = True
-    ) -> list[float]:
+    def row_losses(self, rows: npt.NDArray[np.int64], most: int, micro_batch: int, *, taught: bool = True) -> list[float]:
         """The loss of each of this rank's ``rows`` (n, s + 1), summed over its targets, in fp32 from the parameters, whatever
         the precision of training. Zeros on a rank whose losses another rank returns. All ranks call it.
 

@@ -22,6 +22,8 @@ import orjson
 from megarewarm.errors import UserError
 from megarewarm.record.layout import VALUES_FILE
 
+SIGN = "positive values lowered the validation loss"
+
 
 @dataclass(frozen=True)
 class Part:

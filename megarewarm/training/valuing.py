@@ -97,20 +97,20 @@ def _value(run: Run, update: Update, windows: Slice, chosen: Sequence[int], take
         sums = run.optimizer.influence(name, taken[name], update.scale, update.clip, parameter.grad)
         if model.unique_shard(name, parameter) is not None:
             total += sums
-    summed, targets, samples, momentum, decay, slope = all_reduce_sums([losses.sum, losses.targets, *total.tolist()])
+    summed, targets, samples, momentum, decay, steepness = all_reduce_sums([losses.sum, losses.targets, *total.tolist()])
     loss = summed / targets if run.inputs.precision == "fp32" else mean_loss(run, windows)[0]
     shares = (share * update.lr for share in (samples, momentum, decay))
-    return StepValue(_derivatives(run, update, chosen, slope), *shares, loss, targets)
+    return StepValue(_derivatives(run, update, chosen, steepness), *shares, loss, targets)
 
 
-def _derivatives(run: Run, update: Update, chosen: Sequence[int], slope: float) -> list[float]:
+def _derivatives(run: Run, update: Update, chosen: Sequence[int], steepness: float) -> list[float]:
     """The derivatives of the loss of the global batch along the direction in the gradients, of each row that is ``chosen``."""
     size, ranks = len(update.rows), run.mesh.layout.data
     mine = range(run.mesh.data_rank * size, (run.mesh.data_rank + 1) * size)
     places = [place for place, row in enumerate(chosen) if row in mine]
     most = max(sum(rank * size <= row < (rank + 1) * size for row in chosen) for rank in range(ranks))
     rows = update.rows[[chosen[place] - mine.start for place in places]]
-    found = row_derivatives(run.model, rows, most, run.model.micro_batch, slope)
+    found = row_derivatives(run.model, rows, most, run.model.micro_batch, steepness)
     each = [0.0] * len(chosen)
     for place, value in zip(places, found, strict=True):
         each[place] = value / run.model.targets_per_step
