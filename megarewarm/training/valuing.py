@@ -99,8 +99,14 @@ def _value(run: Run, update: Update, windows: Slice, chosen: Sequence[int], take
             total += sums
     summed, targets, samples, momentum, decay, steepness = all_reduce_sums([losses.sum, losses.targets, *total.tolist()])
     loss = summed / targets if run.inputs.precision == "fp32" else mean_loss(run, windows)[0]
-    shares = (share * update.lr for share in (samples, momentum, decay))
-    return StepValue(_derivatives(run, update, chosen, steepness), *shares, loss, targets)
+    return StepValue(
+        rows=_derivatives(run, update, chosen, steepness),
+        samples=samples * update.lr,
+        momentum=momentum * update.lr,
+        decay=decay * update.lr,
+        loss=loss,
+        targets=targets,
+    )
 
 
 def _derivatives(run: Run, update: Update, chosen: Sequence[int], steepness: float) -> list[float]:

@@ -59,7 +59,7 @@ def _compare(world_size: int, names: Collection[str], place: Path) -> None:
     run_ranks(_train_all, world_size, str(place), world_size, names, timeout=600)
     for name in names:
         changes = LAYOUTS[world_size][name][1]
-        kept = {key: changes[key] for key in ("model", "data") if key in changes}
+        kept: Changes = {key: changes[key] for key in ("model", "data") if key in changes}
         alone = train(settings(place, f"alone_{name}", {}, kept), ALONE, quiet()).folder
         one, other = Values(alone), Values(place / name)
         assert other.position.tolist() == one.position.tolist() and len(one) == 2 * 6
