@@ -158,8 +158,8 @@ class RunConfig(Section):
                 )
             if self.optimizer.kind != "adamw":
                 raise ValueError(
-                    f"valuation: an update of '{self.optimizer.kind}' is not a sum of what single rows add to it; it works with "
-                    f"optimizer.kind: adamw"
+                    f"valuation: an update of '{self.optimizer.kind}' is not a sum of what single rows add to it; it works "
+                    f"with optimizer.kind: adamw"
                 )
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")

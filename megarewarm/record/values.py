@@ -72,8 +72,8 @@ def row_of(line: bytes) -> ValuedRow | None:
 
 
 def rows_in(path: Path) -> Iterator[tuple[int, int, ValuedRow]]:
-    """(the bytes at which its line begins and ends, the row) of each whole line. A torn last line is none. Raises ``UserError`` for any
-    other line that is no row."""
+    """(the bytes at which its line begins and ends, the row) of each whole line. A torn last line is none. Raises
+    ``UserError`` for any other line that is no row."""
     at = 0
     torn: int | None = None
     with open(path, "rb") as file:

@@ -46,9 +46,7 @@ def draw_values(runs: Sequence[tuple[str, RecordedRun]]) -> Figure | None:
             for axes in row[len(found) : -1]:
                 axes.set_visible(False)
             _draw_predictions(row[-1], found)
-        handles = [
-            figure.gca().plot([], [], color=style.colour(i), linestyle=style.dashes(i))[0] for i in range(len(sources))
-        ]
+        handles = [figure.gca().plot([], [], color=style.colour(i), linestyle=style.dashes(i))[0] for i in range(len(sources))]
         figure.legend(handles, sources, loc="upper left", bbox_to_anchor=(0.075, 1), ncols=6, frameon=False)
         return figure
 

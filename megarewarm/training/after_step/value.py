@@ -13,7 +13,7 @@ from megarewarm.record.values import Part, ValuedRow
 from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.output.row_values import RowValues
 from megarewarm.training.run import Update
-from megarewarm.training.start.valuation import valued_rows, valued_steps, validation_rows
+from megarewarm.training.start.valuation import validation_rows, valued_rows, valued_steps
 from megarewarm.training.valuing import StepValue, carried_rate, mean_loss, value_step
 
 

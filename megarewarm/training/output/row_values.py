@@ -53,8 +53,8 @@ class RowValues:
         )
 
     def append(self, rows: Sequence[ValuedRow]) -> None:
-        """Add ``rows``, all or none of them; those that are extreme have their tokens, others need none. Raises ``UserError`` if
-        the disk refuses."""
+        """Add ``rows``, all or none of them; those that are extreme have their tokens, others need none. Raises
+        ``UserError`` if the disk refuses."""
         lines = []
         for row in rows:
             lines.append((row if self.is_extreme(row) else replace(row, tokens=None)).line())

@@ -93,8 +93,8 @@ def check_valuation(config: RunConfig, sets: Sequence[str], precision: str, layo
         return []
     if config.parallel.sharding != "none" and layout.data > 1:
         raise UserError(
-            f"valuation: with parallel.sharding the forward pass rounds weights to {precision}, which the differences of losses "
-            f"don't survive; set training.precision: fp32 or parallel.sharding: none, or remove 'valuation'"
+            f"valuation: with parallel.sharding the forward pass rounds weights to {precision}, which the differences of "
+            f"losses don't survive; set training.precision: fp32 or parallel.sharding: none, or remove 'valuation'"
         )
     return [
         f"valuation: training computes in {precision}, the two forward passes of each valuation in fp32 from the fp32 weights"
