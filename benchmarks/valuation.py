@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 EVERY = 4  # of the benchmark; the share of a run is at the default
 # layers, hidden, heads, vocabulary, sequence, batch
-SHAPES = {"small": (4, 128, 4, 4096, 128, 32), "larger": (6, 512, 8, 8192, 128, 32)}
+SHAPES = {"small": (4, 128, 4, 4096, 128, 32), "larger": (6, 384, 6, 8192, 64, 32)}
 
 
 def settings(place: Path, shape: tuple[int, ...], rounds: int) -> Any:

@@ -28,7 +28,7 @@ from megarewarm.errors import UserError, nearest
 from megarewarm.record.layout import CONFIG_FILE, take_format
 from megarewarm.record.run import RecordedRun
 from megarewarm.record.values import SIGN, ValuedRow, Values
-from megarewarm.report.numbers.values import Value, predictions, source_values
+from megarewarm.report.numbers.values import MeanValue, predictions, source_values
 from megarewarm.spelling import MINUS, counted, tokens_text
 
 By = Literal["source", "document"]
@@ -75,7 +75,7 @@ def show_values(values: Values, run: RecordedRun, against: Sequence[str], consol
             console.print(f"{name}: predicted against measured change of {len(pair.measured)} steps: {trust}", highlight=False)
 
 
-def _value_text(value: Value) -> Text:
+def _value_text(value: MeanValue) -> Text:
     text = f"{_plain(value.per_million, 3, '+')} ± {_plain(value.error, 2)}".replace("-", MINUS)
     return Text(text, style="red" if value.is_harmful else "")
 

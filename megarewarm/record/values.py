@@ -26,7 +26,7 @@ SIGN = "positive values lowered the validation loss"
 
 
 @dataclass(frozen=True)
-class Part:
+class RowPart:
     """``tokens`` tokens of document number ``document`` of the row's file, from its token ``offset`` on."""
 
     document: int
@@ -43,7 +43,7 @@ class ValuedRow:
     source: str
     path: str
     sample: int
-    parts: list[Part]
+    parts: list[RowPart]
     values: dict[str, float]
     tokens: list[int] | None = None
 
@@ -65,7 +65,7 @@ def row_of(line: bytes) -> ValuedRow | None:
     except orjson.JSONDecodeError:
         return None
     values = {str(name): math.nan if value is None else float(value) for name, value in content["values"].items()}
-    parts = [Part(*map(int, part)) for part in content["parts"]]
+    parts = [RowPart(*map(int, part)) for part in content["parts"]]
     numbers = {key: int(content[key]) for key in ("step", "position", "sample")}
     return ValuedRow(**numbers, source=str(content["source"]), path=str(content["path"]), parts=parts, values=values,
                      tokens=content.get("tokens"))  # fmt: skip

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from megarewarm.record.run import RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.curves import token_axis
-from megarewarm.report.numbers.values import Prediction, predictions, sums_by_source
+from megarewarm.report.numbers.values import StepPrediction, predictions, sums_by_source
 from megarewarm.spelling import MINUS, listed
 
 _WIDTH, _ROW, _MOST = 11.0, 3.1, 6  # inches; runs in one figure
@@ -63,7 +63,7 @@ def _draw_sums(axes: Axes, run: RecordedRun, name: str, sources: Sequence[str]) 
         axis.set_major_locator(MaxNLocator(nbins=4))
 
 
-def _draw_predictions(axes: Axes, found: dict[str, Prediction]) -> None:
+def _draw_predictions(axes: Axes, found: dict[str, StepPrediction]) -> None:
     for place, (name, pair) in enumerate(found.items()):
         told = "" if pair.r_squared is None else f", R² {_plain(pair.r_squared)}"
         axes.scatter(

@@ -14,7 +14,7 @@ from megarewarm.record.values import Values
 
 
 @dataclass(frozen=True)
-class Value:
+class MeanValue:
     """Nats per token of the set by which a million tokens lower its loss, and the standard error of that over rows, NaN for a
     single row."""
 
@@ -34,7 +34,7 @@ class SourceValue:
     source: str
     rows: int
     tokens: int
-    values: dict[str, Value]
+    values: dict[str, MeanValue]
 
 
 def source_values(values: Values, against: Sequence[str]) -> list[SourceValue]:
@@ -49,17 +49,17 @@ def source_values(values: Values, against: Sequence[str]) -> list[SourceValue]:
     return sorted(found, key=lambda one: one.values[""].per_million)
 
 
-def _value(values: NDArray[np.float64], tokens: NDArray[np.int64]) -> Value:
+def _value(values: NDArray[np.float64], tokens: NDArray[np.int64]) -> MeanValue:
     kept = np.isfinite(values)
     values, tokens = values[kept], tokens[kept]
     if not len(values):
-        return Value(math.nan, math.nan)
+        return MeanValue(math.nan, math.nan)
     error = float(values.std(ddof=1)) * math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Value(float(values.sum()) / int(tokens.sum()) * 1e6, error / int(tokens.sum()) * 1e6)
+    return MeanValue(float(values.sum()) / int(tokens.sum()) * 1e6, error / int(tokens.sum()) * 1e6)
 
 
 @dataclass(frozen=True)
-class Prediction:
+class StepPrediction:
     """By how much each valued step was to lower the loss of a set, and did: (steps,) each, in nats per token."""
 
     predicted: NDArray[np.float64]
@@ -73,7 +73,7 @@ class Prediction:
         return 1 - float(np.square(self.measured - self.predicted).sum()) / spread if spread else None
 
 
-def predictions(run: RecordedRun) -> dict[str, Prediction]:
+def predictions(run: RecordedRun) -> dict[str, StepPrediction]:
     """Of each set that the run's rows were valued against."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for event in run.events:
@@ -81,7 +81,7 @@ def predictions(run: RecordedRun) -> dict[str, Prediction]:
             both = event.get("predicted"), event.get("measured")
             if all(isinstance(number, int | float) for number in both):
                 pairs.setdefault(str(event["name"]), []).append(both)  # type: ignore[arg-type]
-    return {name: Prediction(*np.array(found, np.float64).T) for name, found in pairs.items()}
+    return {name: StepPrediction(*np.array(found, np.float64).T) for name, found in pairs.items()}
 
 
 def sums_by_source(run: RecordedRun, name: str) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:

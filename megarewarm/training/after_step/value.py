@@ -9,7 +9,7 @@ from typing import Any
 from megarewarm.data.mixture.validation import Slice
 from megarewarm.record.events import ValueEvent
 from megarewarm.record.layout import VALUES_FILE
-from megarewarm.record.values import Part, ValuedRow
+from megarewarm.record.values import RowPart, ValuedRow
 from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.output.row_values import RowValues
 from megarewarm.training.run import Update
@@ -105,7 +105,7 @@ class Value:
         found = []
         for i, row in enumerate(valued.chosen):
             place = run.data.places(first + row, 1)[0]
-            parts = [Part(part.document, part.offset, part.tokens) for part in place.parts]
+            parts = [RowPart(part.document, part.offset, part.tokens) for part in place.parts]
             values = {name: value.rows[i] * valued.rate for name, value in valued.values.items()}
             made = ValuedRow(run.step, place.position, place.source, place.path, place.sample, parts, values)
             if written.is_extreme(made):
