@@ -124,7 +124,7 @@ TRIED = [
     r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
-    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
+    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise|values) ",
     r"megarewarm (score|select)-data ",
 ]
 
@@ -243,6 +243,18 @@ def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.
     for i, line in enumerate(line for line in commands(ROOT / "docs/laboratory.md") if re.search(less, line)):
         launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")
     assert (place / "runs/4/metrics.jsonl").is_file()
+
+
+def test_a_run_with_values(place: Path) -> None:
+    (start,) = {line for line in commands(ROOT / "README.md") if "valuation=" in line}
+    launch(start, *SMALL, "valuation.every=1", "valuation.share=1")
+    lines = [line for page in PAGES for line in commands(page) if line.startswith("megarewarm values")]
+    for line in lines:
+        said = use(line, ("runs/RUN", "runs/run"), ("values RUN", "values runs/run"), ("pile", "old"))
+        assert "positive values lowered" in said and "new_train" in said
+    assert len(lines) == 3 and (place / "runs/run/values.png").is_file()
+    assert list((place / "data/kept").iterdir())
+    shutil.rmtree(place / "data/kept")
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 @dataclass(frozen=True)
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
-    ``optimizer``: its kind; ``fused``: see ``activation_bytes``."""
+    ``optimizer``: its kind; ``fused``: see ``activation_bytes``; ``valued``: whether rows are valued."""
 
     model: ModelConfig
     sequence_length: int
@@ -32,6 +32,7 @@ class Work:
     loss_memory: int = 64 * 2**20
     optimizer: str = "adamw"
     fused: bool = True
+    valued: bool = False
 
     @property
     def tokens(self) -> int:
@@ -174,7 +175,8 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
             fused=work.fused,
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
-    return Memory(weights, 4.0 * held / shard, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
+    aside = 8.0 * held / shard if work.valued else 0.0  # the batch's gradients, and the weights before they are moved
+    return Memory(weights, 4.0 * held / shard + aside, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
 
 
 def _state_values(part: Part, work: Work, tensor: int) -> int:

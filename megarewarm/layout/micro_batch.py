@@ -32,6 +32,7 @@ def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *,
         config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
         config.optimizer.kind,
         _is_fused(config, on_gpu),
+        config.valuation is not None,
     )
 
 

@@ -190,14 +190,16 @@ class Pipeline:
         return [loss.detach() for loss in losses]
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> list[Tensor]:
-        """Forward only; the losses as in ``train``.
+    def evaluate(
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Forward only; the losses as in ``train``. ``dtype``: of what stages pass on, where it is not training's.
 
         Not by the schedule, which for zero_bubble can't do it: each stage takes all micro-batches in turn and passes each
         one on at once. What goes to an earlier rank has a group of its own, so that no message waits behind one whose
         receiver waits for it.
         """
-        shape, dtype = self._hidden
+        shape, usual = self._hidden
         parts = [None] * (len(inputs) // self._micro_batch) if starts is None else starts.split(self._micro_batch)
         here: list[Tensor] = []
         losses: list[Tensor] = []
@@ -212,7 +214,7 @@ class Pipeline:
                 elif number - 1 in self._stages:
                     x = here[i]
                 else:
-                    x = torch.empty(shape, dtype=dtype, device=inputs.device)
+                    x = torch.empty(shape, dtype=dtype or usual, device=inputs.device)
                     source = self._rank_of[number - 1]
                     dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
                 x = stage(x, length=self._length, starts=parts[i])
