@@ -51,7 +51,7 @@ def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 250
     how_tos = text.partition("## How to\n")[2].partition("\n## ")[0].split("\n### ")[1:]
-    assert len(how_tos) == 10
+    assert len(how_tos) == 11
     for how_to in how_tos:
         assert all(block.count("\n") <= 5 for block in re.findall(r"```\w+\n(.*?)```", how_to, re.DOTALL)), how_to
 

@@ -124,7 +124,7 @@ def _decoder(config: RunConfig, console: Console) -> Callable[[list[int]], str]:
 
 
 @dataclass(frozen=True)
-class Selection:
+class KeptOfSource:
     """What is kept of the training source ``name``: ``kept`` documents out of ``of``, and the source that reads them; None if
     none are."""
 
@@ -134,7 +134,7 @@ class Selection:
     source: Source | None
 
 
-def select(values: Values, config: RunConfig, against: Sequence[str], by: By, output: Path) -> list[Selection]:
+def select(values: Values, config: RunConfig, against: Sequence[str], by: By, output: Path) -> list[KeptOfSource]:
     """Write into the new folder ``output``, for each training source of which something goes and something stays, a list of
     the documents that stay.
 
@@ -157,7 +157,7 @@ def select(values: Values, config: RunConfig, against: Sequence[str], by: By, ou
         )
     if not harmful:
         raise UserError(f"{values.path}: no {by} is harmful to {', '.join(against)}, so nothing would be dropped")
-    found: list[Selection] = []
+    found: list[KeptOfSource] = []
     lists: list[tuple[Path, npt.NDArray[np.int64], TokenFile]] = []
     for name, source in sources.items():
         file = open_tokens(source.path, dtype=source.dtype, vocab_size=config.model.vocab_size if config.model else None)
@@ -173,7 +173,7 @@ def select(values: Values, config: RunConfig, against: Sequence[str], by: By, ou
             path = table_path(output / name)
             lists.append((path, kept, file))
             left = source.model_copy(update={"documents": str(path), "split": None, "part": "train"})
-        found.append(Selection(name, len(kept), len(held), left))
+        found.append(KeptOfSource(name, len(kept), len(held), left))
     if not any(selection.source for selection in found):
         raise UserError(f"{values.path}: every source is harmful to {', '.join(against)}: nothing would stay")
     about = {"name": "kept", "dropped": f"harmful {by}s", "against": ", ".join(against), "by": str(values.path.parent)}
@@ -208,7 +208,7 @@ def _harmful_documents(values: Values, against: Sequence[str]) -> Iterator[tuple
             yield source, below
 
 
-def show_selection(selections: Sequence[Selection], console: Console) -> None:
+def show_selection(selections: Sequence[KeptOfSource], console: Console) -> None:
     """Print what stays, and the ``data.train`` that reads it."""
     kept = []
     for one in selections:
