@@ -12,7 +12,7 @@ from torch import Tensor
 from megarewarm.checkpoint.export.huggingface import export
 from megarewarm.checkpoint.export.neox import export_neox
 from megarewarm.checkpoint.export.own import export_own
-from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, exported_tokenizer
+from megarewarm.checkpoint.export.tokenizer_files import ExportedTokenizer, exported_tokenizer, without_tokenizer
 from megarewarm.checkpoint.source import OpenedCheckpoint
 from megarewarm.checkpoint.tokenizer_source import named_tokenizer
 from megarewarm.checkpoint.vocabulary import resize
@@ -120,13 +120,14 @@ def _own(it: Conversion) -> list[str]:
 
 
 def _huggingface(it: Conversion) -> list[str]:
-    texts, notes = _texts(it)
+    texts = _texts(it)
     export(it.weights, it.config, it.destination, tokenizer=texts, dtype=it.options.dtype, lineage=it.source.lineage)
-    return [*notes, *texts.notes, *([] if texts.files else ["give one with --tokenizer"])]
+    return [*texts.notes, *([] if texts.files else ["give one with --tokenizer"])]
 
 
 def _neox(it: Conversion) -> list[str]:
-    texts, notes = _texts(it)
+    texts = _texts(it)
+    notes = [] if texts.files else list(texts.notes)
     files = {name: data for name, data in texts.files.items() if name == "tokenizer.json"}
     step = it.source.training.step if it.source.training is not None else 0
     ranks, dtype = it.options.tensor_ranks, it.options.dtype
@@ -144,15 +145,15 @@ FORMS: dict[str, Form] = {
 """Every form that is written, by its word after ``--to``; ``arguments.FORMS`` holds the words for the command lines."""
 
 
-def _texts(it: Conversion) -> tuple[ExportedTokenizer, list[str]]:
-    """The tokenizer's files for ``it``, and notes; without them where the one that comes with the source can't be exported."""
+def _texts(it: Conversion) -> ExportedTokenizer:
+    """The tokenizer's files for ``it``; without them, and with a note, where the one of the source can't be exported."""
     tokenizer, given = it.source.tokenizer, it.options.tokenizer
     if given is not None:
-        return exported_tokenizer(replace(tokenizer, file=named_tokenizer(given, "--tokenizer")), it.config), []
+        return exported_tokenizer(replace(tokenizer, file=named_tokenizer(given, "--tokenizer")), it.config)
     try:
-        return exported_tokenizer(tokenizer, it.config), []
+        return exported_tokenizer(tokenizer, it.config)
     except UserError as error:
-        return exported_tokenizer(replace(tokenizer, file=None), it.config), [str(error)]
+        return without_tokenizer(tokenizer, str(error))
 
 
 def _weights_for(source: OpenedCheckpoint, options: ConvertOptions) -> Weights:

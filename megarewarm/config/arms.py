@@ -12,11 +12,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megarewarm.config.axes import choices_of
 from megarewarm.config.budget import Budget
 from megarewarm.config.execution import LOG_SPACED
 from megarewarm.config.load import merge, validate
 from megarewarm.config.schema import RunConfig
-from megarewarm.config.unknown_keys import known_keys, meant
 from megarewarm.config.yaml_text import Origins
 from megarewarm.errors import UserError, nearest
 from megarewarm.record.layout import CHECKPOINTS, step_name
@@ -94,14 +94,13 @@ def _drafts(experiment: Mapping[str, Any], origins: Origins) -> Iterator[_Draft]
         place = ("sweeps", str(i))
         where = origins.get(place, "config")
         own = below | _below(origins, place)
-        axes = sweep.get("axes")
-        if not isinstance(axes, dict) or not axes:
-            raise UserError(f"{where}: sweep '{sweep['name']}' has no 'axes': give at least one key with a list of values")
-        choices = [_axis(key, values, origins.get((*place, "axes", key), where)) for key, values in axes.items()]
-        for combination in itertools.product(*choices):
-            mapping, own_origins = _without(sweep, "name", "axes", "with"), dict(own)
+        common = _without(sweep, "name", "axes", "with", "permute", "orders")
+        for combination in itertools.product(*choices_of(sweep, merge(dict(base), common), place, origins)):
+            mapping, own_origins = common, dict(own)
             for choice in combination:
                 mapping = merge(mapping, choice.keys)
+                gone = choice.replaced
+                own_origins = {path: line for path, line in own_origins.items() if not gone or path[: len(gone)] != gone}
                 own_origins |= {path: choice.where for path in _paths(choice.keys)}
             yield from _stages(
                 _Draft(
@@ -114,52 +113,6 @@ def _drafts(experiment: Mapping[str, Any], origins: Origins) -> Iterator[_Draft]
                 ),
                 base,
             )
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One value of an axis: what it is called, and the keys that it sets."""
-
-    axis: str
-    label: str
-    value: Any
-    keys: dict[str, Any]
-    where: str
-
-
-def _axis(key: str, values: Any, where: str) -> list[_Choice]:
-    """The choices of one axis. Raises ``UserError`` where it names no key of a run."""
-    if not isinstance(values, list | dict) or not values:
-        raise UserError(f"{where}: axis '{key}' is {values!r}; expected a list of values, or labels with what each sets")
-    if isinstance(values, dict) and all(isinstance(value, dict) for value in values.values()):
-        return [_Choice(key, _label(label), label, keys, where) for label, keys in values.items()]
-    path = key.split(".")
-    section = RunConfig
-    for i in range(len(path)):
-        known = known_keys(section, path[:i])
-        if path[i] not in known:
-            found = meant(section, path[: i + 1])
-            hint = f", did you mean {' or '.join(map(repr, found))}?" if found else f"; known there: {', '.join(known)}."
-            raise UserError(
-                f"{where}: axis '{key}' names no key of a run{hint} An axis is a key such as schedule.max_lr with its values, "
-                f"or any name with labels that each hold keys"
-            )
-    labelled = values.items() if isinstance(values, dict) else [(_label(value, where), value) for value in values]
-    return [_Choice(key, _label(label), value, _nested(path, value), where) for label, value in labelled]
-
-
-def _label(value: Any, where: str = "") -> str:
-    """A value as a part of a name: 0.0006 -> 6e-4, '1%' -> 1pct. Raises ``UserError`` for what has no short name."""
-    if isinstance(value, dict | list):
-        raise UserError(f"{where}: the value {value} has no short name: write the axis as labels with what each sets")
-    if isinstance(value, float) and 0 < abs(value) < 1e-2:
-        mantissa, _, exponent = f"{value:e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    text = {None: "none", True: "true", False: "false"}.get(value) if not isinstance(value, str) else None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = (text or str(value)).replace("%", "pct")
-    return re.sub(r"[^A-Za-z0-9_.-]+", "", text) or "empty"
 
 
 def _stages(draft: _Draft, base: Mapping[str, Any]) -> Iterator[_Draft]:
@@ -310,7 +263,8 @@ def _grouped(arms: list[Arm], experiment: Mapping[str, Any], origins: Origins) -
                 if arm.arm == name:
                     content = arm.config.model_dump(mode="json", by_alias=True)
                     content["replay"] = content["replay"] or {"fraction": 0.0}
-                    values = {axis: _at(content, axis.split(".")) for axis in sweep["axes"]}
+                    values = {axis: _at(content, axis.split(".")) for axis in sweep.get("axes", {})}
+                    values |= {sweep["permute"]: arm.arm} if "permute" in sweep else {}
                     arms[j] = replace(arm, groups=arm.groups | {sweep["name"]: values})
     return arms
 
@@ -350,12 +304,6 @@ def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
 
 def _without(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key not in keys}
-
-
-def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    for part in reversed(path):
-        value = {part: value}
-    return value
 
 
 def _at(mapping: Any, path: Sequence[str]) -> Any:

@@ -29,6 +29,21 @@ class Source(Section):
         None, description="'train,valid,test' shares by documents, such as '969,30,1'; null: the whole file."
     )
     part: Literal["train", "valid", "test"] = Field("train", description="Which part of 'split' to read.")
+    documents: PathText | None = Field(
+        None,
+        description="A list of some of the file's documents, as select-data --as-manifest writes it: the source then is these, "
+        "in the file's order, and nothing is copied; null: all of them.",
+    )
+    scores: PathText | None = Field(
+        None,
+        description="The scores of the file's documents, as score-data writes them, by which data.order sorts; null: what its "
+        "'by' names.",
+    )
+    place: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="order permuted: the number that goes into the key of the permutation together with data.seed; null: the "
+        "source's place in the list. With it, lists in another order read the same samples of the source.",
+    )
     dtype: Literal["uint16", "uint32", "int32"] | None = Field(
         None,
         description="Of the ids in a bare .bin; null: its manifest's, or uint16 for vocabularies up to 65536, else uint32.",
@@ -49,6 +64,15 @@ class Source(Section):
     def _check_rows(self) -> Source:
         if self.first_row and self.layout != "rows":
             raise ValueError("'first_row' belongs to layout 'rows': set it, or remove 'first_row'")
+        if self.layout == "rows" and (self.documents is not None or self.scores is not None):
+            given = "documents" if self.documents is not None else "scores"
+            raise ValueError(f"layout 'rows' knows no documents: remove '{given}', or the layout")
+        return self
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Source:
+        if self.documents is not None and self.split is not None:
+            raise ValueError("'documents' and 'split' both say which documents are read: leave one out")
         return self
 
     @model_validator(mode="after")
@@ -94,6 +118,8 @@ class ValidationSet(Section):
 
     @model_validator(mode="after")
     def _check_layout(self) -> ValidationSet:
+        if any(source.scores is not None for source in self.sources):
+            raise ValueError(f"validation set '{self.name}' is read in no order of scores: remove 'scores' from its sources")
         if any(source.layout == "rows" for source in self.sources):
             raise ValueError(f"validation set '{self.name}' reads windows of documents: layout 'rows' is for training sources")
         return self
@@ -124,14 +150,37 @@ class BlendSwitch(Section):
         return self
 
 
+OrderName = Literal["permuted", "neox", "megatron", "sequential"]
+Order = OrderName | Literal["scored"]
+
+
+class ByScore(Section):
+    """data.order: the documents of each source sorted by their scores, read one after another."""
+
+    by: PathText | None = Field(
+        None,
+        description="The scores: a file, for one source, or a word such as loss, for PREFIX.loss.safetensors beside each token "
+        "file, where score-data puts them. null: each source names its 'scores'.",
+    )
+    direction: Literal["ascending", "descending"] = Field(
+        "ascending", description="ascending: the lowest score first. Documents without a score come last either way."
+    )
+
+
+def is_suffix(by: str) -> bool:
+    """Whether 'by' is a word that ends the names of score files, rather than a file."""
+    return "/" not in by and not by.endswith(".safetensors")
+
+
 class DataConfig(Section):
     """Token files, their order and their blend."""
 
     sequence_length: Positive = Field(description="Tokens s per sample; one more is read as the last target.")
-    order: Literal["permuted", "neox", "megatron"] = Field(
+    order: OrderName | ByScore = Field(
         "permuted",
         description="permuted: a keyed permutation of contiguous windows, no index to build; neox, megatron: the exact "
-        "sample orders of those trainers.",
+        "sample orders of those trainers; sequential: the windows one after another, documents as written; {by: ..., "
+        "direction: ...}: the same, documents by their score.",
     )
     seed: Seed = Field(1234, description="Seed of the order; below 2**32 in the orders neox and megatron, as numpy takes it.")
     blend_of_one: bool = Field(
@@ -166,9 +215,14 @@ class DataConfig(Section):
     @classmethod
     def _check_seed(cls, seed: int, info: ValidationInfo) -> int:
         order = info.data.get("order", "permuted")
-        if order != "permuted" and seed >= 2**32:
+        if order in ("neox", "megatron") and seed >= 2**32:
             raise ValueError(f"order '{order}' shuffles as numpy does, with seeds below 2**32 (4294967296)")
         return seed
+
+    @property
+    def order_name(self) -> Order:
+        """The order in a word."""
+        return "scored" if isinstance(self.order, ByScore) else self.order
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -160,8 +160,11 @@ def json_schema() -> str:
     stages = {"description": "A chain: each starts from the one before.", "type": "array", "items": {"$ref": "#/$defs/Run"}}
     axes = {"description": "Keys with their values, or names with labels.", "type": "object", "minProperties": 1}
     names = {"description": "Other runs in the group's figure.", "type": "array", "items": {"type": "string"}}
+    permute = {"description": "What is put into several orders.", "enum": ["data.train", "stages"]}
+    orders = {"description": "Which orders.", "enum": ["all", "latin"], "default": "all"}
     definitions["Arm"] = run | {"properties": run["properties"] | {"stages": stages}}
-    definitions["Sweep"] = run | {"properties": run["properties"] | {"stages": stages, "axes": axes, "with": names}}
+    swept = {"stages": stages, "axes": axes, "with": names, "permute": permute, "orders": orders}
+    definitions["Sweep"] = run | {"properties": run["properties"] | swept}
     experiment["properties"]["runs"]["items"] = {"$ref": "#/$defs/Arm"}
     experiment["properties"]["sweeps"]["items"] = {"$ref": "#/$defs/Sweep"}
     experiment["required"] = ["experiment"]

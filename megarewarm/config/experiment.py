@@ -67,7 +67,10 @@ class ExperimentConfig(Section):
         [],
         description="Groups of runs: each a 'name', 'axes' and further keys of a run. There is a run for every combination of "
         "the axes' values. An axis is a key of a run with a list of values (schedule.max_lr: [1e-3, 2e-3]), or any name with "
-        "labels that each set several keys. 'with' names other runs that belong into the group's figure.",
+        "labels that each set several keys. 'with' names other runs that belong into the group's figure. 'permute: data.train' "
+        "is an axis of its own: the sources of the blend one after another, each for its share of the run, in every order "
+        "('orders: latin': in as many orders as sources, each source once at every place), beside the blend itself; 'permute: "
+        "stages' puts the stages of a chain into these orders.",
     )
     quick: dict[str, Any] = Field(
         {},

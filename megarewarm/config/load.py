@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megarewarm.config.data import ByScore
 from megarewarm.config.paths import expanded
 from megarewarm.config.problems import in_words
 from megarewarm.config.schema import RunConfig
@@ -170,7 +171,10 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
     """A line for each problem: unknown keys first, and without the missing keys that they were meant to be."""
     unknown, others = [], []
     instead: set[tuple[str, ...]] = set()
-    items = [(tuple(str(part) for part in item["loc"]), item) for item in error.errors()]
+    items: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+    for problem in error.errors():
+        loc = tuple(part for part in problem["loc"] if part != ByScore.__name__)  # a section that may be a word instead
+        items.append((tuple(map(str, loc)), {**problem, "loc": loc}))
     for path, item in items:
         if item["type"] == "extra_forbidden":
             section, known = ".".join(path[:-1]), known_keys(model, item["loc"][:-1])
@@ -193,7 +197,7 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
     for path, problems in wrong.items():
         if any(other[: len(path)] == path and other != path for other in wrong):
             continue  # a list with a wrong item is no wrong word
-        words = in_words(problems, known_keys(model, problems[0]["loc"]))
+        words = in_words(problems, known_keys(model, path))
         others.append(f"{_place(path, origins)}: {'.'.join(path) + ': ' if path else ''}{words}")
     return unknown + others
 

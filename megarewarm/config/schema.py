@@ -143,6 +143,8 @@ class RunConfig(Section):
             raise ValueError(
                 "interpolate needs 'start.from': the checkpoint at the other end; give it, or remove 'interpolate'"
             )
+        if self.evaluation.windows == "moving" and self.data.order_name == "scored":
+            raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.data.switches and (keys := list(in_epochs(self))):

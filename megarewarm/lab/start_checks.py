@@ -11,6 +11,7 @@ import torch
 from megarewarm.config.data import Source
 from megarewarm.config.experiment import Experiment
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.document_table import table_path
 from megarewarm.data.files.file_bytes import find_bin
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.errors import UserError
@@ -50,9 +51,13 @@ def prepared_folder(experiment: Experiment) -> Path | None:
 
 
 def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
-    """A line for each token file of the run that is not on this machine, except those below ``prepared``."""
-    sources = [source for source in _sources(config) if not _is_here(source) and not _is_below(source.path, prepared)]
-    return list(dict.fromkeys(f"{Path(source.path).absolute()}: no such token file (.bin) here" for source in sources))
+    """A line for each token file and list of documents that is not on this machine, except those below ``prepared``."""
+    sources = _sources(config)
+    absent = {f"{Path(s.path).absolute()}: no such token file (.bin) here": s.path for s in sources if not _tokens_here(s)}
+    for source in sources:
+        if source.documents is not None and not table_path(source.documents).is_file():
+            absent[f"{table_path(source.documents).absolute()}: no such list of documents here"] = source.documents
+    return [line for line, path in absent.items() if not _is_below(path, prepared)]
 
 
 def check_start(
@@ -133,6 +138,10 @@ def _sources(config: RunConfig) -> list[Source]:
 
 
 def _is_here(source: Source) -> bool:
+    return _tokens_here(source) and (source.documents is None or table_path(source.documents).is_file())
+
+
+def _tokens_here(source: Source) -> bool:
     return bool(find_bin(source.path.removesuffix(".bin").removesuffix(".idx")))
 
 

@@ -16,14 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
+import numpy as np
+
 from megarewarm.checkpoint.lineage import Lineage, Stage
-from megarewarm.config.data import ReplayConfig, Source
+from megarewarm.config.data import Order, ReplayConfig, Source
 from megarewarm.data.files.file_identity import FileIdentity
 from megarewarm.data.files.library import TokenFiles
-from megarewarm.data.mixture.blend import Order, normalised
+from megarewarm.data.files.listed_documents import ListedDocuments
+from megarewarm.data.files.token_file import TokenView
+from megarewarm.data.mixture.blend import normalised
 from megarewarm.data.mixture.phases import AnySource
 from megarewarm.data.order.sample_order import SampleOrder
-from megarewarm.data.order.seen_samples import SeenPart, SeenSource, union
+from megarewarm.data.order.seen_samples import SeenPart, SeenSource, union, view_of
 from megarewarm.errors import UserError
 
 
@@ -161,15 +165,25 @@ def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
         if isinstance(source, Source):
             view = files.view(source)
             name, fingerprint = source.name or source.path, view.file.fingerprint()
-            spans = [(view.first_document, view.last_document)]
+            views = [view]
         else:
             name, fingerprint = source.name, source.file.fingerprint
-            spans = [(part.order.first_document, part.order.last_document) for part in source.parts]
-        for (item, view), (first, last) in product(held_out, spans):
-            if view.file.fingerprint() == fingerprint and first < view.last_document and view.first_document < last:
+            views = [view_of(part.order, files.open(source.path, part.order.dtype)) for part in source.parts]
+        for (item, held), read in product(held_out, views):
+            if held.file.fingerprint() == fingerprint and (both := _in_both(held, read)) is not None:
                 raise UserError(
                     f"validation set '{item}' (upstream) and '{name}', which is replayed, both read documents "
-                    f"{max(first, view.first_document)} to {min(last, view.last_document) - 1} of {view.file.path}: the loss "
+                    f"{both[0]} to {both[1]} of {held.file.path}: the loss "
                     f"on what is trained on does not measure forgetting; give the set held-out documents (another file, or "
                     f"'split' and 'part' on both sides)"
                 )
+
+
+def _in_both(one: TokenView, other: TokenView) -> tuple[int, int] | None:
+    """The first and the last document of their file that both views hold; None without any."""
+    if isinstance(one, ListedDocuments) or isinstance(other, ListedDocuments):
+        mine, others = (view.in_file(np.arange(view.first_document, view.last_document)) for view in (one, other))
+        both = np.intersect1d(mine, others)
+        return (int(both[0]), int(both[-1])) if both.size else None
+    first, last = max(one.first_document, other.first_document), min(one.last_document, other.last_document)
+    return (first, last - 1) if first < last else None

@@ -20,7 +20,7 @@ def training_phases(config: RunConfig, schedule: Schedule, origin: Position, old
     """The phases of the run that began at ``origin``: its training sources with ``old`` replayed, then each switch. Raises
     ``UserError`` for switches that never happen, or not in their order."""
     fraction = config.replay.fraction if config.replay is not None else 0.0
-    phases = [Phase(0, with_replay(config.data.train, old, fraction, config.data.order))]
+    phases = [Phase(0, with_replay(config.data.train, old, fraction, config.data.order_name))]
     for number, switch in enumerate(config.data.switches):
         step = switch_step(switch, config, schedule, origin, f"data.switches.{number}")
         first = origin.samples + (step - origin.step) * config.training.global_batch
@@ -32,7 +32,7 @@ def training_phases(config: RunConfig, schedule: Schedule, origin: Position, old
                 else f"data.switches.0 takes place before the first step (after step {step}): give its sources as data.train"
             )
         share = fraction if switch.replay_fraction is None else switch.replay_fraction
-        phases.append(Phase(first, with_replay(switch.train, old, share, config.data.order)))
+        phases.append(Phase(first, with_replay(switch.train, old, share, config.data.order_name)))
     return phases
 
 

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megarewarm.config.axes import orders_of
 from megarewarm.config.experiment import Experiment, load_experiment
 from megarewarm.config.experiment_record import check_record, record_of, write_record
 from megarewarm.config.load import read_configs
@@ -151,6 +153,67 @@ def test_what_can_not_be_is_refused_in_one_line(text: str, told: str) -> None:
     assert told in message
     assert "e.yml:" in message or told == "in a circle"
     assert "\n" not in message
+
+
+SOURCES = BASE.replace("[{path: a}]", "[{path: a, weight: 2}, {name: code, path: b}, {path: d/c}]")
+
+
+def test_sources_one_after_another_in_every_order_beside_their_blend() -> None:
+    arms = load(SOURCES + "sweeps:\n  - {name: order, permute: data.train, axes: {schedule.max_lr: [1e-3, 2e-3]}}\n").arms
+    assert len(arms) == 2 * 7 and arms[0].arm == "order_1e-3_blend" and arms[3].arm == "order_1e-3_code_a_c"
+    assert [len(arm.config.data.train) for arm in arms[:7]] == [3, 1, 1, 1, 1, 1, 1] and not arms[0].config.data.switches
+    assert arms[3].axes == {"schedule.max_lr": 1e-3, "data.train": "code, a, c"}
+    orders = set()
+    for arm in arms[1:7]:
+        data = arm.config.data
+        read = [data.train[0], *(switch.train[0] for switch in data.switches)]
+        orders.add(tuple(source.path for source in read))
+        # each for its share, under the same number wherever it comes: so all orders read the same samples of it
+        ends = [round(arm.config.steps(switch.at)) for switch in data.switches if switch.at] + [40]
+        lengths = dict(zip([source.path for source in read], np.diff([0, *ends]).tolist(), strict=True))
+        assert lengths == {"a": 20, "b": 10, "d/c": 10}
+        assert {source.path: source.place for source in read} == {"a": 0, "b": 1, "d/c": 2}
+    assert len(orders) == 6
+
+
+def test_stages_in_every_order_and_a_latin_square() -> None:
+    text = BASE + "sweeps:\n  - name: order\n    permute: stages\n    orders: latin\n    stages:\n"
+    text += "".join(f"      - {{name: {name}, data: {{train: [{{path: {name}}}]}}}}\n" for name in "abcd")
+    arms = load(text).arms
+    chains = [
+        [arm.config.data.train[0].path for arm in arms if arm.chain == name] for name in dict.fromkeys(a.chain for a in arms)
+    ]
+    assert chains == [list("abdc"), list("bcad"), list("cdba"), list("dacb")]
+    assert arms[5].arm == "order_b_c_a_d-c" and arms[5].config.start.from_ == "runs/e/order_b_c_a_d-b"
+
+
+@given(st.integers(2, 12))
+def test_a_latin_square_is_balanced(count: int) -> None:
+    rows = orders_of(count, "latin")
+    assert all(sorted(line) == list(range(count)) for line in [*rows, *zip(*rows, strict=True)])
+    after = [pair for row in rows for pair in itertools.pairwise(row)]
+    assert count % 2 or len(set(after)) == len(after) == count * (count - 1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ("permute: data.tran", "permute: expected data.train (the sources of the blend) or stages, not 'data.tran'"),
+        ("permute: stages", "permute: stages has no list of two or more"),
+        ("permute: data.train, orders: some", "orders: expected all or latin, not 'some'"),
+        ("orders: all, axes: {schedule.max_lr: [1, 2]}", "'orders' says in which orders 'permute' puts something"),
+        ("permute: data.train, data: {switches: [{at: 50%, train: [{path: a}]}]}", "and 'data.switches' too: remove them"),
+        ("permute: data.train, data: {train: [{path: a}]}", "permute: data.train has no list of two or more"),
+        ("permute: data.train, data: {train: [{path: a}, {path: a}]}", "two runs are named 'g_a_a'"),
+        (
+            f"permute: data.train, data: {{train: [{', '.join(f'{{path: p{i}}}' for i in range(7))}]}}",
+            "there are 5,040 orders of 7",
+        ),
+    ],
+)
+def test_orders_that_can_not_be(keys: str, told: str) -> None:
+    text = refusal(SOURCES + f"sweeps:\n  - {{name: g, {keys}}}\n")
+    assert told in text and "e.yml:8" in text and "\n" not in text
 
 
 def test_the_record_names_every_run_and_refuses_another_experiment(tmp_path: Path) -> None:

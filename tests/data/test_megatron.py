@@ -244,7 +244,7 @@ def test_blends_of_parts_of_files_are_theirs(tmp_path_factory, megatron, weights
     ]
     data = DataConfig(sequence_length=s, order="megatron", seed=seed, train=sources)
     rows = build_training_batches(
-        TokenFiles(data, 2**31), [Phase(0, with_replay(data.train, [], 0, data.order))], total_samples=total
+        TokenFiles(data, 2**31), [Phase(0, with_replay(data.train, [], 0, data.order_name))], total_samples=total
     ).rows(0, total)
     assert np.array_equal(rows, text(build()[0])[:total])
 
@@ -289,7 +289,7 @@ def test_samples_asked_of_each_source_are_theirs(megatron):
         sources = [{"path": f"x{i}", "weight": weight, "max_epochs": None} for i, weight in enumerate(weights)]
         for order in ("megatron", "neox"):
             data = DataConfig(sequence_length=8, order=order, train=sources, blend_of_one=True)
-            phase = Phase(0, with_replay(data.train, [], 0, data.order))
+            phase = Phase(0, with_replay(data.train, [], 0, data.order_name))
             found = _wanted(data, [phase], [total], [np.arange(len(weights))], len(weights))
             if order == "megatron":
                 theirs = [size for size, _, _ in sizes(megatron.utils.normalize(weights), [total, 0, 0], surplus=0.005)]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megarewarm.data.order import shuffled_documents
-from megarewarm.data.order.shuffled_documents import ShuffledDocuments
+from megarewarm.data.files import shuffled_documents
+from megarewarm.data.files.shuffled_documents import ShuffledDocuments
 
 sizes_of = st.lists(
     st.one_of(st.integers(0, 5), st.just(0), st.integers(2**16 - 3, 2**16 + 3), st.just(2**31 - 1)), min_size=1, max_size=300

@@ -17,13 +17,15 @@ from megarewarm.checkpoint.lineage import DataSeen, Lineage, Stage
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.config.data import DataConfig, ReplayConfig, Source
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.document_table import DocumentTable, used, write_table
 from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.listed_documents import by_score, listed
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.batches import build_training_batches
 from megarewarm.data.mixture.phases import Phase
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
-from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples, SequentialSamples
 from megarewarm.data.order.seen_samples import SeenPart, SeenSamples, union
 from megarewarm.errors import UserError
 from megarewarm.main import main
@@ -139,14 +141,37 @@ def readings(draw):
     for _ in range(draw(st.integers(1, 3))):
         documents = draw(st.sampled_from([(0, 40), (0, 40), (5, 40), (0, 21)]))
         key = draw(st.integers(1, 3))
-        kind = draw(st.sampled_from(["permuted", "permuted", "neox", "megatron"]))
+        kinds = [
+            "permuted",
+            "permuted",
+            "neox",
+            "megatron",
+            "sequential",
+            "listed permuted",
+            "listed neox",
+            "scored sequential",
+        ]
+        kind = draw(st.sampled_from(kinds))
         first = draw(st.integers(0, 350))
         found.append((kind, documents, key, first, first + draw(st.integers(1, 300))))
     return found
 
 
 def opened(path: str, kind: str, documents: tuple[int, int], key: int, last: int) -> Samples:
-    view = open_tokens(path).view(*documents)
+    opened_file = open_tokens(path)
+    view = opened_file.view(*documents)
+    how, _, kind = kind.rpartition(" ")
+    if how == "listed":
+        place, kept = f"{path}.listed{key}", np.arange(key, 40, 2)
+        list_of_some = DocumentTable("list", kept)
+        write_table(place, list_of_some, opened_file, overwrite=True)
+        view = listed(opened_file, list_of_some, used(place, list_of_some))
+    if how == "scored":
+        place, scores = f"{path}.scored{key}", DocumentTable("scores", np.random.default_rng(key).random(40))
+        write_table(place, scores, opened_file, overwrite=True)
+        view, _ = by_score(view, scores, used(place, scores), descending=key == 2)
+    if kind == "sequential":
+        return SequentialSamples(view, 16, None)
     if kind == "permuted":
         return PermutedSamples(view, 16, key, None)
     return (NeoxSamples if kind == "neox" else MegatronSamples)(view, 16, key, last)
@@ -338,6 +363,74 @@ def test_a_replaying_run_stopped_anywhere_is_the_undisturbed_one(tmp_path, monke
     monkeypatch.setattr(trainer, "training_step", original)
     shutil.rmtree(tmp_path / "up")  # what is replayed stands in the run's own lineage
     assert train(downstream(tmp_path), ALONE, quiet()).losses == whole.losses
+
+
+def chosen(place: Path) -> dict[str, Any]:
+    """The data of a run that reads half of the documents of 'prose', the lowest score first."""
+    held = held_out(place)
+    file = open_tokens(place / "prose")
+    write_table(place / "half", DocumentTable("list", np.arange(0, 40, 2)), file, overwrite=True)
+    write_table(place / "prose.loss", DocumentTable("scores", np.random.default_rng(2).random(40)), file, overwrite=True)
+    source = {"path": str(place / "prose"), "documents": str(place / "half"), "max_epochs": 9}
+    return {"train": [source], "order": {"by": "loss"}, "validation": held}
+
+
+def test_documents_in_the_order_of_a_score_are_replayed_wherever_they_have_gone(tmp_path):
+    up = config(tmp_path, name="up", folder=str(tmp_path / "up"), data=chosen(tmp_path))
+    was_read = rows_of(up)["prose"]
+    train(up, ALONE, quiet())
+    rows = rows_of(downstream(tmp_path))
+    assert np.array_equal(rows["replay of prose"], was_read[:40])
+    elsewhere = tmp_path / "moved"
+    elsewhere.mkdir()
+    for file in [*tmp_path.glob("prose*"), tmp_path / "half.safetensors"]:
+        shutil.move(file, elsewhere)
+    moved = downstream(tmp_path, replay={"paths": {"prose": str(elsewhere / "prose")}})
+    assert np.array_equal(rows_of(moved)["replay of prose"], was_read[:40])
+    file = open_tokens(elsewhere / "prose")
+    write_table(elsewhere / "half", DocumentTable("list", np.arange(1, 40, 2)), file, overwrite=True)
+    with pytest.raises(UserError, match=r"half\.safetensors has changed since it was read"):
+        rows_of(moved)
+
+
+def test_an_order_by_score_resumes_at_any_step_and_knows_other_scores(tmp_path, monkeypatch):
+    whole = train(config(tmp_path, name="whole", folder=str(tmp_path / "whole"), data=chosen(tmp_path)), ALONE, quiet())
+    run = config(tmp_path, name="run", folder=str(tmp_path / "run"), data=chosen(tmp_path))
+    original = trainer.training_step
+    deaths = [7, 16]
+
+    def step_or_die(run, lr):
+        if deaths and run.step == deaths[0]:
+            raise KeyboardInterrupt
+        return original(run, lr)
+
+    monkeypatch.setattr(trainer, "training_step", step_or_die)
+    while deaths:
+        with pytest.raises(KeyboardInterrupt):
+            train(run, ALONE, quiet())
+        deaths.pop(0)
+        if deaths:  # other scores are another order
+            scores = tmp_path / "prose.loss.safetensors"
+            kept = scores.read_bytes()
+            write_table(scores, DocumentTable("scores", np.arange(40.0)), open_tokens(tmp_path / "prose"), overwrite=True)
+            with pytest.raises(UserError, match="does not apply here, the data files, their blend or their order changed"):
+                train(run, ALONE, quiet())
+            scores.write_bytes(kept)
+    assert train(run, ALONE, quiet()).losses == whole.losses
+
+
+def test_documents_that_are_replayed_are_not_validated_on(tmp_path):
+    train(config(tmp_path, name="up", folder=str(tmp_path / "up"), data=chosen(tmp_path)), ALONE, quiet())
+    file = open_tokens(tmp_path / "prose")
+
+    def held(numbers: list[int]) -> list[dict[str, Any]]:
+        write_table(tmp_path / "held_list", DocumentTable("list", np.array(numbers)), file, overwrite=True)
+        source = {"path": str(tmp_path / "prose"), "documents": str(tmp_path / "held_list")}
+        return [{"name": "old", "role": "upstream", "tokens": 64, "sources": [source]}]
+
+    assert len(rows_of(downstream(tmp_path, data={"validation": held([1, 3, 5])}))) == 2
+    with pytest.raises(UserError, match="both read documents 4 to 8 of"):
+        rows_of(downstream(tmp_path, data={"validation": held([1, 4, 8])}))
 
 
 def test_replays_that_can_t_be(tmp_path, capsys):

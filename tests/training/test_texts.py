@@ -293,6 +293,16 @@ def test_the_tokenizer_is_the_named_one_the_starts_or_that_of_the_files(two: tup
     check_export(place / "ten", a, "</s>")
 
 
+def test_a_conversion_to_fewer_rows_says_why_it_has_no_tokenizer(two: tuple[Path, Path, Path]) -> None:
+    place, a, _ = two
+    run(config(place, data={"tokenizer": str(a)}, export=EXPORT))
+    for form in ("hf", "neox"):
+        notes = convert(open_checkpoint(str(place / "tiny/huggingface")), place / form, ConvertOptions(form, vocab_size=100))
+        (why,) = [note for note in notes if "no tokenizer is in the export" in note]
+        assert "the model has 100 rows" in why and "none is named" not in why
+        assert not (place / form / "tokenizer.json").exists()
+
+
 def test_an_export_asked_for_later_is_checked_too(two: tuple[Path, Path, Path]) -> None:
     place, a, _ = two
     run(config(place))
@@ -366,7 +376,7 @@ def test_what_is_logged_far_below_is_a_note(tmp_path: Path, monkeypatch: pytest.
     tiny.mapping(tmp_path)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEGAREWARM_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr("megarewarm.data.order.shuffled_documents.CACHED_FROM", 0, raising=False)
+    monkeypatch.setattr("megarewarm.data.files.shuffled_documents.CACHED_FROM", 0, raising=False)
     run(config(tmp_path, data={"order": "neox"}))
     (start,) = tiny.events(tmp_path / "tiny", "start")
     import megarewarm.data.order.array_cache as array_cache

@@ -47,7 +47,7 @@ class ExportedTokenizer:
 def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedTokenizer:
     """The tokenizer files of an export of ``model``, from ``source``. Raises ``UserError`` if it can't be exported."""
     if source.file is None:
-        return _without(source)
+        return without_tokenizer(source, "none is named, none is beside the start checkpoint, and the token files name none")
     tokenizer = loaded(source.file)
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise UserError(
@@ -100,10 +100,11 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
     return ExportedTokenizer(files, ids, notes)
 
 
-def _without(source: TokenizerSource) -> ExportedTokenizer:
+def without_tokenizer(source: TokenizerSource, why: str) -> ExportedTokenizer:
+    """No files for the export, a note that says why, and the ids as far as ``source`` states them."""
     eos = source.stated.get("eos") if source.eod is None else source.eod
     ids = {"bos": source.stated.get("bos", eos), "eos": eos, "pad": source.stated.get("pad")}
-    notes = ["no tokenizer is in the export: none is named, none is beside the start checkpoint, and the token files name none"]
+    notes = [f"no tokenizer is in the export: {why}"]
     if eos is None:
         notes.append("no token is known to end a text, so eos_token_id is null: give data.eod")
     return ExportedTokenizer({}, ids, notes)

@@ -6,6 +6,7 @@ token file that they belong to, so that numbers of other documents are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -40,6 +41,21 @@ class DocumentTable:
     kind: Kind
     values: npt.NDArray[np.float64] | npt.NDArray[np.int64]
     about: Mapping[str, str] = field(default_factory=dict)
+
+
+class TableUsed(BaseModel):
+    """A table that a run read: where it was, and a ``digest`` of its values, by which two of them are the same or not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    digest: str
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TableUsed) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
 
 class _Said(BaseModel):
@@ -100,6 +116,12 @@ def read_table(path: str | Path, kind: Kind, file: TokenFile) -> DocumentTable:
     if values.dtype != _DTYPES[kind] or (wrong := _misfit(kind, values, file)) is not None:
         raise UserError(f"{place}: {wrong if values.dtype == _DTYPES[kind] else f'values are {values.dtype}'}: make it again")
     return DocumentTable(kind, values, said.about)
+
+
+def used(path: str | Path, table: DocumentTable) -> TableUsed:
+    """What a lineage records of the ``table`` at ``path``."""
+    digest = hashlib.blake2b(np.ascontiguousarray(table.values).data, digest_size=16)
+    return TableUsed(path=str(table_path(path)), digest=digest.hexdigest())
 
 
 def _misfit(kind: Kind, values: npt.NDArray[np.float64] | npt.NDArray[np.int64], file: TokenFile) -> str | None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megarewarm.config.data import DataConfig, Source
+from megarewarm.config.data import ByScore, DataConfig, Source, is_suffix
+from megarewarm.data.files.document_table import read_table, used
+from megarewarm.data.files.listed_documents import by_score, listed
 from megarewarm.data.files.split import Rule, split_documents
 from megarewarm.data.files.token_file import TokenFile, TokenView, open_tokens
 from megarewarm.errors import UserError
+from megarewarm.spelling import counted
 
 
 class TokenFiles:
@@ -23,6 +26,7 @@ class TokenFiles:
         # a file has several names: its prefix, its .bin, either with and without its dtype
         self._files: dict[tuple[Path, np.dtype], TokenFile] = {}
         self._checked: set[TokenFile] = set()
+        self._views: dict[tuple[TokenFile, str | None, str, str | None], TokenView] = {}
 
     def open(self, path: str, dtype: str | None = None) -> TokenFile:
         """The file at ``path``, spelled as ``open_tokens`` takes it and raising as it does; its ids are not checked yet."""
@@ -42,11 +46,34 @@ class TokenFiles:
         rounding in the ``megatron`` order, else GPT-NeoX's, whose data they are to fit."""
         file = self.open(source.path, source.dtype)
         self.check(file)
-        return part_of(file, source, self.data)
+        key = (file, source.split, source.part, source.documents)
+        if key not in self._views:
+            self._views[key] = part_of(file, source, self.data)
+        return self._views[key]
+
+    def scored(self, source: Source) -> tuple[TokenView, list[str]]:
+        """(the tokens of a source in the order that ``data.order`` makes of its scores, notes). Raises ``UserError``."""
+        order = self.data.order
+        assert isinstance(order, ByScore)
+        view = self.view(source)
+        place = source.scores or order.by
+        if place is None:
+            raise UserError(
+                f"data.order sorts by scores, and nothing says which those of {view.file.path} are: give the source 'scores', "
+                f"or data.order a 'by'"
+            )
+        if source.scores is None and is_suffix(place):
+            place = f"{str(view.file.path).removesuffix('.bin')}.{place}"
+        table = read_table(place, "scores", view.file)
+        found, without = by_score(view, table, used(place, table), descending=order.direction == "descending")
+        return found, [f"{view.file.path}: no score for {counted(without, 'document')}, read last"] if without else []
 
 
 def part_of(file: TokenFile, source: Source, data: DataConfig) -> TokenView:
     """The tokens of ``source`` in its ``file``, unchecked; as ``TokenFiles.view``."""
+    if source.documents is not None:
+        table = read_table(source.documents, "list", file)
+        return listed(file, table, used(source.documents, table))
     if source.split is None:
         return file.view()
     if file.index_path is None:

@@ -207,7 +207,11 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A range of documents of a file, which is also a range of its flat tokens."""
+    """Documents of a file, which are also one row of tokens: here a range of them, which is a range of the file's flat tokens.
+
+    Its documents are counted from ``first_document`` to ``last_document``, as in the file; a view that holds others in between
+    (``ListedDocuments``) counts its own from 0.
+    """
 
     file: TokenFile
     first_document: int
@@ -223,11 +227,34 @@ class TokenView:
         """Tokens [start, start + length) of the view, (length,) in the file's dtype; ``IndexError`` outside of it."""
         if start < 0 or length < 0 or start + length > self.num_tokens:
             raise IndexError(f"a view of {self.num_tokens} tokens of {self.file.path}, asked for {length} from {start}")
-        return self.file.read(self.first_token + start, length)
+        return self.file.read_pieces(*self.runs(np.array([start]), length)) if length else self.file.read(0, 0)
 
     def sizes(self) -> npt.NDArray[np.int64]:
         """Tokens per document, (num_documents,) int64; a new array."""
-        return self.file.document_sizes(self.first_document, self.last_document)
+        return self.sizes_between(self.first_document, self.last_document)
+
+    def sizes_between(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Tokens per document of the view's documents [first, last), int64."""
+        return self.file.document_sizes(first, last)
+
+    def in_file(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The file's numbers of the view's ``documents``, (n,) int64."""
+        return documents
+
+    def runs(self, starts: npt.NDArray[np.int64], length: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where ``length`` tokens from each of the view's tokens ``starts``, (n,), on lie in the file: (first tokens, lengths)
+        of all pieces, one run after another. ``length`` is at least 1, and no run ends outside of the view."""
+        return self.first_token + starts, np.full(len(starts), length)
+
+    @property
+    def documents_of(self) -> tuple[int, int]:
+        """The range of documents that it was made of: the file's, or those of a list."""
+        return self.first_document, self.last_document
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The range of the file's flat tokens that holds all of the view."""
+        return self.first_token, self.first_token + self.num_tokens
 
 
 def open_tokens(path: str | Path, *, dtype: str | None = None, vocab_size: int | None = None) -> TokenFile:

@@ -17,7 +17,7 @@ from megarewarm.errors import UserError
 
 class TrainingBatches:
     """The samples of a run, ``total_samples`` of them, any of which is read without reading those before it. ``files``: what
-    each source's file holds."""
+    each source's file holds; ``notes``: for the user."""
 
     def __init__(self, mixture: Mixture, total_samples: int) -> None:
         self._mixture, self._rows = mixture, mixture.rows
@@ -25,6 +25,7 @@ class TrainingBatches:
         self.sequence_length = self._rows.sequence_length
         self.names = self._rows.names
         self.files = self._rows.files()
+        self.notes = mixture.notes
 
     def rows(self, first_sample: int, count: int) -> npt.NDArray[np.int64]:
         """Samples [first_sample, first_sample + count), (count, s + 1) int64. ``UserError`` past the run's end."""

@@ -14,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.config.data import Order
 from megarewarm.errors import UserError
-
-Order = Literal["permuted", "neox", "megatron"]
 
 MAX_PERIOD = 2**20
 

@@ -14,15 +14,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megarewarm.config.data import DataConfig, Source
+from megarewarm.config.data import ByScore, DataConfig, Source
 from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.listed_documents import ListedDocuments
 from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.mixture.blend import AnyBlend, Blend, GreedyTable, normalised
 from megarewarm.data.mixture.blended_rows import BlendedRows
 from megarewarm.data.mixture.phases import AnySource, Phase, PhasedBlend, all_sources
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.row_samples import RowSamples
-from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples, SequentialSamples
 from megarewarm.data.order.seen_samples import SeenSource
 from megarewarm.errors import UserError
 
@@ -32,12 +33,13 @@ ORDER_VERSION = 1  # part of every fingerprint; to be raised when the same confi
 @dataclass(frozen=True)
 class Mixture:
     """``rows`` of all positions, and what identifies their order. ``firsts``: the positions at which phases begin;
-    ``shares``: of each phase, source by source (None for one that is not in it)."""
+    ``shares``: of each phase, source by source (None for one that is not in it). ``notes``: for the user."""
 
     rows: BlendedRows
     data: DataConfig
     firsts: list[int]
     shares: list[list[int | str | None]]
+    notes: list[str]
 
     def fingerprint(self, before: int) -> str:
         """32 hex digits of everything that determines the tokens at the positions [0, ``before``); later phases have no part
@@ -48,7 +50,7 @@ class Mixture:
         sources = [
             {
                 "file": part.tokens.file.fingerprint(),
-                "documents": [part.tokens.first_document, part.tokens.last_document],
+                "documents": _documents(part.tokens),
                 "order": part.order,
                 "shuffled": getattr(part, "epoch_ranges", None),
                 "share": share,
@@ -72,8 +74,9 @@ def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: 
     names = source_names(sources)
     lengths = [last - first for first, last in pairwise([*(phase.first for phase in phases), total_samples])]
     wanted = _wanted(data, phases, lengths, places, len(sources))
+    notes: list[str] = []
     samples = [
-        source.open(files) if isinstance(source, SeenSource) else _open_samples(data, source, i, files.view(source), wanted[i])
+        source.open(files) if isinstance(source, SeenSource) else _open_samples(files, source, i, wanted[i], notes)
         for i, source in enumerate(sources)
     ]
     blends: list[AnyBlend] = []
@@ -81,7 +84,7 @@ def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: 
     for phase, length, mine in zip(phases, lengths, places, strict=True):
         weights = [source.weight for source in phase.sources]
         told: list[int] | list[str]
-        if data.order == "permuted" or len(weights) == 1:
+        if data.order not in ("neox", "megatron") or len(weights) == 1:
             blend = Blend(weights, length)
             blends.append(blend)
             told = blend.numerators.tolist()
@@ -100,7 +103,7 @@ def build_mixture(files: TokenFiles, phases: Sequence[Phase], *, total_samples: 
                 f"source '{name}' gives {part.num_samples} samples and the blend asks it for {need}: order '{data.order}' "
                 f"allows half a percent more than its weight's share, too little for so few samples; change its weight a little"
             )
-    return Mixture(rows, data, firsts, shares)
+    return Mixture(rows, data, firsts, shares, notes)
 
 
 def source_names(sources: Sequence[AnySource]) -> list[str]:
@@ -112,13 +115,35 @@ def source_names(sources: Sequence[AnySource]) -> list[str]:
     return names
 
 
-def _open_samples(data: DataConfig, source: Source, place: int, view: TokenView, wanted: int) -> Samples:
+def _documents(view: TokenView) -> list[int | str]:
+    listed = [view.documents.digest] if isinstance(view, ListedDocuments) and view.documents is not None else []
+    return [*view.documents_of, *listed]
+
+
+def _open_samples(files: TokenFiles, source: Source, place: int, wanted: int, notes: list[str]) -> Samples:
+    """The samples of ``source``, which is at ``place`` among all of the run; ``notes`` gets what a user must know of them."""
+    data = files.data
     s, seed = data.sequence_length, data.seed
+    if source.scores is not None and not isinstance(data.order, ByScore):
+        raise UserError(
+            f"{source.scores} are scores, which nothing reads in data.order '{data.order}': write the order as "
+            f"{{by: null, direction: ascending}} (or descending), or remove the source's 'scores'"
+        )
+    if isinstance(data.order, ByScore) and source.layout != "rows":
+        view, said = files.scored(source)
+        notes += said
+        return SequentialSamples(view, s, source.max_epochs)
+    view = files.view(source)
     if source.layout == "rows":
         return RowSamples(view, s, source.first_row, source.max_epochs)
+    if data.order == "sequential":
+        return SequentialSamples(view, s, source.max_epochs)
     if data.order == "permuted":
         # The place in the list goes into the key, so that a file that is listed twice is read in two orders.
-        return PermutedSamples(view, s, derive_key(seed, place), source.max_epochs)
+        samples = PermutedSamples(view, s, derive_key(seed, place if source.place is None else source.place), source.max_epochs)
+        if source.place not in (None, place):
+            samples.order = f"permuted as source {source.place}"
+        return samples
     kind = NeoxSamples if data.order == "neox" else MegatronSamples
     return kind(view, s, seed, wanted)
 
@@ -138,7 +163,7 @@ def _wanted(
     for phase, length, mine in zip(phases, lengths, places, strict=True):
         weights = [each.weight for each in phase.sources]
         # shares already? A second division could change their last bit, and by it the epochs
-        shares = weights if math.isclose(math.fsum(weights), 1.0, rel_tol=1e-12) else normalised(weights, data.order)
+        shares = weights if math.isclose(math.fsum(weights), 1.0, rel_tol=1e-12) else normalised(weights, data.order_name)
         for share, place in zip(shares, mine.tolist(), strict=True):
             if data.order == "neox":
                 wanted[place] += math.ceil(length * share * 1.005)

@@ -27,7 +27,7 @@ class MovingWindows(WindowSet):
                 f"validation set '{config.name}' comes to no whole window of {data.sequence_length} tokens: raise its "
                 f"'tokens' ({config.tokens})"
             )
-        shares = normalised([source.weight for source in config.sources], data.order)
+        shares = normalised([source.weight for source in config.sources], data.order_name)
         sources = [source.with_weight(share) for source, share in zip(config.sources, shares, strict=True)]
         samples = num_windows * self.evaluations
         mixture = build_mixture(files, [Phase(0, sources)], total_samples=samples)

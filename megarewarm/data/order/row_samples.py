@@ -7,6 +7,7 @@ sample that the models saw, 1024 of them at each step.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,12 @@ class RowSamples(Samples):
         return self._sample_order("rows", first_row=self._first_row)
 
     def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        rows = self._first_row + indices % self.samples_per_epoch
         length = self.sequence_length + 1
-        return self.tokens.first_token + rows * length, np.full(len(rows), length)
+        return self.tokens.runs(self.windows(indices) * length, length)
+
+    @property
+    def grid(self) -> Hashable:
+        return "rows", self.tokens.span, self.sequence_length
+
+    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self._first_row + indices % self.samples_per_epoch

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
+from megarewarm.data.files.document_table import TableUsed
+
+Kind = Literal["permuted", "neox", "megatron", "rows", "sequential"]
+_LATER = ("documents", "scores", "descending")
 
 
 class SampleOrder(BaseModel):
     """Everything but the file itself that decides which tokens sample i of a source is.
 
     ``key``: of the permutations ('permuted') or the seed of the shuffles ('neox', 'megatron'). ``epochs``: the ranges of epochs
-    that are shuffled each for itself. ``dtype``: of the ids.
+    that are shuffled each for itself. ``dtype``: of the ids. ``documents``: the list that was read, in which ``first_document``
+    and ``last_document`` count then; ``scores``: by which the documents were sorted before.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["permuted", "neox", "megatron", "rows"]
+    kind: Kind
     sequence_length: int
     dtype: str
     first_document: int
@@ -24,6 +30,14 @@ class SampleOrder(BaseModel):
     key: int = 0
     epochs: tuple[tuple[int, int], ...] = ()
     first_row: int = 0
+    documents: TableUsed | None = None
+    scores: TableUsed | None = None
+    descending: bool = False
+
+    @model_serializer(mode="wrap")
+    def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is not used: the text is part of fingerprints, and is to stay as earlier versions wrote it."""
+        return {key: value for key, value in handler(self).items() if key not in _LATER or value}
 
 
 class SamplesRead(BaseModel):

@@ -1,7 +1,7 @@
-"""Samples of s + 1 tokens out of one token file, in one of three orders.
+"""Samples of s + 1 tokens out of one token file, in one of four orders.
 
-``PermutedSamples`` needs no index and no memory; ``NeoxSamples`` and ``MegatronSamples`` give the exact samples of
-GPT-NeoX and Megatron-LM. Sample i is always (s + 1,) ids: the inputs and, one further on, the targets.
+``PermutedSamples`` and ``SequentialSamples`` need no index and no memory; ``NeoxSamples`` and ``MegatronSamples`` give the
+exact samples of GPT-NeoX and Megatron-LM. Sample i is always (s + 1,) ids: the inputs and, one further on, the targets.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.files.listed_documents import ListedDocuments
+from megarewarm.data.files.shuffled_documents import ShuffledDocuments
 from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.order.array_cache import Arrays, cached
 from megarewarm.data.order.permutation import Permutation, derive_key
-from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
-from megarewarm.data.order.shuffled_documents import ShuffledDocuments
+from megarewarm.data.order.sample_order import Kind, SampleOrder, SamplesRead
 from megarewarm.errors import UserError
 
 _BLOCK = 2**20  # documents in memory at a time beside the arrays that stay
@@ -43,9 +44,10 @@ class Samples(ABC):
         self.sequence_length = sequence_length
         self.samples_per_epoch = (tokens.num_tokens - 1) // sequence_length
         if tokens.num_tokens < (sequence_length + 1 if self.least_tokens is None else self.least_tokens):
+            key = "documents" if isinstance(tokens, ListedDocuments) else "split"
             raise UserError(
                 f"{tokens.file.path} gives {tokens.num_tokens} tokens ({tokens.num_documents} documents), one sample "
-                f"takes {sequence_length + 1}: shorten data.sequence_length, change 'split' or remove the source"
+                f"takes {sequence_length + 1}: shorten data.sequence_length, change '{key}' or remove the source"
             )
 
     def sample(self, index: int) -> npt.NDArray[np.int64]:
@@ -76,43 +78,87 @@ class Samples(ABC):
         """A record of the samples [first, last) as having been read."""
         return SamplesRead(order=self.sample_order(), ranges=((first, last),) if last > first else ())
 
-    def _sample_order(self, kind: Literal["permuted", "neox", "megatron", "rows"], **rest: Any) -> SampleOrder:
+    @property
+    def grid(self) -> Hashable:
+        """What identifies the windows that ``windows`` numbers, None for samples that are not of one grid of windows: samples
+        of equal grids and the same window are the same tokens, and those of others share no token but the last."""
+        return None
+
+    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of the windows that the samples ``indices`` are, of those of ``grid``. ``TypeError`` without one."""
+        raise TypeError(f"samples in the order '{self.order}' lie on no grid")
+
+    def _sample_order(self, kind: Kind, **rest: Any) -> SampleOrder:
         view = self.tokens
+        first, last = view.documents_of
+        if isinstance(view, ListedDocuments):
+            rest |= {"documents": view.documents, "scores": view.scores, "descending": view.descending}
         return SampleOrder(
             kind=kind,
             sequence_length=self.sequence_length,
             dtype=view.file.dtype.name,
-            first_document=view.first_document,
-            last_document=view.last_document,
+            first_document=first,
+            last_document=last,
             **rest,
         )
 
 
-class PermutedSamples(Samples):
-    """Epoch e holds the M windows of s + 1 tokens that start every s tokens, permuted by a key from (seed, e).
+class _Windows(Samples):
+    """The M windows of s + 1 tokens that start every s tokens of the view, all of them in each epoch: sample i is one of epoch
+    floor(i / M). ``max_epochs``, which may be fractional, limits the number of samples to floor(max_epochs * M); None is
+    without end."""
 
-    Sample i is window permutation_e(i mod M) with e = floor(i / M). ``max_epochs``, which may be fractional, limits the
-    number of samples to floor(max_epochs * M); None is without end.
-    """
+    def __init__(self, tokens: TokenView, sequence_length: int, max_epochs: float | None = 1.0) -> None:
+        super().__init__(tokens, sequence_length)
+        self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
+
+    @property
+    def grid(self) -> Hashable:
+        order = self.sample_order()
+        listed = (order.documents, order.scores, order.descending)
+        # empty documents at the ends of a range of the file change nothing, so its tokens identify it
+        return self.tokens.span, self.tokens.num_tokens, listed, order.scores and self.tokens.documents_of, self.sequence_length
+
+    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return self.tokens.runs(self.windows(indices) * self.sequence_length, self.sequence_length + 1)
+
+
+class SequentialSamples(_Windows):
+    """The windows one after another, as the documents are written or, of a view that was sorted, in its order, every epoch."""
+
+    def __init__(self, tokens: TokenView, sequence_length: int, max_epochs: float | None = 1.0) -> None:
+        super().__init__(tokens, sequence_length, max_epochs)
+        self.order = "sequential"
+        if isinstance(tokens, ListedDocuments) and tokens.scores is not None:
+            self.order += f" by {tokens.scores.digest} {'descending' if tokens.descending else 'ascending'}"
+
+    def sample_order(self) -> SampleOrder:
+        return self._sample_order("sequential")
+
+    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return indices % self.samples_per_epoch
+
+
+class PermutedSamples(_Windows):
+    """The windows permuted by a key from (seed, e) in epoch e = floor(i / M): sample i is window permutation_e(i mod M)."""
 
     order = "permuted"
 
     def __init__(self, tokens: TokenView, sequence_length: int, seed: int, max_epochs: float | None = 1.0) -> None:
-        super().__init__(tokens, sequence_length)
+        super().__init__(tokens, sequence_length, max_epochs)
         self._seed = seed
-        self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
 
     def sample_order(self) -> SampleOrder:
         return self._sample_order("permuted", key=self._seed)
 
-    def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         epochs, places = np.divmod(indices, self.samples_per_epoch)
-        starts = np.empty(len(indices), np.int64)
+        found = np.empty(len(indices), np.int64)
         for epoch in np.unique(epochs):
             (rows,) = np.nonzero(epochs == epoch)
             permutation = Permutation(self.samples_per_epoch, derive_key(self._seed, int(epoch)))
-            starts[rows] = self.tokens.first_token + permutation(places[rows]) * self.sequence_length
-        return starts, np.full(len(indices), self.sequence_length + 1)
+            found[rows] = permutation(places[rows])
+        return found
 
 
 class _ShuffledSamples(Samples):
@@ -166,8 +212,10 @@ class _ShuffledSamples(Samples):
         """All that the arrays depend on. The sizes are hashed whole; a fingerprint of a large file is of samples of it."""
         digest, view = hashlib.blake2b(digest_size=16), self.tokens
         for first in range(view.first_document, view.last_document, _BLOCK):
-            digest.update(view.file.document_sizes(first, min(first + _BLOCK, view.last_document)).tobytes())
-        return {"version": 1, "sizes": digest.hexdigest(), **self.sample_order().model_dump(mode="json")}
+            digest.update(view.sizes_between(first, min(first + _BLOCK, view.last_document)).tobytes())
+        # of a list's documents the arrays hold their places in it, so which ones these are is no part of it
+        order = self.sample_order().model_copy(update={"documents": None}).model_dump(mode="json")
+        return {"version": 1, "sizes": digest.hexdigest(), **order}
 
     def sample_order(self) -> SampleOrder:
         return self._sample_order(self.order, key=self._seed, epochs=tuple(self.epoch_ranges))
@@ -193,7 +241,8 @@ class _ShuffledSamples(Samples):
 
     @property
     def document_order(self) -> np.ndarray:
-        """Document ids (of the whole file) in the order they are read, all epochs; GPT-NeoX's ``doc_idx``."""
+        """Document ids (of the whole file; of a list: places in it) in the order they are read, all epochs; GPT-NeoX's
+        ``doc_idx``."""
         return self._documents.order
 
     @property
@@ -206,17 +255,17 @@ class _ShuffledSamples(Samples):
         return np.stack(self._documents.locate(np.asarray(places, np.int64) * self.sequence_length), axis=-1)
 
     def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        file, documents = self.tokens.file, self._documents
+        view, documents = self.tokens, self._documents
         first = self._shuffle[indices].astype(np.int64) * self.sequence_length
         rows, begins, lengths = documents.pieces(first, self.sequence_length + 1)
-        return file.starts_of(documents.order[rows].astype(np.int64)) + begins, lengths
+        return view.file.starts_of(view.in_file(documents.order[rows].astype(np.int64))) + begins, lengths
 
 
 def _sizes(view: TokenView) -> npt.NDArray[np.int32]:
     sizes = np.empty(view.num_documents, np.int32)
     for first in range(0, view.num_documents, _BLOCK):
         last = min(first + _BLOCK, view.num_documents)
-        sizes[first:last] = view.file.document_sizes(view.first_document + first, view.first_document + last)
+        sizes[first:last] = view.sizes_between(view.first_document + first, view.first_document + last)
     return sizes
 
 

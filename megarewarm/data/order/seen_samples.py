@@ -11,18 +11,22 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megarewarm.data.files.document_table import DocumentTable, TableUsed, read_table, used
+from megarewarm.data.files.document_table import Kind as TableKind
 from megarewarm.data.files.file_identity import FileIdentity, identity_of
 from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.listed_documents import by_score, listed
 from megarewarm.data.files.token_file import TokenFile, TokenView
 from megarewarm.data.order.array_cache import cached
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
-from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples
+from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples, SequentialSamples
 from megarewarm.errors import UserError
 
 Ranges = Sequence[tuple[int, int]]
@@ -218,10 +222,11 @@ def _members(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[_Memb
     """For each of the ``originals`` those of its samples that share no token with one before them."""
     if len(originals) == 1 and (distinct := _distinct(originals[0], seen[0])) is not None:
         return [_Ranged(distinct)]
-    windows = _windows(originals)
+    grids = {samples.grid for samples in originals}
+    on_one_grid = len(grids) == 1 and None not in grids
 
     def make() -> dict[str, np.ndarray]:
-        found = _new_windows(originals, seen, *windows) if windows is not None else _new_tokens(originals, seen)
+        found = _new_windows(originals, seen) if on_one_grid else _new_tokens(originals, seen)
         return {str(i): indices for i, indices in enumerate(found)}
 
     if sum(last - first for ranges in seen for first, last in ranges) < _CACHED:
@@ -247,35 +252,19 @@ def _distinct(samples: Samples, seen: Ranges) -> Ranges | None:
     return None
 
 
-def _windows(originals: Sequence[Samples]) -> tuple[int, int, int] | None:
-    """(first token, tokens from one window to the next, windows) where all samples are windows of one grid; else None."""
-    grids = set()
-    for each in originals:
-        view = each.tokens
-        if isinstance(each, PermutedSamples):
-            grids.add((view.first_token, each.sequence_length, each.samples_per_epoch))
-        elif isinstance(each, RowSamples):
-            grids.add((view.first_token, each.sequence_length + 1, view.num_tokens // (each.sequence_length + 1)))
-        else:
-            return None
-    return grids.pop() if len(grids) == 1 else None
-
-
 def _blocks(ranges: Ranges, size: int) -> Iterator[Numbers]:
     for first, last in ranges:
         for begin in range(first, last, size):
             yield np.arange(begin, min(begin + size, last))
 
 
-def _new_windows(
-    originals: Sequence[Samples], seen: Sequence[Ranges], origin: int, stride: int, windows: int
-) -> list[np.ndarray]:
-    taken = np.zeros(windows, bool)
+def _new_windows(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np.ndarray]:
+    taken = np.zeros(originals[0].tokens.num_tokens // originals[0].sequence_length + 1, bool)
     found = []
     for samples, ranges in zip(originals, seen, strict=True):
         mine = [np.empty(0, np.int64)]
         for indices in _blocks(ranges, _BLOCK):
-            numbers = (samples.pieces(indices)[0] - origin) // stride
+            numbers = samples.windows(indices)
             first = np.zeros(len(numbers), bool)
             first[np.unique(numbers, return_index=True)[1]] = True
             mine.append(indices[first & ~taken[numbers]])
@@ -286,8 +275,8 @@ def _new_windows(
 
 def _new_tokens(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np.ndarray]:
     file = originals[0].tokens.file
-    begin = min(each.tokens.first_token for each in originals)
-    end = max(each.tokens.first_token + each.tokens.num_tokens for each in originals)
+    begin = min(each.tokens.span[0] for each in originals)
+    end = max(each.tokens.span[1] for each in originals)
     if end - begin > _MOST_TOKENS:
         raise UserError(
             f"replay of lineage: {file.path} was read in several orders or epochs, and which of its {end - begin:,} tokens "
@@ -314,10 +303,34 @@ def _new_tokens(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np
     return found
 
 
+def view_of(order: SampleOrder, file: TokenFile) -> TokenView:
+    """The documents of ``file`` that were read in ``order``. Raises ``UserError`` if its list or scores are gone or others."""
+    if order.documents is None:
+        view = file.view(order.first_document, order.last_document)
+    else:
+        view = listed(file, _table(order.documents, "list", file), order.documents)
+    if order.scores is not None:
+        table = _table(order.scores, "scores", file)
+        view, _ = by_score(view, table, order.scores, descending=order.descending)
+    return view
+
+
+def _table(then: TableUsed, kind: TableKind, file: TokenFile) -> DocumentTable:
+    """The table that was read then: where it was, or else beside ``file``, which may have moved."""
+    places = [Path(then.path), file.path.parent / Path(then.path).name]
+    place = next((place for place in places if place.is_file()), places[0])
+    table = read_table(place, kind, file)
+    if used(place, table) != then:
+        raise UserError(f"{place} has changed since it was read: restore it, or give replay.sources instead of the lineage")
+    return table
+
+
 def reopen(order: SampleOrder, file: TokenFile) -> Samples:
-    """The samples of a recorded ``order`` in its ``file``."""
-    view: TokenView = file.view(order.first_document, order.last_document)
+    """The samples of a recorded ``order`` in its ``file``. Raises as ``view_of``."""
+    view = view_of(order, file)
     match order.kind:
+        case "sequential":
+            return SequentialSamples(view, order.sequence_length, None)
         case "permuted":
             return PermutedSamples(view, order.sequence_length, order.key, None)
         case "rows":

@@ -84,7 +84,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
         teacher = _teacher(plan) if config.distill is not None else None
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
-    notes = [*loaded, *choices, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
+    notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
     if teacher is not None and config.start.intent in ("resume", "branch"):
         notes.append(f"distill: the teacher is {teacher.name} itself, not the start of the run that is continued here")
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)

@@ -1,4 +1,4 @@
-"""Documents in a shuffled order as one row of tokens: which of them holds a given token, in little memory.
+"""Documents in any order as one row of tokens: which of them holds a given token, in little memory.
 
 GPT-NeoX and Megatron-LM write down document and offset of every sample. Here the place is found when a sample is read: for
 every 32nd document the tokens before it are known (int64), and for each document its size in 16 bits; the few of 65535 tokens
@@ -26,14 +26,17 @@ class ShuffledDocuments:
         self._long_rows, self._long_sizes = arrays["long_rows"], arrays["long_sizes"]
 
     @staticmethod
-    def arrays_of(order: npt.NDArray[np.signedinteger], sizes: npt.NDArray[np.int32], first: int) -> dict[str, np.ndarray]:
-        """``order``: (n,) document ids, kept as they are; ``sizes``: int32, the size of document ``first`` + i at i."""
+    def arrays_of(
+        order: npt.NDArray[np.signedinteger], sizes: npt.NDArray[np.int32], first: int | None
+    ) -> dict[str, np.ndarray]:
+        """``order``: (n,) document ids, kept as they are; ``sizes``: int32, the size of document ``first`` + i at i, or where
+        ``first`` is None that of document ``order[i]``."""
         small = np.empty(-(-len(order) // _GROUP) * _GROUP, np.uint16)
         small[len(order) :] = 0
         starts = np.empty(len(small) // _GROUP, np.int64)
         long_rows, long_sizes, total = [], [], 0
         for begin in range(0, len(order), _BLOCK):
-            block = sizes[order[begin : begin + _BLOCK] - first]
+            block = sizes[begin : begin + _BLOCK] if first is None else sizes[order[begin : begin + _BLOCK] - first]
             (long,) = np.nonzero(block >= _LONG)
             long_rows.append(begin + long)
             long_sizes.append(block[long])
