@@ -223,7 +223,7 @@ def _steps(given: argparse.Namespace, corpus: Corpus) -> list[Step]:
 
 
 def _by_score(given: argparse.Namespace, corpus: Corpus) -> Step:
-    from megarewarm.selection.percentile import ByScore, LossOf, ScoresInFile
+    from megarewarm.selection.percentile import ByPercentile, LossOf, ScoresInFile
     from megarewarm.selection.scoring_model import ScoringModel
 
     source: LossOf | ScoresInFile
@@ -233,10 +233,10 @@ def _by_score(given: argparse.Namespace, corpus: Corpus) -> Step:
     else:
         source = ScoresInFile(given.score, corpus)
     if given.keep_middle is not None:
-        return ByScore(source, "keep-middle", given.keep_middle)
+        return ByPercentile(source, "keep-middle", given.keep_middle)
     if given.drop_hardest is not None:
-        return ByScore(source, "drop-hardest", given.drop_hardest)
-    return ByScore(source, "drop-easiest", given.drop_easiest)
+        return ByPercentile(source, "drop-hardest", given.drop_hardest)
+    return ByPercentile(source, "drop-easiest", given.drop_easiest)
 
 
 def _paths(given: Sequence[str]) -> dict[str, str]:

@@ -81,7 +81,7 @@ class ScoresInFile:
         return self._table.values[corpus.members(kept, index) - corpus.firsts[index]].astype(np.float64)
 
 
-class ByScore:
+class ByPercentile:
     """Drops by percentiles of each file's scores. ``share``: that is dropped at the end of the lowest scores (drop-easiest) or
     of the highest (drop-hardest), or that is kept between both (keep-middle). Documents without a score stay."""
 
@@ -123,7 +123,7 @@ class ByScore:
 
 
 def beyond(scores: Scores, end: End, share: float) -> tuple[Mask, str]:
-    """(which ``scores`` go, (n,) bool; the limits, for people). See ``ByScore``; equal scores share their fate."""
+    """(which ``scores`` go, (n,) bool; the limits, for people). See ``ByPercentile``; equal scores share their fate."""
     there = scores[np.isfinite(scores)]
     gone = np.zeros(len(scores), bool)
     limits = []

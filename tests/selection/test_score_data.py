@@ -21,7 +21,7 @@ from megarewarm.process import EXIT_INTERRUPTED
 from megarewarm.selection import score_file
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import open_corpus
-from megarewarm.selection.percentile import ByScore, End, LossOf, ScoresInFile, beyond
+from megarewarm.selection.percentile import ByPercentile, End, LossOf, ScoresInFile, beyond
 from megarewarm.selection.scoring_model import ScoringModel
 from megarewarm.selection.step import Chosen, Corpus
 from tests.selection.test_scoring_model import VOCABULARY, neox, write
@@ -193,7 +193,7 @@ def test_the_percentile_by_hand() -> None:
         assert not beyond(scores, end, share)[0].any()  # type: ignore[arg-type]
 
 
-def chosen(read: Corpus, step: ByScore, work: Path) -> Chosen:
+def chosen(read: Corpus, step: ByPercentile, work: Path) -> Chosen:
     return step.choose(read, np.ones(read.num_documents, bool), Desk(work, {}))
 
 
@@ -206,7 +206,7 @@ def test_scores_of_a_file_decide(place: Path) -> None:
     values = np.arange(20.0)
     values[[3, 8]] = np.nan
     read = scored(place, values)
-    found = chosen(read, ByScore(ScoresInFile(str(place / "scores"), read), "drop-easiest", 0.25), place / "work")
+    found = chosen(read, ByPercentile(ScoresInFile(str(place / "scores"), read), "drop-easiest", 0.25), place / "work")
     assert found.dropped.tolist() == [0, 1, 2, 4, 5] and found.score.tolist() == [0, 1, 2, 4, 5]
     assert found.because.tolist() == [-1] * 5
     notes = ["data: 5 of 18 documents go, at 5.2500 or below", "data: 2 documents without a score stay"]
@@ -227,12 +227,12 @@ def test_scores_of_other_documents_are_refused(place: Path) -> None:
 def test_a_share_that_keeps_no_scored_document(place: Path) -> None:
     read = scored(place, np.ones(20))
     with pytest.raises(UserError, match=r"--drop-easiest 0\.1: none of the 20 documents of data with a score would stay"):
-        chosen(read, ByScore(ScoresInFile(str(place / "scores"), read), "drop-easiest", 0.1), place / "work")
+        chosen(read, ByPercentile(ScoresInFile(str(place / "scores"), read), "drop-easiest", 0.1), place / "work")
 
 
 def test_documents_without_any_score_stay(place: Path) -> None:
     read = scored(place, np.full(20, np.nan))
-    found = chosen(read, ByScore(ScoresInFile(str(place / "scores"), read), "keep-middle", 0.1), place / "work")
+    found = chosen(read, ByPercentile(ScoresInFile(str(place / "scores"), read), "keep-middle", 0.1), place / "work")
     assert not found.dropped.size and "20 documents without a score stay" in found.notes[1]
 
 
@@ -241,8 +241,8 @@ def test_a_models_losses_decide_as_their_file_does(place: Path) -> None:
     read = open_corpus([str(place / "data")])
     models = [ScoringModel(str(place / name), device="cpu") for name in ("one", "two")]
     for end in ENDS:
-        by_model = chosen(read, ByScore(LossOf(*models), end, 0.33), place / "work")
-        by_file = chosen(read, ByScore(ScoresInFile(str(place / "scores"), read), end, 0.33), place / "work")
+        by_model = chosen(read, ByPercentile(LossOf(*models), end, 0.33), place / "work")
+        by_file = chosen(read, ByPercentile(ScoresInFile(str(place / "scores"), read), end, 0.33), place / "work")
         assert by_model.dropped.tolist() == by_file.dropped.tolist() != []
         np.testing.assert_allclose(by_model.score, by_file.score, atol=2e-5)
 
@@ -252,9 +252,9 @@ def test_each_source_has_its_own_percentile(place: Path) -> None:
     write(place / "other", [random.integers(0, VOCABULARY, 30) for _ in range(10)])
     both = open_corpus([str(place / "data"), str(place / "other")])
     loss = LossOf(ScoringModel(str(place / "one"), device="cpu"))
-    found = chosen(both, ByScore(loss, "drop-hardest", 0.2), place / "work")
+    found = chosen(both, ByPercentile(loss, "drop-hardest", 0.2), place / "work")
     apart = [
-        chosen(open_corpus([str(place / name)]), ByScore(loss, "drop-hardest", 0.2), place / f"work{name}").dropped + first
+        chosen(open_corpus([str(place / name)]), ByPercentile(loss, "drop-hardest", 0.2), place / f"work{name}").dropped + first
         for name, first in (("data", 0), ("other", 20))
     ]
     assert sorted(found.dropped) == sorted(np.concatenate(apart))
