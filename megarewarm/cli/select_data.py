@@ -110,6 +110,9 @@ def main(words: Sequence[str]) -> int:
     destination = Destination(arguments.output, names, arguments.as_manifest, arguments.overwrite)
     if not arguments.dry_run:
         destination.check(corpus.files)
+    for file, end in zip(corpus.files, corpus.ends, strict=True):
+        if end is None:
+            say(f"{file.path}: no manifest names a token that ends its documents; all tokens are content")
     bar = ProgressBar(make_console(stderr=True))
 
     def show(doing: str, done: int, total: int) -> None:
@@ -220,7 +223,7 @@ def _steps(given: argparse.Namespace, corpus: Corpus) -> list[Step]:
 
 
 def _by_score(given: argparse.Namespace, corpus: Corpus) -> Step:
-    from megarewarm.selection.percentile import LossOf, ByPercentile, ScoresInFile
+    from megarewarm.selection.percentile import ByPercentile, LossOf, ScoresInFile
     from megarewarm.selection.scoring_model import ScoringModel
 
     source: LossOf | ScoresInFile

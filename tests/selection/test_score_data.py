@@ -21,7 +21,7 @@ from megarewarm.process import EXIT_INTERRUPTED
 from megarewarm.selection import score_file
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import open_corpus
-from megarewarm.selection.percentile import End, LossOf, ByPercentile, ScoresInFile, beyond
+from megarewarm.selection.percentile import ByPercentile, End, LossOf, ScoresInFile, beyond
 from megarewarm.selection.scoring_model import ScoringModel
 from megarewarm.selection.step import Chosen, Corpus
 from tests.selection.test_scoring_model import VOCABULARY, neox, write

@@ -79,6 +79,12 @@ def test_kept_documents_are_byte_identical(data: Path) -> None:
     assert record["steps"][1]["settings"]["similarity"] == 0.8 and record["libraries"]["rensa"]
 
 
+def test_a_file_without_a_manifest_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "a.json").unlink()
+    select_data.main([f"{data}/a", "--output", f"{data}/out", "--exact"])
+    assert "a.bin: no manifest names a token that ends its documents; all tokens are content" in capsys.readouterr().err
+
+
 def test_every_dropped_document_is_recorded(data: Path) -> None:
     run(data, f"{data}/a", "--output", f"{data}/out", "--exact", "--unlike", f"{data}/valid")
     with safe_open(f"{data}/out.dropped.safetensors", framework="numpy") as opened:

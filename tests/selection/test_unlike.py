@@ -18,6 +18,7 @@ from megarewarm.selection.step import Chosen, Corpus
 from megarewarm.selection.unlike import Unlike
 from megarewarm.selection.unlike_lineage import UnlikeLineage
 from megarewarm.training.trainer import train
+from tests.checkpoint.test_convert import tool
 from tests.support.selection import END, gram_set, text, write_documents
 from tests.support.tiny import config, quiet
 
@@ -93,7 +94,7 @@ def ids_of(random: np.random.Generator, count: int) -> list[np.ndarray]:
     return [random.integers(1, 64, int(random.integers(5, 60))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("order", ["permuted", "neox", "megatron"])
+@pytest.mark.parametrize("order", ["permuted", "neox", "megatron", "sequential"])
 def test_what_a_lineage_has_read_goes_by_its_place(tmp_path: Path, order: str) -> None:
     documents = ids_of(np.random.default_rng(2), 120)
     prefix = write_documents(tmp_path / "source", documents)
@@ -105,6 +106,19 @@ def test_what_a_lineage_has_read_goes_by_its_place(tmp_path: Path, order: str) -
     expected = [i for i, ids in enumerate(documents) if marked[offsets[i] : offsets[i] + len(ids)].any()]
     assert found.dropped.tolist() == expected and 0 < len(expected) < 120
     assert "were read as 'source'" in found.notes[0]
+
+
+def test_a_list_of_documents_is_read_and_known_again(tmp_path: Path) -> None:
+    """select-data --as-manifest, a run through that list, and what the run has read."""
+    documents = ids_of(np.random.default_rng(6), 100)
+    prefix = write_documents(tmp_path / "source", [*documents, *documents[:50]])
+    tool("select_data", prefix, "--output", tmp_path / "kept", "--exact", "--as-manifest")
+    source = {"path": prefix, "documents": str(tmp_path / "kept.safetensors"), "max_epochs": 9}
+    run = trained(
+        tmp_path, "run", prefix, data={"train": [source]}, training={"budget": 200, "global_batch": 8, "micro_batch": 8}
+    )
+    _, found = of_lineage(tmp_path, run, prefix)
+    assert len(found.dropped) > 90 and set(found.dropped.tolist()) <= set(range(100))
 
 
 def read_tokens(run: str, prefix: str) -> np.ndarray:

@@ -326,7 +326,7 @@ def _table(then: TableUsed, kind: TableKind, file: TokenFile) -> DocumentTable:
 
 
 def reopen(order: SampleOrder, file: TokenFile) -> Samples:
-    """The samples of a recorded ``order`` in its ``file``."""
+    """The samples of a recorded ``order`` in its ``file``. Raises as ``view_of``."""
     view = view_of(order, file)
     match order.kind:
         case "sequential":
