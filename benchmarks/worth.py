@@ -57,7 +57,7 @@ def values_of(arms: Arms) -> dict[str, Numbers]:
     def value(name: str, source: str) -> Callable[[RecordedRun], float]:
         def of(run: RecordedRun) -> float:
             event = [each for each in run.events if each["event"] == "value" and each["name"] == name][-1]
-            return 1e6 * float(event["sources"][source]) / int(event["rows"][source])
+            return 1e6 * float(event["sources"].get(source, np.nan)) / int(event["rows"].get(source, 1))
 
         return of
 
@@ -254,10 +254,14 @@ def halves(found: Sequence[Difference]) -> list[float]:
     return [each.half if each.seeds > 1 else 0.0 for each in found]
 
 
-PARTS: dict[str, tuple[str, Callable[[Arms, Path], Iterator[str]], Callable[[Arms, Path], None]]] = {
-    "sources": ("sources_none", lambda arms, data: sources(arms), draw_sources),
-    "selection": ("mix_selected", selection, draw_selection),
-    "order": ("order_blend", lambda arms, data: order(arms), draw_order),
+PARTS: dict[str, tuple[Callable[[Arms, Path], Iterator[str]], Callable[[Arms, Path], None], str]] = {
+    "sources": (
+        lambda arms, data: sources(arms),
+        draw_sources,
+        "The value of a row of each source against the loss without the source, a dot for each seed",
+    ),
+    "selection": (selection, draw_selection, "Differences of the loss on code: ten copies, D4, dropped documents"),
+    "order": (lambda arms, data: order(arms), draw_order, "Losses of six orders of three sources, minus the blend's"),
 }
 
 
@@ -271,18 +275,20 @@ def main() -> None:
     arms, data = Arms(arguments.folder or arguments.runs / "worth_mini"), arguments.runs / "worth_data"
     page = arguments.write.read_text(encoding="utf-8") if arguments.write is not None else ""
     print(f"{arms.state}.", file=sys.stderr)
-    for name, (needs, tell, draw) in PARTS.items():
-        if needs not in arms._runs:
-            print(f"{name}: not run here; what the page says of it stays", file=sys.stderr)
+    for name, (tell, draw, picture) in PARTS.items():
+        try:
+            told = "\n".join(tell(arms, data))
+        except SystemExit as missing:
+            print(f"{missing}: what the page says of {name} stays", file=sys.stderr)
             continue
-        told = "\n".join(tell(arms, data))
         if arguments.write is None:
             print(f"\n{told}")
             continue
         begin, finish = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
         before, after = page.split(begin)[0], page.split(finish)[1]
-        page = f"{before}{begin}\n{arms.state}.\n\n{told}\n{finish}{after}"
-        draw(arms, arguments.write.with_name(f"worth_{name}.png"))
+        place = arguments.write.with_name(f"worth_{name}.png")
+        page = f"{before}{begin}\n{arms.state}.\n\n{told}\n\n![{picture}]({place.name})\n{finish}{after}"
+        draw(arms, place)
     if arguments.write is not None:
         arguments.write.write_text(page, encoding="utf-8")
 

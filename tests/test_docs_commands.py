@@ -17,6 +17,8 @@ import torch
 import yaml
 
 from megarewarm.cli import run_command
+from megarewarm.data.files.document_table import DocumentTable, write_table
+from megarewarm.data.files.token_file import open_tokens
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
@@ -68,6 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["new_train", "new_valid", "pile_train", "pile_validation", "web", "code", "questions", "a", "b"]
     for seed, name in enumerate(names):
         write_tokens(place / "data" / name, seed, documents=40)
+    new = open_tokens(place / "data/new_train")
+    write_table(place / "data/new_selected", DocumentTable("list", np.arange(0, 40, 2)), new)
+    write_table(place / "data/new_train.loss", DocumentTable("scores", np.arange(40.0)), new)
     (place / "new").mkdir()
     random = np.random.default_rng(0)
     texts = [" ".join(random.choice(["re", "warm", "the", "rate", "of", "a", "model"], 60)) for _ in range(80)]
@@ -221,6 +226,21 @@ def test_fragments_of_yaml_are_refused_nothing(place: Path, capsys: pytest.Captu
         small = [word for word in SMALL if not ("start" in other and word.startswith("start."))]
         small += ["reliability.roll_back_steps=2"] if "reliability" in other else []
         assert main(["first.yml", "other.yml", *small, f"name=other_{i}", "--dry-run"]) == 0, text
+
+
+def test_orders_of_documents_and_of_sources(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/worth.md, section "Order"."""
+    section = (ROOT / "docs/worth.md").read_text().partition("## Order\n")[2].partition("\n## ")[0]
+    order, experiment = re.findall(r"```yaml\n(.*?)```", section, flags=re.DOTALL)
+    (place / "order.yml").write_text(order)
+    assert main(["RUN.yml", "order.yml", *SMALL, "replay=null", "--dry-run"]) == 0
+    small = yaml.safe_load((place / "RUN.yml").read_text())
+    (place / "configs/410m_rewarm.yml").write_text(yaml.safe_dump({k: v for k, v in small.items() if k != "name"}))
+    (place / "first.yml").write_text(experiment)
+    assert main(["first.yml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "order_blend" in shown and "order_web_code_questions" in shown
+    (place / "configs/410m_rewarm.yml").unlink()
 
 
 @pytest.mark.slow
