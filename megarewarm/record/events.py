@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 
@@ -64,6 +65,14 @@ class ValueEvent:
     def values(self) -> dict[str, Any]:
         """The keys of the line."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def checked_value(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the event with numbers where a reader takes them to be. Raises KeyError, TypeError or ValueError."""
+    numbers = [line["tokens"], *line["sources"].values(), *(line.get(name, 0.0) for name in ("predicted", "measured"))]
+    for value in numbers:
+        float(0.0 if value is None else value)
+    return {**line, "name": str(line["name"]), "sources": {k: math.nan if v is None else v for k, v in line["sources"].items()}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

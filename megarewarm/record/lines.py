@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from megarewarm.record.events import checked_value
 from megarewarm.record.layout import RUN_FORMAT, check_format
 
 RESTARTS = ("resume", "start")  # the first events of a process
@@ -113,7 +114,7 @@ class CountedEvents(ABC):
                     self.start, self.events = {}, []
                     return
             if self.keeps is None or kind in self.keeps:
-                self.events.append(event)
+                self.events.append(checked_value(event) if kind == "value" else event)
 
     @abstractmethod
     def add_step(self, step: int, event: dict[str, Any]) -> None:

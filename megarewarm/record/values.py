@@ -65,10 +65,23 @@ def row_of(line: bytes) -> ValuedRow | None:
     except orjson.JSONDecodeError:
         return None
     values = {str(name): math.nan if value is None else float(value) for name, value in content["values"].items()}
-    parts = [RowPart(*map(int, part)) for part in content["parts"]]
-    numbers = {key: int(content[key]) for key in ("step", "position", "sample")}
-    return ValuedRow(**numbers, source=str(content["source"]), path=str(content["path"]), parts=parts, values=values,
-                     tokens=content.get("tokens"))  # fmt: skip
+    parts = [RowPart(*map(_whole, part)) for part in content["parts"]]
+    numbers = {key: _whole(content[key]) for key in ("step", "position", "sample")}
+    tokens = content.get("tokens")
+    return ValuedRow(
+        **numbers,
+        source=str(content["source"]),
+        path=str(content["path"]),
+        parts=parts,
+        values=values,
+        tokens=None if tokens is None else [_whole(token) for token in tokens],
+    )
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**48:
+        raise ValueError(f"number {value!r}")
+    return value
 
 
 def rows_in(path: Path) -> Iterator[tuple[int, int, ValuedRow]]:

@@ -42,8 +42,10 @@ from megarewarm.laws.arms import read_trained
 from megarewarm.model.parameters import cards
 from megarewarm.record.follow import Follower
 from megarewarm.record.run import read_run
+from megarewarm.record.values import Values
 from megarewarm.report.live.watch import planned_runs
 from megarewarm.report.numbers.experiment import read_experiment
+from megarewarm.report.numbers.values import predictions, source_values
 from megarewarm.rewarm.neox_start import load_neox
 from tests.support.tiny import write_tokens
 
@@ -187,12 +189,13 @@ def runs(folder: Path, data: bytes) -> None:
     """experiment.json, metrics.jsonl or config.yaml as report, watch and advisor read them: the first byte says which."""
     if not data:
         return
-    name = ("experiment.json", "r/metrics.jsonl", "r/config.yaml")[data[0] % 3]
+    name = ("experiment.json", "r/metrics.jsonl", "r/config.yaml", "r/values.jsonl")[data[0] % 4]
     run = folder / "r"
     run.mkdir(exist_ok=True)
     (folder / "experiment.json").write_text(_RECORD)
     (run / "metrics.jsonl").write_text(_METRICS)
     (run / "config.yaml").write_text("name: r\n")
+    (run / "values.jsonl").write_text(_VALUES)
     (folder / name).write_bytes(data[1:])
 
     def follow() -> object:
@@ -201,7 +204,8 @@ def runs(folder: Path, data: bytes) -> None:
         assert follower.damage is None or "\n" not in follower.damage
         return follower.losses("upstream"), follower.seconds_per_step(), follower.tokens_per_step(), follower.total_steps
 
-    one_line(lambda: read_run(run))
+    one_line(lambda: predictions(read_run(run)))
+    one_line(lambda: source_values(values := Values(run), values.sets))
     one_line(follow)
     for reader in (read_experiment, read_trained, planned_runs):
         one_line(lambda reader=reader: reader(folder))  # type: ignore[misc]
@@ -230,8 +234,13 @@ _METRICS = """\
 {"event":"train","time":1.2,"step":1,"tokens":8,"loss":3.5,"lr":0.001,"grad_norm":1.2,"tokens_per_second":904.0}
 {"event":"train","time":1.3,"step":2,"tokens":16,"loss":3.4,"lr":0.001,"grad_norm":1.2,"tokens_per_second":904.0}
 {"event":"resume","time":1.4,"step":1}
+{"event":"value","time":1.4,"step":2,"tokens":16,"name":"old","sources":{"a":0.1},"rows":{"a":1},"predicted":0.1,"measured":0.2}
 {"event":"eval","time":1.5,"step":2,"tokens":16,"name":"old","role":"upstream","loss":3.6,"over":128}
 {"event":"stop","time":1.6,"step":2,"reason":"complete"}
+"""
+_VALUES = """\
+{"step":1,"position":0,"source":"a","path":"a.bin","sample":3,"parts":[[0,2,4],[1,0,5]],"values":{"old":0.5},"tokens":[1,2]}
+{"step":2,"position":9,"source":"b","path":"b.bin","sample":0,"parts":[[7,0,9]],"values":{"old":null}}
 """
 
 _MODEL = {

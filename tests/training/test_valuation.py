@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from megarewarm.config.experiment import load_experiment
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
@@ -28,7 +29,7 @@ from megarewarm.training.step import training_step
 from megarewarm.training.trainer import train
 from megarewarm.training.valuing import StepValue, carried_rate, value_step
 from tests.parallel.test_direction import Named, gradient_of, in_float64, row_losses
-from tests.support.tiny import config, events, printed, quiet
+from tests.support.tiny import config, events, mapping, printed, quiet
 from tests.training.test_resume import losses, tensors_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -366,3 +367,13 @@ def test_low_precision_is_said(tmp_path: Path) -> None:
     train(config(tmp_path, training={"precision": "bf16", "budget": 5}, valuation=AGAINST), ALONE, console)
     assert "valuation: training computes in bf16, the two forward passes of each valuation in fp32" in printed(console)
     assert isinstance(config(tmp_path), RunConfig) and direction._CHANGE == 2e-3
+
+
+def test_an_axis_may_vary_it(tmp_path: Path) -> None:
+    base = mapping(tmp_path, valuation=AGAINST)
+    del base["name"], base["folder"]
+    axes: dict[str, list[Any]] = {"valuation.carry": [True, False], "valuation.every": [2, "10%"]}
+    experiment = {"experiment": "e", "base": base, "sweeps": [{"name": "grid", "axes": axes}]}
+    arms = load_experiment(experiment, {}).arms
+    found = {(arm.config.valuation.carry, str(arm.config.valuation.every)) for arm in arms if arm.config.valuation}
+    assert found == {(carry, every) for carry in (True, False) for every in ("2 steps", "10%")}
