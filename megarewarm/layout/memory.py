@@ -172,6 +172,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
             layers=1,
             last=False,
             fused=work.fused,
+            checkpointed=True,
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
     return Memory(weights, 4.0 * held / shard, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
