@@ -52,7 +52,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of a foreign
-    checkpoint, its model card's terms and its whole config.json, which an export goes by.
+    checkpoint, its model card's terms and its whole config.json, which an export goes by; ``generation``: its
+    generation_config.json.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -74,6 +75,7 @@ class Stage(BaseModel):
     reset: dict[str, str] | None = None
     card: StatedTerms | None = None
     config: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
 
 
 class Lineage(BaseModel):
@@ -92,6 +94,11 @@ class Lineage(BaseModel):
     def started_config(self) -> dict[str, Any]:
         """The config.json of the Hugging Face checkpoint that training began with; empty if there was none."""
         return next((stage.config for stage in reversed(self.stages) if stage.config), {})
+
+    @property
+    def started_generation(self) -> dict[str, Any]:
+        """The generation_config.json of the same checkpoint; empty if it has none."""
+        return next((stage.generation or {} for stage in reversed(self.stages) if stage.config), {})
 
     @property
     def began_in_bf16(self) -> bool:

@@ -212,10 +212,12 @@ class ForeignCheckpoint:
     keeps: frozenset[str] = frozenset()
     card: StatedTerms | None = None
     config: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         intent = f"foreign checkpoint ({self.format})"
-        self.lineage = Lineage(stages=[Stage(run=self.name, intent=intent, card=self.card, config=self.config)])
+        stage = Stage(run=self.name, intent=intent, card=self.card, config=self.config, generation=self.generation)
+        self.lineage = Lineage(stages=[stage])
 
     @cached_property
     def stored(self) -> Weights:
@@ -297,7 +299,11 @@ def _huggingface(name: str, path: Path) -> OpenedCheckpoint | None:
     raw = read_json(path / "config.json")
     tokenizer = TokenizerSource(files[0] if files else None, stated=stated_ids(raw))
     weights, card = lambda: huggingface.HuggingFaceWeights(path), read_card(name, path)
-    return ForeignCheckpoint(name, "huggingface", shape, weights, notes, tokenizer, card=card, config=raw)
+    beside = path / "generation_config.json"
+    generation = read_json(beside) if beside.is_file() else None
+    return ForeignCheckpoint(
+        name, "huggingface", shape, weights, notes, tokenizer, card=card, config=raw, generation=generation
+    )
 
 
 def _neox(name: str, path: Path) -> OpenedCheckpoint | None:

@@ -82,8 +82,8 @@ class TrainingConfig(Section):
     loss_scale: LossScaleConfig = LossScaleConfig()
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="What a layer computes again in the backward pass instead of keeping it. selective: the GELU; full: "
-        "everything but its input.",
+        description="What a layer computes again in the backward pass instead of keeping it. selective: the "
+        "activation (a fused SwiGLU is computed again in any case); full: everything but its input.",
     )
     seed: Seed = Field(1234, description="Seed of initial weights and of every other random choice but the data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")

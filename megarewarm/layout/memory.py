@@ -173,6 +173,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
             layers=1,
             last=False,
             fused=work.fused,
+            checkpointed=True,
         )
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
     aside = 8.0 * held / shard if work.valued else 0.0  # the batch's gradients, and the weights before they are moved

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from megarewarm_kernels import norm_heads, norm_widths, residual_rms_norm, rms_norm, swiglu
 from torch import Tensor
 
 from megarewarm.model.autocast import at_work
+from megarewarm.model.computed_again import computed_again
 from megarewarm.model.llama import (
     DeferredSum,
     GatedMLP,
@@ -53,7 +56,12 @@ class FusedWidthNormedAttention(WidthNormedAttention):
 
 
 class FusedGatedMLP(GatedMLP):
-    """The activation keeps its input alone for the backward pass."""
+    """Gate and up alone are kept for the backward pass: their product is computed again, unless ``checkpointed``, where all of
+    the layer is."""
+
+    checkpointed = False
 
     def contract(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(x))
+        product = swiglu(x)
+        with nullcontext() if self.checkpointed else computed_again(product, swiglu, x):
+            return self.down(product)

@@ -72,15 +72,16 @@ def activation_bytes(
     layers: int | None = None,
     last: bool = True,
     fused: bool = True,
+    checkpointed: bool = False,
 ) -> float:
     """Bytes that ``layers`` (None: all) and, where ``last``, the last norm keep of ``tokens`` tokens for the backward pass.
 
     A layer keeps, in values per token: the input h of each sublayer (with the parallel residual both have one), the norms'
-    outputs 2h, queries, keys and values, again where they are normed, the queries of shared keys again (torch's
-    attention copies them, megarewarm's kernel for windows and documents doesn't), the attention's output, and the MLP's
-    activation before (f, or gate and up, 2f) and after (f), which ``selective`` recomputes. Norms after the sublayers keep
+    outputs 2h, queries, keys and values, again where they are normed, the attention's output, and the MLP's activation
+    before (f, or gate and up, 2f) and after (f), which ``selective`` and fused SwiGLU recompute. Norms after the sublayers keep
     their inputs, 2h, and no outputs, for these are the stream. ``full`` keeps the input alone. Then come the last norm's input
     and output, 2h. ``fused`` False: of plain PyTorch, whose RMSNorm also keeps what it scales, and whose SwiGLU silu(gate).
+    ``checkpointed``: of a layer that ``full`` computes again, whose fused SwiGLU keeps its result.
 
     ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs; of
     LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of norms
@@ -102,7 +103,10 @@ def activation_bytes(
         normed = inputs * h if sequence and model.norm == "layer" else 2 * h
         mlp = 2 * f if model.activation == "swiglu" else f
         if recompute == "none":
-            mlp += f if fused or model.activation != "swiglu" else 2 * f
+            if model.activation == "swiglu":
+                mlp += 2 * f if not fused else f if checkpointed else 0
+            else:
+                mlp += f
         inner = work_bytes * mlp + _attention_bytes(model, fused, tensor, exact_bytes, work_bytes)
         per_layer = stream_bytes * stream + work_bytes * normed + inner / tensor
     after = last_bytes * (3 if plain_norms else 2) * h / divided_stream if last else 0.0
@@ -114,8 +118,6 @@ def _attention_bytes(model: ModelConfig, fused: bool, tensor: int, exact_bytes: 
     ``activation_bytes``. Ranks that add up the squares of a width norm them by plain PyTorch."""
     q, k = model.num_heads * model.head_width, model.kv_heads * model.head_width
     values, exact = 2 * q + 2 * k, 0
-    if model.queries_per_key > 1:
-        values += q
     if model.qk_norm != "none":
         if fused and (model.qk_norm == "head" or tensor == 1):
             values += q + 2 * k

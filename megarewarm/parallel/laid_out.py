@@ -24,6 +24,7 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import TensorSlice, place
 from megarewarm.parallel.recompute import recompute
 from megarewarm.parallel.tensor_ranks import TensorRanks
+from megarewarm.parallel.tied_embedding import TiedEmbedding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +85,8 @@ class LaidOutModel:
         rank = self.mesh.tensor_rank
         self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}
         fuse(model, operations)
+        if model.embed_out is None and layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
+            model.embed_in.__class__ = TiedEmbedding
         low = self._sharded or any(rounds_stream(layer) for layer in model.layers)
         self._stream_dtype = self._dtype if low else torch.float32
         self._numbers, self._count = [0], 1

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megarewarm.model import llama, neox
+from megarewarm.model.fused_llama import FusedGatedMLP
 from megarewarm.model.positions import Positions
 from megarewarm.model.transformer import Stream, add_deferred
 
@@ -16,9 +17,11 @@ Recompute = Literal["none", "selective", "full"]
 
 def recompute(layer: nn.Module, what: Recompute) -> None:
     """Make ``layer`` keep everything; all but the activation's output (selective: ffn values a token, no matrix product is
-    repeated); or only its input (full: one more forward pass)."""
+    repeated); or only its input (full: one more forward pass). Fused Llama-like layers never keep the activation's output."""
     if what == "full":
         whole = layer.forward
+        if isinstance(layer.mlp, FusedGatedMLP):
+            layer.mlp.checkpointed = True
 
         def forward_whole(x: Stream, positions: Positions) -> Stream:
             # keep one tensor, not the several that a fused layer passes on
@@ -26,7 +29,7 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
             return result
 
         layer.forward = forward_whole
-    elif what == "selective":
+    elif what == "selective" and not isinstance(layer.mlp, FusedGatedMLP):
         mlp = layer.mlp
         assert isinstance(mlp, neox.MLP | llama.GatedMLP)
         contract = mlp.contract

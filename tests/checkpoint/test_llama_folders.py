@@ -238,9 +238,28 @@ def test_keys_that_training_does_not_change_are_kept(name: str, tmp_path: Path, 
     own = to("megarewarm", tmp_path / "start", tmp_path / "own")
     after = config_of(to("hf", own, tmp_path / "out"))
     assert {key: after.get(key) for key in before} == before
-    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2, 7, 8]
-    model = strictly(tmp_path / "out", caplog)
-    assert model.generation_config.eos_token_id == [2, 7, 8]
+    start, out = (json.loads((tmp_path / folder / "generation_config.json").read_text()) for folder in ("start", "out"))
+    assert start == out
+    strictly(tmp_path / "out", caplog)
+
+
+def test_how_to_sample_is_kept(tmp_path: Path) -> None:
+    """generation_config.json comes back as it was, through a checkpoint of ours and straight."""
+    saved("llama", tmp_path / "start")
+    given = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 7], "transformers_version": "4.45.0"}
+    (tmp_path / "start/generation_config.json").write_text(json.dumps(given))
+    for start in (tmp_path / "start", to("megarewarm", tmp_path / "start", tmp_path / "own")):
+        out = to("hf", start, tmp_path / f"out of {start.name}")
+        assert json.loads((out / "generation_config.json").read_text()) == given
+    generation = AutoModelForCausalLM.from_pretrained(out).generation_config
+    assert generation.do_sample and generation.temperature == 0.6 and generation.eos_token_id == [2, 7]
+
+
+def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
+    saved("llama", tmp_path / "start")
+    (tmp_path / "start/generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json: not readable as JSON"):
+        open_checkpoint(str(tmp_path / "start"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -133,7 +133,8 @@ def _compare(
     if recompute == "full":  # the plan adds the layer that is being recomputed in the backward pass
         from megarewarm.model.size import activation_bytes
 
-        activations -= activation_bytes(run.plan.model, _work(run).tokens, layers=1, last=False, fused=_work(run).fused)
+        again: dict[str, Any] = {"layers": 1, "last": False, "fused": _work(run).fused, "checkpointed": True}
+        activations -= activation_bytes(run.plan.model, _work(run).tokens, **again)
     return [
         ("weights", planned.weights, measured["weights"]),
         ("gradients", planned.gradients, measured["gradients"]),

@@ -373,6 +373,25 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
     assert all(type(parameter) is torch.nn.Parameter for parameter in run.model.parameters.values())
 
 
+def test_a_tied_embedding_adds_to_the_heads_gradient(tmp_path: Path) -> None:
+    """As autograd does with one matrix in two places, over several micro-batches with tokens that come again."""
+    asked = config(tmp_path, model=MODEL | {"tie_embeddings": True}, training={"micro_batch": 2})
+    run = build(make_plan(asked), ALONE)
+    run.batches.close()
+    rows = run.data.rows(0, 6)
+    rows[:, ::3] = rows[0, 0]
+    run.model.gradients.zero()
+    run.model.forward_backward(rows)
+    plain = Transformer(run.plan.model)
+    plain.load_state_dict({name: p.detach() for name, p in run.model.parameters.items()})
+    assert type(run.model._modules[0].embed_in) is not type(plain.embed_in)
+    tokens = torch.from_numpy(rows)
+    loss, _ = plain.loss(tokens[:, :-1], tokens[:, 1:])
+    (loss / run.plan.config.training.global_batch / (rows.shape[1] - 1)).backward()
+    for name, wanted in plain.named_parameters():
+        torch.testing.assert_close(run.model.parameters[name].grad, wanted.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_ranks_that_fell_silent_are_named() -> None:
     """A rank that froze after it had reported its step is behind nobody: the others know it by its silence."""
     store = dist.HashStore()

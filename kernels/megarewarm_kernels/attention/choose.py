@@ -6,7 +6,7 @@ than FlashAttention 2 (Shah et al. 2024, arXiv 2407.08608, figures 5 and 6), hen
 
 Bytes moved: those of flash_attention.py; the implementations that are not ours write the three gradients apart, and
 4 (n + 2 k) d bytes more for each token (bf16, n query and k key heads of d) bring them together. They want the queries in one
-row of heads: with a group of more than 1 these are copied, 4 n d bytes more.
+row of heads: with a group of more than 1 all are copied, 4 (n + 2 k) d bytes more, and the projection's output is given up.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def functions(name: str) -> tuple[Callable[..., Any], Callable[..., Any]] | None
 
 
 class _RotateAndSplit(torch.autograd.Function):
-    """Queries, keys and values as views of the projection. Their gradients meet in one tensor and are rotated there."""
+    """Queries, keys and values as views of the projection or, with a group of more than 1, copies. Their gradients meet in one
+    tensor and are rotated there."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int) -> tuple[Tensor, ...]:
@@ -197,7 +198,12 @@ class _RotateAndSplit(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.head_dim, ctx.group = head_dim, group
         heads = qkv.view(*qkv.shape[:2], -1, group + 2, head_dim)
-        return heads[:, :, :, :group].flatten(2, 3), heads[:, :, :, group], heads[:, :, :, group + 1]
+        queries = heads[:, :, :, :group].flatten(2, 3)
+        keys_values = heads[:, :, :, group:]
+        if group > 1 and heads.shape[2] > 1:
+            # the queries had to be copied: with the rest copied too, the projection's output is kept for none of them
+            keys_values = keys_values.contiguous()
+        return queries, keys_values[:, :, :, 0], keys_values[:, :, :, 1]
 
     @staticmethod
     @once_differentiable

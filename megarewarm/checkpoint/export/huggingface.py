@@ -72,7 +72,7 @@ def export(
         written = _written_config(config, dtype, lineage)
         ids = _ids(tokenizer, written)
         _write_json(new / "config.json", written | ids)
-        _write_json(new / "generation_config.json", {"_from_model_config": True, **ids})
+        _write_json(new / "generation_config.json", _generation(tokenizer, ids, lineage))
         _write_weights(weights, config, dtype, new, shard_bytes)
         write_files(tokenizer.files, new)
         if lineage is not None:
@@ -126,6 +126,14 @@ def _ids(tokenizer: ExportedTokenizer, kept: Mapping[str, Any]) -> dict[str, Any
         among = ours is None or ours in (theirs if isinstance(theirs, list) else [theirs])
         ids[key] = theirs if theirs is not None and among else ours
     return ids
+
+
+def _generation(tokenizer: ExportedTokenizer, ids: dict[str, Any], lineage: Lineage | None) -> dict[str, Any]:
+    """generation_config.json: the start checkpoint's own; of the ids that it names, the tokenizer's where they are others."""
+    kept = lineage.started_generation if lineage else {}
+    if not kept:
+        return {"_from_model_config": True, **ids}
+    return kept | {key: value for key, value in _ids(tokenizer, kept).items() if key in kept}
 
 
 def _write_weights(weights: Weights, config: ModelConfig, dtype: torch.dtype, folder: Path, shard_bytes: int) -> None:

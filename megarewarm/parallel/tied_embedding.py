@@ -1,0 +1,46 @@
+"""The embedding of a matrix that is the head too: its gradient is added to the head's, where that is.
+
+autograd would make a second gradient of the size of the matrix, zero but for the rows of the batch's tokens, and add the two:
+0.5 GB of Qwen 2.5's smallest model, and three passes over it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class TiedEmbedding(nn.Embedding):
+    """An embedding whose gradient goes straight to ``weight.grad``, not through autograd. On one rank, with the head: the
+    backward pass has the head's gradient first. On a CPU: a GPU would add rows in no fixed order."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, s) ids to (b, s, h)."""
+        if not torch.is_grad_enabled() or not self.weight.requires_grad:
+            return F.embedding(tokens, self.weight)
+        # something that asks for a gradient, so that autograd comes here
+        result: Tensor = _Rows.apply(self.weight.new_empty(0, requires_grad=True), tokens, self.weight)
+        return result
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, asks: Tensor, tokens: Tensor, weight: nn.Parameter) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        ctx.set_materialize_grads(False)
+        return F.embedding(tokens, weight.detach())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, ...]:
+        (tokens,) = ctx.saved_tensors
+        if grad is not None:
+            if ctx.weight.grad is None:
+                ctx.weight.grad = torch.zeros_like(ctx.weight)
+            ctx.weight.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+        return None, None, None
