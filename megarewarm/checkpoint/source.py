@@ -215,7 +215,9 @@ class ForeignCheckpoint:
 
     def __post_init__(self) -> None:
         intent = f"foreign checkpoint ({self.format})"
-        self.lineage = Lineage(stages=[Stage(run=self.name, intent=intent, card=self.card, config=self.config)])
+        optimizer = self.card.optimizer if self.card is not None else None
+        stage = Stage(run=self.name, intent=intent, optimizer=optimizer, card=self.card, config=self.config)
+        self.lineage = Lineage(stages=[stage])
 
     @cached_property
     def stored(self) -> Weights:

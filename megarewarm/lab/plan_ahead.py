@@ -79,6 +79,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         schedule=plan.schedule.spec(),
         data=[] if data is None else data_seen(plan, data, step),
         goes_on=plan.goes_on,
+        optimizer=plan.config.optimizer.kind,
     )
     return TrainingState(
         run=plan.config.name,
@@ -95,6 +96,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         lineage=plan.history.extended(stage),
         start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
         step_tokens=plan.tokens(step),
+        optimizer=plan.config.optimizer.kind,
     )
 
 
