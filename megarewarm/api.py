@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint, open_checkpoint
-from megarewarm.checkpoint.weights import expected_shapes, fill
+from megarewarm.checkpoint.weights import load_module
 from megarewarm.config.data import DataConfig, ValidationSet
 from megarewarm.config.load import apply_override, dump, read_configs, validate
 from megarewarm.config.schema import RunConfig
@@ -34,7 +34,6 @@ from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.text.preprocess.job import Options, Written, preprocess
 from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
 from megarewarm.errors import UserError
-from megarewarm.model.transformer import Transformer
 from megarewarm.parallel.connect import choose_device, connect
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
@@ -184,16 +183,7 @@ class LoadedModel:
     def __init__(self, source: OpenedCheckpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._source, self.config = source, source.model_config
         self.document_rules = source.document_rules if isinstance(source, OwnCheckpoint) else None
-        with torch.device("meta"):
-            module = Transformer(self.config)
-        self.module = module.to(dtype).to_empty(device=device).eval()
-        parameters = dict(self.module.named_parameters())
-
-        def take(name: str, tensor: torch.Tensor) -> None:
-            parameters[name].copy_(tensor)
-
-        with torch.no_grad():
-            fill(source.weights, expected_shapes(self.config), take)
+        self.module = load_module(source.weights, self.config, device, dtype)
         self.device = device
 
     @cached_property

@@ -18,6 +18,7 @@ from torch import Tensor
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
+from megarewarm.model.transformer import Transformer
 
 OnBytes = Callable[[int], None]
 """Called with the bytes of what has been read."""
@@ -132,6 +133,21 @@ def fill(weights: Weights, shapes: Mapping[str, tuple[int, ...]], take: Callable
     refuse_another_head(weights, shapes)
     for name in shapes:
         take(name, weights.read(name))
+
+
+def load_module(weights: Weights, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The whole model on one device, to evaluate. Raises ``UserError`` as ``fill``."""
+    with torch.device("meta"):
+        module = Transformer(config)
+    module = module.to(dtype).to_empty(device=device).eval()
+    parameters = dict(module.named_parameters())
+
+    def take(name: str, tensor: Tensor) -> None:
+        parameters[name].copy_(tensor)
+
+    with torch.no_grad():
+        fill(weights, expected_shapes(config), take)
+    return module
 
 
 def refuse_another_head(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
