@@ -19,6 +19,9 @@ from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import data_seen, open_data
 from megarewarm.training.start.saving import is_saved
 
+_MAY_HOLD = frozenset({"moments", "optimizer_step", "loss_scale"})
+"""Rows of the reset table that a checkpoint which is not here may provide, and that change no number of a plan."""
+
 
 def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
     """(the plan, a line for each start checkpoint that this machine lacks).
@@ -40,7 +43,7 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
     except UserError as error:
         if config.model is None or start is None or _opens(start):
             raise
-        return make_plan(config, source=PlannedCheckpoint(start, config.model)), [str(error)]
+        return make_plan(config, source=PlannedCheckpoint(start, config.model, keeps=_MAY_HOLD)), [str(error)]
 
 
 def _opens(start: str) -> bool:
