@@ -120,8 +120,8 @@ def _falling(states: Sequence[tuple[TrainingState, str]]) -> str:
     if np.allclose(rates, rates[0], rtol=1e-6):
         return ""
     return (
-        f"the learning rate went from {rates[0]:.4g} to {rates[-1]:.4g} within the window: the average decays it once more; "
-        f"it stands for a decay of a constant rate only"
+        f"the learning rate went from {rates[0]:.4g} to {rates[-1]:.4g} within the window: the average adds its decay to "
+        f"that; only a constant rate makes it equal to a decay of this shape"
     )
 
 

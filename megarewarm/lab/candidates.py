@@ -26,7 +26,7 @@ _WILD = "*?["
 
 
 @dataclass(frozen=True)
-class Phase:
+class SavedPhase:
     """Where in its schedule a checkpoint was saved. ``name``: of the phase of its last step; ``share``: that step's rate over
     the peak. None where it is not recorded."""
 
@@ -47,7 +47,7 @@ class Candidate:
     name: str
     label: str
     source: OpenedCheckpoint
-    phase: Phase
+    phase: SavedPhase
     step: int | None
     tokens: int | None
 
@@ -134,12 +134,12 @@ def _candidate(path: str, label: str) -> Candidate:
     return Candidate(path, label, source, phase_of(source), training.step if training is not None else None, tokens or None)
 
 
-def phase_of(source: OpenedCheckpoint) -> Phase:
+def phase_of(source: OpenedCheckpoint) -> SavedPhase:
     """Where in its schedule ``source`` was saved, from its counters, or from the last stage of its lineage that had rates."""
     training = source.training
     stage = next((stage for stage in reversed(source.lineage.stages) if stage.max_lr), None)
     if stage is not None and stage is not source.lineage.stages[-1]:
-        return Phase(source.lineage.stages[-1].intent.partition(":")[0])  # merged: the average of several phases
+        return SavedPhase(source.lineage.stages[-1].intent.partition(":")[0])  # merged: the average of several phases
     name = None
     if training is not None and training.schedule_position > 0:
         try:
@@ -148,4 +148,4 @@ def phase_of(source: OpenedCheckpoint) -> Phase:
             name = None  # another program's
     last = (training.last_lr if training is not None else None) or (stage.last_lr if stage is not None else None)
     share = last / stage.max_lr if last and stage is not None and stage.max_lr else None
-    return Phase(name, share if share is not None and math.isfinite(share) else None)
+    return SavedPhase(name, share if share is not None and math.isfinite(share) else None)

@@ -30,7 +30,7 @@ from megarewarm.lab.sweep import sweep
 from megarewarm.parallel.connect import choose_device
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.record.run import read_run
-from megarewarm.report.figures.starts import Panel, draw_starts
+from megarewarm.report.figures.starts import ScorePanel, draw_starts
 from megarewarm.report.pages.files import write_json
 from megarewarm.spelling import tokens_text
 
@@ -216,7 +216,7 @@ def _newest(run: Path) -> dict[str, float]:
     return {each.name: each.loss for each in read_run(run).evaluations}
 
 
-# ---- what is told ----------------------------------------------------------------------------------------------------
+# ---- table and picture ----------------------------------------------------------------------------------------------------
 
 
 def _tell(
@@ -264,7 +264,7 @@ def _table(candidates: Sequence[Candidate], found: Sequence[Scores], sets: Seque
 
 def _panels(
     candidates: Sequence[Candidate], found: Sequence[Scores], sets: Sequence[ValidationWindows], probed: bool
-) -> tuple[list[Panel], list[str]]:
+) -> tuple[list[ScorePanel], list[str]]:
     """The panels, and a line for each score's tau with the truth, where there is one. A score agrees (tau 1) where it puts
     the candidates in the order of their losses after the probe: the lower losses, the higher LogME, the later checkpoint."""
     new = sets[0].name
@@ -283,7 +283,7 @@ def _panels(
             tau = kendall_tau([value for value, _ in pairs], [after for _, after in pairs])
             title = f"{label}: tau {'-' if tau is None else f'{tau:.2f}'}"
             lines.append(f"  {label}: {'-' if tau is None else f'{tau:.2f}'} ({len(pairs)} candidates)")
-        panels.append(Panel(values, label, title if probed else ""))
+        panels.append(ScorePanel(values, label, title if probed else ""))
     if lines:
         lines.insert(0, f"Kendall's tau of each score with the loss on {new} after the probe (1: the same order)")
     return panels, lines

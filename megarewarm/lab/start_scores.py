@@ -22,7 +22,7 @@ Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Positions:
+class NextTokens:
     """The positions at which LogME looks: ``places`` among all of a set's windows, flat and ascending, and ``targets``, the
     next token at each, (n,) both. ``share``: of all targets those that are among the ``classes`` commonest."""
 
@@ -32,7 +32,7 @@ class Positions:
     share: float
 
 
-def choose_positions(windows: ValidationWindows, classes: int, most: int, seed: int, vocabulary: int) -> Positions:
+def choose_positions(windows: ValidationWindows, classes: int, most: int, seed: int, vocabulary: int) -> NextTokens:
     """At most ``most`` positions of ``windows`` whose target is one of its ``classes`` commonest, drawn by ``seed``. Raises
     ``UserError`` for a set in which only one token occurs."""
     targets = np.concatenate([rows[:, 1:].ravel() for rows in windows.slice(0).micro_batches(0, 1, 64)])
@@ -42,7 +42,7 @@ def choose_positions(windows: ValidationWindows, classes: int, most: int, seed: 
         raise UserError(f"{windows.name}: holds only one token, so LogME has nothing to tell apart")
     among = np.flatnonzero(np.isin(targets, commonest))
     chosen = np.sort(np.random.default_rng(seed).permutation(len(among))[:most])
-    return Positions(among[chosen], targets[among[chosen]], len(commonest), len(among) / len(targets))
+    return NextTokens(among[chosen], targets[among[chosen]], len(commonest), len(among) / len(targets))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Scores:
 def score(
     candidate: Candidate,
     sets: Sequence[ValidationWindows],
-    positions: Positions,
+    positions: NextTokens,
     device: torch.device,
     micro_batch: int,
     progress: Callable[[int], None],

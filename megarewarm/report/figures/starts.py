@@ -16,7 +16,7 @@ _ACROSS = 2  # panels
 
 
 @dataclass(frozen=True)
-class Panel:
+class ScorePanel:
     """One score: its values, None where a candidate has none, and what its axis and title say."""
 
     values: Sequence[float | None]
@@ -25,7 +25,7 @@ class Panel:
 
 
 def draw_starts(
-    names: Sequence[str], decayed: Sequence[bool | None], truth: Sequence[float], what: str, panels: Sequence[Panel]
+    names: Sequence[str], decayed: Sequence[bool | None], truth: Sequence[float], what: str, panels: Sequence[ScorePanel]
 ) -> Figure:
     """Scatter panels, candidates named by ``names``: each score against ``truth``, which is called ``what``. ``decayed``:
     whether a candidate's rate had fallen, None where it is not known."""
