@@ -126,7 +126,8 @@ TRIED = [
     r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
-    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|choose-start|watch|report|advise) ",
+    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
+    r"megarewarm choose-start ",
 ]
 
 
