@@ -39,6 +39,8 @@ NOT_HERE = {
     r"bash tests/run": "runs these tests",
     r"megarewarm (continue|generate) ": "need a checkpoint with a tokenizer: tests/cli/test_continue.py, tests/api/test_api.py",
     r"python benchmarks/": "measures, for minutes and some on a GPU",
+    r"megarewarm choose-start .*--probe": "makes runs: tests/lab/test_choose_start.py",
+    r"bash launch.sh configs/recipes/": "tests/lab/test_recipes.py",
     r"tensorboard ": "a server of another program",
     r"python tests/fuzz_readers.py": "needs atheris",
     r"(bash launch.sh configs/quickstart.yml|megarewarm sweep configs/experiments/)": "minutes to an hour: dry runs here",
@@ -131,6 +133,7 @@ TRIED = [
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
     r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise|values) ",
     r"megarewarm (score|select)-data ",
+    r"megarewarm choose-start ",
 ]
 
 
@@ -254,11 +257,13 @@ def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.
     before = set(place.iterdir())
     for line in exports.splitlines():
         if not is_not_here(line):
-            assert use(line, hub, ("step_1000", "step_2"))
+            assert use(line, hub, ("step_1000", "step_2"), ("--window 10%", "--window 60%"))
     written = set(place.iterdir()) - before
-    assert len(written) == 6 and {path.name.partition("_")[0].partition("-")[0] for path in written} == {"hf", "neox", "merged"}
+    assert len(written) == 7 and {path.name.partition("_")[0].partition("-")[0] for path in written} == {"hf", "neox", "merged"}
     for folder in written:
         shutil.rmtree(folder)
+    line = next(line for line in commands(ROOT / "docs/laboratory.md") if "choose-start" in line)
+    assert "lowest loss on new_valid" in use(line, ("runs/upstream", "runs/my_rewarm"))
     less = r"launch\.sh RUN\.yml '?(replay|distill|optimizer|interpolate)"
     for i, line in enumerate(line for line in commands(ROOT / "docs/laboratory.md") if re.search(less, line)):
         launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")

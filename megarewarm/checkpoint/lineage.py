@@ -35,13 +35,15 @@ class DataSeen(FileIdentity):
 
 
 class StatedTerms(BaseModel):
-    """What is known of a start checkpoint for the model cards of its descendants; ``base_model`` is a name on the hub."""
+    """What is known of a start checkpoint for the model cards of its descendants; ``base_model`` is a name on the hub,
+    ``optimizer`` the one that the card of an export names."""
 
     model_config = ConfigDict(frozen=True)
 
     license: str | None = None
     languages: list[str] = []
     base_model: str | None = None
+    optimizer: str | None = None
 
 
 class Stage(BaseModel):
@@ -51,7 +53,7 @@ class Stage(BaseModel):
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
-    ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of a foreign
+    ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded). ``card``, ``config``: of a foreign
     checkpoint, its model card's terms and its whole config.json, which an export goes by; ``generation``: its
     generation_config.json.
     """
@@ -73,6 +75,7 @@ class Stage(BaseModel):
     eod: int | None = None
     goes_on: bool | None = None
     reset: dict[str, str] | None = None
+    optimizer: str | None = None
     card: StatedTerms | None = None
     config: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
@@ -89,6 +92,11 @@ class Lineage(BaseModel):
     def tokens(self) -> int:
         """Tokens trained on over all recorded stages; foreign checkpoints count as 0, their past is not recorded."""
         return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def optimizers(self) -> list[str]:
+        """The kinds of optimizer of the stages, in order, each once, as far as they are recorded."""
+        return list(dict.fromkeys(stage.optimizer for stage in self.stages if stage.optimizer))
 
     @property
     def started_config(self) -> dict[str, Any]:
@@ -118,5 +126,6 @@ class Lineage(BaseModel):
             tokens = f"{stage.tokens:,} tokens ({data})" if stage.data else "tokens not recorded"
             without = sum(last - first + 1 for first, last in stage.left_out)
             gaps = f", {without:,} steps left out" if without else ""
-            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}{gaps}")
+            by = f", {stage.optimizer}" if stage.optimizer else ""
+            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{by}{rate}{gaps}")
         return result

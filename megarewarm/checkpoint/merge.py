@@ -7,23 +7,29 @@ re-warmed run trades what was learnt against what was forgotten (Wortsman et al.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Watched
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.own.folder import checkpoints_in
-from megarewarm.checkpoint.source import ForeignCheckpoint, open_checkpoint, tokenizers_of
+from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.source import ForeignCheckpoint, OwnCheckpoint, open_checkpoint, tokenizers_of
 from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes, refuse_another_head
+from megarewarm.config.budget import Budget
 from megarewarm.config.model import ModelConfig
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.record.layout import CHECKPOINTS
+from megarewarm.schedules.merging import decay_shares
+from megarewarm.schedules.schedule import Schedule
 
 # formats name the activation of one model differently
 _SAME_FUNCTION = tuple(key for key in FUNCTION_KEYS if key != "activation")
@@ -45,6 +51,78 @@ def ema_shares(count: int, decay: float) -> list[float]:
 def interpolation_shares(alpha: float) -> list[float]:
     """Shares of start and end: (1 - alpha) * start + alpha * end. Beyond 0 and 1 it extrapolates."""
     return [1 - alpha, alpha]
+
+
+def decay_like(shape: str, names: Sequence[str], window: Budget | None) -> Merge:
+    """The average that stands for a decay of ``shape`` (WSM, arXiv 2507.17634).
+
+    ``names``: a run's folder, of which those of the last ``window`` count; or checkpoints of one run, without ``window``.
+    Raises ``UserError`` for checkpoints of several runs, without steps, or fewer than two within the window.
+    """
+    if window is None and len(names) < 2:
+        raise UserError(f"--like {shape}: how much of {names[0]} is to decay? Give --window, such as 10%, or checkpoints")
+    if window is not None and len(names) > 1:
+        raise UserError(f"--window: goes with a run's folder; the {len(names)} checkpoints given are a window themselves")
+    paths = [str(path) for _, path in _in_run(names[0])] if window is not None else list(names)
+    states = sorted(((_state_of(path), path) for path in paths), key=lambda pair: pair[0].step)
+    if window is not None:
+        states = _within(window, names[0], states)
+    _refuse_several_runs(states)
+    steps = [state.step for state, _ in states]
+    shares = decay_shares(shape, steps)
+    what = f"{shape} decay over steps {steps[0]:,} to {steps[-1]:,} by merging"
+    return Merge([path for _, path in states], shares.tolist(), what, _falling(states))
+
+
+def _state_of(name: str) -> TrainingState:
+    source = open_checkpoint(name)
+    if not isinstance(source, OwnCheckpoint) or source.training is None:
+        raise UserError(f"{name} ({source.format}) does not say after which step of a run it was saved; use --mean")
+    return source.training
+
+
+def _within(window: Budget, run: str, states: list[tuple[TrainingState, str]]) -> list[tuple[TrainingState, str]]:
+    newest = states[-1][0]
+    steps = newest.step - newest.start_position[0]
+    if window.unit == "epochs" or not steps:
+        raise UserError(f"--window {window}: give it in steps, tokens, or as a share of the run, such as 10%")
+    length = window.in_steps(newest.tokens // steps, steps)
+    if not 0 < length <= steps:
+        raise UserError(f"--window {window}: is {length:g} of the {steps:,} steps of {run}; give more than 0, at most all")
+    # checkpoints lie at rounded steps, shares of the run don't
+    found = [(state, path) for state, path in states if newest.step - state.step <= length + 0.5]
+    if len(found) < 2:
+        kept = ", ".join(f"{state.step:,}" for state, _ in states)
+        raise UserError(
+            f"--window {window}: within the last {length:g} steps {run} holds only its newest checkpoint (there are: {kept}); "
+            f"give a longer window, or keep more (checkpoint.every, keep_last)"
+        )
+    return found
+
+
+def _refuse_several_runs(states: Sequence[tuple[TrainingState, str]]) -> None:
+    def run(state: TrainingState) -> object:
+        return state.run, state.start_position, state.schedule, state.lineage.stages[:-1]
+
+    (first, name), *others = states
+    for state, other in others:
+        if run(state) != run(first):
+            raise UserError(f"--like: {other} is no checkpoint of the run of {name}; give those of one run")
+    steps = [state.step for state, _ in states]
+    if twice := [step for step, next_ in itertools.pairwise(steps) if step == next_]:
+        raise UserError(f"--like: two checkpoints are of step {twice[0]:,}; give each once")
+
+
+def _falling(states: Sequence[tuple[TrainingState, str]]) -> str:
+    """A note where the rate was no constant within the window."""
+    first, last = states[0][0], states[-1][0]
+    rates = Schedule.from_spec(last.schedule).values(np.arange(first.schedule_position, last.schedule_position))
+    if np.allclose(rates, rates[0], rtol=1e-6):
+        return ""
+    return (
+        f"the learning rate went from {rates[0]:.4g} to {rates[-1]:.4g} within the window: the average adds its decay to "
+        f"that; only a constant rate makes it equal to a decay of this shape"
+    )
 
 
 class Combination:
@@ -84,11 +162,12 @@ def check_alike(models: Sequence[tuple[str, ModelConfig]]) -> None:
 
 @dataclass(frozen=True)
 class Merge:
-    """Names of checkpoints, the share of each, and what that is in words."""
+    """Names of checkpoints, the share of each, what that is in words, and what a user must know of it."""
 
     names: Sequence[str]
     shares: Sequence[float]
     what: str
+    note: str = ""
 
     @property
     def description(self) -> str:
@@ -99,8 +178,7 @@ class Merge:
 
 def last_of(count: str, run: str) -> list[str]:
     """The names of a run's newest ``count`` checkpoints, oldest first. Raises ``UserError`` if there are fewer."""
-    folder = Path(run)
-    found = checkpoints_in(folder / CHECKPOINTS) or checkpoints_in(folder)
+    found = _in_run(run)
     if not count.isdigit() or int(count) < 1:
         raise UserError(f"--last {count}: the number of checkpoints comes first, then the run's folder")
     if len(found) < int(count):
@@ -108,6 +186,13 @@ def last_of(count: str, run: str) -> list[str]:
             f"{run}: holds {len(found)} checkpoints, {count} were asked for; ask for fewer, or keep more (checkpoint.keep_last)"
         )
     return [str(path) for _, path in found[-int(count) :]]
+
+
+def _in_run(run: str) -> list[tuple[int, Path]]:
+    folder = Path(run)
+    if not (found := checkpoints_in(folder / CHECKPOINTS) or checkpoints_in(folder)):
+        raise UserError(f"{run}: no checkpoints are in it; name a run's folder")
+    return found
 
 
 def bytes_to_read(merged: Merge) -> int:

@@ -216,7 +216,15 @@ class ForeignCheckpoint:
 
     def __post_init__(self) -> None:
         intent = f"foreign checkpoint ({self.format})"
-        stage = Stage(run=self.name, intent=intent, card=self.card, config=self.config, generation=self.generation)
+        optimizer = self.card.optimizer if self.card is not None else None
+        stage = Stage(
+            run=self.name,
+            intent=intent,
+            optimizer=optimizer,
+            card=self.card,
+            config=self.config,
+            generation=self.generation,
+        )
         self.lineage = Lineage(stages=[stage])
 
     @cached_property

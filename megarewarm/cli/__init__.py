@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("plan", "rank the layouts of a run on a cluster"),
     "inspect": Command("inspect_checkpoint", "inspect a checkpoint, or compare two"),
     "convert": Command("convert", "convert a checkpoint: Hugging Face, GPT-NeoX, megarewarm"),
+    "choose-start": Command("choose_start", "compare checkpoints as starts of a run"),
     "merge": Command("merge_checkpoints", "average or interpolate checkpoints"),
     "generate": Command("generate", "continue a text with a checkpoint"),
     "evaluate": Command("evaluate", "measure a checkpoint's loss on token files"),

@@ -197,7 +197,7 @@ def _linked(arms: list[Arm], folder: str, drafts: Mapping[str, _Draft]) -> list[
         where = drafts[arm.arm].origins.get(("start", "from"), drafts[arm.arm].where)
         run, _, moment = start.partition("@")
         if moment and run in by_folder:
-            step = _step_of(moment, arms[by_folder[run]].config, where)
+            step = step_of_moment(moment, arms[by_folder[run]].config, where)
             start = f"{run}/{CHECKPOINTS}/{step_name(step)}"
             chosen = arm.config.start.model_copy(update={"from_": start})
             arm = replace(arm, config=arm.config.model_copy(update={"start": chosen}))
@@ -211,7 +211,9 @@ def _linked(arms: list[Arm], folder: str, drafts: Mapping[str, _Draft]) -> list[
     return arms
 
 
-def _step_of(moment: str, config: RunConfig, where: str) -> int:
+def step_of_moment(moment: str, config: RunConfig, where: str) -> int:
+    """The step of a run that '20%', '500 steps' or '1B tokens' after an '@' means. Raises ``UserError``, which begins with
+    ``where``."""
     try:
         budget = Budget.model_validate(moment)
     except ValidationError:

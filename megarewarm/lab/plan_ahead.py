@@ -11,6 +11,7 @@ from megarewarm.checkpoint.source import ALL_LINES, open_checkpoint
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
+from megarewarm.data.text.hub_tokenizer import HUB_NAME
 from megarewarm.errors import UserError
 from megarewarm.record.layout import CHECKPOINTS, step_of
 from megarewarm.training.finish import is_trained
@@ -18,6 +19,9 @@ from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import data_seen, open_data
 from megarewarm.training.start.saving import is_saved
+
+_MAY_HOLD = frozenset({"moments", "optimizer_step", "loss_scale"})
+"""Rows of the reset table that a folder which is not here may provide, and that change no number of a plan."""
 
 
 def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, list[str]]:
@@ -40,7 +44,8 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
     except UserError as error:
         if config.model is None or start is None or _opens(start):
             raise
-        return make_plan(config, source=PlannedCheckpoint(start, config.model)), [str(error)]
+        keeps = frozenset[str]() if HUB_NAME.fullmatch(start) else _MAY_HOLD  # the hub's hold weights only
+        return make_plan(config, source=PlannedCheckpoint(start, config.model, keeps=keeps)), [str(error)]
 
 
 def _opens(start: str) -> bool:
@@ -79,6 +84,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         schedule=plan.schedule.spec(),
         data=[] if data is None else data_seen(plan, data, step),
         goes_on=plan.goes_on,
+        optimizer=plan.config.optimizer.kind,
     )
     return TrainingState(
         run=plan.config.name,
@@ -95,6 +101,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         lineage=plan.history.extended(stage),
         start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
         step_tokens=plan.tokens(step),
+        optimizer=plan.config.optimizer.kind,
     )
 
 

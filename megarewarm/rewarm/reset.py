@@ -157,7 +157,7 @@ def table(
     has = {
         "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
         "moments": moments[policy.moments],
-        "optimizer_step": f"{position.optimizer_step:,}",
+        "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step == "reset" else "the checkpoint's",
         "schedule": f"{schedule.curve} at {position.schedule:,}, first lr {schedule.lr(position.schedule):.4g}, "
         f"peak {schedule.max_lr:.4g}",
         "iteration": f"{position.step:,}",

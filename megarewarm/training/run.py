@@ -123,6 +123,7 @@ class Run:
             tokenizers=self.inputs.texts.tokenizers,
             eod=self.inputs.texts.eod,
             goes_on=plan.goes_on,
+            optimizer=plan.config.optimizer.kind,
             reset=self._own_state().lineage.stages[-1].reset if plan.resumed else plan.policy.lines(),
         )
 

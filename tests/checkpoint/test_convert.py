@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -329,6 +330,51 @@ def test_merging_refuses_what_is_not_alike(run: Path, tmp_path: Path) -> None:
     assert "must lie in [0, 1)" in error
     error = tool("merge_checkpoints", tmp_path / "out", "--mean", run, expect=2)
     assert "at least two" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_stands_for_a_decay(tmp_path: Path) -> None:
+    """Decayed increments added up in float64; a constant rate is the condition, and its absence is said."""
+    constant = {"curve": "constant", "max_lr": 1e-2, "min_lr": None}
+    changes: dict[str, Any] = {"schedule": constant, "checkpoint": {"every": 2}, "evaluation": {"every": 20}}
+    flat = train(config(tmp_path, folder=str(tmp_path / "flat"), **changes), ALONE, quiet()).folder
+    steps = [12, 14, 16, 18, 20]
+    names = [flat / f"checkpoints/step_{step}" for step in steps]
+    shown = tool("merge_checkpoints", tmp_path / "run", "--like", "minus_sqrt", flat, "--window", "40%")
+    assert "minus_sqrt decay over steps 12 to 20 by merging" in shown and "learning rate went" not in shown
+    tool("merge_checkpoints", tmp_path / "list", "--like", "minus_sqrt", *reversed(names))
+    tool("merge_checkpoints", tmp_path / "two", "--like", "linear", flat, "--window", "4 steps")
+    assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "list"))
+    several = [weights_of(name) for name in names]
+    rates = 1 - ((torch.arange(8, dtype=torch.float64)) / 8).sqrt()
+    for key, found in weights_of(tmp_path / "run").items():
+        points = [weights[key].double() for weights in several]
+        decayed = points[0].clone()
+        for j in range(4):
+            decayed += rates[2 * j : 2 * j + 2].mean() * (points[j + 1] - points[j])
+        assert torch.equal(found, decayed.float()) or (found.double() - decayed).abs().max() < 1e-8, key
+    two = weights_of(tmp_path / "two")
+    assert all(torch.allclose(two[k], 0.125 * a + 0.5 * b + 0.375 * c) for k, (a, b, c) in
+               {k: [w[k] for w in several[2:]] for k in two}.items())  # fmt: skip
+    falling = train(config(tmp_path, folder=str(tmp_path / "falling")), ALONE, quiet()).folder
+    shown = tool("merge_checkpoints", tmp_path / "f", "--like", "linear", falling, "--window", "50%")
+    assert "the learning rate went from" in shown and "only a constant rate makes it equal" in shown
+    for words, said in (
+        (["linear", flat], "Give --window, such as 10%"),
+        (["linear", flat, "--window", "5%"], "within the last 1 steps"),
+        (["linear", flat, "--window", "0%"], "give more than 0"),
+        (["linear", flat, "--window", "2 epochs"], "in steps, tokens, or as a share"),
+        (["linear", flat, "--window", "soon"], "not a length of training"),
+        (["linear", *names, "--window", "10%"], "are a window themselves"),
+        (["linear", names[0], names[0]], "two checkpoints are of step 12"),
+        (["linear", names[0], falling], "is no checkpoint of the run of"),
+        (["linear", tmp_path / "run", names[0]], "does not say after which step"),
+        (["round", flat, "--window", "10%"], "the shape comes first (linear, cosine, exponential, minus_sqrt)"),
+        (["linear", tmp_path, "--window", "10%"], "no checkpoints are in it"),
+    ):
+        error = tool("merge_checkpoints", tmp_path / "out", "--like", *words, expect=2)
+        assert said in error and error.count("\n") == 1, error
+    assert "--window: is the length" in tool("merge_checkpoints", tmp_path / "out", "--mean", *names, "--window", 3, expect=2)
     assert not (tmp_path / "out").exists()
 
 

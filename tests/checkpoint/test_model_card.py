@@ -124,3 +124,17 @@ def test_the_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read_card("runs/hf", tmp_path / "runs/hf").base_model is None  # a folder of that form
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n" + b"x" * 10**6)
     assert read_card("a/b", tmp_path) == StatedTerms(base_model="a/b")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("muon", "muon"), ("[adamw]", "adamw"), ("lion", None), ("'muon, $(x)'", "muon")]
+)
+def test_the_optimizer_of_an_export_is_read_back(tmp_path: Path, written: str, read: str | None) -> None:
+    """Only kinds that there are: another program's card may say anything under this key."""
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\noptimizer: {written}\n---\n")
+    assert read_card(str(tmp_path), tmp_path).optimizer == read
+    lineage = Lineage(
+        stages=[Stage(run="a", intent="scratch", steps=3, optimizer="adamw"), Stage(run="b", intent="x", optimizer="muon")]
+    )
+    card = ModelCard(model_card("mine", SMALL, lineage, NO_TOKENIZER))
+    assert card.data.to_dict()["optimizer"] == "muon" and "3 steps, 0 tokens, adamw." in card.text

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
+from megarewarm.checkpoint.merge import Merge, merge
 from megarewarm.checkpoint.own import store
-from megarewarm.checkpoint.source import OwnCheckpoint
+from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.errors import UserError
 from megarewarm.model.interleaved import Interleaved
@@ -262,13 +263,31 @@ def test_another_optimizer_is_said_and_its_state_is_not_kept(tmp_path: Path) -> 
     train(run_config(tmp_path, **changes), ALONE, out)
     back = changes | {"name": "back", "folder": str(tmp_path / "back"), "start": {"from": str(tmp_path / "muon")}}
     run = build(make_plan(run_config(tmp_path, optimizer=ADAM, **back)), ALONE)
-    assert any("was trained with muon" in note for note in run.notes)
+    assert any("was trained with adamw, then muon" in note for note in run.notes)
     run.batches.close()
     again = OwnCheckpoint(tmp_path / "muon" / "checkpoints" / "step_4")
     assert again.state.optimizer == "muon"
     convert(again, tmp_path / "copy", ConvertOptions("megarewarm"))
     kept, copied = tensors_of(again.folder), tensors_of(tmp_path / "copy")
     assert kept.keys() == copied.keys() and all(torch.equal(kept[key], copied[key]) for key in kept)
+
+
+@pytest.mark.parametrize("form", ["hf", "megarewarm"])
+def test_weights_alone_say_by_which_optimizer_they_were_trained(tmp_path: Path, form: str) -> None:
+    folder = train(run_config(tmp_path), ALONE, quiet()).folder
+    opened = open_checkpoint(str(folder))
+    assert opened.lineage.optimizers == ["muon"] and ", muon, lr up to" in opened.lineage.lines()[0]
+    if form == "megarewarm":  # weights only, whose history is the only thing that says it
+        merge(Merge([str(folder)] * 2, [0.5, 0.5], "mean"), tmp_path / "copy", ConvertOptions(form))
+    else:
+        convert(opened, tmp_path / "copy", ConvertOptions(form))
+    source = open_checkpoint(str(tmp_path / "copy"))
+    assert source.training is None and source.lineage.optimizers == ["muon"]
+    start = {"name": "on", "folder": str(tmp_path / "on"), "start": {"from": str(tmp_path / "copy")}}
+    for optimizer, said in ((ADAM, True), (MUON, False)):
+        run = build(make_plan(run_config(tmp_path, optimizer=optimizer, **start)), ALONE)
+        assert any("copy was trained with muon: a change of optimizer" in note for note in run.notes) is said
+        run.batches.close()
 
 
 def test_keys_of_muon_without_it_are_refused() -> None:

@@ -28,6 +28,7 @@ def model_card(name: str, config: ModelConfig, lineage: Lineage, tokenizer: Expo
         "license": card.license,
         "language": card.languages,
         "base_model": card.base_model,
+        "optimizer": next(reversed(lineage.optimizers), None),  # the hub has no such key; foreign/card.py reads it
         "tags": [model_type_of_family(config).name, "megarewarm", "continual-pretraining"],
         "metrics": ["perplexity"] if measured else None,
     }
@@ -91,7 +92,8 @@ def _stage(number: int, stage: Stage) -> list[str]:
     if not stage.data and not stage.steps:
         return [f"{number}. `{stage.run}`: {stage.intent}; its training is not recorded here.", ""]
     start = f", from `{stage.started_from}`" if stage.started_from else ""
-    lines = [f"{number}. **{stage.run}**: {stage.intent}{start}; {stage.steps:,} steps, {stage.tokens:,} tokens.", ""]
+    by = f", {stage.optimizer}" if stage.optimizer else ""
+    lines = [f"{number}. **{stage.run}**: {stage.intent}{start}; {stage.steps:,} steps, {stage.tokens:,} tokens{by}.", ""]
     if stage.schedule:
         shown = ", ".join(f"{key} {_short(value)}" for key, value in stage.schedule.items() if value is not None)
         lines += [f"   Learning rate: {shown}; last {_short(stage.last_lr)}.", ""]

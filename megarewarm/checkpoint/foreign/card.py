@@ -1,4 +1,4 @@
-"""What the model card (README.md) of a start checkpoint states of its licence, languages and base model."""
+"""What the model card (README.md) of a start checkpoint states of its licence, languages, base model and optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from megarewarm.data.text.hub_tokenizer import HUB_NAME
 
 _MOST_BYTES = 65_536
 _CACHED = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/")
-_VALUE = {"license": r"[a-z0-9][a-z0-9.-]*", "language": r"[a-z]{2,3}(?:-[A-Za-z]+)?", "base_model": r"\w[\w.-]*/\w[\w.-]*"}
+_VALUE = {
+    "license": r"[a-z0-9][a-z0-9.-]*",
+    "language": r"[a-z]{2,3}(?:-[A-Za-z]+)?",
+    "base_model": r"\w[\w.-]*/\w[\w.-]*",
+    "optimizer": "adamw|muon",
+}
 
 
 def read_card(name: str, folder: Path) -> StatedTerms:
@@ -26,7 +31,8 @@ def read_card(name: str, folder: Path) -> StatedTerms:
     hub = None if Path(name).exists() else HUB_NAME.fullmatch(name)
     cached = _CACHED.search(str(folder))
     base = hub[1] if hub else "/".join(cached.groups()) if cached else next(iter(facts["base_model"]), None)
-    return StatedTerms(license=next(iter(facts["license"]), None), languages=facts["language"], base_model=base)
+    license_, optimizer = (next(iter(facts[key]), None) for key in ("license", "optimizer"))
+    return StatedTerms(license=license_, languages=facts["language"], base_model=base, optimizer=optimizer)
 
 
 def _values(block: str, key: str) -> list[str]:

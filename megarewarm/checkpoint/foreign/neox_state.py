@@ -71,6 +71,7 @@ def read_training(folder: NeoXFolder) -> tuple[TrainingState | None, NeoXOptimiz
         tokens=tokens,
         schedule=schedule,
         max_lr=schedule.get("max_lr"),
+        optimizer="adamw",  # the only one whose moments are read
     )
     state = TrainingState(
         run=folder.folder.name,

@@ -129,12 +129,13 @@ def differing_choices(config: RunConfig, source: CheckpointSource | None) -> lis
 def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[str]:
     """A note if the checkpoint was, or may have been, trained with another optimizer than this run's."""
     kind = config.optimizer.kind
-    if source is None or (source.training is None and kind == "adamw"):
+    if source is None:
         return []
-    before = source.training.optimizer if source.training is not None else None
-    if before == kind:
+    # checkpoints of earlier versions name the last optimizer only
+    before = source.lineage.optimizers or ([source.training.optimizer] if source.training is not None else [])
+    if set(before) == {kind} or (not before and kind == "adamw"):
         return []
-    said = f"{source.name} was trained with {before}" if before else f"if {source.name} was trained with Adam"
+    said = f"{source.name} was trained with {', then '.join(before)}" if before else f"if {source.name} was trained with Adam"
     return [
         f"optimizer.kind: {kind}; {said}{'' if before else ', as Pythia and most models were'}: a change of optimizer "
         f"costs quality and increases forgetting (arXiv 2605.10468, 2605.06654)"

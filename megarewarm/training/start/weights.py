@@ -61,7 +61,8 @@ def _reopened(plan: Plan) -> CheckpointSource | None:
     source = open_checkpoint(name)
     if resolve(plan.config.start, source).weights == "initialise":
         return None
-    if source.lineage.model_dump_json() != plan.history.model_dump_json():
+    added_later = {"stages": {"__all__": {"optimizer"}}}  # to what a checkpoint says of itself when it is opened
+    if source.lineage.model_dump(exclude=added_later) != plan.history.model_dump(exclude=added_later):
         raise UserError(
             f"start.from: {name} has another history than when {plan.config.name} started from it; name the "
             f"checkpoint itself (RUN/checkpoints/step_N) where a run goes on"
