@@ -38,7 +38,7 @@ from megarewarm.model.initialize import generator_of
 from megarewarm.model.parameters import Card, cards
 
 TOLERANCE = 1e-4
-"""By which logits may move, as a share of their root mean square, where growth is said to preserve the function: more than
+"""By which logits may move, as a share of their root mean square, in a growth that preserves the function: more than
 rounding the new weights to fp32 does, far less than any wrong map."""
 _BLOCK = 2**20
 """Values that are computed at a time, in float64."""
@@ -296,8 +296,8 @@ def grow(
     if growth.preserves(config) and not difference.largest <= TOLERANCE * difference.scale:
         raise UserError(
             f"{source.name}: this growth should preserve the function, yet logits moved by {difference.largest:.3g} (their "
-            f"root mean square is {difference.scale:.3g}), so nothing was written: are its weights finite, and is the noise within "
-            f"what fp32 can cancel?"
+            f"root mean square is {difference.scale:.3g}), so nothing was written: are its weights finite, and is the noise "
+            f"within what fp32 can cancel?"
         )
     result = ForeignCheckpoint(destination.name, "grown", grown.config, lambda: grown, [], source.tokenizer)
     result.lineage = source.lineage.extended(

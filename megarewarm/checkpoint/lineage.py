@@ -52,8 +52,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``grown``: no training but a growth of ``started_from`` (checkpoint/grow.py), which read no data; ``new_layers``: the
-    layers, from 0, that it added. ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of a foreign
-    checkpoint, its model card's terms and its whole config.json, which an export goes by.
+    layers, from 0, that it added. ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of
+    a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")

@@ -52,7 +52,7 @@ def random_model(values: dict[str, Any], seed: int = 3) -> Transformer:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.1)
     return model
 
 
@@ -405,6 +405,7 @@ def test_replay_goes_on_and_moments_do_not(run: Path, tmp_path: Path) -> None:
     assert [stage.grown for stage in stages] == [False, True, False]
     assert any(seen.name == "replay of new" and seen.samples for seen in stages[-1].data)
     with pytest.raises(UserError, match=r"start.moments: 'keep' can't be honoured, .*was grown from .*of another shape"):
+        common["folder"] = str(tmp_path / "kept")
         train(config(run.parent, start={"from": str(tmp_path / "grown"), "moments": "keep"}, **common), ALONE, quiet())
 
 
