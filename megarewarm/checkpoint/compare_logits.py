@@ -38,7 +38,7 @@ class SampleTokens:
 def sample_tokens(prefix: str | None, config: ModelConfig, count: int, seed: int = 0) -> SampleTokens:
     """About ``count`` ids in sequences of the model's positions, 512 at most: of the token file ``prefix``, evenly spaced, or
     random ones. Raises ``UserError`` for a file that is empty, or has ids beyond the vocabulary of the model."""
-    length = min(config.max_positions, _LONGEST, count)
+    length = min(config.max_positions, _LONGEST, max(count, 2))
     rows = max(1, count // length)
     if prefix is None:
         ids = torch.randint(config.vocab_size, (rows, length), generator=generator_of(seed, "tokens"))

@@ -62,14 +62,17 @@ def _of(matrix: str, rows: Tensor) -> list[UntrainedRows]:
 def table(source: OpenedCheckpoint, found: Sequence[UntrainedRows]) -> Table:
     """A row for each set, with its ids and the first of their tokens."""
     shown = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
+    ways = f"norm at most {NEAR_ZERO:g} of the median, or equal bit for bit"
+    if not found:
+        shown.add_row(f"no row of the vocabulary looks untrained ({ways})")
+        return shown
     for heading in ("matrix", "rows are", "count", "ids", "tokens"):
         shown.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
     tokenizer = _tokenizer(source)
     for each in found:
         tokens = _tokens(each.ids, tokenizer) if tokenizer is not None else ""
         shown.add_row(each.matrix, each.why, f"{len(each.ids):,}", _ranges(each.ids), escape(tokens))
-    ways = f"norm at most {NEAR_ZERO:g} of the median, or equal bit for bit"
-    shown.caption = f"rows never trained: {ways}" if found else f"no row of the vocabulary looks untrained ({ways})"
+    shown.caption = f"rows never trained: {ways}"
     if tokenizer is None:
         shown.caption += "; the checkpoint comes with no readable tokenizer"
     return shown
