@@ -20,6 +20,10 @@ STORED_DTYPES = ("uint16", "uint32", "int32")
 FORMS = ("hf", "neox", "megarewarm")
 """Of checkpoints that are written; checkpoint/convert.py explains them."""
 
+WIDENINGS = ("clone", "fpi", "aki")
+DEEPENINGS = ("identity", "stack", "interpolate")
+"""Ways to grow a checkpoint; checkpoint/grow.py explains them."""
+
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
 Start it with any of:

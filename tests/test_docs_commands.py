@@ -131,7 +131,7 @@ TRIED = [
     r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
-    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise|values) ",
+    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|grow|watch|report|advise|values) ",
     r"megarewarm (score|select)-data ",
     r"megarewarm choose-start ",
 ]
@@ -244,6 +244,21 @@ def test_orders_of_documents_and_of_sources(place: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "order_blend" in shown and "order_web_code_questions" in shown
     (place / "configs/410m_rewarm.yml").unlink()
+
+
+def test_growing(place: Path) -> None:
+    """The documents' model has 24 layers, the one here 4; everything else is as written."""
+    layers = (("--layers 30", "--layers 5"), ("--layers 48", "--layers 8"))
+    lines = {line for page in PAGES for line in commands(page) if line.startswith("megarewarm grow ")}
+    for line in sorted(lines):
+        said = " ".join(use(line, ("EleutherAI/pythia-410m", "hf"), *layers).split())
+        moves = "stack" in line or "fpi" in line
+        assert ("does not preserve the function" if moves else "the function is preserved") in said, line
+        (written,) = [
+            path for name in ("runs/wide", "runs/deep", "runs/stacked", "hf_wider") if (path := place / name).exists()
+        ]
+        shutil.rmtree(written)
+    assert len(lines) == 4
 
 
 @pytest.mark.slow

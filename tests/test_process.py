@@ -62,6 +62,7 @@ def commands(place: Path, out: Path) -> dict[str, list[str]]:
         "convert_checkpoint": command("tools/convert_checkpoint.py", run, out / "hf", "--to", "hf"),
         "inspect_checkpoint": command("tools/inspect_checkpoint.py", run, "--norms"),
         "merge_checkpoints": command("tools/merge_checkpoints.py", out / "merged", "--mean", run, run),
+        "grow_checkpoint": command("tools/grow_checkpoint.py", run, out / "grown", "--width", 2),
         "merge_data": command("tools/merge_data.py", place / "old", place / "new", "--output", out / "both"),
         "inspect_data": command("tools/inspect_data.py", place / "old"),
         "train_tokenizer": command(

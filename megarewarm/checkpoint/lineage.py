@@ -53,9 +53,10 @@ class Stage(BaseModel):
     ``left_out``: ranges (first, last) of its steps that are not in the weights: skipped, or given up by going back.
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
-    ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded). ``card``, ``config``: of a foreign
-    checkpoint, its model card's terms and its whole config.json, which an export goes by; ``generation``: its
-    generation_config.json.
+    ``grown``: no training but a growth of ``started_from`` (checkpoint/grow.py), which read no data; ``new_layers``: the
+    layers, from 0, that it added. ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
+    ``card``, ``config``: of a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by;
+    ``generation``: its generation_config.json.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -79,6 +80,8 @@ class Stage(BaseModel):
     card: StatedTerms | None = None
     config: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    grown: bool = False
+    new_layers: list[int] = []
 
 
 class Lineage(BaseModel):
@@ -113,6 +116,12 @@ class Lineage(BaseModel):
         """Whether that checkpoint's weights are bf16."""
         return (self.started_config.get("dtype") or self.started_config.get("torch_dtype")) == "bfloat16"
 
+    @property
+    def grown_from(self) -> str | None:
+        """The smaller checkpoint that the newest stage grew this one from; None if the newest stage was no growth."""
+        last = self.stages[-1] if self.stages else None
+        return last.started_from if last is not None and last.grown else None
+
     def extended(self, stage: Stage) -> Lineage:
         """This history with one more stage at its end."""
         return Lineage(stages=[*self.stages, stage])
@@ -123,6 +132,9 @@ class Lineage(BaseModel):
         for stage in self.stages:
             data = ", ".join(f"{seen.name} {seen.tokens:,}" for seen in stage.data)
             rate = f", lr up to {stage.max_lr:.3g}, last {stage.last_lr:.3g}" if stage.max_lr is not None else ""
+            if stage.grown:
+                result.append(f"{stage.run}: {stage.intent}")
+                continue
             tokens = f"{stage.tokens:,} tokens ({data})" if stage.data else "tokens not recorded"
             without = sum(last - first + 1 for first, last in stage.left_out)
             gaps = f", {without:,} steps left out" if without else ""

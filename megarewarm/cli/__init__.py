@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert", "convert a checkpoint: Hugging Face, GPT-NeoX, megarewarm"),
     "choose-start": Command("choose_start", "compare checkpoints as starts of a run"),
     "merge": Command("merge_checkpoints", "average or interpolate checkpoints"),
+    "grow": Command("grow_checkpoint", "grow a checkpoint into a wider or deeper model", _NOTHING_WRITTEN),
     "generate": Command("generate", "continue a text with a checkpoint"),
     "evaluate": Command("evaluate", "measure a checkpoint's loss on token files"),
     "replay-step": Command("replay_step", "recompute one step of a run to inspect it"),

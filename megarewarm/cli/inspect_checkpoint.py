@@ -1,4 +1,4 @@
-"""Inspect a checkpoint: megarewarm inspect CHECKPOINT [--norms] [--diff OTHER] [--verify]"""
+"""Inspect a checkpoint: megarewarm inspect CHECKPOINT [--norms] [--rows] [--diff OTHER] [--verify]"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def command_line() -> Parser:
     parser = Parser(description="Show the contents of a checkpoint in any format that megarewarm reads.")
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("--norms", action="store_true", help="root mean square and largest magnitude of every parameter")
+    parser.add_argument("--rows", action="store_true", help="rows of the embedding and the head that were never trained")
     parser.add_argument("--diff", type=path_text, metavar="OTHER", help="show what changed from CHECKPOINT to OTHER")
     parser.add_argument("--most", type=int, default=20, help="parameters that --diff shows; default: %(default)s")
     parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
@@ -23,7 +24,7 @@ def main(words: Sequence[str]) -> None:
     parser = command_line()
     arguments = parser.parse_args(words)
     with importing():
-        from megarewarm.checkpoint import inspection
+        from megarewarm.checkpoint import inspection, untrained_rows
         from megarewarm.checkpoint.progress import reading
         from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
         from megarewarm.console import make_console
@@ -44,6 +45,11 @@ def main(words: Sequence[str]) -> None:
             found = list(inspection.norms(source, advance))
         console.print()
         console.print(inspection.norms_table(found))
+    if arguments.rows:
+        with reading(console, "rows", size) as advance:
+            sets = untrained_rows.untrained_rows(source, advance)
+        console.print()
+        console.print(untrained_rows.table(source, sets))
     if arguments.diff is not None:
         other = open_checkpoint(arguments.diff)
         with reading(console, "differences", size + inspection.size_of(other.stored)) as advance:

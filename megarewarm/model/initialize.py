@@ -29,9 +29,14 @@ def initial_value(card: Card, config: ModelConfig, seed: int) -> Tensor:
     draws the whole and keeps its part."""
     if card.initial in ("zeros", "ones"):
         return torch.full(card.shape, float(card.initial == "ones"))
-    digest = hashlib.sha256(f"{seed} {card.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = generator_of(seed, card.name)
     return torch.empty(card.shape).normal_(0.0, standard_deviation(card, config), generator=generator)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on ``seed`` and ``name`` alone."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def standard_deviation(card: Card, config: ModelConfig) -> float:

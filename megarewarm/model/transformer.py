@@ -35,7 +35,7 @@ class Transformer(nn.Module):
             raise ValueError(f"padded_vocab_size {rows} is below vocab_size {config.vocab_size}")
         self.config = config
         self.embed_in = nn.Embedding(rows, config.hidden_size)
-        self.layers = nn.ModuleList(_layer(config, i) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(make_layer(config, i) for i in range(config.num_layers))
         self.final_layer_norm = NORMS[config.norm](config.hidden_size, eps=config.layernorm_eps)
         self.embed_out = None if config.tie_embeddings else nn.Linear(config.hidden_size, rows, bias=False)
 
@@ -73,7 +73,8 @@ class Transformer(nn.Module):
         )
 
 
-def _layer(config: ModelConfig, number: int) -> nn.Module:
+def make_layer(config: ModelConfig, number: int) -> nn.Module:
+    """Layer ``number`` of a model, counted from 0: residual stream and positions to residual stream."""
     return neox.Layer(config) if config.norm == "layer" else llama.layer(config, number)
 
 

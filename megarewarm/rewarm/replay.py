@@ -100,6 +100,8 @@ def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
     """One source for each pool of ``history``, weighted by the tokens seen of it, replays included."""
     pools: list[_Pool] = []
     for stage in history.stages:
+        if stage.grown:  # it read nothing
+            continue
         if (not stage.data and not replay.sources) or any(seen.samples and seen.read is None for seen in stage.data):
             raise UserError(
                 f"replay of lineage: the start checkpoint's stage '{stage.run}' ({stage.intent}) doesn't record which samples "

@@ -85,6 +85,8 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
         if (value := policy.lines()[line]) in needing and line not in source.keeps:
             remedy = "reseed" if line == "rng" else _OPPOSITE[value]
             holds = "holds weights only" if source.training is None else "holds none that can be used here"
+            if line == "moments" and (smaller := source.lineage.grown_from) is not None:
+                holds = f"was grown from {smaller}, whose moments are of another shape"
             hint = " (intent 'rewarm' does so)" if source.training is None else ""
             raise UserError(
                 f"start.{line}: '{value}' can't be honoured, {source.name} ({source.format}) {holds}; set it to "
@@ -143,9 +145,14 @@ def table(
     """The reset table with the values of both sides, in the order of the config's keys."""
     old = source.training if source is not None else None
     nothing = "-" if source is None else "not stored"
+    smaller = source.lineage.grown_from if source is not None else None
     had = {
         "weights": f"{source.name} ({source.format})" if source else "-",
-        "moments": f"{state_kinds(old.optimizer)} after {old.optimizer_step:,} steps" if old else nothing,
+        "moments": f"{state_kinds(old.optimizer)} after {old.optimizer_step:,} steps"
+        if old
+        else f"none: grown from {smaller}"
+        if smaller
+        else nothing,
         "optimizer_step": f"{old.optimizer_step:,}" if old else nothing,
         "schedule": f"{old.schedule['curve']} at {old.schedule_position:,}, last lr {old.last_lr:.4g}" if old else nothing,
         "iteration": f"{old.step:,}" if old else nothing,

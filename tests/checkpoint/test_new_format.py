@@ -17,7 +17,7 @@ from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, For
 from megarewarm.checkpoint.source import FORMATS, ForeignCheckpoint, OpenedCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import Description, Weights
 from megarewarm.cli import convert as cli_convert
-from megarewarm.cli import merge_checkpoints
+from megarewarm.cli import grow_checkpoint, merge_checkpoints
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.training.trainer import train
@@ -60,7 +60,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "numpy", (opened, f"one of numpy (no {FILE})"))
     monkeypatch.setitem(FORMS, "numpy", Form(write))
     forms = (*arguments.FORMS, "numpy")
-    for module in (arguments, cli_convert, merge_checkpoints):
+    for module in (arguments, cli_convert, grow_checkpoint, merge_checkpoints):
         monkeypatch.setattr(module, "FORMS", forms)
 
 
@@ -78,6 +78,9 @@ def test_it_is_written_read_and_trained_on(tmp_path: Path) -> None:
         assert_same(weights_of(first), weights_of(tmp_path / form))
     tool("merge_checkpoints", tmp_path / "mean", "--mean", first, tmp_path / "numpy", "--to", "numpy")
     assert_same(weights_of(first), weights_of(tmp_path / "mean"))
+
+    tool("grow_checkpoint", tmp_path / "numpy", tmp_path / "wide", "--width", 2, "--to", "numpy")
+    assert open_checkpoint(str(tmp_path / "wide")).model_config.hidden_size == 64
 
     then = config(tmp_path, model=model, start={"from": str(tmp_path / "numpy")}, folder=str(tmp_path / "then"))
     losses = {line["name"]: line["loss"] for line in events(train(then, ALONE, quiet()).folder, "eval") if line["step"] == 0}

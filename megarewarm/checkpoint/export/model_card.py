@@ -89,6 +89,8 @@ def _tokenizer(lineage: Lineage, tokenizer: ExportedTokenizer) -> str:
 
 
 def _stage(number: int, stage: Stage) -> list[str]:
+    if stage.grown:
+        return [f"{number}. **{stage.run}**: {stage.intent}, from `{stage.started_from}`.", ""]
     if not stage.data and not stage.steps:
         return [f"{number}. `{stage.run}`: {stage.intent}; its training is not recorded here.", ""]
     start = f", from `{stage.started_from}`" if stage.started_from else ""
