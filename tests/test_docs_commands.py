@@ -131,7 +131,8 @@ TRIED = [
     r"(launch\.sh|megarewarm train) RUN\.yml",
     r"launch\.sh configs/410m_rewarm\.yml",
     r"launch\.sh 410M\.yml|convert-config 410M\.yml",
-    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|grow|watch|report|advise|values) ",
+    r"megarewarm (prepare|tokenizer|merge-data|inspect-data|replay-step|convert|inspect|merge|watch|report|advise) ",
+    r"megarewarm (grow|values) ",
     r"megarewarm (score|select)-data ",
     r"megarewarm choose-start ",
 ]
