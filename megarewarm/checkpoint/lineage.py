@@ -44,6 +44,17 @@ class StatedTerms(BaseModel):
     base_model: str | None = None
 
 
+class TaughtBy(BaseModel):
+    """The teacher of a run with ``distill``. ``identity``: sha256 (hex) of some values of each of its parameters."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str
+    weight: float
+    identity: str
+
+
 class Stage(BaseModel):
     """One run's part in a checkpoint: from its start (or from scratch) to the step at which it was saved.
 
@@ -52,7 +63,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``reset``: its choices in the reset table (null: not recorded). ``card``, ``config``: of a foreign
-    checkpoint, its model card's terms and its whole config.json, which an export goes by.
+    checkpoint, its model card's terms and its whole config.json, which an export goes by. ``taught_by``: its teacher, if it
+    had one (null also where that was not recorded).
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -74,6 +86,7 @@ class Stage(BaseModel):
     reset: dict[str, str] | None = None
     card: StatedTerms | None = None
     config: dict[str, Any] | None = None
+    taught_by: TaughtBy | None = None
 
 
 class Lineage(BaseModel):
@@ -111,5 +124,7 @@ class Lineage(BaseModel):
             tokens = f"{stage.tokens:,} tokens ({data})" if stage.data else "tokens not recorded"
             without = sum(last - first + 1 for first, last in stage.left_out)
             gaps = f", {without:,} steps left out" if without else ""
-            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}{gaps}")
+            by = stage.taught_by
+            teacher = "" if by is None else f", taught by {by.name} ({by.kind}, weight {by.weight:g})"
+            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{rate}{gaps}{teacher}")
         return result

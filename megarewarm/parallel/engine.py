@@ -3,6 +3,7 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -69,6 +70,10 @@ class ParallelModel(LaidOutModel):
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
         """BatchLosses of single rows, if requested."""
+        self._taught: deque[Tensor] | None = None
+        """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
+        self._distilled: list[tuple[Tensor, Tensor]] = []
+        """(cross entropy, the teacher's term) of a pipeline's micro-batches that have been."""
         self._pipeline = self._make_pipeline(parallel, training)
 
     def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
@@ -91,7 +96,7 @@ class ParallelModel(LaidOutModel):
             local_length=length // mesh.layout.tensor if sequence else length,
             hidden_size=self.config.hidden_size,
             dtype=self._stream_dtype,
-            loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
+            loss=self._pipeline_loss,
         )
 
     @collective
@@ -126,8 +131,23 @@ class ParallelModel(LaidOutModel):
         assert self._pipeline is not None
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
-            losses = self._pipeline.train(inputs, targets, starts)
-        return sum(float(loss) for loss in losses) / self._scale(), 0.0
+            if self.teacher is None:
+                losses = self._pipeline.train(inputs, targets, starts)
+                return sum(float(loss) for loss in losses) / self._scale(), 0.0
+            try:
+                self._distilled, self._taught = [], self.teacher.hidden_of_batch(inputs, starts)
+                self._pipeline.train(inputs, targets, starts)
+            finally:
+                self._taught = None
+        return sum(float(cross) for cross, _ in self._distilled), sum(float(apart) for _, apart in self._distilled)
+
+    def _pipeline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """What a pipeline differentiates of the next micro-batch, whose order its schedules keep."""
+        if self.teacher is None or self._taught is None:
+            return self._cross_entropy(hidden, targets)[0] * self._scale()
+        loss, cross, apart = self._apart_from(self.teacher, hidden, targets, self._taught.popleft())
+        self._distilled.append((cross, apart))
+        return loss * self._scale()
 
     def _accumulated(self, tokens: Tensor, between: Between) -> tuple[float, float]:
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -181,12 +201,16 @@ class ParallelModel(LaidOutModel):
         starts = None if rules is None else rules.starts(inputs)
         if rules is not None:
             targets = rules.targets(inputs, targets)
-        hidden, head = self._modules[0](inputs, starts), self._modules[-1].head
+        return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
+
+    def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Teacher.loss``."""
+        head = self._modules[-1].head
         assert isinstance(head, Tensor)
         if self._rows is not None:
             with torch.no_grad():
                 self._cross_entropy(hidden, targets)
-        return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
+        return teacher.loss(hidden, head, targets, taught, self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
     def evaluate(
