@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Cut:
     numbers: list[int]
     count: int
     tensor: TensorRanks | None
-    cards: dict[str, Card]
+    cards: Mapping[str, Card]
     placements: dict[str, Placement]
 
     @property

@@ -52,25 +52,15 @@ def _apart(ranks: Ranks) -> int:
     """The losses, the gradient of hidden summed over ranks, and the gradient of this rank's rows, of each case."""
     for tokens, ids, known, share, budget in CASES:
         hidden, head, targets, taught, wanted_head = _problem(tokens, ids, ranks.world_size)
-        whole = [hidden.nan_to_num().requires_grad_(), head.clone().requires_grad_()]
-        total, parts, count = reference(
-            *whole, targets, taught.nan_to_num(), wanted_head, share=share, valid_rows=ids, teacher_rows=known
-        )
-        wanted = [total.detach(), parts, count, *torch.autograd.grad(2 * total, whole)]
+        options: dict[str, Any] = {"share": share, "teacher_rows": known}
+        h, w = hidden.nan_to_num().requires_grad_(), head.clone().requires_grad_()
+        total, parts, count = reference(h, w, targets, taught.nan_to_num(), wanted_head, valid_rows=ids, **options)
+        wanted = [total.detach(), parts, count, *torch.autograd.grad(2 * total, [h, w])]
         wanted[4] = _mine(ranks, wanted[4])
-        live = [hidden.clone().requires_grad_(), _mine(ranks, head).requires_grad_()]
-        total, parts, count = sharded_linear_distillation(
-            *live,
-            targets,
-            taught,
-            _mine(ranks, wanted_head),
-            share=share,
-            group=dist.group.WORLD,
-            vocab_size=ids,
-            teacher_rows=known,
-            memory_budget=budget,
-        )
-        found = [total.detach(), parts, count, *torch.autograd.grad(2 * total, live)]
+        h, w = hidden.clone().requires_grad_(), _mine(ranks, head).requires_grad_()
+        options |= {"group": dist.group.WORLD, "vocab_size": ids, "memory_budget": budget}
+        total, parts, count = sharded_linear_distillation(h, w, targets, taught, _mine(ranks, wanted_head), **options)
+        found = [total.detach(), parts, count, *torch.autograd.grad(2 * total, [h, w])]
         dist.all_reduce(found[3])
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
@@ -93,29 +83,30 @@ def _details(ranks: Ranks) -> dict[str, Any]:
 
     def losses(h: Tensor, w: Tensor, *teacher: Tensor, **changes: Any) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"share": 0.7, "group": group, "vocab_size": 29} | changes
-        return sharded_linear_distillation(h, w, targets, *(teacher or (taught, theirs)), **options)[:2]
+        states, rows = teacher or (taught, theirs)
+        return sharded_linear_distillation(h, w, targets, states, rows, **options)[:2]
 
     with Wire() as wire:
         losses(hidden, mine)
         found["sent"] = wire.calls["_allgather_base_"], wire.most["_allgather_base_"], wire.calls["allreduce_"]
     live = [hidden.clone().requires_grad_(), mine.clone().requires_grad_()]
-    total, parts = losses(*live)
+    total, parts = losses(live[0], live[1])
     once = [gradient.clone() for gradient in torch.autograd.grad(total, live, retain_graph=True)]
     twice = torch.autograd.grad(3 * total, live)
     found["again"] = max(float((b - 3 * a).abs().max()) for a, b in zip(once, twice, strict=True))
     with torch.no_grad():
-        alone, _ = losses(*live)
+        alone, _ = losses(live[0], live[1])
         found["no gradient"] = alone.requires_grad, float(alone - total.detach())
     (only,) = torch.autograd.grad(losses(hidden, live[1])[0], [live[1]])
     found["frozen"] = torch.equal(only, once[1]) and not parts.requires_grad
     # a model that is its teacher
     total, parts = losses(live[0], live[1], hidden, mine, share=5.0)
-    plain = sharded_linear_cross_entropy(*live, targets, group=group, vocab_size=29)[0]
+    plain = sharded_linear_cross_entropy(live[0], live[1], targets, group=group, vocab_size=29)[0]
     both = [torch.autograd.grad(each, live) for each in (total, plain)]
     found["itself"] = float(parts[1]), max(float((a - b).abs().max()) for a, b in zip(*both, strict=True))
     with torch.autocast("cpu", torch.bfloat16):
-        low = losses(*live)[1]
-    found["autocast"] = bool(torch.equal(low, losses(*(t.detach().bfloat16() for t in live))[1]))
+        low = losses(live[0], live[1])[1]
+    found["autocast"] = bool(torch.equal(low, losses(live[0].detach().bfloat16(), live[1].detach().bfloat16())[1]))
     wrong: dict[str, Any] = {
         "size": lambda: losses(hidden, mine, vocab_size=33),
         "known": lambda: losses(hidden, mine, teacher_rows=30),

@@ -205,7 +205,7 @@ def test_so_are_those_of_four_ranks(place: Path) -> None:
 
 def test_so_are_those_of_one_process(place: Path) -> None:
     names = ["data", "sequence_hidden", "llama_sequence", "neox_taught_by_llama"]
-    cases = {name: ({}, *TWO[name][1:]) for name in names}
+    cases: dict[str, Case] = {name: ({}, *TWO[name][1:]) for name in names}
     found = _compute(ALONE, str(place), names, cases)
     for name in names:
         losses, gradients = _definition(place, cases[name])

@@ -138,9 +138,9 @@ def test_a_teacher_that_is_the_start_teaches_what_the_start_does_bit_for_bit(pla
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     terms = [[line["distill_loss"] for line in events(place / name, "train")] for name in ("by_start", "by_name")]
     assert terms[0] == terms[1]
-    for checkpoint, name in ((one, place / "up"), (two, place / "up")):
+    for checkpoint in (one, two):
         told = checkpoint.lineage.stages[-1].taught_by
-        assert told is not None and told.name.startswith(str(name)) and (told.kind, told.weight) == ("logits", 0.5)
+        assert told is not None and told.name.startswith(str(place / "up")) and (told.kind, told.weight) == ("logits", 0.5)
         assert f"taught by {told.name} (logits, weight 0.5)" in checkpoint.lineage.lines()[-1]
     assert one.lineage.stages[-1].taught_by.identity == two.lineage.stages[-1].taught_by.identity  # type: ignore[union-attr]
     assert one.lineage.stages[0].taught_by is None

@@ -18,6 +18,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.model.size import count_parameters
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.laid_out import DTYPES
@@ -153,10 +154,11 @@ def _about_teacher(plan: Plan, teacher: OpenedCheckpoint | None) -> list[str]:
             return []
         return [f"distill: the teacher is {teacher.name} itself, not the start of the run that is continued here"]
     theirs, ours = teacher.model_config.vocab_size, plan.model.vocab_size
+    notes = [*teacher.notes, f"distill: the teacher is {teacher.name}, {count_parameters(teacher.model_config):,} parameters"]
     if theirs == ours:
-        return teacher.notes
+        return notes
     return [
-        *teacher.notes,
+        *notes,
         f"distill: the teacher {teacher.name} has {theirs:,} rows for ids, the model {ours:,}: its predictions are of the "
         f"first {min(theirs, ours):,}",
     ]
