@@ -92,7 +92,7 @@ def test_labels_of_an_axis_may_look_like_switches_dates_and_numbers() -> None:
 # ---- paths ---------------------------------------------------------------------------------------------------------------
 
 PATHS = {
-    "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "ReplayConfig.paths",
+    "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "DistillConfig.from_", "ReplayConfig.paths",
     "ExperimentConfig.folder", "PrepareConfig.folder", "CorpusConfig.from_",
 }  # fmt: skip
 NO_PATHS = {
