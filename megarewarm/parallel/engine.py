@@ -120,22 +120,24 @@ class ParallelModel(LaidOutModel):
         count = self._count_targets(tokens)
         self._rows = [] if per_row else None
         try:
-            total, distilled = self._pipelined(tokens) if self._pipeline is not None else self._accumulated(tokens, between)
+            total, distilled = (
+                self._pipelined(tokens, self.teacher) if self._pipeline is not None else self._accumulated(tokens, between)
+            )
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
             self._rows = None
         rows_of_owner = None if each is None else [self._if_loss_owner(loss) for loss in each]
         return BatchLosses(self._if_loss_owner(total), count, self._if_loss_owner(distilled), rows_of_owner)
 
-    def _pipelined(self, tokens: Tensor) -> tuple[float, float]:
+    def _pipelined(self, tokens: Tensor, teacher: Teacher | None) -> tuple[float, float]:
         assert self._pipeline is not None
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
-            if self.teacher is None:
+            if teacher is None:
                 losses = self._pipeline.train(inputs, targets, starts)
                 return sum(float(loss) for loss in losses) / self._scale(), 0.0
             try:
-                self._distilled, self._taught = [], self.teacher.hidden_of_batch(inputs, starts)
+                self._distilled, self._taught = [], teacher.hidden_of_batch(inputs, starts)
                 self._pipeline.train(inputs, targets, starts)
             finally:
                 self._taught = None
