@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command("sweep", "run an experiment, several runs at a time, here or on Slurm"),
     "watch": Command("watch", "follow runs live in the terminal"),
     "report": Command("report", "draw and compare runs, or the arms of an experiment"),
+    "values": Command("values", "say which training data lowered which validation loss"),
     "advise": Command("advise", "say which arm of an experiment is best and what to run next"),
     "plan": Command("plan", "rank the layouts of a run on a cluster"),
     "inspect": Command("inspect_checkpoint", "inspect a checkpoint, or compare two"),

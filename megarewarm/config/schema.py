@@ -29,6 +29,7 @@ from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.schedule import ScheduleConfig
 from megarewarm.config.section import FolderName, Section
+from megarewarm.config.valuation import ValuationConfig
 from megarewarm.errors import UserError
 
 Intent = Literal["scratch", "resume", "rewarm", "branch", "continue"]
@@ -98,6 +99,9 @@ class RunConfig(Section):
         None, description="Distillation from a frozen teacher, such as the start checkpoint; null: none."
     )
     interpolate: InterpolateConfig | None = Field(None, description="Weights between start and end, evaluated; null: none.")
+    valuation: ValuationConfig | None = Field(
+        None, description="What training rows do to validation losses, measured during the run; null: not measured."
+    )
     schedule: ScheduleConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -143,6 +147,18 @@ class RunConfig(Section):
             )
         if self.evaluation.windows == "moving" and self.data.order_name == "scored":
             raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
+        if self.valuation is not None:
+            known = [entry.name for entry in self.data.validation]
+            if unknown := [name for name in self.valuation.against if name not in known]:
+                raise ValueError(
+                    f"valuation.against: no validation set is named '{unknown[0]}'; data.validation has "
+                    f"{', '.join(known) or 'none'}"
+                )
+            if self.optimizer.kind != "adamw":
+                raise ValueError(
+                    f"valuation: an update of '{self.optimizer.kind}' is not a sum of what single rows add to it; it works "
+                    f"with optimizer.kind: adamw"
+                )
         if self.replay is None and any(switch.replay_fraction for switch in self.data.switches):
             raise ValueError("data.switches: 'replay_fraction' has nothing to replay without 'replay': add it, or remove this")
         if self.data.switches and (keys := list(in_epochs(self))):

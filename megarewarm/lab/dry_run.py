@@ -44,6 +44,7 @@ from megarewarm.training.start.memory import Room, memory_note, room
 from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro_batch
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.valuation import valuation_cost
 from megarewarm.training.summary import print_reset_table
 
 
@@ -251,6 +252,8 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     )
     if cost is not None:
         costs.add_row("evaluation", str(cost))
+    if (valuation := valuation_cost(config, plan.origin.step)) is not None:
+        costs.add_row("valuation", str(valuation))
     if here is not None:
         costs.add_row("memory", str(here))
     if pace is not None and not is_trained(plan):

@@ -50,6 +50,7 @@ class AdamW:
         NVIDIA's FusedAdam, which must be there."""
         self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
+        self._parameters = parameters
         every = rate_factors(cards, config.layer_decay)
         factors = {name: every[name] for name in parameters}
         kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
@@ -138,6 +139,30 @@ class AdamW:
             return
         for parameter, state in self.torch.state.items():
             state["step"] = torch.full((), float(steps), dtype=torch.float32, device=parameter.device)
+
+    def influence(self, name: str, gradient: Tensor, scale: float, clip: float, direction: Tensor) -> Tensor:
+        """As ``Optimizer.influence``. With P = 1 / (1 - b1^t) / (sqrt(vhat) + eps), where v includes the gradient of this step,
+        the step takes lr (P (b1 m + (1 - b1) g) + d w) off the weights (arXiv 2406.11011, with Adam's P)."""
+        state, decay = self.torch.state[self._parameters[name]], self._groups[name]["weight_decay"]
+        beta1, beta2 = self.config.betas
+        steps, factor = self.completed_steps + 1, self._groups[name]["factor"]
+        root = math.sqrt(1 - beta2**steps)
+        total = direction.new_zeros(4, dtype=torch.float64)
+        given = (gradient, state["exp_avg"], state["exp_avg_sq"], self._parameters[name].detach())
+        flat = [direction.view(-1), *(tensor.reshape(-1) for tensor in given)]
+        for begin, end, _ in slices(flat[0]):
+            u, g, m, v, w = (values[begin:end] for values in flat)
+            g = g * scale
+            squares = (v * beta2).addcmul_(g, g, value=1 - beta2)
+            pulled = u * w
+            # without any gradient so far: no row has one, and 1 / eps would hide what the others do
+            u.div_(squares.sqrt().div_(root).add_(self.config.eps)).masked_fill_(squares == 0, 0)
+            moved = u * g
+            total += torch.stack([values.sum(dtype=torch.float64) for values in (moved, u * m, pulled, moved.abs())])
+        bias = factor / (1 - beta1**steps)
+        now = (1 - beta1) * bias
+        direction.mul_(now * clip)
+        return total * total.new_tensor([now, beta1 * bias, decay * factor, now])
 
     def sums(self, name: str, weights: Tensor, state: Mapping[str, Tensor], start: Tensor | None) -> Tensor:
         """As ``Optimizer.sums``. Moments and weights after a step say what it did: with a = lr m / (sqrt(v) + eps), the moments

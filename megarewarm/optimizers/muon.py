@@ -154,6 +154,9 @@ class Muon:
     def set_completed_steps(self, steps: int) -> None:
         self._rest.set_completed_steps(steps)
 
+    def influence(self, name: str, gradient: Tensor, scale: float, clip: float, direction: Tensor) -> Tensor:
+        raise AssertionError("an orthogonalised update is no sum over rows; the configuration refuses 'valuation'")
+
     def sums(self, name: str, weights: Tensor, state: Mapping[str, Tensor], start: Tensor | None) -> Tensor:
         """As ``Optimizer.sums``; the effective rate of a matrix is that of the orthogonal one."""
         if name not in self._momentum:

@@ -41,6 +41,13 @@ class Optimizer(Protocol):
     def set_completed_steps(self, steps: int) -> None:
         """Set it for every parameter."""
 
+    def influence(self, name: str, gradient: Tensor, scale: float, clip: float, direction: Tensor) -> Tensor:
+        """Of parameter ``name``, before a step from ``gradient`` times ``scale``: turn ``direction``, the gradient of some
+        loss, in place into u, so that by <u, g> the step lowers that loss, to first order and per unit of learning rate,
+        because of a part g of the step's gradient that is multiplied by ``clip``. Returns (4,) fp64: by how much all of
+        ``gradient``, the momentum and the weight decay lower it, and sum |u o g| of all g. All tensors are laid out as the
+        parameter."""
+
     def sums(self, name: str, weights: Tensor, state: Mapping[str, Tensor], start: Tensor | None) -> Tensor:
         """Sums over the values of one parameter after a step, (7,) fp64: their number; squares of weights, of the change, of
         first and second moments, and of the distance from ``start``; effective learning rates. All tensors are flat, parts of

@@ -74,6 +74,11 @@ class Teacher:
         self.identity = ""
 
     @property
+    def weight(self) -> float:
+        """Of the teacher's term beside the cross entropy."""
+        return self._settings.weight
+
+    @property
     def names(self) -> list[str]:
         """The parameters that this rank holds a part of."""
         return list(self._named())

@@ -121,13 +121,42 @@ class ParallelModel(LaidOutModel):
         self._rows = [] if per_row else None
         try:
             total, distilled = (
-                self._pipelined(tokens, self.teacher) if self._pipeline is not None else self._accumulated(tokens, between)
+                self._pipelined(tokens, self.teacher)
+                if self._pipeline is not None
+                else self._accumulated(tokens, between, self.teacher)
             )
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
             self._rows = None
         rows_of_owner = None if each is None else [self._if_loss_owner(loss) for loss in each]
         return BatchLosses(self._if_loss_owner(total), count, self._if_loss_owner(distilled), rows_of_owner)
+
+    @collective
+    def add_mean_gradients(self, rows: npt.NDArray[np.int64], most: int, loss_scale: float = 1.0) -> BatchLosses:
+        """Add to ``gradients`` those of the mean cross entropy over the targets of all ranks' rows, times ``loss_scale``, not
+        yet reduced. All ranks call it.
+
+        ``rows``: this rank's (n, s + 1); ``most``: the largest number that any rank has. A teacher has no part in it.
+        """
+        self._loss_scale = loss_scale
+        self._follow()
+        tokens = torch.from_numpy(rows)
+        count, held = self._targets_here(tokens), self._targets_per_step
+        self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
+        try:
+            if self._pipeline is None:
+                total, _ = self._accumulated(tokens, nothing_between, None, -(-most // self.micro_batch))
+            else:
+                size = self._pipeline.sequences
+                total = sum(self._pipelined(tokens[first : first + size], None)[0] for first in range(0, most, size))
+        finally:
+            self._targets_per_step = held
+        return BatchLosses(self._if_loss_owner(total), count)
+
+    @property
+    def targets_per_step(self) -> int:
+        """Targets of the newest global batch of ``forward_backward``, over whose number its loss is a mean."""
+        return self._targets_per_step
 
     def _pipelined(self, tokens: Tensor, teacher: Teacher | None) -> tuple[float, float]:
         assert self._pipeline is not None
@@ -147,14 +176,31 @@ class ParallelModel(LaidOutModel):
         """What a pipeline differentiates of the next micro-batch, whose order its schedules keep."""
         if self.teacher is None or self._taught is None:
             return self._cross_entropy(hidden, targets)[0] * self._scale()
-        loss, cross, apart = self._apart_from(self.teacher, hidden, targets, self._taught.popleft())
+        taught = self._taught.popleft()
+        if not torch.is_grad_enabled():
+            return self._rows_apart(self.teacher, hidden, targets, taught)
+        loss, cross, apart = self._apart_from(self.teacher, hidden, targets, taught)
         self._distilled.append((cross, apart))
         return loss * self._scale()
 
-    def _accumulated(self, tokens: Tensor, between: Between) -> tuple[float, float]:
+    def _rows_apart(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        """The sum of the losses of a micro-batch's rows, the teacher's term included; each goes to ``_rows``."""
+        rows, self._rows = self._rows, None
+        assert rows is not None
+        for each in zip(hidden.split(1), targets.split(1), taught.split(1), strict=True):
+            _, cross, apart = self._apart_from(teacher, *each)
+            rows.append(cross + teacher.weight * apart)
+        self._rows = rows
+        return torch.stack(rows[-len(hidden) :]).sum()
+
+    def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> tuple[float, float]:
+        """``portions``: micro-batches of the rank that has most, where ranks that share parameters have different numbers."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
-        parts = tokens.split(self.micro_batch)
+        parts = list(tokens.split(self.micro_batch)) if len(tokens) else []
+        own = len(parts)
+        if self._sharded:
+            parts += [torch.zeros((1, self._sequence_length + 1), dtype=torch.int64)] * (portions - own)
         for i, part in enumerate(parts):
             if i:
                 between(i, len(parts))
@@ -168,25 +214,33 @@ class ParallelModel(LaidOutModel):
                 if self._keeps_gathered:
                     module.set_reshard_after_backward(last)
             with self._autocast:
-                if self.teacher is None:
+                if teacher is None:
                     loss, _ = self._loss(part)
                     cross = loss.detach()
                 else:
-                    loss, cross, apart = self._distilled_loss(self.teacher, part)
+                    loss, cross, apart = self._distilled_loss(teacher, part)
                     distilled += apart
-            (loss * self._scale()).backward()
-            total += cross
+            (loss * (self._scale() if i < own else 0.0)).backward()
+            if i < own:
+                total += cross
         return float(total), float(distilled)
 
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
-        count = self._if_loss_owner(float(tokens[:, 1:].numel()))
-        if self._documents is None or not self._documents.mask_loss:
-            return count
-        targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
-        count = self._if_loss_owner(float((targets != IGNORE).sum()))
-        self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
+        count = self._targets_here(tokens)
+        if self._documents is not None and self._documents.mask_loss:
+            self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
+
+    def count_targets(self, rows: npt.NDArray[np.int64]) -> float:
+        """The targets of this rank's ``rows`` (n, s + 1); 0 on a rank whose losses another rank returns."""
+        return self._targets_here(torch.from_numpy(rows))
+
+    def _targets_here(self, tokens: Tensor) -> float:
+        if self._documents is None or not self._documents.mask_loss:
+            return self._if_loss_owner(float(tokens[:, 1:].numel()))
+        targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
+        return self._if_loss_owner(float((targets != IGNORE).sum()))
 
     def _loss(self, part: Tensor) -> tuple[Tensor, Tensor]:
         """(loss summed, number of targets) of rows (b, s + 1) on the device, without a pipeline."""
@@ -246,6 +300,55 @@ class ParallelModel(LaidOutModel):
             for module in self._modules:
                 module.train()
         return self._if_loss_owner(total), self._if_loss_owner(count)
+
+    @collective
+    @torch.no_grad()
+    def row_losses(self, rows: npt.NDArray[np.int64], most: int, micro_batch: int, *, taught: bool = True) -> list[float]:
+        """The loss of each of this rank's ``rows`` (n, s + 1), summed over its targets, in fp32 from the parameters, whatever
+        the precision of training. Zeros on a rank whose losses another rank returns. All ranks call it.
+
+        ``taught``: as ``forward_backward`` differentiates it, a teacher's term included; else the cross entropy.
+
+        ``most``: the largest number of rows that any rank has; ``micro_batch``: rows of a portion, without a pipeline.
+        """
+        self._follow()
+        size = micro_batch if self._pipeline is None else self._pipeline.sequences
+        tokens = torch.from_numpy(rows)
+        teacher = self.teacher if taught else None
+        found: list[float] = []
+        try:
+            for module in self._modules:
+                module.eval()
+            for first in range(0, most, size):
+                part = tokens[first : first + size]
+                if len(part):
+                    found += self._losses_each(part, teacher)
+                elif self._sharded:  # other ranks gather parameters with this one
+                    self._losses_each(torch.zeros((1, self._sequence_length + 1), dtype=torch.int64), teacher)
+                elif self._pipeline is not None:
+                    self._losses_each(part, teacher)
+        finally:
+            self._rows = None
+            for module in self._modules:
+                module.train()
+        return [self._if_loss_owner(loss) for loss in found]
+
+    def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:
+        """The losses of rows (b, s + 1), at most one portion; zeros where another rank has them."""
+        if teacher is not None and self._pipeline is None:
+            each = (self._distilled_loss(teacher, row[None]) for row in tokens.to(self.mesh.device))
+            return [float(cross + teacher.weight * apart) for _, cross, apart in each]
+        self._rows = []
+        if self._pipeline is None:
+            self._loss(tokens.to(self.mesh.device))
+        else:
+            inputs, targets, starts = self._padded(tokens)
+            self._taught = None if teacher is None else teacher.hidden_of_batch(inputs, starts)
+            try:
+                self._pipeline.evaluate(inputs, targets, starts, torch.float32)
+            finally:
+                self._taught = None
+        return [float(loss) for loss in self._rows[: len(tokens)]] or [0.0] * len(tokens)
 
     def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
         """(loss summed, tokens) of rows (b, s + 1), at most one portion."""

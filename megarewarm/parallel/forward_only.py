@@ -29,9 +29,15 @@ class ForwardOnly:
         self._shape, self._dtype, self._length = shape, dtype, length
 
     @torch.no_grad()
-    def run(self, inputs: Tensor, starts: Tensor | None, finish: Callable[[int, Tensor], None]) -> None:
+    def run(
+        self,
+        inputs: Tensor,
+        starts: Tensor | None,
+        finish: Callable[[int, Tensor], None],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Compute ``inputs`` (B, s), micro-batch by micro-batch; the rank of the last stage calls ``finish(i, hidden)`` for
-        each of them.
+        each of them. ``dtype``: of what stages pass on, where it is not the usual one.
 
         Each stage takes all micro-batches in turn and passes each one on at once. What goes to an earlier rank has a group of
         its own, so that no message waits behind one whose receiver waits for it.
@@ -48,7 +54,7 @@ class ForwardOnly:
                 elif number - 1 in self._stages:
                     x = here[i]
                 else:
-                    x = torch.empty(self._shape, dtype=self._dtype, device=inputs.device)
+                    x = torch.empty(self._shape, dtype=dtype or self._dtype, device=inputs.device)
                     source = self._rank_of[number - 1]
                     dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
                 x = stage(x, length=self._length, starts=parts[i])

@@ -37,6 +37,12 @@ class Gradients(Protocol):
     def scale_(self, factor: float) -> None:
         """Multiply them by ``factor``."""
 
+    def take(self) -> dict[str, Tensor]:
+        """The reduced gradients by parameter, put aside, so that others may be computed. They have none afterwards."""
+
+    def put_back(self, taken: Mapping[str, Tensor]) -> None:
+        """Replace the gradients by those that ``take`` gave, bit for bit."""
+
 
 class OwnGradients:
     """Gradients that are on this rank only, each a tensor as the backward pass made it. Compared with a flat tensor this
@@ -59,6 +65,15 @@ class OwnGradients:
     def scale_(self, factor: float) -> None:
         torch._foreach_mul_(self._all(), factor)
 
+    def take(self) -> dict[str, Tensor]:
+        taken = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        self.zero()
+        return taken
+
+    def put_back(self, taken: Mapping[str, Tensor]) -> None:
+        for name, gradient in taken.items():
+            self._parameters[name].grad = gradient
+
     def _all(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
@@ -78,7 +93,7 @@ class FlatGradients:
         copies: frozenset[str] = frozenset(),
         reduce_copies: Callable[[], None] | None = None,
     ) -> None:
-        self._mesh = mesh
+        self._mesh, self._parameters = mesh, parameters
         self._reduce_copies = reduce_copies
         order = sorted(parameters, key=lambda name: _kind(placements[name], name in copies))
         self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=next(iter(parameters.values())).device)
@@ -123,6 +138,17 @@ class FlatGradients:
 
     def scale_(self, factor: float) -> None:
         self.flat.mul_(factor)
+
+    def take(self) -> dict[str, Tensor]:
+        taken = {name: p.grad.clone() for name, p in self._parameters.items() if p.grad is not None}
+        self.zero()
+        return taken
+
+    def put_back(self, taken: Mapping[str, Tensor]) -> None:
+        for name, gradient in taken.items():
+            held = self._parameters[name].grad
+            assert held is not None
+            held.copy_(gradient)
 
 
 class ShardedGradients:
@@ -172,6 +198,15 @@ class ShardedGradients:
     def scale_(self, factor: float) -> None:
         torch._foreach_mul_([self._grad(name) for name in self._local], factor)
 
+    def take(self) -> dict[str, Tensor]:
+        taken = {name: self._grad(name) for name in self._local}
+        self.zero()
+        return taken
+
+    def put_back(self, taken: Mapping[str, Tensor]) -> None:
+        for name, gradient in taken.items():
+            self._local[name].grad = gradient
+
     def _grad(self, name: str) -> Tensor:
         grad = self._local[name].grad
         assert grad is not None, name
@@ -200,5 +235,5 @@ def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
         flat = tensor.reshape(-1)
         whole = flat.numel() - flat.numel() % ROW
         total += torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1).double().square_().sum()
-        total += flat[whole:].double().square_().sum()
+        total += flat[whole:].double().square().sum()
     return total

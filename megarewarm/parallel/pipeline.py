@@ -190,10 +190,12 @@ class Pipeline:
         )
         return [loss.detach() for loss in losses]
 
-    def evaluate(self, inputs: Tensor, targets: Tensor, starts: Tensor | None) -> list[Tensor]:
-        """Forward only; the losses as in ``train``."""
+    def evaluate(
+        self, inputs: Tensor, targets: Tensor, starts: Tensor | None, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """Forward only; the losses as in ``train``. ``dtype``: of what stages pass on, where it is not training's."""
         losses: list[Tensor] = []
         wanted = targets.split(self._micro_batch)
         with torch.no_grad():
-            self._forward.run(inputs, starts, lambda i, hidden: losses.append(self._loss(hidden, wanted[i])))
+            self._forward.run(inputs, starts, lambda i, hidden: losses.append(self._loss(hidden, wanted[i])), dtype)
         return losses

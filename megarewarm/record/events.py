@@ -1,4 +1,4 @@
-"""The event ``train`` of metrics.jsonl: what a step writes, and what readers take of it."""
+"""The events ``train`` and ``value`` of metrics.jsonl: what a step writes, and what readers take of it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,32 @@ NUMBERS = tuple(field.name for field in dataclasses.fields(TrainEvent) if field.
 
 COLUMNS = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "lr_sum", "annealing_area")
 """Those that a report reads of every step."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ValueEvent:
+    """What a valued step did to validation set ``name``, in nats per token of the set; positive: its loss fell.
+
+    ``sources``: the values of all rows that were valued so far, summed by source; ``rows``: their numbers. Of this step:
+    ``samples``, ``momentum`` and ``decay`` are the shares of its whole batch, of Adam's momentum and of the weight decay to
+    first order, ``predicted`` is their sum, ``measured`` the fall of the loss on the same rows, ``rest`` their difference.
+    """
+
+    step: int
+    tokens: int
+    name: str
+    sources: dict[str, float]
+    rows: dict[str, int]
+    samples: float
+    momentum: float
+    decay: float
+    rest: float
+    predicted: float
+    measured: float
+
+    def values(self) -> dict[str, Any]:
+        """The keys of the line."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from megarewarm.errors import UserError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
+VALUES_FILE = "values.jsonl"
 CHECKPOINTS = "checkpoints"
 BATCHES = "batches"
 EXPORT = "huggingface"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,17 @@ Batch = tuple[int, npt.NDArray[np.int64]]
 """Number of the global batch's first sample, and this rank's rows of it, (B / data-parallel ranks, s + 1)."""
 
 
+@dataclass(frozen=True)
+class Update:
+    """The update that a step is about to make, at learning rate ``lr`` from ``model.gradients`` times ``scale``. ``rows``: this
+    rank's of the global batch; ``clip``: the factor of their gradients, which ``scale`` contains beside the loss scale."""
+
+    lr: float
+    rows: npt.NDArray[np.int64]
+    scale: float
+    clip: float
+
+
 @dataclass
 class Run:
     """A run in progress: ``state`` moves with its steps, the rest stays as ``setup.build`` made it.
@@ -48,6 +59,7 @@ class Run:
     ``inputs``: what it reads besides weights. ``notes``: what a user must know before the first step. ``spikes``: None where
     none are looked for. ``start_weights``: what the run began with, where something has a use for it. ``between``: what is
     asked between two micro-batches of a step. ``wants_row_losses``: whether steps return the loss of each sequence, too.
+    ``before_update``: called on all ranks before each update, which it must leave as it is.
     """
 
     plan: Plan
@@ -64,6 +76,7 @@ class Run:
     notes: list[str]
     between: Between = nothing_between
     wants_row_losses: bool = False
+    before_update: Callable[[Update], None] | None = None
 
     @property
     def step(self) -> int:

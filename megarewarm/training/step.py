@@ -13,7 +13,7 @@ import torch
 
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
-from megarewarm.training.run import Run
+from megarewarm.training.run import Run, Update
 
 Kind = Literal["transient", "non_finite", "spike"]
 
@@ -29,7 +29,8 @@ class StepResult:
     ``fault``: what was wrong with it, in ``words``; ``changed``: whether it changed the weights. An overflow in fp16 is no
     fault. ``distilled``: the teacher's term, a mean per target. ``busy``: seconds that each rank worked, from asking for its
     batch to the end of its backward pass; ``waited``: that this rank waited for its batch. ``row_losses``: the loss of each
-    sequence of the global batch, summed over its targets in nats, where ``run.wants_row_losses``.
+    sequence of the global batch, summed over its targets in nats, where ``run.wants_row_losses``. ``aside``: seconds that
+    ``run.before_update`` took.
     """
 
     loss: float
@@ -40,6 +41,7 @@ class StepResult:
     distilled: float = 0.0
     busy: list[float] = field(default_factory=list)
     waited: float = 0.0
+    aside: float = 0.0
     row_losses: list[float] | None = None
 
 
@@ -73,7 +75,7 @@ def training_step(run: Run, lr: float) -> StepResult:
             which = "gradient" if math.isfinite(result.loss) else "loss"
             again = "the same" if _measured(result) == _measured(first) else _measured(result)
             fault, words = "non_finite", f"the {which} is not finite ({_measured(first)}; recomputed: {again})"
-    changed = fault != "non_finite"
+    changed, aside = fault != "non_finite", 0.0
     if changed and run.scaler is not None:
         run.scaler.update(math.isfinite(result.norm))
         changed = math.isfinite(result.norm)
@@ -85,9 +87,13 @@ def training_step(run: Run, lr: float) -> StepResult:
     if changed:
         limit = run.plan.config.optimizer.clip_norm
         factor = limit / (result.norm + 1e-6) if limit is not None and result.norm > limit else 1.0
+        began = time.perf_counter()
+        if run.before_update is not None:
+            run.before_update(Update(lr, rows, factor / scale, factor))
+        aside = time.perf_counter() - began
         run.optimizer.step(lr, run.model.gradients, factor / scale)
     run.state.complete_step(lr)
-    return replace(result, changed=changed, fault=fault, words=words, waited=waited)
+    return replace(result, changed=changed, fault=fault, words=words, waited=waited, aside=aside)
 
 
 @collective

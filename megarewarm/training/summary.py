@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megarewarm.model.size import count_parameters
+from megarewarm.record.values import SIGN
 from megarewarm.rewarm.reset import ResetLine
 from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluation_cost import EvaluationCost
+from megarewarm.training.start.valuation import valuation_cost
 
 
 def announce(run: Run, voice: Voice, evaluations: EvaluationCost | None) -> None:
@@ -53,6 +55,8 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
     console.print(f"{config.name}: kernels: {shown}{compiled}", highlight=False)
     if evaluations is not None:
         console.print(f"{config.name}: evaluation: {evaluations}", highlight=False)
+    if (valuation := valuation_cost(config, plan.origin.step)) is not None:
+        console.print(f"{config.name}: valuation: {valuation}; {SIGN}", highlight=False)
     for note in run.notes:
         console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
 

@@ -163,7 +163,7 @@ class _Loop:
         began = time.perf_counter()
         result = training_step(run, run.plan.lr(run.step + 1))
         self.waited += result.waited
-        return Moment("step", result, began, time.perf_counter() - began)
+        return Moment("step", result, began, time.perf_counter() - began - result.aside)
 
     def _follow(self, moment: Moment) -> Outcome | None:
         """What follows a step; how the run has ended, if it has."""

@@ -251,3 +251,22 @@ def _rows_and_sum(ranks: Ranks, place: str) -> tuple[list[float], float]:
     losses = run.model.forward_backward(_rows(), per_row=True)
     assert losses.rows is not None
     return losses.rows, losses.sum
+
+
+def _whole_rows(ranks: Ranks, place: str, names: list[str]) -> list[list[float]]:
+    """Of each case, the losses of single rows as ``forward_backward`` differentiates them, and their sum in training."""
+    found = []
+    for name in names:
+        run = build(make_plan(settings(Path(place), f"rows_{name}", TWO[name])), ranks)
+        run.batches.close()
+        losses = run.model.forward_backward(_rows())
+        found.append([losses.sum + WEIGHT * losses.distilled, *run.model.row_losses(_rows(), 8, 2)])
+    return found
+
+
+def test_losses_of_single_rows_have_the_teachers_term_in_tensor_ranks_and_pipelines(place: Path) -> None:
+    names = ["tensor", "sequence_hidden", "pipeline", "zero_bubble_hidden"]
+    found = run_ranks(_whole_rows, 2, str(place), names)
+    for i, name in enumerate(names):
+        whole, *rows = (sum(each) for each in zip(*(rank[i] for rank in found), strict=True))
+        assert len(rows) == 8 and min(rows) > 0 and sum(rows) == pytest.approx(whole, rel=1e-6), name

@@ -55,6 +55,12 @@ class WindowSet:
         """What evaluation ``number`` reads, counted from 0: the same each time."""
         return Slice(self._rows, 0, self.num_windows)
 
+    def portion(self, number: int, count: int) -> Slice:
+        """Portion ``number``, from 0, of ``count`` windows each, or of all if there are fewer; after the last whole portion the
+        first comes again."""
+        count = min(count, self.num_windows)
+        return Slice(self._rows, number % (self.num_windows // count) * count, count)
+
 
 class ValidationWindows(WindowSet):
     """The first floor(tokens / s) windows of the permuted order of the set's sources, blended by weight.

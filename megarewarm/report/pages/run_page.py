@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from megarewarm.record.lines import number
 from megarewarm.record.run import RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import tradeoff, training
+from megarewarm.report.figures import tradeoff, training, values
 from megarewarm.report.figures.lines import Line, lines_of
+from megarewarm.report.figures.values import describe_values, draw_values
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
 from megarewarm.report.numbers.runs import RunRow, differences, rows
 from megarewarm.report.pages.files import finite, write_csv, write_json
@@ -33,7 +34,7 @@ from megarewarm.report.pages.html import (
 from megarewarm.report.pages.words import summarise
 from megarewarm.spelling import DASH, duration_text, tokens_text
 
-PICTURES = ("curves", "tradeoff", "training", "sets", "pretraining", "pretraining_steps")
+PICTURES = ("curves", "tradeoff", "values", "training", "sets", "pretraining", "pretraining_steps")
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
@@ -63,6 +64,7 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
 def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Picture]:
     """The report's pictures of ``runs``, whose rows are ``table``; without those that have nothing to show."""
     lines = lines_of(runs, table)
+    named = [(row.label, run) for row, run in zip(table, runs, strict=True)]
     drawn: list[tuple[str, str, Figure | None, str, str]] = [
         (
             "curves",
@@ -77,6 +79,13 @@ def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Pictu
             tradeoff.draw_tradeoff(lines),
             tradeoff.describe_tradeoff(table),
             tradeoff.caption_tradeoff(table),
+        ),
+        (
+            "values",
+            "Values of the training data",
+            draw_values(named),
+            describe_values(named),
+            values.CAPTION,
         ),
         ("training", "Training", *_training([line for line in lines if not line.is_pretraining])),
         ("sets", "Every validation set", draw.draw_sets(lines), "Line charts: loss of every set against tokens.", ""),

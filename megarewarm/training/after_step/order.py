@@ -13,6 +13,7 @@ from megarewarm.training.after_step.replicas import Replicas
 from megarewarm.training.after_step.saving import Due, Save
 from megarewarm.training.after_step.step_times import Times
 from megarewarm.training.after_step.stopping import AskStop, EndStopped
+from megarewarm.training.after_step.value import Value
 
 PARTS: list[Callable[[Context], StepPart]] = [
     Log,
@@ -20,6 +21,7 @@ PARTS: list[Callable[[Context], StepPart]] = [
     Times,
     Dynamics,
     Show,
+    Value,
     Evaluate,
     AskStop,
     Due,

@@ -108,6 +108,8 @@ def _points(event: str, values: dict[str, Any]) -> dict[str, float]:
     if event == "dynamics":
         groups = values["groups"].items()
         return {f"dynamics_{measure}/{group}": value for group, row in groups for measure, value in row.items()}
+    if event == "value":
+        return {f"value_{values['name']}/{source}": value for source, value in values["sources"].items()}
     return {}
 
 

@@ -30,6 +30,7 @@ from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
 from megarewarm.training.start.saving import check_roll_back, check_saving
 from megarewarm.training.start.texts import Texts, settle_texts
+from megarewarm.training.start.valuation import check_valuation
 from megarewarm.training.start.weights import start_source
 
 _HIGHEST_USUAL = 1e-2  # of peak learning rates
@@ -78,6 +79,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     operations, remarks = choose_operations(
         config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.reset
     )
+    valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
     optimizer, about = choose_optimizer(config.kernels, device)
     teacher = None
     if not isinstance(plan.source, PlannedCheckpoint):  # a file that isn't written yet is checked when it is
@@ -86,7 +88,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
         teacher = _teacher(plan)
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
-    notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *_unusual(config)]
+    notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
     notes += _about_teacher(plan, teacher)
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 

@@ -1,0 +1,221 @@
+"""The values of a run's training rows: its sources in a table, the best and worst rows as text, a selection of documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megarewarm.config.data import Source
+from megarewarm.config.load import validate
+from megarewarm.config.schema import RunConfig
+from megarewarm.config.yaml_text import read_yaml
+from megarewarm.data.files.document_table import DocumentTable, table_path, write_table
+from megarewarm.data.files.library import part_of
+from megarewarm.data.files.token_file import TokenFile, open_tokens
+from megarewarm.data.mixture.mixture import source_names
+from megarewarm.data.text.tokenizers import load_tokenizer
+from megarewarm.errors import UserError, nearest
+from megarewarm.record.layout import CONFIG_FILE, take_format
+from megarewarm.record.run import RecordedRun
+from megarewarm.record.values import SIGN, ValuedRow, Values
+from megarewarm.report.numbers.values import Value, predictions, source_values
+from megarewarm.spelling import MINUS, counted, tokens_text
+
+By = Literal["source", "document"]
+_UNKNOWN = "sources of the configuration"
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of the run in ``folder``. Raises ``UserError`` without one."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so {folder} is not a run folder; give the folder of a run")
+    mapping, origins = read_yaml(path)
+    return validate(RunConfig, take_format(mapping, path), origins)
+
+
+def check_sets(values: Values, against: Sequence[str]) -> list[str]:
+    """The validation sets to look at, all where none is named. Raises ``UserError`` for one without values."""
+    for name in against:
+        if name not in values.sets:
+            known = ", ".join(values.sets)
+            raise UserError(f"{values.path}: no values against '{name}'{nearest(name, values.sets)}; it has {known}")
+    return list(against) or values.sets
+
+
+def show_values(values: Values, run: RecordedRun, against: Sequence[str], console: Console) -> None:
+    """Print the sources' values against each set, the most harmful first, and how well the steps were predicted."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("source", overflow="fold", min_width=8)
+    for heading in ("rows", "tokens", *against):
+        table.add_column(heading, justify="right", no_wrap=heading in ("rows", "tokens"))
+    for one in source_values(values, against):
+        table.add_row(
+            one.source, f"{one.rows:,}", tokens_text(one.tokens), *(_value_text(one.values[name]) for name in against)
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Value: fall of the set's loss in nats per token, by a million tokens, with its standard error; {SIGN}. It belongs to "
+        f"this run: its steps, its optimizer, these sets.",
+        highlight=False,
+    )
+    for name, pair in predictions(run).items():
+        if name in against and pair.r_squared is not None:
+            trust = f"R squared {pair.r_squared:.3f}".replace("-", MINUS)
+            console.print(f"{name}: predicted against measured change of {len(pair.measured)} steps: {trust}", highlight=False)
+
+
+def _value_text(value: Value) -> Text:
+    text = f"{_plain(value.per_million, 3, '+')} ± {_plain(value.error, 2)}".replace("-", MINUS)
+    return Text(text, style="red" if value.is_harmful else "")
+
+
+def _plain(number: float, digits: int, sign: str = "") -> str:
+    """To ``digits`` of it, without an exponent where it is large."""
+    return f"{number:{sign}.0f}" if abs(number) >= 10 ** (digits - 1) else f"{number:{sign}.{digits}g}"
+
+
+def show_extremes(values: Values, config: RunConfig, against: Sequence[str], count: int, console: Console) -> None:
+    """Print the ``count`` rows with the highest and lowest value for each set: where they are from, and their text, or ids
+    where the run has no tokenizer."""
+    decode = _decoder(config, console)
+    for name in against:
+        ascending = np.argsort(values.values[name], kind="stable")
+        ascending = ascending[np.isfinite(values.values[name][ascending])]
+        for what, places in (("highest", ascending[::-1][:count]), ("lowest", ascending[:count])):
+            console.print(f"\n[bold]{what} for {name}[/]", highlight=False)
+            for place in places.tolist():
+                row = values.row(place)
+                documents = ", ".join(f"{part.document}+{part.offset}" for part in row.parts[:3])
+                more = "" if len(row.parts) <= 3 else f" and {len(row.parts) - 3} more"
+                where = f"{row.source}, documents {documents}{more}, step {row.step:,}"
+                said = Text(f"{row.values[name]:+.3g} ".replace("-", MINUS), style="bold")
+                console.print(said.append(where, style="dim"))
+                console.print(Text(f"  {_excerpt(row, decode)}"))
+
+
+def _excerpt(row: ValuedRow, decode: Callable[[list[int]], str]) -> str:
+    tokens = row.tokens
+    if tokens is None:
+        return "(its tokens were not kept: valuation.keep_extremes)"
+    text = decode(tokens)
+    return repr(text[:400])[1:-1]
+
+
+def _decoder(config: RunConfig, console: Console) -> Callable[[list[int]], str]:
+    if config.data.tokenizer is not None:
+        try:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+        except UserError as error:
+            console.print(f"rows as token ids: {error}", style="yellow", highlight=False)
+        else:
+            return lambda ids: tokenizer.decode(np.array(ids, np.int64))
+    return lambda ids: " ".join(map(str, ids))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of the training source ``name``: ``kept`` documents out of ``of``, and the source that reads them; None if
+    none are."""
+
+    name: str
+    kept: int
+    of: int
+    source: Source | None
+
+
+def select(values: Values, config: RunConfig, against: Sequence[str], by: By, output: Path) -> list[Selection]:
+    """Write into the new folder ``output``, for each training source of which something goes and something stays, a list of
+    the documents that stay.
+
+    ``by`` source: whole sources whose value, summed over the sets ``against``, is below zero by two standard errors.
+    document: those whose rows, each counted by the document's share of its tokens, sum up to less than zero; documents that
+    were not valued stay. Raises ``UserError`` for an ``output`` that exists, where nothing is harmful or nothing would stay,
+    and for files that have changed.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: remove it, or choose another folder")
+    sources = _training_sources(config)
+    harmful: dict[str, npt.NDArray[np.int64] | None]
+    if by == "source":
+        harmful = {one.source: None for one in source_values(values, against) if one.values[""].is_harmful}
+    else:
+        harmful = dict(_harmful_documents(values, against))
+    if unknown := sorted(set(harmful) - set(sources)):
+        raise UserError(
+            f"{values.path}: '{unknown[0]}' is none of the {_UNKNOWN}, so nothing of it can be left out; name others"
+        )
+    if not harmful:
+        raise UserError(f"{values.path}: no {by} is harmful to {', '.join(against)}, so nothing would be dropped")
+    found: list[Selection] = []
+    lists: list[tuple[Path, npt.NDArray[np.int64], TokenFile]] = []
+    for name, source in sources.items():
+        file = open_tokens(source.path, dtype=source.dtype, vocab_size=config.model.vocab_size if config.model else None)
+        view = part_of(file, source, config.data)
+        first, last = view.documents_of
+        held = view.in_file(np.arange(first, last))
+        dropped = harmful.get(name, np.empty(0, np.int64))
+        kept = np.empty(0, np.int64) if dropped is None else np.setdiff1d(held, dropped)
+        left = source if len(kept) else None
+        if 0 < len(kept) < len(held) and source.layout == "rows":
+            raise UserError(f"source '{name}' is read in rows, not in documents: use --by source")
+        if 0 < len(kept) < len(held):
+            path = table_path(output / name)
+            lists.append((path, kept, file))
+            left = source.model_copy(update={"documents": str(path), "split": None, "part": "train"})
+        found.append(Selection(name, len(kept), len(held), left))
+    if not any(selection.source for selection in found):
+        raise UserError(f"{values.path}: every source is harmful to {', '.join(against)}: nothing would stay")
+    about = {"name": "kept", "dropped": f"harmful {by}s", "against": ", ".join(against), "by": str(values.path.parent)}
+    try:
+        for path, kept, file in lists:
+            write_table(path, DocumentTable("list", kept, about), file)
+    except OSError as error:
+        raise UserError(f"{output}: can't be written ({error.strerror or error}); choose another folder") from error
+    return found
+
+
+def _training_sources(config: RunConfig) -> dict[str, Source]:
+    blends = [config.data.train, *(switch.train for switch in config.data.switches)]
+    if config.replay is not None and config.replay.sources is not None:
+        blends.append(config.replay.sources)
+    return {name: source for blend in blends for name, source in zip(source_names(blend), blend, strict=True)}
+
+
+def _harmful_documents(values: Values, against: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Of each source that has any, the documents with a value below zero."""
+    sums: dict[str, dict[int, float]] = {}
+    for number in range(len(values)):
+        row = values.row(number)
+        length = sum(part.tokens for part in row.parts)
+        value = sum(row.values.get(name, 0.0) for name in against)
+        of = sums.setdefault(row.source, {})
+        for part in row.parts:
+            of[part.document] = of.get(part.document, 0.0) + value * part.tokens / length
+    for source, documents in sums.items():
+        below = np.array(sorted(document for document, value in documents.items() if value < 0), np.int64)
+        if len(below):
+            yield source, below
+
+
+def show_selection(selections: Sequence[Selection], console: Console) -> None:
+    """Print what stays, and the ``data.train`` that reads it."""
+    kept = []
+    for one in selections:
+        dropped = f"{one.of - one.kept:,} dropped"
+        console.print(f"{one.name}: {one.kept:,} of {counted(one.of, 'document')} kept, {dropped}", highlight=False)
+        if one.source is not None:
+            kept.append(one.source.model_dump(mode="json", exclude_defaults=True))
+    text = yaml.safe_dump({"data": {"train": kept}}, sort_keys=False, allow_unicode=True, width=1000)
+    console.print("to train on what is kept:", highlight=False)
+    console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)

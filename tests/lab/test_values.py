@@ -1,0 +1,143 @@
+"""What a run's values say of its sources, and what a selection by them keeps: a spoiled source beside two good ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megarewarm.cli import values as command
+from megarewarm.config.load import validate
+from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.document_table import read_table
+from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
+from megarewarm.errors import UserError
+from megarewarm.lab.values import read_config, select
+from megarewarm.parallel.ranks import Ranks
+from megarewarm.record.run import read_run
+from megarewarm.record.values import Values, rows_in
+from megarewarm.report.numbers.values import predictions, source_values, sums_by_source
+from megarewarm.report.pages.run_page import report
+from megarewarm.training.trainer import train
+from tests.support.tiny import config, mapping, quiet, write_tokens
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SOURCES = ("new", "old", "noise")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on three sources, of which 'noise' are random ids."""
+    place = tmp_path_factory.mktemp("values")
+    for name, seed in (("old", 1), ("new", 3)):
+        write_tokens(place / name, seed, documents=150)
+    random = np.random.default_rng(0)
+    with TokenFileWriter(place / "noise", np.uint16) as writer:
+        for _ in range(150):
+            writer.add_document(random.integers(64, size=int(random.integers(50, 200))))
+    settings = config(
+        place,
+        data={"train": [{"path": str(place / name), "max_epochs": 9} for name in SOURCES]},
+        training={"budget": 120, "global_batch": 12},
+        schedule={"max_lr": 3e-3, "min_lr": 3e-4},
+        evaluation={"every": 40},
+        valuation={"against": ["old", "new"], "every": 3, "share": 1.0, "rows": 8},
+    )
+    return train(settings, ALONE, quiet()).folder
+
+
+def test_a_source_that_teaches_one_and_makes_forget_the_other_has_two_numbers(run: Path) -> None:
+    values = Values(run)
+    found = {one.source: one for one in source_values(values, ["old", "new"])}
+    assert next(iter(found)) == "noise" and set(found) == set(SOURCES)
+    for good, other in (("old", "new"), ("new", "old")):
+        assert found[good].values[good].per_million > 0 > found[good].values[other].per_million
+    assert all(found["noise"].values[name].per_million < 0 for name in ("old", "new"))
+    assert found["noise"].values[""].is_harmful and not found["new"].values[""].is_harmful
+    mine = [row for *_, row in rows_in(run / "values.jsonl") if row.source == "noise"]
+    assert len(mine) == found["noise"].rows and found["noise"].tokens == 16 * len(mine)
+    each = np.array([row.values["old"] for row in mine])
+    assert found["noise"].values["old"].per_million == pytest.approx(each.mean() / 16 * 1e6)
+    assert found["noise"].values["old"].error == pytest.approx(each.std(ddof=1) / len(each) ** 0.5 / 16 * 1e6)
+
+
+def test_steps_did_what_was_predicted(run: Path) -> None:
+    recorded = read_run(run)
+    for name, pair in predictions(recorded).items():
+        assert len(pair.measured) == 40
+        residual, spread = pair.measured - pair.predicted, pair.measured - pair.measured.mean()
+        assert pair.r_squared == pytest.approx(1 - (residual @ residual) / (spread @ spread)) and pair.r_squared > 0.9
+        assert set(sums_by_source(recorded, name)) == set(SOURCES)
+    page = report([run], run.parent / "report")
+    assert (page.parent / "values.png").is_file() and "Values of the training data" in page.read_text()
+
+
+def test_the_command_shows_sources_rows_and_a_picture(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main([str(run), "--rows", "2"])
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    first = [next(i for i, line in enumerate(lines) if line.strip().startswith(name)) for name in ("noise", "old", "new")]
+    assert first[0] == min(first)
+    assert said.count("positive values lowered") == 1 and said.count("R squared") == 2
+    assert [said.count(f"{what} for {name}") for what in ("highest", "lowest") for name in ("old", "new")] == [1] * 4
+    assert (run / "values.png").is_file()
+    values = Values(run)
+    best = values.row(int(values.values["new"].argmax()))
+    assert best.tokens is not None and " ".join(map(str, best.tokens)) in said
+
+
+def test_harmful_sources_go(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = run.parent
+    command.main([str(run), "--rows", "0", "--select", str(place / "kept")])
+    said = capsys.readouterr().out
+    assert "noise: 0 of 150 documents kept, 150 dropped" in said and not (place / "kept").exists()
+    left = yaml.safe_load(said[said.index("data:\n") :])["data"]["train"]
+    assert [Path(source["path"]).name for source in left] == ["new", "old"]
+    again = mapping(place, name="again", folder=str(place / "again"))
+    again["data"]["train"] = left
+    assert train(validate(RunConfig, again, {}), ALONE, quiet()).exit_code == 0
+
+
+def test_harmful_documents_go_and_the_others_stay(run: Path) -> None:
+    values, place = Values(run), run.parent
+    settings = read_config(run)
+    found = {one.name: one for one in select(values, settings, ["new"], "document", place / "lists")}
+    sums: dict[tuple[str, int], float] = {}
+    for *_, row in rows_in(run / "values.jsonl"):
+        for part in row.parts:
+            key = (row.source, part.document)
+            sums[key] = sums.get(key, 0.0) + row.values["new"] * part.tokens / 17
+    for name in SOURCES:
+        kept = read_table(place / "lists" / name, "list", open_tokens(place / name)).values.tolist()
+        assert kept == [document for document in range(150) if sums.get((name, document), 0.0) >= 0]
+        assert found[name].kept == len(kept) < found[name].of == 150 and len(kept) > 0
+    again = mapping(place, name="by_lists", folder=str(place / "by_lists"))
+    again["data"]["train"] = [one.source.model_dump(mode="json", exclude_defaults=True) for one in found.values() if one.source]
+    assert train(validate(RunConfig, again, {}), ALONE, quiet()).exit_code == 0
+    with pytest.raises(UserError, match="lists exists: remove it"):
+        select(values, settings, ["new"], "document", place / "lists")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--against", "nwe"], "no values against 'nwe', did you mean 'new'?; it has old, new"),
+        (["--by", "document", "--select", "/proc/none"], "/proc/none"),
+    ],
+)
+def test_bad_words(run: Path, words: list[str], what: str) -> None:
+    with pytest.raises(UserError) as refused:
+        command.main([str(run), "--rows", "0", *words])
+    assert what in str(refused.value)
+
+
+def test_a_run_without_values_is_refused(tmp_path: Path) -> None:
+    folder = train(config(tmp_path, training={"budget": 3}), ALONE, quiet()).folder
+    with pytest.raises(UserError, match="has valued no rows; give it 'valuation'"):
+        command.main([str(folder)])
+    (folder / "values.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"values.jsonl, line 1: a row with a missing or wrong"):
+        command.main([str(folder)])
