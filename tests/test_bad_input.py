@@ -64,6 +64,27 @@ def another_shape(place: Path) -> dict[str, Any]:
     return {"start": {"from": str(place / "up")}, "model": {"hidden_size": 64}}
 
 
+def teacher(model: dict[str, Any], **distill: Any) -> Change:
+    """A teacher of another shape."""
+
+    def change(place: Path) -> dict[str, Any]:
+        from tests.training.test_resume import ALONE
+
+        shape = {"model": model, "data": {"sequence_length": min(16, model.get("max_positions", 16))}}
+        train(config(place, folder=str(place / "teacher"), training={"budget": 2}, **shape), ALONE, quiet())
+        return {"distill": {"from": str(place / "teacher"), **distill}}
+
+    return change
+
+
+def unfinished_teacher(place: Path) -> dict[str, Any]:
+    from tests.training.test_resume import ALONE
+
+    train(config(place, folder=str(place / "teacher")), ALONE, quiet())
+    shutil.rmtree(place / "teacher/checkpoints/step_20")
+    return {"distill": {"from": str(place / "teacher")}}
+
+
 def unwritable(place: Path) -> dict[str, Any]:
     (place / "file").write_text("in the way")
     return {"folder": str(place / "file" / "run")}
@@ -159,7 +180,22 @@ CASES: dict[str, tuple[Change | dict[str, Any] | str, str]] = {
     "no such tokenizer": ({"data": {"mask_eod_loss": True, "tokenizer": "PLACE/no.json"}}, r"no\.json"),
     "an end of documents outside": ({"data": {"mask_eod_loss": True, "eod": 64}}, r"data\.eod: 64 is outside"),
     "no such logger": ({"logging": {"wandb": {"project": "x"}}}, r"wandb package is not installed"),
-    "no teacher": ({"distill": {"kind": "logits", "weight": 0.5}}, r"distill"),
+    "no teacher": ({"distill": {"kind": "logits", "weight": 0.5}}, r"distill needs a teacher"),
+    "a teacher that is not there": ({"distill": {"from": "PLACE/absent"}}, r"distill\.from: .*absent: no such folder"),
+    "a teacher that is this run": ({"distill": {"from": "PLACE/tiny"}}, r"distill\.from: .*tiny is this run itself"),
+    "a teacher in progress": (unfinished_teacher, r"distill\.from: .*teacher is a run in progress, at step 15 of 20"),
+    "a teacher of another vocabulary": (
+        teacher({"vocab_size": 67}),
+        r"distill\.from: .*teacher.* has a vocabulary of 67 ids, the model one of 64, and it has no tokenizer",
+    ),
+    "a teacher of another width": (
+        teacher({"hidden_size": 64}, kind="hidden"),
+        r"distill\.kind: 'hidden' compares states of one width, and .*teacher.* has hidden_size 64, the model 32",
+    ),
+    "a teacher with fewer positions": (
+        teacher({"max_positions": 8}),
+        r"distill\.from: .*teacher.* has 8 positions, data\.sequence_length is 16",
+    ),
     "a seed that numpy doesn't take": ({"data": {"order": "neox", "seed": 2**32}}, r"data\.seed"),
     "a switch to what is not there": (
         {"data": {"switches": [{"at": "50%", "train": [{"path": "PLACE/absent"}]}]}},
@@ -203,6 +239,11 @@ def test_one_line_exit_code_2_nothing_touched(tmp_path: Path, capfd: pytest.Capt
     [
         ({"parallel": {"tensor": 3}, "model": {"num_heads": 4}}, 3, "parallel.tensor: 3 ranks can't share model.num_heads 4"),
         ({"parallel": {"pipeline": 3}}, 3, "parallel.pipeline: 3 stages for 2 layers"),
+        (
+            {"parallel": {"pipeline": 3}, "model": {"num_layers": 3}, "distill": {"from": "shallow"}},
+            3,
+            "distill: the teacher is laid out as the model is: parallel.pipeline: 3 stages for 2 layers",
+        ),
         ({"parallel": {"data": 3}}, 3, "training.global_batch: 8 sequences can't be shared evenly by 3"),
         ({"training": {"device": "cuda"}}, 1, "training.device: rank 0 needs GPU 0"),
     ],
@@ -213,6 +254,12 @@ def test_what_the_ranks_would_refuse(
     """The start asks the same function once its ranks have met; the layouts' own tests start them."""
     if "device" in message and torch.cuda.is_available():
         pytest.skip("there is one")
+    if "distill" in changes:
+        from tests.training.test_resume import ALONE
+
+        train(config(tmp_path, folder=str(tmp_path / "shallow"), training={"budget": 2}), ALONE, quiet())
+        changes = changes | {"distill": {"from": str(tmp_path / "shallow")}}
+        capfd.readouterr()
     (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, **changes)))
     assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 2
     told = capfd.readouterr().err
@@ -223,7 +270,8 @@ def test_what_the_ranks_would_refuse(
     else:
         with pytest.raises(UserError, match=re.escape(message)):
             run = config(tmp_path, **changes)
-            check_fit(run, make_plan(run).model, choose_layout(run.parallel, ranks))
+            plan = make_plan(run)
+            check_fit(run, plan.model, choose_layout(run.parallel, ranks), plan.taught_by)
 
 
 def without_notes(shown: str) -> str:

@@ -14,6 +14,7 @@ from megarewarm_kernels.layer.swiglu import swiglu
 from megarewarm_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from megarewarm_kernels.loss.linear_distillation import linear_distillation
 from megarewarm_kernels.loss.sharded_linear_cross_entropy import sharded_linear_cross_entropy
+from megarewarm_kernels.loss.sharded_linear_distillation import sharded_linear_distillation
 from megarewarm_kernels.operators import no_triton
 from megarewarm_kernels.optimizer.adamw import adamw_, squared_norm
 from megarewarm_kernels.optimizer.adamw_tensors import AdamWTensors
@@ -34,6 +35,7 @@ __all__ = [
     "rms_norm",
     "rotate_",
     "sharded_linear_cross_entropy",
+    "sharded_linear_distillation",
     "squared_norm",
     "swiglu",
 ]

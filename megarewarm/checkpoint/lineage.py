@@ -46,6 +46,17 @@ class StatedTerms(BaseModel):
     optimizer: str | None = None
 
 
+class TaughtBy(BaseModel):
+    """The teacher of a run with ``distill``. ``identity``: sha256 (hex) of some values of each of its parameters."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    kind: str
+    weight: float
+    identity: str
+
+
 class Stage(BaseModel):
     """One run's part in a checkpoint: from its start (or from scratch) to the step at which it was saved.
 
@@ -57,6 +68,7 @@ class Stage(BaseModel):
     layers, from 0, that it added. ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
     ``card``, ``config``: of a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by;
     ``generation``: its generation_config.json.
+    ``taught_by``: its teacher, if it had one (null also where that was not recorded).
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -82,6 +94,7 @@ class Stage(BaseModel):
     generation: dict[str, Any] | None = None
     grown: bool = False
     new_layers: list[int] = []
+    taught_by: TaughtBy | None = None
 
 
 class Lineage(BaseModel):
@@ -139,5 +152,7 @@ class Lineage(BaseModel):
             without = sum(last - first + 1 for first, last in stage.left_out)
             gaps = f", {without:,} steps left out" if without else ""
             by = f", {stage.optimizer}" if stage.optimizer else ""
-            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{by}{rate}{gaps}")
+            taught = stage.taught_by
+            teacher = "" if taught is None else f", taught by {taught.name} ({taught.kind}, weight {taught.weight:g})"
+            result.append(f"{stage.run}: {stage.intent}, {stage.steps:,} steps, {tokens}{by}{rate}{gaps}{teacher}")
         return result

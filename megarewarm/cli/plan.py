@@ -43,6 +43,7 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.layout.cluster import rank_layouts
         from megarewarm.training.start.epochs import settle_epochs
         from megarewarm.training.start.plan import settle_model
+        from megarewarm.training.start.teacher import open_teacher
 
     config, lengths = settle_epochs(validate(RunConfig, *read_configs(arguments.configs)))
     if config.model is None:
@@ -51,7 +52,10 @@ def main(words: Sequence[str]) -> None:
         config = settle_model(config, open_checkpoint(config.start.from_))
     assert config.model is not None
     gpus = arguments.gpus
-    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu])
+    teacher = None
+    if config.distill is not None:
+        teacher = config.model if config.distill.from_ is None else open_teacher(config).model_config
+    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu], teacher)
     console = make_console()
     fit = f"{len(plans):,} layouts fit on {gpus} x {arguments.gpu}"
     console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)

@@ -30,7 +30,8 @@ class Arm:
     """One run of an experiment. ``arm`` is its name without the seed, ``axes`` the values that its sweep gave it.
 
     ``groups``: the sweeps whose figures show it, with its values on their axes. ``folder`` is relative to the
-    experiment's; ``after``: names of the runs that it starts from.
+    experiment's; ``after``: names of the runs that it starts from or is taught by; ``taught_by``: those that it does
+    not start from.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Arm:
     folder: str
     config: RunConfig
     after: tuple[str, ...] = ()
+    taught_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,27 +189,32 @@ def _shortened(mapping: dict[str, Any], length: float) -> dict[str, Any]:
 
 
 def _linked(arms: list[Arm], folder: str, drafts: Mapping[str, _Draft]) -> list[Arm]:
-    """The runs with what they start from settled: ``RUN@20%`` names a step of a run of the experiment, which then keeps it."""
+    """The runs with what they start from and are taught by settled: ``RUN@20%`` names a step of a run of the experiment, which
+    then keeps it."""
     by_folder = {arm.config.run_folder: i for i, arm in enumerate(arms)}
     arms = list(arms)
-    for i, arm in enumerate(arms):
-        start = arm.config.start.from_
+    for i, section in itertools.product(range(len(arms)), ("start", "distill")):
+        arm = arms[i]
+        named = getattr(arm.config, section)
+        start = None if named is None else named.from_
         if start is None:
             continue
-        where = drafts[arm.arm].origins.get(("start", "from"), drafts[arm.arm].where)
+        where = drafts[arm.arm].origins.get((section, "from"), drafts[arm.arm].where)
         run, _, moment = start.partition("@")
         if moment and run in by_folder:
             step = step_of_moment(moment, arms[by_folder[run]].config, where)
             start = f"{run}/{CHECKPOINTS}/{step_name(step)}"
-            chosen = arm.config.start.model_copy(update={"from_": start})
-            arm = replace(arm, config=arm.config.model_copy(update={"start": chosen}))
+            chosen = named.model_copy(update={"from_": start})
+            arm = replace(arm, config=arm.config.model_copy(update={section: chosen}))
             arms[by_folder[run]] = _keeping(arms[by_folder[run]], step)
         made_by = [j for place, j in by_folder.items() if PurePosixPath(start).is_relative_to(place)]
         if not made_by and PurePosixPath(run).is_relative_to(folder):
             known = [other.arm for other in arms if other.seed == arm.seed]
             hint = nearest(PurePosixPath(run).name, known) or f"; its runs: {', '.join(known)}"
-            raise UserError(f"{where}: '{arm.arm}' starts from {start}, which no run of the experiment makes{hint}")
-        arms[i] = replace(arm, after=tuple(arms[j].name for j in made_by))
+            does = {"start": "starts from", "distill": "is taught by"}[section]
+            raise UserError(f"{where}: '{arm.arm}' {does} {start}, which no run of the experiment makes{hint}")
+        makers = tuple(name for j in made_by if (name := arms[j].name) not in arm.after)
+        arms[i] = replace(arm, after=arm.after + makers, taught_by=makers if section == "distill" else ())
     return arms
 
 
@@ -277,7 +284,9 @@ def _in_order(arms: list[Arm]) -> list[Arm]:
     while waiting:
         ready = [arm for arm in waiting if done.issuperset(arm.after)]
         if not ready:
-            raise UserError(f"the runs {', '.join(arm.name for arm in waiting)} start from each other in a circle")
+            raise UserError(
+                f"the runs {', '.join(arm.name for arm in waiting)} start from each other, or teach each other, in a circle"
+            )
         first = ready[0]
         ordered.append(first)
         done.add(first.name)

@@ -13,7 +13,8 @@ from megarewarm.record.layout import EXPERIMENT_FILE, EXPERIMENT_FORMAT, METRICS
 
 
 def record_of(experiment: Experiment) -> dict[str, Any]:
-    """What the file says: names, groups, axes, seeds, chains, folders (relative), what each run starts from, and its length."""
+    """What the file says: names, groups, axes, seeds, chains, folders (relative), what each run waits for and what of it only
+    teaches it, and its length."""
     return {
         "format": EXPERIMENT_FORMAT,
         "experiment": experiment.config.experiment,
@@ -30,6 +31,7 @@ def record_of(experiment: Experiment) -> dict[str, Any]:
                 "stage": arm.stage,
                 "folder": arm.folder,
                 "after": list(arm.after),
+                "taught_by": list(arm.taught_by),
                 "steps": arm.config.total_steps,
                 "tokens_per_step": arm.config.tokens_per_step,
             }

@@ -1,25 +1,35 @@
-"""The sections of a run against forgetting, beside replay: distillation to the start checkpoint, interpolation with it."""
+"""The sections of a run against forgetting, beside replay: distillation from a frozen model, interpolation with the start."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from megarewarm.config.budget import Share
+from megarewarm.config.paths import PathText
 from megarewarm.config.section import Section
 
 
 class DistillConfig(Section):
-    """A further term of the loss: the distance from the start checkpoint's frozen model, on the training tokens. It costs a
-    forward pass of that model a step, and its weights in memory on every rank."""
+    """A further term of the loss: the distance from a frozen teacher, on the training tokens. It costs a forward pass of the
+    teacher a step, and its weights in memory, divided by tensor and pipeline ranks as the model is."""
 
+    from_: PathText | None = Field(
+        None,
+        alias="from",
+        description="The teacher, named as in start.from; its vocabulary is the model's, its shape may differ (kind hidden: "
+        "of the same width). In an experiment it may be one of its runs. Null: the start checkpoint, to stay near it.",
+    )
     kind: Literal["logits", "hidden"] = Field(
         "logits",
-        description="logits: the Kullback-Leibler divergence of the predictions from the start's, KL(start || model) per "
-        "token. hidden: the mean squared difference of the states after the last norm (arXiv 2210.02871).",
+        description="logits: the Kullback-Leibler divergence of the predictions from the teacher's, KL(teacher || model) per "
+        "token. hidden: the mean squared difference of the states after the last norm (arXiv 2210.02871, "
+        "where it is the sum over the width, at one position).",
     )
     weight: float = Field(1.0, gt=0, description="Weight of the term beside the cross entropy.")
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class InterpolateConfig(Section):

@@ -96,7 +96,7 @@ class RunConfig(Section):
     data: DataConfig
     replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
     distill: DistillConfig | None = Field(
-        None, description="Distillation from the start checkpoint, to stay near it; null: none."
+        None, description="Distillation from a frozen teacher, such as the start checkpoint; null: none."
     )
     interpolate: InterpolateConfig | None = Field(None, description="Weights between start and end, evaluated; null: none.")
     valuation: ValuationConfig | None = Field(
@@ -141,10 +141,8 @@ class RunConfig(Section):
             raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
         if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
             raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
-        if self.distill is not None and self.start.from_ is None:
-            raise ValueError("distill needs 'start.from': the checkpoint that is the teacher; give it, or remove 'distill'")
-        if self.distill is not None and (self.parallel.tensor > 1 or self.parallel.pipeline > 1):
-            raise ValueError("distill works with data-parallel ranks (any sharding); set parallel.tensor and pipeline to 1")
+        if self.distill is not None and self.distill.from_ is None and self.start.from_ is None:
+            raise ValueError("distill needs a teacher: give 'distill.from', or 'start.from', which is one; or remove 'distill'")
         if self.interpolate is not None and self.start.from_ is None:
             raise ValueError(
                 "interpolate needs 'start.from': the checkpoint at the other end; give it, or remove 'interpolate'"

@@ -186,7 +186,7 @@ def show_experiment(
     for arm in chosen:
         plan, run = plans[arm.name], arm.config
         run_tokens = run.total_steps * run.tokens_per_step
-        run_flops = run_tokens * training_flops_per_token(plan.model, run.data.sequence_length) / 1e15
+        run_flops = run_tokens * training_flops_per_token(plan.model, run.data.sequence_length, plan.taught_by) / 1e15
         tokens, petaflops = tokens + run_tokens, petaflops + run_flops
         if arm.arm in shown:
             continue
@@ -241,13 +241,15 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     config = plan.config
     length = config.data.sequence_length
     tokens = config.total_steps * config.tokens_per_step
-    per_token = training_flops_per_token(plan.model, length)
+    per_token = training_flops_per_token(plan.model, length, plan.taught_by)
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     costs.add_row("run", f"{config.name}: {plan.policy.intent}{f' from {config.start.from_}' if config.start.from_ else ''}")
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
-    costs.add_row("FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token, causal attention, forward and backward)")
+    costs.add_row(
+        "FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token, causal attention, forward and backward{_teacher(plan)})"
+    )
     if cost is not None:
         costs.add_row("evaluation", str(cost))
     if (valuation := valuation_cost(config, plan.origin.step)) is not None:
@@ -257,6 +259,14 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     if pace is not None and not is_trained(plan):
         costs.add_row("time", pace.outlook(plan, cost))
     console.print(costs, highlight=False)
+
+
+def _teacher(plan: Plan) -> str:
+    """What the FLOPs count besides the model."""
+    distill, teacher = plan.config.distill, plan.taught_by
+    if distill is None or teacher is None:
+        return ""
+    return f", and forward of the teacher {distill.from_ or plan.config.start.from_}, {count_parameters(teacher):,} parameters"
 
 
 def _print_data(plan: Plan, console: Console) -> None:
@@ -295,11 +305,11 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
     tensor and data groups, and remarks."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
-    remarks = check_fit(config, plan.model, layout)
+    remarks = check_fit(config, plan.model, layout, plan.taught_by)
     # another machine's GPU may resolve 'auto' differently; fp32 is the upper bound
     value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
     size = config.training.micro_batch_size
-    work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config))
+    work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config), teacher=plan.taught_by)
     portions = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches != 1)} of {size}"
     title = f"per rank: {counted(world_size, 'rank')}, {layout}; {portions}"
     ranks = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")

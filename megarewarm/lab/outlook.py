@@ -81,7 +81,8 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
                 raise UserError(f"{arm.name}: {error}") from error
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
-        per_token = training_flops_per_token(plan.model, config.data.sequence_length)
+        per_token = training_flops_per_token(plan.model, config.data.sequence_length, plan.taught_by)
+        plain = training_flops_per_token(plan.model, config.data.sequence_length)
         cost = evaluation_cost(plan, tokens_asked(config))
         step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated too
         evaluated = 0 if cost is None or state == "done" else cost.after(step)
@@ -91,7 +92,7 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
                 arm=arm,
                 state=state,
                 tokens=(total - done) * config.tokens_per_step,
-                flops=((total - done) * config.tokens_per_step + evaluated / 3) * per_token,
+                flops=(total - done) * config.tokens_per_step * per_token + evaluated / 3 * plain,
                 disk=round((_WEIGHT_BYTES + state_bytes(config.optimizer.kind, plan.model)) * count_parameters(plan.model))
                 * (config.checkpoint.keep_last + _extra(arm)),
                 flops_per_second=statistics.median(rates) * per_token if rates else None,

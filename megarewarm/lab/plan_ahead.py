@@ -15,10 +15,11 @@ from megarewarm.data.text.hub_tokenizer import HUB_NAME
 from megarewarm.errors import UserError
 from megarewarm.record.layout import CHECKPOINTS, step_of
 from megarewarm.training.finish import is_trained
-from megarewarm.training.start.plan import Plan, make_plan
+from megarewarm.training.start.plan import Plan, plan_start, with_teacher
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import data_seen, open_data
 from megarewarm.training.start.saving import is_saved
+from megarewarm.training.start.teacher import open_teacher
 
 _MAY_HOLD = frozenset({"moments", "optimizer_step", "loss_scale"})
 """Rows of the reset table that a folder which is not here may provide, and that change no number of a plan."""
@@ -29,35 +30,58 @@ def plan_ahead(config: RunConfig, earlier: Sequence[Plan] = ()) -> tuple[Plan, l
 
     A start checkpoint that one of the ``earlier`` plans will write is described by that plan. Raises ``UserError``.
     """
-    start = config.start.from_
-    if start is not None:
-        for plan in earlier:
-            if Path(start).is_dir() and (Path(start) != Path(plan.config.run_folder) or is_trained(plan)):
-                continue  # it exists; the folder of an unfinished run names a checkpoint that doesn't exist yet
-            if (step := _step_named(start, plan)) is not None:
-                state = _state_after(plan, step)
-                written = PlannedCheckpoint(start, plan.model, "not yet written", training=state, lineage=state.lineage)
-                written.keeps, written.written_by = ALL_LINES, plan
-                return make_plan(config, source=written), []
+    plan, missing = _plan_start_ahead(config, earlier)
+    if not plan.needs_teacher:
+        return plan, missing
+    assert config.distill is not None and config.distill.from_ is not None
+    name = config.distill.from_
+    if (planned := _planned("distill.from", name, earlier)) is not None:
+        return with_teacher(plan, planned), missing
     try:
-        return make_plan(config), []
+        return with_teacher(plan, open_teacher(plan.config)), missing
+    except UserError as error:
+        if _opens(name):
+            raise
+        # of unknown shape: as the model
+        return with_teacher(plan, PlannedCheckpoint(name, plan.model)), [*missing, str(error)]
+
+
+def _plan_start_ahead(config: RunConfig, earlier: Sequence[Plan]) -> tuple[Plan, list[str]]:
+    start = config.start.from_
+    if start is not None and (planned := _planned("start.from", start, earlier)) is not None:
+        return plan_start(config, source=planned), []
+    try:
+        return plan_start(config), []
     except UserError as error:
         if config.model is None or start is None or _opens(start):
             raise
         keeps = frozenset[str]() if HUB_NAME.fullmatch(start) else _MAY_HOLD  # the hub's hold weights only
-        return make_plan(config, source=PlannedCheckpoint(start, config.model, keeps=keeps)), [str(error)]
+        return plan_start(config, source=PlannedCheckpoint(start, config.model, keeps=keeps)), [str(error)]
 
 
-def _opens(start: str) -> bool:
+def _planned(key: str, name: str, earlier: Sequence[Plan]) -> PlannedCheckpoint | None:
+    """The checkpoint ``name``, which ``key`` names, if one of the ``earlier`` plans will write it."""
+    for plan in earlier:
+        if Path(name).is_dir() and (Path(name) != Path(plan.config.run_folder) or is_trained(plan)):
+            continue  # it exists; the folder of an unfinished run names a checkpoint that doesn't exist yet
+        if (step := _step_named(key, name, plan)) is not None:
+            state = _state_after(plan, step)
+            written = PlannedCheckpoint(name, plan.model, "not yet written", training=state, lineage=state.lineage)
+            written.keeps, written.written_by = ALL_LINES, plan
+            return written
+    return None
+
+
+def _opens(name: str) -> bool:
     """Whether the checkpoint can be opened here. If so, the plan failed for another reason."""
     try:
-        open_checkpoint(start)
+        open_checkpoint(name)
     except UserError:
         return False
     return True
 
 
-def _step_named(start: str, plan: Plan) -> int | None:
+def _step_named(key: str, start: str, plan: Plan) -> int | None:
     """The step of checkpoint ``start`` if it belongs to the planned run, else None."""
     folder = Path(plan.config.run_folder)
     if Path(start) == folder:
@@ -67,7 +91,7 @@ def _step_named(start: str, plan: Plan) -> int | None:
     step = step_of(Path(start).name)
     if step is None or not plan.origin.step < step <= plan.config.total_steps or not is_saved(plan.config, step):
         raise UserError(
-            f"start.from: {start} will not be written: run '{plan.config.name}' saves no checkpoint of that name; add the step "
+            f"{key}: {start} will not be written: run '{plan.config.name}' saves no checkpoint of that name; add the step "
             f"to its checkpoint.extra_steps, or write {folder}@{Path(start).name if step is None else step} steps"
         )
     return step

@@ -84,7 +84,7 @@ def check_start(
     check_training(plan)
     if missing and not allow_missing:
         raise UserError(missing[0])
-    unknown = isinstance(plan.source, PlannedCheckpoint) and plan.source.written_by is None
+    unknown = any(isinstance(each, PlannedCheckpoint) and each.written_by is None for each in (plan.source, plan.teacher))
     later = tokenizer is not None and (allow_missing or _is_below(tokenizer, prepared))
     complete = all(map(_is_here, _sources(config))) and not unknown and not later
     evaluated = tokens_asked(config)
@@ -93,7 +93,7 @@ def check_start(
             inputs = open_inputs(plan, world_size, device)
             notes, evaluated = inputs.notes, tokens_held(inputs.validation)
         else:
-            notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size))
+            notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size), plan.taught_by)
             if not later:
                 notes += settle_texts(plan).notes
             files = TokenFiles(config.data, plan.model.vocab_size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megarewarm.config.execution import ParallelConfig
@@ -42,8 +42,11 @@ class LayoutEstimate:
     hours: float
 
 
-def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> list[LayoutEstimate]:
-    """All layouts of ``gpus`` GPUs that fit into memory, fastest first. Raises ``UserError`` if none does."""
+def rank_layouts(
+    config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu, teacher: ModelConfig | None = None
+) -> list[LayoutEstimate]:
+    """All layouts of ``gpus`` GPUs that fit into memory, fastest first; ``teacher``: of ``distill``. Raises ``UserError`` if
+    none does."""
     plans = []
     smallest = math.inf
     for parallel, recompute, micro_batch in _candidates(config, model, gpus, gpu):
@@ -53,10 +56,10 @@ def rank_layouts(config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu) -> 
         training = config.training.model_copy(update={"micro_batch": micro_batch, "recompute": recompute})
         tried = config.model_copy(update={"parallel": parallel, "training": training})
         try:
-            check_fit(tried, model, layout)
+            check_fit(tried, model, layout, teacher)
         except UserError:
             continue
-        work = work_of(tried, model, layout, micro_batch, value_bytes=2, on_gpu=True)
+        work = work_of(tried, model, layout, micro_batch, value_bytes=2, on_gpu=True, teacher=teacher)
         held = parts(work, parallel, layout)
         memory = max(memory_of(part, rank, work, parallel, layout).total for rank, part in enumerate(held))
         smallest = min(smallest, memory)
@@ -125,11 +128,23 @@ def step_seconds(work: Work, parallel: ParallelConfig, layout: Layout, gpu: Gpu,
         weights = max(weights, parameters_of(part, model, layout.tensor)[0])
     # fill and drain: each rank idles for the time of (P - 1) micro-batches, less with interleaved and zero_bubble
     waits = (layout.pipeline - 1) * {"1f1b": 1.0, "interleaved": 0.5, "zero_bubble": 0.1}[parallel.schedule]
-    busy = m * per_micro
+    taught = _teacher_seconds(work, parallel, layout, gpu.tflops * 1e12 * reached)
+    busy = m * (per_micro + taught)
     one_host = layout.data * layout.tensor <= gpu.per_host and layout.pipeline == 1
     data_rate = (gpu.inner_rate if one_host else gpu.outer_rate) * 1e9 * LINK_EFFICIENCY
     data = outside.data / data_rate * (1.0 if parallel.sharding == "none" else 1 - OVERLAPPED)
     # AdamW reads weight, gradient and moments and writes all but the gradient: 28 bytes per parameter
     update = 28.0 * weights / layout.shard / (gpu.memory_rate * 1e12)
-    total = busy + waits * per_micro + data + update
-    return total, waits * per_micro / total
+    # the teacher's own pass through a pipeline comes before the step and fills it as 1F1B does
+    bubble = waits * per_micro + (layout.pipeline - 1) * taught
+    total = busy + bubble + data + update
+    return total, bubble / total
+
+
+def _teacher_seconds(work: Work, parallel: ParallelConfig, layout: Layout, rate: float) -> float:
+    """Seconds that the teacher's forward pass of a micro-batch takes on its busiest rank, at ``rate`` FLOP/s."""
+    if work.teacher is None:
+        return 0.0
+    layer, head = stage_costs(work.teacher, work.sequence_length)
+    held = parts(replace(work, model=work.teacher), parallel, layout)
+    return max(work.tokens * (layer * sum(part.layers) + head * part.last) for part in held) / layout.tensor / rate

@@ -6,7 +6,7 @@ minimum for any algorithm without in-network reduction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megarewarm.config.execution import ParallelConfig
@@ -21,7 +21,8 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 @dataclass(frozen=True)
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
-    ``optimizer``: its kind; ``fused``: see ``activation_bytes``; ``valued``: whether rows are valued."""
+    ``optimizer``: its kind; ``fused``: see ``activation_bytes``; ``valued``: whether rows are valued; ``teacher``: the frozen
+    model of ``distill``."""
 
     model: ModelConfig
     sequence_length: int
@@ -33,6 +34,7 @@ class Work:
     optimizer: str = "adamw"
     fused: bool = True
     valued: bool = False
+    teacher: ModelConfig | None = None
 
     @property
     def tokens(self) -> int:
@@ -65,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, by purpose."""
+    """Bytes on one rank, by purpose; ``weights`` are a teacher's too, ``activations`` its states that a pipeline keeps."""
 
     weights: float
     gradients: float
@@ -175,9 +177,32 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
             fused=work.fused,
             checkpointed=True,
         )
+    taught_weights, taught_states = _teacher_bytes(rank, work, parallel, layout)
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
+    states = 4.0 * _state_values(part, work, tensor) / shard
     aside = 8.0 * held / shard if work.valued else 0.0  # the batch's gradients, and the weights before they are moved
-    return Memory(weights, 4.0 * held / shard + aside, 4.0 * _state_values(part, work, tensor) / shard, activations, logits)
+    return Memory(weights + taught_weights, 4.0 * held / shard + aside, states, activations + taught_states, logits)
+
+
+def _teacher_bytes(rank: int, work: Work, parallel: ParallelConfig, layout: Layout) -> tuple[float, float]:
+    """(weights, states) of the teacher on a rank, which has its own layers of it, whole for every replica. A pipeline computes
+    the teacher's states of a whole batch first; the ranks that pass them on keep them until the last ones have them."""
+    if work.teacher is None:
+        return 0.0, 0.0
+    taught = _of_teacher(work, work.teacher)
+    count, _ = parameters_of(parts(taught, parallel, layout)[rank], taught.model, layout.tensor)
+    kept = work.micro_batches if layout.pipeline > 1 else 1
+    return float(work.value_bytes * count), kept * _stream_bytes(taught) / (layout.tensor if parallel.sequence else 1)
+
+
+def _of_teacher(work: Work, teacher: ModelConfig) -> Work:
+    """``work`` with the teacher as the model; it has as many rows for ids."""
+    return replace(work, model=teacher.model_copy(update={"vocab_size": work.model.vocab_size}), teacher=None)
+
+
+def _stream_bytes(work: Work) -> float:
+    """The residual stream of a micro-batch."""
+    return float(work.tokens * work.model.hidden_size * work.value_bytes)
 
 
 def _state_values(part: Part, work: Work, tensor: int) -> int:
@@ -217,7 +242,7 @@ def _matrix(model: ModelConfig, tensor: int) -> int:
 def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout) -> Traffic:
     """What a rank that holds ``part`` sends in one step."""
     model, t, m = work.model, layout.tensor, work.micro_batches
-    stream = float(work.tokens * model.hidden_size * work.value_bytes)
+    stream = _stream_bytes(work)
     count, whole = parameters_of(part, model, t)
     sharded = parallel.sharding != "none" and layout.shard > 1
     tensor = 0.0
@@ -243,7 +268,27 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
             gathered = m * (2.0 * count - _outer(part, model, t))
         share = (layout.shard - 1) / layout.shard
         data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)
-    return Traffic(tensor, pipeline, data)
+    taught = _teacher_traffic(part, work, parallel, layout)
+    return Traffic(tensor + taught.tensor, pipeline + taught.pipeline, data)
+
+
+def _teacher_traffic(part: Part, work: Work, parallel: ParallelConfig, layout: Layout) -> Traffic:
+    """What a rank sends for the forward pass of the teacher, and for the statistics of its logits (``kind: logits``)."""
+    if work.teacher is None:
+        return Traffic(0.0, 0.0, 0.0)
+    taught, t, m = _of_teacher(work, work.teacher), layout.tensor, work.micro_batches
+    model, stream = taught.model, _stream_bytes(taught)
+    layers = next(sum(p.layers) for p in parts(taught, parallel, layout) if p.numbers == part.numbers)
+    tensor = 0.0
+    if t > 1:
+        ends = 0.5 * (part.first + part.last) if parallel.sequence else float(part.first)
+        tensor = m * (layers * (1 if model.residual == "parallel" else 2) + ends) * _all_reduce(stream, t)
+        if model.qk_norm == "width":
+            tensor += m * layers * 2 * _all_reduce(4.0 * work.tokens, t)
+        tensor += m * part.last * 12.0 * work.tokens * (t - 1)
+    ranks = [rank_of(parallel.schedule, number, layout.pipeline) for number in range(part.count)]
+    onward = sum(ranks[number + 1] != ranks[number] for number in part.numbers if number + 1 < part.count)
+    return Traffic(tensor, m * onward * stream / (t if parallel.sequence else 1), 0.0)
 
 
 def _sums_again(work: Work, parallel: ParallelConfig) -> float:

@@ -20,7 +20,16 @@ def sizes(share: int, pipeline: int = 1) -> list[int]:
     return sorted(divisors | ({2**k for k in range(most.bit_length())} if pipeline == 1 else set()))
 
 
-def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *, value_bytes: int, on_gpu: bool) -> Work:
+def work_of(
+    config: RunConfig,
+    model: ModelConfig,
+    layout: Layout,
+    size: int,
+    *,
+    value_bytes: int,
+    on_gpu: bool,
+    teacher: ModelConfig | None = None,
+) -> Work:
     """What a rank of ``layout`` computes in micro-batches of ``size`` sequences."""
     return Work(
         model,
@@ -33,6 +42,7 @@ def work_of(config: RunConfig, model: ModelConfig, layout: Layout, size: int, *,
         config.optimizer.kind,
         _is_fused(config, on_gpu),
         config.valuation is not None,
+        teacher,
     )
 
 
@@ -45,7 +55,14 @@ def _is_fused(config: RunConfig, on_gpu: bool) -> bool:
 
 
 def fitting(
-    config: RunConfig, model: ModelConfig, layout: Layout, memory: float, *, value_bytes: int, on_gpu: bool
+    config: RunConfig,
+    model: ModelConfig,
+    layout: Layout,
+    memory: float,
+    *,
+    value_bytes: int,
+    on_gpu: bool,
+    teacher: ModelConfig | None = None,
 ) -> tuple[int, float]:
     """(sequences, bytes that the fullest rank needs) of the micro-batch that fits into ``memory`` bytes on each rank.
 
@@ -54,7 +71,7 @@ def fitting(
     share = max(1, config.training.global_batch // layout.data)
     needed: dict[int, float] = {}
     for size in sizes(share, layout.pipeline):
-        work = work_of(config, model, layout, size, value_bytes=value_bytes, on_gpu=on_gpu)
+        work = work_of(config, model, layout, size, value_bytes=value_bytes, on_gpu=on_gpu, teacher=teacher)
         held = parts(work, config.parallel, layout)
         most = max(memory_of(part, rank, work, config.parallel, layout).total for rank, part in enumerate(held))
         if not needed or (most <= memory and (on_gpu or work.tokens <= _MOST_ON_CPU)):

@@ -49,10 +49,16 @@ def _pairs(length: int, window: int | None) -> float:
     return window * length - window * window / 2
 
 
-def training_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of forward and backward, which costs twice as much, for one token; see ``stage_costs``."""
+def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """FLOPs of the forward pass for one token; see ``stage_costs``."""
     layer, head = stage_costs(model, sequence_length)
-    return 3.0 * (model.num_layers * layer + head)
+    return model.num_layers * layer + head
+
+
+def training_flops_per_token(model: ModelConfig, sequence_length: int, teacher: ModelConfig | None = None) -> float:
+    """FLOPs of forward and backward, which costs twice as much, for one token, and of the forward pass of a ``teacher``."""
+    taught = forward_flops_per_token(teacher, sequence_length) if teacher is not None else 0.0
+    return 3.0 * forward_flops_per_token(model, sequence_length) + taught
 
 
 def peak_tflops(gpu_name: str) -> float | None:

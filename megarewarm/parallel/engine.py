@@ -3,6 +3,7 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -69,6 +70,10 @@ class ParallelModel(LaidOutModel):
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
         """BatchLosses of single rows, if requested."""
+        self._taught: deque[Tensor] | None = None
+        """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
+        self._distilled: list[tuple[Tensor, Tensor]] = []
+        """(cross entropy, the teacher's term) of a pipeline's micro-batches that have been."""
         self._pipeline = self._make_pipeline(parallel, training)
 
     def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
@@ -91,7 +96,7 @@ class ParallelModel(LaidOutModel):
             local_length=length // mesh.layout.tensor if sequence else length,
             hidden_size=self.config.hidden_size,
             dtype=self._stream_dtype,
-            loss=lambda hidden, targets: self._cross_entropy(hidden, targets)[0] * self._scale(),
+            loss=self._pipeline_loss,
         )
 
     @collective
@@ -116,7 +121,9 @@ class ParallelModel(LaidOutModel):
         self._rows = [] if per_row else None
         try:
             total, distilled = (
-                self._pipelined(tokens) if self._pipeline is not None else self._accumulated(tokens, between, self.teacher)
+                self._pipelined(tokens, self.teacher)
+                if self._pipeline is not None
+                else self._accumulated(tokens, between, self.teacher)
             )
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
@@ -141,7 +148,7 @@ class ParallelModel(LaidOutModel):
                 total, _ = self._accumulated(tokens, nothing_between, None, -(-most // self.micro_batch))
             else:
                 size = self._pipeline.sequences
-                total = sum(self._pipelined(tokens[first : first + size])[0] for first in range(0, most, size))
+                total = sum(self._pipelined(tokens[first : first + size], None)[0] for first in range(0, most, size))
         finally:
             self._targets_per_step = held
         return BatchLosses(self._if_loss_owner(total), count)
@@ -151,12 +158,40 @@ class ParallelModel(LaidOutModel):
         """Targets of the newest global batch of ``forward_backward``, over whose number its loss is a mean."""
         return self._targets_per_step
 
-    def _pipelined(self, tokens: Tensor) -> tuple[float, float]:
+    def _pipelined(self, tokens: Tensor, teacher: Teacher | None) -> tuple[float, float]:
         assert self._pipeline is not None
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
-            losses = self._pipeline.train(inputs, targets, starts)
-        return sum(float(loss) for loss in losses) / self._scale(), 0.0
+            if teacher is None:
+                losses = self._pipeline.train(inputs, targets, starts)
+                return sum(float(loss) for loss in losses) / self._scale(), 0.0
+            try:
+                self._distilled, self._taught = [], teacher.hidden_of_batch(inputs, starts)
+                self._pipeline.train(inputs, targets, starts)
+            finally:
+                self._taught = None
+        return sum(float(cross) for cross, _ in self._distilled), sum(float(apart) for _, apart in self._distilled)
+
+    def _pipeline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """What a pipeline differentiates of the next micro-batch, whose order its schedules keep."""
+        if self.teacher is None or self._taught is None:
+            return self._cross_entropy(hidden, targets)[0] * self._scale()
+        taught = self._taught.popleft()
+        if not torch.is_grad_enabled():
+            return self._rows_apart(self.teacher, hidden, targets, taught)
+        loss, cross, apart = self._apart_from(self.teacher, hidden, targets, taught)
+        self._distilled.append((cross, apart))
+        return loss * self._scale()
+
+    def _rows_apart(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> Tensor:
+        """The sum of the losses of a micro-batch's rows, the teacher's term included; each goes to ``_rows``."""
+        rows, self._rows = self._rows, None
+        assert rows is not None
+        for each in zip(hidden.split(1), targets.split(1), taught.split(1), strict=True):
+            _, cross, apart = self._apart_from(teacher, *each)
+            rows.append(cross + teacher.weight * apart)
+        self._rows = rows
+        return torch.stack(rows[-len(hidden) :]).sum()
 
     def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> tuple[float, float]:
         """``portions``: micro-batches of the rank that has most, where ranks that share parameters have different numbers."""
@@ -222,12 +257,16 @@ class ParallelModel(LaidOutModel):
         starts = None if rules is None else rules.starts(inputs)
         if rules is not None:
             targets = rules.targets(inputs, targets)
-        hidden, head = self._modules[0](inputs, starts), self._modules[-1].head
+        return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
+
+    def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``Teacher.loss``."""
+        head = self._modules[-1].head
         assert isinstance(head, Tensor)
         if self._rows is not None:
             with torch.no_grad():
                 self._cross_entropy(hidden, targets)
-        return teacher.loss(hidden, head, targets, teacher.hidden(inputs, starts), self._loss_memory, self._loss_kernel)
+        return teacher.loss(hidden, head, targets, taught, self._loss_memory, self._loss_kernel)
 
     @torch.no_grad()
     def evaluate(
@@ -296,15 +335,19 @@ class ParallelModel(LaidOutModel):
 
     def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:
         """The losses of rows (b, s + 1), at most one portion; zeros where another rank has them."""
-        if teacher is not None:
-            each = (self._distilled_loss(teacher, row[None])[0] for row in tokens.to(self.mesh.device))
-            return [float(loss) for loss in each]
+        if teacher is not None and self._pipeline is None:
+            each = (self._distilled_loss(teacher, row[None]) for row in tokens.to(self.mesh.device))
+            return [float(cross + teacher.weight * apart) for _, cross, apart in each]
         self._rows = []
         if self._pipeline is None:
             self._loss(tokens.to(self.mesh.device))
         else:
             inputs, targets, starts = self._padded(tokens)
-            self._pipeline.evaluate(inputs, targets, starts, torch.float32)
+            self._taught = None if teacher is None else teacher.hidden_of_batch(inputs, starts)
+            try:
+                self._pipeline.evaluate(inputs, targets, starts, torch.float32)
+            finally:
+                self._taught = None
         return [float(loss) for loss in self._rows[: len(tokens)]] or [0.0] * len(tokens)
 
     def _evaluate(self, tokens: Tensor) -> tuple[float, float]:

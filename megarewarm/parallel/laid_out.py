@@ -12,18 +12,16 @@ from torch.distributed.tensor import DTensor
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
-from megarewarm.model.fused import Operations, fuse, rounds_stream
+from megarewarm.model.fused import Operations, rounds_stream
 from megarewarm.model.initialize import initial_value
-from megarewarm.model.parameters import EMBEDDING, cards
-from megarewarm.model.size import stage_costs
-from megarewarm.model.transformer import Transformer
-from megarewarm.parallel import pipeline, tensor
+from megarewarm.model.parameters import EMBEDDING
+from megarewarm.parallel import pipeline
+from megarewarm.parallel.cut import Cut, cut
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
-from megarewarm.parallel.placement import TensorSlice, place
+from megarewarm.parallel.placement import TensorSlice
 from megarewarm.parallel.recompute import recompute
-from megarewarm.parallel.tensor_ranks import TensorRanks
 from megarewarm.parallel.tied_embedding import TiedEmbedding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,7 +50,7 @@ class LaidOutModel:
         self._dtype = DTYPES[precision]
         self._sharded = parallel.sharding != "none" and mesh.layout.data > 1
         self._keeps_gathered = parallel.sharding == "zero2"
-        self._cut(parallel, sequence_length, operations)
+        self._take(cut(config, mesh, parallel, sequence_length, operations))
         self._join_ends()
         for module in self._modules:
             module.to_empty(device=mesh.device)
@@ -70,40 +68,17 @@ class LaidOutModel:
         self._clear_padding()
         self.gradients = self._make_gradients(reduce_copies)
 
-    def _cut(self, parallel: ParallelConfig, sequence_length: int, operations: Operations) -> None:
+    def _take(self, cut: Cut) -> None:
         """The parts of the model that this rank computes: ``_modules``, one for each of its pipeline stages."""
-        layout = self.mesh.layout
-        with torch.device("meta"):
-            model = Transformer(self.config)
-        self.cards = cards(self.config)
+        self.cards, self.placements = cut.cards, cut.placements
         self.shapes = {name: card.shape for name, card in self.cards.items()}
-        sequence = layout.tensor > 1 and parallel.sequence
-        self._tensor: TensorRanks | None = None
-        if self.mesh.tensor is not None:
-            self._tensor = TensorRanks(self.mesh.tensor, sequence)
-            tensor.shard(model, self._tensor)
-        rank = self.mesh.tensor_rank
-        self.placements = {name: place(card, rank, layout.tensor, sequence) for name, card in self.cards.items()}
-        fuse(model, operations)
-        if model.embed_out is None and layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
-            model.embed_in.__class__ = TiedEmbedding
-        low = self._sharded or any(rounds_stream(layer) for layer in model.layers)
+        self._tensor, self._modules = cut.tensor, cut.modules
+        self._numbers, self._count = cut.numbers, cut.count
+        self._has_last, self._ends_meet = cut.has_last, cut.ends_meet
+        if self.config.tie_embeddings and self.mesh.layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
+            self._modules[0].embed_in.__class__ = TiedEmbedding  # type: ignore[assignment]
+        low = self._sharded or any(rounds_stream(layer) for module in self._modules for layer in _layers(module))
         self._stream_dtype = self._dtype if low else torch.float32
-        self._numbers, self._count = [0], 1
-        self._modules: list[nn.Module] = [model]
-        if layout.pipeline > 1:
-            per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
-            self._count = layout.pipeline * per_rank
-            cut = pipeline.balance(self.config.num_layers, self._count, *stage_costs(self.config, sequence_length))
-            self._numbers = pipeline.my_stages(parallel.schedule, self.mesh.pipeline_rank, layout.pipeline, per_rank)
-            last = self._count - 1
-            self._modules = [pipeline.StageModule(model, cut[n], first=n == 0, last=n == last) for n in self._numbers]
-        self._has_last = self._count - 1 in self._numbers
-
-    @property
-    def _ends_meet(self) -> bool:
-        """Whether this rank holds both ends of a V-shaped pipeline, and these share one matrix."""
-        return self.config.tie_embeddings and self._count > 1 and 0 in self._numbers and self._has_last
 
     def _join_ends(self) -> None:
         """Give the head its own matrix: both ends of a V share one, which fully_shard can't divide between two modules."""

@@ -18,6 +18,7 @@ from megarewarm.config.execution import ParallelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.positions import positions_of
 from megarewarm.model.transformer import Transformer, add_deferred
+from megarewarm.parallel.forward_only import ForwardOnly
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
 
@@ -152,10 +153,10 @@ class Pipeline:
         self.sequences = micro_batches * micro_batch
         self._stages = dict(zip(numbers, stages, strict=True))
         self._last = count - 1
-        self._groups = (group, reverse_group)
-        self._rank_of = [rank_of(order, number, group.size()) for number in range(count)]
         self._length, self._micro_batch, self._loss = sequence_length, micro_batch, loss
-        self._hidden = (micro_batch, local_length, hidden_size), dtype
+        ranks = [rank_of(order, number, group.size()) for number in range(count)]
+        shape = (micro_batch, local_length, hidden_size)
+        self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), shape, dtype, sequence_length)
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
         hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
         made = [
@@ -189,47 +190,12 @@ class Pipeline:
         )
         return [loss.detach() for loss in losses]
 
-    @torch.no_grad()
     def evaluate(
         self, inputs: Tensor, targets: Tensor, starts: Tensor | None, dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """Forward only; the losses as in ``train``. ``dtype``: of what stages pass on, where it is not training's.
-
-        Not by the schedule, which for zero_bubble can't do it: each stage takes all micro-batches in turn and passes each
-        one on at once. What goes to an earlier rank has a group of its own, so that no message waits behind one whose
-        receiver waits for it.
-        """
-        shape, usual = self._hidden
-        parts = [None] * (len(inputs) // self._micro_batch) if starts is None else starts.split(self._micro_batch)
-        here: list[Tensor] = []
+        """Forward only; the losses as in ``train``. ``dtype``: of what stages pass on, where it is not training's."""
         losses: list[Tensor] = []
-        sent = []
-        for number, stage in sorted(self._stages.items()):
-            outputs: list[Tensor] = []
-            for i, (tokens, wanted) in enumerate(
-                zip(inputs.split(self._micro_batch), targets.split(self._micro_batch), strict=True)
-            ):
-                if number == 0:
-                    x = tokens
-                elif number - 1 in self._stages:
-                    x = here[i]
-                else:
-                    x = torch.empty(shape, dtype=dtype or usual, device=inputs.device)
-                    source = self._rank_of[number - 1]
-                    dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
-                x = stage(x, length=self._length, starts=parts[i])
-                if number == self._last:
-                    losses.append(self._loss(x, wanted))
-                elif number + 1 in self._stages:
-                    outputs.append(x)
-                else:
-                    target, x = self._rank_of[number + 1], x.contiguous()
-                    sent.append((dist.isend(x, group=self._way(self._rank_of[number], target), group_dst=target), x))
-            here = outputs
-        for work, _ in sent:
-            if work is not None:
-                work.wait()
+        wanted = targets.split(self._micro_batch)
+        with torch.no_grad():
+            self._forward.run(inputs, starts, lambda i, hidden: losses.append(self._loss(hidden, wanted[i])), dtype)
         return losses
-
-    def _way(self, source: int, target: int) -> dist.ProcessGroup:
-        return self._groups[target < source]

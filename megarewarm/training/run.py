@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from megarewarm import __version__
-from megarewarm.checkpoint.lineage import Stage
+from megarewarm.checkpoint.lineage import Stage, TaughtBy
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
 from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
@@ -125,7 +125,14 @@ class Run:
             goes_on=plan.goes_on,
             optimizer=plan.config.optimizer.kind,
             reset=self._own_state().lineage.stages[-1].reset if plan.resumed else plan.policy.lines(),
+            taught_by=self._taught_by(),
         )
+
+    def _taught_by(self) -> TaughtBy | None:
+        settings, source, teacher = self.plan.config.distill, self.inputs.teacher, self.model.teacher
+        if settings is None or source is None or teacher is None:
+            return self._own_state().lineage.stages[-1].taught_by if self.plan.resumed else None
+        return TaughtBy(name=source.name, kind=settings.kind, weight=settings.weight, identity=teacher.identity)
 
     def _own_state(self) -> TrainingState:
         assert self.plan.source is not None and self.plan.source.training is not None

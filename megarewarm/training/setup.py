@@ -13,9 +13,9 @@ from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
 from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
-from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums
+from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums, gather, on_all_ranks
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.distillation import Teacher
+from megarewarm.parallel.distillation import Teacher, identity_of
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.loss_scaler import LossScaler
@@ -26,7 +26,7 @@ from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.inputs import Inputs, open_inputs
 from megarewarm.training.start.memory import free_memory
 from megarewarm.training.start.micro_batch import confirmed, settle_micro_batch
-from megarewarm.training.start.plan import Plan, settle_model
+from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.weights import StartWeights, copy_weights, keeps_start, reload_start_weights
 from megarewarm.training.state import RunState
 
@@ -42,6 +42,7 @@ def build(plan: Plan, ranks: Ranks) -> Run:
         plan, chosen = settle_micro_batch(plan, ranks.world_size, ranks.device, free)
     inputs = open_inputs(plan, ranks.world_size, ranks.device)
     mesh, model = _make_model(plan, ranks, inputs)
+    _fill_teacher(plan, model.teacher, inputs)
     start_weights, lost = _load_weights(plan, model)
     optimizer, scaler = _make_optimizer(plan, model, inputs)
     if is_auto and ranks.device.type == "cuda" and not plan.resumed:
@@ -82,18 +83,48 @@ def _make_model(plan: Plan, ranks: Ranks, inputs: Inputs) -> tuple[Mesh, Paralle
         sequence_length=config.data.sequence_length,
         precision=inputs.precision,
         documents=inputs.documents,
-        teacher=_load_teacher(plan, ranks, inputs),
+        teacher=_make_teacher(plan, mesh, inputs),
     )
     return mesh, model
 
 
-def _load_teacher(plan: Plan, ranks: Ranks, inputs: Inputs) -> Teacher | None:
-    if plan.config.distill is None:
+def _make_teacher(plan: Plan, mesh: Mesh, inputs: Inputs) -> Teacher | None:
+    """The teacher laid out over the ranks, its parameters still empty; None without one."""
+    config, taught_by = plan.config, plan.taught_by
+    if config.distill is None or taught_by is None or inputs.teacher is None:
         return None
-    assert inputs.teacher is not None
-    taught = settle_model(plan.config, inputs.teacher).model
-    assert taught is not None
-    return Teacher(plan.config.distill, taught, inputs.teacher.weights.read, ranks.device, DTYPES[inputs.precision])
+    return Teacher(
+        config.distill,
+        taught_by,
+        plan.model.vocab_size,
+        mesh,
+        parallel=config.parallel,
+        sequence_length=config.data.sequence_length,
+        micro_batch=config.training.micro_batch_size,
+        dtype=DTYPES[inputs.precision],
+    )
+
+
+@collective
+def _fill_teacher(plan: Plan, teacher: Teacher | None, inputs: Inputs) -> None:
+    """Load the teacher's weights. All ranks call it. Raises ``UserError`` if a resumed run had another teacher before."""
+    if teacher is None:
+        return
+    source, names = inputs.teacher, teacher.names
+    assert source is not None
+
+    def read() -> None:
+        for name in names:
+            teacher.fill(name, source.weights.read(name))
+
+    on_all_ranks(read, UserError)
+    teacher.identity = identity_of({name: sample for each in gather(teacher.samples) for name, sample in each.items()})
+    before = plan.source.lineage.stages[-1].taught_by if plan.resumed and plan.source is not None else None
+    if before is not None and before.identity != teacher.identity:
+        raise UserError(
+            f"distill{'.from' if plan.needs_teacher else ''}: {source.name} holds other weights than those that have taught "
+            f"{plan.config.name} so far; restore them, or begin another run"
+        )
 
 
 def _choose_algorithms(deterministic: bool) -> None:

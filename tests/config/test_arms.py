@@ -107,6 +107,24 @@ def test_a_moment_of_a_run_is_a_step_that_it_keeps() -> None:
     assert steps.config.start.from_ == "runs/e/up/checkpoints/step_10"
 
 
+def test_a_run_waits_for_the_one_that_teaches_it_and_does_not_start_from_it() -> None:
+    text = BASE + (
+        "runs:\n  - {name: student, start: {from: '${runs}/up'}, distill: {from: '${runs}/teacher@30%', kind: hidden}}\n"
+        "  - {name: again, start: {from: '${runs}/teacher'}, distill: {from: '${runs}/teacher'}}\n"
+        "  - {name: scratch, distill: {from: '${runs}/up'}}\n  - {name: up}\n  - {name: teacher, start: {from: '${runs}/up'}}\n"
+    )
+    arms = {arm.arm: arm for arm in load(text).arms}
+    assert list(arms) == ["up", "scratch", "teacher", "student", "again"]
+    student, distill = arms["student"], arms["student"].config.distill
+    assert (student.after, student.taught_by) == (("up", "teacher"), ("teacher",))
+    assert distill is not None and distill.from_ == "runs/e/teacher/checkpoints/step_12"
+    assert arms["teacher"].config.checkpoint.extra_steps == [12]
+    assert (arms["again"].after, arms["again"].taught_by) == (("teacher",), ())
+    assert (arms["scratch"].after, arms["scratch"].taught_by) == (("up",), ("up",))
+    recorded = {entry["name"]: entry for entry in record_of(load(text))["runs"]}
+    assert (recorded["student"]["after"], recorded["student"]["taught_by"]) == (["up", "teacher"], ["teacher"])
+
+
 def test_quick_needs_to_be_described() -> None:
     with pytest.raises(UserError, match="has no key 'quick'"):
         load(BASE + UPSTREAM, quick=True)
@@ -137,6 +155,8 @@ def test_quick_is_shorter_elsewhere_and_laid_over_the_file() -> None:
         ("runs: [{name: a}, {name: b}]", "the runs 'a' and 'b' are the same in every key"),
         ("runs: [{name: a}, {name: b, start: {from: '${runs}/c'}}]", "'b' starts from runs/e/c, which no run"),
         ("runs: [{name: a, start: {from: '${runs}/b'}}, {name: b, start: {from: '${runs}/a'}}]", "in a circle"),
+        ("runs: [{name: a}, {name: b, distill: {from: '${runs}/c'}}]", "'b' is taught by runs/e/c, which no run"),
+        ("runs: [{name: a, distill: {from: '${runs}/b'}}, {name: b, start: {from: '${runs}/a'}}]", "in a circle"),
         ("runs: [{name: a}, {name: b, start: {from: '${runs}/a@200%'}}]", "is step 80 of 'a', which has steps 1 to 40"),
         ("runs: [{name: a}, {name: b, start: {from: '${runs}/a@soon'}}]", "'@soon' is no moment of a run"),
         ("runs: [{name: a, folder: x}]", "has no 'folder' of its own"),

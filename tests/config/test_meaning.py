@@ -95,7 +95,8 @@ PATHS = {
     "ByScore.by",
     "Source.documents",
     "Source.scores",
-    "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "ReplayConfig.paths",
+    "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "DistillConfig.from_",
+    "ReplayConfig.paths",
     "ExperimentConfig.folder", "PrepareConfig.folder", "CorpusConfig.from_",
 }  # fmt: skip
 NO_PATHS = {

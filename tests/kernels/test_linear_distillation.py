@@ -25,13 +25,16 @@ def problem(tokens: int, rows: int, padding: int = 0, dtype: torch.dtype = torch
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 40), st.integers(1, 20), st.integers(0, 3), st.integers(1, 4000), st.floats(0, 3))
-def test_every_chunking_gives_the_definition(tokens: int, rows: int, padding: int, memory: int, share: float) -> None:
+@given(st.integers(0, 40), st.integers(1, 20), st.integers(0, 3), st.integers(1, 4000), st.floats(0, 3), st.integers(1, 20))
+def test_every_chunking_gives_the_definition(
+    tokens: int, rows: int, padding: int, memory: int, share: float, known: int
+) -> None:
+    known = min(known, rows)
     ours, plain = problem(tokens, rows, padding), problem(tokens, rows, padding)
     for each in (ours, plain):
         each[0].requires_grad_(), each[1].requires_grad_()
-    total, parts, count = linear_distillation(*ours, share=share, valid_rows=rows, memory_budget=memory)
-    expected, expected_parts, expected_count = reference(*plain, share=share, valid_rows=rows)
+    total, parts, count = linear_distillation(*ours, share=share, valid_rows=rows, teacher_rows=known, memory_budget=memory)
+    expected, expected_parts, expected_count = reference(*plain, share=share, valid_rows=rows, teacher_rows=known)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(parts, expected_parts)
     assert int(count) == int(expected_count) and parts.requires_grad is False
@@ -77,13 +80,13 @@ def test_rounding_is_no_worse_than_the_definitions(dtype: torch.dtype) -> None:
 
 def test_the_operator_is_well_defined_and_compiles_whole() -> None:
     given = problem(12, 9, dtype=torch.float32)
-    torch.library.opcheck(_operator, (*given, 9, -100, SHARE, 5, torch.float32, True, True))
+    torch.library.opcheck(_operator, (*given, 9, -100, SHARE, 8, 5, torch.float32, True, True))
     given[0].requires_grad_()
     function = torch.compile(lambda *t: linear_distillation(*t, share=SHARE)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(function(*given), linear_distillation(*given, share=SHARE)[0])
 
 
-@pytest.mark.parametrize("wrong", range(5))
+@pytest.mark.parametrize("wrong", range(6))
 def test_wrong_shapes_are_refused(wrong: int) -> None:
     given = problem(4, 9, dtype=torch.float32)
     if wrong < 3:
@@ -93,6 +96,9 @@ def test_wrong_shapes_are_refused(wrong: int) -> None:
     elif wrong == 3:
         with pytest.raises(ValueError, match=r"'teacher_hidden' is torch\.int64, need"):
             linear_distillation(given[0], given[1], given[2], given[3].long(), given[4], share=1.0)
-    else:
+    elif wrong == 4:
         with pytest.raises(ValueError, match="valid_rows 10"):
             linear_distillation(*given, share=1.0, valid_rows=10)
+    else:
+        with pytest.raises(ValueError, match=r"teacher_rows 9 does not lie in 1\.\.8"):
+            linear_distillation(*given, share=1.0, valid_rows=8, teacher_rows=9)

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megarewarm.lab.plan_ahead import plan_ahead
 from megarewarm.main import main
+from megarewarm.model.size import forward_flops_per_token
 from megarewarm.parallel.launchers import Launch
 from megarewarm.spelling import duration_text
+from megarewarm.training.start.evaluation_cost import evaluation_cost
 from megarewarm.training.trainer import train
 from tests.support.tiny import config, events, mapping, quiet
 from tests.test_bad_input import without_notes
+from tests.training.test_resume import ALONE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,3 +178,51 @@ def test_a_longer_budget_is_a_branch(anywhere: Path, tmp_path: Path, capsys: pyt
     states = [json.loads((end / "state.json").read_text()) for end in ends]
     assert states[0]["samples"] == states[1]["samples"] == 9 * 8, "it reads on where the old run ended"
     assert states[0]["optimizer_step"] == states[1]["optimizer_step"] == 9
+
+
+def test_a_teacher_is_counted_with_its_own_shape_also_before_it_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    plain = mapping(tmp_path)
+    large = {"num_layers": 3, "hidden_size": 64}
+    train(config(tmp_path, folder=str(tmp_path / "teacher"), model=large, training={"budget": 2}), ALONE, quiet())
+    plan, missing = plan_ahead(config(tmp_path, distill={"from": str(tmp_path / "teacher")}))
+    assert plan.taught_by is not None and not missing
+    own, theirs = (forward_flops_per_token(shape, 16) for shape in (plan.model, plan.taught_by))
+    # by hand: per layer 12 h^2 weights, each 2 FLOPs, causal attention over half of 16 positions, and the head of 64 ids
+    assert theirs == 3 * (24 * 64**2 + 4 * 64 * 8) + 2 * 64 * 64
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(plain | {"distill": {"from": str(tmp_path / "teacher")}}))
+    assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    per_token = 3 * own + theirs
+    assert f"FLOPs {20 * 128 * per_token:.3g} ({per_token:.3g} per token" in shown
+    assert f"forward of the teacher {tmp_path}/teacher, " in shown and "note: distill: the teacher is" in shown
+    cost = evaluation_cost(plan, {"old": 256, "new": 256})
+    assert cost is not None
+    evaluated = 512 * len(cost.steps)
+    assert cost.share == pytest.approx(evaluated / (evaluated + (3 + theirs / own) * 20 * 128))
+    # an experiment whose teacher is yet to be trained
+    runs = [
+        {"name": "large", "model": large, "start": {"from": None}},
+        {"name": "student", "distill": {"from": "${runs}/large"}},
+        {"name": "early", "distill": {"from": "${runs}/large@50%"}},
+    ]
+    base = {key: value for key, value in plain.items() if key not in ("name", "folder")}
+    experiment = {"experiment": "e", "folder": str(tmp_path / "e"), "base": base, "runs": runs}
+    (tmp_path / "e.yml").write_text(yaml.safe_dump(experiment))
+    assert main([str(tmp_path / "e.yml"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    row = next(line.split() for line in shown.splitlines() if line.split()[:2] == ["student", "scratch"])
+    assert float(row[-2]) == pytest.approx(20 * 128 * per_token / 1e15, rel=0.05)
+    assert not (tmp_path / "e").exists()
+    wide = [runs[0], {"name": "student", "distill": {"from": "${runs}/large", "kind": "hidden"}}]
+    (tmp_path / "e.yml").write_text(yaml.safe_dump(experiment | {"runs": wide}))
+    assert main([str(tmp_path / "e.yml"), "--dry-run"]) == 2
+    assert "e/large has hidden_size 64, the model 32" in capsys.readouterr().err
+    # and where it is not on this machine
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(plain | {"distill": {"from": str(tmp_path / "absent")}}))
+    assert main([str(tmp_path / "run.yml"), "--dry-run"]) == 2
+    assert "distill.from: " in capsys.readouterr().err
+    assert main([str(tmp_path / "run.yml"), "--dry-run", "--allow-missing"]) == 0
+    assert "missing, needed to train: distill.from:" in " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from megarewarm.training.run import Run
 from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import training_step
+from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.family_shapes import SHAPES, larger
-from tests.support.tiny import config, mapping
+from tests.support.tiny import config, mapping, quiet
 from tests.support.wire import Wire
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -273,6 +275,51 @@ def test_no_layout_sends_more_than_it_must(tmp_path: Path, world_size: int, size
     for rank, found in enumerate(run_ranks(_sent, world_size, str(tmp_path), size, layouts)):
         for layout, planned, sent in found:
             assert sent == pytest.approx(planned, rel=0.05), f"rank {rank}, {layout}"
+
+
+def _with_teacher(ranks: Ranks, place: str, layouts: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Planned and real bytes of the weights and of what a step sends, the teacher's among them."""
+    found = []
+    for parallel in layouts:
+        asked = config(
+            Path(place),
+            folder=f"{place}/run",
+            model=SIZES["deep"] | {"num_layers": 5},
+            training={"micro_batch": 2},
+            parallel=parallel,
+            distill={"from": f"{place}/teacher"},
+        )
+        run = build(make_plan(asked), ranks)
+        training_step(run, 1e-3)
+        with Wire() as wire:
+            training_step(run, 1e-3)
+        run.batches.close()
+        layout, teacher = run.mesh.layout, run.model.teacher
+        assert teacher is not None
+        work = replace(_work(run), teacher=run.plan.taught_by)
+        part = parts(work, asked.parallel, layout)[run.mesh.pipeline_rank]
+        own = sum(p.nbytes for p in run.model.parameters.values())
+        theirs = sum(p.nbytes for p in {id(p): p for m in teacher._modules for p in m.parameters()}.values())
+        planned = memory_of(part, run.mesh.pipeline_rank, work, asked.parallel, layout)
+        found.append((f"weights, {parallel}", planned.weights, float(own + theirs)))
+        found.append((f"sent, {parallel}", traffic_of(part, work, asked.parallel, layout).total, wire.bytes))
+    return found
+
+
+@pytest.mark.parametrize("name", ["wide", "olmo2"])
+def test_a_teacher_is_planned_too(tmp_path: Path, name: str) -> None:
+    usual = {"model": SIZES[name] | {"num_layers": 6, "vocab_size": 64}, "training": {"budget": 2}}
+    train(config(tmp_path, folder=str(tmp_path / "teacher"), **usual), ALONE, quiet())
+    layouts: list[dict[str, Any]] = [
+        {"tensor": 2},
+        {"tensor": 2, "sequence": True},
+        {"pipeline": 2},
+        {"pipeline": 2, "schedule": "interleaved"},
+        {"pipeline": 2, "schedule": "zero_bubble"},
+    ]
+    for rank, found in enumerate(run_ranks(_with_teacher, 2, str(tmp_path), layouts)):
+        for what, planned, real in found:
+            assert real == pytest.approx(planned, rel=0.05), f"rank {rank}, {what}"
 
 
 def _sent_by_families(ranks: Ranks, place: str, sizes: list[str]) -> list[tuple[str, float, float]]:

@@ -30,6 +30,7 @@ def linear_distillation(
     *,
     share: float,
     valid_rows: int | None = None,
+    teacher_rows: int | None = None,
     ignore_index: int = -100,
     memory_budget: int = 64 * MIB,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,9 +39,10 @@ def linear_distillation(
     Args:
         hidden: (t, h), the student's. weight: (v, h), its head. targets: (t,) int64, below ``valid_rows``, or
             ``ignore_index``, which leaves the token out of both terms.
-        teacher_hidden: (t, g), teacher_weight: (v', g) with at least ``valid_rows`` rows; neither gets a gradient.
+        teacher_hidden: (t, g), teacher_weight: (v', g) with at least ``teacher_rows`` rows; neither gets a gradient.
         share: weight of the divergence.
-        valid_rows: rows of both heads that are in the softmax; None: all of ``weight``.
+        valid_rows: rows of ``weight`` that are in the softmax; None: all.
+        teacher_rows: those of the teacher's head, at most ``valid_rows``: it gives the others no probability; None: as many.
         memory_budget: bytes that the logits of a chunk may take, at least one token's worth.
 
     Returns:
@@ -61,8 +63,11 @@ def linear_distillation(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    if not 0 < rows <= min(weight.shape[0], teacher_weight.shape[0]):
-        raise ValueError(f"valid_rows {rows} does not lie in 1..{min(weight.shape[0], teacher_weight.shape[0])}")
+    taught = rows if teacher_rows is None else teacher_rows
+    if not 0 < rows <= weight.shape[0]:
+        raise ValueError(f"valid_rows {rows} does not lie in 1..{weight.shape[0]}")
+    if not 0 < taught <= min(rows, teacher_weight.shape[0]):
+        raise ValueError(f"teacher_rows {taught} does not lie in 1..{min(rows, teacher_weight.shape[0])}")
     check_floats(hidden=hidden, weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -78,6 +83,7 @@ def linear_distillation(
         rows,
         ignore_index,
         share,
+        taught,
         math.ceil(hidden.shape[0] / max(1, math.ceil(hidden.shape[0] / most))) or 1,
         dtype,
         tracked and hidden.requires_grad,
@@ -95,15 +101,17 @@ def reference(
     *,
     share: float,
     valid_rows: int | None = None,
+    teacher_rows: int | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of ``linear_distillation``: all logits at once."""
     rows = weight.shape[0] if valid_rows is None else valid_rows
+    taught = rows if teacher_rows is None else teacher_rows
     kept = targets != ignore_index
-    logits, wanted = F.linear(hidden, weight[:rows])[kept], F.linear(teacher_hidden, teacher_weight[:rows])[kept]
+    logits, wanted = F.linear(hidden, weight[:rows])[kept], F.linear(teacher_hidden, teacher_weight[:taught])[kept]
     log_p, log_q = (each.to(exact(each.dtype)).log_softmax(1) for each in (logits, wanted.detach()))
     cross = F.nll_loss(log_p, targets[kept], reduction="sum")
-    divergence = F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    divergence = F.kl_div(log_p[:, :taught], log_q, reduction="sum", log_target=True)
     return cross + share * divergence, torch.stack([cross, divergence]).detach(), kept.sum()
 
 
@@ -131,7 +139,7 @@ class _LinearDistillation(torch.autograd.Function):
         *_, need_hidden, need_weight = ctx.arguments
         grad_hidden = grads[0].mul_(upstream).to(tensors[0].dtype) if need_hidden else None
         grad_weight = grads[1].mul_(upstream).to(tensors[1].dtype) if need_weight else None
-        return grad_hidden, grad_weight, *(None,) * 10
+        return grad_hidden, grad_weight, *(None,) * 11
 
 
 def _compute(
@@ -143,6 +151,7 @@ def _compute(
     rows: int,
     ignore_index: int,
     share: float,
+    taught: int,
     chunk: int,
     dtype: torch.dtype,
     need_hidden: bool,
@@ -150,7 +159,7 @@ def _compute(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses (2,), gradients of hidden (t, h) in ``dtype`` and of weight (v, h) in fp32, empty where not needed."""
     kind = exact(dtype)
-    head, wanted_head = weight[:rows].to(dtype), teacher_weight[:rows].to(dtype)
+    head, wanted_head = weight[:rows].to(dtype), teacher_weight[:taught].to(dtype)
     parts = hidden.new_zeros(2, dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=kind)
@@ -166,10 +175,11 @@ def _compute(
         log_q = torch.mm(teacher_hidden[part].to(dtype), wanted_head.t()).to(kind).log_softmax(1)
         q = log_q.exp()
         parts[0] -= log_p.gather(1, target).masked_fill(ignored, 0).sum()
-        parts[1] += log_q.sub_(log_p).mul_(q).sum(1, keepdim=True).masked_fill(ignored, 0).sum()
+        parts[1] += log_q.sub_(log_p[:, :taught]).mul_(q).sum(1, keepdim=True).masked_fill(ignored, 0).sum()
         if not (need_hidden or need_weight):
             continue
-        dz = log_p.exp_().mul_(1 + share).sub_(q, alpha=share)
+        dz = log_p.exp_().mul_(1 + share)
+        dz[:, :taught].sub_(q, alpha=share)
         dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=kind))
         dz = dz.masked_fill_(ignored, 0).to(dtype)
         if need_hidden:

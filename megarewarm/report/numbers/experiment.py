@@ -180,7 +180,7 @@ def _begun(folder: Path) -> RecordedRun | None:
 
 def _arms(entries: Sequence[tuple[dict[str, Any], TrialRecord]]) -> list[ArmRecord]:
     arm_of = {trial.name: str(entry["arm"]) for entry, trial in entries}
-    starts = {name: arm_of.get(name, name) for entry, _ in entries for name in entry["after"]}
+    starts = {name: arm_of.get(name, name) for entry, _ in entries for name in _starts(entry)}
     found: dict[str, ArmRecord] = {}
     for entry, trial in entries:
         name = str(entry["arm"])
@@ -191,12 +191,17 @@ def _arms(entries: Sequence[tuple[dict[str, Any], TrialRecord]]) -> list[ArmReco
                 groups=dict(entry["groups"]),
                 chain=entry.get("chain"),
                 stage=entry.get("stage"),
-                after=tuple(dict.fromkeys(starts[start] for start in entry["after"])),
+                after=tuple(dict.fromkeys(starts[start] for start in _starts(entry))),
                 continued=name in starts.values(),
                 trials=[],
             )
         found[name].trials.append(trial)
     return list(found.values())
+
+
+def _starts(entry: dict[str, Any]) -> list[str]:
+    """The runs that one starts from, of those that it waits for."""
+    return [name for name in entry["after"] if name not in entry.get("taught_by", ())]
 
 
 def mean_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.mixture.validation import WindowSet
-from megarewarm.model.size import PASSES
+from megarewarm.model.size import PASSES, forward_flops_per_token
 from megarewarm.spelling import tokens_text
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
 from megarewarm.training.start.plan import Plan
@@ -84,9 +84,17 @@ def evaluation_cost(plan: Plan, tokens: Mapping[str, int]) -> EvaluationCost | N
         return None
     interpolated = len(config.interpolate.alphas) * everything if config.interpolate is not None else 0
     evaluated = sum(each) + interpolated
-    passes = PASSES[config.training.recompute] + (config.distill is not None)
+    passes = PASSES[config.training.recompute] + _taught_passes(plan)
     trained = passes * (total - first) * config.tokens_per_step
     return EvaluationCost(tuple(steps), tuple(each), interpolated, evaluated / (evaluated + trained))
+
+
+def _taught_passes(plan: Plan) -> float:
+    """What the teacher's forward pass costs in forward passes of the model."""
+    if (teacher := plan.taught_by) is None:
+        return 0.0
+    length = plan.config.data.sequence_length
+    return forward_flops_per_token(teacher, length) / forward_flops_per_token(plan.model, length)
 
 
 def evaluation_note(plan: Plan, cost: EvaluationCost | None) -> list[str]:

@@ -18,6 +18,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
+from megarewarm.model.size import count_parameters
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.laid_out import DTYPES
@@ -38,7 +39,7 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 @dataclass(frozen=True)
 class Inputs:
     """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
-    ``distill``, or None."""
+    ``distill``, or None, also where the run has no steps left."""
 
     layout: Layout
     texts: Texts
@@ -67,7 +68,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     Of a resumed run with ``distill`` all ranks call it. Raises ``UserError`` for anything that the run would be refused for."""
     config = plan.config
     layout = choose_layout(config.parallel, world_size)
-    fit = check_fit(config, plan.model, layout)
+    fit = check_fit(config, plan.model, layout, plan.taught_by)
     texts = settle_texts(plan)
     files = TokenFiles(config.data, plan.model.vocab_size)
     data = open_data(plan, files)
@@ -83,12 +84,12 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     teacher = None
     if not isinstance(plan.source, PlannedCheckpoint):  # a file that isn't written yet is checked when it is
         _check_weights(plan)
-        teacher = _teacher(plan) if config.distill is not None else None
+    if config.distill is not None and plan.has_steps_left:
+        teacher = _teacher(plan)
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
-    if teacher is not None and config.start.intent in ("resume", "branch"):
-        notes.append(f"distill: the teacher is {teacher.name} itself, not the start of the run that is continued here")
+    notes += _about_teacher(plan, teacher)
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
 
@@ -125,8 +126,16 @@ def _check_weights(plan: Plan) -> None:
     check(opened.weights, expected_shapes(plan.model))
 
 
-def _teacher(plan: Plan) -> OpenedCheckpoint:
-    """The start checkpoint, whose frozen model is the teacher; a resumed run reads it again."""
+def _teacher(plan: Plan) -> OpenedCheckpoint | None:
+    """The checkpoint whose frozen model is the teacher, which a resumed run reads again; None if it is not written yet."""
+    if plan.needs_teacher:
+        if isinstance(plan.teacher, PlannedCheckpoint):
+            return None
+        named: OpenedCheckpoint = plan.teacher  # type: ignore[assignment]
+        check(named.weights, expected_shapes(named.model_config))
+        return named
+    if isinstance(plan.source, PlannedCheckpoint):
+        return None
     try:
         source = start_source(plan)
         if source is None:
@@ -137,6 +146,24 @@ def _teacher(plan: Plan) -> OpenedCheckpoint:
     except UserError as error:
         raise UserError(f"distill: the start checkpoint is the teacher and can't be read: {error}") from error
     return opened
+
+
+def _about_teacher(plan: Plan, teacher: OpenedCheckpoint | None) -> list[str]:
+    if teacher is None:
+        return []
+    if not plan.needs_teacher:
+        if plan.config.start.intent not in ("resume", "branch"):
+            return []
+        return [f"distill: the teacher is {teacher.name} itself, not the start of the run that is continued here"]
+    theirs, ours = teacher.model_config.vocab_size, plan.model.vocab_size
+    notes = [*teacher.notes, f"distill: the teacher is {teacher.name}, {count_parameters(teacher.model_config):,} parameters"]
+    if theirs == ours:
+        return notes
+    return [
+        *notes,
+        f"distill: the teacher {teacher.name} has {theirs:,} rows for ids, the model {ours:,}: its predictions are of the "
+        f"first {min(theirs, ours):,}",
+    ]
 
 
 def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:

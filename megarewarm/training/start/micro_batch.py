@@ -45,6 +45,7 @@ def settle_micro_batch(plan: Plan, world_size: int, device: torch.device, free: 
         _IN_USE * free,
         value_bytes=DTYPES[settle_precision(config, device)].itemsize,
         on_gpu=device.type == "cuda",
+        teacher=plan.taught_by,
     )
     room = f"a rank needs {bytes_text(needed)} of the {bytes_text(free)} that are free"
     return with_micro_batch(plan, size), [f"training.micro_batch: auto is {counted(size, 'sequence')}: {room}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, sta
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule
 from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.teacher import check_teacher, open_teacher
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Plan:
 
     ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
-    ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were.
+    ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
+    ``distill.from`` names, unless the run has no steps left.
     """
 
     config: RunConfig
@@ -40,11 +42,30 @@ class Plan:
     position: Position
     resumed: bool
     origin_tokens: int = 0
+    teacher: CheckpointSource | None = None
 
     @property
     def model(self) -> ModelConfig:
         assert self.config.model is not None
         return self.config.model
+
+    @property
+    def has_steps_left(self) -> bool:
+        """Whether the run trains on from ``position``."""
+        return self.position.step < self.config.total_steps
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the run is taught by another checkpoint than its start."""
+        distill = self.config.distill
+        return distill is not None and distill.from_ is not None and self.has_steps_left
+
+    @property
+    def taught_by(self) -> ModelConfig | None:
+        """The shape of the teacher; None without ``distill``."""
+        if self.config.distill is None:
+            return None
+        return self.teacher.model_config if self.teacher is not None else self.model
 
     @property
     def history(self) -> Lineage:
@@ -151,12 +172,24 @@ def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: Tr
         )
 
 
-def make_plan(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
-    """The plan of ``config``: the run's own newest checkpoint if there is one, else ``start``.
+def make_plan(config: RunConfig, *, up_to: int | None = None) -> Plan:
+    """The plan of ``config``: the run's own newest checkpoint if there is one, else ``start``; and its teacher.
 
-    ``source`` replaces opening ``start.from`` (for a dry run without it). ``up_to``: the run's checkpoints of later steps
-    don't count (to repeat a part of it). Raises ``UserError`` for a start that can't be honoured.
+    ``up_to``: the run's checkpoints of later steps don't count (to repeat a part of it). Raises ``UserError`` for a start that
+    can't be honoured, and for a teacher that can't teach it.
     """
+    plan = plan_start(config, up_to=up_to)
+    return with_teacher(plan, open_teacher(plan.config)) if plan.needs_teacher else plan
+
+
+def with_teacher(plan: Plan, teacher: CheckpointSource) -> Plan:
+    """``plan`` with the teacher that ``distill.from`` names. Raises ``UserError`` for one that can't teach its model."""
+    check_teacher(plan.config, plan.model, teacher)
+    return replace(plan, teacher=teacher)
+
+
+def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_to: int | None = None) -> Plan:
+    """``make_plan`` without the teacher. ``source`` replaces opening ``start.from`` (for a dry run without it)."""
     newest, passed_over = RunFolder(Path(config.run_folder)).newest_checkpoint(up_to=up_to)
     if newest is not None:
         own = OwnCheckpoint(newest, verified=True)

@@ -41,7 +41,7 @@ def settle_texts(plan: Plan) -> Texts:
     trained, paths, unknown = _made(_training_sources(config))
     held_out, _, unknown_too = _made([source for item in data.validation for source in item.sources])
     found = [*_named(config), *trained, *held_out]
-    refuse_other_tokenizers([*found, *_of_start(plan, found)])
+    refuse_other_tokenizers([*found, *_of_start(plan, found), *_of_teacher(plan, found)])
     notes = []
     if missing := list(dict.fromkeys([*unknown, *unknown_too])):
         notes.append(
@@ -131,6 +131,14 @@ def _of_start(plan: Plan, found: Sequence[Made]) -> list[Made]:
         earlier = source.written_by
         return [] if earlier is None else [*config_tokenizers(earlier.config), *_of_start(earlier, found)]
     return tokenizers_of(source, found)
+
+
+def _of_teacher(plan: Plan, found: Sequence[Made]) -> list[Made]:
+    """The tokenizers of the checkpoint that ``distill.from`` names."""
+    if not isinstance(plan.teacher, PlannedCheckpoint):
+        return [] if plan.teacher is None else tokenizers_of(plan.teacher, found)
+    earlier = plan.teacher.written_by
+    return [] if earlier is None else [*config_tokenizers(earlier.config), *_of_start(earlier, found)]
 
 
 def _end(config: RunConfig, trained: Sequence[Made], paths: Sequence[str]) -> tuple[int | None, list[str]]:
