@@ -280,10 +280,11 @@ def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.
         shutil.rmtree(folder)
     line = next(line for line in commands(ROOT / "docs/laboratory.md") if "choose-start" in line)
     assert "lowest loss on new_valid" in use(line, ("runs/upstream", "runs/my_rewarm"))
+    shutil.copytree(place / "runs/mine", place / "runs/teacher")
     less = r"launch\.sh RUN\.yml '?(replay|distill|optimizer|interpolate)"
     for i, line in enumerate(line for line in commands(ROOT / "docs/laboratory.md") if re.search(less, line)):
         launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")
-    assert (place / "runs/4/metrics.jsonl").is_file()
+    assert (place / "runs/5/metrics.jsonl").is_file()
 
 
 def test_a_run_with_values(place: Path) -> None:
