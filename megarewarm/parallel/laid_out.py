@@ -76,7 +76,7 @@ class LaidOutModel:
         self._numbers, self._count = cut.numbers, cut.count
         self._has_last, self._ends_meet = cut.has_last, cut.ends_meet
         if self.config.tie_embeddings and self.mesh.layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
-            self._modules[0].embed_in.__class__ = TiedEmbedding  # type: ignore[assignment]
+            self._modules[0].embed_in.__class__ = TiedEmbedding
         low = self._sharded or any(rounds_stream(layer) for module in self._modules for layer in _layers(module))
         self._stream_dtype = self._dtype if low else torch.float32
 
