@@ -150,6 +150,8 @@ def test_every_command_is_tried_here_or_can_not_be(page: Path) -> None:
 def test_starts_of_a_run(place: Path, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if "start.from=runs/OLD" in line:
         assert main(["RUN.yml", "name=OLD", "training.budget=2", "training.micro_batch=auto"]) == 0
+    if "from: runs/teacher" in line:
+        assert main(["RUN.yml", "name=teacher", *SMALL]) == 0
     if "logging.wandb" in line:
         (place / "wandb.py").touch()  # a dry run asks only whether it is installed
         monkeypatch.syspath_prepend(place)
@@ -197,6 +199,8 @@ def test_data_out_of_text(place: Path) -> None:
 
 def test_scores_of_documents(place: Path) -> None:
     hub = ("runs/second", "hf"), ("runs/upstream", "hf"), ("EleutherAI/pythia-70m", "hf")
+    for path in (place / "data").glob("new_train.loss*"):  # another test's
+        path.unlink()
     for line in commands(ROOT / "docs/worth.md"):
         if "score-data" in line:
             assert "percentile" in use(line, *hub)
@@ -280,7 +284,7 @@ def test_a_run_of_ones_own_and_what_is_done_with_it(place: Path, capsys: pytest.
         shutil.rmtree(folder)
     line = next(line for line in commands(ROOT / "docs/laboratory.md") if "choose-start" in line)
     assert "lowest loss on new_valid" in use(line, ("runs/upstream", "runs/my_rewarm"))
-    shutil.copytree(place / "runs/mine", place / "runs/teacher")
+    shutil.copytree(place / "runs/mine", place / "runs/teacher", dirs_exist_ok=True)
     less = r"launch\.sh RUN\.yml '?(replay|distill|optimizer|interpolate)"
     for i, line in enumerate(line for line in commands(ROOT / "docs/laboratory.md") if re.search(less, line)):
         launch(line, f"folder=runs/{i}", "training={budget: 4, global_batch: 8, micro_batch: 8}")

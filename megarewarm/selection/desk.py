@@ -73,7 +73,7 @@ def _append(
     done: int,
     make: Callable[[int], Iterable[npt.NDArray[Any]]],
 ) -> None:
-    with open(path, "r+b" if done else "wb") as file:
+    with path.open("r+b" if done else "wb") as file:
         file.truncate(done * width)
         file.seek(done * width)
         saved = time.monotonic()
