@@ -142,7 +142,7 @@ def restored(data: Path) -> str:
     return (
         f"Of {mix.num_documents:,} documents, {len(kept):,} were kept, where {clean.num_documents:,} were there before the "
         f"copies; {len(set(after) & before):,} of them are documents of before, byte for byte, the rest copies of which one "
-        f"token in a hundred was changed."
+        f"token in two hundred was changed."
     )
 
 
@@ -181,9 +181,7 @@ def draw_sources(arms: Arms, place: Path) -> None:
             axes = figure.add_subplot(1, 2, k + 1)
             for i, source in enumerate(SOURCES):
                 x, y = values[name][i], worth[name][i]
-                axes.plot(x, y, "o", color=colour(i), markersize=4, alpha=0.6)
-                axes.annotate(source, (float(x.mean()), float(y.max())), (0, 6), textcoords="offset points", ha="center",
-                              color=colour(i), fontsize=9)  # fmt: skip
+                axes.plot(x, y, "o", color=colour(i), markersize=4.5, label=source)
             axes.axhline(0, color=INK, linewidth=0.6)
             axes.axvline(0, color=INK, linewidth=0.6)
             axes.margins(0.18)
@@ -191,7 +189,8 @@ def draw_sources(arms: Arms, place: Path) -> None:
             axes.set_ylabel("loss without the source, minus with it")
             axes.set_title(f"on {name}", loc="left")
             quiet_axes(axes)
-        figure.tight_layout()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(SOURCES), frameon=False)
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
         figure.savefig(place, dpi=110)
 
 
