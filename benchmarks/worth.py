@@ -52,12 +52,12 @@ def against(arms: Arms, one: str, other: str, *names: str) -> Difference:
 
 
 def values_of(arms: Arms) -> dict[str, Numbers]:
-    """By set: the mean value of a row of each source at the end, (sources, seeds), in 1e-6 nats per token of the set."""
+    """By set: the mean value of a row of each source at the end, (sources, seeds), in 1e-3 nats per token of the set."""
 
     def value(name: str, source: str) -> Callable[[RecordedRun], float]:
         def of(run: RecordedRun) -> float:
             event = [each for each in run.events if each["event"] == "value" and each["name"] == name][-1]
-            return 1e6 * float(event["sources"].get(source, np.nan)) / int(event["rows"].get(source, 1))
+            return 1e3 * float(event["sources"].get(source, np.nan)) / int(event["rows"].get(source, 1))
 
         return of
 
@@ -185,7 +185,7 @@ def draw_sources(arms: Arms, place: Path) -> None:
             axes.axhline(0, color=INK, linewidth=0.6)
             axes.axvline(0, color=INK, linewidth=0.6)
             axes.margins(0.18)
-            axes.set_xlabel("value of a row (1e-6 nats)")
+            axes.set_xlabel("value of a row (1e-3 nats)")
             axes.set_ylabel("loss without the source, minus with it")
             axes.set_title(f"on {name}", loc="left")
             quiet_axes(axes)
