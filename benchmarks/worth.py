@@ -52,12 +52,12 @@ def against(arms: Arms, one: str, other: str, *names: str) -> Difference:
 
 
 def values_of(arms: Arms) -> dict[str, Numbers]:
-    """By set: the mean value of a row of each source at the end, (sources, seeds), in 1e-6 nats per token of the set."""
+    """By set: the mean value of a row of each source at the end, (sources, seeds), in 1e-3 nats per token of the set."""
 
     def value(name: str, source: str) -> Callable[[RecordedRun], float]:
         def of(run: RecordedRun) -> float:
             event = [each for each in run.events if each["event"] == "value" and each["name"] == name][-1]
-            return 1e6 * float(event["sources"].get(source, np.nan)) / int(event["rows"].get(source, 1))
+            return 1e3 * float(event["sources"].get(source, np.nan)) / int(event["rows"].get(source, 1))
 
         return of
 
@@ -142,7 +142,7 @@ def restored(data: Path) -> str:
     return (
         f"Of {mix.num_documents:,} documents, {len(kept):,} were kept, where {clean.num_documents:,} were there before the "
         f"copies; {len(set(after) & before):,} of them are documents of before, byte for byte, the rest copies of which one "
-        f"token in a hundred was changed."
+        f"token in two hundred was changed."
     )
 
 
@@ -181,17 +181,16 @@ def draw_sources(arms: Arms, place: Path) -> None:
             axes = figure.add_subplot(1, 2, k + 1)
             for i, source in enumerate(SOURCES):
                 x, y = values[name][i], worth[name][i]
-                axes.plot(x, y, "o", color=colour(i), markersize=4, alpha=0.6)
-                axes.annotate(source, (float(x.mean()), float(y.max())), (0, 6), textcoords="offset points", ha="center",
-                              color=colour(i), fontsize=9)  # fmt: skip
+                axes.plot(x, y, "o", color=colour(i), markersize=4.5, label=source)
             axes.axhline(0, color=INK, linewidth=0.6)
             axes.axvline(0, color=INK, linewidth=0.6)
             axes.margins(0.18)
-            axes.set_xlabel("value of a row (1e-6 nats)")
+            axes.set_xlabel("value of a row (1e-3 nats)")
             axes.set_ylabel("loss without the source, minus with it")
             axes.set_title(f"on {name}", loc="left")
             quiet_axes(axes)
-        figure.tight_layout()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(SOURCES), frameon=False)
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
         figure.savefig(place, dpi=110)
 
 

@@ -75,7 +75,7 @@ def make(experiment: Experiment) -> None:
     write(folder / "tenfold", documents(code, np.tile(parts["tenfold"], COPIES)), code)
     write(folder / "diet", documents(code, parts["diet"]), code)
     write(folder / "pool", documents(code, parts["pool"]), code)
-    # half of the copies are near duplicates: one token in a hundred is another one
+    # half of the copies are near duplicates: one token in two hundred is another one
     once = np.concatenate([parts["other"], parts["often"]])
     copies = [document for k in range(COPIES - 1) for document in documents(code, parts["often"], random if k % 2 else None)]
     everything = [*documents(code, once), *copies]
@@ -111,12 +111,12 @@ def hash_of(text: str) -> int:
 def documents(
     file: TokenFile, numbers: npt.NDArray[np.int64], random: np.random.Generator | None = None
 ) -> Iterator[np.ndarray]:
-    """The documents ``numbers`` of ``file``; with ``random`` one token in a hundred is drawn again from the same document."""
+    """The documents ``numbers`` of ``file``; ``random`` draws one token in two hundred again, from the same document."""
     for number in numbers.tolist():
         ids = file.document(number)
         if random is not None and len(ids) > 2:
             ids = ids.copy()
-            places = np.flatnonzero(random.random(len(ids) - 1) < 0.01)
+            places = np.flatnonzero(random.random(len(ids) - 1) < 0.005)
             ids[places] = ids[random.integers(len(ids) - 1, size=len(places))]
         yield ids
 
