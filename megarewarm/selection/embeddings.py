@@ -6,7 +6,6 @@ is computed from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from megarewarm.data.files.token_file import TokenFile
 from megarewarm.selection.desk import Desk, kept_key
 from megarewarm.selection.digests import digests, ranks
-from megarewarm.selection.scoring_model import ScoringModel, blocks
+from megarewarm.selection.scoring_model import ScoringModel, block_by_block
 from megarewarm.selection.step import Corpus, Mask, Numbers
 
 Points = npt.NDArray[np.float32]
@@ -57,23 +56,12 @@ class Embedder:
         order = np.argsort(ranks(digests(corpus, desk), documents))
         documents, sizes = documents[order], sizes[order]
         starts = file.starts_of(documents - corpus.firsts[index])
-        width, doing = file.dtype.itemsize, f"embedding {file.path.stem}"
-        total = int(sizes.sum()) * width
-
-        def make(first: int) -> Iterator[npt.NDArray[Any]]:
-            done = int(sizes[:first].sum()) * width
-            for begin, end in blocks(sizes, first):
-                shown = done
-
-                def progress(tokens: int) -> None:
-                    nonlocal shown
-                    shown += tokens * width
-                    desk.show(doing, shown, total)
-
-                desk.show(doing, done, total)
-                yield normalised(model.embeddings(file, starts[begin:end], sizes[begin:end], progress))
-                done += int(sizes[begin:end].sum()) * width
-
+        make = block_by_block(
+            sizes,
+            file.dtype.itemsize,
+            lambda done, total: desk.show(f"embedding {file.path.stem}", done, total),
+            lambda some, progress: normalised(model.embeddings(file, starts[some], sizes[some], progress)),
+        )
         depends = {**model.identity, "file": index, "kept": kept_key(kept)}
         points = desk.rows("points", depends, (len(documents), model.config.hidden_size), np.float32, make)
         return Embedded(documents, points)

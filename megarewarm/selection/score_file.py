@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megarewarm.data.files.document_table import DocumentTable, table_path, writ
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.errors import UserError
 from megarewarm.selection.desk import Desk, ShowProgress
-from megarewarm.selection.scoring_model import ScoringModel, blocks
+from megarewarm.selection.scoring_model import ScoringModel, block_by_block
 from megarewarm.selection.step import Corpus, Numbers
 from megarewarm.selection.work import working
 
@@ -81,23 +81,13 @@ def file_losses(file: TokenFile, documents: Numbers, model: ScoringModel, desk: 
     """(n,) float64, mean nats per target of each of ``documents``, by their numbers in ``file``; see ``ScoringModel.losses``.
     Kept on the ``desk``, under what they depend on besides the model."""
     sizes, starts = file.sizes[documents], file.starts_of(documents)
-    width, doing = file.dtype.itemsize, f"loss by {model.name.rstrip('/').rpartition('/')[2]}"
-    total = int(sizes.sum()) * width
-
-    def make(first: int) -> Iterator[Scores]:
-        done = int(sizes[:first].sum()) * width
-        for begin, end in blocks(sizes, first):
-            shown = done
-
-            def progress(tokens: int) -> None:
-                nonlocal shown
-                shown += tokens * width
-                desk.show(doing, shown, total)
-
-            desk.show(doing, done, total)
-            yield model.losses(file, starts[begin:end], sizes[begin:end], progress)
-            done += int(sizes[begin:end].sum()) * width
-
+    doing = f"loss by {model.name.rstrip('/').rpartition('/')[2]}"
+    make = block_by_block(
+        sizes,
+        file.dtype.itemsize,
+        lambda done, total: desk.show(doing, done, total),
+        lambda some, progress: model.losses(file, starts[some], sizes[some], progress),
+    )
     return np.array(desk.rows("losses", {**model.identity, **depends}, (len(documents),), np.float64, make))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -157,3 +157,30 @@ def blocks(sizes: Numbers, first: int = 0, tokens: int = BLOCK) -> Iterator[tupl
         last = first + max(1, int(np.searchsorted(ends, tokens, side="right")))
         yield first, last
         first = last
+
+
+def block_by_block(
+    sizes: Numbers,
+    width: int,
+    show: Callable[[int, int], object],
+    compute: Callable[[slice, Callable[[int], None]], npt.NDArray[Any]],
+) -> Callable[[int], Iterator[npt.NDArray[Any]]]:
+    """What makes rows for ``Desk.rows``, from a given document on: ``compute`` of each block, which calls back with the tokens
+    of each batch. ``show``: told how many bytes of all are done; a token has ``width`` of them."""
+    total = int(sizes.sum()) * width
+
+    def make(first: int) -> Iterator[npt.NDArray[Any]]:
+        done = int(sizes[:first].sum()) * width
+        for begin, end in blocks(sizes, first):
+            shown = done
+
+            def progress(tokens: int) -> None:
+                nonlocal shown
+                shown += tokens * width
+                show(shown, total)
+
+            show(done, total)
+            yield compute(slice(begin, end), progress)
+            done += int(sizes[begin:end].sum()) * width
+
+    return make

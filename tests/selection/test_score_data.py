@@ -18,7 +18,7 @@ from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.file_lock import FileLock
 from megarewarm.process import EXIT_INTERRUPTED
-from megarewarm.selection import score_file
+from megarewarm.selection import score_file, scoring_model
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.opening import open_corpus
 from megarewarm.selection.percentile import ByPercentile, End, LossOf, ScoresInFile, beyond
@@ -84,7 +84,7 @@ def test_nothing_is_overwritten_unless_asked_for(place: Path, monkeypatch: pytes
 def test_a_second_start_goes_on(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With two checkpoints, stopped in each: every document is computed once for each of them, and the result is the same."""
     words = "--with", str(place / "one"), "--minus", str(place / "two")
-    monkeypatch.setattr(score_file, "blocks", lambda sizes, first: ((i, i + 1) for i in range(first, len(sizes))))
+    monkeypatch.setattr(scoring_model, "blocks", lambda sizes, first: ((i, i + 1) for i in range(first, len(sizes))))
     assert run(place, *words, "--output", str(place / "straight")) == 0
     made: list[int] = []
     whole, stops = ScoringModel.losses, [7, 31]

@@ -225,7 +225,8 @@ def test_a_second_start_continues_where_the_first_was_stopped(tmp_path: Path, mo
     random = np.random.default_rng(2)
     read = corpus(tmp_path / "a", [random.integers(0, VOCABULARY, 30).tolist() for _ in range(20)])
     neox(tmp_path / "model")
-    monkeypatch.setattr("megarewarm.selection.embeddings.blocks", lambda sizes, first: ((i, i + 1) for i in range(first, 20)))
+    one_by_one = "megarewarm.selection.scoring_model.blocks"
+    monkeypatch.setattr(one_by_one, lambda sizes, first: ((i, i + 1) for i in range(first, 20)))
     made: list[int] = []
     whole = ScoringModel.embeddings
 
