@@ -148,9 +148,12 @@ def _stages(draft: _Draft, base: Mapping[str, Any]) -> Iterator[_Draft]:
 
 def _arm(draft: _Draft, seed: int | None, folder: str, length: float) -> Arm:
     mapping = draft.mapping
-    if "folder" in mapping:
+    if mapping.get("folder") is not None:
         place = draft.origins.get(("folder",), draft.where)
-        raise UserError(f"{place}: a run of an experiment has no 'folder' of its own; set the experiment's")
+        raise UserError(
+            f"{place}: a run of an experiment has no 'folder' of its own; set the experiment's, and 'folder: null' in base "
+            f"where a file that it extends has one"
+        )
     runs = folder if seed is None else f"{folder}/seed_{seed}"
     if draft.previous is not None:
         start = dict(mapping.get("start") or {})

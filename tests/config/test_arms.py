@@ -53,6 +53,23 @@ def test_a_grid_has_every_combination_with_readable_names_and_tied_rates() -> No
     assert arms[-1].after == ("upstream",) and last.start.from_ == "runs/e/upstream"
 
 
+def test_a_base_takes_the_folder_of_a_file_that_it_extends_back(tmp_path: Path) -> None:
+    """As of the run.yml that megarewarm continue writes."""
+    (tmp_path / "run.yml").write_text(
+        BASE.partition("base:\n")[2].replace("  ", "", 1).replace("\n  ", "\n") + "folder: runs/own\n"
+    )
+    experiment = tmp_path / "e.yml"
+    text = "experiment: e\nbase:\n  extends: run.yml\n  folder: FOLDER\n" + UPSTREAM
+    for folder in ("null", "other"):
+        experiment.write_text(text.replace("FOLDER", folder))
+        if folder == "other":
+            with pytest.raises(UserError, match="'folder: null' in base where a file that it extends has one"):
+                load_experiment(*read_configs([str(experiment)]))
+        else:
+            (arm,) = load_experiment(*read_configs([str(experiment)])).arms
+            assert arm.config.run_folder == "runs/e/upstream"
+
+
 def test_an_axis_of_labels_sets_several_keys() -> None:
     text = BASE + "sweeps:\n  - {name: peak, axes: {height: {low: {schedule: {max_lr: 1e-4}}, "
     text += "high: {schedule: {max_lr: 1e-2, min_lr: 0}}}}}\n"
