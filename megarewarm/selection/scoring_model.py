@@ -165,8 +165,11 @@ def block_by_block(
     show: Callable[[int, int], object],
     compute: Callable[[slice, Callable[[int], None]], npt.NDArray[Any]],
 ) -> Callable[[int], Iterator[npt.NDArray[Any]]]:
-    """What makes rows for ``Desk.rows``, from a given document on: ``compute`` of each block, which calls back with the tokens
-    of each batch. ``show``: told how many bytes of all are done; a token has ``width`` of them."""
+    """A maker of rows for ``Desk.rows``, which calls ``compute`` for each block of documents from a given one on.
+
+    ``compute`` calls back with the tokens of each batch. ``show`` is called with (bytes that are done, bytes in all); a token
+    has ``width`` of them.
+    """
     total = int(sizes.sum()) * width
 
     def make(first: int) -> Iterator[npt.NDArray[Any]]:
