@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megarewarm.errors import UserError
-from megarewarm.selection.embeddings import Embedded, Points, normalised
+from megarewarm.selection.desk import Desk
+from megarewarm.selection.embeddings import Embedded, Embedder, Points, normalised
 from megarewarm.selection.step import ClusterMap, Corpus, Mask, Numbers
 
 SEED = 20240313
@@ -54,24 +55,41 @@ def cluster_count(asked: int | None, documents: int, where: str) -> int:
     return asked or max(1, round(documents**0.5))
 
 
-def check_count(asked: int | None, corpus: Corpus, kept: Mask) -> None:
-    """Raise ``UserError`` as ``cluster_count``, of any file with documents that are ``kept``: before they are embedded."""
+@dataclass(frozen=True)
+class ClusteredFile:
+    """The documents of a file that are kept, in ``clusters``: those of the ``rows`` of ``embedded``. ``name``: for people."""
+
+    name: str
+    embedded: Embedded
+    rows: Numbers
+    clusters: Clusters
+
+    def drawn(self, dropped: Mask) -> ClusterMap:
+        """A map of up to 2,000 of them by their two principal components. ``dropped``: (len(rows),) bool."""
+        rows = self.rows
+        some = np.unique(np.linspace(0, len(rows) - 1, min(_DRAWN, len(rows))).astype(np.int64))
+        exact = self.embedded.points[rows[some]].astype(np.float64)
+        exact -= exact.mean(0)
+        with one_thread():
+            _, _, axes = np.linalg.svd(exact, full_matrices=False)
+        places = np.zeros((len(some), 2))
+        for number, axis in enumerate(axes[:2]):
+            places[:, number] = exact @ (axis * np.sign(axis[np.abs(axis).argmax()]))
+        title = f"{self.name}: documents by their states"
+        return ClusterMap(title, self.embedded.documents[rows[some]], places, self.clusters.labels[some], dropped[some])
+
+
+def clustered(corpus: Corpus, kept: Mask, desk: Desk, embedder: Embedder, asked: int | None) -> Iterator[ClusteredFile]:
+    """Each file that has ``kept`` documents, clustered for itself in ``asked`` clusters, or as ``cluster_count`` chooses.
+    Raises ``UserError`` as that does, of any file before the first is embedded."""
     for index, file in enumerate(corpus.files):
         if number := len(corpus.members(kept, index)):
             cluster_count(asked, number, file.path.stem)
-
-
-def cluster_map(title: str, embedded: Embedded, rows: Numbers, clusters: Clusters, dropped: Mask) -> ClusterMap:
-    """A map of up to 2,000 of the documents ``rows`` by their two principal components. ``dropped``: (len(rows),) bool."""
-    drawn = np.unique(np.linspace(0, len(rows) - 1, min(_DRAWN, len(rows))).astype(np.int64))
-    exact = embedded.points[rows[drawn]].astype(np.float64)
-    exact -= exact.mean(0)
-    with one_thread():
-        _, _, axes = np.linalg.svd(exact, full_matrices=False)
-    places = np.zeros((len(drawn), 2))
-    for number, axis in enumerate(axes[:2]):
-        places[:, number] = exact @ (axis * np.sign(axis[np.abs(axis).argmax()]))
-    return ClusterMap(title, embedded.documents[rows[drawn]], places, clusters.labels[drawn], dropped[drawn])
+    for index, file in enumerate(corpus.files):
+        embedded = embedder.embedded(corpus, kept, index, desk)
+        rows, name = embedded.rows_of(kept), file.path.stem
+        if len(rows):
+            yield ClusteredFile(name, embedded, rows, cluster(embedded.points, rows, cluster_count(asked, len(rows), name)))
 
 
 @contextmanager

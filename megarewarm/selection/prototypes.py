@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.selection.clusters import check_count, cluster, cluster_count, cluster_map
+from megarewarm.selection.clusters import clustered
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.semantic import collected, kept_count
@@ -34,30 +34,24 @@ class Prototypes:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
-        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []
         examples: list[Examples] = []
-        for index, file in enumerate(corpus.files):
-            embedded = self._embedder.embedded(corpus, kept, index, desk)
-            rows = embedded.rows_of(kept)
-            if not len(rows):
-                continue
-            where = file.path.stem
-            clusters = cluster(embedded.points, rows, cluster_count(self._clusters, len(rows), where))
+        for file in clustered(corpus, kept, desk, self._embedder, self._clusters):
+            rows, clusters, documents = file.rows, file.clusters, file.embedded.documents
             order = np.lexsort((np.arange(len(rows)), -clusters.likeness))
             wanted = len(rows) - kept_count(self._share, len(rows))
             chosen = order[~_last_of_clusters(clusters.labels[order])][:wanted]
             gone = np.zeros(len(rows), bool)
             gone[chosen] = True
-            note = f"{where}: {len(chosen):,} of {len(rows):,} documents go, in {clusters.count:,} clusters"
+            note = f"{file.name}: {len(chosen):,} of {len(rows):,} documents go, in {clusters.count:,} clusters"
             notes.append(note + (f"; not the {wanted:,} asked for, since one of each stays" if len(chosen) < wanted else ""))
-            maps.append(cluster_map(f"{where}: documents by their states", embedded, rows, clusters, gone))
+            maps.append(file.drawn(gone))
             for title, ends in (("most", order[:_EXAMPLES]), ("least", order[::-1][:_EXAMPLES])):
                 scores = clusters.likeness[ends].astype(np.float64)
-                examples.append(Examples(f"{where}: the {title} prototypical", embedded.documents[rows[ends]], scores))
-            dropped = embedded.documents[rows[gone]]
+                examples.append(Examples(f"{file.name}: the {title} prototypical", documents[rows[ends]], scores))
+            dropped = documents[rows[gone]]
             parts.append((dropped, np.full(len(dropped), -1), clusters.likeness[gone]))
         return collected(parts, notes, maps, examples=examples)
 

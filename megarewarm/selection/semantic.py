@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megarewarm.selection.clusters import Clusters, check_count, cluster, cluster_count, cluster_map, one_thread
+from megarewarm.selection.clusters import Clusters, clustered, one_thread
 from megarewarm.selection.desk import Desk
 from megarewarm.selection.embeddings import Embedder, Points
 from megarewarm.selection.step import Chosen, ClusterMap, Corpus, Mask, Numbers
@@ -34,23 +34,17 @@ class Semantic:
         return {"share": self._share, "clusters": self._clusters, **self._embedder.model.identity}
 
     def choose(self, corpus: Corpus, kept: Mask, desk: Desk) -> Chosen:
-        check_count(self._clusters, corpus, kept)
         parts: list[tuple[Numbers, Numbers, Points]] = []
         notes: list[str] = []
         maps: list[ClusterMap] = []
-        for index, file in enumerate(corpus.files):
-            embedded = self._embedder.embedded(corpus, kept, index, desk)
-            rows = embedded.rows_of(kept)
-            if not len(rows):
-                continue
-            where = file.path.stem
-            clusters = cluster(embedded.points, rows, cluster_count(self._clusters, len(rows), where))
-            most, which = likest_before(embedded.points, rows, clusters, desk)
+        for file in clustered(corpus, kept, desk, self._embedder, self._clusters):
+            rows, clusters, documents = file.rows, file.clusters, file.embedded.documents
+            most, which = likest_before(file.embedded.points, rows, clusters, desk)
             gone, note = _gone(most, self._share)
-            notes.append(f"{where}: {note}, in {clusters.count:,} clusters")
-            maps.append(cluster_map(f"{where}: documents by their states", embedded, rows, clusters, gone))
-            because = embedded.documents[rows[which[gone]]]
-            parts.append((embedded.documents[rows[gone]], because, most[gone]))
+            notes.append(f"{file.name}: {note}, in {clusters.count:,} clusters")
+            maps.append(file.drawn(gone))
+            because = documents[rows[which[gone]]]
+            parts.append((documents[rows[gone]], because, most[gone]))
         return collected(parts, notes, maps)
 
 
