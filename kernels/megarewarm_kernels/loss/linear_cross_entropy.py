@@ -6,7 +6,6 @@ the function and its definition; the form with Triton kernels is in ``logits_in_
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -107,8 +106,7 @@ def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> in
     """Tokens per chunk: as few chunks as the budget allows, of equal size, in whole multiples of 16 where it matters."""
     per_token = rows * (exact(dtype).itemsize + (dtype.itemsize if dtype != exact(dtype) else 0))
     most = max(1, memory_budget // per_token)
-    even = math.ceil(tokens / max(1, math.ceil(tokens / most)))
-    return max(1, min(most, -(-even // 16) * 16))
+    return min(most, -(-logits_in_place.even_chunk(tokens, most) // 16) * 16)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -7,7 +7,7 @@ chunk of logits gives both terms and their gradient.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels.loss.logits_in_place import accumulate
+from megarewarm_kernels.loss.logits_in_place import accumulate, even_chunk
 from megarewarm_kernels.operators import check_floats, define, exact
 
 MIB = 2**20
@@ -74,21 +74,10 @@ def linear_distillation(
     per_token = rows * (2 * exact(dtype).itemsize + dtype.itemsize)
     most = max(1, memory_budget // per_token)
     tracked = torch.is_grad_enabled()
-    total, parts = _LinearDistillation.apply(
-        hidden,
-        weight,
-        targets,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        rows,
-        ignore_index,
-        share,
-        taught,
-        math.ceil(hidden.shape[0] / max(1, math.ceil(hidden.shape[0] / most))) or 1,
-        dtype,
-        tracked and hidden.requires_grad,
-        tracked and weight.requires_grad,
-    )
+    needs = tracked and hidden.requires_grad, tracked and weight.requires_grad
+    settings = rows, ignore_index, share, taught, even_chunk(len(hidden), most), dtype, *needs
+    tensors = hidden, weight, targets, teacher_hidden.detach(), teacher_weight.detach()
+    total, parts = Distillation.apply(_operator, share, settings, *tensors)
     return total, parts, (targets != ignore_index).sum()
 
 
@@ -115,18 +104,20 @@ def reference(
     return cross + share * divergence, torch.stack([cross, divergence]).detach(), kept.sum()
 
 
-class _LinearDistillation(torch.autograd.Function):
-    """Losses and gradients from one pass; backward multiplies them by the upstream gradient, in place."""
+class Distillation(torch.autograd.Function):
+    """``compute(*tensors, *settings)``, which gives both losses and the gradients of the first two of five ``tensors``, as one
+    pass; backward multiplies these by the upstream gradient, in place. ``settings`` end with whether each is needed."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        hidden, *_ = arguments
-        with torch.autocast(hidden.device.type, enabled=False):
-            parts, *ctx.grads = _operator(*arguments)
-        ctx.save_for_backward(*arguments[:5])
-        ctx.arguments = arguments[5:]
+    def forward(
+        ctx: Any, compute: Callable[..., Any], share: float, settings: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.compute, ctx.settings = compute, settings
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            parts, *ctx.grads = compute(*tensors, *settings)
+        ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(parts)
-        return parts[0] + arguments[7] * parts[1], parts
+        return parts[0] + share * parts[1], parts
 
     @staticmethod
     @once_differentiable
@@ -135,11 +126,11 @@ class _LinearDistillation(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None  # given away; a second backward computes them again
         if grads is None:
             with torch.autocast(tensors[0].device.type, enabled=False):
-                _, *grads = _operator(*tensors, *ctx.arguments)
-        *_, need_hidden, need_weight = ctx.arguments
+                _, *grads = ctx.compute(*tensors, *ctx.settings)
+        *_, need_hidden, need_weight = ctx.settings
         grad_hidden = grads[0].mul_(upstream).to(tensors[0].dtype) if need_hidden else None
         grad_weight = grads[1].mul_(upstream).to(tensors[1].dtype) if need_weight else None
-        return grad_hidden, grad_weight, *(None,) * 11
+        return None, None, None, grad_hidden, grad_weight, None, None, None
 
 
 def _compute(

@@ -43,8 +43,12 @@ def chunk_of(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> 
     if most >= tokens:
         return max(1, tokens)
     most = most // 16 * 16 or most
-    even = math.ceil(tokens / math.ceil(tokens / most))
-    return min(most, -(-even // 16) * 16)
+    return min(most, -(-even_chunk(tokens, most) // 16) * 16)
+
+
+def even_chunk(tokens: int, most: int) -> int:
+    """Tokens per chunk, at least 1: as few chunks of at most ``most`` tokens as there can be, of equal size."""
+    return math.ceil(tokens / max(1, math.ceil(tokens / most))) or 1
 
 
 def gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

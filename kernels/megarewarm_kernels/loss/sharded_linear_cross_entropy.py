@@ -6,7 +6,6 @@ largest logit, the sum of exponentials below it, and the target's logit where it
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megarewarm_kernels.loss import logits_in_place
 from megarewarm_kernels.loss.logit_passes import at_target, define_statistics, log_terms, loss_of, place_of
-from megarewarm_kernels.loss.logits_in_place import gathered
+from megarewarm_kernels.loss.logits_in_place import even_chunk, gathered
 from megarewarm_kernels.operators import check_floats, exact
 
 MIB = 2**20
@@ -51,12 +50,7 @@ def sharded_linear_cross_entropy(
         gradient of ``hidden`` is this rank's part of a sum over the group. Gradients are computed in the forward pass.
         Raises ValueError on wrong shapes or dtypes, for another ``kernel``, and for "triton" without it.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"need hidden (t, h) and weight (v / T, h), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    if not 0 < vocab_size <= weight.shape[0] * group.size():
-        raise ValueError(f"vocab_size {vocab_size} does not lie in 1..{weight.shape[0]} rows x {group.size()} ranks")
+    check_shards(hidden, weight, targets, group, vocab_size)
     rank, (tokens, rows) = group.rank(), (hidden.shape[0], weight.shape[0])
     valid = max(0, min(rows, vocab_size - rank * rows))
     check_floats(hidden=hidden, weight=weight)
@@ -72,10 +66,19 @@ def sharded_linear_cross_entropy(
     return loss, (targets != ignore_index).sum()
 
 
+def check_shards(hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, vocab_size: int) -> None:
+    """Raise ValueError unless the shapes are those of ``sharded_linear_cross_entropy``."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"need hidden (t, h) and weight (v / T, h), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
+    if not 0 < vocab_size <= weight.shape[0] * group.size():
+        raise ValueError(f"vocab_size {vocab_size} does not lie in 1..{weight.shape[0]} rows x {group.size()} ranks")
+
+
 def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
     """Tokens per chunk: as few chunks of logits in fp32 as the budget allows, of equal size."""
-    most = max(1, min(tokens, memory_budget // (rows * exact(dtype).itemsize)))
-    return math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1
+    return even_chunk(tokens, max(1, memory_budget // (rows * exact(dtype).itemsize)))
 
 
 class _ShardedLinearCrossEntropy(torch.autograd.Function):

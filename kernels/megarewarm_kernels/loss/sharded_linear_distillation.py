@@ -7,16 +7,14 @@ sum over rows, which they add up once per call.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megarewarm_kernels.loss.linear_distillation import Distillation
 from megarewarm_kernels.loss.logit_passes import define_statistics, log_terms, loss_of, place_of
-from megarewarm_kernels.loss.logits_in_place import accumulate, gathered
+from megarewarm_kernels.loss.logits_in_place import accumulate, even_chunk, gathered
+from megarewarm_kernels.loss.sharded_linear_cross_entropy import check_shards
 from megarewarm_kernels.operators import check_floats, exact
 
 MIB = 2**20
@@ -52,18 +50,13 @@ def sharded_linear_distillation(
         that have a target, int64; equal on all ranks. The gradient of ``hidden`` is this rank's part of a sum over the group.
         Gradients are computed in the forward pass. Raises ValueError on wrong shapes or dtypes.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"need hidden (t, h) and weight (v / T, h), got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    check_shards(hidden, weight, targets, group, vocab_size)
     wanted = (hidden.shape[0], teacher_weight.shape[1]), (weight.shape[0], teacher_weight.shape[1])
     if (tuple(teacher_hidden.shape), tuple(teacher_weight.shape)) != wanted:
         raise ValueError(
             f"need the teacher's hidden ({hidden.shape[0]}, g) and weight ({weight.shape[0]}, g), got "
             f"{tuple(teacher_hidden.shape)} and {tuple(teacher_weight.shape)}"
         )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"need one target per token, got {tuple(targets.shape)} for hidden {tuple(hidden.shape)}")
-    if not 0 < vocab_size <= weight.shape[0] * group.size():
-        raise ValueError(f"vocab_size {vocab_size} does not lie in 1..{weight.shape[0]} rows x {group.size()} ranks")
     known = vocab_size if teacher_rows is None else teacher_rows
     if not 0 < known <= vocab_size:
         raise ValueError(f"teacher_rows {known} does not lie in 1..{vocab_size}")
@@ -74,38 +67,12 @@ def sharded_linear_distillation(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # all ranks must cut alike, so the size of a chunk comes from the shape that is the same everywhere
     most = max(1, memory_budget // (rows * (2 * exact(dtype).itemsize + dtype.itemsize)))
-    chunk = math.ceil(len(hidden) / max(1, math.ceil(len(hidden) / most))) or 1
     tracked = torch.is_grad_enabled()
     needs = tracked and hidden.requires_grad, tracked and weight.requires_grad
-    settings = first, valid, taught, ignore_index, share, chunk, dtype, *needs, group
+    settings = first, valid, taught, ignore_index, share, even_chunk(len(hidden), most), dtype, group, *needs
     tensors = hidden, weight, targets, teacher_hidden.detach(), teacher_weight.detach()
-    total, parts = _ShardedLinearDistillation.apply(*tensors, settings)
+    total, parts = Distillation.apply(_compute, share, settings, *tensors)
     return total, parts, (targets != ignore_index).sum()
-
-
-class _ShardedLinearDistillation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, settings = arguments
-        ctx.settings = settings
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            parts, *ctx.grads = _compute(*tensors, *settings)
-        ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(parts)
-        return parts[0] + settings[4] * parts[1], parts
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None  # given away; a second backward computes them again
-        if grads is None:
-            with torch.autocast(tensors[0].device.type, enabled=False):
-                _, *grads = _compute(*tensors, *ctx.settings)
-        *_, need_hidden, need_weight, _ = ctx.settings
-        grad_hidden = grads[0].mul_(upstream).to(tensors[0].dtype) if need_hidden else None
-        grad_weight = grads[1].mul_(upstream).to(tensors[1].dtype) if need_weight else None
-        return grad_hidden, grad_weight, *(None,) * 4
 
 
 def _compute(
@@ -121,9 +88,9 @@ def _compute(
     share: float,
     chunk: int,
     dtype: torch.dtype,
+    group: dist.ProcessGroup,
     need_hidden: bool,
     need_weight: bool,
-    group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both losses (2,), the gradients of ``hidden`` (this rank's part) and of ``weight``, empty where not needed.
 
