@@ -41,14 +41,15 @@ def main(words: Sequence[str]) -> None:
     parser = command_line()
     arguments = parser.parse_args(words)
     with importing():
+        from megarewarm.config.load import read_run_config
         from megarewarm.console import make_console
-        from megarewarm.lab.values import check_sets, read_config, select, show_extremes, show_selection, show_values
+        from megarewarm.lab.values import check_sets, select, show_extremes, show_selection, show_values
         from megarewarm.record.run import read_run
         from megarewarm.record.values import Values
         from megarewarm.report.figures.values import draw_values
 
     folder: Path = arguments.run
-    config, run, values = read_config(folder), read_run(folder), Values(folder)
+    config, run, values = read_run_config(folder), read_run(folder), Values(folder)
     against, console = check_sets(values, arguments.against), make_console()
     selections = select(values, config, against, arguments.by, arguments.select) if arguments.select is not None else []
     show_values(values, run, against, console)

@@ -16,7 +16,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.config.unknown_keys import foreign_meaning, known_keys, meant
 from megarewarm.config.yaml_text import Origins, parse_scalar, read_yaml, write_yaml
 from megarewarm.errors import UserError, nearest
-from megarewarm.record.layout import take_format
+from megarewarm.record.layout import CONFIG_FILE, take_format
 from megarewarm.untrusted import redacted, secrets_of
 
 _CHOICE = re.compile(r"^[a-z-]+\[|^constrained-|^(str|int|float|bool)$")
@@ -156,6 +156,15 @@ def _place(path: tuple[str, ...], origins: Origins) -> str:
         if path[:length] in origins:
             return origins[path[:length]]
     return "config"
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """The configuration of the run in ``folder``. Raises ``UserError`` without one."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so {folder} is not a run folder; give the folder of a run")
+    mapping, origins = read_yaml(path)
+    return validate(RunConfig, take_format(mapping, path), origins)
 
 
 def validate(model: type[Model], mapping: dict[str, Any], origins: Origins) -> Model:

@@ -13,13 +13,11 @@ from pathlib import Path
 from megarewarm.checkpoint.own.folder import checkpoints_in
 from megarewarm.checkpoint.source import OpenedCheckpoint, open_checkpoint, tokenizers_of
 from megarewarm.config.arms import step_of_moment
-from megarewarm.config.load import validate
-from megarewarm.config.schema import RunConfig
-from megarewarm.config.yaml_text import read_yaml
+from megarewarm.config.load import read_run_config
 from megarewarm.data.files.manifest import made_by, refuse_other_tokenizers
 from megarewarm.data.files.token_file import TokenFile
 from megarewarm.errors import UserError
-from megarewarm.record.layout import CHECKPOINTS, CONFIG_FILE, step_name, step_of, take_format
+from megarewarm.record.layout import CHECKPOINTS, step_name, step_of
 from megarewarm.schedules.schedule import Schedule
 
 _WILD = "*?["
@@ -95,9 +93,7 @@ def _of_run(run: Path, moment: str, saved: Sequence[tuple[int, Path]]) -> list[s
         if not paths:
             raise UserError(f"{run}@{moment}: no checkpoint matches; there are steps {_listed(saved)}")
         return paths
-    settings, origins = read_yaml(run / CONFIG_FILE)
-    settings = take_format(settings, run / CONFIG_FILE)
-    step = step_of_moment(moment, validate(RunConfig, settings, origins), str(run))
+    step = step_of_moment(moment, read_run_config(run), str(run))
     if step not in dict(saved):
         raise UserError(f"{run}@{moment}: is step {step:,}, of which there is no checkpoint; there are {_listed(saved)}")
     return [str(run / CHECKPOINTS / step_name(step))]

@@ -13,16 +13,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megarewarm.config.load import validate
+from megarewarm.config.load import read_run_config
 from megarewarm.config.schema import RunConfig
-from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.record.layout import step_of, take_format
+from megarewarm.record.layout import step_of
 from megarewarm.record.run import RecordedRun, read_run
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
@@ -167,11 +166,7 @@ def _texts(run: Run, first_sample: int, count: int) -> list[str]:
 
 def _config_of(folder: Path) -> RunConfig:
     """The run's configuration with deterministic kernels."""
-    path = RunFolder(folder).config_file
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, so {folder} is not a run folder; give the folder of a run")
-    mapping, origins = read_yaml(path)
-    config = validate(RunConfig, take_format(mapping, path), origins)
+    config = read_run_config(folder)
     kernels = config.kernels.model_copy(update={"deterministic": True})
     return config.model_copy(update={"folder": str(folder), "kernels": kernels})
 

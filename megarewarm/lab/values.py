@@ -16,16 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megarewarm.config.data import Source
-from megarewarm.config.load import validate
 from megarewarm.config.schema import RunConfig
-from megarewarm.config.yaml_text import read_yaml
 from megarewarm.data.files.document_table import DocumentTable, table_path, write_table
 from megarewarm.data.files.library import part_of
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.data.mixture.mixture import source_names
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError, nearest
-from megarewarm.record.layout import CONFIG_FILE, take_format
 from megarewarm.record.run import RecordedRun
 from megarewarm.record.values import SIGN, ValuedRow, Values
 from megarewarm.report.numbers.values import MeanValue, predictions, source_values
@@ -33,15 +30,6 @@ from megarewarm.spelling import MINUS, counted, tokens_text
 
 By = Literal["source", "document"]
 _UNKNOWN = "sources of the configuration"
-
-
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of the run in ``folder``. Raises ``UserError`` without one."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, so {folder} is not a run folder; give the folder of a run")
-    mapping, origins = read_yaml(path)
-    return validate(RunConfig, take_format(mapping, path), origins)
 
 
 def check_sets(values: Values, against: Sequence[str]) -> list[str]:

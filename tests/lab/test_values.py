@@ -10,12 +10,12 @@ import torch
 import yaml
 
 from megarewarm.cli import values as command
-from megarewarm.config.load import validate
+from megarewarm.config.load import read_run_config, validate
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.document_table import read_table
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
-from megarewarm.lab.values import read_config, select
+from megarewarm.lab.values import select
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.record.values import Values, rows_in
@@ -104,7 +104,7 @@ def test_harmful_sources_go(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_harmful_documents_go_and_the_others_stay(run: Path) -> None:
     values, place = Values(run), run.parent
-    settings = read_config(run)
+    settings = read_run_config(run)
     found = {one.name: one for one in select(values, settings, ["new"], "document", place / "lists")}
     sums: dict[tuple[str, int], float] = {}
     for *_, row in rows_in(run / "values.jsonl"):
