@@ -262,7 +262,7 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "scheduler": ((None, {}), "give the schedule by lr_decay_style, warmup and min_lr"),
     "amp": ((None, {}), "use fp16 or bf16"),
-    "use_bnb_optimizer": (NO, "only AdamW is known here"),
+    "use_bnb_optimizer": (NO, "8-bit optimizers are not known here"),
     "precompute_model_name": ((None,), _ANOTHER_LOSS),
     "serve_model_weights": (NO, "weights are not served during training here; read them from the run's checkpoints"),
     "lazy_mpu_init": (NO, "the ranks meet before the model is built here; leave it out"),
