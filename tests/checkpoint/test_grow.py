@@ -234,6 +234,8 @@ def test_any_shape(data: st.DataObject) -> None:
         grown = grown_model(model, **vars(growth))
     except UserError as error:
         assert any(word in str(error) for word in ("steps of", "whole", "nothing would grow"))
+        # whole factors are never refused where something grows
+        assert growth.width.denominator > 1 or (growth.width == 1 and growth.layers == model.config.num_layers)
         return
     assert grown.config.hidden_size == model.config.hidden_size * growth.width and grown.config.num_layers == growth.layers
     assert grown.config.head_width == model.config.head_width
