@@ -15,14 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megarewarm.checkpoint.own.folder import checkpoints_in
+from megarewarm.checkpoint.own.state import read_state
 from megarewarm.config.data import Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.document_table import DocumentTable, table_path, write_table
+from megarewarm.data.files.file_identity import FileIdentity, identity_of
 from megarewarm.data.files.library import part_of
 from megarewarm.data.files.token_file import TokenFile, open_tokens
 from megarewarm.data.mixture.mixture import source_names
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError, nearest
+from megarewarm.record.layout import CHECKPOINTS
 from megarewarm.record.run import RecordedRun
 from megarewarm.record.values import SIGN, ValuedRow, Values
 from megarewarm.report.numbers.values import MeanValue, predictions, source_values
@@ -147,8 +151,11 @@ def select(values: Values, config: RunConfig, against: Sequence[str], by: By, ou
         raise UserError(f"{values.path}: no {by} is harmful to {', '.join(against)}, so nothing would be dropped")
     found: list[KeptOfSource] = []
     lists: list[tuple[Path, npt.NDArray[np.int64], TokenFile]] = []
+    read = _files_read(values) if by == "document" else {}
     for name, source in sources.items():
         file = open_tokens(source.path, dtype=source.dtype, vocab_size=config.model.vocab_size if config.model else None)
+        if name in harmful and name in read and (change := identity_of(file).differing(read[name])) is not None:
+            raise UserError(f"{file.path}: changed since the run read it ({change}), so the values aren't its own: restore it")
         view = part_of(file, source, config.data)
         first, last = view.documents_of
         held = view.in_file(np.arange(first, last))
@@ -178,6 +185,15 @@ def _training_sources(config: RunConfig) -> dict[str, Source]:
     if config.replay is not None and config.replay.sources is not None:
         blends.append(config.replay.sources)
     return {name: source for blend in blends for name, source in zip(source_names(blend), blend, strict=True)}
+
+
+def _files_read(values: Values) -> dict[str, FileIdentity]:
+    """Of each source what its file was when the run read it. Raises ``UserError`` for a run without a checkpoint."""
+    folder = values.path.parent
+    found = checkpoints_in(folder / CHECKPOINTS)
+    if not found:
+        raise UserError(f"{folder}: no checkpoint, which says what the files were that the run read: use --by source")
+    return {seen.name: seen.file for seen in read_state(found[-1][1]).lineage.stages[-1].data}
 
 
 def _harmful_documents(values: Values, against: Sequence[str]) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:

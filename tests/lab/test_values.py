@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,22 @@ def test_harmful_documents_go_and_the_others_stay(run: Path) -> None:
     assert train(validate(RunConfig, again, {}), ALONE, quiet()).exit_code == 0
     with pytest.raises(UserError, match="lists exists: remove it"):
         select(values, settings, ["new"], "document", place / "lists")
+
+
+def test_documents_of_a_file_that_has_changed_are_refused(run: Path, tmp_path: Path) -> None:
+    values, place = Values(run), run.parent
+    settings = read_config(run)
+    write_tokens(tmp_path / "noise", 7, documents=150)
+    before = {suffix: (place / f"noise{suffix}").read_bytes() for suffix in (".bin", ".idx")}
+    try:
+        for suffix in before:
+            shutil.copy(tmp_path / f"noise{suffix}", place / f"noise{suffix}")
+        with pytest.raises(UserError, match=r"noise.bin: changed since the run read it \(fingerprint .*restore it"):
+            select(values, settings, ["new"], "document", tmp_path / "lists")
+    finally:
+        for suffix, content in before.items():
+            (place / f"noise{suffix}").write_bytes(content)
+    assert not (tmp_path / "lists").exists()
 
 
 @pytest.mark.parametrize(
