@@ -64,4 +64,4 @@ def main(words: Sequence[str]) -> None:
             raise UserError(f"{picture}: can't be written ({error})") from error
         console.print(f"\npicture: {picture}", highlight=False)
     if selections:
-        show_selection(selections, console)
+        show_selection(selections, config, console)

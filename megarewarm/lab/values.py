@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -212,14 +212,45 @@ def _harmful_documents(values: Values, against: Sequence[str]) -> Iterator[tuple
             yield source, below
 
 
-def show_selection(selections: Sequence[KeptOfSource], console: Console) -> None:
-    """Print what stays, and the ``data.train`` that reads it."""
-    kept = []
+def show_selection(selections: Sequence[KeptOfSource], config: RunConfig, console: Console) -> None:
+    """Print what stays, and the keys of the run that read it: each blend with its own sources and weights."""
     for one in selections:
         dropped = f"{one.of - one.kept:,} dropped"
         console.print(f"{one.name}: {one.kept:,} of {counted(one.of, 'document')} kept, {dropped}", highlight=False)
-        if one.source is not None:
-            kept.append(one.source.model_dump(mode="json", exclude_defaults=True))
-    text = yaml.safe_dump({"data": {"train": kept}}, sort_keys=False, allow_unicode=True, width=1000)
+    kept = {one.name: one.source for one in selections if one.source is not None}
+    for where, gone in _emptied(config, kept):
+        console.print(f"{where}: all of {gone} goes, so this blend has no sources: give it others", highlight=False)
+    text = yaml.safe_dump(_keys(config, kept), sort_keys=False, allow_unicode=True, width=1000)
     console.print("to train on what is kept:", highlight=False)
     console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+def _emptied(config: RunConfig, kept: Mapping[str, Source]) -> Iterator[tuple[str, str]]:
+    """The key, and the sources, of each blend of which nothing is ``kept``."""
+    blends = {"data.train": config.data.train}
+    blends |= {f"data.switches[{i}].train": switch.train for i, switch in enumerate(config.data.switches)}
+    if config.replay is not None and config.replay.sources is not None:
+        blends["replay.sources"] = config.replay.sources
+    for where, blend in blends.items():
+        if not kept.keys() & (names := source_names(blend)):
+            yield where, ", ".join(names)
+
+
+def _keys(config: RunConfig, kept: Mapping[str, Source]) -> dict[str, Any]:
+    def left(blend: Sequence[Source]) -> list[dict[str, Any]]:
+        which = ("documents", "split", "part")
+        return [
+            source.model_copy(update={key: getattr(kept[name], key) for key in which}).model_dump(
+                mode="json", exclude_defaults=True
+            )
+            for name, source in zip(source_names(blend), blend, strict=True)
+            if name in kept
+        ]
+
+    data: dict[str, Any] = {"train": left(config.data.train)}
+    if config.data.switches:
+        dumped = [switch.model_dump(mode="json", exclude_defaults=True) for switch in config.data.switches]
+        data["switches"] = [{**said, "train": left(s.train)} for said, s in zip(dumped, config.data.switches, strict=True)]
+    if config.replay is None or config.replay.sources is None:
+        return {"data": data}
+    return {"data": data, "replay": {"sources": left(config.replay.sources)}}

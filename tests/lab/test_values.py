@@ -16,14 +16,14 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.document_table import read_table
 from megarewarm.data.files.token_file import TokenFileWriter, open_tokens
 from megarewarm.errors import UserError
-from megarewarm.lab.values import select
+from megarewarm.lab.values import KeptOfSource, select, show_selection
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.record.values import Values, rows_in
 from megarewarm.report.numbers.values import predictions, source_values, sums_by_source
 from megarewarm.report.pages.run_page import report
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, mapping, quiet, write_tokens
+from tests.support.tiny import config, mapping, printed, quiet, write_tokens
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SOURCES = ("new", "old", "noise")
@@ -121,6 +121,33 @@ def test_harmful_documents_go_and_the_others_stay(run: Path) -> None:
     assert train(validate(RunConfig, again, {}), ALONE, quiet()).exit_code == 0
     with pytest.raises(UserError, match="lists exists: remove it"):
         select(values, settings, ["new"], "document", place / "lists")
+
+
+def test_each_blend_keeps_its_own_sources_and_weights(tmp_path: Path) -> None:
+    """What a switch reads, or a replay, is not printed as if it were of data.train."""
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    settings = config(
+        tmp_path,
+        data={
+            "train": [{"path": new, "weight": 2}, {"path": new, "name": "bad"}],
+            "switches": [
+                {"at": "50%", "train": [{"path": new, "weight": 5}]},
+                {"at": "75%", "train": [{"path": new, "name": "bad"}]},
+            ],
+        },
+        replay={"fraction": 0.25, "sources": [{"path": old, "name": "again"}]},
+    )
+    source = settings.data.train[0].model_copy(update={"documents": "kept/new.safetensors"})
+    kept = [KeptOfSource("new", 3, 5, source), KeptOfSource("bad", 0, 5, None)]
+    kept.append(KeptOfSource("again", 5, 5, settings.replay.sources[0]))  # type: ignore[union-attr, index]
+    show_selection(kept, settings, console := quiet())
+    said = printed(console)
+    assert "data.switches[1].train: all of bad goes" in said
+    left = yaml.safe_load(said[said.index("data:\n") :])
+    mine = {"path": new, "documents": "kept/new.safetensors"}
+    assert left["data"]["train"] == [{**mine, "weight": 2.0}]
+    assert left["data"]["switches"] == [{"at": "50%", "train": [{**mine, "weight": 5.0}]}, {"at": "75%", "train": []}]
+    assert left["replay"]["sources"] == [{"path": old, "name": "again"}]
 
 
 def test_documents_of_a_file_that_has_changed_are_refused(run: Path, tmp_path: Path) -> None:
