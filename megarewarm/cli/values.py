@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megarewarm.arguments import Parser
 from megarewarm.errors import UserError
-from megarewarm.process import importing
+from megarewarm.process import importing, say
 
 
 def command_line() -> Parser:
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> None:
     folder: Path = arguments.run
     config, run, values = read_run_config(folder), read_run(folder), Values(folder)
     against, console = check_sets(values, arguments.against), make_console()
-    selections = select(values, config, against, arguments.by, arguments.select) if arguments.select is not None else []
+    selections = select(values, config, against, arguments.by, arguments.select, say) if arguments.select is not None else []
     show_values(values, run, against, console)
     if arguments.rows > 0:
         show_extremes(values, config, against, arguments.rows, console)

@@ -33,7 +33,6 @@ from megarewarm.report.numbers.values import MeanValue, predictions, source_valu
 from megarewarm.spelling import MINUS, counted, tokens_text
 
 By = Literal["source", "document"]
-_UNKNOWN = "sources of the configuration"
 
 
 def check_sets(values: Values, against: Sequence[str]) -> list[str]:
@@ -126,13 +125,21 @@ class KeptOfSource:
     source: Source | None
 
 
-def select(values: Values, config: RunConfig, against: Sequence[str], by: By, output: Path) -> list[KeptOfSource]:
+def select(
+    values: Values,
+    config: RunConfig,
+    against: Sequence[str],
+    by: By,
+    output: Path,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[KeptOfSource]:
     """Write into the new folder ``output``, for each training source of which something goes and something stays, a list of
     the documents that stay.
 
     ``by`` source: whole sources whose value, summed over the sets ``against``, is below zero by two standard errors.
     document: those whose rows, each counted by the document's share of its tokens, sum up to less than zero; documents that
-    were not valued stay. Raises ``UserError`` for an ``output`` that exists, where nothing is harmful or nothing would stay,
+    were not valued stay. ``tell`` is called with a line on what is harmful and no source of the configuration: replays of a
+    lineage. Raises ``UserError`` for an ``output`` that exists, where nothing is harmful or nothing would stay,
     and for files that have changed.
     """
     if output.exists():
@@ -143,10 +150,9 @@ def select(values: Values, config: RunConfig, against: Sequence[str], by: By, ou
         harmful = {one.source: None for one in source_values(values, against) if one.values[""].is_harmful}
     else:
         harmful = dict(_harmful_documents(values, against))
-    if unknown := sorted(set(harmful) - set(sources)):
-        raise UserError(
-            f"{values.path}: '{unknown[0]}' is none of the {_UNKNOWN}, so nothing of it can be left out; name others"
-        )
+    for name in sorted(set(harmful) - set(sources)):
+        del harmful[name]
+        tell(f"'{name}' is harmful in part or as a whole, and stays: replay.of lineage takes no list; see replay.fraction")
     if not harmful:
         raise UserError(f"{values.path}: no {by} is harmful to {', '.join(against)}, so nothing would be dropped")
     found: list[KeptOfSource] = []

@@ -150,6 +150,20 @@ def test_each_blend_keeps_its_own_sources_and_weights(tmp_path: Path) -> None:
     assert left["replay"]["sources"] == [{"path": old, "name": "again"}]
 
 
+def test_harmful_replays_of_a_lineage_are_named_and_stay(run: Path, tmp_path: Path) -> None:
+    lines = (run / "values.jsonl").read_text().replace('"source":"old"', '"source":"replay of old"')
+    told = list[str]()
+    before = (run / "values.jsonl").read_bytes()
+    (run / "values.jsonl").write_text(lines)
+    try:
+        values = Values(run)
+        found = {one.name: one for one in select(values, read_config(run), ["new"], "document", tmp_path / "l", told.append)}
+    finally:
+        (run / "values.jsonl").write_bytes(before)
+    assert len(told) == 1 and told[0].startswith("'replay of old' is harmful in part or as a whole, and stays")
+    assert found["noise"].kept < 150 and found["old"].kept == 150
+
+
 def test_documents_of_a_file_that_has_changed_are_refused(run: Path, tmp_path: Path) -> None:
     values, place = Values(run), run.parent
     settings = read_config(run)
