@@ -64,9 +64,11 @@ class Destination:
 
     def files(self) -> list[Path]:
         """All that will be written."""
-        suffixes = (".safetensors",) if self.lists else (".bin", ".idx", ".json")
-        mine = [Path(f"{self.prefix(index)}{suffix}") for index in range(len(self.names)) for suffix in suffixes]
+        mine = self._named((".safetensors",) if self.lists else (".bin", ".idx", ".json"))
         return [*mine, self.dropped, self.manifest]
+
+    def _named(self, suffixes: Sequence[str]) -> list[Path]:
+        return [Path(f"{self.prefix(index)}{suffix}") for index in range(len(self.names)) for suffix in suffixes]
 
     def check(self, inputs: Sequence[TokenFile]) -> None:
         """Raise ``UserError`` where the output is an input, or exists and may not be replaced."""
@@ -79,6 +81,10 @@ class Destination:
         for file in inputs:
             if file.path.resolve() in places:
                 raise UserError(f"--output {self.output}: is the input {file.path}; nothing is changed in place, name another")
+        other = (".bin",) if self.lists else (".safetensors",)
+        for path in self._named(other):
+            if path.exists() and path.resolve() not in {file.path.resolve() for file in inputs}:
+                raise UserError(f"{path} exists and would stay beside the new selection: remove it, or choose another name")
         ours = self._published()
         for path in self.files():
             if path.exists() and not self.overwrite and str(path) not in ours:

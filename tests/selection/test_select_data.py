@@ -108,6 +108,19 @@ def test_as_manifest_the_same_documents_are_a_list(data: Path) -> None:
     assert {path.name for path in (data / "folder").iterdir()} == {"a.safetensors", "b.safetensors"}
 
 
+@pytest.mark.parametrize("first", [[], ["--as-manifest"]])
+def test_no_selection_stays_beside_one_of_the_other_form(data: Path, first: list[str]) -> None:
+    """Its files would still be read, and the new manifest would be taken for theirs."""
+    words = [f"{data}/a", "--output", f"{data}/out", "--exact"]
+    run(data, *words, *first)
+    before = files(data)
+    other = [] if first else ["--as-manifest"]
+    said = run(data, *words, *other, "--overwrite", expect=2)
+    assert f"{data}/out{'.safetensors' if first else '.bin'} exists and would stay beside" in said
+    assert files(data) == before
+    run(data, f"{data}/a", "--output", f"{data}/a", "--exact", "--as-manifest")  # beside its input it may be
+
+
 def test_a_dry_run_writes_a_page_and_the_selection_goes_on_from_its_work(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"{data}/a", f"{data}/b", "--output", f"{data}/out", "--exact", "--near", "0.8", "--unlike", f"{data}/valid"]
     before = files(data)
