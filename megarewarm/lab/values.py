@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,9 @@ def select(
         if 0 < len(kept) < len(held) and source.layout == "rows":
             raise UserError(f"source '{name}' is read in rows, not in documents: use --by source")
         if 0 < len(kept) < len(held):
-            path = table_path(output / name)
+            path = table_path(output / re.sub(r"[^A-Za-z0-9_.-]", "_", name))  # a name may hold slashes
+            if path in [other for other, *_ in lists]:
+                raise UserError(f"two sources would have the list {path}: give one of them another name")
             lists.append((path, kept, file))
             left = source.model_copy(update={"documents": str(path), "split": None, "part": "train"})
         found.append(KeptOfSource(name, len(kept), len(held), left))

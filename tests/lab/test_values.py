@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -162,6 +163,19 @@ def test_harmful_replays_of_a_lineage_are_named_and_stay(run: Path, tmp_path: Pa
         (run / "values.jsonl").write_bytes(before)
     assert len(told) == 1 and told[0].startswith("'replay of old' is harmful in part or as a whole, and stays")
     assert found["noise"].kept < 150 and found["old"].kept == 150
+
+
+def test_a_source_named_like_a_path_has_its_list_in_the_folder(run: Path, tmp_path: Path) -> None:
+    settings, before = read_config(run), (run / "values.jsonl").read_text()
+    train = [source.model_copy(update={"name": f"../{Path(source.path).name}"}) for source in settings.data.train]
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"train": train})})
+    try:
+        (run / "values.jsonl").write_text(re.sub(r'"source":"', '"source":"../', before))
+        select(Values(run), settings, ["new"], "document", tmp_path / "lists")
+    finally:
+        (run / "values.jsonl").write_text(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["lists"]
+    assert {path.name for path in (tmp_path / "lists").iterdir()} == {f".._{name}.safetensors" for name in SOURCES}
 
 
 def test_documents_of_a_file_that_has_changed_are_refused(run: Path, tmp_path: Path) -> None:
