@@ -157,8 +157,9 @@ def test_harmful_replays_of_a_lineage_are_named_and_stay(run: Path, tmp_path: Pa
     before = (run / "values.jsonl").read_bytes()
     (run / "values.jsonl").write_text(lines)
     try:
-        values = Values(run)
-        found = {one.name: one for one in select(values, read_config(run), ["new"], "document", tmp_path / "l", told.append)}
+        settings = read_run_config(run)
+        chosen = select(Values(run), settings, ["new"], "document", tmp_path / "lists", told.append)
+        found = {one.name: one for one in chosen}
     finally:
         (run / "values.jsonl").write_bytes(before)
     assert len(told) == 1 and told[0].startswith("'replay of old' is harmful in part or as a whole, and stays")
@@ -166,7 +167,7 @@ def test_harmful_replays_of_a_lineage_are_named_and_stay(run: Path, tmp_path: Pa
 
 
 def test_a_source_named_like_a_path_has_its_list_in_the_folder(run: Path, tmp_path: Path) -> None:
-    settings, before = read_config(run), (run / "values.jsonl").read_text()
+    settings, before = read_run_config(run), (run / "values.jsonl").read_text()
     train = [source.model_copy(update={"name": f"../{Path(source.path).name}"}) for source in settings.data.train]
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"train": train})})
     try:
@@ -180,7 +181,7 @@ def test_a_source_named_like_a_path_has_its_list_in_the_folder(run: Path, tmp_pa
 
 def test_documents_of_a_file_that_has_changed_are_refused(run: Path, tmp_path: Path) -> None:
     values, place = Values(run), run.parent
-    settings = read_config(run)
+    settings = read_run_config(run)
     write_tokens(tmp_path / "noise", 7, documents=150)
     before = {suffix: (place / f"noise{suffix}").read_bytes() for suffix in (".bin", ".idx")}
     try:
