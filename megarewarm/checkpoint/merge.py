@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,11 @@ from megarewarm.checkpoint.source import ForeignCheckpoint, OwnCheckpoint, open_
 from megarewarm.checkpoint.weights import Description, OnBytes, Weights, check, expected_shapes, refuse_another_head
 from megarewarm.config.budget import Budget
 from megarewarm.config.model import ModelConfig
+from megarewarm.config.run_identity import difference_of_runs
 from megarewarm.data.files.manifest import refuse_other_tokenizers
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
+from megarewarm.record.config_yaml import read_settings
 from megarewarm.record.layout import CHECKPOINTS
 from megarewarm.schedules.merging import decay_shares
 from megarewarm.schedules.schedule import Schedule
@@ -102,15 +105,29 @@ def _within(window: Budget, run: str, states: list[tuple[TrainingState, str]]) -
 
 def _refuse_several_runs(states: Sequence[tuple[TrainingState, str]]) -> None:
     def run(state: TrainingState) -> object:
-        return state.run, state.start_position, state.schedule, state.lineage.stages[:-1]
+        history = state.lineage.stages[:-1]
+        return state.run, state.start_position, state.start_losses, state.schedule, history
 
     (first, name), *others = states
     for state, other in others:
         if run(state) != run(first):
             raise UserError(f"--like: {other} is no checkpoint of the run of {name}; give those of one run")
+        if (different := difference_of_runs(*_settings_of(name, other))) is not None:
+            key, one, another = different
+            raise UserError(
+                f"--like: {other} is no checkpoint of the run of {name}: {key} is {another!r} there, here {one!r}; give those "
+                f"of one run"
+            )
     steps = [state.step for state, _ in states]
     if twice := [step for step, next_ in itertools.pairwise(steps) if step == next_]:
         raise UserError(f"--like: two checkpoints are of step {twice[0]:,}; give each once")
+
+
+def _settings_of(*names: str) -> list[dict[str, Any]]:
+    """The configurations of the runs in whose folders checkpoints lie, all empty unless each has one."""
+    opened = [open_checkpoint(name) for name in names]
+    settings = [read_settings(each.folder.parent.parent) for each in opened if isinstance(each, OwnCheckpoint)]
+    return settings if all(settings) else [{} for _ in names]
 
 
 def _falling(states: Sequence[tuple[TrainingState, str]]) -> str:

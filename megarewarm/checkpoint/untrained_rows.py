@@ -48,7 +48,7 @@ def untrained_rows(source: OpenedCheckpoint, on_bytes: OnBytes = lambda _: None)
 
 def _of(matrix: str, rows: Tensor) -> list[UntrainedRows]:
     norms = torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in rows.split(_BLOCK)])
-    zero = norms <= NEAR_ZERO * norms.median()
+    zero = norms <= NEAR_ZERO * norms.nanmedian()
     alike: dict[bytes, list[int]] = defaultdict(list)
     for first in range(0, len(rows), _BLOCK):
         block = rows[first : first + _BLOCK].contiguous().view(torch.uint8).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import torch
@@ -88,6 +89,11 @@ def score(
                 seen += len(hidden)
             progress(targets.numel())
         losses[windows.name] = total / count
+        if not isfinite(total):
+            raise UserError(
+                f"{candidate.name}: its loss on {windows.name} is {losses[windows.name]}, so it is no start and can't be "
+                f"compared; leave it out"
+            )
     return Scores(losses, logme(standardised(np.concatenate(kept)), positions.targets), {})
 
 

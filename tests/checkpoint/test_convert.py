@@ -359,7 +359,11 @@ def test_a_merge_stands_for_a_decay(tmp_path: Path) -> None:
     falling = train(config(tmp_path, folder=str(tmp_path / "falling")), ALONE, quiet()).folder
     shown = tool("merge_checkpoints", tmp_path / "f", "--like", "linear", falling, "--window", "50%")
     assert "the learning rate went from" in shown and "only a constant rate makes it equal" in shown
+    seed = train(config(tmp_path, folder=str(tmp_path / "seed"), training={"seed": 7}, **changes), ALONE, quiet()).folder
+    decay = train(config(tmp_path, folder=str(tmp_path / "decay"), optimizer={"weight_decay": 0.5}, **changes), ALONE, quiet())
     for words, said in (
+        (["linear", names[0], seed], f"{seed} is no checkpoint of the run of {names[0]}"),
+        (["linear", names[0], decay.folder], "of the run of " + f"{names[0]}: optimizer.weight_decay is 0.5 there, here 0.1"),
         (["linear", flat], "Give --window, such as 10%"),
         (["linear", flat, "--window", "5%"], "within the last 1 steps"),
         (["linear", flat, "--window", "0%"], "give more than 0"),

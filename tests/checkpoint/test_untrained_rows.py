@@ -42,6 +42,8 @@ def test_equal_to_every_bit_only() -> None:
     assert _of("embedding", rows) == [UntrainedRows("embedding", "equal", [3, 11])]
     rows[5:9] = 0
     assert _ranges([2, 5, 6, 7, 9]) == "2, 5-7, 9" and _of("embedding", rows)[0].ids == [5, 6, 7, 8]
+    rows[20], rows[30] = torch.nan, torch.arange(8) * 1e-6
+    assert _of("embedding", rows)[0].ids == [5, 6, 7, 8, 30], "a row that is no number hides no other"
 
 
 @pytest.mark.parametrize("tied", [False, True])

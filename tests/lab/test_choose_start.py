@@ -171,3 +171,16 @@ def test_what_can_not_be_compared_is_refused_before_work_begins(place: Path, tmp
             main([*words, *out])
         assert said in str(error.value) and "\n" not in str(error.value), (words, str(error.value))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_candidate_that_is_not_finite_is_named(place: Path, tmp_path: Path) -> None:
+    """Its loss would be the least, as nothing is less than what is no number."""
+    broken = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(place / "upstream/huggingface")
+    with torch.no_grad():
+        next(model.parameters())[5] = torch.nan
+    model.save_pretrained(broken)
+    words = [str(broken), f"{place}/upstream@20", "--on", str(place / "new"), "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"{broken}: its loss on new is nan, so it is no start"):
+        main(words)
+    assert not (tmp_path / "out").exists()

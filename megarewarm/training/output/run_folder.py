@@ -7,12 +7,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from pydantic import ValidationError
 
 from megarewarm.checkpoint.own.folder import newest_whole
 from megarewarm.config.load import dump
+from megarewarm.config.run_identity import difference_of_runs
 from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import read_yaml
 from megarewarm.errors import UserError
@@ -21,16 +19,6 @@ from megarewarm.files import write_whole
 from megarewarm.parallel.agreement import on_all_ranks
 from megarewarm.parallel.collective import collective
 from megarewarm.record.layout import BATCHES, CHECKPOINTS, CONFIG_FILE, EXPORT, METRICS_FILE, RUN_FORMAT, take_format
-
-# The sections that define a run. The others (logging, checkpoint, evaluation, ...) may change between restarts.
-_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
-_FREE = {
-    ("training", "micro_batch"),
-    ("training", "device"),
-    ("training", "precision"),
-    ("training", "recompute"),
-    ("data", "tokenizer"),
-}
 
 
 class RunFolder:
@@ -65,9 +53,8 @@ class RunFolder:
                 remedy = other if experiment is not None else "set 'name' or 'folder' to another place"
                 raise UserError(f"{self.path}: holds a run without config.yaml; {remedy}")
             return
-        old = _completed(take_format(read_yaml(self.config_file)[0], self.config_file))
-        new = config.model_dump(mode="json", by_alias=True)
-        difference = first_difference({k: old.get(k) for k in _IDENTITY}, {k: new[k] for k in _IDENTITY})
+        old = take_format(read_yaml(self.config_file)[0], self.config_file)
+        difference = difference_of_runs(old, config.model_dump(mode="json", by_alias=True))
         if difference is not None:
             key, before, now = difference
             place = "name" if config.folder is None else "folder"  # a folder that is given does not follow the name
@@ -155,28 +142,3 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def _completed(old: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of an earlier version, with the defaults of keys that it did not have."""
-    try:
-        return RunConfig.model_validate(old).model_dump(mode="json", by_alias=True)
-    except ValidationError:
-        return old  # the message then names the difference
-
-
-def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:
-    """(key, old value, new value) of the first difference between two nested configurations, or None."""
-    if path in _FREE:
-        return None
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            if found := first_difference(old.get(key), new.get(key), (*path, str(key))):
-                return found
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (left, right) in enumerate(zip(old, new, strict=True)):
-            if found := first_difference(left, right, (*path, str(i))):
-                return found
-        return None
-    return None if old == new else (".".join(path), old, new)
