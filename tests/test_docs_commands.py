@@ -211,6 +211,8 @@ def test_scores_of_documents(place: Path) -> None:
 def test_selections(place: Path) -> None:
     scratch = ["replay=null", "start={from: null, intent: scratch}", "training={budget: 2, global_batch: 8, micro_batch: 8}"]
     assert main(["RUN.yml", "name=second", *scratch]) == 0
+    listed = place / "data/new_selected.safetensors"  # the other form of this output, which a selection refuses to leave
+    listed.rename(place / listed.name)
     before, made = set((place / "data").iterdir()), set()
     for line in commands(ROOT / "docs/worth.md"):
         if "select-data" in line:
@@ -219,6 +221,7 @@ def test_selections(place: Path) -> None:
     assert made >= {"new_selected.bin", "new_selected.selection.html", "new_selected.selection.json", "selected"}
     for path in set((place / "data").iterdir()) - before:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (place / listed.name).rename(listed)
 
 
 def test_fragments_of_yaml_are_refused_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
