@@ -39,10 +39,15 @@ from megarewarm_kernels.layer.swiglu import swiglu_backward, swiglu_forward
 from megarewarm_kernels.loss.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.loss.logit_passes import _WARPS as LOGITS_WARPS
 from megarewarm_kernels.loss.logit_passes import gradient_pass, statistics_pass
+from megarewarm_kernels.operators import LAUNCH
 from megarewarm_kernels.optimizer.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.optimizer.adamw_tensors import _BLOCK as MANY_BLOCK
 from megarewarm_kernels.optimizer.adamw_tensors import _WARPS as MANY_WARPS
 from megarewarm_kernels.optimizer.adamw_tensors import adamw_many
+from megarewarm_kernels.part_sums import _COLUMNS as SUMS_COLUMNS
+from megarewarm_kernels.part_sums import _ROWS as SUMS_ROWS
+from megarewarm_kernels.part_sums import _WARPS as SUMS_WARPS
+from megarewarm_kernels.part_sums import part_sums
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -126,6 +131,9 @@ def _shipped(every: bool) -> Iterator[Configuration]:
     for dtype in ("bf16", "fp32"):
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
+    for dtype in ("bf16", "fp32"):
+        tile = {"ROWS": SUMS_ROWS, "COLUMNS": SUMS_COLUMNS}
+        yield Configuration(f"part_sums {dtype}", part_sums, dtype, tile, SUMS_WARPS, ("partial_ptr",))
     yield from attention_configurations(every)
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
     for dtype in ("bf16", "fp32"):
@@ -204,7 +212,7 @@ def compiled(configuration: Configuration, architecture: int) -> Compiled:
     result = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": configuration.warps, "num_stages": configuration.stages},
+        options={"num_warps": configuration.warps, "num_stages": configuration.stages, **LAUNCH},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])

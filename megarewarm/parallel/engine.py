@@ -279,7 +279,7 @@ class ParallelModel(LaidOutModel):
         fewer windows computes on nothing meanwhile. ``between``: before each portion.
         """
         self._follow()
-        total, count = 0.0, 0.0
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # read at the end: each look waits for the device
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
         portions = -(-most // size)
         parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
@@ -292,13 +292,13 @@ class ParallelModel(LaidOutModel):
                 if part is None and not self._sharded:
                     continue
                 tokens = torch.zeros((1, self._sequence_length + 1), dtype=torch.int64) if part is None else part
-                loss, seen = self._evaluate(tokens)
+                found = self._evaluate(tokens)
                 if part is not None:
-                    total += loss
-                    count += seen
+                    totals += torch.stack([value.double() for value in found])
         finally:
             for module in self._modules:
                 module.train()
+        total, count = totals.tolist()
         return self._if_loss_owner(total), self._if_loss_owner(count)
 
     @collective
@@ -350,16 +350,16 @@ class ParallelModel(LaidOutModel):
                 self._taught = None
         return [float(loss) for loss in self._rows[: len(tokens)]] or [0.0] * len(tokens)
 
-    def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
-        """(loss summed, tokens) of rows (b, s + 1), at most one portion."""
+    def _evaluate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss summed, tokens) of rows (b, s + 1), at most one portion; on the device."""
         if self._pipeline is None:
             with self._autocast:
-                loss, seen = self._loss(tokens.to(self.mesh.device))
-            return float(loss), float(seen)
+                return self._loss(tokens.to(self.mesh.device))
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
             losses = self._pipeline.evaluate(inputs, targets, starts)
-        return sum(float(loss) for loss in losses) / self._scale(), float((targets != IGNORE).sum())
+        total = torch.stack([loss.double() for loss in losses]).sum() if losses else torch.zeros((), device=targets.device)
+        return total / self._scale(), (targets != IGNORE).sum()
 
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step

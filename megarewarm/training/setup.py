@@ -133,6 +133,8 @@ def _choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory before it is written
     torch.use_deterministic_algorithms(deterministic)
+    # products of bf16 are summed in fp32 to their end: a weight's gradient sums over all tokens, in parts
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact
 
 _ELEMENTS = 1024  # of a program: 8 for each thread, 16 bytes of bf16
 _WARPS = 4
@@ -186,6 +186,7 @@ if HAS_TRITON:
             VECTORS=each,
             BACK=back,
             num_warps=_WARPS,
+            **LAUNCH,
         )
 else:
     _kernel = None  # type: ignore[assignment]
