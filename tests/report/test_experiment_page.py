@@ -321,6 +321,7 @@ def test_page_opens_and_asks_the_network_for_nothing(page: Path, tmp_path: Path)
     assert not [url for url in quiet if not own.match(url)]
 
 
+@pytest.mark.slow
 def test_tool(tmp_path: Path) -> None:
     grid = two_arms(tmp_path / "grid", {1: 2.6, 2: 2.7})
     done = run_tool(grid, "--output", tmp_path / "out")
