@@ -271,7 +271,7 @@ if HAS_TRITON:
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         width = triton.next_power_of_2(head_dim)
         tile = _ELEMENTS_BACKWARD // width
-        count = programs(triton.cdiv(vectors, tile), qkv.device)
+        count = programs(triton.cdiv(vectors, tile), qkv.device) if vectors else 0
         partial = torch.empty((count, 2, head_dim), dtype=torch.float32, device=qkv.device)
         if vectors:
             flat_grad, flat = rows_of(grad), rows_of(qkv)

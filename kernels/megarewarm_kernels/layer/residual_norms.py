@@ -299,7 +299,7 @@ if HAS_TRITON:
         parts = [rows_of(part) for part in arguments[:4]]
         rows, columns = parts[3].shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
-        count = programs(rows, total.device)
+        count = programs(rows, total.device) if rows else 0
         partial = torch.empty((count, 4, columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             residual_norms_backward[(count,)](

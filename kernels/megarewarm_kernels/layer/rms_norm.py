@@ -244,7 +244,7 @@ if HAS_TRITON:
         other = flat_grad if residual is None else rows_of(residual)
         rows, columns = flat.shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
-        count = programs(rows, total.device)
+        count = programs(rows, total.device) if rows else 0
         partial = torch.empty((count, 1, columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             width = min(_PART, triton.next_power_of_2(columns))
