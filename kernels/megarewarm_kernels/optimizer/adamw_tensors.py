@@ -84,7 +84,7 @@ class AdamWTensors:
         if self._find() != self._places:
             raise RuntimeError(
                 "a parameter or moment lies elsewhere in memory than when AdamWTensors was made, and it writes to the first: "
-                "make it anew after moving or replacing tensors, or copy into them"
+                "build a new AdamWTensors after you move or replace tensors, or copy into them"
             )
         places = [gradient.data_ptr() for gradient in gradients]
         if places != self._gradients:
