@@ -31,7 +31,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.record.config_yaml import read_settings
 from megarewarm.record.layout import CHECKPOINTS
-from megarewarm.schedules.merging import decay_shares
+from megarewarm.schedules.merging import decay_shares, within
 from megarewarm.schedules.schedule import Schedule
 
 # formats name the activation of one model differently
@@ -92,8 +92,7 @@ def _within(window: Budget, run: str, states: list[tuple[TrainingState, str]]) -
     length = window.in_steps(newest.tokens // steps, steps)
     if not 0 < length <= steps:
         raise UserError(f"--window {window}: is {length:g} of the {steps:,} steps of {run}; give more than 0, at most all")
-    # checkpoints lie at rounded steps, shares of the run don't
-    found = [(state, path) for state, path in states if newest.step - state.step <= length + 0.5]
+    found = states[-len(within(length, [state.step for state, _ in states])) :]
     if len(found) < 2:
         kept = ", ".join(f"{state.step:,}" for state, _ in states)
         raise UserError(

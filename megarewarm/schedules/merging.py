@@ -31,6 +31,11 @@ def shares_of(factors: Values) -> Values:
     return -np.diff(np.concatenate([[1.0], factors, [0.0]]))
 
 
+def within(length: float, steps: Sequence[int]) -> list[int]:
+    """Those of ascending ``steps`` in the last ``length`` steps: steps are rounded, shares of a run are not."""
+    return [step for step in steps if steps[-1] - step <= length + 0.5]
+
+
 def decay_shares(shape: str, steps: Sequence[int]) -> Values:
     """The share of each checkpoint in an average that stands for a decay over ``steps``."""
     return shares_of(decay_factors(shape, steps))
