@@ -167,7 +167,7 @@ def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[O
         plan.source.load_tensors(tensors)
     if plan.policy.rng == "keep":
         torch.set_rng_state(rng)
-    optimizer.set_completed_steps(plan.position.optimizer_step)
+    optimizer.set_completed_steps(plan.position.optimizer_step - plan.measured_batches)  # these are yet to be measured
     optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
     scaler = LossScaler(plan.config.training.loss_scale) if inputs.precision == "fp16" else None
     stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
@@ -219,7 +219,7 @@ def _assert_applied(run: Run) -> None:
         "every parameter group has the schedule's first learning rate": np.allclose(
             run.optimizer.lrs, first_lr, rtol=1e-9, atol=0
         ),
-        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
+        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step - plan.measured_batches,
         "reset moments are zero": not any(
             bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
         ),

@@ -25,6 +25,7 @@ from megarewarm.training.after_step.time_limit import TimeLimit
 from megarewarm.training.averaged import finish_average
 from megarewarm.training.finish import export_run, is_trained, pending
 from megarewarm.training.interpolation import interpolate
+from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.metrics import Metrics
 from megarewarm.training.output.notes import logged_notes
 from megarewarm.training.output.run_folder import RunFolder
@@ -143,7 +144,7 @@ class _Loop:
         self.moment = Moment("start", begun=plan.resumed)
         try:
             with self.context.progress:
-                ended = self._resume() if plan.resumed else self._follow(self.moment)
+                ended = self._resume() if plan.resumed else self._begin()
                 while ended is None and run.step < plan.config.total_steps:
                     ended = self._follow(self._step())
                 if ended is None:
@@ -154,6 +155,18 @@ class _Loop:
             stopped = Moment("stop", begun=self.moment.begun, went_back=self.moment.went_back)
             ended = self._follow(stopped)
         return ended or self._complete()
+
+    def _begin(self) -> Outcome | None:
+        """What comes before the first step; the moments are measured from the batches of the first steps, where they are."""
+        context = self.context
+        if batches := context.run.plan.measured_batches:
+            began = time.monotonic()
+            measure_moments(context.run, context.between("moments", "measures"))
+            seconds = time.monotonic() - began
+            context.progress.aside(seconds)
+            context.metrics.event("moments", step=context.run.step, batches=batches, seconds=round(seconds, 3))
+            context.voice.tell(f"moments measured from {batches:,} batches in {duration_text(seconds)}")
+        return self._follow(self.moment)
 
     def _resume(self) -> Outcome | None:
         """Give the parts what the checkpoint kept of them; the evaluation that was broken off is the first thing to do."""
