@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -26,7 +27,8 @@ from megarewarm.report.numbers.measure import MEASURES
 from megarewarm.report.numbers.runs import rows
 from megarewarm.training import averaged, trainer
 from megarewarm.training.run import Run
-from megarewarm.training.start.averaging import averaging
+from megarewarm.training.start.averaging import about_average, averaging
+from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.tiny import config, events, printed, quiet
@@ -202,6 +204,12 @@ def test_the_steps_are_those_that_are_saved_or_those_of_its_own_interval(place: 
     assert steps(every=None, average=AVERAGE | {"every": 4}) == (12, 16, 20)
     assert steps(every=None, extra_steps=[11, 19, 99], average=AVERAGE) == (11, 19, 20)
     assert steps(every=5, extra_steps=[0], average=AVERAGE | {"window": "100%"}) == (0, 5, 10, 15, 20)
+
+
+def test_a_rate_that_is_not_constant_in_the_window_is_noted(place: Path) -> None:
+    flat, falling = (make_plan(settings(place, "noted", schedule=changed)) for changed in (FLAT, {}))
+    assert about_average(flat) == []
+    assert re.search(r"checkpoint\.average: the learning rate goes from .* adds its decay to that", *about_average(falling))
 
 
 def test_an_experiment_may_plan_to_start_from_it(place: Path) -> None:

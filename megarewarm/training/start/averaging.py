@@ -14,7 +14,7 @@ from megarewarm.checkpoint.own.store import Tensors
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
 from megarewarm.parallel.engine import ParallelModel
-from megarewarm.schedules.merging import decay_shares, within
+from megarewarm.schedules.merging import decay_shares, note_on_rates, within
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.saving import saved_steps
 
@@ -82,6 +82,15 @@ def check_average(plan: Plan) -> None:
         f"and its checkpoint holds no average with these settings; restore them, or set checkpoint.average to null and "
         f"average what is saved with megarewarm merge --like"
     )
+
+
+def about_average(plan: Plan) -> list[str]:
+    """A note if the average stands for another decay than its shape says, because the rate is not constant in its window."""
+    wanted = averaging(plan.config, plan.origin.step)
+    if wanted is None:
+        return []
+    note = note_on_rates(plan.schedule, *(plan.schedule_position(step) for step in (wanted.steps[0], wanted.steps[-1])))
+    return [f"checkpoint.average: {note}"] if note else []
 
 
 class Average:
