@@ -209,7 +209,8 @@ def test_the_steps_are_those_that_are_saved_or_those_of_its_own_interval(place: 
 def test_a_rate_that_is_not_constant_in_the_window_is_noted(place: Path) -> None:
     flat, falling = (make_plan(settings(place, "noted", schedule=changed)) for changed in (FLAT, {}))
     assert about_average(flat) == []
-    assert re.search(r"checkpoint\.average: the learning rate goes from .* adds its decay to that", *about_average(falling))
+    (note,) = about_average(falling)
+    assert re.search(r"checkpoint\.average: the learning rate goes from .* adds its decay to that", note)
 
 
 def test_an_experiment_may_plan_to_start_from_it(place: Path) -> None:
