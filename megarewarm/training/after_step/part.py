@@ -107,6 +107,6 @@ class Context:
 
         def between(done: int, portions: int) -> None:
             self.lookout(done, portions)
-            self.progress.evaluating(f"{does} {what}", done, portions)
+            self.progress.evaluating(what, done, portions, does)
 
         return between

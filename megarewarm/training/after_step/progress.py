@@ -73,9 +73,9 @@ class RunProgress:
             self._console.print(line, highlight=False)
         return line
 
-    def evaluating(self, what: str, done: int, portions: int) -> None:
-        """Show how much of a validation set is evaluated, in words; in a log file only what takes long."""
-        told = f"{what} {100 * done // max(portions, 1)} %"
+    def evaluating(self, name: str, done: int, portions: int, does: str = "evaluates") -> None:
+        """Show how much of a validation set is evaluated, or what else the run ``does``; in a log file only what takes long."""
+        told = f"{does} {name} {100 * done // max(portions, 1)} %"
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, numbers=told)
