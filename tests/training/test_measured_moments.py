@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,25 @@ def test_they_are_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert replay_step(place / "killed", 3, ALONE).loss == events(place / "run", "train")[2]["loss"]
 
 
+def test_a_stop_meanwhile_saves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = measuring.compute_gradients, list[int]()
+
+    def stopped(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*given)
+
+    monkeypatch.setattr(measuring, "compute_gradients", stopped)
+    console = quiet()
+    assert train(settings(place, "stopped"), ALONE, console).exit_code == 128 + signal.SIGTERM
+    assert "nothing to save yet; the same command starts over" in " ".join(printed(console).split())
+    assert not (place / "stopped/checkpoints").exists()
+    assert train(settings(place, "stopped"), ALONE, quiet()).exit_code == 0 and len(calls) == 3 + BATCHES
+    one, two = (tensors(place / name / "checkpoints/step_8") for name in ("run", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def _train(ranks: Ranks, place: str, layouts: list[str]) -> None:
     for name in layouts:
         train(settings(Path(place), f"{name}_{ranks.world_size}", parallel=LAYOUTS[name]), ranks, quiet())
@@ -202,7 +223,7 @@ def test_a_dry_run_says_what_they_cost(place: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ({"from": "up"}, "start.moments: 'measure' is for checkpoints without moments, this one has those of 20 steps"),
+        ({"from": "up"}, "has those of 20 steps; set it to 'keep', 'keep_second' or 'reset', or start from an export"),
         ({"from": None}, "start.moments: 'measure' is for a checkpoint without moments; a run from scratch has 'reset'"),
         ({"optimizer_step": "reset"}, "start.optimizer_step: 'reset' contradicts moments 'measure'"),
         ({"measure_batches": 9}, "start.measure_batches: 9 batches are those of as many steps, and the run has 8"),

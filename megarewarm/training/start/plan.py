@@ -168,15 +168,15 @@ def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[
     ]
 
 
-def _require_moments(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
+def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointSource | None) -> None:
     """Raise ``UserError`` if moments of another optimizer would be kept, or measured where the checkpoint's could be."""
-    if training is None:
+    if source is None or (training := source.training) is None:
         return
     same = training.optimizer == config.optimizer.kind
-    if policy.moments == "measure" and same:
+    if policy.moments == "measure" and same and "moments" in source.keeps:
         raise UserError(
-            f"start.moments: 'measure' is for checkpoints without moments, this one has those of {training.optimizer_step:,} "
-            f"steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, which has none (megarewarm convert)"
+            f"start.moments: 'measure' is for checkpoints without moments, {source.name} has those of "
+            f"{training.optimizer_step:,} steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, which has none (megarewarm convert)"
         )
     if policy.moments in ("keep", "keep_second") and not same:
         raise UserError(
@@ -213,7 +213,7 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     policy = resolve(config.start, source)
     config = settle_model(config, source)
     training = source.training if source is not None else None
-    _require_moments(config, policy, training)
+    _require_moments(config, policy, source)
     origin = start_position(policy, training, config.start.measure_batches if policy.moments == "measure" else 0)
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":
