@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
 from megarewarm.config.section import Positive, Section, Seed
+
+
+class TrainConfig(Section):
+    """What trains while the rest of the model is frozen: no gradients, moments, decay or bytes between ranks."""
+
+    only: list[str] = Field(
+        min_length=1,
+        description="What trains: head, embeddings, norms, new_layers (that megarewarm grow added), new_rows (of the vocabulary, "
+        "that were added to it), 'layers 0-3', or patterns of parameter names such as '*.bias'. One may stand alone.",
+    )
+    for_: Budget | None = Field(
+        None,
+        alias="for",
+        description="For how long, such as '20%' of the run; then all parameters train, and the others' moments begin at zero. "
+        "Null: the whole run.",
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def _one(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
 
 class OptimizerConfig(Section):
@@ -31,7 +54,10 @@ class OptimizerConfig(Section):
         description="Layer-wise learning rates: layer i of L (from 0) trains at layer_decay^(L - i) of the rate, the embedding "
         "at layer_decay^(L + 1), head and last norm at all of it. Below 1 the early layers stay nearer to the start.",
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Global norm of the gradients (of what trains) above which they are scaled; null: off."
+    )
+    train: TrainConfig | None = Field(None, description="What trains, and for how long; null: everything.")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

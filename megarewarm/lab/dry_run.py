@@ -245,6 +245,8 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     costs.add_row("run", f"{config.name}: {plan.policy.intent}{f' from {config.start.from_}' if config.start.from_ else ''}")
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
+    if plan.freezing is not None:
+        costs.add_row("trained", plan.freezing.of(plan.model))
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row(
