@@ -161,6 +161,8 @@ class Pipeline:
         self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), shape, dtype, sequence_length)
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
         hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
+        if order == "zero_bubble":  # finds weights by the paths that lead to them from an input with a gradient
+            trains = max(0, trains - 1)
         made = [
             PipelineStage(
                 stage,

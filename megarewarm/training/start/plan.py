@@ -210,8 +210,8 @@ def _require_moments(needed: Trained | None, source: CheckpointSource | None, po
     if policy.moments == "reset" or source is None or source.training is None:
         return
     every: Trained = dict.fromkeys(cards(source.model_config))
-    held, wanted = source.training.trained, every if needed is None else needed
-    held = every if held is None else held
+    held = every if source.training.trained is None else source.training.trained
+    wanted = every if needed is None else needed
     if lacking := [name for name, rows in wanted.items() if name not in held or held[name] != rows]:
         raise UserError(
             f"start.moments: '{policy.moments}' can't be honoured, {source.name} has other moments than this run needs of "
