@@ -242,7 +242,9 @@ def _state_values(part: Part, work: Work, tensor: int) -> float:
     """Values that the optimizer keeps for the parameters on a rank."""
     if work.trained is not None:
         return sum(
-            len(states_of(work.optimizer, card)) * trained_values(card, work.trained) / (tensor if card.divided is not None else 1)
+            len(states_of(work.optimizer, card))
+            * trained_values(card, work.trained)
+            / (tensor if card.divided is not None else 1)
             for card in _trained_on(part, work)
         )
     every = cards(work.model).values()

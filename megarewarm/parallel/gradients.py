@@ -1,8 +1,9 @@
 """Gradients of the parameters on this rank: reduced over the ranks that share them, their norm, scaling.
 
 Frozen parameters have none. Of those of which some rows train (``RowsOf``), the rest of what the backward pass leaves is
-discarded before anything is summed. Three storages with one interface. ``OwnGradients``: one rank has the whole model. ``FlatGradients``: every data-parallel
-rank holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each rank its shard.
+discarded before anything is summed. Three storages with one interface. ``OwnGradients``: one rank has the whole model.
+``FlatGradients``: every data-parallel rank holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each
+rank its shard.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ class LaidOutModel:
     """A model laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
 
     ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model.
-    ``trained``: what trains of them, by ``trains`` (see ``train_only``); an optimizer updates it from its ``.grad``. ``shapes``: the whole
-    model's parameters. ``gradients``: see there. ``tied``: parameters that the first and the last pipeline rank both hold.
+    ``trained``: what trains of them, by ``trains`` (see ``train_only``); an optimizer updates it from its ``.grad``.
+    ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``: parameters that the first and the last
+    pipeline rank both hold.
     """
 
     def __init__(

@@ -218,15 +218,21 @@ class Run:
 
     @collective
     def restore_from(self, source: OwnCheckpoint) -> None:
-        """Weights, moments, random numbers and loss scale of an earlier checkpoint of the run. All ranks call it. Moments that it
-        has not, of what was frozen then, begin again."""
+        """Weights, moments, random numbers and loss scale of an earlier checkpoint of the run. All ranks call it. Moments of
+        what was frozen then begin again."""
         assert source.training is not None
         source.load_weights(self.model)
         rng = torch.get_rng_state()
         moments = moment_tensors(self.model, self.optimizer)
-        begun = moments if self.model.trains == (held := source.training.trained) else {
-            name: tensor for name, tensor in moments.items() if held is not None and held.get(name.split(".", 2)[2], ()) is None
-        }
+        begun = (
+            moments
+            if self.model.trains == (held := source.training.trained)
+            else {
+                name: tensor
+                for name, tensor in moments.items()
+                if held is not None and held.get(name.split(".", 2)[2], ()) is None
+            }
+        )
         for name in moments.keys() - begun.keys():
             local(moments[name]).zero_()
         source.load_tensors(begun | {RNG: rng})
@@ -241,6 +247,4 @@ class Run:
 
 def moment_tensors(model: ParallelModel, optimizer: Optimizer) -> Tensors:
     """The optimizer's state under the names it has in a checkpoint; writing to the tensors changes it."""
-    return {
-        f"optimizer.{what}.{name}": model.whole_trained(name, tensor) for (what, name), tensor in optimizer.state().items()
-    }
+    return {f"optimizer.{what}.{name}": model.whole_trained(name, tensor) for (what, name), tensor in optimizer.state().items()}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 from megarewarm.model.transformer import Transformer
 from megarewarm.optimizers.muon import orthogonalised
@@ -176,9 +175,7 @@ def test_frozen_parameters_stay_and_the_others_train_as_in_a_plain_loop(tmp_path
 
 
 @pytest.mark.parametrize("only", [["new_rows", "norms"], pytest.param("layers 0-1", marks=pytest.mark.slow)])
-def test_a_run_killed_around_the_thaw_goes_on_bit_for_bit(
-    tmp_path: Path, only: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_around_the_thaw_goes_on_bit_for_bit(tmp_path: Path, only: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _start(tmp_path)
     whole = train(_frozen(tmp_path, "whole", only, THAW), ALONE, quiet()).folder
     original = trainer.training_step

@@ -49,7 +49,9 @@ def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, 
         if key.startswith("model."):
             return weights.read(key.removeprefix("model.")).float()
         is_rng = key == _RNG
-        tensor = torch.empty(torch.get_rng_state().shape if is_rng else names[key], dtype=torch.uint8 if is_rng else torch.float32)
+        tensor = torch.empty(
+            torch.get_rng_state().shape if is_rng else names[key], dtype=torch.uint8 if is_rng else torch.float32
+        )
         source.load_tensors({key: tensor})
         on_bytes(tensor.nbytes)
         return tensor

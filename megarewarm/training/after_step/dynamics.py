@@ -50,8 +50,8 @@ def measure(model: ParallelModel, optimizer: Optimizer, start: Mapping[str, Tens
 
     ``weight_norm``, ``first_moment_norm`` and ``second_moment_norm`` are 2-norms after the step, ``update_ratio`` the norm of
     the step's change over the weights', ``effective_lr`` the mean of lr / (sqrt(v) + eps) over the values, v corrected for its
-    bias (0 where frozen), ``distance`` the norm of weights minus ``start`` (absent where that is None). Each value of the model counts once,
-    whatever the layout; embeddings that are tied are 'embed_in'. All ranks call it, and get the same numbers.
+    bias (0 where frozen), ``distance`` the norm of weights minus ``start`` (absent where that is None). Each value of the model
+    counts once, whatever the layout; embeddings that are tied are 'embed_in'. All ranks call it, and get the same numbers.
     """
     names = list(dict.fromkeys(card.group for card in model.cards.values()))
     sums = torch.zeros(len(names), SUMS, dtype=torch.float64, device=model.mesh.device)

@@ -33,8 +33,7 @@ class Plan:
     ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
-    ``distill.from`` names, unless the run has no steps left. ``freezing``: what ``optimizer.train`` means; None where everything
-    trains.
+    ``distill.from`` names, unless the run has no steps left. ``freezing``: what ``optimizer.train`` means, None without.
     """
 
     config: RunConfig
@@ -198,8 +197,10 @@ def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: Tr
 
 
 def _freezing(config: RunConfig, source: CheckpointSource | None, history: Lineage) -> Freezing | None:
-    assert config.model is not None
-    if source is not None and not source.lineage.stages and {NEW_LAYERS, NEW_ROWS} & set(config.optimizer.train.only if config.optimizer.train is not None else []):
+    settings = config.optimizer.train
+    if config.model is None or settings is None:
+        return None
+    if source is not None and not source.lineage.stages and {NEW_LAYERS, NEW_ROWS} & set(settings.only):
         source.notes.append(f"optimizer.train.only: what trains is known once {source.name} exists; planned for all of it")
         return None
     return settle_freezing(config, config.model, history)
