@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megarewarm.checkpoint.convert import ConvertOptions, convert
+from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.errors import UserError
+from megarewarm.layout.memory import memory_of, parts
+from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 from megarewarm.model.transformer import Transformer
 from megarewarm.optimizers.muon import orthogonalised
@@ -144,7 +150,7 @@ CASES: dict[str, Case] = {
     "tied_head": ("head", lambda name: name == EMBEDDING, None, {"model": {"tie_embeddings": True}}),
     "new_rows_then_all": ("new_rows", _is_vocabulary, THAW, {}),
 }
-FAST = ("norms_then_all", "new_layers_then_all", "tied_head", "new_rows_then_all")
+FAST = ("new_layers_then_all", "new_rows_then_all")
 
 
 @pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
@@ -235,19 +241,27 @@ LAYOUTS: dict[int, dict[str, tuple[Any, int | None, dict[str, Any], dict[str, An
 }
 
 
+FAST_LAYOUTS = ("tensor_rows_tied", "pipeline_head", "zero2_norms")
+
+
 def _train_all(ranks: Ranks, place: str, names: list[str], tried: int) -> None:
     for name in names:
         only, thaw, parallel, changes = LAYOUTS[tried][name]
         train(_frozen(Path(place) / name, "laid_out", only, thaw, parallel=parallel, **changes), ranks, quiet())
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_layouts_freeze_and_thaw_as_one_process_does(tmp_path: Path, ranks: int) -> None:
-    names = list(LAYOUTS[ranks])
+_SLOW = [
+    pytest.param(ranks, [name for name in LAYOUTS[ranks] if name not in FAST_LAYOUTS], marks=pytest.mark.slow)
+    for ranks in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("ranks", "names"), [(2, FAST_LAYOUTS), *_SLOW])
+def test_layouts_freeze_and_thaw_as_one_process_does(tmp_path: Path, ranks: int, names: list[str]) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         _start(tmp_path / name, **LAYOUTS[ranks][name][3].get("model", {}))
-    run_ranks(_train_all, ranks, str(tmp_path), names, ranks, timeout=600)
+    run_ranks(_train_all, ranks, str(tmp_path), list(names), ranks, timeout=600)
     for name in names:
         only, thaw, _, changes = LAYOUTS[ranks][name]
         alone = train(_frozen(tmp_path / name, "alone", only, thaw, **changes), ALONE, quiet()).folder
@@ -268,3 +282,56 @@ def test_layouts_freeze_and_thaw_as_one_process_does(tmp_path: Path, ranks: int)
             again = _weights(laid_out)
             for key, tensor in _weights(alone).items():
                 torch.testing.assert_close(again[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+BAD: list[tuple[Any, Any, str]] = [
+    ("heads", None, "'heads' names no parameter of this model, which has 3 layers"),
+    ("layers 3-4", None, "'layers 3-4' names no parameter"),
+    (["head", "new_layers"], None, "'new_layers', but the lineage of the start checkpoint records none"),
+    ("new_rows", None, "'new_rows', but the lineage"),
+    ("*", None, "every parameter, nothing is frozen"),
+    ("head", "100%", "optimizer.train.for: '100%' is step 8 of 8: nothing would thaw"),
+    ("head", "1%", "nothing would be frozen"),
+    ([], None, "optimizer.train.only: expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("only", "until", "said"), BAD)
+def test_what_freezes_nothing_or_everything_is_refused(tmp_path: Path, only: Any, until: Any, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        train(_config(tmp_path, "bad", optimizer={"train": {"only": only, "for": until}}), ALONE, quiet())
+    assert "\n" not in str(refused.value) and not (tmp_path / "bad").exists()
+
+
+def test_moments_of_what_was_frozen_cannot_be_kept(tmp_path: Path) -> None:
+    train(_config(tmp_path, "half", optimizer={"train": {"only": "norms"}}, training={"budget": 2}), ALONE, quiet())
+    kept = {"start": {"from": str(tmp_path / "half"), "moments": "keep"}}
+    with pytest.raises(
+        UserError, match=r"start.moments: 'keep' can't be honoured, .* other moments than this run needs of 20 "
+    ):
+        train(_config(tmp_path, "kept", **kept), ALONE, quiet())
+    # it can go on with the same frozen, also after a conversion, which copies the moments that there are
+    source = open_checkpoint(str(tmp_path / "half"))
+    convert(source, tmp_path / "copy", ConvertOptions("megarewarm"))
+    again = {"start": {"from": str(tmp_path / "copy"), "moments": "keep"}, "optimizer": {"train": {"only": ["norms"]}}}
+    outcome = train(_config(tmp_path, "again", **again), ALONE, quiet())
+    held = {name for name in tensors_of(outcome.folder / f"checkpoints/step_{STEPS}") if name.startswith("optimizer.")}
+    assert held and all("norm" in name for name in held)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_plans_count_the_memory_of_what_trains(tmp_path: Path, kind: str) -> None:
+    settings = _config(tmp_path, "planned", optimizer={"kind": kind, "train": {"only": ["layers 1", "head"]}})
+    plan = make_plan(settings)
+    run = build(plan, ALONE)
+    run.batches.close()
+    run.model.forward_backward(run.data.rows(0, 8))
+    layout = run.mesh.layout
+    work = work_of(plan.config, plan.model, layout, 2, value_bytes=4, on_gpu=False, trained=plan.trained_at_end)
+    (part,) = parts(work, plan.config.parallel, layout)
+    planned = memory_of(part, 0, work, plan.config.parallel, layout)
+    assert planned.gradients == sum(p.grad.nbytes for p in run.model.parameters.values() if p.grad is not None)
+    assert planned.optimizer == sum(tensor.nbytes for tensor in run.optimizer.state().values())
+    assert plan.freezing is not None and plan.freezing.of(plan.model).startswith(
+        f"{sum(p.numel() for p in run.model.trained.values()):,} train, "
+    )
