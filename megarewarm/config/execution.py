@@ -16,7 +16,7 @@ class TrainConfig(Section):
     only: list[str] = Field(
         min_length=1,
         description="What trains: head, embeddings, norms, new_layers (that megarewarm grow added), new_rows (that the "
-        "vocabulary was extended by), 'layers 0-3', or patterns of parameter names such as '*.bias'. One may stand alone.",
+        "vocabulary was extended by), 'layers 0-3', or patterns of parameter names such as '*.bias'.",
     )
     for_: Budget | None = Field(
         None,

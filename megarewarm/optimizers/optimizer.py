@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.optimizers.muon import Muon
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import Gradients
 
@@ -60,6 +61,7 @@ _MAKERS: dict[str, Callable[[ParallelModel, Mapping[str, nn.Parameter], Optimize
 }
 
 
+@collective
 def make_optimizer(
     model: ParallelModel, config: OptimizerConfig, kind: str = "torch", only: Callable[[str], bool] = lambda name: True
 ) -> Optimizer:

@@ -114,7 +114,7 @@ def _plainly(settings: Any, trains: Callable[[str], bool], thaw: int | None, onl
         for parameter, frozen, _ in frozen_rows:
             assert parameter.grad is not None
             parameter.grad[frozen] = 0
-        torch.nn.utils.clip_grad_norm_([p for p in named.values() if p.grad is not None], chosen.clip_norm)
+        torch.nn.utils.clip_grad_norm_([p for p in named.values() if p.grad is not None], chosen.clip_norm or 1e9)
         if only_rows and step == thaw:
             for name in (EMBEDDING, HEAD):
                 adamw.state.pop(named[name])
