@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
-from megarewarm.checkpoint.source import open_checkpoint
+from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.layout.memory import memory_of, parts
 from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.parameters import EMBEDDING, HEAD, cards
 from megarewarm.model.transformer import Transformer
 from megarewarm.optimizers.muon import orthogonalised
+from megarewarm.optimizers.staggered import parts_of
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.run import Run
@@ -148,7 +149,12 @@ CASES: dict[str, Case] = {
     ),
     "new_layers_then_all": ("new_layers", lambda name: name.startswith("layers.1."), THAW, {"optimizer": {"kind": "muon"}}),
     "tied_head": ("head", lambda name: name == EMBEDDING, None, {"model": {"tie_embeddings": True}}),
-    "new_rows_then_all": ("new_rows", _is_vocabulary, THAW, {}),
+    "new_rows_then_all": (
+        "new_rows",
+        _is_vocabulary,
+        THAW,
+        {"logging": {"dynamics": 1}, "valuation": {"against": ["new"], "every": "2 steps", "rows": 8}},
+    ),
 }
 FAST = ("new_layers_then_all", "new_rows_then_all")
 
@@ -176,6 +182,11 @@ def test_frozen_parameters_stay_and_the_others_train_as_in_a_plain_loop(tmp_path
     assert moments.keys() == {name for name in after if trains(name)}
     if only == "new_rows":
         assert all(len(tensor) == NEW_ROWS[1] - NEW_ROWS[0] for tensor in moments.values())
+        for line in events(outcome.folder, "dynamics"):
+            moves = [line["groups"][group]["update_ratio"] > 0 for group in ("embed_in", "layers.1", "embed_out")]
+            assert moves == [True, line["step"] > THAW, True]
+        first = events(outcome.folder, "value")[0]
+        assert first["step"] < THAW and first["predicted"] == pytest.approx(first["measured"], rel=0.2)
     assert [line["step"] for line in events(outcome.folder, "thaw")] == ([thaw] if thaw else [])
     assert "frozen parameters' " in printed(console)
 
@@ -202,6 +213,18 @@ def test_a_run_killed_around_the_thaw_goes_on_bit_for_bit(tmp_path: Path, only: 
     for step in (THAW, THAW + 1, STEPS):
         one, two = (tensors_of(folder / f"checkpoints/step_{step}") for folder in (whole, again))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one), step
+
+    # a roll-back to before the thaw: what was frozen then begins again
+    run = build(make_plan(broken, up_to=THAW + 1), ALONE)
+    run.batches.close()
+    before = OwnCheckpoint(whole / f"checkpoints/step_{THAW - 1}")
+    assert [late.optimizer.completed_steps for late in parts_of(run.optimizer)[1]] == [1]
+    run.restore_from(before)
+    saved = tensors_of(before.folder)
+    for (what, name), tensor in run.optimizer.state().items():
+        kept = saved.get(f"optimizer.{what}.{name}")
+        assert torch.equal(tensor, kept if kept is not None and len(kept) == len(tensor) else torch.zeros_like(tensor))
+    assert [run.optimizer.completed_steps, parts_of(run.optimizer)[1][0].optimizer.completed_steps] == [THAW - 1, 0]
 
 
 LAYOUTS: dict[int, dict[str, tuple[Any, int | None, dict[str, Any], dict[str, Any]]]] = {
