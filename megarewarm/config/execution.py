@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
 from megarewarm.config.section import Positive, Section, Seed
@@ -13,8 +13,14 @@ from megarewarm.config.section import Positive, Section, Seed
 class TrainConfig(Section):
     """What trains while the rest of the model is frozen: no gradients, moments, decay or bytes between ranks."""
 
-    only: list[str] = Field(
-        min_length=1,
+    only: Annotated[
+        list[str],
+        Field(min_length=1),
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string", "pattern": "."}]}
+        ),
+    ] = Field(
         description="What trains: head, embeddings, norms, new_layers (that megarewarm grow added), new_rows (that the "
         "vocabulary was extended by), 'layers 0-3', or patterns of parameter names such as '*.bias'.",
     )
@@ -26,11 +32,6 @@ class TrainConfig(Section):
     )
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-    @field_validator("only", mode="before")
-    @classmethod
-    def _one(cls, given: Any) -> Any:
-        return [given] if isinstance(given, str) else given
 
 
 class OptimizerConfig(Section):

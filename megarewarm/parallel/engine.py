@@ -80,6 +80,7 @@ class ParallelModel(LaidOutModel):
 
     @collective
     def train_only(self, what: Trained | None) -> None:
+        """As ``LaidOutModel.train_only``. All ranks call it."""
         super().train_only(what)
         self._pipeline = self._make_pipeline()
 
