@@ -71,15 +71,18 @@ class _Text:
     """
 
     def __init__(self, words: Sequence[Sequence[int]], counts: Sequence[int]) -> None:
-        lengths = np.fromiter(map(len, words), np.int64, len(words))
+        long = [(word, count) for word, count in zip(words, counts, strict=True) if len(word) > 1]
+        lengths = np.fromiter((len(word) for word, _ in long), np.int64, len(long))
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
-        self._token = np.fromiter(chain.from_iterable(words), np.int64, total)  # -1: merged into the one before
+        self._token = np.fromiter(
+            chain.from_iterable(word for word, _ in long), np.int64, total
+        )  # -1: merged into the one before
         self._after = np.arange(1, total + 1)  # -1: the last of its word
         self._before = np.arange(-1, total - 1)  # -1: the first of its word
         self._after[ends - 1] = -1
         self._before[ends - lengths] = -1
-        self._weight = np.repeat(np.asarray(counts, np.int64), lengths)
+        self._weight = np.repeat(np.fromiter((count for _, count in long), np.int64, len(long)), lengths)
         self.pairs: dict[tuple[int, int], int] = {}
         self._places: dict[tuple[int, int], Positions] = {}
         self._add(np.arange(total))

@@ -7,8 +7,8 @@ goes on where the old one stopped. Tokens that are merely appended to a vocabula
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,36 +91,29 @@ class Base:
         words have fewer pairs that occur ``least_count`` times."""
         vocabulary, first = self.content["model"]["vocab"], self.size
         model = library(self.content).model
-        split = [(ids, count) for word, count in words.counts.items() if len(ids := _ids(model, word)) > 1]
         strings = {number: token for token, number in vocabulary.items()}
-        merges = continue_merges(
-            [ids for ids, _ in split], [count for _, count in split], strings, first, add, least_count, on_merge
-        )
+        split = [_ids(model, word) for word in words.counts]
+        merges = continue_merges(split, [*words.counts.values()], strings, first, add, least_count, on_merge)
         if len(merges) < add:
             raise UserError(
                 f"the new text gives {len(merges):,} tokens that occur {least_count:,} times or more, not {add:,}: use more "
                 f"text, or --add {len(merges)}"
             )
-        pairs = []
+        pairs: list[tuple[str, str]] = []
         for number, merge in enumerate(merges, first):
             pairs.append((strings[merge.left], strings[merge.right]))
             strings[number] = "".join(pairs[-1])
-        used = Counter[str]()
-        model = library(self._with(pairs)).model
-        for word, count in words.counts.items():
-            for token in model.tokenize(word):
-                used[token.value] += count
-        kept, pruned = prune(pairs, used)
-        merged = [left + right for left, right in kept]
-        return Extended(
-            self._with(kept),
-            first,
-            merged,
-            self.special,
-            sum(not used[token] for token in merged),
-            pruned,
-            min((merge.times for merge in merges), default=0),
-        )
+        pruned = list[str]()
+        while True:
+            content = self._with(pairs)
+            used = _used(words, content)
+            pairs, unused = prune(pairs, used)
+            if not unused:
+                break
+            pruned += unused
+        merged = [left + right for left, right in pairs]
+        parts = sum(token not in used for token in merged)
+        return Extended(content, first, merged, self.special, parts, pruned, min((each.times for each in merges), default=0))
 
     def _with(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """The tokenizer.json with the merges ``pairs`` after its own, and the special tokens after their results."""
@@ -144,12 +137,18 @@ class Base:
         return content | {"added_tokens": [*(content.get("added_tokens") or []), *new]}
 
 
-def prune(pairs: Sequence[tuple[str, str]], used: Counter[str]) -> tuple[list[tuple[str, str]], list[str]]:
+def _used(words: WordCounts, content: dict[str, Any]) -> set[str]:
+    """The tokens that the tokenizer.json ``content`` makes of ``words``."""
+    model = library(content).model
+    return {token.value for word in words.counts for token in model.tokenize(word)}
+
+
+def prune(pairs: Sequence[tuple[str, str]], used: AnySet[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """``pairs`` without those whose token is not ``used`` and no part of another one's, again and again; and those tokens."""
     kept, pruned = list(pairs), list[str]()
     while True:
         parts = {part for pair in kept for part in pair}
-        unused = {left + right for left, right in kept if not used[left + right] and left + right not in parts}
+        unused = {left + right for left, right in kept if left + right not in used | parts}
         if not unused:
             return kept, pruned
         pruned += sorted(unused)
