@@ -18,12 +18,15 @@ from megarewarm.checkpoint.source import open_checkpoint, tokenizers_of
 from megarewarm.checkpoint.token_distillation import Distillation, distill, distillation_loss, snippets_of
 from megarewarm.cli import extend_vocabulary
 from megarewarm.data.text.extended_tokenizer import Base, files_of
+from megarewarm.data.text.preprocess.job import preprocess
 from megarewarm.data.text.tokenizers import HuggingFaceTokenizer, load_tokenizer
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import EMBEDDING, HEAD
-from tests.checkpoint.test_convert import tool, weights_of
+from megarewarm.training.trainer import train
+from tests.checkpoint.test_convert import ALONE, tool, weights_of
 from tests.checkpoint.test_grow import KINDS, random_model
 from tests.support.families import CONFIGS, USUAL
+from tests.support.tiny import config, events, quiet
 
 TEXT = "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller staatlichen Gewalt. " * 3
 OLD, NEW = 280, 20
@@ -318,3 +321,32 @@ def test_pieces_are_those_of_the_old_tokenizer(place: Path, new: NewTokens, tmp_
     whole = [i for i, pieces in enumerate(new.pieces) if pieces != [5]]
     assert len(whole) > 10 and [found.pieces[i] for i in whole] == [new.pieces[i] for i in whole]
     assert (found.first, found.stop) == (OLD, OLD + NEW)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_the_new_tokenizer(place: Path, tmp_path: Path) -> None:
+    """From a run on old ids: moments are gone and the table says why, old data are replayed, the export has the new
+    tokenizer; token files of the old one beside new ones are refused."""
+    (tmp_path / "text.txt").write_text(TEXT * 12)
+    for name in ("old", "tok"):
+        preprocess([tmp_path / "text.txt"], place / name, tmp_path / name, threads_only=True)
+    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": OLD, "max_positions": 16}
+    data = lambda name: {"train": [{"path": str(tmp_path / name), "max_epochs": 99}], "validation": []}  # noqa: E731
+    common = {"checkpoint": {"every": 5, "keep_last": 9}}
+    first = train(config(tmp_path, model=shape, data=data("old"), training={"budget": 5}, **common), ALONE, quiet()).folder
+    tool("extend_vocabulary", first, tmp_path / "out", "--tokenizer", place / "tok", "--old-tokenizer", place / "old")
+    changed: dict[str, Any] = common | {"model": None, "training": {"budget": 3}, "start": {"from": str(tmp_path / "out")}}
+    changed |= {"replay": {"fraction": 0.25, "of": "lineage", "max_epochs": 99}, "export": {"huggingface": True}}
+    outcome = train(config(tmp_path, folder=str(tmp_path / "on"), data=data("tok"), **changed), ALONE, quiet())
+    (begun,) = events(outcome.folder, "start")
+    rows = {row["line"]: row for row in begun["reset"]}
+    assert rows["moments"]["checkpoint_had"].startswith("none: grown from ")
+    stages = open_checkpoint(str(outcome.folder)).lineage.stages
+    assert [stage.new_rows for stage in stages] == [None, (OLD, OLD + NEW), None]
+    assert [seen.name for seen in stages[-1].data] == ["tok", "replay of old"]
+    (exported,) = outcome.folder.rglob("tokenizer.json")
+    assert exported.read_bytes() == (place / "tok" / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="which gives other ids"):
+        train(config(tmp_path, folder=str(tmp_path / "no"), data=data("old"), **changed), ALONE, quiet())
