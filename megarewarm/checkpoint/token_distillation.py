@@ -34,7 +34,7 @@ _TEXTS = 64
 
 
 @dataclass(frozen=True)
-class Distillation:
+class TokenDistillation:
     """``per_token``: snippets of each new token, of ``length`` tokens; ``batch`` of them a step. ``steps`` None: once through
     all snippets."""
 
@@ -60,7 +60,7 @@ class Distilled:
 
 
 def snippets_of(
-    texts: Iterable[str], new: NewTokens, asked: Distillation, positions: int, on_text: Callable[[], object] = lambda: None
+    texts: Iterable[str], new: NewTokens, asked: TokenDistillation, positions: int, on_text: Callable[[], object] = lambda: None
 ) -> list[npt.NDArray[np.int64]]:
     """Pieces of ``texts`` in new tokens, at most ``asked.per_token`` around the first occurrences of each, which lie in their
     first half. Neither a piece nor the same in old pieces is longer than ``positions``. Raises ``UserError`` where no text has
@@ -97,7 +97,7 @@ def _batches(texts: Iterable[str], size: int) -> Iterable[list[str]]:
     yield batch
 
 
-def steps_of(snippets: int, asked: Distillation) -> int:
+def steps_of(snippets: int, asked: TokenDistillation) -> int:
     """How many steps ``distill`` makes on so many snippets."""
     return asked.steps or -(-(snippets - _held_out(snippets)) // asked.batch)
 
@@ -112,7 +112,7 @@ def distill(
     new: NewTokens,
     init: str,
     snippets: Sequence[npt.NDArray[np.int64]],
-    asked: Distillation,
+    asked: TokenDistillation,
     on_step: Callable[[float], object] = lambda loss: None,
 ) -> Distilled:
     """Train the embeddings of ``new`` from where ``init`` puts them, with the whole model ``weights`` in fp32 on a GPU, or else

@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     "inspect-data": Command("inspect_data", "inspect, check and compare token files"),
     "merge-data": Command("merge_data", "join token files", _NOTHING_WRITTEN),
     "score-data": Command("score_data", "score the documents of a token file with a checkpoint"),
-    "select-data": Command("select_data", "choose documents: no duplicates, nothing tested or read before"),
+    "select-data": Command("select_data", "choose documents: not duplicate, tested or read before"),
     "sweep": Command("sweep", "run an experiment, several runs at a time, here or on Slurm"),
     "watch": Command("watch", "follow runs live in the terminal"),
     "report": Command("report", "draw and compare runs, or the arms of an experiment"),

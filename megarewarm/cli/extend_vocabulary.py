@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from megarewarm.checkpoint.extend_vocabulary import NewTokens
     from megarewarm.checkpoint.source import OpenedCheckpoint
-    from megarewarm.checkpoint.token_distillation import Distillation, Distilled
+    from megarewarm.checkpoint.token_distillation import Distilled, TokenDistillation
     from megarewarm.checkpoint.untrained_rows import UntrainedRows
     from megarewarm.checkpoint.weights import Weights
 
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.checkpoint.inspection import size_of
         from megarewarm.checkpoint.progress import reading
         from megarewarm.checkpoint.source import open_checkpoint
-        from megarewarm.checkpoint.token_distillation import Distillation
+        from megarewarm.checkpoint.token_distillation import TokenDistillation
         from megarewarm.checkpoint.untrained_rows import table, untrained_rows
         from megarewarm.console import make_console
 
@@ -79,8 +79,8 @@ def main(words: Sequence[str]) -> None:
         untrained = untrained_rows(source, advance)
     lines, embeddings, intent = [], None, ""
     if arguments.distill:
-        defaults = Distillation()
-        asked = Distillation(arguments.distill_steps, arguments.distill_lr or defaults.lr, seed=arguments.seed)
+        defaults = TokenDistillation()
+        asked = TokenDistillation(arguments.distill_steps, arguments.distill_lr or defaults.lr, seed=arguments.seed)
         distilled = _distill(console, weights_for(source, options), source, new, arguments, asked)
         embeddings, intent = distilled.embeddings, ", embeddings distilled"
         lines.append(_distilled_line(distilled, config.tie_embeddings))
@@ -122,7 +122,7 @@ def _distill(
     source: OpenedCheckpoint,
     new: NewTokens,
     arguments: argparse.Namespace,
-    asked: Distillation,
+    asked: TokenDistillation,
 ) -> Distilled:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

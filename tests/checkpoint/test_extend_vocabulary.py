@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megarewarm.checkpoint.export.huggingface import ModelWeights
 from megarewarm.checkpoint.extend_vocabulary import ExtendedVocabulary, NewTokens, new_tokens
 from megarewarm.checkpoint.source import open_checkpoint, tokenizers_of
-from megarewarm.checkpoint.token_distillation import Distillation, distill, distillation_loss, snippets_of
+from megarewarm.checkpoint.token_distillation import TokenDistillation, distill, distillation_loss, snippets_of
 from megarewarm.cli import extend_vocabulary
 from megarewarm.data.text.extended_tokenizer import Base, files_of
 from megarewarm.data.text.preprocess.job import preprocess
@@ -282,7 +282,7 @@ def test_its_gradient_is_that_of_the_whole_model(new: NewTokens, kind: str) -> N
 def test_only_new_rows_move_and_the_states_come_closer(new: NewTokens) -> None:
     model = random_model(KINDS["neox, parallel"] | {"vocab_size": OLD, "max_positions": 64}).float()
     weights = ModelWeights(model)
-    asked = Distillation(steps=60, lr=0.01, per_token=20, length=12, batch=8)
+    asked = TokenDistillation(steps=60, lr=0.01, per_token=20, length=12, batch=8)
     snippets = snippets_of([TEXT] * 9, new, asked, 64)
     assert all(0 < len(each) <= 12 and (each >= OLD).any() for each in snippets)
     one, again = (distill(weights, model.config, new, "mean", snippets, asked) for _ in range(2))
@@ -296,7 +296,7 @@ def test_only_new_rows_move_and_the_states_come_closer(new: NewTokens) -> None:
 
 
 def test_snippets_fit_the_positions_in_old_pieces(new: NewTokens) -> None:
-    asked = Distillation(per_token=3, length=50)
+    asked = TokenDistillation(per_token=3, length=50)
     found = snippets_of([TEXT] * 2, new, asked, 16)
     lengths = [sum(len(new.pieces[i - OLD]) if i >= OLD else 1 for i in each) for each in found]
     assert found and max(lengths) <= 16

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megarewarm.data.text import word_counts
-from megarewarm.data.text.continued_merges import Merge, continue_merges
+from megarewarm.data.text.continued_merges import NextMerge, continue_merges
 from megarewarm.data.text.extended_tokenizer import Base, Extended, files_of, library, pieces_of, prune
 from megarewarm.data.text.tokenizers import HuggingFaceTokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError
@@ -58,9 +58,9 @@ def test_from_bytes_they_are_those_of_the_trainer_of_tokenizers(size: int) -> No
     assert [[strings[merge.left], strings[merge.right]] for merge in merges] == model["merges"]
 
 
-def slowly(words: Sequence[Sequence[int]], counts: Sequence[int], first: int, most: int, least: int) -> list[Merge]:
+def slowly(words: Sequence[Sequence[int]], counts: Sequence[int], first: int, most: int, least: int) -> list[NextMerge]:
     """All pairs counted again before each merge."""
-    rows, merges = [list(word) for word in words], list[Merge]()
+    rows, merges = [list(word) for word in words], list[NextMerge]()
     made = {(i,): i for i in range(first)}
     spelled = {i: (i,) for i in range(first)}
     while len(merges) < most:
@@ -79,7 +79,7 @@ def slowly(words: Sequence[Sequence[int]], counts: Sequence[int], first: int, mo
         new = first + len(merges)
         spelled[new] = spelled[left] + spelled[right]
         made[spelled[new]] = new
-        merges.append(Merge(left, right, -times))
+        merges.append(NextMerge(left, right, -times))
         for row in rows:
             i = 0
             while i < len(row) - 1:
@@ -105,7 +105,7 @@ def test_any_words_against_counting_again(words: list[list[int]], most: int, lea
 
 def test_a_token_that_exists_is_not_made_again() -> None:
     merges = continue_merges([[0, 1, 2]] * 2, [5, 5], {0: "a", 1: "b", 2: "c", 3: "ab"}, 4, 9)
-    assert merges == [Merge(1, 2, 10), Merge(0, 4, 10)]
+    assert merges == [NextMerge(1, 2, 10), NextMerge(0, 4, 10)]
 
 
 def test_leaves_that_are_not_used_go_and_then_their_parts() -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 Positions = npt.NDArray[np.int64]
 
 
-class Merge(NamedTuple):
+class NextMerge(NamedTuple):
     """``left`` and ``right``: ids of the tokens that become one; ``times``: how often they were neighbours then."""
 
     left: int
@@ -30,7 +30,7 @@ def continue_merges(
     most: int,
     least_count: int = 1,
     on_merge: Callable[[], object] = lambda: None,
-) -> list[Merge]:
+) -> list[NextMerge]:
     """The next ``most`` merges on ``words``, ids of tokens on which all earlier merges were made, each with its count. Merge k
     makes the id ``first + k``. Fewer where no pair occurs ``least_count`` times. ``tokens``: the strings of ids; a pair that
     would make one of them again is left alone. Of pairs that occur equally often the one of the smaller ids comes first, as in
@@ -38,10 +38,10 @@ def continue_merges(
     """
     strings = dict(tokens)
     taken = set(strings.values())
-    text = _Text(words, counts)
+    text = _LinkedWords(words, counts)
     queue = [(-count, *pair) for pair, count in text.pairs.items()]
     heapq.heapify(queue)
-    merges: list[Merge] = []
+    merges: list[NextMerge] = []
     while queue and len(merges) < most:
         was, left, right = queue[0]
         count = text.pairs.get((left, right), 0)
@@ -56,14 +56,14 @@ def continue_merges(
         new = first + len(merges)
         for pair in text.merge(left, right, new):
             heapq.heappush(queue, (-text.pairs[pair], *pair))
-        merges.append(Merge(left, right, count))
+        merges.append(NextMerge(left, right, count))
         strings[new] = string
         taken.add(string)
         on_merge()
     return merges
 
 
-class _Text:
+class _LinkedWords:
     """Words as one row of linked tokens. ``pairs``: how often each pair of neighbours occurs.
 
     A pair comes into being only when the newer of its two tokens does; from then on its count can only fall, and its places,

@@ -25,7 +25,7 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TextLengths:
     """Of one text: ``bytes`` of its words, and the ``tokens`` that they are."""
 
     bytes: int
@@ -155,10 +155,10 @@ def prune(pairs: Sequence[tuple[str, str]], used: AnySet[str]) -> tuple[list[tup
         kept = [pair for pair in kept if "".join(pair) not in unused]
 
 
-def lengths(words: WordCounts, content: dict[str, Any]) -> Lengths:
+def lengths(words: WordCounts, content: dict[str, Any]) -> TextLengths:
     """What the tokenizer.json ``content`` makes of ``words``."""
     model = library(content).model
-    return Lengths(words.bytes, sum(count * len(model.tokenize(word)) for word, count in words.counts.items()))
+    return TextLengths(words.bytes, sum(count * len(model.tokenize(word)) for word, count in words.counts.items()))
 
 
 def library(content: dict[str, Any]) -> Any:
