@@ -139,9 +139,8 @@ def test_every_family_gives_the_old_logits_in_transformers(place: Path, tmp_path
         *("--init", "weighted"),
     )
     assert "are the same, bit for bit; the new rows have " in " ".join(said.split())
-    extended, loading = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, attn_implementation="eager"
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
+    extended, loading = loaded
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert extended.config.vocab_size == OLD + NEW == len(tokenizer)

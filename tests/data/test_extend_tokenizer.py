@@ -61,8 +61,8 @@ def test_from_bytes_they_are_those_of_the_trainer_of_tokenizers(size: int) -> No
 def slowly(words: Sequence[Sequence[int]], counts: Sequence[int], first: int, most: int, least: int) -> list[NextMerge]:
     """All pairs counted again before each merge."""
     rows, merges = [list(word) for word in words], list[NextMerge]()
-    made = {(i,): i for i in range(first)}
-    spelled = {i: (i,) for i in range(first)}
+    made: dict[tuple[int, ...], int] = {(i,): i for i in range(first)}
+    spelled: dict[int, tuple[int, ...]] = {i: (i,) for i in range(first)}
     while len(merges) < most:
         pairs = Counter[tuple[int, int]]()
         for row, count in zip(rows, counts, strict=True):
