@@ -97,8 +97,7 @@ def main(words: Sequence[str]) -> None:
             intent=intent,
             on_bytes=advance,
         )
-    if untrained:
-        console.print(table(source, untrained))
+    console.print(table(source, untrained))
     matrices = "one tied matrix" if config.tie_embeddings else "embedding and head"
     loss = "; loss {:.4f} before, {:.4f} after".format(*difference.losses) if tokens.real else ""
     lines = [

@@ -281,7 +281,7 @@ def test_its_gradient_is_that_of_the_whole_model(new: NewTokens, kind: str) -> N
 def test_only_new_rows_move_and_the_states_come_closer(new: NewTokens) -> None:
     model = random_model(KINDS["neox, parallel"] | {"vocab_size": OLD, "max_positions": 64}).float()
     weights = ModelWeights(model)
-    asked = TokenDistillation(steps=60, lr=0.01, per_token=20, length=12, batch=8)
+    asked = TokenDistillation(steps=40, lr=0.01, per_token=10, length=12, batch=8)
     snippets = snippets_of([TEXT] * 9, new, asked, 64)
     assert all(0 < len(each) <= 12 and (each >= OLD).any() for each in snippets)
     one, again = (distill(weights, model.config, new, "mean", snippets, asked) for _ in range(2))
