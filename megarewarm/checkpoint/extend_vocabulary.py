@@ -15,7 +15,7 @@ A tied matrix is the embedding. Old rows stay bit for bit, so logits of old toke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megarewarm.checkpoint.compare_logits import LogitsDifference, SampleTokens, compare
 from megarewarm.checkpoint.convert import FORMS, Conversion, ConvertOptions, Watched, weights_for
-from megarewarm.checkpoint.export.tokenizer_files import refuse_existing
+from megarewarm.checkpoint.export.tokenizer_files import exported_tokenizer, refuse_existing
 from megarewarm.checkpoint.lineage import Stage
 from megarewarm.checkpoint.source import ForeignCheckpoint, OpenedCheckpoint
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded, named_tokenizer
@@ -68,7 +68,8 @@ def new_tokens(source: OpenedCheckpoint, tokenizer: Path, old: Path | None = Non
     file = source.tokenizer.file if old is None else named_tokenizer(old, "--old-tokenizer")
     if file is None:
         raise UserError(f"{source.name}: comes with no tokenizer, so what its ids are is not known; give --old-tokenizer")
-    before, after = loaded(file), loaded(named_tokenizer(tokenizer, "--tokenizer"))
+    # the lineage names it, wherever the next command is started
+    before, after = loaded(file), loaded(named_tokenizer(tokenizer, "--tokenizer").absolute())
     for each in (before, after):
         if not isinstance(each, HuggingFaceTokenizer):
             raise UserError(f"{each.path}: a sentencepiece model's tokens have no old pieces here; give a tokenizer.json")
@@ -156,6 +157,21 @@ def bytes_to_read(source: OpenedCheckpoint, new: NewTokens, options: ConvertOpti
     return sum(item.nbytes for item in weights.describe().values()) + 2 * sum(item.nbytes for item in extended.values())
 
 
+def refuse(source: OpenedCheckpoint, destination: Path, new: NewTokens, options: ConvertOptions) -> None:
+    """Raise ``UserError`` for what ``extend`` could not write: where ``destination`` exists, weights do not fit their model, or
+    the tokenizer can't be exported."""
+    refuse_existing(destination)
+    config, weights = source.model_config, weights_for(source, options)
+    check(weights, expected_shapes(config))
+    refuse_another_head(weights, expected_shapes(config))
+    if not FORMS[options.form].training:
+        exported_tokenizer(_tokenizer(source, new), config.model_copy(update={"vocab_size": new.rows(config)}))
+
+
+def _tokenizer(source: OpenedCheckpoint, new: NewTokens) -> TokenizerSource:
+    return replace(source.tokenizer, file=new.new.path)
+
+
 def extend(
     source: OpenedCheckpoint,
     destination: Path,
@@ -172,13 +188,11 @@ def extend(
     """Write ``source`` with the rows ``new``; returns the comparison of both models on ``tokens``, old ids, and notes.
 
     ``embeddings``: as in ``ExtendedVocabulary``; ``intent``: more words for the lineage. ``on_bytes``: called with the bytes of
-    each tensor that was compared or written. Raises ``UserError`` before anything is written: where ``destination`` exists, and
-    where a logit of an old id is another.
+    each tensor that was compared or written. Raises ``UserError`` before anything is written: as ``refuse``, and where a logit of
+    an old id is another.
     """
-    refuse_existing(destination)
+    refuse(source, destination, new, options)
     config, weights = source.model_config, weights_for(source, options)
-    check(weights, expected_shapes(config))
-    refuse_another_head(weights, expected_shapes(config))
     extended = ExtendedVocabulary(weights, config, new, init, seed, embeddings)
     watched = Watched(extended, on_bytes)
     old, old_config, _ = resize(Watched(weights, on_bytes), config, new.first)
@@ -188,9 +202,7 @@ def extend(
             f"{source.name}: logits of old tokens moved by {difference.largest:.3g}, which they should not, so nothing was "
             f"written: are its weights finite?"
         )
-    known = source.tokenizer
-    tokenizer = TokenizerSource(new.new.path, known.eod, known.stated)
-    result = ForeignCheckpoint(destination.name, "extended", extended.config, lambda: extended, [], tokenizer)
+    result = ForeignCheckpoint(destination.name, "extended", extended.config, lambda: extended, [], _tokenizer(source, new))
     result.lineage = source.lineage.extended(
         Stage(
             run=destination.name,
@@ -199,7 +211,7 @@ def extend(
             grown=True,
             new_rows=(new.first, new.stop),
             tokenizers=[new.new.identity()],
-            eod=known.eod,
+            eod=source.tokenizer.eod,
         )
     )
     return difference, FORMS[options.form].write(Conversion(result, watched, extended.config, destination, options))

@@ -56,8 +56,7 @@ def main(words: Sequence[str]) -> None:
     with importing():
         from megarewarm.checkpoint.compare_logits import sample_tokens
         from megarewarm.checkpoint.convert import ConvertOptions, weights_for
-        from megarewarm.checkpoint.export.tokenizer_files import refuse_existing
-        from megarewarm.checkpoint.extend_vocabulary import bytes_to_read, extend, new_tokens
+        from megarewarm.checkpoint.extend_vocabulary import bytes_to_read, extend, new_tokens, refuse
         from megarewarm.checkpoint.inspection import size_of
         from megarewarm.checkpoint.progress import reading
         from megarewarm.checkpoint.source import open_checkpoint
@@ -65,7 +64,6 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.checkpoint.untrained_rows import table, untrained_rows
         from megarewarm.console import make_console
 
-    refuse_existing(arguments.destination)
     console = make_console()
     source = open_checkpoint(arguments.source)
     for note in source.notes:
@@ -75,6 +73,7 @@ def main(words: Sequence[str]) -> None:
     old_rows = config.model_copy(update={"vocab_size": new.first})
     tokens = sample_tokens(arguments.on, old_rows, arguments.tokens, arguments.seed)
     options = ConvertOptions(arguments.to, tokenizer=new.new.path)
+    refuse(source, arguments.destination, new, options)
     with reading(console, "rows never trained", size_of(source.stored)) as advance:
         untrained = untrained_rows(source, advance)
     lines, embeddings, intent = [], None, ""

@@ -220,6 +220,13 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
     (tmp_path / "small").mkdir()
     saved("llama", tmp_path / "small", 100)
     (tmp_path / "english.txt").write_text("zz qq 11")
+    values = json.loads((ckpt / "config.json").read_text()) | {"eos_token_id": None}  # then the tokenizer must know the end
+    (ckpt / "config.json").write_text(json.dumps(values))
+    base, ends = Base(old, ["</s>"]), tmp_path / "ends"
+    ends.mkdir()
+    (ends / "tokenizer.json").write_bytes(
+        files_of(base.tokenizer, base.extended(base.words([TEXT]), 2), ends)["tokenizer.json"]
+    )
     for words, says in (
         ([ckpt, out, "--tokenizer", tok], "comes with no tokenizer"),
         ([ckpt, out, "--tokenizer", tmp_path / "moved", "--old-tokenizer", old], "old ids must stay"),
@@ -227,6 +234,10 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
         ([ckpt, out, "--tokenizer", old, "--old-tokenizer", old], "no more than"),
         ([tmp_path / "small", out, "--tokenizer", tok, "--old-tokenizer", old], "another model's tokenizer"),
         ([ckpt, place, "--tokenizer", tok, "--old-tokenizer", old], "exists"),
+        (
+            [ckpt, out, "--tokenizer", ends, "--old-tokenizer", old, "--to", "hf", "--distill", "none.txt"],
+            "several special tokens",
+        ),
         ([ckpt, out, "--tokenizer", tmp_path / "none", "--old-tokenizer", old], "no such tokenizer"),
         ([ckpt, out, "--tokenizer", tok, "--old-tokenizer", old, "--distill-steps", 3], "without --distill"),
         (

@@ -73,8 +73,8 @@ class Base:
         self.size = tokenizer.vocab_size
         for i, token in enumerate(special):
             if token in tokenizer.vocabulary or token in special[:i] or not token.strip():
-                has = "listed twice" if token in special[:i] else f"a token of {tokenizer.path}" if token else "empty"
-                raise UserError(f"--tokens: {token!r} is {has} already; leave it out")
+                known = f"a token of {tokenizer.path} already" if token in tokenizer.vocabulary else "no token"
+                raise UserError(f"--tokens: {token!r} is {'listed twice' if token in special[:i] else known}; leave it out")
         try:
             self._fast = FastBPE(self._with_special(self.content, self.size))
         except NotCovered as error:
