@@ -188,8 +188,8 @@ def extend(
     """Write ``source`` with the rows ``new``; returns the comparison of both models on ``tokens``, old ids, and notes.
 
     ``embeddings``: as in ``ExtendedVocabulary``; ``intent``: more words for the lineage. ``on_bytes``: called with the bytes of
-    each tensor that was compared or written. Raises ``UserError`` before anything is written: as ``refuse``, and where a logit of
-    an old id is another.
+    each tensor that was compared or written. Raises ``UserError`` before anything is written: as ``refuse``, and where a logit
+    of an old id is another.
     """
     refuse(source, destination, new, options)
     config, weights = source.model_config, weights_for(source, options)
