@@ -65,8 +65,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``grown``: no training but a growth of ``started_from`` (checkpoint/grow.py), which read no data; ``new_layers``: the
-    layers, from 0, that it added; ``new_rows``: of the vocabulary, in embedding and head. ``reset``: its choices in the reset
-    table, ``optimizer``: its kind (null: not recorded).
+    layers, from 0, that it added. ``new_rows``: the vocabulary's rows (first, stop) that it added.
+    ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
     ``card``, ``config``: of a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by;
     ``generation``: its generation_config.json.
     ``taught_by``: its teacher, if it had one (null also where that was not recorded).
@@ -95,7 +95,7 @@ class Stage(BaseModel):
     generation: dict[str, Any] | None = None
     grown: bool = False
     new_layers: list[int] = []
-    new_rows: tuple[int, int] | None = None  # (first, stop) of the vocabulary's rows that it added
+    new_rows: tuple[int, int] | None = None
     taught_by: TaughtBy | None = None
 
 
@@ -136,6 +136,12 @@ class Lineage(BaseModel):
         """The smaller checkpoint that the newest stage grew this one from; None if the newest stage was no growth."""
         last = self.stages[-1] if self.stages else None
         return last.started_from if last is not None and last.grown else None
+
+    @property
+    def of_vocabulary(self) -> list[Stage]:
+        """The stages in which the vocabulary is the newest one's: from the last that added rows on."""
+        last = max((i for i, stage in enumerate(self.stages) if stage.new_rows), default=0)
+        return self.stages[last:]
 
     def extended(self, stage: Stage) -> Lineage:
         """This history with one more stage at its end."""

@@ -120,7 +120,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path} has no token '{eod_token}'{nearest(eod_token, self._vocabulary)}")
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
-        if self._fast is None:
+        if self.fast is None:
             return self._encode_slowly(texts)
         if threads == 1:
             return [self._encode(text) for text in texts]
@@ -128,9 +128,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(pool.map(self._encode, texts))
 
     def _encode(self, text: str) -> npt.NDArray[np.uint32]:
-        assert self._fast is not None
+        assert self.fast is not None
         try:
-            return self._fast.encode(text)
+            return self.fast.encode(text)
         except TooLong:
             return self._encode_slowly([text])[0]
 
@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     @cached_property
-    def _fast(self) -> FastBPE | None:
+    def fast(self) -> FastBPE | None:
         """The fast path, compared on every 16th word of the vocabulary and around each added token; None if it is not to be
         had, which is noted."""
         content = json.loads(self._content)
