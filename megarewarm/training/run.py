@@ -182,6 +182,7 @@ class Run:
             "schedule": self.plan.schedule.spec(),
             "notes": self.notes,
             "reset": [vars(row) for row in self.reset_table()],
+            "tokenizer": self.inputs.texts.tokenizer,
             "precision": self.inputs.precision,
             "ranks": self.ranks.world_size,
             "layout": str(self.mesh.layout),

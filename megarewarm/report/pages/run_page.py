@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megarewarm.record.lines import number
-from megarewarm.record.run import RecordedRun, read_runs
+from megarewarm.record.run import BITS, RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures import tradeoff, training, values
 from megarewarm.report.figures.lines import Line, lines_of
@@ -116,7 +116,7 @@ def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequen
         _notes(runs, table),
         _settings(runs, table),
         '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
-        "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+        f"files. Losses are mean cross entropies in {runs[0].unit} on fixed validation tokens.</footer>",
     ]
     return page_html(title, STYLE, parts)
 
@@ -148,8 +148,9 @@ def _numbers(table: Sequence[RunRow]) -> str:
             *(_cell(measure, row, at == 0) for group in groups.values() for at, measure in enumerate(group)),
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
+    grey = "" if table[0].unit == BITS else "perplexity below a loss, "
     note = (
-        "Grey: perplexity below a loss, tokens at which the highest rise above the start was measured. "
+        f"Grey: {grey}tokens at which the highest rise above the start was measured. "
         "Forgetting is the rise of the upstream loss, adaptation the fall of the downstream loss."
     )
     return (

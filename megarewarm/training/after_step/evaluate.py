@@ -16,6 +16,7 @@ from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.after_step.progress import loss_line
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluation_steps, evaluations_at
+from megarewarm.training.start.text_bytes import bits_per_byte
 
 Evaluated = tuple[WindowSet, float, int]
 """A set, its mean loss in nats per token, and the number of tokens."""
@@ -58,8 +59,9 @@ class Evaluate:
         for number, last in turns:
             due = [windows for windows in run.validation if windows.when != "end" or last]
             evaluated.append([(windows, *evaluate_set(run, windows, number, context.between(windows.name))) for windows in due])
+        is_main = run.ranks.is_main
         context.progress.evaluated(sum(tokens for turn in evaluated for _, _, tokens in turn), time.monotonic() - began)
-        for turn in evaluated:
+        for (number, _), turn in zip(turns, evaluated, strict=True):
             for windows, loss, tokens in turn:
                 run.state.evaluated({windows.name: loss})
                 context.metrics.event(
@@ -70,10 +72,23 @@ class Evaluate:
                     role=windows.role,
                     loss=loss,
                     over=tokens,
+                    **(_per_byte(run, windows, number, loss, tokens) if is_main else {}),
                 )
             if turn:
                 losses = {windows.name: loss for windows, loss, _ in turn}
                 context.voice.tell(loss_line(when, losses, run.state.start_losses, context.voice.width))
+
+
+def _per_byte(run: Run, windows: WindowSet, number: int, loss: float, tokens: int) -> dict[str, float]:
+    """The loss in bits per byte and the bytes, where the text of the set is known."""
+    count = run.inputs.text_bytes.measured(windows, slice_number(windows, number), tokens)
+    bits = bits_per_byte(loss, tokens, count)
+    return {} if bits is None or count is None else {"bits_per_byte": bits, "bytes": count}
+
+
+def slice_number(windows: WindowSet, number: int) -> int:
+    """The slice of a set that evaluation ``number`` reads."""
+    return number if windows.when == "always" else 0
 
 
 @collective
@@ -81,7 +96,7 @@ def evaluate_set(run: Run, windows: WindowSet, number: int, between: Between) ->
     """(mean loss in nats per token, tokens) of one validation set in evaluation ``number``. All ranks call it."""
     config = run.plan.config
     micro_batch = config.evaluation.micro_batch or config.training.micro_batch_size
-    part = windows.slice(number if windows.when == "always" else 0)
+    part = windows.slice(slice_number(windows, number))
     return evaluate(run.model, part, micro_batch, run.mesh, between)
 
 
