@@ -4,7 +4,7 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.position_sums import PositionSums
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class ParallelModel(LaidOutModel):
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
         """BatchLosses of single rows, if requested."""
+        self._by_position: PositionSums | None = None
+        """Sums of single distances, if requested."""
         self._taught: deque[Tensor] | None = None
         """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
         self._distilled: list[tuple[Tensor, Tensor]] = []
@@ -282,7 +285,7 @@ class ParallelModel(LaidOutModel):
         total, count = 0.0, 0.0
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
         portions = -(-most // size)
-        parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
+        parts = pipeline.regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
         try:
             for module in self._modules:
                 module.eval()
@@ -296,10 +299,30 @@ class ParallelModel(LaidOutModel):
                 if part is not None:
                     total += loss
                     count += seen
+                elif self._by_position is not None:
+                    self._by_position.forget()  # computed on nothing
         finally:
             for module in self._modules:
                 module.train()
         return self._if_loss_owner(total), self._if_loss_owner(count)
+
+    @collective
+    def evaluate_by_position(
+        self,
+        rows: Iterable[npt.NDArray[np.int64]],
+        most: int,
+        micro_batch: int,
+        edges: Sequence[int],
+        between: Between = nothing_between,
+    ) -> npt.NDArray[np.float64]:
+        """As ``evaluate``, apart for the positions [edges[i], edges[i + 1]) of the inputs: (edges - 1, 2), losses summed and
+        tokens. All ranks call it. ``edges`` ascend from 0 to the length of the sequences."""
+        self._by_position = sums = PositionSums(edges)
+        try:
+            self.evaluate(rows, most, micro_batch, between)
+        finally:
+            self._by_position = None
+        return np.vectorize(self._if_loss_owner, otypes=[np.float64])(sums.total())
 
     @collective
     @torch.no_grad()
@@ -390,6 +413,13 @@ class ParallelModel(LaidOutModel):
         return torch.stack([loss for loss, _ in each]).sum(), torch.stack([count for _, count in each]).sum()
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        whole = hidden if self._tensor is None else self._tensor.enter(hidden)
+        if self._by_position is None:
+            return self._sum_of(whole, targets)
+        return self._by_position.add(whole, targets, self._sum_of)
+
+    def _sum_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_cross_entropy``, of hidden states that each tensor rank has whole."""
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
         if self._tensor is None:
@@ -402,7 +432,7 @@ class ParallelModel(LaidOutModel):
                 kernel=self._loss_kernel,
             )
         return sharded_linear_cross_entropy(
-            self._tensor.enter(hidden).flatten(0, 1),
+            hidden.flatten(0, 1),
             head,
             targets.flatten(),
             group=self._tensor.group,
@@ -410,16 +440,3 @@ class ParallelModel(LaidOutModel):
             memory_budget=self._loss_memory,
             kernel=self._loss_kernel,
         )
-
-
-def _regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
-    """The same rows in groups of ``size``; the last may be smaller."""
-    held: list[npt.NDArray[np.int64]] = []
-    for batch in rows:
-        held.append(batch)
-        while sum(len(part) for part in held) >= size:
-            whole = np.concatenate(held)
-            yield torch.from_numpy(whole[:size])
-            held = [whole[size:]]
-    if sum(len(part) for part in held):
-        yield torch.from_numpy(np.concatenate(held))

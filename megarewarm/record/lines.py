@@ -24,7 +24,8 @@ TRAIN_START = (b'{"event":"train"', b'{"event": "train"')
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run; ``bits_per_byte``:
-    the same loss per byte of text, None where the bytes are not known."""
+    the same loss per byte of text, None where the bytes are not known; ``by_position``: (first position, mean loss in nats per
+    token) of each distance, where the run measured it."""
 
     step: int
     tokens: float
@@ -32,6 +33,7 @@ class Evaluation:
     role: str
     loss: float
     bits_per_byte: float | None = None
+    by_position: tuple[tuple[int, float], ...] = ()
 
 
 class Lines:
@@ -104,10 +106,10 @@ class CountedEvents(ABC):
             self.step = step
         elif kind == "eval":
             step, tokens, name = int(event["step"]), float(event["tokens"]), str(event["name"])
-            loss, bits = number(event["loss"]), event.get("bits_per_byte")
-            evaluation = Evaluation(
-                step, tokens, name, str(event.get("role", "other")), loss, None if "bytes" not in event else number(bits)
-            )
+            loss = number(event["loss"])
+            bits = number(event.get("bits_per_byte")) if "bytes" in event else None
+            places = tuple((int(first), number(each)) for first, each in (event.get("by_position") or {}).items())
+            evaluation = Evaluation(step, tokens, name, str(event.get("role", "other")), loss, bits, places)
             self.evaluations.pop((step, name), None)  # so that the new one takes the later place
             self.evaluations[step, name] = evaluation
         elif kind == "start":

@@ -71,7 +71,7 @@ def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Betw
     number, _ = evaluations_at(run.plan.config, run.step)[-1]
     losses = {}
     for windows in run.validation:
-        losses[windows.name], _ = evaluate_set(run, windows, number, show(f"{windows.name} at alpha {alpha:g}"))
+        losses[windows.name] = evaluate_set(run, windows, number, show(f"{windows.name} at alpha {alpha:g}")).loss
     for windows in run.validation:  # when all are known: an interrupted evaluation logs nothing
         metrics.event(
             "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]

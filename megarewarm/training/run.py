@@ -200,7 +200,7 @@ class Run:
         plan = self.plan
         scale = self.scaler.scale if self.scaler is not None else None
         parameters, seed = count_parameters(plan.model), plan.config.training.seed
-        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale)
+        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale, plan.model)
 
     @collective
     def restore_from(self, source: OwnCheckpoint) -> None:

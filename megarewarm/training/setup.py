@@ -207,6 +207,7 @@ def _assert_applied(run: Run) -> None:
         "reset moments are zero": not any(
             bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
         ),
+        "the model counts positions as planned": run.model.config == plan.model,
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),
     }

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from megarewarm.record.lines import number
 from megarewarm.record.run import BITS, RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import tradeoff, training, values
+from megarewarm.report.figures import positions, tradeoff, training, values
 from megarewarm.report.figures.lines import Line, lines_of
 from megarewarm.report.figures.values import describe_values, draw_values
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
@@ -34,7 +34,7 @@ from megarewarm.report.pages.html import (
 from megarewarm.report.pages.words import summarise
 from megarewarm.spelling import DASH, duration_text, tokens_text
 
-PICTURES = ("curves", "tradeoff", "values", "training", "sets", "pretraining", "pretraining_steps")
+PICTURES = ("curves", "tradeoff", "values", "positions", "training", "sets", "pretraining", "pretraining_steps")
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
@@ -86,6 +86,13 @@ def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Pictu
             draw_values(named),
             describe_values(named),
             values.CAPTION,
+        ),
+        (
+            "positions",
+            "Loss by position",
+            positions.draw_positions(lines),
+            positions.describe_positions(lines),
+            positions.CAPTION,
         ),
         ("training", "Training", *_training([line for line in lines if not line.is_pretraining])),
         ("sets", "Every validation set", draw.draw_sets(lines), "Line charts: loss of every set against tokens.", ""),
