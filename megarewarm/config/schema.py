@@ -166,6 +166,13 @@ class RunConfig(Section):
                 "evaluation.by_position counts the positions of a window, and with data.reset_at_eod they begin again in each "
                 "document: set one of them to false"
             )
+        if self.evaluation.windows == "moving" and self.data.pack is not None:
+            raise ValueError(
+                "evaluation.windows 'moving' follows the training's windows, and data.pack has none: set it to fixed"
+            )
+        old = self.replay.sources or () if self.replay is not None else ()
+        if self.data.pack is not None and any(source.layout == "rows" for source in old):
+            raise ValueError("data.pack: a replay source of layout 'rows' holds finished rows: remove one of them")
         if self.evaluation.windows == "moving" and self.data.order_name == "scored":
             raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
         if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:

@@ -231,7 +231,7 @@ class ParallelModel(LaidOutModel):
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
         count = self._targets_here(tokens)
-        if self._documents is not None and self._documents.mask_loss:
+        if self._documents is not None and self._documents.drops_targets:
             self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
 
@@ -240,7 +240,7 @@ class ParallelModel(LaidOutModel):
         return self._targets_here(torch.from_numpy(rows))
 
     def _targets_here(self, tokens: Tensor) -> float:
-        if self._documents is None or not self._documents.mask_loss:
+        if self._documents is None or not self._documents.drops_targets:
             return self._if_loss_owner(float(tokens[:, 1:].numel()))
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
         return self._if_loss_owner(float((targets != IGNORE).sum()))
@@ -251,7 +251,8 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         if rules is None:
             return self._cross_entropy(self._modules[0](inputs), targets)
-        return self._cross_entropy(self._modules[0](inputs, rules.starts(inputs)), rules.targets(inputs, targets))
+        hidden = self._modules[0](rules.ids(inputs), rules.starts(inputs))
+        return self._cross_entropy(hidden, rules.targets(inputs, targets))
 
     def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
@@ -259,7 +260,7 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         starts = None if rules is None else rules.starts(inputs)
         if rules is not None:
-            targets = rules.targets(inputs, targets)
+            targets, inputs = rules.targets(inputs, targets), rules.ids(inputs)
         return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
 
     def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -395,14 +396,14 @@ class ParallelModel(LaidOutModel):
         """Inputs, targets and documents' starts (B, s) of one pipeline step; padding sequences have no targets."""
         assert self._pipeline is not None
         missing = self._pipeline.sequences - tokens.shape[0]
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if self._documents is not None:
-            targets = self._documents.targets(inputs, targets)
+        inputs, targets, rules = tokens[:, :-1], tokens[:, 1:], self._documents
+        if rules is not None:
+            targets = rules.targets(inputs, targets)
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros((missing, inputs.shape[1]))])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE)])
         inputs, targets = inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
-        return inputs, targets, None if self._documents is None else self._documents.starts(inputs)
+        return (inputs, targets, None) if rules is None else (rules.ids(inputs), targets, rules.starts(inputs))
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""

@@ -15,7 +15,7 @@ from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.errors import UserError
-from megarewarm.model.documents import DocumentRules
+from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters
@@ -80,7 +80,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
     operations, remarks = choose_operations(
-        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.reset
+        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.separates
     )
     valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
     optimizer, about = choose_optimizer(config.kernels, device)
@@ -173,8 +173,9 @@ def _about_teacher(plan: Plan, teacher: OpenedCheckpoint | None) -> list[str]:
 def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
     """The id that ends a document, if this run uses it."""
     data = plan.config.data
+    is_packed = data.pack is not None
     if not (data.reset_at_eod or data.mask_eod_loss):
-        return None
+        return DocumentRules(IGNORE, reset=False, mask_loss=False, packed=True) if is_packed else None
     eod = texts.eod
     assert eod is not None
     if eod >= plan.model.vocab_size:
@@ -182,4 +183,4 @@ def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
             f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "
             f"documents of the data"
         )
-    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)
+    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss, is_packed)
