@@ -22,7 +22,9 @@ from megarewarm.data.order.sample_order import SampleOrder
 from megarewarm.data.order.samples import CACHED, Samples, permuted
 from megarewarm.packed_rows import PAD, begun
 
-_BLOCK = 2**20  # documents at a time, beside the arrays that stay
+_BLOCK = 2**20  # documents that are packed together
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Packing:
 
     def __str__(self) -> str:
         return (
-            f"{self.documents:,} documents in {self.rows:,} rows, {self.padding:.2%} of them padding, which has no loss; "
+            f"{self.documents:,} documents in {self.rows:,} rows, {self.padding:.2%} of their places padding, without loss; "
             f"{self.cut:,} documents are cut, the stream would cut {self.cut_in_stream:,}"
         )
 
@@ -54,8 +56,8 @@ class PackedSamples(Samples):
     epoch floor(i / R); ``seed`` None: in the order of their first documents. ``samples_per_epoch`` is R, ``max_epochs`` as in
     ``PermutedSamples``.
 
-    Memory: 12 bytes per document, 8 per row; some 60 per document while they are made. Those of many documents are kept on
-    the disk and mapped.
+    Each million documents are packed for themselves, so that making the rows takes 12 bytes per document and 8 per row, and
+    no more than some 200 MB beside that. Rows of many documents are kept on the disk and mapped.
     """
 
     least_tokens = 1
@@ -83,41 +85,19 @@ class PackedSamples(Samples):
         return {"version": 1, "what": "packed", "documents": digest.hexdigest(), "room": self.sequence_length + 1}
 
     def _make(self) -> Arrays:
-        view, room = self.tokens, self.sequence_length + 1
-        sizes = view.sizes().astype(np.int64)
-        starts = np.empty(len(sizes), np.int64)
-        for first in range(0, len(sizes), _BLOCK):
-            numbers = np.arange(view.first_document + first, view.first_document + min(first + _BLOCK, len(sizes)))
-            starts[first : first + _BLOCK] = view.file.starts_of(view.in_file(numbers))
-        before = np.cumsum(sizes) - sizes  # the place of each document in the row of all tokens
-        whole, rest = np.divmod(sizes, room)
-        (short,) = np.nonzero(rest)
-        row_of_short, packed = best_fit(rest[short], room)
-        full = int(whole.sum())
-        long = np.repeat(np.arange(len(sizes)), whole)
-        within = room * (np.arange(full) - np.repeat(np.cumsum(whole) - whole, whole))
-        inside = np.concatenate([within, whole[short] * room])
-        document = np.concatenate([long, short])
-        row = np.concatenate([np.arange(full), full + row_of_short])
-        place = before[document] + inside
-        order = np.lexsort((place, row))
-        counts = np.bincount(row, minlength=full + packed)
-        first_piece = np.cumsum(counts) - counts
-        rank = np.empty(len(counts), np.int64)
-        rank[np.argsort(place[order][first_piece], kind="stable")] = np.arange(len(counts))
-        order = np.lexsort((place, rank[row]))
-        lengths = np.concatenate([np.full(full, room), rest[short]])[order]
-        by_rank = np.empty_like(counts)
-        by_rank[rank] = counts
-        ends = before + sizes - 1
-        step = self.sequence_length
-        crossing = (sizes > 0) & (before // step != ends // step)
-        return {
-            "starts": (starts[document] + inside)[order],
-            "lengths": lengths.astype(np.int32),
-            "bounds": np.concatenate([[0], np.cumsum(by_rank)]).astype(np.int64),
-            "cut": np.array([np.count_nonzero(sizes > room), np.count_nonzero(crossing)], np.int64),
-        }
+        view = self.tokens
+        parts, cut, tokens = [], np.zeros(2, np.int64), 0
+        for first in range(view.first_document, view.last_document, _BLOCK):
+            last = min(first + _BLOCK, view.last_document)
+            sizes = view.sizes_between(first, last).astype(np.int64)
+            starts = view.file.starts_of(view.in_file(np.arange(first, last)))
+            parts.append(_packed(sizes, starts, self.sequence_length + 1))
+            begins = tokens + np.cumsum(sizes) - sizes
+            crossing = (sizes > 0) & (begins // self.sequence_length != (begins + sizes - 1) // self.sequence_length)
+            cut += np.count_nonzero(sizes > self.sequence_length + 1), np.count_nonzero(crossing)
+            tokens += int(sizes.sum())
+        starts, lengths, counts = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return {"starts": starts, "lengths": lengths, "bounds": np.concatenate([[0], np.cumsum(counts)]), "cut": cut}
 
     def sample_order(self) -> SampleOrder:
         if self._seed is None:
@@ -161,3 +141,26 @@ class PackedSamples(Samples):
         )
         flat[places] = begun(flat[places])
         out[:] = flat.reshape(out.shape)
+
+
+def _packed(sizes: Numbers, starts: Numbers, room: int) -> tuple[Numbers, npt.NDArray[np.int32], Numbers]:
+    """Documents of ``sizes`` at the flat tokens ``starts``, (n,) each, in rows of ``room`` ids: (first tokens, lengths) of the
+    pieces, row after row, and the pieces of each row. Rows are in the order of their first documents, pieces in the documents'.
+    """
+    whole, rest = np.divmod(sizes, room)
+    (short,) = np.nonzero(rest)
+    row_of_short, packed = best_fit(rest[short], room)
+    full = int(whole.sum())
+    within = room * (np.arange(full) - np.repeat(np.cumsum(whole) - whole, whole))
+    document = np.concatenate([np.repeat(np.arange(len(sizes)), whole), short])
+    inside = np.concatenate([within, whole[short] * room])
+    row = np.concatenate([np.arange(full), full + row_of_short])
+    place = (np.cumsum(sizes) - sizes)[document] + inside  # in the row of all tokens, so all are different
+    first = np.full(full + packed, np.iinfo(np.int64).max)
+    np.minimum.at(first, row, place)
+    rows = np.argsort(first)
+    rank = np.empty_like(rows)
+    rank[rows] = np.arange(len(rows))
+    order = np.lexsort((place, rank[row]))
+    lengths = np.concatenate([np.full(full, room), rest[short]])[order].astype(np.int32)
+    return (starts[document] + inside)[order], lengths, np.bincount(rank[row], minlength=len(rows))
