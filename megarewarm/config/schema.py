@@ -83,6 +83,7 @@ class StartConfig(Section):
         return self
 
 
+_SHAPE = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
 _MOST_STEPS = 10**10  # far above any run, and their samples can be counted in 64 bits
 
 
@@ -132,7 +133,7 @@ class RunConfig(Section):
             return values
         model, start = values["model"], values.get("start")
         begins = start.get("from", start.get("from_")) if isinstance(start, dict) else getattr(start, "from_", None)
-        if not begins or not model or not set(model) <= set(CONTEXT_KEYS):
+        if not begins or not set(model) & set(CONTEXT_KEYS) or set(model) & _SHAPE:
             return values
         return values | {"model": None, "context": model}
 

@@ -124,7 +124,8 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
     console.print()
     _print_data(plan, console)
     console.print()
-    rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
+    size, seed = count_parameters(plan.model), config.training.seed
+    rows = table(plan.policy, plan.source, plan.schedule, plan.position, size, seed, model=plan.model)
     print_reset_table(rows, console, lambda line: None)
     if is_trained(plan):
         console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
