@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 PAD = -1
-"""What stands where a row holds no token."""
+"""The number in a place that holds no token."""
 
 
 def begun(ids: Any) -> Any:
