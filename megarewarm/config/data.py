@@ -182,6 +182,12 @@ class DataConfig(Section):
         "sample orders of those trainers; sequential: the windows one after another, documents as written; {by: ..., "
         "direction: ...}: the same, documents by their score.",
     )
+    pack: Literal["best_fit"] | None = Field(
+        None,
+        description="best_fit: training rows of whole documents (arXiv 2404.10830), which attention and positions keep apart; "
+        "only a document longer than a row is cut, and what is left of a row is padding, without loss. Orders permuted (of the "
+        "rows) and sequential. Validation sets stay windows. null: windows of the documents one after another.",
+    )
     seed: Seed = Field(1234, description="Seed of the order; below 2**32 in the orders neox and megatron, as numpy takes it.")
     blend_of_one: bool = Field(
         False,
@@ -228,6 +234,12 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if (self.reset_at_eod or self.mask_eod_loss) and self.eod is None and self.tokenizer is None:
             raise ValueError("reset_at_eod and mask_eod_loss need the token that ends a document: give 'eod' or 'tokenizer'")
+        if self.pack is not None and self.order_name not in ("permuted", "sequential"):
+            told = "an order by scores" if self.order_name == "scored" else f"order '{self.order_name}'"
+            raise ValueError(f"pack: {told} is of windows, not of packed rows: use permuted or sequential, or remove 'pack'")
+        sources = [*self.train, *(source for switch in self.switches for source in switch.train)]
+        if self.pack is not None and any(source.layout == "rows" for source in sources):
+            raise ValueError("pack: a source of layout 'rows' holds finished rows, whose documents are not known: remove one")
         names = [v.name for v in self.validation]
         for name in names:
             if names.count(name) > 1:

@@ -142,6 +142,11 @@ class EvaluationConfig(Section):
         description="fixed: the same tokens at every evaluation, so that losses compare; moving: each evaluation takes the "
         "next 'tokens' of the set in data.order, at multiples of 'every' and again at the end, as GPT-NeoX does.",
     )
+    by_position: bool = Field(
+        False,
+        description="Also the loss by position in the window: 0-63, 64-127, 128-255 and so on, in metrics.jsonl and the "
+        "report. The sums of the losses are made in another order, so last bits differ.",
+    )
     micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
 
     @model_validator(mode="after")

@@ -126,7 +126,9 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
     _print_data(plan, console)
     console.print()
     parameters, seed = count_parameters(plan.model), config.training.seed
-    rows = table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, freezing=plan.freezing)
+    rows = table(
+        plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, freezing=plan.freezing, model=plan.model
+    )
     print_reset_table(rows, console, lambda line: None)
     if is_trained(plan):
         console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)

@@ -18,6 +18,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
+from megarewarm.packed_rows import PAD, plain
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
@@ -160,7 +161,7 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
 
 def _texts(run: Run, first_sample: int, count: int) -> list[str]:
     """Each sequence as text, or its first ids if the run has no tokenizer."""
-    rows = run.data.rows(first_sample, count)
+    rows = [plain(row[row != PAD]) for row in run.data.rows(first_sample, count)]
     if run.plan.config.data.tokenizer is None:
         return [" ".join(map(str, row[:16].tolist())) for row in rows]
     tokenizer = load_tokenizer(run.plan.config.data.tokenizer)

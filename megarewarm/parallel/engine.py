@@ -4,7 +4,7 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.position_sums import PositionSums
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class ParallelModel(LaidOutModel):
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
         """BatchLosses of single rows, if requested."""
+        self._by_position: PositionSums | None = None
+        """Sums of single distances, if requested."""
         self._taught: deque[Tensor] | None = None
         """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
         self._distilled: list[tuple[Tensor, Tensor]] = []
@@ -238,7 +241,7 @@ class ParallelModel(LaidOutModel):
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
         count = self._targets_here(tokens)
-        if self._documents is not None and self._documents.mask_loss:
+        if self._documents is not None and self._documents.drops_targets:
             self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
 
@@ -247,7 +250,7 @@ class ParallelModel(LaidOutModel):
         return self._targets_here(torch.from_numpy(rows))
 
     def _targets_here(self, tokens: Tensor) -> float:
-        if self._documents is None or not self._documents.mask_loss:
+        if self._documents is None or not self._documents.drops_targets:
             return self._if_loss_owner(float(tokens[:, 1:].numel()))
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
         return self._if_loss_owner(float((targets != IGNORE).sum()))
@@ -258,7 +261,8 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         if rules is None:
             return self._cross_entropy(self._modules[0](inputs), targets)
-        return self._cross_entropy(self._modules[0](inputs, rules.starts(inputs)), rules.targets(inputs, targets))
+        hidden = self._modules[0](rules.ids(inputs), rules.starts(inputs))
+        return self._cross_entropy(hidden, rules.targets(inputs, targets))
 
     def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
@@ -266,7 +270,7 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         starts = None if rules is None else rules.starts(inputs)
         if rules is not None:
-            targets = rules.targets(inputs, targets)
+            targets, inputs = rules.targets(inputs, targets), rules.ids(inputs)
         return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
 
     def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,7 +296,7 @@ class ParallelModel(LaidOutModel):
         totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # read at the end: each look waits for the device
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
         portions = -(-most // size)
-        parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
+        parts = pipeline.regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
         try:
             for module in self._modules:
                 module.eval()
@@ -305,11 +309,31 @@ class ParallelModel(LaidOutModel):
                 found = self._evaluate(tokens)
                 if part is not None:
                     totals += torch.stack([value.double() for value in found])
+                elif self._by_position is not None:
+                    self._by_position.forget()  # computed on nothing
         finally:
             for module in self._modules:
                 module.train()
         total, count = totals.tolist()
         return self._if_loss_owner(total), self._if_loss_owner(count)
+
+    @collective
+    def evaluate_by_position(
+        self,
+        rows: Iterable[npt.NDArray[np.int64]],
+        most: int,
+        micro_batch: int,
+        edges: Sequence[int],
+        between: Between = nothing_between,
+    ) -> npt.NDArray[np.float64]:
+        """As ``evaluate``, apart for the positions [edges[i], edges[i + 1]) of the inputs: (edges - 1, 2), losses summed and
+        tokens. All ranks call it. ``edges`` ascend from 0 to the length of the sequences."""
+        self._by_position = sums = PositionSums(edges)
+        try:
+            self.evaluate(rows, most, micro_batch, between)
+        finally:
+            self._by_position = None
+        return np.vectorize(self._if_loss_owner, otypes=[np.float64])(sums.total())
 
     @collective
     @torch.no_grad()
@@ -382,14 +406,14 @@ class ParallelModel(LaidOutModel):
         """Inputs, targets and documents' starts (B, s) of one pipeline step; padding sequences have no targets."""
         assert self._pipeline is not None
         missing = self._pipeline.sequences - tokens.shape[0]
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if self._documents is not None:
-            targets = self._documents.targets(inputs, targets)
+        inputs, targets, rules = tokens[:, :-1], tokens[:, 1:], self._documents
+        if rules is not None:
+            targets = rules.targets(inputs, targets)
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros((missing, inputs.shape[1]))])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE)])
         inputs, targets = inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
-        return inputs, targets, None if self._documents is None else self._documents.starts(inputs)
+        return (inputs, targets, None) if rules is None else (rules.ids(inputs), targets, rules.starts(inputs))
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""
@@ -400,6 +424,13 @@ class ParallelModel(LaidOutModel):
         return torch.stack([loss for loss, _ in each]).sum(), torch.stack([count for _, count in each]).sum()
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        whole = hidden if self._tensor is None else self._tensor.enter(hidden)
+        if self._by_position is None:
+            return self._sum_of(whole, targets)
+        return self._by_position.add(whole, targets, self._sum_of)
+
+    def _sum_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_cross_entropy``, of hidden states that each tensor rank has whole."""
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
         if self._tensor is None:
@@ -412,7 +443,7 @@ class ParallelModel(LaidOutModel):
                 kernel=self._loss_kernel,
             )
         return sharded_linear_cross_entropy(
-            self._tensor.enter(hidden).flatten(0, 1),
+            hidden.flatten(0, 1),
             head,
             targets.flatten(),
             group=self._tensor.group,
@@ -420,16 +451,3 @@ class ParallelModel(LaidOutModel):
             memory_budget=self._loss_memory,
             kernel=self._loss_kernel,
         )
-
-
-def _regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
-    """The same rows in groups of ``size``; the last may be smaller."""
-    held: list[npt.NDArray[np.int64]] = []
-    for batch in rows:
-        held.append(batch)
-        while sum(len(part) for part in held) >= size:
-            whole = np.concatenate(held)
-            yield torch.from_numpy(whole[:size])
-            held = [whole[size:]]
-    if sum(len(part) for part in held):
-        yield torch.from_numpy(np.concatenate(held))

@@ -6,10 +6,12 @@ costs a probing micro-batch), contiguous gradients, and tied embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -203,3 +205,16 @@ class Pipeline:
         with torch.no_grad():
             self._forward.run(inputs, starts, lambda i, hidden: losses.append(self._loss(hidden, wanted[i])), dtype)
         return losses
+
+
+def regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
+    """The same rows in groups of ``size``; the last may be smaller."""
+    held: list[npt.NDArray[np.int64]] = []
+    for batch in rows:
+        held.append(batch)
+        while sum(len(part) for part in held) >= size:
+            whole = np.concatenate(held)
+            yield torch.from_numpy(whole[:size])
+            held = [whole[size:]]
+    if sum(len(part) for part in held):
+        yield torch.from_numpy(np.concatenate(held))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource
+from megarewarm.config.model import ModelConfig, RotaryScaling
 from megarewarm.config.schema import Intent, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_kinds
@@ -150,8 +151,10 @@ def table(
     seed: int,
     loss_scale: float | None = None,
     freezing: Freezing | None = None,
+    model: ModelConfig | None = None,
 ) -> list[ResetLine]:
-    """The reset table with the values of both sides, in the order of the config's keys."""
+    """The reset table with the values of both sides, in the order of the config's keys. Positions of ``model`` that are not the
+    checkpoint's are a line of their own."""
     old = source.training if source is not None else None
     nothing = "-" if source is None else "not stored"
     smaller = source.lineage.grown_from if source is not None else None
@@ -186,4 +189,25 @@ def table(
         "rng": f"seed {seed}" if policy.rng == "reseed" else "kept",
         "loss_scale": "none" if loss_scale is None else f"{loss_scale:g}",
     }
-    return [ResetLine(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]
+    lines = [ResetLine(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]
+    if source is not None and model is not None and policy.weights == "load":
+        before, after = positions_text(source.model_config), positions_text(model)
+        if before != after:
+            lines.insert(1, ResetLine("context", "change", before, after))
+    return lines
+
+
+def positions_text(model: ModelConfig) -> str:
+    """How a model counts positions: '2,048 positions, base 10000, yarn x 4 of 2,048'."""
+    scaling = model.rotary_scaling
+    text = f"{model.max_positions:,} positions, base {model.rotary_base:g}"
+    if scaling is None:
+        return text
+    usual = {name: each.default for name, each in RotaryScaling.model_fields.items()}
+    others = [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in scaling.model_dump().items()
+        if key not in ("kind", "factor", "original_positions") and value != usual[key]
+    ]
+    of = f" of {scaling.original_positions:,}" if scaling.original_positions else ""
+    return ", ".join([text, f"{scaling.kind} x {scaling.factor:g}{of}", *others])

@@ -88,7 +88,7 @@ def losses_of_sets(run: Run, what: str, show: Callable[[str], Between]) -> dict[
     run.model.forget_gathered()
     number, _ = evaluations_at(run.plan.config, run.step)[-1]
     return {
-        windows.name: evaluate_set(run, windows, number, show(f"{windows.name} at {what}"))[0] for windows in run.validation
+        windows.name: evaluate_set(run, windows, number, show(f"{windows.name} at {what}")).loss for windows in run.validation
     }
 
 

@@ -190,6 +190,7 @@ class Run:
             "schedule": self.plan.schedule.spec(),
             "notes": self.notes,
             "reset": [vars(row) for row in self.reset_table()],
+            "tokenizer": self.inputs.texts.tokenizer,
             "precision": self.inputs.precision,
             "ranks": self.ranks.world_size,
             "layout": str(self.mesh.layout),
@@ -207,7 +208,7 @@ class Run:
         plan = self.plan
         scale = self.scaler.scale if self.scaler is not None else None
         parameters, seed = count_parameters(plan.model), plan.config.training.seed
-        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale, plan.freezing)
+        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale, plan.freezing, plan.model)
 
     @collective
     def thaw_if_due(self) -> bool:

@@ -229,6 +229,7 @@ def _assert_applied(run: Run) -> None:
         "frozen parameters have no gradients": all(
             p.requires_grad == (name in run.model.trained) for name, p in run.model.parameters.items()
         ),
+        "the model counts positions as planned": run.model.config == plan.model,
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),
     }

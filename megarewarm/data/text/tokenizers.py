@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from megarewarm.config.paths import merges_beside
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
+from megarewarm.data.text.byte_lengths import ByteLengths, lengths_of, pieces_of, spaced
 from megarewarm.data.text.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.text.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.text.hub_tokenizer import local_tokenizer
@@ -63,6 +64,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def token(self, number: int) -> str | None:
         """The token of an id, as the vocabulary writes it; None if it has none."""
+
+    @abstractmethod
+    def byte_lengths(self) -> ByteLengths | None:
+        """The bytes of text that its ids stand for; None where the bytes of an id depend on more than the id."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -194,6 +199,9 @@ class HuggingFaceTokenizer(Tokenizer):
         token: str | None = self._tokenizer.id_to_token(number)
         return token
 
+    def byte_lengths(self) -> ByteLengths | None:
+        return lengths_of(pieces_of(json.loads(self._content), self._vocabulary, self.vocab_size), self._encode_slowly)
+
     def fingerprint(self) -> str:
         return fingerprint(json.loads(self._content))
 
@@ -239,6 +247,18 @@ class _SentencePiece(Tokenizer):
 
     def token(self, number: int) -> str | None:
         return str(self._model.id_to_piece(number)) if 0 <= number < self.vocab_size else None
+
+    def byte_lengths(self) -> ByteLengths | None:
+        model, pieces = self._model, list[bytes | None]()
+        for i in range(self.vocab_size):
+            if model.is_control(i):
+                pieces.append(b"")
+            elif model.is_unknown(i):
+                pieces.append(None)
+            else:
+                piece = model.id_to_piece(i)
+                pieces.append(bytes([int(piece[3:5], 16)]) if model.is_byte(i) else spaced(piece))
+        return lengths_of(pieces, self.encode_batch)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()

@@ -52,8 +52,8 @@ def _ends(change: Change) -> str:
     return f"{loss_text(change.before)} → {loss_text(change.after)}"
 
 
-def _perplexity_text(loss: Number) -> str | None:
-    value = perplexity(loss)
+def _perplexity_text(loss: Number, unit: str) -> str | None:
+    value = perplexity(loss, unit)
     return None if value is None or not math.isfinite(value) else f"{value:,.0f}" if value >= 999.5 else f"{value:.2f}"
 
 
@@ -79,7 +79,7 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
             lambda row: change(row).before,
             "Before",
             group,
-            small=lambda row: _perplexity_text(change(row).before),
+            small=lambda row: _perplexity_text(change(row).before, row.unit),
             runs=True,
             file=f"{role}_before",
         ),
@@ -89,7 +89,7 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
             "After",
             group,
             infinite="diverged",
-            small=lambda row: _perplexity_text(change(row).after),
+            small=lambda row: _perplexity_text(change(row).after, row.unit),
             runs=True,
             file=f"{role}_after",
             terminal=(role, lambda row: _ends(change(row))),
@@ -97,8 +97,8 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
         *(
             Measure(f"{role}_perplexity_{end}", of, arms=False, file=f"{role}_perplexity_{end}")
             for end, of in (
-                ("before", lambda row: perplexity(change(row).before)),
-                ("after", lambda row: perplexity(change(row).after)),
+                ("before", lambda row: perplexity(change(row).before, row.unit)),
+                ("after", lambda row: perplexity(change(row).after, row.unit)),
             )
         ),
         headline,

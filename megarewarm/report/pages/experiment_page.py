@@ -163,7 +163,7 @@ def _page(
         _settings(experiment.arms),
         _states(experiment),
         '<footer class="quiet">Beside this page: every figure as PNG and SVG, and arms, runs and comparisons as CSV and JSON. '
-        "Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+        f"Losses are mean cross entropies in {experiment.unit} on fixed validation tokens.</footer>",
     ]
     css = html.STYLE + arm_table.STYLE
     return page_html(experiment.title, css, parts, SCRIPT)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import Thawed, TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
-from megarewarm.config.model import ModelConfig
+from megarewarm.config.model import ContextConfig, ModelConfig
 from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
@@ -146,14 +147,20 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
     if source is None:
         return config
     stored = source.model_config
+    if config.context is not None:
+        if config.model is not None and config.context.applied(config.model) != config.model:
+            raise UserError("context: 'model' says other positions: give one of them")
+        stored = _in_context(config, config.context, stored, source.name)
     if config.model is None:
         settled = config.model_copy(update={"model": stored})
         if config.data.sequence_length > stored.max_positions:
             raise UserError(
                 f"data.sequence_length {config.data.sequence_length} is above the {stored.max_positions} positions of "
-                f"{source.name}"
+                f"{source.name}{'' if config.context is None else ' in this context: raise context.max_positions'}"
             )
         return settled
+    if config.model.rotary_scaling != stored.rotary_scaling:
+        _refuse_other_reading(config.model, "model")
     for attribute, key in SHAPE_KEYS.items():
         ours, theirs = getattr(config.model, attribute), getattr(stored, attribute)
         if ours != theirs:
@@ -162,6 +169,33 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
                 f"'model' out to take the checkpoint's"
             )
     return config
+
+
+def _in_context(config: RunConfig, context: ContextConfig, stored: ModelConfig, name: str) -> ModelConfig:
+    """The checkpoint's model with the positions that ``context`` sets. Raises ``UserError``."""
+    try:
+        model = context.applied(stored)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"context: does not fit the model of {name}: {problem}") from error
+    if not model.rotary_dims and (context.rotary_base is not None or context.rotary_scaling is not None):
+        raise UserError(f"context: the model of {name} rotates no channels; only max_positions can be set")
+    _refuse_other_reading(model, "context")
+    return model
+
+
+def _refuse_other_reading(model: ModelConfig, section: str) -> None:
+    """Raise ``UserError`` for a scaling that a version of transformers would read differently: version 4 takes the ratio of the
+    positions as YaRN's factor, whatever ``factor`` says."""
+    scaling = model.rotary_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    assert scaling.original_positions is not None
+    if not math.isclose(scaling.factor * scaling.original_positions, model.max_positions, rel_tol=1e-9):
+        raise UserError(
+            f"{section}.rotary_scaling: factor {scaling.factor:g} of {scaling.original_positions:,} original_positions is not "
+            f"max_positions {model.max_positions:,}; transformers 4 would take their ratio for the factor: make them agree"
+        )
 
 
 def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
