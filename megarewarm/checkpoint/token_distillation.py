@@ -168,7 +168,7 @@ def distillation_loss(model: Transformer, rows: Tensor, new: NewTokens, batch: S
     embedded = torch.where(is_new[..., None], rows[(student - first).clamp(min=0)], embedded)
     with torch.no_grad():
         wanted = model(teacher)
-    states = model.from_embeddings(embedded)
+    states = model.from_embeddings(embedded, embedded.shape[1])
     differences = [
         states[i, begin:length] - wanted[i, torch.as_tensor(ends[i][begin:], device=table.device)]
         for i, (length, begin) in enumerate(counts)

@@ -297,9 +297,7 @@ class ParallelModel(LaidOutModel):
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
         portions = -(-most // size)
         parts = pipeline.regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
-        try:
-            for module in self._modules:
-                module.eval()
+        with self.evaluating():
             for done in range(portions):
                 between(done, portions)
                 part = next(parts, None)
@@ -311,9 +309,6 @@ class ParallelModel(LaidOutModel):
                     totals += torch.stack([value.double() for value in found])
                 elif self._by_position is not None:
                     self._by_position.forget()  # computed on nothing
-        finally:
-            for module in self._modules:
-                module.train()
         total, count = totals.tolist()
         return self._if_loss_owner(total), self._if_loss_owner(count)
 
@@ -351,20 +346,17 @@ class ParallelModel(LaidOutModel):
         teacher = self.teacher if taught else None
         found: list[float] = []
         try:
-            for module in self._modules:
-                module.eval()
-            for first in range(0, most, size):
-                part = tokens[first : first + size]
-                if len(part):
-                    found += self._losses_each(part, teacher)
-                elif self._sharded:  # other ranks gather parameters with this one
-                    self._losses_each(torch.zeros((1, self._sequence_length + 1), dtype=torch.int64), teacher)
-                elif self._pipeline is not None:
-                    self._losses_each(part, teacher)
+            with self.evaluating():
+                for first in range(0, most, size):
+                    part = tokens[first : first + size]
+                    if len(part):
+                        found += self._losses_each(part, teacher)
+                    elif self._sharded:  # other ranks gather parameters with this one
+                        self._losses_each(torch.zeros((1, self._sequence_length + 1), dtype=torch.int64), teacher)
+                    elif self._pipeline is not None:
+                        self._losses_each(part, teacher)
         finally:
             self._rows = None
-            for module in self._modules:
-                module.train()
         return [self._if_loss_owner(loss) for loss in found]
 
     def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:

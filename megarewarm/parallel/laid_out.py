@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -204,6 +205,17 @@ class LaidOutModel:
         """Call it after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
         for part in self._divided_modules():
             part.reshard()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Meanwhile the modules are as in evaluation."""
+        try:
+            for module in self._modules:
+                module.eval()
+            yield
+        finally:
+            for module in self._modules:
+                module.train()
 
     def _divided_modules(self) -> list[FSDPModule]:
         return [part for module in self._modules for part in module.modules() if isinstance(part, FSDPModule)]
