@@ -383,7 +383,9 @@ def test_a_tied_embedding_adds_to_the_heads_gradient(tmp_path: Path) -> None:
     rows[:, ::3] = rows[0, 0]
     run.model.gradients.zero()
     embedding, before_layers = run.model.parameters["embed_in.weight"], []
-    run.model._modules[0].layers[-1].register_full_backward_hook(lambda *_: before_layers.append(embedding.grad is not None))
+    last = run.model._modules[0].final_layer_norm
+    assert isinstance(last, torch.nn.Module)
+    last.register_full_backward_hook(lambda *_: before_layers.append(embedding.grad is not None))
     run.model.forward_backward(rows)
     assert before_layers == [True] * 3
     plain = Transformer(run.plan.model)
