@@ -280,6 +280,8 @@ def main() -> None:
     arguments = parser.parse_args()
     every = arguments.all or arguments.write is not None
     wanted = [each for each in configurations(every) if arguments.only in each.name]
+    if not wanted:
+        parser.error(f"no kernel has '{arguments.only}' in its name")
     rows = [compiled(each, architecture) for each in wanted for architecture in each.architectures]
     if arguments.write is None:
         print(json.dumps([asdict(row) for row in rows]))
