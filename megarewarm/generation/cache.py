@@ -30,7 +30,8 @@ class Reader:
         self._model = model
         self._span = _Span(rows, longest, starts)
         self._tables = positions_of(longest, model.config, model.head)
-        self._layers = [_with_cache(layer, self._span) for layer in model.layers]
+        self._attentions = [CachedAttention(layer.attention, self._span) for layer in model.layers]  # type: ignore[arg-type]
+        self._layers = [_with(attention, layer) for attention, layer in zip(self._attentions, model.layers, strict=True)]
 
     def read(self, ids: Tensor) -> Tensor:
         """The next (rows, s) int64 ids of each text, to the (rows, h) state of the last of them after the final norm."""
@@ -39,7 +40,8 @@ class Reader:
         places = torch.arange(span.first, span.end, device=ids.device)
         if span.starts is not None:
             places = (places - span.starts[:, None]).clamp_(min=0)
-        positions = Positions(*(table[places].flatten(0, -2) for table in self._tables[:2]), None)
+        cos, sin = (table[places].flatten(0, -2) for table in self._tables[:2])
+        positions = Positions(cos, sin, None)
         x = self._model.embed_in(ids)
         for layer in self._layers:
             x = layer(x, positions)
@@ -49,8 +51,8 @@ class Reader:
     def keep(self, rows: Tensor) -> None:
         """Go on with ``rows`` (n,) int64 alone, in their order."""
         self._span.keep(rows)
-        for layer in self._layers:
-            layer.attention.keep(rows)
+        for attention in self._attentions:
+            attention.keep(rows)
 
 
 class _Span:
@@ -136,8 +138,8 @@ class CachedAttention(nn.Module):
             self._kept = self._kept[:, rows]
 
 
-def _with_cache(layer: nn.Module, span: _Span) -> nn.Module:
-    """``layer`` itself, sharing all parameters, with a cached attention in place of its own."""
-    cached = copy.copy(layer)
-    cached._modules = {**layer._modules, "attention": CachedAttention(layer.attention, span)}  # type: ignore[arg-type]
-    return cached
+def _with(attention: CachedAttention, layer: nn.Module) -> nn.Module:
+    """``layer`` itself, sharing all parameters, with ``attention`` in place of its own."""
+    changed = copy.copy(layer)
+    changed._modules = {**layer._modules, "attention": attention}
+    return changed

@@ -33,7 +33,7 @@ def uniforms(keys: Keys, position: int) -> npt.NDArray[np.float64]:
     """(n,) numbers in [0, 1), of each key's text at ``position``: SplitMix64 seeded with the key."""
     with np.errstate(over="ignore"):
         state = keys + np.uint64(position + 1) * _GOLDEN
-        return (mix(state) >> np.uint64(11)) * 2.0**-53
+        return (mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)

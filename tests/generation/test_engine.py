@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,13 @@ def written(name: str, folder: Path) -> PreTrainedModel:
     if name not in NEOX:
         return saved(name, folder)
     torch.manual_seed(3)
-    sizes = {"num_hidden_layers": 3, "hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 52, "vocab_size": 61}
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "hidden_size": 36,
+        "num_attention_heads": 3,
+        "intermediate_size": 52,
+        "vocab_size": 61,
+    }
     settings = GPTNeoXConfig(**sizes, max_position_embeddings=64, rotary_pct=0.5, use_parallel_residual=NEOX[name])
     model = GPTNeoXForCausalLM(settings).eval()
     with torch.no_grad():
@@ -47,13 +54,19 @@ def loaded(folder: Path) -> Transformer:
 @pytest.mark.parametrize("name", [*NEOX, *CONFIGS])
 def test_greedy_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """Prompts of several lengths, one of them longer than a window, so that the short ones are padded."""
-    theirs, ours = written(name, tmp_path), loaded(tmp_path)
+    theirs: Any = written(name, tmp_path)
+    ours = loaded(tmp_path)
     random = np.random.default_rng(5)
     prompts = [random.integers(3, 61, size).tolist() for size in (1, 11, 4)]
     found = Continuer(ours)(prompts, 21, GREEDY, text_keys(0, range(3)), None)
     for prompt, ids in zip(prompts, found, strict=True):
         alone = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=21, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=21,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert ids.tolist() == alone[0, len(prompt) :].tolist()
     end = int(found[1][6])  # the text that has it first ends there, and the others go on
@@ -74,7 +87,9 @@ def test_cached_states_are_those_of_the_whole(name: str) -> None:
     starts = torch.tensor([0, 3, 9, 1])
     with torch.inference_mode():
         for begins in (None, starts):
-            expected = model(ids, None if begins is None else begins[:, None].expand(4, 150) * (torch.arange(150) >= begins[:, None]))
+            expected = model(
+                ids, None if begins is None else begins[:, None].expand(4, 150) * (torch.arange(150) >= begins[:, None])
+            )
             reader, rows, first = Reader(model, 4, 150, begins), torch.arange(4), 0
             for size in (10, 1, 1, 60, 1, 7, 1, 1, 68):
                 state = reader.read(ids[rows, first : first + size])
@@ -93,7 +108,7 @@ def test_a_random_number_belongs_to_a_text_and_a_position() -> None:
     keys = text_keys(7, range(1000))
     numbers = np.stack([uniforms(keys, position) for position in range(50)])
     assert np.array_equal(uniforms(text_keys(7, range(990, 1010)), 3)[:10], numbers[3, 990:])
-    assert 0 <= numbers.min() and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
+    assert numbers.min() >= 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
     counts = np.histogram(numbers, 20, (0, 1))[0]
     assert (np.square(counts - 2500) / 2500).sum() < 45  # chi-squared with 19 degrees: 0.1 % lie above 43.8
 
@@ -101,7 +116,7 @@ def test_a_random_number_belongs_to_a_text_and_a_position() -> None:
 @pytest.mark.parametrize("size", [1, 5, 256, 300, 1031])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.9), (1.0, 0.05), (5.0, 0.999)])
 def test_ids_come_as_often_as_their_probabilities_say(size: int, temperature: float, top_p: float) -> None:
-    """Evenly spaced numbers hit each id in proportion to its probability, by sorting and in float64; so exactly, not by chance."""
+    """Evenly spaced numbers hit each id in proportion to its probability, as float64 and a sort say: exactly, not by chance."""
     torch.manual_seed(size)
     logits, draws = 2 * torch.randn(1, size), 20_000
     exact = torch.softmax(logits[0].double() / temperature, 0)
@@ -117,7 +132,7 @@ def test_ids_come_as_often_as_their_probabilities_say(size: int, temperature: fl
 
 
 def test_extreme_logits() -> None:
-    """Ids of no probability are never taken, whatever the number; a flat distribution of many ids needs the whole vocabulary."""
+    """Ids of no probability are never taken, whatever the number; a flat distribution needs the whole vocabulary."""
     logits = torch.full((3, 700), -1e4)
     logits[0, 699] = logits[1, 0] = logits[2, 300] = 0.0
     for number in (0.0, 0.5, 1 - 2**-53):
