@@ -5,7 +5,8 @@ Prediction, written first, for pythia-14m, 32 texts, 256 new tokens (per positio
 transformers samples by torch.multinomial, which draws a random number for each of 50,304 ids of each text, 34 ms; and it copies
 all cached keys and values at each position, 3 ms on the mean. Inverting the cumulative distribution takes one number a text and
 0.2 ms. So sampling 3 times; with top-p, where it sorts the vocabulary, 120 ms, against a search among 64 ids, 3 ms: 10 times.
-Greedy, where both spend most of the time in the head: 1.3 times. The Llama has 32,000 ids and layers that cost more: 2.5, 6, 1.3.
+Greedy, where both spend most of the time in the head: 1.3 times. The Llama has 32,000 ids
+and layers that cost more: 2.5, 6, 1.3.
 
     python benchmarks/generation.py [--rounds 3] [--texts 32] [--new 256]
 """
@@ -16,6 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch

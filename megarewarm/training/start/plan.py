@@ -11,12 +11,15 @@ import numpy as np
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.config.data import Source
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.mixture.phases import AnySource
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
-from megarewarm.rewarm.replay import history_to_replay
+from megarewarm.rewarm.own_replay import recorded_replay
+from megarewarm.rewarm.replay import history_to_replay, replayed
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule
@@ -31,7 +34,8 @@ class Plan:
     ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
-    ``distill.from`` names, unless the run has no steps left.
+    ``distill.from`` names, unless the run has no steps left. ``own_replay``: what the start checkpoint wrote as its own replay,
+    None where that is not asked for, or not written yet (start/own_replay.py).
     """
 
     config: RunConfig
@@ -43,6 +47,7 @@ class Plan:
     resumed: bool
     origin_tokens: int = 0
     teacher: CheckpointSource | None = None
+    own_replay: Source | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -89,6 +94,15 @@ class Plan:
     def history_to_replay(self) -> Lineage:
         """The stages that 'replay of: lineage' means."""
         return history_to_replay(self.history.stages, goes_on=self.goes_on)
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether the start checkpoint has yet to write its own replay."""
+        return self.config.replay is not None and self.config.replay.of == "start" and self.own_replay is None
+
+    def replayed(self) -> list[AnySource]:
+        """The old data that the run replays, weighted among themselves. Raises ``UserError``."""
+        return replayed(self.config.replay, self.history_to_replay, self.own_replay)
 
     def tokens(self, step: int) -> int:
         """Tokens of all steps up to ``step`` of the loop's counter: the x axis of the logs."""
@@ -216,7 +230,9 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     if origin.step and training is not None and (told := training.tokens_counted) is not None:
         before = told
     _require_same_tokens(config, origin.step, before)
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before)
+    same_data = policy.data == "continue" and training is not None
+    own = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before, own_replay=own)
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
@@ -253,6 +269,7 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
         position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
         resumed=True,
         origin_tokens=before,
+        own_replay=recorded_replay(config.replay, training.lineage.stages),
     )
 
 
