@@ -15,7 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -280,8 +280,7 @@ def _parts(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show)
         if continued is None:
             continued = Continuer(load_module(own.source.weights, own.source.model_config, device, dtype), own.limit)
         together = gather(_write_part(own, continued, len(parts) + rank, _Counted(show, done, total, ranks)))
-        numbers = range(len(parts), len(parts) + ranks)
-        on_all_ranks(_in_cache(own, lambda: [_keep(own, *pair) for pair in zip(numbers, together, strict=True)]), UserError)  # noqa: B023
+        on_all_ranks(_in_cache(own, partial(_keep, own, len(parts), together)), UserError)
         parts += together
     _refuse_endless(own, parts)
     return parts
@@ -332,10 +331,11 @@ def _kept(own: OwnReplay) -> list[Part]:
             return found
 
 
-def _keep(own: OwnReplay, number: int, part: Part) -> None:
-    content = io.BytesIO()
-    np.savez(content, ids=part.ids, sizes=part.sizes, ended=part.ended)
-    write_whole(own.part_path(number), content.getvalue())
+def _keep(own: OwnReplay, first: int, parts: Sequence[Part]) -> None:
+    for number, part in enumerate(parts, first):
+        content = io.BytesIO()
+        np.savez(content, ids=part.ids, sizes=part.sizes, ended=part.ended)
+        write_whole(own.part_path(number), content.getvalue())
 
 
 def _publish(own: OwnReplay, parts: Sequence[Part], about: dict[str, Any]) -> None:

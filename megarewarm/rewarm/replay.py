@@ -22,8 +22,8 @@ from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.config.data import Order, ReplayConfig, Source
 from megarewarm.data.files.file_identity import FileIdentity
 from megarewarm.data.files.library import TokenFiles
-from megarewarm.data.files.manifest import manifest_of
 from megarewarm.data.files.listed_documents import ListedDocuments
+from megarewarm.data.files.manifest import manifest_of
 from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.mixture.blend import normalised
 from megarewarm.data.mixture.phases import AnySource
@@ -166,12 +166,12 @@ def _steps(stage: Stage) -> str:
 def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
     """Raise ``UserError`` if an upstream validation set reads documents that are replayed as well. The loss on them would
     fall because they are trained on, not because little is forgotten. And if any set reads what a model wrote."""
-    for item in files.data.validation:
-        for source in item.sources:
-            told = manifest_of(files.view(source).file.path) or {}
+    for held_set in files.data.validation:
+        for held_source in held_set.sources:
+            told = manifest_of(files.view(held_source).file.path) or {}
             if isinstance(writer := told.get("generated"), dict):
                 raise UserError(
-                    f"validation set '{item.name}' reads {source.path}, which {writer.get('by')} wrote as its own replay: the "
+                    f"validation set '{held_set.name}' reads {held_source.path}, which {writer.get('by')} wrote as its own replay: the "
                     f"loss on it measures that model, not what is remembered; give the set real text"
                 )
     if not old:

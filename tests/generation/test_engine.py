@@ -37,7 +37,8 @@ def written(name: str, folder: Path) -> PreTrainedModel:
         "intermediate_size": 52,
         "vocab_size": 61,
     }
-    settings = GPTNeoXConfig(**sizes, max_position_embeddings=64, rotary_pct=0.5, use_parallel_residual=NEOX[name])
+    sizes |= {"max_position_embeddings": 64, "rotary_pct": 0.5, "use_parallel_residual": NEOX[name]}
+    settings = GPTNeoXConfig(**sizes)
     model = GPTNeoXForCausalLM(settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():

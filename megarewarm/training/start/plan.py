@@ -231,8 +231,8 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
         before = told
     _require_same_tokens(config, origin.step, before)
     same_data = policy.data == "continue" and training is not None
-    own = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before, own_replay=own)
+    written = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before, own_replay=written)
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
