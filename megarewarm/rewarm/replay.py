@@ -171,8 +171,8 @@ def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
             told = manifest_of(files.view(held_source).file.path) or {}
             if isinstance(writer := told.get("generated"), dict):
                 raise UserError(
-                    f"validation set '{held_set.name}' reads {held_source.path}, which {writer.get('by')} wrote as its own replay: the "
-                    f"loss on it measures that model, not what is remembered; give the set real text"
+                    f"validation set '{held_set.name}' reads {held_source.path}, which {writer.get('by')} wrote as its own "
+                    f"replay: the loss on it measures that model, not what is remembered; give the set real text"
                 )
     if not old:
         return

@@ -82,8 +82,8 @@ def check_own_replay(plan: Plan) -> None:
     wanted = share * (config.total_steps - plan.origin.step) * config.tokens_per_step
     if wanted > replay.generate.tokens * replay.max_epochs and not config.data.switches:
         raise UserError(
-            f"replay.generate.tokens: {replay.generate.tokens:,}, and the run replays {wanted:,.0f} of them: give more, or raise "
-            f"replay.max_epochs ({replay.max_epochs:g})"
+            f"replay.generate.tokens: {replay.generate.tokens:,}, and the run replays {wanted:,.0f} of them: give more, or "
+            f"raise replay.max_epochs ({replay.max_epochs:g})"
         )
 
 
