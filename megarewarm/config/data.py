@@ -277,7 +277,8 @@ class ReplayConfig(Section):
     )
     max_epochs: Epochs | None = Field(
         1.0,
-        description="of lineage or start: how often a sample may be replayed. Asking for more is an error; null: without limit.",
+        description="of lineage or start: how often a sample may be replayed. Asking for more is an error; null: without "
+        "limit.",
     )
     paths: dict[str, PathText] = Field(
         {}, description="of lineage: new places of files that have moved, by the name of the source in the lineage."

@@ -225,8 +225,8 @@ def manifest(prefix: Path) -> dict[str, Any]:
 def write(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show, wait: Callable[[], None]) -> None:
     """Write the token file, or what is left of it. All ranks call it.
 
-    ``dtype``: of the weights; ``wait``: called once if another run writes the same, until that has ended. Raises ``UserError`` if
-    the model ends no document and nothing says where they are cut, and where the cache can't be written.
+    ``dtype``: of the weights; ``wait``: called once if another run writes the same, until that has ended. Raises ``UserError``
+    if the model ends no document and nothing says where they are cut, and where the cache can't be written.
     """
     lock = _locked(own, wait)
     try:
@@ -314,8 +314,8 @@ def _write_part(own: OwnReplay, continued: Continuer, number: int, written: Call
 def _refuse_endless(own: OwnReplay, parts: Sequence[Part]) -> None:
     if parts and not parts[0].ended and own.settings.max_document_tokens is None:
         raise UserError(
-            f"replay.generate: none of the first {len(parts[0].sizes):,} documents of {own.writer} came to an end (id {own.eod}) "
-            f"within its {own.source.model_config.max_positions:,} positions: give max_document_tokens to cut them there, or "
+            f"replay.generate: none of the first {len(parts[0].sizes):,} documents of {own.writer} came to an end (id "
+            f"{own.eod}) within its {own.source.model_config.max_positions:,} positions: give max_document_tokens to cut them there, or "
             f"check data.eod"
         )
 
