@@ -115,7 +115,7 @@ class CachedAttention(nn.Module):
         kept[1, :, :, span.first : span.end] = values.squeeze(3).transpose(1, 2)
         first, mask = span.visible(plain.window, x.device)
         seen_keys, seen_values = kept[:, :, :, first : span.end]
-        if x.shape[1] == 1:  # the queries of a key head stand where those of several positions would
+        if x.shape[1] == 1:  # the queries of a key head take the place of several positions
             context = F.scaled_dot_product_attention(queries[:, 0], seen_keys, seen_values, mask)
             return plain.dense(context.flatten(1)[:, None])
         grouped = queries.flatten(2, 3).transpose(1, 2)

@@ -52,7 +52,7 @@ Show = Callable[[int, int], None]
 
 
 @dataclass
-class Part:
+class WrittenPart:
     """Some documents, one after another: their ids, (sum of sizes,), the sizes, and how many the model ended itself."""
 
     ids: npt.NDArray[Any]
@@ -268,7 +268,7 @@ def _locked(own: OwnReplay, wait: Callable[[], None]) -> FileLock | None:
 
 
 @collective
-def _parts(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show) -> list[Part]:
+def _parts(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show) -> list[WrittenPart]:
     """Parts that hold the tokens together: those that are kept, and new ones, of which each rank writes its own."""
     rank, ranks = position()
     kept = _kept(own)
@@ -297,7 +297,7 @@ class _Counted:
         self._show(self._done, self._total)
 
 
-def _write_part(own: OwnReplay, continued: Continuer, number: int, written: Callable[[int], object]) -> Part:
+def _write_part(own: OwnReplay, continued: Continuer, number: int, written: Callable[[int], object]) -> WrittenPart:
     first = number * own.batch
     keys = text_keys(own.settings.seed, range(first, first + own.batch))
     sampling = Sampling(own.settings.temperature, own.settings.top_p)
@@ -308,37 +308,37 @@ def _write_part(own: OwnReplay, continued: Continuer, number: int, written: Call
         ids[-1] = own.eod  # of a document that is cut, so that the next one does not go on in it
         documents.append(np.concatenate([np.array(own.begin, np.int64), ids]))
     sizes = np.array([len(ids) for ids in documents], np.int64)
-    return Part(np.concatenate(documents).astype(dtype_for(own.source.model_config.vocab_size)), sizes, ended)
+    return WrittenPart(np.concatenate(documents).astype(dtype_for(own.source.model_config.vocab_size)), sizes, ended)
 
 
-def _refuse_endless(own: OwnReplay, parts: Sequence[Part]) -> None:
+def _refuse_endless(own: OwnReplay, parts: Sequence[WrittenPart]) -> None:
     if parts and not parts[0].ended and own.settings.max_document_tokens is None:
         raise UserError(
             f"replay.generate: none of the first {len(parts[0].sizes):,} documents of {own.writer} came to an end (id "
-            f"{own.eod}) within its {own.source.model_config.max_positions:,} positions: give max_document_tokens to cut them there, or "
-            f"check data.eod"
+            f"{own.eod}) within its {own.source.model_config.max_positions:,} positions: give max_document_tokens to cut them "
+            f"there, or check data.eod"
         )
 
 
-def _kept(own: OwnReplay) -> list[Part]:
+def _kept(own: OwnReplay) -> list[WrittenPart]:
     """The parts that are whole, up to the first that is not."""
-    found: list[Part] = []
+    found: list[WrittenPart] = []
     while True:
         try:
             with np.load(own.part_path(len(found)), allow_pickle=False) as file:
-                found.append(Part(file["ids"], file["sizes"], int(file["ended"])))
+                found.append(WrittenPart(file["ids"], file["sizes"], int(file["ended"])))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return found
 
 
-def _keep(own: OwnReplay, first: int, parts: Sequence[Part]) -> None:
+def _keep(own: OwnReplay, first: int, parts: Sequence[WrittenPart]) -> None:
     for number, part in enumerate(parts, first):
         content = io.BytesIO()
         np.savez(content, ids=part.ids, sizes=part.sizes, ended=part.ended)
         write_whole(own.part_path(number), content.getvalue())
 
 
-def _publish(own: OwnReplay, parts: Sequence[Part], about: dict[str, Any]) -> None:
+def _publish(own: OwnReplay, parts: Sequence[WrittenPart], about: dict[str, Any]) -> None:
     """Write the token file of the first documents of ``parts`` that hold the tokens, and at last its manifest."""
     dtype = dtype_for(own.source.model_config.vocab_size)
     sizes = np.concatenate([part.sizes for part in parts])
