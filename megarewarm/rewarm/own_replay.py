@@ -369,7 +369,7 @@ def _publish(own: OwnReplay, parts: Sequence[WrittenPart], about: dict[str, Any]
 
 
 def _in_cache(own: OwnReplay, action: Callable[[], T]) -> Callable[[], T]:
-    """``action``, whose failure to write is told as a ``UserError``."""
+    """``action`` with a ``UserError`` in place of an ``OSError``."""
 
     def guarded() -> T:
         try:
