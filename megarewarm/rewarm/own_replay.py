@@ -247,7 +247,7 @@ def write(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show, 
 
 @collective
 def _locked(own: OwnReplay, wait: Callable[[], None]) -> FileLock | None:
-    """The lock on the folder, which the main rank holds for all."""
+    """The lock on the folder, which the main rank holds for all. All ranks call it."""
 
     def attempt() -> FileLock | None:
         own.folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def _locked(own: OwnReplay, wait: Callable[[], None]) -> FileLock | None:
 
 @collective
 def _parts(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show) -> list[WrittenPart]:
-    """Parts that hold the tokens together: those that are kept, and new ones, of which each rank writes its own."""
+    """Parts that hold the tokens together: kept ones, then new ones, of which each rank writes its own. All ranks call it."""
     rank, ranks = position()
     kept = _kept(own)
     parts = kept[: min(gather(len(kept)))]
