@@ -18,7 +18,7 @@ Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None 
 class DataSeen(FileIdentity):
     """What one stage read of one source, with the identity of its tokens, independent of the file's place. ``read``: the
     samples, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions recorded neither: null,
-    and ``read`` covers all.)"""
+    and ``read`` covers all.) ``generated_by``: the run or checkpoint whose model wrote it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +27,7 @@ class DataSeen(FileIdentity):
     tokens: int
     read: SamplesRead | None = None
     left_out: int | None = None
+    generated_by: str | None = None
 
     @property
     def file(self) -> FileIdentity:

@@ -247,25 +247,50 @@ class DataConfig(Section):
         return self
 
 
+class GenerateConfig(Section):
+    """The documents that the start model writes before training, as its own replay (arXiv 2605.26097)."""
+
+    tokens: Tokens = Field(description="How many tokens it writes, up to the end of the document that reaches them.")
+    temperature: float = Field(
+        1.0, gt=0, description="1: as likely as the model holds them; below 1 the rare ones are lost, which the paper warns of."
+    )
+    top_p: Share = Field(1.0, gt=0, le=1, description="Share of the probability that the likeliest tokens which are left hold.")
+    prompt: Literal["eod"] | Annotated[list[int], Field(min_length=1)] = Field(
+        "eod",
+        description="What each document follows on: eod, the end of another; or the ids that it begins with, such as [1] for "
+        "a model whose texts begin with a token of their own.",
+    )
+    max_document_tokens: Positive | None = Field(
+        None, description="Longer documents are cut, and ended there; null: all positions of the model."
+    )
+    seed: Seed = Field(1234, description="Seed of the random numbers; each document has its own.")
+    batch: Positive | None = Field(
+        None, description="Documents side by side; null: up to 64, as many as keep keys and values below 4 GiB in fp32."
+    )
+
+
 class ReplayConfig(Section):
     """A share of every batch taken from old data, compute-equivalent (arXiv 2403.08763, section 4.2)."""
 
     fraction: Share = Field(
         ge=0, lt=1, description="Share of the samples that are replayed (0.05 or '5%'); new data get the rest. 0: no replay."
     )
-    of: Literal["lineage"] | None = Field(
+    of: Literal["lineage", "start"] | None = Field(
         None,
         description="lineage: what the start checkpoint was trained on, as its lineage records it: only samples that it has "
-        "seen, its stages in proportion to the tokens seen of each.",
+        "seen, its stages in proportion to the tokens seen of each. start: what the start checkpoint itself writes, see "
+        "'generate'.",
     )
+    generate: GenerateConfig | None = Field(None, description="of start: what it writes before training.")
     sources: Sources | None = Field(
         None,
         description="The old data, blended by weight among themselves. Beside 'of: lineage': data of before the recorded "
-        "stages, each with the 'tokens' that were seen of it.",
+        "stages, each with the 'tokens' that were seen of it. Beside 'of: start': each with 'tokens', as its share.",
     )
     max_epochs: Epochs | None = Field(
         1.0,
-        description="of lineage: how often a sample may be replayed. Asking for more is an error; null: without limit.",
+        description="of lineage or start: how often a sample may be replayed. Asking for more is an error; null: without "
+        "limit.",
     )
     paths: dict[str, PathText] = Field(
         {}, description="of lineage: new places of files that have moved, by the name of the source in the lineage."
@@ -274,9 +299,13 @@ class ReplayConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ReplayConfig:
         if self.of is None and self.sources is None and self.fraction:
-            raise ValueError("nothing says what is replayed: give 'sources', or 'of: lineage'")
+            raise ValueError("nothing says what is replayed: give 'sources', 'of: lineage' or 'of: start'")
         if self.of is None and (self.paths or self.max_epochs != 1.0):
             raise ValueError("'max_epochs' and 'paths' belong to 'of: lineage'; each of 'sources' has a path and max_epochs")
+        if self.of == "start" and self.paths:
+            raise ValueError("'paths' belongs to 'of: lineage': what the start writes is in the cache")
         if self.of is not None and any(source.tokens is None for source in self.sources or ()):
-            raise ValueError("'sources' beside 'of: lineage' share by tokens seen: give each of them 'tokens'")
+            raise ValueError(f"'sources' beside 'of: {self.of}' share by tokens: give each of them 'tokens'")
+        if (self.of == "start") != (self.generate is not None):
+            raise ValueError("'of: start' and 'generate' belong together: 'of: start, generate: {tokens: 20M tokens}'")
         return self

@@ -152,7 +152,7 @@ class RunConfig(Section):
         if self.replay is not None and not self.replay.fraction and not later:
             object.__setattr__(self, "replay", None)
         elif self.replay is not None and self.replay.of is None and self.replay.sources is None:
-            raise ValueError("replay: nothing says what is replayed: give 'sources', or 'of: lineage'")
+            raise ValueError("replay: nothing says what is replayed: give 'sources', 'of: lineage' or 'of: start'")
         return self
 
     @model_validator(mode="after")
@@ -184,8 +184,11 @@ class RunConfig(Section):
             raise ValueError("data.pack: a replay source of layout 'rows' holds finished rows: remove one of them")
         if self.evaluation.windows == "moving" and self.data.order_name == "scored":
             raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
-        if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
-            raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
+        if self.replay is not None and self.replay.of is not None and self.start.from_ is None:
+            whose = "whose data are replayed" if self.replay.of == "lineage" else "that writes the replay"
+            raise ValueError(f"replay of: {self.replay.of} needs 'start.from': the checkpoint {whose}; or give 'sources'")
+        if self.replay is not None and self.replay.of == "start" and self.data.order_name == "scored":
+            raise ValueError("data.order sorts by scores, and what the start writes has none: choose another order or replay")
         if self.distill is not None and self.distill.from_ is None and self.start.from_ is None:
             raise ValueError("distill needs a teacher: give 'distill.from', or 'start.from', which is one; or remove 'distill'")
         if self.interpolate is not None and self.start.from_ is None:

@@ -32,7 +32,6 @@ from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.report.figures.terminal import draw_curve
-from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import bytes_text, counted, tokens_text
@@ -43,6 +42,7 @@ from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation
 from megarewarm.training.start.inputs import check_place, settle_precision
 from megarewarm.training.start.memory import Room, memory_note, room
 from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro_batch
+from megarewarm.training.start.own_replay import cost as own_replay_cost
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.valuation import valuation_cost
@@ -269,6 +269,8 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
         )
     if (average := averaging(config, plan.origin.step)) is not None:
         costs.add_row("average", f"{average}, {bytes_text(4 * count_parameters(plan.model))} of memory over all ranks")
+    if (written := own_replay_cost(plan)) is not None:
+        costs.add_row("own replay", written)
     if here is not None:
         costs.add_row("memory", str(here))
     if pace is not None and not is_trained(plan):
@@ -289,11 +291,14 @@ def _print_data(plan: Plan, console: Console) -> None:
     config = plan.config
     notes = []
     try:
-        old = replayed(config.replay, plan.history_to_replay)
+        old = plan.replayed()
     except UserError as error:
-        if not isinstance(plan.source, PlannedCheckpoint):
+        if not plan.awaits_replay and not isinstance(plan.source, PlannedCheckpoint):
             raise
-        old, notes = [], [f"what is replayed of the lineage is known once {plan.source.name} exists ({error})"]
+        assert plan.source is not None and config.replay is not None
+        share = f"{100 * config.replay.fraction:.4g} % of the samples are replayed"
+        what = "what its start writes" if plan.awaits_replay else f"the lineage, known once {plan.source.name} exists"
+        old, notes = [], [f"{share}, of {what} ({error}); the shares above are of the rest"]
     phases = training_phases(config, plan.schedule, plan.origin, old)
     shown = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="bold")
     for heading in ("from step", "source", "share", "tokens"):

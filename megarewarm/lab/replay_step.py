@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megarewarm.config.load import read_run_config
 from megarewarm.config.schema import RunConfig
+from megarewarm.console import make_console
 from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
@@ -28,6 +29,7 @@ from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
+from megarewarm.training.start.own_replay import with_own_replay
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import Clock, compute_gradients, training_step
 
@@ -78,7 +80,7 @@ def replay_step(
     recorded = read_run(folder)
     config = _config_of(folder)
     step = _choose(step, folder, recorded, config)
-    plan = make_plan(config, up_to=step - 1)
+    plan, _ = with_own_replay(make_plan(config, up_to=step - 1), ranks, make_console(quiet=not ranks.is_main))
     first = plan.position.step
     if step <= first:
         raise UserError(f"{folder}: the run begins at step {first + 1} and has no step {step}")

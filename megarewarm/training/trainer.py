@@ -35,6 +35,7 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import evaluation_cost, evaluation_note, tokens_held
 from megarewarm.training.start.inputs import check_place, check_training
+from megarewarm.training.start.own_replay import with_own_replay
 from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.saving import retention
 from megarewarm.training.start.texts import settle_texts
@@ -68,11 +69,12 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
             _do_pending(config, plan, folder, ranks, console)
             return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
         check_training(plan)
+        plan, written = with_own_replay(plan, ranks, console)
         with logged_notes() as logged:
             run = build(plan, ranks)
         opened.callback(run.batches.close)
         plan = run.plan
-        run.notes += [*lengths, *logged]
+        run.notes += [*lengths, *written, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         voice = _open(run, config, folder, console, opened)
         evaluations = evaluation_cost(plan, tokens_held(run.validation))

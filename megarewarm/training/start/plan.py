@@ -12,14 +12,17 @@ from pydantic import ValidationError
 from megarewarm.checkpoint.lineage import Lineage
 from megarewarm.checkpoint.own.state import Thawed, TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
+from megarewarm.config.data import Source
 from megarewarm.config.model import ContextConfig, ModelConfig
 from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.mixture.phases import AnySource
 from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS, cards
 from megarewarm.model.trained import NEW_LAYERS, NEW_ROWS, Trained
 from megarewarm.rewarm.freezing import Freezing, settle_freezing
-from megarewarm.rewarm.replay import history_to_replay
+from megarewarm.rewarm.own_replay import recorded_replay
+from megarewarm.rewarm.replay import history_to_replay, replayed
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule
@@ -35,6 +38,8 @@ class Plan:
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
     ``distill.from`` names, unless the run has no steps left. ``freezing``: what ``optimizer.train`` means, None without.
+    ``own_replay``: what the start checkpoint wrote as its own replay, None where that is not asked for, or not written yet
+    (start/own_replay.py).
     """
 
     config: RunConfig
@@ -47,6 +52,7 @@ class Plan:
     origin_tokens: int = 0
     teacher: CheckpointSource | None = None
     freezing: Freezing | None = None
+    own_replay: Source | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -119,6 +125,15 @@ class Plan:
     def history_to_replay(self) -> Lineage:
         """The stages that 'replay of: lineage' means."""
         return history_to_replay(self.history.stages, goes_on=self.goes_on)
+
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether the start checkpoint has yet to write its own replay."""
+        return self.config.replay is not None and self.config.replay.of == "start" and self.own_replay is None
+
+    def replayed(self) -> list[AnySource]:
+        """The old data that the run replays, weighted among themselves. Raises ``UserError``."""
+        return replayed(self.config.replay, self.history_to_replay, self.own_replay)
 
     def tokens(self, step: int) -> int:
         """Tokens of all steps up to ``step`` of the loop's counter: the x axis of the logs."""
@@ -320,7 +335,20 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     _require_same_tokens(config, origin.step, before)
     freezing = _freezing(config, source, source.lineage if source is not None else Lineage())
     _require_moments_of_trained(freezing.after(origin.step) if freezing is not None else None, source, policy)
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before, freezing=freezing)
+    same_data = policy.data == "continue" and training is not None
+    written = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
+    return Plan(
+        config,
+        source,
+        policy,
+        schedule,
+        origin,
+        origin,
+        resumed=False,
+        origin_tokens=before,
+        freezing=freezing,
+        own_replay=written,
+    )
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
@@ -358,6 +386,7 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
         resumed=True,
         origin_tokens=before,
         freezing=_freezing(config, own, Lineage(stages=own.lineage.stages[:-1])),
+        own_replay=recorded_replay(config.replay, training.lineage.stages),
     )
 
 
