@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from scipy.stats import t as student
 
+from benchmarks.page import put
 from megarewarm.record.run import RecordedRun, read_run
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
@@ -308,12 +309,10 @@ def main() -> None:
             continue
         arms = Arms(folder)
         measured = f"{arms.state}.\n\n{table(list(claims(arms)))}"
-        begin, end = (f"<!-- {paper}: {word} -->" for word in ("begin", "end"))
         if arguments.write is None:
             print(measured)
         else:
-            before, after = page.split(begin)[0], page.split(end)[1]
-            page = f"{before}{begin}\n{measured}\n{end}{after}"
+            page = put(page, paper, measured)
     if arguments.write is not None:
         arguments.write.write_text(page, encoding="utf-8")
 
