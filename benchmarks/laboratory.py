@@ -59,6 +59,10 @@ def mean_curve(arms: Arms, arm: str, role: str = DOWNSTREAM) -> tuple[Numbers, N
 GROWN = ("identity", "stack", "interpolate", "stack_no_noise", "stack_aki")
 
 
+def grown(arms: Arms) -> list[str]:
+    return [arm for arm in GROWN if arm in arms._runs]
+
+
 def flops_per_token(run: RecordedRun) -> float:
     return training_flops_per_token(ModelConfig.model_validate(run.config["model"]), run.config["data"]["sequence_length"])
 
@@ -67,17 +71,14 @@ def compute(run: RecordedRun) -> float:
     return flops_per_token(run) * run.tokens
 
 
-def needed(arms: Arms, arm: str) -> Numbers:
-    """Tokens at which the grown ``arm`` has the last loss of ``scratch``, by seed; infinite where it never has."""
-    seeds = zip(arms._runs[arm].values(), arms._runs["scratch"].values(), strict=True)
-    return np.array([tokens_to_reach(run.curve(DOWNSTREAM), end(DOWNSTREAM)(scratch)) for run, scratch in seeds])
-
-
 def shares(arms: Arms, arm: str) -> tuple[Numbers, Numbers]:
-    """Of the tokens of ``scratch``, and of its compute with the small model's: what ``arm`` needs for its last loss."""
-    tokens, (whole, small) = needed(arms, arm), arms.paired(compute, "scratch", "small")
-    each, full = arms.paired(flops_per_token, arm)[0], arms.paired(lambda run: run.tokens, "scratch")[0]
-    return tokens / full, (small + tokens * each) / whole
+    """By seed, what the grown ``arm`` needs for the last loss of ``scratch``: of its tokens, and of its compute with the small
+    model's counted; infinite where it never has that loss."""
+    curves = arms.paired(lambda run: run, arm, "scratch", "small")
+    tokens = np.array([tokens_to_reach(run.curve(DOWNSTREAM), end(DOWNSTREAM)(scratch)) for run, scratch, _ in curves.T])
+    each = np.array([flops_per_token(run) for run in curves[0]])
+    whole, small = (np.array([compute(run) for run in row]) for row in curves[1:])
+    return tokens / np.array([run.tokens for run in curves[1]]), (small + tokens * each) / whole
 
 
 def percents(values: Numbers) -> str:
@@ -95,7 +96,7 @@ def growth(arms: Arms) -> Iterator[str]:
     yield ""
     yield "| start | first loss | last loss | minus `scratch` | tokens to its last loss | all compute to its last loss |"
     yield "|---|---|---|---|---|---|"
-    for arm in ("scratch", *GROWN):
+    for arm in ("scratch", *grown(arms)):
         first = spread(arms.paired(lambda run: float(run.start_loss(DOWNSTREAM) or np.nan), arm)[0])
         own, reference = arms.paired(end(DOWNSTREAM), arm, "scratch")
         if arm == "scratch":
@@ -108,7 +109,7 @@ def growth(arms: Arms) -> Iterator[str]:
 def draw_growth(arms: Arms, place: Path) -> None:
     with style():
         figure = new_figure(8.4, 4.2)
-        names = ("scratch", *GROWN)
+        names = ("scratch", *grown(arms))
         small = arms.paired(compute, "small")[0].mean()
         last = arms.paired(end(DOWNSTREAM), "scratch")[0].mean()
         for k, title in enumerate(("tokens of the large model (M)", "all training compute (TFLOP)")):

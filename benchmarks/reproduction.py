@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Arms:
         done = sum(len(seeds) for seeds in self._runs.values())
         return f"{self.folder.name}: {done} of {self.planned} runs finished"
 
-    def paired(self, measure: Callable[[RecordedRun], float], *arms: str) -> np.ndarray:
+    def paired(self, measure: Callable[[RecordedRun], Any], *arms: str) -> np.ndarray:
         """(arms, seeds): ``measure`` of the seeds that all ``arms`` have finished."""
         for arm in arms:
             if arm not in self._runs:
