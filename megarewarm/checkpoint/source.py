@@ -144,8 +144,10 @@ class OwnCheckpoint:
 
     @cached_property
     def _run_config(self) -> dict[str, Any]:
-        config = self.folder.parent.parent / CONFIG_FILE
-        return read_yaml(config)[0] if config.is_file() else {}
+        for config in (self.folder.parent.parent / CONFIG_FILE, self.folder.parent / CONFIG_FILE):  # step_N, average
+            if config.is_file():
+                return read_yaml(config)[0]
+        return {}
 
     @collective
     def verify(self, *, alone: bool = False) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
-from megarewarm.config.section import Positive, Section, Seed
+from megarewarm.config.section import OneOf, Positive, Section, Seed
+from megarewarm.schedules.curves import WSD_DECAYS
 
 
 class OptimizerConfig(Section):
@@ -130,6 +131,20 @@ LOG_SPACED = (0, *(2**k for k in range(10)))
 """The early steps that Pythia published: 0, 1, 2, 4, ..., 512."""
 
 
+class AverageConfig(Section):
+    """A decay by merging, during the run (WSM, arXiv 2507.17634): the average of the run's last weights that stands for a decay
+    of the learning rate from its present value to 0. It is what megarewarm merge --like makes of checkpoints at the same steps,
+    evaluated after the last step and written to RUN/average; the run itself does not change."""
+
+    like: Annotated[str, OneOf(WSD_DECAYS)] = Field(description="Shape of the decay.")
+    window: Interval = Field(description="Its length: the end of the run, such as 10%.")
+    every: Interval | None = Field(
+        None,
+        description="Interval at which the weights are added, at no cost but a pass over them; null: at every checkpoint, kept "
+        "or not.",
+    )
+
+
 class CheckpointConfig(Section):
     """When the run's own checkpoints are written, and how many stay."""
 
@@ -147,6 +162,11 @@ class CheckpointConfig(Section):
         [],
         description="Further steps to save and keep permanently; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
         "Pythia's.",
+    )
+    average: AverageConfig | None = Field(
+        None,
+        description="The average of the last weights that stands for a decay (arXiv 2507.17634). It takes as much memory as "
+        "the fp32 weights, and as much of each checkpoint in its window; null: none.",
     )
     asynchronous: bool = Field(
         True,

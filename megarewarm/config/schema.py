@@ -28,7 +28,7 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.schedule import ScheduleConfig
-from megarewarm.config.section import FolderName, Section
+from megarewarm.config.section import FolderName, Positive, Section
 from megarewarm.config.valuation import ValuationConfig
 from megarewarm.errors import UserError
 
@@ -52,11 +52,19 @@ class StartConfig(Section):
         "from one data set of an infinite schedule to the next; moments kept). Null: scratch without 'from', rewarm with it.",
     )
     weights: Literal["load", "initialise"] | None = Field(None, description="Model weights.")
-    moments: Literal["keep", "reset", "keep_second"] | None = Field(
-        None, description="Adam's exp_avg and exp_avg_sq; keep_second keeps only exp_avg_sq."
+    moments: Literal["keep", "reset", "keep_second", "measure"] | None = Field(
+        None,
+        description="Adam's exp_avg and exp_avg_sq; keep_second keeps only exp_avg_sq. measure: for a checkpoint without "
+        "moments, those that 'measure_batches' steps at rate 0 leave, clipped as every step.",
+    )
+    measure_batches: Positive = Field(
+        100,
+        description="Of moments 'measure': how many batches, those of the run's first steps, which it then trains on as well.",
     )
     optimizer_step: Literal["keep", "reset"] | None = Field(
-        None, description="Adam's step count, which sets the bias correction."
+        None,
+        description="Adam's step count, which sets the bias correction. With moments 'measure' it follows from "
+        "'measure_batches'.",
     )
     schedule: Literal["restart", "continue"] | None = Field(
         None, description="restart: lr(0) of this file's schedule; continue: the checkpoint's schedule position."

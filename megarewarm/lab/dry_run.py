@@ -37,6 +37,7 @@ from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import bytes_text, counted, tokens_text
 from megarewarm.training.finish import is_trained
+from megarewarm.training.start.averaging import averaging
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
 from megarewarm.training.start.inputs import check_place, settle_precision
@@ -254,6 +255,15 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
         costs.add_row("evaluation", str(cost))
     if (valuation := valuation_cost(config, plan.origin.step)) is not None:
         costs.add_row("valuation", str(valuation))
+    if batches := plan.measured_batches:
+        share = 100 * batches / (batches + config.total_steps - plan.origin.step)
+        tokens_read = tokens_text(batches * config.tokens_per_step)
+        costs.add_row(
+            "moments",
+            f"{batches:,} batches at rate 0 before the first step, {tokens_read} tokens, {share:.1f} % of the steps' compute",
+        )
+    if (average := averaging(config, plan.origin.step)) is not None:
+        costs.add_row("average", f"{average}, {bytes_text(4 * count_parameters(plan.model))} of memory over all ranks")
     if here is not None:
         costs.add_row("memory", str(here))
     if pace is not None and not is_trained(plan):

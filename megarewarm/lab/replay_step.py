@@ -23,6 +23,7 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.layout import step_of
 from megarewarm.record.run import RecordedRun, read_run
+from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
@@ -82,6 +83,7 @@ def replay_step(
         raise UserError(f"{folder}: the run begins at step {first + 1} and has no step {step}")
     run = build(plan, ranks)
     try:
+        measure_moments(run)
         losses = _column(recorded, "loss")
         differing = []
         for number in range(first + 1, step):

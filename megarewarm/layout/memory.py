@@ -22,7 +22,7 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
     ``optimizer``: its kind; ``fused``: see ``activation_bytes``; ``valued``: whether rows are valued; ``teacher``: the frozen
-    model of ``distill``."""
+    model of ``distill``; ``averaged``: whether an average of the weights is kept."""
 
     model: ModelConfig
     sequence_length: int
@@ -35,6 +35,7 @@ class Work:
     fused: bool = True
     valued: bool = False
     teacher: ModelConfig | None = None
+    averaged: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,7 +68,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, by purpose; ``weights`` are a teacher's too, ``activations`` its states that a pipeline keeps."""
+    """Bytes on one rank, by purpose; ``weights`` are a teacher's and an average's too, ``activations`` also the states of a
+    teacher that a pipeline keeps."""
 
     weights: float
     gradients: float
@@ -134,7 +136,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     sharded = parallel.sharding != "none" and layout.shard > 1
     shard = layout.shard if sharded else 1
     held = count + (_follower(part, model, tensor) if sharded else 0)
-    weights = 4.0 * held / shard
+    weights = 4.0 * (held + count * work.averaged) / shard
     if sharded and _keeps_gathered(parallel, layout):
         weights += work.value_bytes * held
     elif sharded:

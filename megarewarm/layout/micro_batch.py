@@ -43,6 +43,7 @@ def work_of(
         _is_fused(config, on_gpu),
         config.valuation is not None,
         teacher,
+        config.checkpoint.average is not None,
     )
 
 

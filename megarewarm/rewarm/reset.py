@@ -24,8 +24,8 @@ class ResetPolicy:
 
     intent: Intent
     weights: Literal["load", "initialise"]
-    moments: Literal["keep", "reset", "keep_second"]
-    optimizer_step: Literal["keep", "reset"]
+    moments: Literal["keep", "reset", "keep_second", "measure"]
+    optimizer_step: Literal["keep", "reset", "measure"]
     schedule: Literal["restart", "continue"]
     iteration: Literal["restart", "continue"]
     data: Literal["restart", "continue"]
@@ -66,14 +66,21 @@ def resolve(start: StartConfig, source: CheckpointSource | None) -> ResetPolicy:
     chosen |= given
     if "optimizer_step" not in given and "moments" in given:
         # moments and the count that corrects their bias belong together unless the user separates them
-        chosen["optimizer_step"] = "reset" if chosen["moments"] == "reset" else "keep"
+        chosen["optimizer_step"] = "keep" if chosen["moments"] == "keep_second" else chosen["moments"]
     policy = ResetPolicy(intent=intent, **chosen)
     _refuse_contradictions(policy, source)
     return policy
 
 
 def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None) -> None:
+    if policy.moments == "measure" and policy.optimizer_step != "measure":
+        raise UserError(
+            f"start.optimizer_step: '{policy.optimizer_step}' contradicts moments 'measure', whose count is that of the "
+            f"measured batches; remove it"
+        )
     if source is None:
+        if policy.moments == "measure":
+            raise UserError("start.moments: 'measure' is for a checkpoint without moments; a run from scratch has 'reset'")
         if policy.weights == "load":
             raise UserError("start.weights: 'load' needs 'start.from': the checkpoint to load")
         for line, needing in _NEEDS_TRAINING_STATE.items():
@@ -97,7 +104,7 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
             "start.optimizer_step: 'keep' with moments 'reset' would leave the new moments without bias correction; set both "
             "to 'keep' or both to 'reset'"
         )
-    if policy.weights == "initialise" and policy.moments != "reset":
+    if policy.weights == "initialise" and policy.moments not in ("reset", "measure"):
         raise UserError("start.moments: moments of other weights are meaningless for new ones; set it to 'reset'")
 
 
@@ -111,15 +118,15 @@ class Position:
     optimizer_step: int
 
 
-def start_position(policy: ResetPolicy, training: TrainingState | None) -> Position:
-    """The counters that the policy keeps of a checkpoint's ``training`` state."""
+def start_position(policy: ResetPolicy, training: TrainingState | None, measured: int = 0) -> Position:
+    """The counters that the policy keeps of a checkpoint's ``training`` state. ``measured``: batches of measured moments."""
     if training is None:
-        return Position(0, 0, 0, 0)
+        return Position(0, 0, 0, measured)
     return Position(
         step=training.step if policy.iteration == "continue" else 0,
         schedule=training.schedule_position if policy.schedule == "continue" else 0,
         samples=training.samples if policy.data == "continue" else 0,
-        optimizer_step=training.optimizer_step if policy.optimizer_step == "keep" else 0,
+        optimizer_step=training.optimizer_step if policy.optimizer_step == "keep" else measured,
     )
 
 
@@ -160,11 +167,16 @@ def table(
         "rng": "state" if source is not None and "rng" in source.keeps else nothing,
         "loss_scale": (f"{old.loss_scale['scale']:g}" if old.loss_scale else "none") if old else nothing,
     }
-    moments = {"keep": "kept", "reset": "zero", "keep_second": "exp_avg_sq kept, others zero"}
+    moments = {
+        "keep": "kept",
+        "reset": "zero",
+        "keep_second": "exp_avg_sq kept, others zero",
+        "measure": f"measured at rate 0 over the {position.optimizer_step:,} batches of the first steps",
+    }
     has = {
         "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
         "moments": moments[policy.moments],
-        "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step == "reset" else "the checkpoint's",
+        "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step != "keep" else "the checkpoint's",
         "schedule": f"{schedule.curve} at {position.schedule:,}, first lr {schedule.lr(position.schedule):.4g}, "
         f"peak {schedule.max_lr:.4g}",
         "iteration": f"{position.step:,}",

@@ -29,6 +29,7 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import ResetLine, table
 from megarewarm.training.spikes import SpikeDetector
+from megarewarm.training.start.averaging import Average
 from megarewarm.training.start.inputs import Inputs
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.run_data import data_seen
@@ -59,7 +60,8 @@ class Run:
     ``inputs``: what it reads besides weights. ``notes``: what a user must know before the first step. ``spikes``: None where
     none are looked for. ``start_weights``: what the run began with, where something has a use for it. ``between``: what is
     asked between two micro-batches of a step. ``wants_row_losses``: whether steps return the loss of each sequence, too.
-    ``before_update``: called on all ranks before each update, which it must leave as it is.
+    ``before_update``: called on all ranks before each update, which it must leave as it is. ``average``: of
+    ``checkpoint.average``.
     """
 
     plan: Plan
@@ -77,6 +79,7 @@ class Run:
     between: Between = nothing_between
     wants_row_losses: bool = False
     before_update: Callable[[Update], None] | None = None
+    average: Average | None = None
 
     @property
     def step(self) -> int:
@@ -95,7 +98,8 @@ class Run:
 
     def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
-        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
+        averaged = self.average.tensors() if self.average is not None else {}
+        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | averaged | {RNG: torch.get_rng_state()}
 
     @collective
     def is_finite(self) -> bool:

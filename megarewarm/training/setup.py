@@ -23,6 +23,7 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
+from megarewarm.training.start.averaging import Average, averaging, begun
 from megarewarm.training.start.inputs import Inputs, open_inputs
 from megarewarm.training.start.memory import free_memory
 from megarewarm.training.start.micro_batch import confirmed, settle_micro_batch
@@ -52,7 +53,10 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     # loading may have added to the source's notes
     notes = list(dict.fromkeys([*chosen, *inputs.notes, *(plan.source.notes if plan.source else []), *lost]))
     batches = Prefetch(_batches(plan, inputs.data, mesh))
-    run = Run(plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes)
+    average = _load_average(plan, model)
+    run = Run(
+        plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes, average=average
+    )
     _assert_applied(run)
     return run
 
@@ -163,13 +167,25 @@ def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[O
         plan.source.load_tensors(tensors)
     if plan.policy.rng == "keep":
         torch.set_rng_state(rng)
-    optimizer.set_completed_steps(plan.position.optimizer_step)
+    optimizer.set_completed_steps(plan.position.optimizer_step - plan.measured_batches)  # these are yet to be measured
     optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
     scaler = LossScaler(plan.config.training.loss_scale) if inputs.precision == "fp16" else None
     stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
     if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
         scaler.restore(stored)
     return optimizer, scaler
+
+
+def _load_average(plan: Plan, model: ParallelModel) -> Average | None:
+    """The average of the run's last weights, as far as its checkpoint has it; None without one."""
+    if (of := averaging(plan.config, plan.origin.step)) is None:
+        return None
+    average = Average(of, model)
+    if begun(plan):
+        assert plan.source is not None
+        average.allocate()
+        plan.source.load_tensors(average.tensors())
+    return average
 
 
 def _is_kept(plan: Plan, state: str) -> bool:
@@ -203,7 +219,7 @@ def _assert_applied(run: Run) -> None:
         "every parameter group has the schedule's first learning rate": np.allclose(
             run.optimizer.lrs, first_lr, rtol=1e-9, atol=0
         ),
-        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
+        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step - plan.measured_batches,
         "reset moments are zero": not any(
             bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
         ),

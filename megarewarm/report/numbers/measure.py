@@ -161,11 +161,24 @@ MEASURES: list[Measure] = [
         _headline("adaptation", lambda row: row.adaptation, "Downstream loss", "learned"),
     ),
     Measure("average_after", _average, "Average of both", infinite="diverged"),
+    *(
+        Measure(
+            f"{role}_merged",
+            lambda row, role=role: row.merged.get(role),  # type: ignore[misc]
+            role.capitalize(),
+            "Decay by merging",
+            infinite="diverged",
+            runs=True,
+            file=f"{role}_merged",
+        )
+        for role in (UPSTREAM, DOWNSTREAM)
+    ),
     Measure("tokens_per_second", lambda row: row.tokens_per_second, file="tokens_per_second"),
     Measure("wall_time", lambda row: row.wall_time, file="wall_time"),
     Measure("tokens_saved", None, "Tokens saved", text=_saved_text, infinite="never"),
 ]
-"""In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage, ``wall_time``
+"""In the order of columns. ``average_after`` is the mean of the two final losses, ``*_merged`` are those of the average of the
+run's last weights (``checkpoint.average``). Tokens are those of the stage, ``wall_time``
 is in seconds.
 
 Infinite: a final loss that diverged, a rise without recovery (``*_recovered_tokens``), and minus infinity for ``tokens_saved``

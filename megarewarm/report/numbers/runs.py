@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -54,7 +54,8 @@ class Change:
 @dataclasses.dataclass(frozen=True)
 class RunRow:
     """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses are
-    comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds."""
+    comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds.
+    ``merged``: by role, the loss of the average of its last weights."""
 
     label: str
     kind: Kind
@@ -67,6 +68,7 @@ class RunRow:
     sets: tuple[str, ...] = ()
     tokens_per_second: float | None = None
     wall_time: float | None = None
+    merged: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def forgetting(self) -> float | None:
@@ -108,7 +110,22 @@ def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
         sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
         tokens_per_second=float(np.median(rates)) if len(rates) else None,
         wall_time=wall_time(run),
+        merged={role: loss for role in (UPSTREAM, DOWNSTREAM) if (loss := merged_loss(run, role)) is not None},
     )
+
+
+def merged_loss(run: RecordedRun, role: str) -> float | None:
+    """The loss of the average of the run's last weights (``checkpoint.average``), the mean over the role's sets; infinite if it
+    is not finite, ``None`` without an average."""
+    losses = {
+        event["name"]: number(event.get("loss"))
+        for event in run.events
+        if event["event"] == "average" and event.get("role") == role
+    }
+    if not losses:
+        return None
+    mean = sum(losses.values()) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
 
 
 def wall_time(run: RecordedRun) -> float | None:

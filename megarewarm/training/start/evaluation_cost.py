@@ -31,8 +31,9 @@ def tokens_held(validation: list[WindowSet]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class EvaluationCost:
-    """``steps``: those that an evaluation follows, ascending; ``tokens``: of each. ``interpolated``: tokens of what is
-    evaluated between start and end, once the run is trained. ``share``: of the run's compute that all of these take.
+    """``steps``: those that an evaluation follows, ascending; ``tokens``: of each. What is evaluated once the run is trained:
+    ``interpolated``: tokens between start and end, ``averaged``: of the average of the last weights. ``share``: of the run's
+    compute that all of these take.
 
     Forward passes are counted: an evaluated token costs one, a trained one three and those that ``training.recompute`` and the
     teacher of ``distill`` add.
@@ -42,10 +43,11 @@ class EvaluationCost:
     tokens: tuple[int, ...]
     interpolated: int
     share: float
+    averaged: int = 0
 
     def after(self, step: int) -> int:
         """Tokens that are still to be evaluated when the evaluation after ``step`` is done."""
-        return self._until[-1] - self._until[bisect_right(self.steps, step)] + self.interpolated
+        return self._until[-1] - self._until[bisect_right(self.steps, step)] + self.interpolated + self.averaged
 
     @cached_property
     def _until(self) -> list[int]:
@@ -63,6 +65,8 @@ class EvaluationCost:
         parts += [f"once {tokens_text(tokens)}" for tokens in self.tokens if tokens != usual]
         if self.interpolated:
             parts.append(f"{tokens_text(self.interpolated)} between start and end")
+        if self.averaged:
+            parts.append(f"{tokens_text(self.averaged)} of the average")
         share = 100 * self.share
         return f"{' + '.join(parts)}, {share:.0f} % of the compute" if share >= 0.5 else f"{' + '.join(parts)}, below 1 %"
 
@@ -83,10 +87,11 @@ def evaluation_cost(plan: Plan, tokens: Mapping[str, int]) -> EvaluationCost | N
     if not steps:
         return None
     interpolated = len(config.interpolate.alphas) * everything if config.interpolate is not None else 0
-    evaluated = sum(each) + interpolated
+    averaged = everything if config.checkpoint.average is not None else 0
+    evaluated = sum(each) + interpolated + averaged
     passes = PASSES[config.training.recompute] + _taught_passes(plan)
     trained = passes * (total - first) * config.tokens_per_step
-    return EvaluationCost(tuple(steps), tuple(each), interpolated, evaluated / (evaluated + trained))
+    return EvaluationCost(tuple(steps), tuple(each), interpolated, evaluated / (evaluated + trained), averaged)
 
 
 def _taught_passes(plan: Plan) -> float:

@@ -25,6 +25,7 @@ from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.output.metrics import check_loggers
 from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.averaging import about_average, check_average
 from megarewarm.training.start.plan import Plan, differing_choices, other_optimizer, settle_model
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
@@ -89,6 +90,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
+    notes += about_average(plan)
     notes += _about_teacher(plan, teacher)
     return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
 
@@ -97,6 +99,7 @@ def check_training(plan: Plan) -> None:
     """Raise ``UserError`` if steps of ``plan`` could not be saved as they have to be. Reads no data."""
     check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     check_roll_back(plan.config)
+    check_average(plan)
     RunFolder(Path(plan.config.run_folder)).check_writable()
 
 

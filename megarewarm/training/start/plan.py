@@ -61,6 +61,11 @@ class Plan:
         return distill is not None and distill.from_ is not None and self.has_steps_left
 
     @property
+    def measured_batches(self) -> int:
+        """Batches of which moments are measured before the first step; 0 where none are."""
+        return self.config.start.measure_batches if self.policy.moments == "measure" else 0
+
+    @property
     def taught_by(self) -> ModelConfig | None:
         """The shape of the teacher; None without ``distill``."""
         if self.config.distill is None:
@@ -163,9 +168,17 @@ def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[
     ]
 
 
-def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
-    """Raise ``UserError`` if moments of another optimizer would be kept."""
-    if policy.moments != "reset" and training is not None and training.optimizer != config.optimizer.kind:
+def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointSource | None) -> None:
+    """Raise ``UserError`` if moments of another optimizer would be kept, or measured where the checkpoint's could be."""
+    if source is None or (training := source.training) is None:
+        return
+    same = training.optimizer == config.optimizer.kind
+    if policy.moments == "measure" and same and "moments" in source.keeps:
+        raise UserError(
+            f"start.moments: 'measure' is for checkpoints without moments, {source.name} has those of "
+            f"{training.optimizer_step:,} steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, which has none (megarewarm convert)"
+        )
+    if policy.moments in ("keep", "keep_second") and not same:
         raise UserError(
             f"start.moments: '{policy.moments}' can't be honoured, the checkpoint's are those of {training.optimizer} and "
             f"optimizer.kind is {config.optimizer.kind}; set start.moments to 'reset' (intent 'rewarm' does so)"
@@ -200,8 +213,8 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     policy = resolve(config.start, source)
     config = settle_model(config, source)
     training = source.training if source is not None else None
-    _require_same_optimizer(config, policy, training)
-    origin = start_position(policy, training)
+    _require_moments(config, policy, source)
+    origin = start_position(policy, training, config.start.measure_batches if policy.moments == "measure" else 0)
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":
         _require_same_curve(schedule, training, foreign=not isinstance(source, OwnCheckpoint))
@@ -211,6 +224,11 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
         raise UserError(
             f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
             f"the budget or set start.iteration to 'restart'"
+        )
+    if policy.moments == "measure" and config.start.measure_batches > config.total_steps - origin.step:
+        raise UserError(
+            f"start.measure_batches: {config.start.measure_batches:,} batches are those of as many steps, and the run has "
+            f"{config.total_steps - origin.step:,}; give at most as many"
         )
     before = origin.step * config.tokens_per_step
     if origin.step and training is not None and (told := training.tokens_counted) is not None:
