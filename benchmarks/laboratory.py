@@ -271,11 +271,12 @@ def main() -> None:
     page = arguments.write.read_text(encoding="utf-8") if arguments.write is not None else ""
     for name, part in PARTS.items():
         folder = arguments.runs / name
-        if not folder.is_dir():
-            print(f"{folder}: not run here; what the page says of it stays", file=sys.stderr)
+        try:
+            found = part.opened(folder)
+            told = "\n".join(part.tell(found))
+        except SystemExit as missing:
+            print(f"{missing}; what the page says of {name} stays", file=sys.stderr)
             continue
-        found = part.opened(folder)
-        told = "\n".join(part.tell(found))
         if isinstance(found, Arms):
             told = f"{found.state}.\n\n{told}"
         if arguments.write is None:

@@ -38,6 +38,8 @@ class Arms:
     """The finished runs of an experiment: ``arms[arm][seed]``."""
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "experiment.json").is_file():
+            raise SystemExit(f"{folder}: not run here")
         record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
         self.folder, self.planned = folder, len(record["runs"])
         self._runs: dict[str, dict[int, RecordedRun]] = {}
