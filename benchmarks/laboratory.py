@@ -94,7 +94,7 @@ def growth(arms: Arms) -> Iterator[str]:
         f"{100 * (small / scratch).mean():.0f} % of the compute of `scratch`."
     )
     yield ""
-    yield "| start | first loss | last loss | minus `scratch` | tokens to its last loss | all compute to its last loss |"
+    yield "| start | first loss | last loss | minus `scratch` | tokens to that of `scratch` | all compute to it |"
     yield "|---|---|---|---|---|---|"
     for arm in ("scratch", *grown(arms)):
         first = spread(arms.paired(lambda run: float(run.start_loss(DOWNSTREAM) or np.nan), arm)[0])
@@ -243,6 +243,107 @@ def draw_starts(found: Starts, place: Path) -> None:
         figure.savefig(place, dpi=110)
 
 
+# ---- moments ---------------------------------------------------------------------------------------------------------------
+
+MOMENTS = ("keep", "reset", "measure")
+WARMUPS = {"none": "no warmup", "warm": "a warmup of 12 %"}
+EARLY = 16
+
+
+def early(run: RecordedRun) -> float:
+    """The mean loss of the first training steps, whose batches all arms share."""
+    return float(run.train["loss"][:EARLY].mean())
+
+
+def moments(arms: Arms) -> Iterator[str]:
+    measures = {f"training loss, first {EARLY} steps": early, "code": end(DOWNSTREAM), "prose": end(UPSTREAM)}
+    yield f"| warmup | moments | {' | '.join(f'{name} | minus `reset`' for name in measures)} |"
+    yield f"|---|---|{'---|' * 2 * len(measures)}"
+    for warmup, words in WARMUPS.items():
+        for kind in MOMENTS:
+            cells = []
+            for measure in measures.values():
+                own, reference = arms.paired(measure, f"rewarm_{kind}_{warmup}", f"rewarm_reset_{warmup}")
+                cells += [spread(own), "" if kind == "reset" else marked(own - reference)]
+            yield f"| {words} | {kind} | {' | '.join(cells)} |"
+
+
+def draw_moments(arms: Arms, place: Path) -> None:
+    with style():
+        figure = new_figure(8.4, 3.6)
+        for k, (warmup, words) in enumerate(WARMUPS.items()):
+            axes = figure.add_subplot(1, 2, k + 1)
+            losses = {
+                kind: np.mean([run.train["loss"] for run in arms._runs[f"rewarm_{kind}_{warmup}"].values()], axis=0)
+                for kind in MOMENTS
+            }
+            for i, kind in enumerate(("keep", "measure")):
+                gap = losses[kind] - losses["reset"]
+                axes.plot(np.arange(1, len(gap) + 1), gap, color=colour(i), label=kind, lw=1.5)
+            axes.axhline(0, color=INK, lw=0.8)
+            axes.set_title(words, loc="left")
+            axes.set_xlabel("step")
+            quiet_axes(axes)
+        figure.axes[0].set_ylabel("training loss, minus that of reset")
+        figure.axes[1].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(place, dpi=110)
+
+
+# ---- merging and decay -----------------------------------------------------------------------------------------------------
+
+WINDOWS = (20, 50)
+
+
+def of_average(role: str) -> Callable[[RecordedRun], float]:
+    """The loss of the average of the last weights."""
+    return lambda run: next(float(e["loss"]) for e in run.events if e["event"] == "average" and e["role"] == role)
+
+
+def wsm(arms: Arms) -> Iterator[str]:
+    yield "| window | set | constant rate, last weights | merged | trained decay | merged − last weights | merged − decay |"
+    yield "|---|---|---|---|---|---|---|"
+    for window in WINDOWS:
+        for role, name in ((DOWNSTREAM, "code"), (UPSTREAM, "prose")):
+            last, merged, decayed = ends(arms, window, role)
+            cells = [spread(last), spread(merged), spread(decayed), marked(merged - last), marked(merged - decayed)]
+            yield f"| {window} % | {name} | {' | '.join(cells)} |"
+
+
+def ends(arms: Arms, window: int, role: str) -> Numbers:
+    """(3, seeds): losses of the last weights at a constant rate, of their average, and after a trained decay."""
+    names = (f"merge_{window}", f"decay_{window}")
+    last, decayed = arms.paired(end(role), *names)
+    return np.stack([last, arms.paired(of_average(role), *names[:1])[0], decayed])
+
+
+def draw_wsm(arms: Arms, place: Path) -> None:
+    with style():
+        figure = new_figure(8.4, 3.4)
+        for k, (role, name) in enumerate(((DOWNSTREAM, "code"), (UPSTREAM, "prose"))):
+            axes = figure.add_subplot(1, 2, k + 1)
+            for j, window in enumerate(WINDOWS):
+                for i, losses in enumerate(ends(arms, window, role)):
+                    x = j + 0.22 * (i - 1)
+                    axes.errorbar(x, losses.mean(), losses.std(ddof=1), fmt="o", color=colour(i), ms=6, capsize=3)
+                    axes.plot(
+                        [x + 0.07] * len(losses),
+                        losses,
+                        "_",
+                        color=colour(i),
+                    )
+            axes.set_xticks(range(len(WINDOWS)), [f"last {window} %" for window in WINDOWS])
+            axes.set_xlim(-0.5, len(WINDOWS) - 0.5)
+            axes.set_title(name, loc="left")
+            quiet_axes(axes)
+        figure.axes[0].set_ylabel("loss at the end")
+        handles = [figure.axes[0].plot([], [], "o", color=colour(i))[0] for i in range(3)]
+        names = ("constant rate, last weights", "merged", "trained decay")
+        figure.legend(handles, names, loc="lower center", ncols=3, frameon=False)
+        figure.tight_layout(rect=(0, 0.09, 1, 1))
+        figure.savefig(place, dpi=110)
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +360,10 @@ PARTS: dict[str, Part] = {
     "growth_mini": Part(Arms, growth, draw_growth, "Loss over the large model's tokens, and over all compute"),
     "starts_mini": Part(Starts, starts, draw_starts, "Loss on code after the probe against four scores of its start"),
     "teacher_mini": Part(Arms, teacher, draw_teacher, "Last losses minus those of plain re-warming, with each seed's"),
+    "moments_mini": Part(
+        Arms, moments, draw_moments, "Training loss with kept and measured moments, minus that with reset ones"
+    ),
+    "wsm_mini": Part(Arms, wsm, draw_wsm, "Last losses at a constant rate, of merged weights and after a trained decay"),
 }
 
 
