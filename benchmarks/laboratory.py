@@ -32,7 +32,7 @@ from megarewarm.lab.choose_start import NUMBERS
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
 from megarewarm.report.figures.style import INK, QUIET, colour, new_figure, quiet_axes, style
-from megarewarm.report.numbers.runs import tokens_to_reach
+from megarewarm.report.numbers.runs import merged_loss, tokens_to_reach
 
 Numbers = npt.NDArray[np.float64]
 
@@ -295,11 +295,6 @@ def draw_moments(arms: Arms, place: Path) -> None:
 WINDOWS = (20, 50)
 
 
-def of_average(role: str) -> Callable[[RecordedRun], float]:
-    """The loss of the average of the last weights."""
-    return lambda run: next(float(e["loss"]) for e in run.events if e["event"] == "average" and e["role"] == role)
-
-
 def wsm(arms: Arms) -> Iterator[str]:
     yield "| window | set | constant rate, last weights | merged | trained decay | merged − last weights | merged − decay |"
     yield "|---|---|---|---|---|---|---|"
@@ -314,7 +309,7 @@ def ends(arms: Arms, window: int, role: str) -> Numbers:
     """(3, seeds): losses of the last weights at a constant rate, of their average, and after a trained decay."""
     names = (f"merge_{window}", f"decay_{window}")
     last, decayed = arms.paired(end(role), *names)
-    return np.stack([last, arms.paired(of_average(role), *names[:1])[0], decayed])
+    return np.stack([last, arms.paired(lambda run: merged_loss(run, role), names[0])[0], decayed])
 
 
 def draw_wsm(arms: Arms, place: Path) -> None:
