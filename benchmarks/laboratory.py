@@ -39,7 +39,8 @@ Numbers = npt.NDArray[np.float64]
 
 def spread(values: Numbers, form: str = ".3f") -> str:
     """Mean ± standard deviation over the seeds."""
-    return f"{values.mean():{form}} ± {values.std(ddof=1):{form}}" if len(values) > 1 else f"{values.mean():{form}} (one seed)"
+    mean = f"{values.mean():{form}}"
+    return f"{mean} ± {values.std(ddof=1):{form.lstrip('+')}}" if len(values) > 1 else f"{mean} (one seed)"
 
 
 def marked(values: Numbers) -> str:
