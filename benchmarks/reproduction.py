@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from scipy.stats import t as student
 
 from benchmarks.page import put
-from megarewarm.record.run import RecordedRun, read_run
+from megarewarm.record.run import NothingYet, RecordedRun, read_run
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
 
@@ -47,7 +47,10 @@ class Arms:
             place = folder / item["folder"]
             if not (place / "metrics.jsonl").is_file():
                 continue
-            run = read_run(place)
+            try:
+                run = read_run(place)
+            except NothingYet:
+                continue
             if any(event["event"] == "stop" and event.get("reason") == "complete" for event in run.events):
                 self._runs.setdefault(item["arm"], {})[item["seed"]] = run
         if not self._runs:
