@@ -176,7 +176,8 @@ def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointS
     if policy.moments == "measure" and same and "moments" in source.keeps:
         raise UserError(
             f"start.moments: 'measure' is for checkpoints without moments, {source.name} has those of "
-            f"{training.optimizer_step:,} steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, which has none (megarewarm convert)"
+            f"{training.optimizer_step:,} steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, "
+            f"which has none (megarewarm convert)"
         )
     if policy.moments in ("keep", "keep_second") and not same:
         raise UserError(
