@@ -20,7 +20,6 @@ from megarewarm.checkpoint.weights import Description, OnBytes, Weights, expecte
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_bytes
-from megarewarm.model.size import count_parameters
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -81,7 +80,7 @@ def bytes_to_read(source: OpenedCheckpoint, options: ConvertOptions) -> int:
     """What ``convert`` will read and report."""
     size = sum(item.nbytes for item in _weights_for(source, options).describe().values())
     if FORMS[options.form].training and source.training is not None:
-        return size + round(state_bytes(source.training.optimizer, source.model_config) * count_parameters(source.model_config))
+        return size + state_bytes(source.training.optimizer, source.model_config, source.training.trained)
     return size * options.tensor_ranks
 
 

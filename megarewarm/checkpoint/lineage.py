@@ -65,7 +65,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``grown``: no training but a growth of ``started_from`` (checkpoint/grow.py), which read no data; ``new_layers``: the
-    layers, from 0, that it added. ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
+    layers, from 0, that it added; ``new_rows``: of the vocabulary, in embedding and head. ``reset``: its choices in the reset
+    table, ``optimizer``: its kind (null: not recorded).
     ``card``, ``config``: of a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by;
     ``generation``: its generation_config.json.
     ``taught_by``: its teacher, if it had one (null also where that was not recorded).
@@ -94,6 +95,7 @@ class Stage(BaseModel):
     generation: dict[str, Any] | None = None
     grown: bool = False
     new_layers: list[int] = []
+    new_rows: tuple[int, int] | None = None  # (first, stop) of the vocabulary's rows that it added
     taught_by: TaughtBy | None = None
 
 

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
 from megarewarm.config.section import OneOf, Positive, Section, Seed
 from megarewarm.schedules.curves import WSD_DECAYS
+
+
+class TrainConfig(Section):
+    """What trains while the rest of the model is frozen: no gradients, moments, decay or bytes between ranks."""
+
+    only: Annotated[
+        list[str],
+        Field(min_length=1),
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string", "pattern": "."}]}
+        ),
+    ] = Field(
+        description="What trains: head, embeddings, norms, new_layers (that megarewarm grow added), new_rows (that the "
+        "vocabulary was extended by), 'layers 0-3', or patterns of parameter names such as '*.bias'.",
+    )
+    for_: Budget | None = Field(
+        None,
+        alias="for",
+        description="For how long, such as '20%' of the run; then all parameters train, and the others' moments begin at zero. "
+        "Null: the whole run.",
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class OptimizerConfig(Section):
@@ -32,7 +56,10 @@ class OptimizerConfig(Section):
         description="Layer-wise learning rates: layer i of L (from 0) trains at layer_decay^(L - i) of the rate, the embedding "
         "at layer_decay^(L + 1), head and last norm at all of it. Below 1 the early layers stay nearer to the start.",
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Global norm of the gradients (of what trains) above which they are scaled; null: off."
+    )
+    train: TrainConfig | None = Field(None, description="What trains, and for how long; null: everything.")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

@@ -125,7 +125,8 @@ def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCo
     console.print()
     _print_data(plan, console)
     console.print()
-    rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
+    parameters, seed = count_parameters(plan.model), config.training.seed
+    rows = table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, freezing=plan.freezing)
     print_reset_table(rows, console, lambda line: None)
     if is_trained(plan):
         console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
@@ -246,6 +247,8 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     costs.add_row("run", f"{config.name}: {plan.policy.intent}{f' from {config.start.from_}' if config.start.from_ else ''}")
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
+    if plan.freezing is not None:
+        costs.add_row("trained", plan.freezing.of(plan.model))
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row(
@@ -319,7 +322,16 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
     # another machine's GPU may resolve 'auto' differently; fp32 is the upper bound
     value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
     size = config.training.micro_batch_size
-    work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config), teacher=plan.taught_by)
+    work = work_of(
+        config,
+        plan.model,
+        layout,
+        size,
+        value_bytes=value_bytes,
+        on_gpu=_on_gpu(config),
+        teacher=plan.taught_by,
+        trained=plan.trained_at_end,
+    )
     portions = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches != 1)} of {size}"
     title = f"per rank: {counted(world_size, 'rank')}, {layout}; {portions}"
     ranks = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -331,4 +343,10 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
         sizes = (*vars(memory).values(), memory.total, traffic.total)
         ranks.add_row(", ".join(map(str, part.numbers)), "+".join(map(str, part.layers)), *map(bytes_text, sizes))
         needed += [memory.total] * (layout.data * layout.tensor)
+        if plan.freezing is not None and plan.trained_at_end is None:
+            now = memory_of(part, rank, replace(work, trained=plan.freezing.trained), config.parallel, layout)
+            remarks.append(
+                f"up to step {plan.freezing.until:,} stage {', '.join(map(str, part.numbers))} takes "
+                f"{bytes_text(now.gradients)} for grads and {bytes_text(now.optimizer)} for the optimizer"
+            )
     return needed, [ranks, *remarks]

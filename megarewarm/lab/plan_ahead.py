@@ -139,6 +139,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
         step_tokens=plan.tokens(step),
         optimizer=plan.config.optimizer.kind,
+        trained=None if plan.freezing is None or (trained := plan.freezing.after(step)) is None else dict(trained),
     )
 
 

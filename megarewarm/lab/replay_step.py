@@ -88,10 +88,12 @@ def replay_step(
         differing = []
         for number in range(first + 1, step):
             progress(number, first, step)
+            run.thaw_if_due()
             result = training_step(run, plan.lr(number))
             if number in losses and losses[number] != _finite(result.loss):
                 differing.append(number)
         progress(step, first, step)
+        run.thaw_if_due()
         return _look(run, step, first, recorded, differing)
     finally:
         run.batches.close()
@@ -138,10 +140,9 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
         weights = run.model.unique_shard(name, parameter)
         if weights is None:
             continue
-        assert parameter.grad is not None
-        gradient = run.model.unique_shard(name, parameter.grad)
-        assert gradient is not None
-        for i, values in enumerate((weights, gradient / scale)):
+        part = run.model.trained.get(name)  # None where it is frozen
+        gradient = None if part is None or part.grad is None else run.model.unique_trained(name, part.grad)
+        for i, values in enumerate((weights, gradient / scale) if gradient is not None else (weights,)):
             finite = values.isfinite()
             sums[names.index(run.model.cards[name].group), i] += float(values.where(finite, 0).double().square().sum())
             sums[names.index(run.model.cards[name].group), 2 + i] += float((~finite).sum())

@@ -18,6 +18,7 @@ from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
+from megarewarm.model.trained import Trained
 from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
@@ -74,9 +75,17 @@ class ParallelModel(LaidOutModel):
         """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
         self._distilled: list[tuple[Tensor, Tensor]] = []
         """(cross entropy, the teacher's term) of a pipeline's micro-batches that have been."""
-        self._pipeline = self._make_pipeline(parallel, training)
+        self._parallel, self._training = parallel, training
+        self._pipeline = self._make_pipeline()
 
-    def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
+    @collective
+    def train_only(self, what: Trained | None) -> None:
+        """As ``LaidOutModel.train_only``. All ranks call it."""
+        super().train_only(what)
+        self._pipeline = self._make_pipeline()
+
+    def _make_pipeline(self) -> pipeline.Pipeline | None:
+        parallel, training = self._parallel, self._training
         mesh, length = self.mesh, self._sequence_length
         if mesh.pipeline is None or mesh.reverse_group is None:
             return None
@@ -97,6 +106,7 @@ class ParallelModel(LaidOutModel):
             hidden_size=self.config.hidden_size,
             dtype=self._stream_dtype,
             loss=self._pipeline_loss,
+            trains=self._first_that_trains(),
         )
 
     @collective

@@ -125,7 +125,8 @@ class Pipeline:
     """The stages on this rank, and the schedule that runs them with those of the other ranks.
 
     ``loss``: (hidden states (b, s, h), targets (b, s)) to a scalar, called in the last stage. A call handles exactly
-    ``micro_batches`` x ``micro_batch`` sequences.
+    ``micro_batches`` x ``micro_batch`` sequences. ``trains``: the first stage in which something trains: those before it only
+    compute forward, and get no gradients.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Pipeline:
         hidden_size: int,
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
+        trains: int = 0,
     ) -> None:
         # imported here, because it loads the whole of PyTorch's compiler, a fifth of a process's start
         from torch.distributed.pipelining import PipelineStage
@@ -159,14 +161,16 @@ class Pipeline:
         self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), shape, dtype, sequence_length)
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
         hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
+        if order == "zero_bubble":  # finds weights by the paths that lead to them from an input with a gradient
+            trains = max(0, trains - 1)
         made = [
             PipelineStage(
                 stage,
                 number,
                 count,
                 device,
-                input_args=(tokens if number == 0 else hidden.clone().requires_grad_(),),
-                output_args=(hidden.clone().requires_grad_(),),
+                input_args=(tokens if number == 0 else hidden.clone().requires_grad_(number > trains),),
+                output_args=(hidden.clone().requires_grad_(number >= trains),),
                 group=group,
             )
             for stage, number in zip(stages, numbers, strict=True)

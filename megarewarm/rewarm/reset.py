@@ -15,6 +15,7 @@ from megarewarm.checkpoint.source import CheckpointSource
 from megarewarm.config.schema import Intent, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_kinds
+from megarewarm.rewarm.freezing import Freezing
 from megarewarm.schedules.schedule import Schedule
 
 
@@ -148,6 +149,7 @@ def table(
     parameters: int,
     seed: int,
     loss_scale: float | None = None,
+    freezing: Freezing | None = None,
 ) -> list[ResetLine]:
     """The reset table with the values of both sides, in the order of the config's keys."""
     old = source.training if source is not None else None
@@ -175,7 +177,7 @@ def table(
     }
     has = {
         "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
-        "moments": moments[policy.moments],
+        "moments": moments[policy.moments] + (freezing.of_moments if freezing is not None else ""),
         "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step != "keep" else "the checkpoint's",
         "schedule": f"{schedule.curve} at {position.schedule:,}, first lr {schedule.lr(position.schedule):.4g}, "
         f"peak {schedule.max_lr:.4g}",

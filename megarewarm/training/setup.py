@@ -12,7 +12,7 @@ import torch
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
-from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
+from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums, gather, on_all_ranks
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher, identity_of
@@ -30,6 +30,7 @@ from megarewarm.training.start.micro_batch import confirmed, settle_micro_batch
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.weights import StartWeights, copy_weights, keeps_start, reload_start_weights
 from megarewarm.training.state import RunState
+from megarewarm.training.thaw import optimizer_of
 
 
 @collective
@@ -157,7 +158,7 @@ def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None
 
 def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[Optimizer, LossScaler | None]:
     """The optimizer and the loss scale. Applies the reset table: kept state is loaded, the rest is zero."""
-    optimizer = make_optimizer(model, plan.config.optimizer, inputs.optimizer)
+    optimizer = optimizer_of(model, plan.config.optimizer, inputs.optimizer, plan.trains, plan.thawed)
     tensors = {name: t for name, t in moment_tensors(model, optimizer).items() if _is_kept(plan, name.split(".")[1])}
     rng = torch.get_rng_state()
     if plan.policy.rng == "keep":
@@ -222,6 +223,9 @@ def _assert_applied(run: Run) -> None:
         "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step - plan.measured_batches,
         "reset moments are zero": not any(
             bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
+        ),
+        "frozen parameters have no gradients": all(
+            p.requires_grad == (name in run.model.trained) for name, p in run.model.parameters.items()
         ),
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),

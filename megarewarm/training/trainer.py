@@ -181,6 +181,9 @@ class _Loop:
         run = self.context.run
         self.moment = Moment("step")  # what the one before passed on is done
         began = time.perf_counter()
+        if run.thaw_if_due():
+            self.context.metrics.event("thaw", step=run.step, tokens=run.plan.tokens(run.step))
+            self.context.voice.say(f"{self.context.voice.name}: everything trains from step {run.step + 1:,} on")
         result = training_step(run, run.plan.lr(run.step + 1))
         self.waited += result.waited
         return Moment("step", result, began, time.perf_counter() - began - result.aside)

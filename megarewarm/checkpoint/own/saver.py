@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ class _Staging:
 
     def reserve(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         for name, tensor in tensors.items():
-            if name not in self._held:
+            if name not in self._held or _place(self._held[name]) != _place(tensor):  # moments of rows become whole at a thaw
                 self._held[name] = _in_host_memory(tensor)
 
     def copy(self, tensors: Mapping[str, Tensor | TensorSlice]) -> Tensors:
@@ -174,6 +175,12 @@ class _Staging:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return {name: self._held[name] for name in tensors}
+
+
+def _place(tensor: Tensor | TensorSlice) -> tuple[Any, ...]:
+    """What a copy must share with ``tensor``."""
+    part = tensor if isinstance(tensor, TensorSlice) else None
+    return (part.offsets, part.shape, part.local.shape) if part is not None else (tensor.shape,)
 
 
 def _in_host_memory(tensor: Tensor | TensorSlice) -> Tensor | TensorSlice:

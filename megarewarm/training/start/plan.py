@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.state import Thawed, TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
 from megarewarm.errors import UserError
-from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS, cards
+from megarewarm.model.trained import NEW_LAYERS, NEW_ROWS, Trained
+from megarewarm.rewarm.freezing import Freezing, settle_freezing
 from megarewarm.rewarm.replay import history_to_replay
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
@@ -31,7 +33,7 @@ class Plan:
     ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
-    ``distill.from`` names, unless the run has no steps left.
+    ``distill.from`` names, unless the run has no steps left. ``freezing``: what ``optimizer.train`` means, None without.
     """
 
     config: RunConfig
@@ -43,11 +45,33 @@ class Plan:
     resumed: bool
     origin_tokens: int = 0
     teacher: CheckpointSource | None = None
+    freezing: Freezing | None = None
 
     @property
     def model(self) -> ModelConfig:
         assert self.config.model is not None
         return self.config.model
+
+    @property
+    def trains(self) -> Trained | None:
+        """What has moments at ``position``; None for everything."""
+        if self.resumed:
+            assert self.source is not None and self.source.training is not None
+            return self.source.training.trained
+        return self.freezing.after(self.origin.step) if self.freezing is not None else None
+
+    @property
+    def trained_at_end(self) -> Trained | None:
+        """The same at the end of the run, when it is most."""
+        return self.freezing.after(self.config.total_steps) if self.freezing is not None else None
+
+    @property
+    def thawed(self) -> list[Thawed]:
+        """Parameters whose moments, which are kept, began later than the others'."""
+        training = self.source.training if self.source is not None else None
+        if training is None or self.policy.moments == "reset" or self.policy.optimizer_step == "reset":
+            return []
+        return training.thawed
 
     @property
     def has_steps_left(self) -> bool:
@@ -186,6 +210,31 @@ def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointS
         )
 
 
+def _freezing(config: RunConfig, source: CheckpointSource | None, history: Lineage) -> Freezing | None:
+    settings = config.optimizer.train
+    if config.model is None or settings is None:
+        return None
+    if source is not None and not source.lineage.stages and {NEW_LAYERS, NEW_ROWS} & set(settings.only):
+        source.notes.append(f"optimizer.train.only: what trains is known once {source.name} exists; planned for all of it")
+        return None
+    return settle_freezing(config, config.model, history)
+
+
+def _require_moments_of_trained(needed: Trained | None, source: CheckpointSource | None, policy: ResetPolicy) -> None:
+    """Raise ``UserError`` if moments that are kept are those of fewer parameters than this run's."""
+    if policy.moments in ("reset", "measure") or source is None or source.training is None:
+        return
+    every: Trained = dict.fromkeys(cards(source.model_config))
+    held = every if source.training.trained is None else source.training.trained
+    wanted = every if needed is None else needed
+    if lacking := [name for name, rows in wanted.items() if name not in held or held[name] != rows]:
+        raise UserError(
+            f"start.moments: '{policy.moments}' can't be honoured, {source.name} has other moments than this run needs of "
+            f"{len(lacking)} parameters, because of what was frozen ({lacking[0]}); set start.moments to 'reset' (intent "
+            f"'rewarm' does so), or make optimizer.train the same"
+        )
+
+
 def make_plan(config: RunConfig, *, up_to: int | None = None) -> Plan:
     """The plan of ``config``: the run's own newest checkpoint if there is one, else ``start``; and its teacher.
 
@@ -235,7 +284,9 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     if origin.step and training is not None and (told := training.tokens_counted) is not None:
         before = told
     _require_same_tokens(config, origin.step, before)
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before)
+    freezing = _freezing(config, source, source.lineage if source is not None else Lineage())
+    _require_moments_of_trained(freezing.after(origin.step) if freezing is not None else None, source, policy)
+    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before, freezing=freezing)
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
@@ -272,6 +323,7 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
         position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
         resumed=True,
         origin_tokens=before,
+        freezing=_freezing(config, own, Lineage(stages=own.lineage.stages[:-1])),
     )
 
 
