@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.page import put
-from benchmarks.reproduction import Arms, Difference, end, mean_end
+from benchmarks.reproduction import Arms, Difference, at, end, mean_end
 from megarewarm.config.model import ModelConfig
 from megarewarm.lab.choose_start import NUMBERS
 from megarewarm.model.size import training_flops_per_token
@@ -248,16 +248,10 @@ def draw_starts(found: Starts, place: Path) -> None:
 
 MOMENTS = ("keep", "reset", "measure")
 WARMUPS = {"none": "no warmup", "warm": "a warmup of 12 %"}
-EARLY = 16
-
-
-def early(run: RecordedRun) -> float:
-    """The mean loss of the first training steps, whose batches all arms share."""
-    return float(run.train["loss"][:EARLY].mean())
 
 
 def moments(arms: Arms) -> Iterator[str]:
-    measures = {f"training loss, first {EARLY} steps": early, "code": end(DOWNSTREAM), "prose": end(UPSTREAM)}
+    measures = {"code, halfway": at(DOWNSTREAM, 0.5), "code": end(DOWNSTREAM), "prose": end(UPSTREAM)}
     yield f"| warmup | moments | {' | '.join(f'{name} | minus `reset`' for name in measures)} |"
     yield f"|---|---|{'---|' * 2 * len(measures)}"
     for warmup, words in WARMUPS.items():
