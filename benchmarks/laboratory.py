@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from benchmarks.page import put
-from benchmarks.reproduction import Arms, Difference, at, end, mean_end
+from benchmarks.reproduction import Arms, Difference, at, end, mean_end, rise
 from megarewarm.config.model import ModelConfig
 from megarewarm.lab.choose_start import NUMBERS
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
-from megarewarm.report.figures.style import INK, QUIET, colour, new_figure, quiet_axes, style
+from megarewarm.report.figures.style import INK, QUIET, colour, marker, new_figure, quiet_axes, style
 from megarewarm.report.numbers.runs import merged_loss, tokens_to_reach
 
 Numbers = npt.NDArray[np.float64]
@@ -143,13 +143,18 @@ BOTH = {"code": end(DOWNSTREAM), "prose": end(UPSTREAM), "mean of both": mean_en
 
 
 def teacher(arms: Arms) -> Iterator[str]:
-    yield f"| arm | {' | '.join(f'{name} | minus `plain`' for name in BOTH)} |"
+    return against(arms, TAUGHT, "plain")
+
+
+def against(arms: Arms, names: Sequence[str], reference: str) -> Iterator[str]:
+    """The last losses of each arm, and their differences from those of ``reference``."""
+    yield f"| arm | {' | '.join(f'{name} | minus `{reference}`' for name in BOTH)} |"
     yield f"|---|{'---|' * 2 * len(BOTH)}"
-    for arm in TAUGHT:
+    for arm in names:
         cells = []
         for measure in BOTH.values():
-            own, reference = arms.paired(measure, arm, "plain")
-            cells += [spread(own), "" if arm == "plain" else marked(own - reference)]
+            own, other = arms.paired(measure, arm, reference)
+            cells += [spread(own), "" if arm == reference else marked(own - other)]
         yield f"| {arm} | {' | '.join(cells)} |"
 
 
@@ -334,6 +339,68 @@ def draw_wsm(arms: Arms, place: Path) -> None:
         figure.savefig(place, dpi=110)
 
 
+# ---- new layers ------------------------------------------------------------------------------------------------------------
+
+LAYERS = ("plain", "all_layers", "new_layers", "new_layers_then_all")
+
+
+def identity(arms: Arms) -> Iterator[str]:
+    return against(arms, LAYERS, "plain")
+
+
+def draw_identity(arms: Arms, place: Path) -> None:
+    with style():
+        figure = new_figure(8.4, 4.4)
+        axes = figure.add_subplot()
+        for i, arm in enumerate(LAYERS):
+            forgotten, learned = arms.paired(rise(UPSTREAM), arm)[0], -arms.paired(rise(DOWNSTREAM), arm)[0]
+            axes.plot(forgotten, learned, "o", color=colour(i), ms=4, alpha=0.45)
+            axes.plot(forgotten.mean(), learned.mean(), marker(i), color=colour(i), ms=9, ls="none", label=arm)
+        axes.set_xlabel("forgetting: rise of the loss on prose")
+        axes.set_ylabel("adaptation: fall of the loss on code")
+        axes.set_title("up and left is better", loc="left")
+        axes.margins(0.1)
+        quiet_axes(axes)
+        figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=len(LAYERS), frameon=False)
+        figure.tight_layout(rect=(0, 0.07, 1, 1))
+        figure.savefig(place, dpi=110)
+
+
+# ---- parts of the model ----------------------------------------------------------------------------------------------------
+
+SHARES, PARTS_TRAINED = ("0.5pct", "2pct", "8pct"), ("all", "head", "embeddings_head", "norms")
+
+
+def probing(arms: Arms) -> Iterator[str]:
+    yield f"| documents | set | {' | '.join(PARTS_TRAINED)} | best part minus all |"
+    yield f"|---|---|{'---|' * (len(PARTS_TRAINED) + 1)}"
+    for share in SHARES:
+        for measure, name in ((end(DOWNSTREAM), "code"), (end(UPSTREAM), "prose")):
+            losses = arms.paired(measure, *(f"part_{share}_{part}" for part in PARTS_TRAINED))
+            best = 1 + int(losses[1:].mean(1).argmin())
+            cells = [*map(spread, losses), f"{marked(losses[best] - losses[0])} ({PARTS_TRAINED[best]})"]
+            yield f"| {share.removesuffix('pct')} % | {name} | {' | '.join(cells)} |"
+
+
+def draw_probing(arms: Arms, place: Path) -> None:
+    with style():
+        figure = new_figure(8.4, 4.0)
+        for k, (role, name) in enumerate(((DOWNSTREAM, "code"), (UPSTREAM, "prose"))):
+            axes = figure.add_subplot(1, 2, k + 1)
+            for i, part in enumerate(PARTS_TRAINED):
+                losses = arms.paired(end(role), *(f"part_{share}_{part}" for share in SHARES))
+                x = np.arange(len(SHARES)) + 0.04 * (i - 1.5)
+                shown = axes.errorbar(x, losses.mean(1), losses.std(1, ddof=1), color=colour(i), capsize=3, lw=1.5, label=part)
+                shown.lines[0].set(marker=marker(i), markersize=6)
+            axes.set_xticks(range(len(SHARES)), [f"{share.removesuffix('pct')} %" for share in SHARES])
+            axes.set_title(f"loss on {name}", loc="left")
+            axes.set_xlabel("documents of the new data")
+            quiet_axes(axes)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+        figure.tight_layout(rect=(0, 0.08, 1, 1))
+        figure.savefig(place, dpi=110)
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +420,8 @@ PARTS: dict[str, Part] = {
     "moments_mini": Part(
         Arms, moments, draw_moments, "Training loss with kept and measured moments, minus that with reset ones"
     ),
+    "identity_mini": Part(Arms, identity, draw_identity, "Forgetting against adaptation of four arms, with each seed's"),
+    "probing_mini": Part(Arms, probing, draw_probing, "Last losses over the number of documents, for four parts trained"),
     "wsm_mini": Part(Arms, wsm, draw_wsm, "Last losses at a constant rate, of merged weights and after a trained decay"),
 }
 
