@@ -83,9 +83,9 @@ class ArmRecord:
 
     @property
     def start(self) -> str:
-        """What it started from, the same for every seed: 'upstream', 'upstream at step 100', 'upstream/huggingface'; empty from
-        scratch."""
-        origin = next((run.origin for run in self.runs if run.origin), None)
+        """What it started from, the same for every seed: 'upstream', 'upstream at step 100', 'upstream/huggingface',
+        'grown/runs/mine/seed_*/wide'; empty from scratch."""
+        origin, seed = next(((t.run.origin, t.seed) for t in self.shown if t.run is not None and t.run.origin), (None, None))
         if origin is None:
             return self.after[0] if self.after else ""
         path = PurePosixPath(origin)
@@ -93,7 +93,7 @@ class ArmRecord:
             return f"{path.parent.parent.name} at {path.name.replace('_', ' ')}"
         if path.name in (EXPORT, AVERAGE) and self.after:
             return f"{path.parent.name}/{path.name}"
-        return path.name if self.after else origin
+        return path.name if self.after else origin.replace(f"seed_{seed}/", "seed_*/")
 
 
 @dataclasses.dataclass(frozen=True)
