@@ -31,7 +31,7 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.lab.choose_start import NUMBERS
 from megarewarm.model.size import training_flops_per_token
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, RecordedRun
-from megarewarm.report.figures.style import INK, QUIET, colour, marker, new_figure, quiet_axes, style
+from megarewarm.report.figures.style import INK, QUIET, colour, marker, new_figure, place_beside_black, quiet_axes, style
 from megarewarm.report.numbers.runs import merged_loss, tokens_to_reach
 
 Numbers = npt.NDArray[np.float64]
@@ -120,7 +120,11 @@ def draw_growth(arms: Arms, place: Path) -> None:
                 each = arms.paired(flops_per_token, arm)[0].mean()
                 x = tokens / 1e6 if k == 0 else (tokens * each + (0 if arm == "scratch" else small)) / 1e12
                 axes.plot(
-                    x, losses, color=INK if arm == "scratch" else colour(i - 1), label=arm, lw=2.2 if arm == "scratch" else 1.5
+                    x,
+                    losses,
+                    color=INK if arm == "scratch" else colour(place_beside_black(i - 1)),
+                    label=arm,
+                    lw=2.2 if arm == "scratch" else 1.5,
                 )
             if k == 1:
                 tokens, losses = mean_curve(arms, "small")
