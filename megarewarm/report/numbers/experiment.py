@@ -11,7 +11,7 @@ import numpy as np
 
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
-from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE
+from megarewarm.record.layout import AVERAGE, CHECKPOINTS, EXPERIMENT_FILE, EXPORT, METRICS_FILE
 from megarewarm.record.lines import Evaluation
 from megarewarm.record.run import DOWNSTREAM, NATS, UPSTREAM, NothingYet, RecordedRun, in_one_unit, read_run
 from megarewarm.report.numbers.runs import Kind
@@ -88,14 +88,17 @@ class ArmRecord:
 
     @property
     def start(self) -> str:
-        """What it started from, the same for every seed: 'upstream', 'upstream at step 100'; empty from scratch."""
-        origin = next((run.origin for run in self.runs if run.origin), None)
+        """What it started from, the same for every seed: 'upstream', 'upstream at step 100', 'upstream/huggingface',
+        'grown/runs/mine/seed_*/wide'; empty from scratch."""
+        origin, seed = next(((t.run.origin, t.seed) for t in self.shown if t.run is not None and t.run.origin), (None, None))
         if origin is None:
             return self.after[0] if self.after else ""
         path = PurePosixPath(origin)
         if path.parent.name == CHECKPOINTS:
             return f"{path.parent.parent.name} at {path.name.replace('_', ' ')}"
-        return path.name if self.after else origin
+        if path.name in (EXPORT, AVERAGE) and self.after:
+            return f"{path.parent.name}/{path.name}"
+        return path.name if self.after else origin.replace(f"seed_{seed}/", "seed_*/")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,7 +207,8 @@ def _front(rows: Sequence[ArmRow]) -> list[str]:
         first, last = group[best[0]], group[best[-1]]
         names = listed([group[i].name for i in best]) if len(best) <= 4 else f"{len(best)} arms, {first.name} to {last.name},"
         verb = "is" if len(best) == 1 else "are"
-        start = f" of the {len(group)} arms that started from {group[0].arm.start}"
+        length = tokens_text(group[0].mean("tokens") or 0.0)
+        start = f" of the {len(group)} arms of {length} tokens from {group[0].arm.start}"
         sentences.append(f"By the means, {names} {verb} on the front: no other{start} forgets less and learns more.")
     return sentences
 
