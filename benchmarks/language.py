@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What configs/experiments/own_replay_mini.yml shows: python benchmarks/language.py [--write docs/language.md]
 
-Prints the table; --write puts it between its marks in the page, and the picture language_own_replay.png beside it. Losses are nats
-per token on held-out documents, a number and a dot for each seed.
+Prints the table; --write puts it between its marks in the page, and the picture language_own_replay.png beside it. Losses are
+nats per token on held-out documents, a number and a dot for each seed.
 """
 
 from __future__ import annotations
