@@ -61,15 +61,15 @@ class Teacher:
         self._forward: ForwardOnly | None = None
         if mesh.pipeline is not None and mesh.reverse_group is not None:
             ranks = [rank_of(parallel.schedule, number, mesh.layout.pipeline) for number in range(made.count)]
-            length = sequence_length // mesh.layout.tensor if made.tensor and made.tensor.sequence else sequence_length
             self._forward = ForwardOnly(
                 dict(zip(made.numbers, self._modules, strict=True)),
                 ranks,
                 (mesh.pipeline, mesh.reverse_group),
-                (micro_batch, length, config.hidden_size),
+                config.hidden_size,
                 dtype,
-                sequence_length,
+                mesh.layout.tensor if made.tensor and made.tensor.sequence else 1,
             )
+        self._micro_batch = micro_batch
         self.samples: dict[str, str] = {}
         self.identity = ""
 
@@ -114,7 +114,9 @@ class Teacher:
         found: deque[Tensor] = deque()
         # the logits are computed in this dtype anyway; differences of states are taken of what the norm gives
         low = self._settings.kind == "logits"
-        self._forward.run(inputs, starts, lambda _, hidden: found.append(hidden.to(self._dtype) if low else hidden))
+        size = self._micro_batch
+        begins = None if starts is None else starts.split(size)
+        self._forward.run(inputs.split(size), begins, lambda _, hidden: found.append(hidden.to(self._dtype) if low else hidden))
         return found
 
     def loss(

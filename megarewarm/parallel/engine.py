@@ -4,7 +4,7 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
+from megarewarm.data.tasks.encode import RowBatch
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
+from megarewarm.parallel.continuations import score_batch
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
@@ -332,6 +334,57 @@ class ParallelModel(LaidOutModel):
             for module in self._modules:
                 module.train()
         return [self._if_loss_owner(loss) for loss in found]
+
+    @collective
+    @torch.no_grad()
+    def score_rows(
+        self, batches: Sequence[RowBatch], most: int, between: Between = nothing_between
+    ) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
+        """(log-likelihood in nats of what is scored (b,), whether each scored token is the most likely one (b,)) of the rows of
+        each of this rank's ``batches``; zeros on a rank whose losses another rank returns. All ranks call it.
+
+        ``most``: the largest number of batches that any rank has. ``between``: before each portion.
+        """
+        self._follow()
+        found: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]] = []
+        size = 1 if self._pipeline is None else 2 * self.mesh.layout.pipeline
+        try:
+            for module in self._modules:
+                module.eval()
+            for first in range(0, most, size):
+                between(first, most)
+                portion = list(batches[first : first + size])
+                # other ranks gather parameters with this one
+                empty = min(size, most - first) - len(portion) if self._sharded else 0
+                found += self._score(portion, empty)
+        finally:
+            for module in self._modules:
+                module.train()
+        return found
+
+    def _score(self, portion: Sequence[RowBatch], empty: int) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
+        """Of one portion; ``empty``: rows that are computed for other ranks' sake."""
+        found = [(np.zeros(len(batch.numbers)), np.zeros(len(batch.numbers), np.bool_)) for batch in portion]
+
+        def finish(i: int, hidden: Tensor) -> None:
+            if self._tensor is not None:
+                hidden = self._tensor.enter(hidden)
+            head = self._modules[-1].head
+            assert isinstance(head, Tensor)
+            if i < len(portion):
+                scored = score_batch(hidden, head, portion[i], self.config.vocab_size, self._loss_memory, group)
+                found[i] = scored if self.mesh.tensor_rank == 0 else found[i]
+
+        group = None if self._tensor is None else self._tensor.group
+        ids = [torch.from_numpy(batch.inputs) for batch in portion]
+        ids += [torch.zeros((1, self._sequence_length), dtype=torch.int64)] * empty
+        with self._autocast:
+            if self._pipeline is None:
+                for i, tokens in enumerate(ids):
+                    finish(i, self._modules[0](tokens.to(self.mesh.device)))
+            elif ids:
+                self._pipeline.forward([tokens.to(self.mesh.device) for tokens in ids], finish)
+        return found
 
     def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:
         """The losses of rows (b, s + 1), at most one portion; zeros where another rank has them."""

@@ -32,6 +32,7 @@ from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.inputs import Inputs
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.run_data import data_seen
+from megarewarm.training.start.tasks import RunTasks
 from megarewarm.training.start.weights import StartWeights
 from megarewarm.training.state import RunState
 
@@ -96,6 +97,11 @@ class Run:
     def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
         return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
+
+    @property
+    def tasks(self) -> RunTasks:
+        """The tasks of ``evaluation``."""
+        return self.inputs.tasks
 
     @collective
     def is_finite(self) -> bool:

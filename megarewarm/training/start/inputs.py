@@ -29,6 +29,7 @@ from megarewarm.training.start.plan import Plan, differing_choices, other_optimi
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
 from megarewarm.training.start.saving import check_roll_back, check_saving
+from megarewarm.training.start.tasks import RunTasks, open_tasks
 from megarewarm.training.start.texts import Texts, settle_texts
 from megarewarm.training.start.valuation import check_valuation
 from megarewarm.training.start.weights import start_source
@@ -39,7 +40,7 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 @dataclass(frozen=True)
 class Inputs:
     """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
-    ``distill``, or None, also where the run has no steps left."""
+    ``distill``, or None, also where the run has no steps left; ``tasks``: those of ``evaluation``."""
 
     layout: Layout
     texts: Texts
@@ -51,6 +52,7 @@ class Inputs:
     optimizer: str
     teacher: OpenedCheckpoint | None
     notes: list[str]
+    tasks: RunTasks
 
 
 def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
@@ -89,8 +91,9 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
-    notes += _about_teacher(plan, teacher)
-    return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes)
+    tasks = open_tasks(plan, texts, layout)
+    notes += [*_about_teacher(plan, teacher), *tasks.notes]
+    return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes, tasks)
 
 
 def check_training(plan: Plan) -> None:
