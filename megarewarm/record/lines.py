@@ -79,9 +79,9 @@ class Lines:
 class CountedEvents(ABC):
     """The events of a run that count so far. Subclasses keep the train lines, each as it needs them.
 
-    ``step``: the newest step, None before the first. ``start``: the start event, empty before it. ``evaluations``, and ``tests``
-    on tasks: by (step, name), in the order of the file. ``events``: the other events, of them only the kinds in ``keeps`` where
-    that is not None.
+    ``step``: the newest step, None before the first. ``start``: the start event, empty before it. ``evaluations`` and
+    ``tests`` (on tasks): by (step, name), in the order of the file. ``events``: the other events, of them only the kinds in
+    ``keeps`` where that is not None.
     """
 
     keeps: tuple[str, ...] | None = None

@@ -36,8 +36,8 @@ class Row:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """``rows``: of all choices of all items, one after another. ``cut``: how many contexts lost their beginning, and the line of
-    the first."""
+    """``rows``: of all choices of all items, one after another. ``cut``: how many contexts lost their beginning, and the line
+    of the first."""
 
     task: Task
     rows: list[Row]
@@ -94,7 +94,8 @@ def encode_task(
                 if not truncate:
                     raise UserError(
                         f"{where} has {len(whole) - 1:,} tokens with its context, the model has {positions:,} positions; "
-                        f"shorten the context, or set evaluation.tasks_truncate (--truncate) to drop its beginning, as lm-eval does"
+                        f"shorten the context, or set evaluation.tasks_truncate (--truncate) to drop its beginning, as "
+                        f"lm-eval does"
                     )
                 dropped.append(item.line)
                 whole = whole[-(positions + 1) :]

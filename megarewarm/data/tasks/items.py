@@ -29,7 +29,7 @@ _UNCONDITIONAL = 1_000_000  # the packaged files' numbers of documents from whic
 @dataclass(frozen=True)
 class Item:
     """``pairs``: (context, continuation) of each choice; ``sizes``: the bytes of each choice, without a delimiter before it;
-    ``answer``: which one is right; ``line``: in its file. An item of one pair is a continuation that a model gives or doesn't."""
+    ``answer``: which one is right; ``line``: in its file. An item of one pair is a continuation that a model gives or not."""
 
     line: int
     pairs: tuple[tuple[str, str], ...]

@@ -70,8 +70,8 @@ def chance(items: Sequence[Item]) -> float:
 @dataclass(frozen=True)
 class Transitions:
     """Shares of a task's items. ``lost``: right before and wrong now; ``won``: wrong before and right now (1 -> 0 and 0 -> 1 of
-    arXiv 2510.17776). ``by_chance``: as much of each as guessing alone would give. ``lost_beyond``, ``won_beyond``: the rest, no
-    less than 0."""
+    arXiv 2510.17776). ``by_chance``: as much of each as guessing alone would give. ``lost_beyond``, ``won_beyond``: the rest,
+    no less than 0."""
 
     lost: float
     won: float
