@@ -198,26 +198,45 @@ def heads(shape: Shape) -> Operation:
 
 
 def rotary(shape: Shape) -> Operation:
+    """Pythia's: a quarter of the channels."""
+    _, sides, moved = rotations(shape, group=1, half=shape.h // shape.n // 8)
+    return Operation("rotary, forward", sides, moved)
+
+
+def grouped_rotary(shape: Shape) -> Operation:
+    """Llama's: all channels, four queries a key head."""
+    d, keys = shape.h // shape.n, shape.n // 2
+    (cos, sin), sides, moved = rotations(shape, group=4, half=d // 2)
+    if (liger := optional("liger_kernel.ops.rope", "LigerRopeFunction")) is not None:
+        # like a projection's output: heads in the third dimension of the storage
+        query, key = (shape.tensor(shape.b, shape.s, n, d, grad=False).transpose(1, 2) for n in (4 * keys, keys))
+        both = [torch.cat([table, table], -1)[None] for table in (cos, sin)]
+        sides["Liger, two tensors"] = lambda: liger.apply(query, key, *both)
+    return Operation("rotary of grouped heads, forward", sides, moved)
+
+
+def rotations(shape: Shape, group: int, half: int) -> tuple[Tensor, dict[str, Run], float]:
+    """Cosines and sines (2, s, half), sides and bytes of n / 2 key heads of ``group`` queries each, of n where it is 1."""
     t, d = shape.b * shape.s, shape.h // shape.n
-    half = d // 8
-    cos, sin = torch.randn(2, shape.s, half, device=shape.device)
-    qkv = shape.tensor(t, 3 * shape.h, grad=False)
+    keys = shape.n if group == 1 else shape.n // 2
+    tables = torch.randn(2, shape.s, half, device=shape.device)
+    cos, sin = tables
+    qkv = shape.tensor(t, keys * (group + 2) * d, grad=False)
 
     def plain(qkv: Tensor) -> Tensor:
-        heads = qkv.view(shape.b, shape.s, shape.n, 3, d)
-        query_key, value = heads[..., :2, :], heads[..., 2:, :]
+        query_key, value = qkv.view(shape.b, shape.s, keys, group + 2, d).split([group + 1, 1], 3)
         one, other, rest = query_key.split([half, half, d - 2 * half], -1)
         c, s = cos[:, None, None], sin[:, None, None]
         turned = torch.cat([one * c - other * s, other * c + one * s, rest], -1).to(qkv.dtype)
         return torch.cat([turned, value], 3)
 
     compiled_plain = compiled(plain)
-    sides = {
-        "ours": lambda: rotate_(qkv, cos, sin, head_dim=d),
+    sides: dict[str, Run] = {
+        "ours": lambda: rotate_(qkv, cos, sin, head_dim=d, group=group),
         "PyTorch": lambda: plain(qkv),
         "torch.compile": lambda: compiled_plain(qkv),
     }
-    return Operation("rotary, forward", sides, 8.0 * t * shape.n * 2 * half)
+    return tables, sides, 4.0 * t * keys * (group + 1) * 2 * half
 
 
 def attend(shape: Shape) -> Operation:
@@ -285,7 +304,7 @@ def optimizer(shape: Shape) -> Operation:
     return Operation("clip + AdamW", sides, 28.0 * count)
 
 
-OPERATIONS = (norms, rms, residual_rms, gelu, gated, heads, rotary, attend, loss, optimizer)
+OPERATIONS = (norms, rms, residual_rms, gelu, gated, heads, rotary, grouped_rotary, attend, loss, optimizer)
 
 
 def optional(module: str, name: str) -> Any:
@@ -297,25 +316,48 @@ def optional(module: str, name: str) -> Any:
 
 
 def measure(run: Run, device: str, least: float, smoke: bool) -> float:
-    """Median seconds of a call, the GPU's cache flushed before each."""
+    """Median seconds of a call, the GPU's cache flushed before each.
+
+    On a GPU of a CUDA graph of it: PyTorch's operators take the host longer than most of these take the device. What can't be
+    captured, because it waits for the device inside, is queued behind a pause of the device as long as the host may need.
+    """
     for _ in range(2 if smoke else 5):
         run()
     if device != "cuda":
         began = time.perf_counter()
         run()
         return time.perf_counter() - began
+    replay = captured(run)
     flush = torch.empty(2**28, dtype=torch.int8, device=device)
     pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     began = time.perf_counter()
     while len(pairs) < 20 or (time.perf_counter() - began < least and len(pairs) < 300):
         flush.zero_()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if replay is None:
+            torch.cuda._sleep(4_000_000)  # cycles, some 2 ms
         first.record()
-        run()
+        (replay or run)()
         last.record()
         pairs.append((first, last))
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
+
+
+def captured(run: Run) -> Run | None:
+    """A call that replays the kernels of ``run``; None where it can't be captured."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):  # what is made at the first call on a stream, such as cuBLAS's memory, is made now
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def ceilings(device: str, smoke: bool) -> tuple[float, float]:

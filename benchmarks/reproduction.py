@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from scipy.stats import t as student
 
-from megarewarm.record.run import RecordedRun, read_run
+from benchmarks.page import put
+from megarewarm.record.run import NothingYet, RecordedRun, read_run
 
 HOLDS, FAILS, OPEN = "holds", "does not", "can't tell"
 
@@ -36,6 +38,8 @@ class Arms:
     """The finished runs of an experiment: ``arms[arm][seed]``."""
 
     def __init__(self, folder: Path) -> None:
+        if not (folder / "experiment.json").is_file():
+            raise SystemExit(f"{folder}: not run here")
         record = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
         self.folder, self.planned = folder, len(record["runs"])
         self._runs: dict[str, dict[int, RecordedRun]] = {}
@@ -43,7 +47,10 @@ class Arms:
             place = folder / item["folder"]
             if not (place / "metrics.jsonl").is_file():
                 continue
-            run = read_run(place)
+            try:
+                run = read_run(place)
+            except NothingYet:
+                continue
             if any(event["event"] == "stop" and event.get("reason") == "complete" for event in run.events):
                 self._runs.setdefault(item["arm"], {})[item["seed"]] = run
         if not self._runs:
@@ -55,7 +62,7 @@ class Arms:
         done = sum(len(seeds) for seeds in self._runs.values())
         return f"{self.folder.name}: {done} of {self.planned} runs finished"
 
-    def paired(self, measure: Callable[[RecordedRun], float], *arms: str) -> np.ndarray:
+    def paired(self, measure: Callable[[RecordedRun], Any], *arms: str) -> np.ndarray:
         """(arms, seeds): ``measure`` of the seeds that all ``arms`` have finished."""
         for arm in arms:
             if arm not in self._runs:
@@ -308,12 +315,10 @@ def main() -> None:
             continue
         arms = Arms(folder)
         measured = f"{arms.state}.\n\n{table(list(claims(arms)))}"
-        begin, end = (f"<!-- {paper}: {word} -->" for word in ("begin", "end"))
         if arguments.write is None:
             print(measured)
         else:
-            before, after = page.split(begin)[0], page.split(end)[1]
-            page = f"{before}{begin}\n{measured}\n{end}{after}"
+            page = put(page, paper, measured)
     if arguments.write is not None:
         arguments.write.write_text(page, encoding="utf-8")
 

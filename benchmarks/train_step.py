@@ -26,7 +26,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-OURS = {"megarewarm, triton": "triton", "megarewarm, compile": "compile", "megarewarm, reference": "reference"}
+OURS: dict[str, dict[str, str]] = {
+    "megarewarm, triton": {"use": "triton"},
+    "megarewarm, compile": {"use": "compile"},
+    "megarewarm, compile and triton": {
+        "use": "compile",
+        "norms": "triton",
+        "gelu": "triton",
+        "loss": "triton",
+        "optimizer": "triton",
+    },
+    "megarewarm, reference": {"use": "reference"},
+}
 SIDES = (*OURS, "transformers, sdpa", "transformers, sdpa, compiled")
 RATE = 1e-4
 
@@ -41,14 +52,19 @@ CLASSES = (
             "logit_",
             "statistics_pass",
             "gradient_pass",
-            "turn",
-            "flash_",
+            "rotary",
+            "part_sums",
+            "attention_forward",
+            "attention_backward",
             "squares",
         ),
     ),
     ("attention", ("fmha", "flash", "sdpa", "cudnn_generated", "attention")),
-    ("GEMM", ("gemm", "cutlass", "nvjet", "cublas", "xmma")),
+    ("GEMM", ("gemm", "cutlass", "nvjet", "cublas", "xmma", "splitk")),
     ("copies", ("memcpy", "memset")),
+    ("concatenation", ("catarray",)),
+    ("Inductor", ("triton_",)),
+    ("sums", ("reduce_kernel",)),
     ("optimizer", ("adam", "multi_tensor")),
 )
 
@@ -62,8 +78,8 @@ def shape(arguments: argparse.Namespace) -> Any:
     return ModelConfig(**size, max_positions=arguments.sequence)
 
 
-def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float], str]:
-    """The trainer's step with ``kernels: use``, and what was chosen."""
+def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable[[Any], float], str]:
+    """The trainer's step with ``kernels: kinds``, and what was chosen."""
     import torch
 
     from megarewarm.config.execution import KernelsConfig, OptimizerConfig, ParallelConfig, TrainingConfig
@@ -74,7 +90,7 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
 
-    device, config, kernels = torch.device(arguments.device), shape(arguments), KernelsConfig(use=use)
+    device, config, kernels = torch.device(arguments.device), shape(arguments), KernelsConfig(**kinds)
     precision = "bf16"
     operations, notes = choose_operations(kernels, config, device, DTYPES[precision], documents=False)
     kind, more = choose_optimizer(kernels, device)
@@ -86,7 +102,7 @@ def ours(arguments: argparse.Namespace, use: str) -> tuple[Callable[[Any], float
         sequence_length=arguments.sequence,
         precision=precision,
         operations=operations,
-        compile_layers=use == "compile",
+        compile_layers=kernels.use == "compile",
         loss_memory=kernels.logit_bytes(device.type),
     )
     model.initialize(1)
@@ -137,11 +153,11 @@ def theirs(arguments: argparse.Namespace, compiled: bool) -> tuple[Callable[[Any
     forward = torch.compile(model) if compiled else model
 
     def step(rows: Any) -> float:
-        # their loss shifts inside, so a row of s + 1 gives s targets, as ours
         tokens = torch.from_numpy(rows).to(arguments.device)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # of even length, as ours
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-            loss = forward(tokens, labels=tokens, use_cache=False).loss
+            loss = forward(inputs, labels=targets, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -157,8 +173,8 @@ def run_side(arguments: argparse.Namespace) -> None:
 
     torch.set_float32_matmul_precision("high")
     cuda = arguments.device == "cuda"
-    use = OURS.get(arguments.only)
-    step, what = ours(arguments, use) if use else theirs(arguments, "compiled" in arguments.only)
+    kinds = OURS.get(arguments.only)
+    step, what = ours(arguments, kinds) if kinds else theirs(arguments, "compiled" in arguments.only)
     random = np.random.default_rng(0)
     batches = random.integers(shape(arguments).vocab_size, size=(4, arguments.batch, arguments.sequence + 1), dtype=np.int64)
     wait = torch.cuda.synchronize if cuda else lambda: None
@@ -216,7 +232,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--profile", action="store_true", help="also one step of each side by class of kernel")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=300.0, metavar="S", help="seconds for a side; default: %(default)s")
+    parser.add_argument("--json", type=Path, help="written after each side")
     parser.add_argument("--device", default=None)
     parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,15 +251,19 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for side in arguments.sides:
             command = [sys.executable, os.fspath(__file__), *sys.argv[1:], "--only", side, "--device", arguments.device]
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+            except subprocess.TimeoutExpired:
+                print(f"{side}: not done after {arguments.limit:.0f} s", flush=True)
+                continue
             if done.returncode:
                 print(f"{side}: failed: {done.stderr.strip().splitlines()[-1]}", flush=True)
                 continue
             results.setdefault(side, []).append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{side}: {1e3 * statistics.median(results[side][-1]['times']):.2f} ms", flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results))
     show(arguments, results)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results))
 
 
 def show(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:

@@ -23,6 +23,7 @@ from scipy.stats import kendalltau
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from benchmarks.page import put
 from benchmarks.reproduction import Arms, Difference, end
 from megarewarm.data.files.document_table import read_table
 from megarewarm.data.files.token_file import TokenFile, open_tokens
@@ -283,10 +284,8 @@ def main() -> None:
         if arguments.write is None:
             print(f"\n{told}")
             continue
-        begin, finish = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
-        before, after = page.split(begin)[0], page.split(finish)[1]
         place = arguments.write.with_name(f"worth_{name}.png")
-        page = f"{before}{begin}\n{arms.state}.\n\n{told}\n\n![{picture}]({place.name})\n{finish}{after}"
+        page = put(page, name, f"{arms.state}.\n\n{told}\n\n![{picture}]({place.name})")
         draw(arms, place)
     if arguments.write is not None:
         arguments.write.write_text(page, encoding="utf-8")

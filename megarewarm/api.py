@@ -10,17 +10,15 @@ import copy
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.source import OpenedCheckpoint, OwnCheckpoint, open_checkpoint
 from megarewarm.checkpoint.weights import load_module
 from megarewarm.config.data import DataConfig, ValidationSet
@@ -34,6 +32,8 @@ from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.text.preprocess.job import Options, Written, preprocess
 from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
 from megarewarm.errors import UserError
+from megarewarm.generation.continuation import Continuer
+from megarewarm.generation.sampling import Sampling, text_keys
 from megarewarm.parallel.connect import choose_device, connect
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
@@ -246,10 +246,32 @@ class LoadedModel:
             total, count = total + float(loss), count + int(counted)
         return total / count, count
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is not taken for its letters
+        self, text: str, max_tokens: int = ..., *, temperature: float = ..., top_p: float = ..., seed: int = ...
+    ) -> str: ...
+    @overload
     def generate(
-        self, text: str, max_tokens: int = 100, *, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
-    ) -> str:
-        """Continue ``text``; temperature 0 takes the most likely token each time. Needs the package transformers."""
+        self, text: Sequence[str], max_tokens: int = ..., *, temperature: float = ..., top_p: float = ..., seed: int = ...
+    ) -> list[str]: ...
+    def generate(
+        self,
+        text: str | Sequence[str],
+        max_tokens: int = 100,
+        *,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Continue ``text``, or several texts at once, each up to the end of its document.
+
+        Args:
+            text: what to continue; of several, each gets a continuation, which does not depend on the others.
+            max_tokens: of the continuation, at most.
+            temperature: 0 takes the most likely token each time.
+            top_p: share of the probability that the likeliest tokens which are left hold.
+            seed: the same seed gives the same text.
+        """
         _check_positive(max_tokens=max_tokens)
         if not 0 < top_p <= 1:
             raise UserError(f"top_p {top_p}: expected a share above 0, at most 1")
@@ -257,8 +279,9 @@ class LoadedModel:
             raise UserError(f"temperature {temperature}: expected 0 (the most likely token each time) or a number above 0")
         if not 0 <= seed < 2**63:
             raise UserError(f"seed {seed}: expected a whole number from 0 to 2^63 - 1")
+        texts = [text] if isinstance(text, str) else list(text)
         try:
-            text.encode()
+            "".join(texts).encode()
         except UnicodeEncodeError as error:
             raise UserError("generate: the text is not UTF-8; set LC_ALL=C.UTF-8 or PYTHONUTF8=1") from error
         tokenizer = self.tokenizer
@@ -266,39 +289,24 @@ class LoadedModel:
             raise UserError(
                 f"{self._source.name}: no tokenizer is known; set data.tokenizer in its run, or put a tokenizer.json next to it"
             )
-        (ids,) = tokenizer.encode_batch([text])
-        if not len(ids):
+        prompts = [ids.tolist() for ids in tokenizer.encode_batch(texts)] if texts else []
+        if not all(prompts) or not prompts:
             raise UserError("generate: give a text to continue")
-        room = self.config.max_positions - max_tokens
-        if room < 1:
-            raise UserError(f"max_tokens {max_tokens}: the model has {self.config.max_positions} positions")
-        prompt = torch.tensor([ids[-room:].tolist()], device=self.device)
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        found = self._transformers.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_tokens,
-            eos_token_id=tokenizer.eod_id,
-            pad_token_id=tokenizer.eod_id,
-            **sampling,
-        )
-        new = found[0, prompt.shape[1] :].tolist()
-        return tokenizer.decode(new[: new.index(tokenizer.eod_id)] if tokenizer.eod_id in new else new)
+        longest, positions = max(map(len, prompts)), self.config.max_positions
+        if longest + max_tokens > positions:
+            raise UserError(
+                f"max_tokens {max_tokens}: the text has {longest} tokens, the model {positions} positions for both; shorten one"
+            )
+        stated = self._source.tokenizer.eod
+        end = tokenizer.eod_id if stated is None else stated
+        found = self._continuer(prompts, max_tokens, Sampling(temperature, top_p), text_keys(seed, range(len(texts))), end)
+        new = [tokenizer.decode(ids[: len(ids) - int(ids[-1] == end)]) for ids in found]
+        return new[0] if isinstance(text, str) else new
 
     @cached_property
-    def _transformers(self) -> Any:
-        """The same weights in transformers, which has the caches and samplers."""
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        with tempfile.TemporaryDirectory() as folder:
-            convert(self._source, Path(folder) / "model", ConvertOptions("hf"), lambda count: None)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                Path(folder) / "model", dtype=next(self.module.parameters()).dtype
-            )
-        return model.to(self.device).eval()
+    def _continuer(self) -> Continuer:
+        """It never chooses rows of the vocabulary that are no token."""
+        return Continuer(self.module, None if self.tokenizer is None else self.tokenizer.vocab_size)
 
 
 def _several(paths: Path | str | Sequence[Path | str]) -> Sequence[Path | str]:

@@ -24,6 +24,9 @@ WIDENINGS = ("clone", "fpi", "aki")
 DEEPENINGS = ("identity", "stack", "interpolate")
 """Ways to grow a checkpoint; checkpoint/grow.py explains them."""
 
+ROW_INITS = ("mean", "weighted", "zero", "noise")
+"""Ways to make rows for new tokens; checkpoint/extend_vocabulary.py explains them."""
+
 _EPILOG = """\
 Configs are merged from left to right; words of the form section.key=value override single keys.
 Start it with any of:

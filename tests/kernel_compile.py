@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for real GPUs on a machine that has none, and reads registers, spills and instructions.
 
-    python tests/kernel_compile.py [--all] [--write docs/kernels.md]
+    python tests/kernel_compile.py [--all] [--only WORD] [--write docs/kernels.md]
 
 Run in a process of its own: Triton must not be interpreting.
 """
@@ -39,10 +39,15 @@ from megarewarm_kernels.layer.swiglu import swiglu_backward, swiglu_forward
 from megarewarm_kernels.loss.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.loss.logit_passes import _WARPS as LOGITS_WARPS
 from megarewarm_kernels.loss.logit_passes import gradient_pass, statistics_pass
+from megarewarm_kernels.operators import LAUNCH
 from megarewarm_kernels.optimizer.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.optimizer.adamw_tensors import _BLOCK as MANY_BLOCK
 from megarewarm_kernels.optimizer.adamw_tensors import _WARPS as MANY_WARPS
 from megarewarm_kernels.optimizer.adamw_tensors import adamw_many
+from megarewarm_kernels.part_sums import _COLUMNS as SUMS_COLUMNS
+from megarewarm_kernels.part_sums import _ROWS as SUMS_ROWS
+from megarewarm_kernels.part_sums import _WARPS as SUMS_WARPS
+from megarewarm_kernels.part_sums import part_sums
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -54,11 +59,20 @@ _INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
 _GROUPED = {"bf16": (64, 128, 256), "fp32": (64,)}  # dtype -> heads that are compiled for groups of 4 too
-_ATTENTION_USUAL = (("bf16", 64, True, 1), ("fp32", 64, True, 1), ("bf16", 64, True, 4))
-"""dtype, head, documents (windows are the same to the kernel), group."""
-_USUAL = {80: " bf16 d 64 documents", 90: ""}  # architecture -> what kernels that are compiled for it have in their names
-_RARE = (" fp16", " fp32", " tanh ", " d 80", " d 128", " d 256", " 2048", " 4096", " 8192", " 16384")
-"""In names of kernels, but for attention's, that only ``--all`` compiles."""
+_USUAL = (
+    ("bias_gelu_backward exact bf16", 90),
+    ("adamw many tensors", 90),
+    ("rotary bf16 d 64 r 64 group 4", 90),
+    ("norm_heads_backward bf16 d 64 group 4", 90),
+    ("swiglu_backward bf16", 90),
+    ("attention forward bf16 d 64 group 4 documents", 90),
+    ("attention queries bf16 d 64 group 4 documents", 90),
+    ("attention keys bf16 d 64 documents", 80),  # the last register
+    ("logit_gradient bf16", 90),
+    ("residual_norms_backward bf16 512", 90),
+    ("rms_norm_backward added bf16 512", 90),
+)
+"""Names and GPUs of those that are compiled without ``--all``."""
 BEGIN, END = "<!-- compiled: begin -->", "<!-- compiled: end -->"
 
 
@@ -91,17 +105,14 @@ class Compiled:
 
 
 def configurations(every: bool = True) -> Iterator[Configuration]:
-    """The configurations that are shipped; not ``every``: a sample of them, and the GPUs that ``_USUAL`` says."""
-    for each in _shipped(every):
-        if not every:
-            if not each.name.startswith("attention") and any(word in each.name for word in _RARE):
-                continue
-            wanted = tuple(a for a in each.architectures if a in _USUAL and _USUAL[a] in each.name)
-            each = replace(each, architectures=wanted)
-        yield each
+    """The configurations that are shipped; not ``every``: those of ``_USUAL``."""
+    for each in _shipped():
+        wanted = tuple(a for a in each.architectures if every or (each.name, a) in _USUAL)
+        if wanted:
+            yield replace(each, architectures=wanted)
 
 
-def _shipped(every: bool) -> Iterator[Configuration]:
+def _shipped() -> Iterator[Configuration]:
     for form, tanh in (("exact", False), ("tanh", True)):
         for dtype in ("bf16", "fp32"):
             tile = {"TANH": tanh, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
@@ -126,7 +137,10 @@ def _shipped(every: bool) -> Iterator[Configuration]:
     for dtype in ("bf16", "fp32"):
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
-    yield from attention_configurations(every)
+    for dtype in ("bf16", "fp32"):
+        tile = {"ROWS": SUMS_ROWS, "COLUMNS": SUMS_COLUMNS}
+        yield Configuration(f"part_sums {dtype}", part_sums, dtype, tile, SUMS_WARPS, ("partial_ptr",))
+    yield from attention_configurations()
     state = ("parameter_ptr", "first_ptr", "second_ptr", "scale_ptr", "partial_ptr")
     for dtype in ("bf16", "fp32"):
         copy = {"COPY": True, "BLOCK": _BLOCK}
@@ -164,8 +178,8 @@ def _grouped(group: int) -> str:
     return f" group {group}" if group > 1 else ""
 
 
-def attention_configurations(every: bool) -> Iterator[Configuration]:
-    """Those of flash attention, which differ from GPU to GPU. ``every``: also of heads that few models have."""
+def attention_configurations() -> Iterator[Configuration]:
+    """Those of flash attention, which differ from GPU to GPU."""
     kernels = {"forward": attention_forward, "queries": attention_backward_queries, "keys": attention_backward_keys}
     wanted = [
         (dtype, dim, documents, group)
@@ -174,7 +188,7 @@ def attention_configurations(every: bool) -> Iterator[Configuration]:
         for documents in (False, True)
         for group in ((1, 4) if dim in _GROUPED[dtype] else (1,))
     ]
-    for dtype, head_dim, documents, group in wanted if every else _ATTENTION_USUAL:
+    for dtype, head_dim, documents, group in wanted:
         for name, kernel in kernels.items():
             for architecture in ARCHITECTURES:
                 blocks = blocks_of(name, head_dim, getattr(torch, _DTYPES[dtype]), architecture, documents, group)
@@ -204,7 +218,7 @@ def compiled(configuration: Configuration, architecture: int) -> Compiled:
     result = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": configuration.warps, "num_stages": configuration.stages},
+        options={"num_warps": configuration.warps, "num_stages": configuration.stages, **LAUNCH},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
@@ -238,6 +252,17 @@ def table(rows: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
+def write(page: Path, rows: list[Compiled]) -> None:
+    """Replace the lines of ``rows`` in the page's table. Kernels that are no longer shipped lose theirs."""
+    text = page.read_text()
+    before, old, after = text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)[0], text.split(END)[1]
+    new = table(rows).splitlines()
+    lines = {line.split(" | ")[0]: line for line in (*old.strip().splitlines(), *new)}
+    names = dict.fromkeys(f"| {each.name}" for each in configurations())
+    held = [*new[:2], *(lines[name] for name in names if name in lines)]
+    page.write_text("\n".join([before + BEGIN, *held, END + after]))
+
+
 def _type_of(name: str, configuration: Configuration) -> str:
     if name in configuration.values:
         return "constexpr"
@@ -259,15 +284,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="PAGE")
     parser.add_argument("--all", action="store_true", help="also what takes long; --write does")
+    parser.add_argument("--only", metavar="WORD", default="", help="kernels with it in their names; others keep their lines")
     arguments = parser.parse_args()
     every = arguments.all or arguments.write is not None
-    rows = [compiled(each, architecture) for each in configurations(every) for architecture in each.architectures]
+    wanted = [each for each in configurations(every) if arguments.only in each.name]
+    if not wanted:
+        parser.error(f"no kernel has '{arguments.only}' in its name")
+    rows = [compiled(each, architecture) for each in wanted for architecture in each.architectures]
     if arguments.write is None:
         print(json.dumps([asdict(row) for row in rows]))
-        return
-    page = arguments.write.read_text()
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    arguments.write.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+    else:
+        write(arguments.write, rows)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 from tests.checkpoint.test_convert import run_in_process
+from tests.checkpoint.test_extend_vocabulary import old_tokenizer, saved
 from tests.config.test_neox_config import LOCAL, PYTHIA_410M
 from tests.support.tiny import config, mapping, quiet, write_tokens
 
@@ -135,6 +136,7 @@ TRIED = [
     r"megarewarm (grow|values) ",
     r"megarewarm (score|select)-data ",
     r"megarewarm choose-start ",
+    r"megarewarm extend-(tokenizer|vocabulary) ",
 ]
 
 
@@ -267,6 +269,21 @@ def test_growing(place: Path) -> None:
         ]
         shutil.rmtree(written)
     assert len(lines) == 4
+
+
+def test_a_new_vocabulary(place: Path) -> None:
+    """docs/language.md, section "Vocabulary", with a model of 280 rows that has a tokenizer beside it."""
+    saved("llama", place / "with_tokenizer")
+    old_tokenizer(place / "with_tokenizer")
+    (place / "data/held_out.txt").write_text("to be or not to be\n" * 9)
+    section, *_ = blocks(ROOT / "docs/language.md", "bash")
+    said = [
+        " ".join(use(line, ("EleutherAI/pythia-410m", "with_tokenizer"), ("--add 8000", "--add 5")).split())
+        for line in section.splitlines()
+    ]
+    assert "5 of them new" in said[0] and all("280 old ids" in each for each in said[1:]) and "distilled" in said[2]
+    for folder in ("tok", "with_tokenizer", "hf_extended"):
+        shutil.rmtree(place / folder)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import torch
 
 try:
     import triton
+    import triton.language
 
     HAS_TRITON = True
 except ImportError:
@@ -22,6 +23,18 @@ except ImportError:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter runs the kernels on CPU tensors: for tests. Decided by the environment when kernels are imported."""
+
+LAUNCH = {"enable_fp_fusion": True}
+"""Of every launch: a product and a sum are rounded once, together. Triton's default, until its version 3.10."""
+
+if HAS_TRITON:
+    LOG2_E = triton.language.constexpr(1.4426950408889634)
+    """exp(x) is 2 to the power of LOG2_E x: exp2 is one instruction of a GPU, Triton's exp several."""
+
+    LN_2 = triton.language.constexpr(0.6931471805599453)
+
+    PREFETCH = triton.language.constexpr(3)
+    """Stages of a loop over rows in memory: two rows are on their way while one is computed."""
 
 _LIBRARY = torch.library.Library("megarewarm", "FRAGMENT")
 

@@ -56,12 +56,13 @@ def sample_tokens(prefix: str | None, config: ModelConfig, count: int, seed: int
 @dataclass(frozen=True)
 class LogitsDifference:
     """``largest`` |difference| of two logits; ``scale``: root mean square of the first model's. ``losses``: mean cross entropy
-    of both on the next tokens."""
+    of both on the next tokens. ``new_mass``: the share of the softmax that rows of the second have which the first lacks."""
 
     tokens: SampleTokens
     largest: float
     scale: float
     losses: tuple[float, float]
+    new_mass: float = 0.0
 
     def line(self) -> str:
         """For people."""
@@ -72,8 +73,8 @@ class LogitsDifference:
 
 @torch.no_grad()
 def compare(one: Model, other: Model, tokens: SampleTokens) -> LogitsDifference:
-    """The two models on the same tokens, computed in float64 from the weights as they are. A value that is not finite makes
-    ``largest`` NaN."""
+    """The two models on the same tokens, computed in float64 from the weights as they are. The second may have more rows of the
+    vocabulary, which count in its loss only. A value that is not finite makes ``largest`` NaN."""
     hidden = [_hidden(*model, tokens.ids) for model in (one, other)]
     heads = [weights.read(EMBEDDING if config.tie_embeddings else HEAD) for weights, config in (one, other)]
     sums = [_RunningLoss(tokens.ids[:, 1:].flatten()) for _ in heads]
@@ -87,8 +88,12 @@ def compare(one: Model, other: Model, tokens: SampleTokens) -> LogitsDifference:
         squares += float(before.square().sum())
         for loss, logits in zip(sums, (before, after), strict=True):
             loss.add(first, logits[:, :-1].flatten(0, 1))
+    common = sums[1].total
+    for first in range(rows, len(heads[1]), step):
+        sums[1].add(first, F.linear(hidden[1][:, :-1].flatten(0, 1), heads[1][first : first + step].double()))
     scale = sqrt(squares / (tokens.ids.numel() * rows))
-    return LogitsDifference(tokens, float(largest), scale, (sums[0].mean, sums[1].mean))
+    mass = float(1 - (common - sums[1].total).exp().mean())
+    return LogitsDifference(tokens, float(largest), scale, (sums[0].mean, sums[1].mean), mass)
 
 
 class _RunningLoss:
@@ -96,19 +101,19 @@ class _RunningLoss:
 
     def __init__(self, targets: Tensor) -> None:
         self._targets = targets
-        self._total = torch.full(targets.shape, -torch.inf, dtype=torch.float64)
+        self.total = torch.full(targets.shape, -torch.inf, dtype=torch.float64)
         self._chosen = torch.zeros(targets.shape, dtype=torch.float64)
 
     def add(self, first: int, logits: Tensor) -> None:
         """(t, rows) float64: of the rows that begin with ``first``."""
-        self._total = torch.logaddexp(self._total, logits.logsumexp(1))
+        self.total = torch.logaddexp(self.total, logits.logsumexp(1))
         here = (self._targets >= first) & (self._targets < first + logits.shape[1])
         picked = logits.gather(1, (self._targets - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         self._chosen = torch.where(here, picked, self._chosen)
 
     @property
     def mean(self) -> float:
-        return float((self._total - self._chosen).mean())
+        return float((self.total - self._chosen).mean())
 
 
 def _hidden(weights: Weights, config: ModelConfig, ids: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from megarewarm.checkpoint.weights import Description, OnBytes, Weights, expecte
 from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_bytes
-from megarewarm.model.size import count_parameters
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -79,9 +78,9 @@ class Watched:
 
 def bytes_to_read(source: OpenedCheckpoint, options: ConvertOptions) -> int:
     """What ``convert`` will read and report."""
-    size = sum(item.nbytes for item in _weights_for(source, options).describe().values())
+    size = sum(item.nbytes for item in weights_for(source, options).describe().values())
     if FORMS[options.form].training and source.training is not None:
-        return size + round(state_bytes(source.training.optimizer, source.model_config) * count_parameters(source.model_config))
+        return size + state_bytes(source.training.optimizer, source.model_config, source.training.trained)
     return size * options.tensor_ranks
 
 
@@ -102,8 +101,8 @@ def convert(
     rows = options.vocab_size if options.vocab_size is not None else source.model_config.vocab_size
     if rows < 1:
         raise UserError(f"--vocab-size {rows}: at least one row is needed")
-    refuse_another_head(_weights_for(source, options), expected_shapes(source.model_config))
-    weights: Weights = Watched(_weights_for(source, options), on_bytes)
+    refuse_another_head(weights_for(source, options), expected_shapes(source.model_config))
+    weights: Weights = Watched(weights_for(source, options), on_bytes)
     weights, config, resized = resize(weights, source.model_config, rows)
     notes = [resized] if resized else []
     if form.training and resized and source.training is not None:
@@ -156,7 +155,7 @@ def _texts(it: Conversion) -> ExportedTokenizer:
         return without_tokenizer(tokenizer, str(error))
 
 
-def _weights_for(source: OpenedCheckpoint, options: ConvertOptions) -> Weights:
+def weights_for(source: OpenedCheckpoint, options: ConvertOptions) -> Weights:
     """The stored weights, so that a round trip gives the same bits; the fp32 masters where fp32 is asked for."""
     full = FORMS[options.form].training or options.dtype == torch.float32
     return source.weights if full else source.stored

@@ -18,7 +18,7 @@ Loss = Annotated[float, BeforeValidator(lambda value: math.nan if value is None 
 class DataSeen(FileIdentity):
     """What one stage read of one source, with the identity of its tokens, independent of the file's place. ``read``: the
     samples, without the ``left_out`` ones of steps that are not in the weights. (Earlier versions recorded neither: null,
-    and ``read`` covers all.)"""
+    and ``read`` covers all.) ``generated_by``: the run or checkpoint whose model wrote it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +27,7 @@ class DataSeen(FileIdentity):
     tokens: int
     read: SamplesRead | None = None
     left_out: int | None = None
+    generated_by: str | None = None
 
     @property
     def file(self) -> FileIdentity:
@@ -65,7 +66,8 @@ class Stage(BaseModel):
     ``tokenizers``: by which the ids of its data were made, ``eod``: the id that ends their documents, as far as that is known.
     ``goes_on``: it read on from the position of the stage before it in the same data (null: not recorded).
     ``grown``: no training but a growth of ``started_from`` (checkpoint/grow.py), which read no data; ``new_layers``: the
-    layers, from 0, that it added. ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
+    layers, from 0, that it added. ``new_rows``: the vocabulary's rows (first, stop) that it added.
+    ``reset``: its choices in the reset table, ``optimizer``: its kind (null: not recorded).
     ``card``, ``config``: of a foreign checkpoint, its model card's terms and its whole config.json, which an export goes by;
     ``generation``: its generation_config.json.
     ``taught_by``: its teacher, if it had one (null also where that was not recorded).
@@ -94,6 +96,7 @@ class Stage(BaseModel):
     generation: dict[str, Any] | None = None
     grown: bool = False
     new_layers: list[int] = []
+    new_rows: tuple[int, int] | None = None
     taught_by: TaughtBy | None = None
 
 
@@ -134,6 +137,12 @@ class Lineage(BaseModel):
         """The smaller checkpoint that the newest stage grew this one from; None if the newest stage was no growth."""
         last = self.stages[-1] if self.stages else None
         return last.started_from if last is not None and last.grown else None
+
+    @property
+    def of_vocabulary(self) -> list[Stage]:
+        """The stages in which the vocabulary is the newest one's: from the last that added rows on."""
+        last = max((i for i, stage in enumerate(self.stages) if stage.new_rows), default=0)
+        return self.stages[last:]
 
     def extended(self, stage: Stage) -> Lineage:
         """This history with one more stage at its end."""

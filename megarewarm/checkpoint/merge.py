@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from megarewarm.errors import UserError
 from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
 from megarewarm.record.config_yaml import read_settings
 from megarewarm.record.layout import CHECKPOINTS
-from megarewarm.schedules.merging import decay_shares
+from megarewarm.schedules.merging import decay_shares, note_on_rates, within
 from megarewarm.schedules.schedule import Schedule
 
 # formats name the activation of one model differently
@@ -92,8 +91,7 @@ def _within(window: Budget, run: str, states: list[tuple[TrainingState, str]]) -
     length = window.in_steps(newest.tokens // steps, steps)
     if not 0 < length <= steps:
         raise UserError(f"--window {window}: is {length:g} of the {steps:,} steps of {run}; give more than 0, at most all")
-    # checkpoints lie at rounded steps, shares of the run don't
-    found = [(state, path) for state, path in states if newest.step - state.step <= length + 0.5]
+    found = states[-len(within(length, [state.step for state, _ in states])) :]
     if len(found) < 2:
         kept = ", ".join(f"{state.step:,}" for state, _ in states)
         raise UserError(
@@ -133,13 +131,7 @@ def _settings_of(*names: str) -> list[dict[str, Any]]:
 def _falling(states: Sequence[tuple[TrainingState, str]]) -> str:
     """A note where the rate was no constant within the window."""
     first, last = states[0][0], states[-1][0]
-    rates = Schedule.from_spec(last.schedule).values(np.arange(first.schedule_position, last.schedule_position))
-    if np.allclose(rates, rates[0], rtol=1e-6):
-        return ""
-    return (
-        f"the learning rate went from {rates[0]:.4g} to {rates[-1]:.4g} within the window: the average adds its decay to "
-        f"that; only a constant rate makes it equal to a decay of this shape"
-    )
+    return note_on_rates(Schedule.from_spec(last.schedule), first.schedule_position, last.schedule_position)
 
 
 class Combination:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,9 +113,11 @@ class OwnCheckpoint:
     @cached_property
     def tokenizer(self) -> TokenizerSource:
         """The tokenizer of the run's configuration, if it still exists, else that of the newest stage with one, else one
-        that its token files were made with."""
-        stages = self.lineage.stages
-        found = self.own_tokenizer()
+        that its token files were made with. Tokenizers from before the vocabulary was extended are left out."""
+        stages, newest = self.lineage.stages, self.lineage.of_vocabulary
+        made = TokenizerSource(still_there([known for stage in reversed(newest) for known in stage.tokenizers]))
+        extended = newest and newest[0].new_rows is not None
+        found = self.own_tokenizer().over(made) if extended else self.own_tokenizer()
         places = [(self._run_config.get("start") or {}).get("from")]
         for stage in reversed(stages):
             places += [stage.started_from, stage.run if stage.intent.startswith("foreign") else None]
@@ -124,8 +126,8 @@ class OwnCheckpoint:
                 break
             with contextlib.suppress(UserError):  # it is gone
                 start = open_checkpoint(place)
-                found = found.over(start.own_tokenizer() if isinstance(start, OwnCheckpoint) else start.tokenizer)
-        made = TokenizerSource(still_there([known for stage in reversed(stages) for known in stage.tokenizers]))
+                earlier = start.own_tokenizer() if isinstance(start, OwnCheckpoint) else start.tokenizer
+                found = found.over(replace(earlier, file=None) if extended else earlier)
         return found.over(made)
 
     def own_tokenizer(self) -> TokenizerSource:
@@ -144,8 +146,10 @@ class OwnCheckpoint:
 
     @cached_property
     def _run_config(self) -> dict[str, Any]:
-        config = self.folder.parent.parent / CONFIG_FILE
-        return read_yaml(config)[0] if config.is_file() else {}
+        for config in (self.folder.parent.parent / CONFIG_FILE, self.folder.parent / CONFIG_FILE):  # step_N, average
+            if config.is_file():
+                return read_yaml(config)[0]
+        return {}
 
     @collective
     def verify(self, *, alone: bool = False) -> None:
@@ -272,7 +276,7 @@ def tokenizers_of(source: CheckpointSource, known: Sequence[Made] = ()) -> list[
     (tokenizer.json, tokenizer.model) it chooses one that agrees with those ``known``, if any."""
     found = [
         Made(f"{stage.run}, in the history of {source.name}, was trained on ids of the tokenizer {tokenizer.file}", tokenizer)
-        for stage in source.lineage.stages
+        for stage in source.lineage.of_vocabulary
         for tokenizer in stage.tokenizers
     ]
     file = source.tokenizer.file

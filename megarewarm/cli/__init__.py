@@ -35,10 +35,13 @@ COMMANDS: dict[str, Command] = {
     "continue": Command("continue_run", "from a checkpoint and a folder of text to a re-warmed model"),
     "prepare": Command("prepare", "tokenise text into token files"),
     "tokenizer": Command("tokenizer", "train a tokenizer", _NOTHING_WRITTEN),
+    "extend-tokenizer": Command(
+        "extend_tokenizer", "add tokens to a tokenizer: merges continued on new text", _NOTHING_WRITTEN
+    ),
     "inspect-data": Command("inspect_data", "inspect, check and compare token files"),
     "merge-data": Command("merge_data", "join token files", _NOTHING_WRITTEN),
     "score-data": Command("score_data", "score the documents of a token file with a checkpoint"),
-    "select-data": Command("select_data", "choose documents: no duplicates, nothing tested or read before"),
+    "select-data": Command("select_data", "choose documents: not duplicate, tested or read before"),
     "sweep": Command("sweep", "run an experiment, several runs at a time, here or on Slurm"),
     "watch": Command("watch", "follow runs live in the terminal"),
     "report": Command("report", "draw and compare runs, or the arms of an experiment"),
@@ -50,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "choose-start": Command("choose_start", "compare checkpoints as starts of a run"),
     "merge": Command("merge_checkpoints", "average or interpolate checkpoints"),
     "grow": Command("grow_checkpoint", "grow a checkpoint into a wider or deeper model", _NOTHING_WRITTEN),
+    "extend-vocabulary": Command("extend_vocabulary", "give a checkpoint rows for an extended tokenizer", _NOTHING_WRITTEN),
     "generate": Command("generate", "continue a text with a checkpoint"),
     "evaluate": Command("evaluate", "measure a checkpoint's loss on token files"),
     "replay-step": Command("replay_step", "recompute one step of a run to inspect it"),

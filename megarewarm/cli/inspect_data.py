@@ -1,4 +1,4 @@
-"""Inspect a token file: megarewarm inspect-data PREFIX [--document N] [--verify] [--compare OTHER] [--tokenizer FILE]"""
+"""Inspect a token file: megarewarm inspect-data PREFIX [--document N] [--pack S] [--verify] [--compare OTHER]"""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def command_line() -> Parser:
     parser.add_argument("--tokenizer", type=path_text, help="to show text and check ids: a tokenizer.json or .model")
     parser.add_argument("--document", type=int, metavar="N", help="show document N, counted from 0")
     parser.add_argument("--verify", action="store_true", help="read everything and check every invariant of the format")
+    parser.add_argument("--pack", type=int, metavar="S", help="show what data.pack: best_fit makes of it at sequence_length S")
     parser.add_argument("--compare", type=path_text, metavar="OTHER", help="show the first difference from another token file")
     return parser
 
@@ -35,6 +36,7 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.console import make_console, only_ascii
         from megarewarm.data.files.inspection import first_difference, lengths, verify
         from megarewarm.data.files.token_file import open_tokens
+        from megarewarm.data.order.packed_samples import PackedSamples
         from megarewarm.data.text.tokenizers import load_tokenizer
 
     console = make_console()
@@ -58,6 +60,10 @@ def main(words: Sequence[str]) -> None:
         console.print(text, markup=False, highlight=False)
     else:
         console.print(show(lengths(file), "#" if only_ascii(console) else "█"))
+    if arguments.pack is not None:
+        if arguments.pack < 1:
+            raise UserError(f"--pack {arguments.pack}: expected a sequence_length, 1 or more")
+        console.print(f"best_fit: {PackedSamples(file.view(), arguments.pack, None).packing}", highlight=False)
     if arguments.verify:
         for line in verify(file, tokenizer.vocab_size if tokenizer else None):
             console.print(line, style="green", highlight=False)

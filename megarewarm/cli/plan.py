@@ -39,8 +39,10 @@ def main(words: Sequence[str]) -> None:
         from megarewarm.console import make_console
 
     with importing():
+        from megarewarm.checkpoint.lineage import Lineage
         from megarewarm.checkpoint.source import open_checkpoint
         from megarewarm.layout.cluster import rank_layouts
+        from megarewarm.rewarm.freezing import settle_freezing
         from megarewarm.training.start.epochs import settle_epochs
         from megarewarm.training.start.plan import settle_model
         from megarewarm.training.start.teacher import open_teacher
@@ -55,12 +57,17 @@ def main(words: Sequence[str]) -> None:
     teacher = None
     if config.distill is not None:
         teacher = config.model if config.distill.from_ is None else open_teacher(config).model_config
-    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu], teacher)
+    source = open_checkpoint(config.start.from_) if config.optimizer.train is not None and config.start.from_ else None
+    freezing = settle_freezing(config, config.model, source.lineage if source is not None else Lineage())
+    trained = None if freezing is None else freezing.after(config.total_steps)
+    plans = rank_layouts(config, config.model, gpus, GPUS[arguments.gpu], teacher, trained)
     console = make_console()
     fit = f"{len(plans):,} layouts fit on {gpus} x {arguments.gpu}"
     console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
     for line in lengths:
         console.print(line, highlight=False)
+    if freezing is not None:
+        console.print(f"parameters: {freezing.of(config.model)}; times are as if all trained", highlight=False)
     console.print(fitted(plans[: arguments.most], gpus, console.width, arguments.price))
     best = plans[0]
     console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)

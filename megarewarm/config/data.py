@@ -182,6 +182,12 @@ class DataConfig(Section):
         "sample orders of those trainers; sequential: the windows one after another, documents as written; {by: ..., "
         "direction: ...}: the same, documents by their score.",
     )
+    pack: Literal["best_fit"] | None = Field(
+        None,
+        description="best_fit: training rows of whole documents (arXiv 2404.10830), which attention and positions keep apart; "
+        "only a document longer than a row is cut, and what is left of a row is padding, without loss. Orders permuted (of the "
+        "rows) and sequential. Validation sets stay windows. null: windows of the documents one after another.",
+    )
     seed: Seed = Field(1234, description="Seed of the order; below 2**32 in the orders neox and megatron, as numpy takes it.")
     blend_of_one: bool = Field(
         False,
@@ -228,11 +234,39 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if (self.reset_at_eod or self.mask_eod_loss) and self.eod is None and self.tokenizer is None:
             raise ValueError("reset_at_eod and mask_eod_loss need the token that ends a document: give 'eod' or 'tokenizer'")
+        if self.pack is not None and self.order_name not in ("permuted", "sequential"):
+            told = "an order by scores" if self.order_name == "scored" else f"order '{self.order_name}'"
+            raise ValueError(f"pack: {told} is of windows, not of packed rows: use permuted or sequential, or remove 'pack'")
+        sources = [*self.train, *(source for switch in self.switches for source in switch.train)]
+        if self.pack is not None and any(source.layout == "rows" for source in sources):
+            raise ValueError("pack: a source of layout 'rows' holds finished rows, whose documents are not known: remove one")
         names = [v.name for v in self.validation]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two validation sets are named '{name}': give each its own name")
         return self
+
+
+class GenerateConfig(Section):
+    """The documents that the start model writes before training, as its own replay (arXiv 2605.26097)."""
+
+    tokens: Tokens = Field(description="How many tokens it writes, up to the end of the document that reaches them.")
+    temperature: float = Field(
+        1.0, gt=0, description="1: as likely as the model holds them; below 1 the rare ones are lost, which the paper warns of."
+    )
+    top_p: Share = Field(1.0, gt=0, le=1, description="Share of the probability that the likeliest tokens which are left hold.")
+    prompt: Literal["eod"] | Annotated[list[int], Field(min_length=1)] = Field(
+        "eod",
+        description="What each document follows on: eod, the end of another; or the ids that it begins with, such as [1] for "
+        "a model whose texts begin with a token of their own.",
+    )
+    max_document_tokens: Positive | None = Field(
+        None, description="Longer documents are cut, and ended there; null: all positions of the model."
+    )
+    seed: Seed = Field(1234, description="Seed of the random numbers; each document has its own.")
+    batch: Positive | None = Field(
+        None, description="Documents side by side; null: up to 64, as many as keep keys and values below 4 GiB in fp32."
+    )
 
 
 class ReplayConfig(Section):
@@ -241,19 +275,22 @@ class ReplayConfig(Section):
     fraction: Share = Field(
         ge=0, lt=1, description="Share of the samples that are replayed (0.05 or '5%'); new data get the rest. 0: no replay."
     )
-    of: Literal["lineage"] | None = Field(
+    of: Literal["lineage", "start"] | None = Field(
         None,
         description="lineage: what the start checkpoint was trained on, as its lineage records it: only samples that it has "
-        "seen, its stages in proportion to the tokens seen of each.",
+        "seen, its stages in proportion to the tokens seen of each. start: what the start checkpoint itself writes, see "
+        "'generate'.",
     )
+    generate: GenerateConfig | None = Field(None, description="of start: what it writes before training.")
     sources: Sources | None = Field(
         None,
         description="The old data, blended by weight among themselves. Beside 'of: lineage': data of before the recorded "
-        "stages, each with the 'tokens' that were seen of it.",
+        "stages, each with the 'tokens' that were seen of it. Beside 'of: start': each with 'tokens', as its share.",
     )
     max_epochs: Epochs | None = Field(
         1.0,
-        description="of lineage: how often a sample may be replayed. Asking for more is an error; null: without limit.",
+        description="of lineage or start: how often a sample may be replayed. Asking for more is an error; null: without "
+        "limit.",
     )
     paths: dict[str, PathText] = Field(
         {}, description="of lineage: new places of files that have moved, by the name of the source in the lineage."
@@ -262,9 +299,13 @@ class ReplayConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ReplayConfig:
         if self.of is None and self.sources is None and self.fraction:
-            raise ValueError("nothing says what is replayed: give 'sources', or 'of: lineage'")
+            raise ValueError("nothing says what is replayed: give 'sources', 'of: lineage' or 'of: start'")
         if self.of is None and (self.paths or self.max_epochs != 1.0):
             raise ValueError("'max_epochs' and 'paths' belong to 'of: lineage'; each of 'sources' has a path and max_epochs")
+        if self.of == "start" and self.paths:
+            raise ValueError("'paths' belongs to 'of: lineage': what the start writes is in the cache")
         if self.of is not None and any(source.tokens is None for source in self.sources or ()):
-            raise ValueError("'sources' beside 'of: lineage' share by tokens seen: give each of them 'tokens'")
+            raise ValueError(f"'sources' beside 'of: {self.of}' share by tokens: give each of them 'tokens'")
+        if (self.of == "start") != (self.generate is not None):
+            raise ValueError("'of: start' and 'generate' belong together: 'of: start, generate: {tokens: 20M tokens}'")
         return self

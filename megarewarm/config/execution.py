@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
 from megarewarm.config.paths import PathText
-from megarewarm.config.section import Positive, Section, Seed
+from megarewarm.config.section import OneOf, Positive, Section, Seed
+from megarewarm.schedules.curves import WSD_DECAYS
+
+
+class TrainConfig(Section):
+    """What trains while the rest of the model is frozen: no gradients, moments, decay or bytes between ranks."""
+
+    only: Annotated[
+        list[str],
+        Field(min_length=1),
+        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": {"type": "string"}, "minItems": 1}, {"type": "string", "pattern": "."}]}
+        ),
+    ] = Field(
+        description="What trains: head, embeddings, norms, new_layers (that megarewarm grow added), new_rows (that the "
+        "vocabulary was extended by), 'layers 0-3', or patterns of parameter names such as '*.bias'.",
+    )
+    for_: Budget | None = Field(
+        None,
+        alias="for",
+        description="For how long, such as '20%' of the run; then all parameters train, and the others' moments begin at zero. "
+        "Null: the whole run.",
+    )
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class OptimizerConfig(Section):
@@ -32,7 +57,10 @@ class OptimizerConfig(Section):
         description="Layer-wise learning rates: layer i of L (from 0) trains at layer_decay^(L - i) of the rate, the embedding "
         "at layer_decay^(L + 1), head and last norm at all of it. Below 1 the early layers stay nearer to the start.",
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="Global gradient norm above which gradients are scaled; null: off.")
+    clip_norm: float | None = Field(
+        1.0, gt=0, description="Global norm of the gradients (of what trains) above which they are scaled; null: off."
+    )
+    train: TrainConfig | None = Field(None, description="What trains, and for how long; null: everything.")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -115,6 +143,11 @@ class EvaluationConfig(Section):
         description="fixed: the same tokens at every evaluation, so that losses compare; moving: each evaluation takes the "
         "next 'tokens' of the set in data.order, at multiples of 'every' and again at the end, as GPT-NeoX does.",
     )
+    by_position: bool = Field(
+        False,
+        description="Also the loss by position in the window: 0-63, 64-127, 128-255 and so on, in metrics.jsonl and the "
+        "report. The sums of the losses are made in another order, so last bits differ.",
+    )
     micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
     tasks: list[PathText] = Field(
         [],
@@ -147,6 +180,20 @@ LOG_SPACED = (0, *(2**k for k in range(10)))
 """The early steps that Pythia published: 0, 1, 2, 4, ..., 512."""
 
 
+class AverageConfig(Section):
+    """A decay by merging, during the run (WSM, arXiv 2507.17634): the average of the run's last weights that stands for a decay
+    of the learning rate from its present value to 0. It is what megarewarm merge --like makes of checkpoints at the same steps,
+    evaluated after the last step and written to RUN/average; the run itself does not change."""
+
+    like: Annotated[str, OneOf(WSD_DECAYS)] = Field(description="Shape of the decay.")
+    window: Interval = Field(description="Its length: the end of the run, such as 10%.")
+    every: Interval | None = Field(
+        None,
+        description="Interval at which the weights are added, at no cost but a pass over them; null: at every checkpoint, kept "
+        "or not.",
+    )
+
+
 class CheckpointConfig(Section):
     """When the run's own checkpoints are written, and how many stay."""
 
@@ -164,6 +211,11 @@ class CheckpointConfig(Section):
         [],
         description="Further steps to save and keep permanently; 0 is the beginning. log_spaced: 0, 1, 2, 4, ..., 512, as "
         "Pythia's.",
+    )
+    average: AverageConfig | None = Field(
+        None,
+        description="The average of the last weights that stands for a decay (arXiv 2507.17634). It takes as much memory as "
+        "the fp32 weights, and as much of each checkpoint in its window; null: none.",
     )
     asynchronous: bool = Field(
         True,

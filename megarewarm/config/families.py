@@ -40,7 +40,6 @@ _NEOX = {
     "head_dim": _NOTHING,
     "output_bias": _NOTHING,
     "mlp_bias": (True,),
-    "rotary_scaling": _NOTHING,
     **_NO_WINDOW,
     **_ALL_ROTATED,
 }

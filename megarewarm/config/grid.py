@@ -36,6 +36,10 @@ class Grid:
         """All points up to step ``last``, ascending."""
         return (self.point(k) for k in range(1, self.count(last) + 1))
 
+    def between(self, first: int, last: int) -> list[int]:
+        """The points after step ``first`` up to step ``last``, ascending."""
+        return [self.point(number) for number in range(self.count(first) + 1, self.count(last) + 1)]
+
     def is_multiple_of(self, other: Grid) -> bool:
         """Whether every point is one of ``other``'s."""
         return (self.interval / other.interval).denominator == 1

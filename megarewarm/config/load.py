@@ -152,6 +152,8 @@ def apply_override(mapping: dict[str, Any], origins: Origins, word: str) -> None
 
 def _place(path: tuple[str, ...], origins: Origins) -> str:
     """Where ``path`` or the closest key above it was written."""
+    if path[:1] == ("context",) and ("context",) not in origins:
+        path = ("model", *path[1:])  # a model of positions alone is a context
     for length in range(len(path), -1, -1):
         if path[:length] in origins:
             return origins[path[:length]]

@@ -43,6 +43,22 @@ class RotaryScaling(Section):
         return self
 
 
+class ContextConfig(Section):
+    """Rotary positions of the start checkpoint's model, changed: a longer context while continuing. What is left out stays."""
+
+    rotary_base: float | None = Field(None, gt=0, description="Base of the rotary frequencies; null: the checkpoint's.")
+    rotary_scaling: RotaryScaling | None = Field(None, description="Rotary frequencies scaled; null: as in the checkpoint.")
+    max_positions: Positive | None = Field(None, description="Longest sequence; null: the checkpoint's.")
+
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """``model`` with these positions. Raises ``ValueError``."""
+        changes = {key: value for key in CONTEXT_KEYS if (value := getattr(self, key)) is not None}
+        return ModelConfig.model_validate(model.model_dump() | changes)
+
+
+CONTEXT_KEYS = tuple(ContextConfig.model_fields)
+
+
 class ModelConfig(Section):
     """Shape of the model. With ``start.from`` naming a checkpoint, it must agree with the checkpoint."""
 

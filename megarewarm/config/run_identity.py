@@ -29,9 +29,12 @@ def difference_of_runs(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[
 def _completed(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """A configuration of an earlier version, with the defaults of keys that it did not have."""
     try:
-        return RunConfig.model_validate(settings).model_dump(mode="json", by_alias=True)
+        complete = RunConfig.model_validate(settings).model_dump(mode="json", by_alias=True)
     except ValidationError:
         return settings  # the message then names the difference
+    if complete["start"]["moments"] != "measure":
+        del complete["start"]["measure_batches"]  # says nothing
+    return complete
 
 
 def first_difference(old: Any, new: Any, path: tuple[str, ...] = ()) -> tuple[str, Any, Any] | None:

@@ -6,7 +6,7 @@ generated from it (``python tools/document_config.py``).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -24,11 +24,11 @@ from megarewarm.config.execution import (
 )
 from megarewarm.config.forgetting import DistillConfig, InterpolateConfig
 from megarewarm.config.grid import Grid
-from megarewarm.config.model import ModelConfig
+from megarewarm.config.model import CONTEXT_KEYS, ContextConfig, ModelConfig
 from megarewarm.config.paths import PathText
 from megarewarm.config.reliability import ReliabilityConfig
 from megarewarm.config.schedule import ScheduleConfig
-from megarewarm.config.section import FolderName, Section
+from megarewarm.config.section import FolderName, Positive, Section
 from megarewarm.config.valuation import ValuationConfig
 from megarewarm.errors import UserError
 
@@ -52,11 +52,19 @@ class StartConfig(Section):
         "from one data set of an infinite schedule to the next; moments kept). Null: scratch without 'from', rewarm with it.",
     )
     weights: Literal["load", "initialise"] | None = Field(None, description="Model weights.")
-    moments: Literal["keep", "reset", "keep_second"] | None = Field(
-        None, description="Adam's exp_avg and exp_avg_sq; keep_second keeps only exp_avg_sq."
+    moments: Literal["keep", "reset", "keep_second", "measure"] | None = Field(
+        None,
+        description="Adam's exp_avg and exp_avg_sq; keep_second keeps only exp_avg_sq. measure: for a checkpoint without "
+        "moments, those that 'measure_batches' steps at rate 0 leave, clipped as every step.",
+    )
+    measure_batches: Positive = Field(
+        100,
+        description="Of moments 'measure': how many batches, those of the run's first steps, which it then trains on as well.",
     )
     optimizer_step: Literal["keep", "reset"] | None = Field(
-        None, description="Adam's step count, which sets the bias correction."
+        None,
+        description="Adam's step count, which sets the bias correction. With moments 'measure' it follows from "
+        "'measure_batches'.",
     )
     schedule: Literal["restart", "continue"] | None = Field(
         None, description="restart: lr(0) of this file's schedule; continue: the checkpoint's schedule position."
@@ -83,6 +91,7 @@ class StartConfig(Section):
         return self
 
 
+_SHAPE = {name for name, field in ModelConfig.model_fields.items() if field.is_required()}
 _MOST_STEPS = 10**10  # far above any run, and their samples can be counted in 64 bits
 
 
@@ -92,6 +101,11 @@ class RunConfig(Section):
     name: FolderName = Field(description="Name of the run; the run folder is called after it.")
     folder: PathText | None = Field(None, description="Run folder; null: runs/NAME.")
     model: ModelConfig | None = Field(None, description="Shape of the model; null: the start checkpoint's.")
+    context: ContextConfig | None = Field(
+        None,
+        description="Other rotary positions than the start checkpoint's, and a longer context; null: as it is. A 'model' of "
+        "these keys alone, over a start, means the same.",
+    )
     start: StartConfig = StartConfig()
     data: DataConfig
     replay: ReplayConfig | None = Field(None, description="Replay of old data; null: none.")
@@ -119,6 +133,18 @@ class RunConfig(Section):
         "is rounded to whole steps first, as earlier versions did; a run that one of these began keeps it.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _context(cls, values: Any) -> Any:
+        """A ``model`` that only changes the positions of the start's model is a ``context``."""
+        if not isinstance(values, dict) or not isinstance(values.get("model"), dict) or values.get("context") is not None:
+            return values
+        model, start = values["model"], values.get("start")
+        begins = start.get("from", start.get("from_")) if isinstance(start, dict) else getattr(start, "from_", None)
+        if not begins or not set(model) & set(CONTEXT_KEYS) or set(model) & _SHAPE:
+            return values
+        return values | {"model": None, "context": model}
+
     @model_validator(mode="after")
     def _no_replay(self) -> RunConfig:
         """A fraction of 0 is no replay, so that an axis may hold it."""
@@ -126,21 +152,43 @@ class RunConfig(Section):
         if self.replay is not None and not self.replay.fraction and not later:
             object.__setattr__(self, "replay", None)
         elif self.replay is not None and self.replay.of is None and self.replay.sources is None:
-            raise ValueError("replay: nothing says what is replayed: give 'sources', or 'of: lineage'")
+            raise ValueError("replay: nothing says what is replayed: give 'sources', 'of: lineage' or 'of: start'")
         return self
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.model is None and self.start.from_ is None:
             raise ValueError("a run from scratch needs 'model': the shape to train; or give 'start.from': a checkpoint")
+        if self.context is not None and self.start.from_ is None:
+            raise ValueError("context changes the model of 'start.from': give it, or all of 'model'")
+        if self.context is not None and self.distill is not None and self.distill.from_ is None:
+            raise ValueError(
+                "distill: the start checkpoint would teach with positions that it was not trained with; name a teacher with "
+                "distill.from, or leave 'context' out"
+            )
         if self.model is not None and self.data.sequence_length > self.model.max_positions:
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} is above model.max_positions {self.model.max_positions}"
             )
+        if self.evaluation.by_position and self.data.reset_at_eod:
+            raise ValueError(
+                "evaluation.by_position counts the positions of a window, and with data.reset_at_eod they begin again in each "
+                "document: set one of them to false"
+            )
+        if self.evaluation.windows == "moving" and self.data.pack is not None:
+            raise ValueError(
+                "evaluation.windows 'moving' follows the training's windows, and data.pack has none: set it to fixed"
+            )
+        old = self.replay.sources or () if self.replay is not None else ()
+        if self.data.pack is not None and any(source.layout == "rows" for source in old):
+            raise ValueError("data.pack: a replay source of layout 'rows' holds finished rows: remove one of them")
         if self.evaluation.windows == "moving" and self.data.order_name == "scored":
             raise ValueError("evaluation.windows 'moving' follows data.order, which sorts by scores: set windows to 'fixed'")
-        if self.replay is not None and self.replay.of == "lineage" and self.start.from_ is None:
-            raise ValueError("replay of: lineage needs 'start.from': the checkpoint whose data are replayed; or give 'sources'")
+        if self.replay is not None and self.replay.of is not None and self.start.from_ is None:
+            whose = "whose data are replayed" if self.replay.of == "lineage" else "that writes the replay"
+            raise ValueError(f"replay of: {self.replay.of} needs 'start.from': the checkpoint {whose}; or give 'sources'")
+        if self.replay is not None and self.replay.of == "start" and self.data.order_name == "scored":
+            raise ValueError("data.order sorts by scores, and what the start writes has none: choose another order or replay")
         if self.distill is not None and self.distill.from_ is None and self.start.from_ is None:
             raise ValueError("distill needs a teacher: give 'distill.from', or 'start.from', which is one; or remove 'distill'")
         if self.interpolate is not None and self.start.from_ is None:

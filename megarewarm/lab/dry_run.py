@@ -32,16 +32,17 @@ from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.launchers import Launch
 from megarewarm.parallel.mesh import choose_layout
 from megarewarm.report.figures.terminal import draw_curve
-from megarewarm.rewarm.replay import replayed
 from megarewarm.rewarm.reset import table
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import bytes_text, counted, tokens_text
 from megarewarm.training.finish import is_trained
+from megarewarm.training.start.averaging import averaging
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import EvaluationCost, evaluation_cost, evaluation_note, tokens_asked
 from megarewarm.training.start.inputs import check_place, settle_precision
 from megarewarm.training.start.memory import Room, memory_note, room
 from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro_batch
+from megarewarm.training.start.own_replay import cost as own_replay_cost
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.tasks import RunTasks
@@ -127,7 +128,10 @@ def _show_plan(
     console.print()
     _print_data(plan, console)
     console.print()
-    rows = table(plan.policy, plan.source, plan.schedule, plan.position, count_parameters(plan.model), config.training.seed)
+    parameters, seed = count_parameters(plan.model), config.training.seed
+    rows = table(
+        plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, freezing=plan.freezing, model=plan.model
+    )
     print_reset_table(rows, console, lambda line: None)
     if is_trained(plan):
         console.print(f"the run is complete in {config.run_folder}", style="yellow", highlight=False)
@@ -252,6 +256,8 @@ def _print_costs(
     costs = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     costs.add_row("run", f"{config.name}: {plan.policy.intent}{f' from {config.start.from_}' if config.start.from_ else ''}")
     costs.add_row("parameters", f"{count_parameters(plan.model):,}")
+    if plan.freezing is not None:
+        costs.add_row("trained", plan.freezing.of(plan.model))
     costs.add_row("steps", f"{config.total_steps:,} of {config.tokens_per_step:,} tokens")
     costs.add_row("tokens", f"{tokens:,}")
     costs.add_row(
@@ -263,6 +269,17 @@ def _print_costs(
         costs.add_row("tasks", f"{tasks}, {cost.of_tasks}")
     if (valuation := valuation_cost(config, plan.origin.step)) is not None:
         costs.add_row("valuation", str(valuation))
+    if batches := plan.measured_batches:
+        share = 100 * batches / (batches + config.total_steps - plan.origin.step)
+        tokens_read = tokens_text(batches * config.tokens_per_step)
+        costs.add_row(
+            "moments",
+            f"{batches:,} batches at rate 0 before the first step, {tokens_read} tokens, {share:.1f} % of the steps' compute",
+        )
+    if (average := averaging(config, plan.origin.step)) is not None:
+        costs.add_row("average", f"{average}, {bytes_text(4 * count_parameters(plan.model))} of memory over all ranks")
+    if (written := own_replay_cost(plan)) is not None:
+        costs.add_row("own replay", written)
     if here is not None:
         costs.add_row("memory", str(here))
     if pace is not None and not is_trained(plan):
@@ -283,11 +300,14 @@ def _print_data(plan: Plan, console: Console) -> None:
     config = plan.config
     notes = []
     try:
-        old = replayed(config.replay, plan.history_to_replay)
+        old = plan.replayed()
     except UserError as error:
-        if not isinstance(plan.source, PlannedCheckpoint):
+        if not plan.awaits_replay and not isinstance(plan.source, PlannedCheckpoint):
             raise
-        old, notes = [], [f"what is replayed of the lineage is known once {plan.source.name} exists ({error})"]
+        assert plan.source is not None and config.replay is not None
+        share = f"{100 * config.replay.fraction:.4g} % of the samples are replayed"
+        what = "what its start writes" if plan.awaits_replay else f"the lineage, known once {plan.source.name} exists"
+        old, notes = [], [f"{share}, of {what} ({error}); the shares above are of the rest"]
     phases = training_phases(config, plan.schedule, plan.origin, old)
     shown = Table(title="data", title_justify="left", box=None, padding=(0, 2, 0, 1), header_style="bold")
     for heading in ("from step", "source", "share", "tokens"):
@@ -318,7 +338,16 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
     # another machine's GPU may resolve 'auto' differently; fp32 is the upper bound
     value_bytes = DTYPES[settle_precision(config, _device(config))].itemsize
     size = config.training.micro_batch_size
-    work = work_of(config, plan.model, layout, size, value_bytes=value_bytes, on_gpu=_on_gpu(config), teacher=plan.taught_by)
+    work = work_of(
+        config,
+        plan.model,
+        layout,
+        size,
+        value_bytes=value_bytes,
+        on_gpu=_on_gpu(config),
+        teacher=plan.taught_by,
+        trained=plan.trained_at_end,
+    )
     portions = f"{work.micro_batches} micro-batch{'es' * (work.micro_batches != 1)} of {size}"
     title = f"per rank: {counted(world_size, 'rank')}, {layout}; {portions}"
     ranks = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -330,4 +359,10 @@ def _ranks(plan: Plan, world_size: int) -> tuple[list[float], list[Table | str]]
         sizes = (*vars(memory).values(), memory.total, traffic.total)
         ranks.add_row(", ".join(map(str, part.numbers)), "+".join(map(str, part.layers)), *map(bytes_text, sizes))
         needed += [memory.total] * (layout.data * layout.tensor)
+        if plan.freezing is not None and plan.trained_at_end is None:
+            now = memory_of(part, rank, replace(work, trained=plan.freezing.trained), config.parallel, layout)
+            remarks.append(
+                f"up to step {plan.freezing.until:,} stage {', '.join(map(str, part.numbers))} takes "
+                f"{bytes_text(now.gradients)} for grads and {bytes_text(now.optimizer)} for the optimizer"
+            )
     return needed, [ranks, *remarks]

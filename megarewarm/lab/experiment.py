@@ -20,7 +20,7 @@ from megarewarm.lab.start_checks import check_runs
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.layout import METRICS_FILE
-from megarewarm.record.run import read_run
+from megarewarm.record.run import read_runs
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.terminal_table import summary_table
@@ -91,7 +91,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
     if ranks.is_main and not only:
         page = write_report(experiment)
         console.rule("summary", align="left", style="dim")
-        console.print(summary_table([read_run(run_folder) for run_folder in folders]))
+        console.print(summary_table(read_runs(folders)))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     ranks.barrier()
     return 0

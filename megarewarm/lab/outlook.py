@@ -96,7 +96,10 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
                 state=state,
                 tokens=(total - done) * config.tokens_per_step,
                 flops=(total - done) * config.tokens_per_step * per_token + evaluated / 3 * plain,
-                disk=round((_WEIGHT_BYTES + state_bytes(config.optimizer.kind, plan.model)) * count_parameters(plan.model))
+                disk=(
+                    _WEIGHT_BYTES * count_parameters(plan.model)
+                    + state_bytes(config.optimizer.kind, plan.model, plan.trained_at_end)
+                )
                 * (config.checkpoint.keep_last + _extra(arm)),
                 flops_per_second=statistics.median(rates) * per_token if rates else None,
                 missing=(*missing, *missing_files(config, prepared)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarewarm.checkpoint.lineage import Stage
+from megarewarm.checkpoint.lineage import Lineage, Stage
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import ALL_LINES, open_checkpoint
 from megarewarm.config.schema import RunConfig
@@ -15,6 +15,7 @@ from megarewarm.data.text.hub_tokenizer import HUB_NAME
 from megarewarm.errors import UserError
 from megarewarm.record.layout import CHECKPOINTS, step_of
 from megarewarm.training.finish import is_trained
+from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.start.plan import Plan, plan_start, with_teacher
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import data_seen, open_data
@@ -64,12 +65,24 @@ def _planned(key: str, name: str, earlier: Sequence[Plan]) -> PlannedCheckpoint 
     for plan in earlier:
         if Path(name).is_dir() and (Path(name) != Path(plan.config.run_folder) or is_trained(plan)):
             continue  # it exists; the folder of an unfinished run names a checkpoint that doesn't exist yet
+        if (at_end := _written_at_end(name, plan)) is not None:
+            return at_end
         if (step := _step_named(key, name, plan)) is not None:
             state = _state_after(plan, step)
             written = PlannedCheckpoint(name, plan.model, "not yet written", training=state, lineage=state.lineage)
             written.keeps, written.written_by = ALL_LINES, plan
             return written
     return None
+
+
+def _written_at_end(name: str, plan: Plan) -> PlannedCheckpoint | None:
+    """The checkpoint ``name`` if the planned run writes it after its last step, weights only: its average, or its export."""
+    folder = RunFolder(Path(plan.config.run_folder))
+    averaged = Path(name) == folder.average and plan.config.checkpoint.average is not None
+    if not averaged and not (Path(name) == folder.export and plan.config.export.huggingface):
+        return None
+    lineage = _state_after(plan, plan.config.total_steps).lineage if averaged else Lineage()
+    return PlannedCheckpoint(name, plan.model, "not yet written", lineage=lineage, written_by=plan)
 
 
 def _opens(name: str) -> bool:
@@ -126,6 +139,7 @@ def _state_after(plan: Plan, step: int) -> TrainingState:
         start_position=(plan.origin.step, plan.origin.schedule, plan.origin.samples),
         step_tokens=plan.tokens(step),
         optimizer=plan.config.optimizer.kind,
+        trained=None if plan.freezing is None or (trained := plan.freezing.after(step)) is None else dict(trained),
     )
 
 

@@ -15,17 +15,21 @@ from rich.table import Table
 
 from megarewarm.config.load import read_run_config
 from megarewarm.config.schema import RunConfig
+from megarewarm.console import make_console
 from megarewarm.data.order.row_places import RowPlace
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
+from megarewarm.packed_rows import PAD, plain
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.layout import step_of
 from megarewarm.record.run import RecordedRun, read_run
+from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.run_folder import RunFolder
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
+from megarewarm.training.start.own_replay import with_own_replay
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.step import Clock, compute_gradients, training_step
 
@@ -76,20 +80,23 @@ def replay_step(
     recorded = read_run(folder)
     config = _config_of(folder)
     step = _choose(step, folder, recorded, config)
-    plan = make_plan(config, up_to=step - 1)
+    plan, _ = with_own_replay(make_plan(config, up_to=step - 1), ranks, make_console(quiet=not ranks.is_main))
     first = plan.position.step
     if step <= first:
         raise UserError(f"{folder}: the run begins at step {first + 1} and has no step {step}")
     run = build(plan, ranks)
     try:
+        measure_moments(run)
         losses = _column(recorded, "loss")
         differing = []
         for number in range(first + 1, step):
             progress(number, first, step)
+            run.thaw_if_due()
             result = training_step(run, plan.lr(number))
             if number in losses and losses[number] != _finite(result.loss):
                 differing.append(number)
         progress(step, first, step)
+        run.thaw_if_due()
         return _look(run, step, first, recorded, differing)
     finally:
         run.batches.close()
@@ -136,10 +143,9 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
         weights = run.model.unique_shard(name, parameter)
         if weights is None:
             continue
-        assert parameter.grad is not None
-        gradient = run.model.unique_shard(name, parameter.grad)
-        assert gradient is not None
-        for i, values in enumerate((weights, gradient / scale)):
+        part = run.model.trained.get(name)  # None where it is frozen
+        gradient = None if part is None or part.grad is None else run.model.unique_trained(name, part.grad)
+        for i, values in enumerate((weights, gradient / scale) if gradient is not None else (weights,)):
             finite = values.isfinite()
             sums[names.index(run.model.cards[name].group), i] += float(values.where(finite, 0).double().square().sum())
             sums[names.index(run.model.cards[name].group), 2 + i] += float((~finite).sum())
@@ -157,7 +163,7 @@ def _groups(run: Run) -> dict[str, dict[str, float]]:
 
 def _texts(run: Run, first_sample: int, count: int) -> list[str]:
     """Each sequence as text, or its first ids if the run has no tokenizer."""
-    rows = run.data.rows(first_sample, count)
+    rows = [plain(row[row != PAD]) for row in run.data.rows(first_sample, count)]
     if run.plan.config.data.tokenizer is None:
         return [" ".join(map(str, row[:16].tolist())) for row in rows]
     tokenizer = load_tokenizer(run.plan.config.data.tokenizer)

@@ -26,7 +26,8 @@ class SeenPace:
 
     def outlook(self, plan: Plan, cost: EvaluationCost | None) -> str:
         """How long the rest of ``plan`` takes at this pace, and the run that the pace is from."""
-        tokens = float((plan.config.total_steps - plan.position.step) * plan.config.tokens_per_step)
+        steps = plan.config.total_steps - plan.position.step + plan.measured_batches
+        tokens = float(steps * plan.config.tokens_per_step)
         if cost is not None:
             tokens += cost.after(plan.position.step if plan.resumed else plan.origin.step - 1) / PASSES["none"]
         time = duration_text(tokens / self.tokens_per_second)

@@ -25,6 +25,7 @@ from megarewarm.training.output.notes import logged_notes
 from megarewarm.training.start.evaluation_cost import tokens_asked, tokens_held
 from megarewarm.training.start.inputs import check_training, open_inputs
 from megarewarm.training.start.micro_batch import settle_micro_batch
+from megarewarm.training.start.own_replay import check_own_replay, described, without_replay
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.tasks import RunTasks
@@ -86,6 +87,12 @@ def check_start(
     Raises the ``UserError`` that the start would raise. Files that an earlier run or ``prepared`` will write are not missing;
     what depends on them can't be checked yet. Opens every file that exists. ``choose``: from ``training.device`` to a device.
     """
+    if plan.awaits_replay or waits_for_another(plan):
+        if plan.awaits_replay:
+            check_own_replay(plan)
+            if not isinstance(plan.source, PlannedCheckpoint):
+                described(plan)
+        plan = without_replay(plan)
     config = plan.config
     absent = [*missing, *missing_files(config, prepared)]
     tokenizer = _missing_tokenizer(config)
@@ -114,6 +121,13 @@ def check_start(
                 files.view(source)
             read_tasks([task for task in config.evaluation.tasks if Path(task).is_file()])
     return Checked(absent, [*notes, *logged], evaluated, tasks)
+
+
+def waits_for_another(plan: Plan) -> bool:
+    """Whether it replays the lineage of a run whose start has yet to write its own replay."""
+    earlier = plan.source.written_by if isinstance(plan.source, PlannedCheckpoint) else None
+    replays = plan.config.replay is not None and plan.config.replay.of == "lineage"
+    return replays and earlier is not None and (earlier.awaits_replay or waits_for_another(earlier))
 
 
 @collective

@@ -64,7 +64,7 @@ def advise(folder: Path, within: float = 0.02, progress: Callable[[str], None] =
 
 
 def as_json(advice: Advice) -> dict[str, Any]:
-    """The whole advice as JSON values; losses in nats per token."""
+    """The whole advice as JSON values; losses in nats per token, or as ``notes`` say."""
     return {
         "format": 1,
         "experiment": advice.title,

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
 from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE, step_of
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, read_run
+from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, in_one_unit, read_run
+from megarewarm.report.numbers.runs import unit_sentences
 
 Floats = NDArray[np.float64]
 
@@ -122,6 +123,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
             f"{path}: damaged ({type(error).__name__}: {error}): start the experiment again to rewrite it"
         ) from None
     runs = {name: run for name, _, _, place in entries if (run := _finished(place)) is not None}
+    runs = dict(zip(runs, in_one_unit(list(runs.values())), strict=True))
     by_place = {place.resolve(): runs[name] for name, _, _, place in entries if name in runs}
     trained = []
     left_out: dict[str, list[str]] = {}
@@ -132,6 +134,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
         else:
             left_out.setdefault(one, []).append(name)
     notes = [f"{len(names)} of {len(entries)} runs are left out, {why}: {_shown(names)}" for why, names in left_out.items()]
+    notes += unit_sentences(next(iter(runs.values())).unit) if runs else []
     for role in (UPSTREAM, DOWNSTREAM):
         if blind := [run.name for run in trained if role not in run.losses and runs[run.name].sets(role)]:
             notes.append(f"The {role} loss of {_shown(blind)} is not used: {_NO_START}")

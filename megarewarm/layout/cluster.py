@@ -18,6 +18,7 @@ from megarewarm.layout.gpus import Gpu
 from megarewarm.layout.memory import Part, Traffic, Work, memory_of, parameters_of, parts, traffic_of
 from megarewarm.layout.micro_batch import work_of
 from megarewarm.model.size import PASSES, stage_costs, training_flops_per_token
+from megarewarm.model.trained import Trained
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.mesh import Layout
 
@@ -43,9 +44,15 @@ class LayoutEstimate:
 
 
 def rank_layouts(
-    config: RunConfig, model: ModelConfig, gpus: int, gpu: Gpu, teacher: ModelConfig | None = None
+    config: RunConfig,
+    model: ModelConfig,
+    gpus: int,
+    gpu: Gpu,
+    teacher: ModelConfig | None = None,
+    trained: Trained | None = None,
 ) -> list[LayoutEstimate]:
-    """All layouts of ``gpus`` GPUs that fit into memory, fastest first; ``teacher``: of ``distill``. Raises ``UserError`` if
+    """All layouts of ``gpus`` GPUs that fit into memory, fastest first; ``teacher``: of ``distill``, ``trained``: see ``Work``.
+    Times are those of a run in which everything trains. Raises ``UserError`` if
     none does."""
     plans = []
     smallest = math.inf
@@ -59,7 +66,7 @@ def rank_layouts(
             check_fit(tried, model, layout, teacher)
         except UserError:
             continue
-        work = work_of(tried, model, layout, micro_batch, value_bytes=2, on_gpu=True, teacher=teacher)
+        work = work_of(tried, model, layout, micro_batch, value_bytes=2, on_gpu=True, teacher=teacher, trained=trained)
         held = parts(work, parallel, layout)
         memory = max(memory_of(part, rank, work, parallel, layout).total for rank, part in enumerate(held))
         smallest = min(smallest, memory)

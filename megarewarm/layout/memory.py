@@ -12,8 +12,9 @@ from typing import Literal
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.optimizer_state import states_of
-from megarewarm.model.parameters import cards
+from megarewarm.model.parameters import EMBEDDING, Card, cards
 from megarewarm.model.size import activation_bytes, stage_costs
+from megarewarm.model.trained import Trained, trained_values
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per_rank
 
@@ -22,7 +23,8 @@ from megarewarm.parallel.pipeline import balance, my_stages, rank_of, stages_per
 class Work:
     """The model and the batches of a rank. ``micro_batches``: of a rank per step; ``value_bytes``: size of the compute dtype;
     ``optimizer``: its kind; ``fused``: see ``activation_bytes``; ``valued``: whether rows are valued; ``teacher``: the frozen
-    model of ``distill``."""
+    model of ``distill``; ``averaged``: whether an average of the weights is kept; ``trained``: what trains, None for everything
+    (activations are counted as if everything did)."""
 
     model: ModelConfig
     sequence_length: int
@@ -35,6 +37,8 @@ class Work:
     fused: bool = True
     valued: bool = False
     teacher: ModelConfig | None = None
+    averaged: bool = False
+    trained: Trained | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,7 +48,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Part:
-    """What one pipeline rank holds: the numbers of its stages, out of ``count``, and how many layers each has.
+    """What one pipeline rank holds: the numbers of its stages, out of ``count``, and how many layers each has; ``held``: their
+    numbers.
 
     ``sends``: activations or gradients of one micro-batch that the rank sends to other ranks, per micro-batch.
     """
@@ -53,6 +58,7 @@ class Part:
     layers: tuple[int, ...]
     count: int
     sends: int
+    held: frozenset[int]
 
     @property
     def first(self) -> bool:
@@ -67,7 +73,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, by purpose; ``weights`` are a teacher's too, ``activations`` its states that a pipeline keeps."""
+    """Bytes on one rank, by purpose; ``weights`` are a teacher's and an average's too, ``activations`` also the states of a
+    teacher that a pipeline keeps."""
 
     weights: float
     gradients: float
@@ -99,7 +106,7 @@ def parts(work: Work, parallel: ParallelConfig, layout: Layout) -> list[Part]:
     """What each pipeline rank holds. Raises ``UserError`` for more stages than layers."""
     model = work.model
     if layout.pipeline == 1:
-        return [Part((0,), (model.num_layers,), 1, 0)]
+        return [Part((0,), (model.num_layers,), 1, 0, frozenset(range(model.num_layers)))]
     per_rank = stages_per_rank(parallel.schedule, parallel.stages_per_rank)
     count = layout.pipeline * per_rank
     cut = balance(model.num_layers, count, *stage_costs(model, work.sequence_length))
@@ -108,7 +115,8 @@ def parts(work: Work, parallel: ParallelConfig, layout: Layout) -> list[Part]:
         numbers = my_stages(parallel.schedule, rank, layout.pipeline, per_rank)
         neighbours = [n for number in numbers for n in (number - 1, number + 1) if 0 <= n < count]
         sends = sum(rank_of(parallel.schedule, n, layout.pipeline) != rank for n in neighbours)
-        found.append(Part(tuple(numbers), tuple(len(cut[n]) for n in numbers), count, sends))
+        held = frozenset(layer for n in numbers for layer in cut[n])
+        found.append(Part(tuple(numbers), tuple(len(cut[n]) for n in numbers), count, sends, held))
     return found
 
 
@@ -134,7 +142,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     sharded = parallel.sharding != "none" and layout.shard > 1
     shard = layout.shard if sharded else 1
     held = count + (_follower(part, model, tensor) if sharded else 0)
-    weights = 4.0 * held / shard
+    weights = 4.0 * (held + count * work.averaged) / shard
     if sharded and _keeps_gathered(parallel, layout):
         weights += work.value_bytes * held
     elif sharded:
@@ -180,8 +188,9 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
     taught_weights, taught_states = _teacher_bytes(rank, work, parallel, layout)
     logits = min(work.loss_memory, 4.0 * work.tokens * -(-model.vocab_size // tensor)) if part.last else 0.0
     states = 4.0 * _state_values(part, work, tensor) / shard
-    aside = 8.0 * held / shard if work.valued else 0.0  # the batch's gradients, and the weights before they are moved
-    return Memory(weights + taught_weights, 4.0 * held / shard + aside, states, activations + taught_states, logits)
+    gradients = 4.0 * _gradient_values(part, work, tensor, sharded=sharded, whole=True) / shard
+    aside = 2 * gradients if work.valued else 0.0  # the batch's gradients, and the weights before they are moved
+    return Memory(weights + taught_weights, gradients + aside, states, activations + taught_states, logits)
 
 
 def _teacher_bytes(rank: int, work: Work, parallel: ParallelConfig, layout: Layout) -> tuple[float, float]:
@@ -205,8 +214,42 @@ def _stream_bytes(work: Work) -> float:
     return float(work.tokens * work.model.hidden_size * work.value_bytes)
 
 
-def _state_values(part: Part, work: Work, tensor: int) -> int:
+def _gradient_values(part: Part, work: Work, tensor: int, *, sharded: bool, whole: bool) -> float:
+    """Values of gradients on a rank. ``whole``: with those of frozen rows beside rows that train, which the backward pass
+    leaves and no rank sends, unless it is ``sharded``."""
+    model = work.model
+    if work.trained is None:
+        count, _ = parameters_of(part, model, tensor)
+        return count + (_follower(part, model, tensor) if sharded else 0)
+    values = 0.0
+    for card in _trained_on(part, work):
+        of_rows = work.trained[card.name] is not None
+        kept = 0 if of_rows and sharded else trained_values(card, work.trained)
+        values += (kept + (card.numel if of_rows and (whole or sharded) else 0)) / (tensor if card.divided is not None else 1)
+    return values + (_follower(part, model, tensor) if sharded and EMBEDDING in work.trained else 0)
+
+
+def _trained_on(part: Part, work: Work) -> list[Card]:
+    """The cards of the parameters on a rank of which something trains, of a work where something is frozen."""
+    trained = work.trained or {}
+
+    def here(card: Card) -> bool:
+        if card.layer is not None:
+            return card.layer in part.held
+        return part.first if card.role == "embedding" and not (work.model.tie_embeddings and part.last) else part.last
+
+    return [card for card in cards(work.model).values() if card.name in trained and here(card)]
+
+
+def _state_values(part: Part, work: Work, tensor: int) -> float:
     """Values that the optimizer keeps for the parameters on a rank."""
+    if work.trained is not None:
+        return sum(
+            len(states_of(work.optimizer, card))
+            * trained_values(card, work.trained)
+            / (tensor if card.divided is not None else 1)
+            for card in _trained_on(part, work)
+        )
     every = cards(work.model).values()
     matrices = sum(card.numel // tensor for card in every if card.layer == 0 and card.is_matrix) * sum(part.layers)
     per_matrix, per_other = (
@@ -260,14 +303,15 @@ def traffic_of(part: Part, work: Work, parallel: ParallelConfig, layout: Layout)
     if model.tie_embeddings and part.first != part.last:  # both ends sum the gradients of their copies
         pipeline += _all_reduce(4.0 * _matrix(model, t) / (layout.shard if sharded else 1), 2)
     if not sharded:
-        data = _all_reduce(4.0 * count, layout.data)
+        data = _all_reduce(4.0 * _gradient_values(part, work, t, sharded=False, whole=False), layout.data)
     else:
         held = count + _follower(part, model, t)
         gathered = float(held)
         if not _keeps_gathered(parallel, layout):  # weights outside the layers stay gathered until the backward pass
             gathered = m * (2.0 * count - _outer(part, model, t))
         share = (layout.shard - 1) / layout.shard
-        data = share * (gathered * work.value_bytes + 4.0 * held) + _all_reduce(4.0 * held / layout.shard, layout.replicate)
+        reduced = 4.0 * _gradient_values(part, work, t, sharded=True, whole=True)
+        data = share * (gathered * work.value_bytes + reduced) + _all_reduce(reduced / layout.shard, layout.replicate)
     taught = _teacher_traffic(part, work, parallel, layout)
     return Traffic(tensor + taught.tensor, pipeline + taught.pipeline, data)
 

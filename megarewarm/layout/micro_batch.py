@@ -5,6 +5,7 @@ from __future__ import annotations
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schema import RunConfig
 from megarewarm.layout.memory import Work, memory_of, parts
+from megarewarm.model.trained import Trained
 from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.pipeline import micro_batches
 
@@ -29,8 +30,9 @@ def work_of(
     value_bytes: int,
     on_gpu: bool,
     teacher: ModelConfig | None = None,
+    trained: Trained | None = None,
 ) -> Work:
-    """What a rank of ``layout`` computes in micro-batches of ``size`` sequences."""
+    """What a rank of ``layout`` computes in micro-batches of ``size`` sequences. ``trained``: see ``Work``."""
     return Work(
         model,
         config.data.sequence_length,
@@ -43,6 +45,8 @@ def work_of(
         _is_fused(config, on_gpu),
         config.valuation is not None,
         teacher,
+        config.checkpoint.average is not None,
+        trained,
     )
 
 
@@ -63,6 +67,7 @@ def fitting(
     value_bytes: int,
     on_gpu: bool,
     teacher: ModelConfig | None = None,
+    trained: Trained | None = None,
 ) -> tuple[int, float]:
     """(sequences, bytes that the fullest rank needs) of the micro-batch that fits into ``memory`` bytes on each rank.
 
@@ -71,7 +76,7 @@ def fitting(
     share = max(1, config.training.global_batch // layout.data)
     needed: dict[int, float] = {}
     for size in sizes(share, layout.pipeline):
-        work = work_of(config, model, layout, size, value_bytes=value_bytes, on_gpu=on_gpu, teacher=teacher)
+        work = work_of(config, model, layout, size, value_bytes=value_bytes, on_gpu=on_gpu, teacher=teacher, trained=trained)
         held = parts(work, config.parallel, layout)
         most = max(memory_of(part, rank, work, config.parallel, layout).total for rank, part in enumerate(held))
         if not needed or (most <= memory and (on_gpu or work.tokens <= _MOST_ON_CPU)):

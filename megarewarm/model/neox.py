@@ -38,7 +38,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_width
+        self.head_dim, self.planes = config.head_width, config.rotary_dims // 2
+        self.group, self.window = 1, None
         self.backend, self.deterministic = "auto", False
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
@@ -56,6 +57,10 @@ class Attention(nn.Module):
             deterministic=self.deterministic,
         )
         return self.dense(context)
+
+    def normed(self, qkv: Tensor) -> Tensor:
+        """(b, s, 3 n d) as they are."""
+        return qkv
 
 
 class MLP(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import Card, cards
+from megarewarm.model.trained import Trained, trained_values
 
 
 def states_of(kind: str, card: Card) -> tuple[str, ...]:
@@ -16,7 +17,7 @@ def state_kinds(kind: str) -> str:
     return {"adamw": "exp_avg, exp_avg_sq", "muon": "momentum, exp_avg, exp_avg_sq"}[kind]
 
 
-def state_bytes(kind: str, model: ModelConfig) -> float:
-    """Bytes of state per parameter, on the mean of the model."""
+def state_bytes(kind: str, model: ModelConfig, trained: Trained | None = None) -> int:
+    """Bytes of the state of all parameters of which something trains (None: everything)."""
     every = cards(model).values()
-    return sum(4.0 * card.numel * len(states_of(kind, card)) for card in every) / sum(card.numel for card in every)
+    return sum(4 * trained_values(card, trained) * len(states_of(kind, card)) for card in every)

@@ -50,8 +50,11 @@ class Transformer(nn.Module):
         ``starts`` (b, s) int64: the first position of the document that each position lies in. Attention and positions then
         stay within documents; None: a sequence is one.
         """
-        x = self.embed_in(tokens)
-        positions = positions_of(tokens.shape[1], self.config, x, starts)
+        return self.from_embeddings(self.embed_in(tokens), tokens.shape[1], starts)
+
+    def from_embeddings(self, x: Tensor, length: int, starts: Tensor | None = None) -> Tensor:
+        """The same from the (b, s, h) embeddings of tokens; ``length``: s, also where ``x`` is a rank's part of a sequence."""
+        positions = positions_of(length, self.config, x, starts)
         for layer in self.layers:
             x = layer(x, positions)
         return self.final_layer_norm(add_deferred(x))

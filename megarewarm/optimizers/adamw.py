@@ -59,7 +59,7 @@ class AdamW:
         present = [
             {"params": held, "weight_decay": config.weight_decay if decayed else 0.0, "factor": factor}
             for (decayed, factor), held in kinds.items()
-        ]
+        ] or [{"params": [], "factor": 1.0}]  # of a pipeline rank whose stages are frozen
         settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
         if kind == "apex":
             peer = fused_adam()

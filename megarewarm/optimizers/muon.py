@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.model.optimizer_state import states_of
@@ -58,19 +58,22 @@ def orthogonal_each(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
 
 
 class Muon:
-    """Muon over the matrices of a model's layers, AdamW over the rest. The momentum is laid out as its parameter.
+    """Muon over those parameters that are matrices of a model's layers, AdamW over the rest. The momentum is laid out as its
+    parameter.
 
     Each matrix is gathered on one of the ranks that have parts or copies of it, in turn, which orthogonalises it and sends
     it to the others: the ranks share the work.
     """
 
     @collective
-    def __init__(self, model: ParallelModel, config: OptimizerConfig, kind: str = "torch") -> None:
-        """All ranks call it. ``kind``: of the AdamW."""
+    def __init__(
+        self, model: ParallelModel, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch"
+    ) -> None:
+        """All ranks call it. ``parameters``: of ``model.trained``; ``kind``: of the AdamW."""
         self.kind, self.config = kind, config
         self._model = model
-        self._matrices = [name for name, card in model.cards.items() if card.is_matrix and name in model.parameters]
-        rest = {name: parameter for name, parameter in model.parameters.items() if not model.cards[name].is_matrix}
+        self._matrices = [name for name, card in model.cards.items() if card.is_matrix and name in parameters]
+        rest = {name: parameter for name, parameter in parameters.items() if not model.cards[name].is_matrix}
         self._rest = AdamW(rest, model.cards, config, kind)
         self._momentum = {name: torch.zeros_like(model.parameters[name]) for name in self._matrices}
         self._factors = rate_factors(model.cards, config.layer_decay)

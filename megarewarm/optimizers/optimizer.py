@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megarewarm.config.execution import OptimizerConfig
 from megarewarm.optimizers.adamw import AdamW
 from megarewarm.optimizers.muon import Muon
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import Gradients
 
 
 class Optimizer(Protocol):
-    """The parameters of a model and their optimizer state. All ranks call every method alike."""
+    """Parameters of a model (those that train) and their optimizer state. All ranks call every method alike."""
 
     kind: str
     """The implementation of the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
@@ -32,7 +33,7 @@ class Optimizer(Protocol):
         """The present learning rates, without layer-wise factors."""
 
     def state(self) -> dict[tuple[str, str], Tensor]:
-        """Tensors of the parameters' shapes by (what, parameter's name), see ``states_of``; writing to them changes it."""
+        """Tensors of the shapes of what trains by (what, parameter's name), see ``states_of``; writing to them changes it."""
 
     @property
     def completed_steps(self) -> int:
@@ -54,12 +55,17 @@ class Optimizer(Protocol):
         those here that this rank counts; ``state`` by what it is."""
 
 
-_MAKERS: dict[str, Callable[[ParallelModel, OptimizerConfig, str], Optimizer]] = {
-    "adamw": lambda model, config, kind: AdamW(model.parameters, model.cards, config, kind),
+_MAKERS: dict[str, Callable[[ParallelModel, Mapping[str, nn.Parameter], OptimizerConfig, str], Optimizer]] = {
+    "adamw": lambda model, parameters, config, kind: AdamW(parameters, model.cards, config, kind),
     "muon": Muon,
 }
 
 
-def make_optimizer(model: ParallelModel, config: OptimizerConfig, kind: str = "torch") -> Optimizer:
-    """The optimizer that ``config`` names over all parameters of ``model``. ``kind``: see ``Optimizer.kind``."""
-    return _MAKERS[config.kind](model, config, kind)
+@collective
+def make_optimizer(
+    model: ParallelModel, config: OptimizerConfig, kind: str = "torch", only: Callable[[str], bool] = lambda name: True
+) -> Optimizer:
+    """The optimizer that ``config`` names over what trains of ``model``, or those parameters whose names are ``only`` wanted.
+    ``kind``: see ``Optimizer.kind``. All ranks call it."""
+    parameters = {name: parameter for name, parameter in model.trained.items() if only(name)}
+    return _MAKERS[config.kind](model, parameters, config, kind)

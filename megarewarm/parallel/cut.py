@@ -23,16 +23,21 @@ from megarewarm.parallel.tensor_ranks import TensorRanks
 @dataclass(frozen=True)
 class Cut:
     """``modules``: on the meta device, one for each of this rank's stages, whose ``numbers`` are out of ``count``; the whole
-    model without a pipeline. ``placements``: this rank's part of every parameter. ``tensor``: the ranks it shares layers
-    with."""
+    model without a pipeline. ``layers``: of every stage. ``placements``: this rank's part of every parameter. ``tensor``: the
+    ranks it shares layers with."""
 
     config: ModelConfig
     modules: list[nn.Module]
     numbers: list[int]
-    count: int
+    layers: list[range]
     tensor: TensorRanks | None
     cards: Mapping[str, Card]
     placements: dict[str, Placement]
+
+    @property
+    def count(self) -> int:
+        """Stages of the pipeline."""
+        return len(self.layers)
 
     @property
     def has_last(self) -> bool:
@@ -60,7 +65,7 @@ def cut(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, sequence_leng
     placements = {name: place(card, mesh.tensor_rank, layout.tensor, sequence) for name, card in every.items()}
     if operations is not None:
         fuse(model, operations)
-    numbers, count = [0], 1
+    numbers, layers = [0], [range(config.num_layers)]
     modules: list[nn.Module] = [model]
     if layout.pipeline > 1:
         per_rank = pipeline.stages_per_rank(parallel.schedule, parallel.stages_per_rank)
@@ -68,4 +73,4 @@ def cut(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, sequence_leng
         layers = pipeline.balance(config.num_layers, count, *stage_costs(config, sequence_length))
         numbers = pipeline.my_stages(parallel.schedule, mesh.pipeline_rank, layout.pipeline, per_rank)
         modules = [pipeline.StageModule(model, layers[n], first=n == 0, last=n == count - 1) for n in numbers]
-    return Cut(config, modules, numbers, count, ranks, every, placements)
+    return Cut(config, modules, numbers, layers, ranks, every, placements)

@@ -38,8 +38,8 @@ def row_derivatives(
     Losses, ``most`` and ``micro_batch`` are those of ``ParallelModel.row_losses``.
     The weights are afterwards what they were, bit for bit. All zero for a u of length zero.
     """
-    weights = {name: parameter.detach() for name, parameter in model.parameters.items()}
-    direction = {name: _gradient(parameter) for name, parameter in model.parameters.items()}
+    weights = {name: parameter.detach() for name, parameter in model.trained.items()}
+    direction = {name: _gradient(parameter) for name, parameter in model.trained.items()}
     length, along = _norms(model, weights, direction)
     if not along or not steepness:
         return [0.0] * len(rows)
@@ -66,10 +66,10 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 @collective
 def _norms(model: ParallelModel, *tensors: Mapping[str, Tensor]) -> list[float]:
-    """The 2-norms over the whole model of tensors that are laid out as its parameters. All ranks call it."""
+    """The 2-norms over the whole model of tensors that are laid out as what trains of it. All ranks call it."""
     squares = []
     for each in tensors:
-        shards = [model.unique_shard(name, tensor) for name, tensor in each.items()]
+        shards = [model.unique_trained(name, tensor) for name, tensor in each.items()]
         counted = [shard for shard in shards if shard is not None]
         squares.append(float(squared_norm(counted)) if counted else 0.0)
     return [math.sqrt(total) for total in all_reduce_sums(squares)]

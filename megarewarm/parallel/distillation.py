@@ -9,18 +9,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from megarewarm_kernels import (
-    linear_cross_entropy,
-    linear_distillation,
-    sharded_linear_cross_entropy,
-    sharded_linear_distillation,
-)
+from megarewarm_kernels import linear_distillation, sharded_linear_distillation
 from torch import Tensor, nn
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.forgetting import DistillConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, HEAD
+from megarewarm.parallel.cross_entropy import cross_entropy
 from megarewarm.parallel.cut import cut
 from megarewarm.parallel.forward_only import ForwardOnly
 from megarewarm.parallel.mesh import Mesh
@@ -168,25 +164,9 @@ class Teacher:
     def _hidden_loss(
         self, hidden: Tensor, head: Tensor, targets: Tensor, taught: Tensor, memory_budget: int, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self._tensor is None:
-            cross, _ = linear_cross_entropy(
-                hidden.flatten(0, 1),
-                head,
-                targets.flatten(),
-                valid_rows=self._ids,
-                memory_budget=memory_budget,
-                kernel=kernel,
-            )
-        else:
-            cross, _ = sharded_linear_cross_entropy(
-                self._tensor.enter(hidden).flatten(0, 1),
-                head,
-                targets.flatten(),
-                group=self._tensor.group,
-                vocab_size=self._ids,
-                memory_budget=memory_budget,
-                kernel=kernel,
-            )
+        group = None if self._tensor is None else self._tensor.group
+        whole = hidden if self._tensor is None else self._tensor.enter(hidden)
+        cross, _ = cross_entropy(whole, head, targets, group, self._ids, memory_budget, kernel)
         divided = self._tensor if self._tensor is not None and self._tensor.sequence else None
         mine = targets if divided is None else targets.chunk(divided.size, 1)[divided.rank]
         kept = (mine.flatten() >= 0)[:, None]

@@ -4,13 +4,12 @@ outside this room does not handle groups, stages or shards. With one rank nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,14 +18,17 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.data.tasks.encode import RowBatch
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
+from megarewarm.model.trained import Trained
 from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.continuations import score_batch
+from megarewarm.parallel.continuations import Scored, Scorer
+from megarewarm.parallel.cross_entropy import cross_entropy
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.position_sums import PositionSums
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,23 @@ class ParallelModel(LaidOutModel):
         self._loss_scale = 1.0
         self._rows: list[Tensor] | None = None
         """BatchLosses of single rows, if requested."""
+        self._by_position: PositionSums | None = None
+        """Sums of single distances, if requested."""
         self._taught: deque[Tensor] | None = None
         """The teacher's states of a pipeline's micro-batches that are still to come, with a teacher."""
         self._distilled: list[tuple[Tensor, Tensor]] = []
         """(cross entropy, the teacher's term) of a pipeline's micro-batches that have been."""
-        self._pipeline = self._make_pipeline(parallel, training)
+        self._parallel, self._training = parallel, training
+        self._pipeline = self._make_pipeline()
 
-    def _make_pipeline(self, parallel: ParallelConfig, training: TrainingConfig) -> pipeline.Pipeline | None:
+    @collective
+    def train_only(self, what: Trained | None) -> None:
+        """As ``LaidOutModel.train_only``. All ranks call it."""
+        super().train_only(what)
+        self._pipeline = self._make_pipeline()
+
+    def _make_pipeline(self) -> pipeline.Pipeline | None:
+        parallel, training = self._parallel, self._training
         mesh, length = self.mesh, self._sequence_length
         if mesh.pipeline is None or mesh.reverse_group is None:
             return None
@@ -99,6 +111,7 @@ class ParallelModel(LaidOutModel):
             hidden_size=self.config.hidden_size,
             dtype=self._stream_dtype,
             loss=self._pipeline_loss,
+            trains=self._first_that_trains(),
         )
 
     @collective
@@ -230,7 +243,7 @@ class ParallelModel(LaidOutModel):
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
         count = self._targets_here(tokens)
-        if self._documents is not None and self._documents.mask_loss:
+        if self._documents is not None and self._documents.drops_targets:
             self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         return count
 
@@ -239,7 +252,7 @@ class ParallelModel(LaidOutModel):
         return self._targets_here(torch.from_numpy(rows))
 
     def _targets_here(self, tokens: Tensor) -> float:
-        if self._documents is None or not self._documents.mask_loss:
+        if self._documents is None or not self._documents.drops_targets:
             return self._if_loss_owner(float(tokens[:, 1:].numel()))
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
         return self._if_loss_owner(float((targets != IGNORE).sum()))
@@ -250,7 +263,8 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         if rules is None:
             return self._cross_entropy(self._modules[0](inputs), targets)
-        return self._cross_entropy(self._modules[0](inputs, rules.starts(inputs)), rules.targets(inputs, targets))
+        hidden = self._modules[0](rules.ids(inputs), rules.starts(inputs))
+        return self._cross_entropy(hidden, rules.targets(inputs, targets))
 
     def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
@@ -258,7 +272,7 @@ class ParallelModel(LaidOutModel):
         rules = self._documents
         starts = None if rules is None else rules.starts(inputs)
         if rules is not None:
-            targets = rules.targets(inputs, targets)
+            targets, inputs = rules.targets(inputs, targets), rules.ids(inputs)
         return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
 
     def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,27 +295,42 @@ class ParallelModel(LaidOutModel):
         fewer windows computes on nothing meanwhile. ``between``: before each portion.
         """
         self._follow()
-        total, count = 0.0, 0.0
+        totals = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)  # read at the end: each look waits for the device
         size = micro_batch if self._pipeline is None else self._pipeline.sequences
         portions = -(-most // size)
-        parts = _regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
-        try:
-            for module in self._modules:
-                module.eval()
+        parts = pipeline.regrouped(rows, size) if self._pipeline is not None else map(torch.from_numpy, rows)
+        with self.evaluating():
             for done in range(portions):
                 between(done, portions)
                 part = next(parts, None)
                 if part is None and not self._sharded:
                     continue
                 tokens = torch.zeros((1, self._sequence_length + 1), dtype=torch.int64) if part is None else part
-                loss, seen = self._evaluate(tokens)
+                found = self._evaluate(tokens)
                 if part is not None:
-                    total += loss
-                    count += seen
-        finally:
-            for module in self._modules:
-                module.train()
+                    totals += torch.stack([value.double() for value in found])
+                elif self._by_position is not None:
+                    self._by_position.forget()  # computed on nothing
+        total, count = totals.tolist()
         return self._if_loss_owner(total), self._if_loss_owner(count)
+
+    @collective
+    def evaluate_by_position(
+        self,
+        rows: Iterable[npt.NDArray[np.int64]],
+        most: int,
+        micro_batch: int,
+        edges: Sequence[int],
+        between: Between = nothing_between,
+    ) -> npt.NDArray[np.float64]:
+        """As ``evaluate``, apart for the positions [edges[i], edges[i + 1]) of the inputs: (edges - 1, 2), losses summed and
+        tokens. All ranks call it. ``edges`` ascend from 0 to the length of the sequences."""
+        self._by_position = sums = PositionSums(edges)
+        try:
+            self.evaluate(rows, most, micro_batch, between)
+        finally:
+            self._by_position = None
+        return np.vectorize(self._if_loss_owner, otypes=[np.float64])(sums.total())
 
     @collective
     @torch.no_grad()
@@ -319,72 +348,31 @@ class ParallelModel(LaidOutModel):
         teacher = self.teacher if taught else None
         found: list[float] = []
         try:
-            for module in self._modules:
-                module.eval()
-            for first in range(0, most, size):
-                part = tokens[first : first + size]
-                if len(part):
-                    found += self._losses_each(part, teacher)
-                elif self._sharded:  # other ranks gather parameters with this one
-                    self._losses_each(torch.zeros((1, self._sequence_length + 1), dtype=torch.int64), teacher)
-                elif self._pipeline is not None:
-                    self._losses_each(part, teacher)
+            with self.evaluating():
+                for first in range(0, most, size):
+                    part = tokens[first : first + size]
+                    if len(part):
+                        found += self._losses_each(part, teacher)
+                    elif self._sharded:  # other ranks gather parameters with this one
+                        self._losses_each(torch.zeros((1, self._sequence_length + 1), dtype=torch.int64), teacher)
+                    elif self._pipeline is not None:
+                        self._losses_each(part, teacher)
         finally:
             self._rows = None
-            for module in self._modules:
-                module.train()
         return [self._if_loss_owner(loss) for loss in found]
 
     @collective
     @torch.no_grad()
-    def score_rows(
-        self, batches: Sequence[RowBatch], most: int, between: Between = nothing_between
-    ) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
-        """(log-likelihood in nats of what is scored (b,), whether each scored token is the most likely one (b,)) of the rows of
-        each of this rank's ``batches``; zeros on a rank whose losses another rank returns. All ranks call it.
+    def score_rows(self, batches: Sequence[RowBatch], most: int, between: Between = nothing_between) -> list[Scored]:
+        """The scores of the rows of each of this rank's ``batches``; zeros on a rank whose losses another rank returns. All
+        ranks call it.
 
         ``most``: the largest number of batches that any rank has. ``between``: before each portion.
         """
         self._follow()
-        found: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]] = []
-        size = 1 if self._pipeline is None else 2 * self.mesh.layout.pipeline
-        try:
-            for module in self._modules:
-                module.eval()
-            for first in range(0, most, size):
-                between(first, most)
-                portion = list(batches[first : first + size])
-                # other ranks gather parameters with this one
-                empty = min(size, most - first) - len(portion) if self._sharded else 0
-                found += self._score(portion, empty)
-        finally:
-            for module in self._modules:
-                module.train()
-        return found
-
-    def _score(self, portion: Sequence[RowBatch], empty: int) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]]:
-        """Of one portion; ``empty``: rows that are computed for other ranks' sake."""
-        found = [(np.zeros(len(batch.numbers)), np.zeros(len(batch.numbers), np.bool_)) for batch in portion]
-
-        def finish(i: int, hidden: Tensor) -> None:
-            if self._tensor is not None:
-                hidden = self._tensor.enter(hidden)
-            head = self._modules[-1].head
-            assert isinstance(head, Tensor)
-            if i < len(portion):
-                scored = score_batch(hidden, head, portion[i], self.config.vocab_size, self._loss_memory, group)
-                found[i] = scored if self.mesh.tensor_rank == 0 else found[i]
-
-        group = None if self._tensor is None else self._tensor.group
-        ids = [torch.from_numpy(batch.inputs) for batch in portion]
-        ids += [torch.zeros((1, self._sequence_length), dtype=torch.int64)] * empty
-        with self._autocast:
-            if self._pipeline is None:
-                for i, tokens in enumerate(ids):
-                    finish(i, self._modules[0](tokens.to(self.mesh.device)))
-            elif ids:
-                self._pipeline.forward([tokens.to(self.mesh.device) for tokens in ids], finish)
-        return found
+        scorer = Scorer(self._modules, self.config.vocab_size, self._loss_memory, self.mesh, self._tensor, self._pipeline)
+        with self.evaluating(), self._autocast:
+            return scorer.score(batches, most, between, idle=self._sequence_length if self._sharded else None)
 
     def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:
         """The losses of rows (b, s + 1), at most one portion; zeros where another rank has them."""
@@ -403,16 +391,16 @@ class ParallelModel(LaidOutModel):
                 self._taught = None
         return [float(loss) for loss in self._rows[: len(tokens)]] or [0.0] * len(tokens)
 
-    def _evaluate(self, tokens: Tensor) -> tuple[float, float]:
-        """(loss summed, tokens) of rows (b, s + 1), at most one portion."""
+    def _evaluate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss summed, tokens) of rows (b, s + 1), at most one portion; on the device."""
         if self._pipeline is None:
             with self._autocast:
-                loss, seen = self._loss(tokens.to(self.mesh.device))
-            return float(loss), float(seen)
+                return self._loss(tokens.to(self.mesh.device))
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
             losses = self._pipeline.evaluate(inputs, targets, starts)
-        return sum(float(loss) for loss in losses) / self._scale(), float((targets != IGNORE).sum())
+        total = torch.stack([loss.double() for loss in losses]).sum() if losses else torch.zeros((), device=targets.device)
+        return total / self._scale(), (targets != IGNORE).sum()
 
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step
@@ -425,14 +413,14 @@ class ParallelModel(LaidOutModel):
         """Inputs, targets and documents' starts (B, s) of one pipeline step; padding sequences have no targets."""
         assert self._pipeline is not None
         missing = self._pipeline.sequences - tokens.shape[0]
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if self._documents is not None:
-            targets = self._documents.targets(inputs, targets)
+        inputs, targets, rules = tokens[:, :-1], tokens[:, 1:], self._documents
+        if rules is not None:
+            targets = rules.targets(inputs, targets)
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros((missing, inputs.shape[1]))])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORE)])
         inputs, targets = inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
-        return inputs, targets, None if self._documents is None else self._documents.starts(inputs)
+        return (inputs, targets, None) if rules is None else (rules.ids(inputs), targets, rules.starts(inputs))
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""
@@ -443,36 +431,14 @@ class ParallelModel(LaidOutModel):
         return torch.stack([loss for loss, _ in each]).sum(), torch.stack([count for _, count in each]).sum()
 
     def _summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        whole = hidden if self._tensor is None else self._tensor.enter(hidden)
+        if self._by_position is None:
+            return self._sum_of(whole, targets)
+        return self._by_position.add(whole, targets, self._sum_of)
+
+    def _sum_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``_cross_entropy``, of hidden states that each tensor rank has whole."""
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
-        if self._tensor is None:
-            return linear_cross_entropy(
-                hidden.flatten(0, 1),
-                head,
-                targets.flatten(),
-                valid_rows=self.config.vocab_size,
-                memory_budget=self._loss_memory,
-                kernel=self._loss_kernel,
-            )
-        return sharded_linear_cross_entropy(
-            self._tensor.enter(hidden).flatten(0, 1),
-            head,
-            targets.flatten(),
-            group=self._tensor.group,
-            vocab_size=self.config.vocab_size,
-            memory_budget=self._loss_memory,
-            kernel=self._loss_kernel,
-        )
-
-
-def _regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
-    """The same rows in groups of ``size``; the last may be smaller."""
-    held: list[npt.NDArray[np.int64]] = []
-    for batch in rows:
-        held.append(batch)
-        while sum(len(part) for part in held) >= size:
-            whole = np.concatenate(held)
-            yield torch.from_numpy(whole[:size])
-            held = [whole[size:]]
-    if sum(len(part) for part in held):
-        yield torch.from_numpy(np.concatenate(held))
+        group = None if self._tensor is None else self._tensor.group
+        return cross_entropy(hidden, head, targets, group, self.config.vocab_size, self._loss_memory, self._loss_kernel)

@@ -1,24 +1,49 @@
 """Gradients of the parameters on this rank: reduced over the ranks that share them, their norm, scaling.
 
-Three storages with one interface. ``OwnGradients``: one rank has the whole model. ``FlatGradients``: every data-parallel
-rank holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each rank its shard.
+Frozen parameters have none. Of those of which some rows train (``RowsOf``), the rest of what the backward pass leaves is
+discarded before anything is summed. Three storages with one interface. ``OwnGradients``: one rank has the whole model.
+``FlatGradients``: every data-parallel rank holds all of them in one tensor. ``ShardedGradients``: fully_shard has left each
+rank its shard.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import Placement
 
 ROW = 256
 """Values that are added up in fp32; the sums of such rows are added up in fp64."""
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows from ``first`` to ``stop`` of ``whole``, a parameter on this rank, which train while the others are frozen.
+    ``rows``: them, sharing its memory; the optimizer reads their ``.grad``."""
+
+    whole: nn.Parameter
+    rows: nn.Parameter
+    first: int
+    stop: int
+
+    @classmethod
+    def make(cls, whole: nn.Parameter, first: int, stop: int) -> RowsOf:
+        """With ``rows`` of their own."""
+        return cls(whole, nn.Parameter(whole.detach()[first:stop]), first, stop)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same rows of a tensor that is laid out as ``whole``."""
+        return tensor[self.first : self.stop]
 
 
 class Gradients(Protocol):
@@ -48,14 +73,17 @@ class OwnGradients:
     """Gradients that are on this rank only, each a tensor as the backward pass made it. Compared with a flat tensor this
     saves clearing it and adding the first micro-batch to the zeros, four passes over memory."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[RowsOf] = ()) -> None:
+        self._parameters, self._rows = parameters, rows
 
     def zero(self) -> None:
-        for parameter in self._parameters.values():
+        for parameter in (*self._parameters.values(), *(part.whole for part in self._rows)):
             parameter.grad = None
 
     def reduce(self) -> None:
+        for part in self._rows:
+            assert part.whole.grad is not None
+            part.rows.grad = part.of(part.whole.grad)
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None, name
 
@@ -92,11 +120,12 @@ class FlatGradients:
         mesh: Mesh,
         copies: frozenset[str] = frozenset(),
         reduce_copies: Callable[[], None] | None = None,
+        rows: Sequence[RowsOf] = (),
     ) -> None:
-        self._mesh, self._parameters = mesh, parameters
+        self._mesh, self._parameters, self._rows = mesh, parameters, rows
         self._reduce_copies = reduce_copies
         order = sorted(parameters, key=lambda name: _kind(placements[name], name in copies))
-        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=next(iter(parameters.values())).device)
+        self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=mesh.device)
         ends = {}
         offset = 0
         for name in order:
@@ -115,11 +144,17 @@ class FlatGradients:
 
     def zero(self) -> None:
         self.flat.zero_()
+        for part in self._rows:
+            part.whole.grad = None
 
     def reduce(self) -> None:
+        for part in self._rows:
+            if part.whole.grad is not None and part.rows.grad is not None:
+                part.rows.grad.copy_(part.of(part.whole.grad))
+            part.whole.grad = None
         if self._mesh.tensor is not None and self._partial.numel():
             dist.all_reduce(self._partial, group=self._mesh.tensor)
-        if self._mesh.data is not None:
+        if self._mesh.data is not None and self.flat.numel():
             dist.all_reduce(self.flat, group=self._mesh.data)
         # last: the copies lie at different places of ``flat``, where a sum of three ranks may be rounded otherwise; one of two
         # ranks is the same on both
@@ -152,8 +187,8 @@ class FlatGradients:
 
 
 class ShardedGradients:
-    """Gradients that fully_shard has reduced already. ``local``: this rank's shards as plain parameters, which share the
-    sharded parameters' memory and whose ``.grad`` the optimizer reads."""
+    """Gradients that fully_shard has reduced already. ``local``: what trains of this rank's shards as plain parameters,
+    which share the sharded parameters' memory and whose ``.grad`` the optimizer reads."""
 
     def __init__(
         self,
@@ -163,8 +198,9 @@ class ShardedGradients:
         mesh: Mesh,
         copies: frozenset[str] = frozenset(),
         reduce_copies: Callable[[], None] | None = None,
+        rows: Mapping[str, RowsOf] = MappingProxyType({}),
     ) -> None:
-        self._sharded, self._local, self._placements = sharded, local, placements
+        self._sharded, self._local, self._placements, self._rows = sharded, local, placements, rows
         self._mesh, self._copies, self._reduce_copies = mesh, copies, reduce_copies
 
     def zero(self) -> None:
@@ -172,10 +208,11 @@ class ShardedGradients:
             parameter.grad = None
 
     def reduce(self) -> None:
-        for name, parameter in self._sharded.items():
-            grad = parameter.grad
-            assert grad is not None, name
-            self._local[name].grad = grad.to_local()  # type: ignore[attr-defined]
+        for name, parameter in self._local.items():
+            grad = self._sharded[name].grad
+            assert isinstance(grad, DTensor), name
+            part = self._rows.get(name)
+            parameter.grad = grad.to_local() if part is None else part.of(grad.to_local())
         partial = [self._grad(name) for name in self._local if self._placements[name].partial]
         if self._mesh.tensor is not None and partial:
             flat = torch.cat([grad.flatten() for grad in partial])
@@ -186,7 +223,7 @@ class ShardedGradients:
             self._reduce_copies()
 
     def norm(self) -> float:
-        squares = torch.zeros((), dtype=torch.float64, device=next(iter(self._local.values())).device)
+        squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for name in self._local:
             kind = _kind(self._placements[name], name in self._copies)
             counted = kind == 0 or (kind < 3 and self._mesh.tensor_rank == 0)
@@ -196,7 +233,8 @@ class ShardedGradients:
         return math.sqrt(float(squares) / self._mesh.layout.replicate)
 
     def scale_(self, factor: float) -> None:
-        torch._foreach_mul_([self._grad(name) for name in self._local], factor)
+        if self._local:
+            torch._foreach_mul_([self._grad(name) for name in self._local], factor)
 
     def take(self) -> dict[str, Tensor]:
         taken = {name: self._grad(name) for name in self._local}

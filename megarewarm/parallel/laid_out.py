@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -15,9 +16,11 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.model.fused import Operations, rounds_stream
 from megarewarm.model.initialize import initial_value
 from megarewarm.model.parameters import EMBEDDING
+from megarewarm.model.trained import Rows, Trained
 from megarewarm.parallel import pipeline
+from megarewarm.parallel.collective import collective
 from megarewarm.parallel.cut import Cut, cut
-from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, ShardedGradients
+from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, RowsOf, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import TensorSlice
@@ -30,9 +33,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LaidOutModel:
     """A model laid out over the ranks of ``mesh``. Its parameters are empty until they are filled.
 
-    ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model; an
-    optimizer updates them from their ``.grad``. ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``:
-    parameters that the first and the last pipeline rank both hold.
+    ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model.
+    ``trained``: what trains of them, by ``trains`` (see ``train_only``); an optimizer updates it from its ``.grad``.
+    ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``: parameters that the first and the last
+    pipeline rank both hold.
     """
 
     def __init__(
@@ -60,20 +64,20 @@ class LaidOutModel:
                     layer.compile()
         if self._head is None and self._ends_meet:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
-        self._copies, reduce_copies = self._tie(parallel.schedule)
+        self._copies, self._reduce_copies = self._tie(parallel.schedule)
         if self._sharded:
             self._shard(parallel, precision)
         else:
             self.parameters = self._named()
         self._clear_padding()
-        self.gradients = self._make_gradients(reduce_copies)
+        self._train(None)
 
     def _take(self, cut: Cut) -> None:
         """The parts of the model that this rank computes: ``_modules``, one for each of its pipeline stages."""
         self.cards, self.placements = cut.cards, cut.placements
         self.shapes = {name: card.shape for name, card in self.cards.items()}
         self._tensor, self._modules = cut.tensor, cut.modules
-        self._numbers, self._count = cut.numbers, cut.count
+        self._numbers, self._count, self._layers_of = cut.numbers, cut.count, cut.layers
         self._has_last, self._ends_meet = cut.has_last, cut.ends_meet
         if self.config.tie_embeddings and self.mesh.layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
             self._modules[0].embed_in.__class__ = TiedEmbedding
@@ -92,12 +96,49 @@ class LaidOutModel:
             if self.placements[name].slice(local.detach(), *self._shard_of_all).local.numel() < local.numel():
                 local.detach().zero_()  # checkpoints don't change padding
 
+    @collective
+    def train_only(self, what: Trained | None) -> None:
+        """Give gradients to ``what``, from now on and to nothing else; None: to everything. All ranks call it, and make the
+        optimizer of ``trained`` afterwards."""
+        self._train(what)
+        for part in self._divided_modules():
+            part.unshard()  # it is here that FSDP takes the dtype of a module's gradients from its parameters that have some
+            part.reshard()
+
+    def _train(self, what: Trained | None) -> None:
+        self.forget_gathered()
+        self.trains: Trained | None = what
+        self._row_parts: dict[str, RowsOf] = {}
+        self.trained: dict[str, nn.Parameter] = {}
+        named = self._named()
+        for name, parameter in self.parameters.items():
+            trains = what is None or name in what
+            for held in {parameter, named[name]}:
+                held.grad = None
+                held.requires_grad_(trains)
+            rows = what[name] if what is not None and trains else None
+            if rows is not None:
+                self._row_parts[name] = RowsOf.make(parameter, *self._local_rows(name, rows))
+            if trains:
+                self.trained[name] = self._row_parts[name].rows if rows is not None else parameter
+        if self._head is not None:  # a copy of the embedding
+            self._head.requires_grad_(what is None or EMBEDDING in what)
+        self.gradients = self._make_gradients(self._reduce_copies if EMBEDDING in self.trained else None)
+
     def _make_gradients(self, reduce_copies: Callable[[], None] | None) -> Gradients:
         if self._sharded:
-            return ShardedGradients(self._named(), self.parameters, self.placements, self.mesh, self._copies, reduce_copies)
+            settings = self.placements, self.mesh, self._copies, reduce_copies
+            return ShardedGradients(self._named(), self.trained, *settings, self._row_parts)
+        rows = list(self._row_parts.values())
         if self.mesh.ranks.world_size == 1:
-            return OwnGradients(self.parameters)
-        return FlatGradients(self.parameters, self.placements, self.mesh, self._copies, reduce_copies)
+            return OwnGradients(self.trained, rows)
+        return FlatGradients(self.trained, self.placements, self.mesh, self._copies, reduce_copies, rows)
+
+    def _local_rows(self, name: str, rows: Rows) -> Rows:
+        """Where ``rows`` of a parameter are in this rank's part of it; equal numbers where they are on other ranks."""
+        mine = self.placements[name].slice(self.parameters[name].detach(), *self._shard_of_all)
+        first, stop = (min(max(row - mine.offsets[0], 0), len(mine.local)) for row in rows)
+        return first, stop
 
     def initialize(self, seed: int) -> None:
         """Draw the initial weights: those of the model on one device, whatever the layout."""
@@ -115,14 +156,45 @@ class LaidOutModel:
         mine = self.placements[name].slice(local.detach(), *self._shard_of_all)
         return mine if mine.local.shape != mine.shape else mine.local
 
+    def whole_trained(self, name: str, local: Tensor) -> Tensor | TensorSlice:
+        """As ``whole``, of ``local``, which is laid out as what trains of the parameter; the whole is all that trains of it."""
+        if name not in self._row_parts:
+            return self.whole(name, local)
+        rows = None if self.trains is None else self.trains[name]
+        assert rows is not None
+        mine = self.placements[name].slice(self.parameters[name].detach(), *self._shard_of_all)
+        count = rows[1] - rows[0]
+        first = min(max(mine.offsets[0] + self._row_parts[name].first - rows[0], 0), count)
+        if len(local) == count:
+            return local.detach()
+        return TensorSlice(local.detach(), (first, *mine.offsets[1:]), (count, *mine.shape[1:]))
+
+    def unique_trained(self, name: str, local: Tensor) -> Tensor | None:
+        """As ``unique_shard``, of ``local``, which is laid out as what trains of the parameter."""
+        if name not in self._row_parts:
+            return self.unique_shard(name, local)
+        return local.detach().reshape(-1) if self._counts(name) else None
+
     def unique_shard(self, name: str, local: Tensor) -> Tensor | None:
         """What this rank counts of ``local``, a tensor laid out as parameter ``name``, flat: the parts that all ranks count are
         the whole, each value once, without padding. None where other ranks count all of it."""
-        placement, mesh = self.placements[name], self.mesh
-        replica = mesh.data_rank // mesh.layout.shard
-        if replica or name in self._copies or (placement.dim is None and mesh.tensor_rank):
+        if not self._counts(name):
             return None
-        return placement.slice(local.detach(), *self._shard_of_all).local.reshape(-1)
+        return self.placements[name].slice(local.detach(), *self._shard_of_all).local.reshape(-1)
+
+    def _counts(self, name: str) -> bool:
+        """Whether this rank counts its part of the parameter, of which others may have copies."""
+        mesh = self.mesh
+        replica = mesh.data_rank // mesh.layout.shard
+        return not (replica or name in self._copies or (self.placements[name].dim is None and mesh.tensor_rank))
+
+    def _first_that_trains(self) -> int:
+        """The first of all stages of the pipeline in which something trains."""
+        trained = self.shapes if self.trains is None else self.trains
+        if EMBEDDING in trained:
+            return 0
+        layers = {self.cards[name].layer for name in trained}
+        return next((i for i, held in enumerate(self._layers_of) if layers & set(held)), self._count - 1)
 
     @property
     def _shard_of_all(self) -> tuple[int, int]:
@@ -131,10 +203,22 @@ class LaidOutModel:
 
     def forget_gathered(self) -> None:
         """Call it after ``parameters`` were written outside of a step: an evaluation may have left whole ones gathered."""
-        for module in self._modules:
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
+        for part in self._divided_modules():
+            part.reshard()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Meanwhile the modules are as in evaluation."""
+        try:
+            for module in self._modules:
+                module.eval()
+            yield
+        finally:
+            for module in self._modules:
+                module.train()
+
+    def _divided_modules(self) -> list[FSDPModule]:
+        return [part for module in self._modules for part in module.modules() if isinstance(part, FSDPModule)]
 
     def weights(self) -> dict[str, Tensor | TensorSlice]:
         """The parameters on this rank by name, each as ``whole`` shows it."""
@@ -163,18 +247,20 @@ class LaidOutModel:
             return frozenset(), None
 
         def reduce() -> None:
-            grad = self.parameters[name].grad
+            grad = self.trained[name].grad
             assert grad is not None
-            dist.all_reduce(grad, group=group)
+            if grad.numel():  # none of the rows that train may be here
+                dist.all_reduce(grad, group=group)
 
         return self.tied if self._has_last else frozenset(), reduce
 
     def _add_head_gradient(self) -> None:
         """What the head that follows the embedding contributes to the gradient of both."""
         assert self._head_shard is not None
-        gradient, total = self._head_shard.grad, self.parameters[EMBEDDING].grad
+        gradient, total = self._head_shard.grad, self.trained[EMBEDDING].grad
         assert isinstance(gradient, DTensor) and total is not None
-        total.add_(gradient.to_local())
+        part = self._row_parts.get(EMBEDDING)
+        total.add_(gradient.to_local() if part is None else part.of(gradient.to_local()))
         self._head_shard.grad = None
 
     def _follow(self) -> None:

@@ -6,10 +6,12 @@ costs a probing micro-batch), contiguous gradients, and tied embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -125,7 +127,8 @@ class Pipeline:
     """The stages on this rank, and the schedule that runs them with those of the other ranks.
 
     ``loss``: (hidden states (b, s, h), targets (b, s)) to a scalar, called in the last stage. A call handles exactly
-    ``micro_batches`` x ``micro_batch`` sequences.
+    ``micro_batches`` x ``micro_batch`` sequences. ``trains``: the first stage in which something trains: those before it only
+    compute forward, and get no gradients.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class Pipeline:
         hidden_size: int,
         dtype: torch.dtype,
         loss: Callable[[Tensor, Tensor], Tensor],
+        trains: int = 0,
     ) -> None:
         # imported here, because it loads the whole of PyTorch's compiler, a fifth of a process's start
         from torch.distributed.pipelining import PipelineStage
@@ -159,14 +163,16 @@ class Pipeline:
         self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), hidden_size, dtype, divided)
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
         hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
+        if order == "zero_bubble":  # finds weights by the paths that lead to them from an input with a gradient
+            trains = max(0, trains - 1)
         made = [
             PipelineStage(
                 stage,
                 number,
                 count,
                 device,
-                input_args=(tokens if number == 0 else hidden.clone().requires_grad_(),),
-                output_args=(hidden.clone().requires_grad_(),),
+                input_args=(tokens if number == 0 else hidden.clone().requires_grad_(number > trains),),
+                output_args=(hidden.clone().requires_grad_(number >= trains),),
                 group=group,
             )
             for stage, number in zip(stages, numbers, strict=True)
@@ -205,3 +211,16 @@ class Pipeline:
         """Forward only, of ids (b, s) of any shape; the rank of the last stage calls ``finish`` with the number of each
         micro-batch and its states."""
         self._forward.run(micro_batches, None, finish)
+
+
+def regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:
+    """The same rows in groups of ``size``; the last may be smaller."""
+    held: list[npt.NDArray[np.int64]] = []
+    for batch in rows:
+        held.append(batch)
+        while sum(len(part) for part in held) >= size:
+            whole = np.concatenate(held)
+            yield torch.from_numpy(whole[:size])
+            held = [whole[size:]]
+    if sum(len(part) for part in held):
+        yield torch.from_numpy(np.concatenate(held))

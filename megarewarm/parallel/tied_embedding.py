@@ -22,18 +22,19 @@ class TiedEmbedding(nn.Embedding):
         """(b, s) ids to (b, s, h)."""
         if not torch.is_grad_enabled() or not self.weight.requires_grad:
             return F.embedding(tokens, self.weight)
-        # something that asks for a gradient, so that autograd comes here
-        result: Tensor = _Rows.apply(self.weight.new_empty(0, requires_grad=True), tokens, self.weight)
+        # something that asks for a gradient, so that autograd comes here; the weight in a list, where autograd doesn't see it:
+        # else it would hold the head's gradient back until this one is there too
+        result: Tensor = _Rows.apply(self.weight.new_empty(0, requires_grad=True), tokens, [self.weight])
         return result
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, asks: Tensor, tokens: Tensor, weight: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, asks: Tensor, tokens: Tensor, held: list[nn.Parameter]) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.weight = weight
+        (ctx.weight,) = held
         ctx.set_materialize_grads(False)
-        return F.embedding(tokens, weight.detach())
+        return F.embedding(tokens, ctx.weight.detach())
 
     @staticmethod
     @once_differentiable

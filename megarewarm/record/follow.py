@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from megarewarm.errors import UserError
 from megarewarm.record.events import TrainLine
-from megarewarm.record.lines import RESTARTS, TRAIN_START, CountedEvents, Lines, mean_losses, number, parse
+from megarewarm.record.lines import RESTARTS, TRAIN_START, CountedEvents, Lines, in_bits, mean_losses, number, parse
 
 WINDOW = 1024
 """Train lines that are kept: what medians and rates are taken over."""
@@ -181,9 +181,11 @@ class Follower(CountedEvents):
         """Whether it started from a checkpoint, so that its first evaluation is the start checkpoint's."""
         return bool(self.start.get("from"))
 
-    def losses(self, role: str) -> list[tuple[int, float]]:
-        """(step, loss) of every evaluation of ``role``, ascending: the mean of its sets where all were evaluated."""
-        return [(step, loss) for step, _, loss in mean_losses(self.evaluations.values(), role)]
+    def losses(self, role: str, *, bits: bool = False) -> list[tuple[int, float]]:
+        """(step, loss) of every evaluation of ``role``, ascending: the mean of its sets where all were evaluated; in bits per
+        byte with ``bits``."""
+        found = self.evaluations.values()
+        return [(step, loss) for step, _, loss in mean_losses(map(in_bits, found) if bits else found, role)]
 
     def seconds_per_step(self) -> float | None:
         """Wall-clock seconds of a step lately, evaluations and saves included; ``None`` where two lines don't tell it."""

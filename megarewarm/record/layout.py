@@ -14,6 +14,7 @@ VALUES_FILE = "values.jsonl"
 CHECKPOINTS = "checkpoints"
 BATCHES = "batches"
 EXPORT = "huggingface"
+AVERAGE = "average"
 TENSORBOARD = "tensorboard"
 RUN_FORMAT = 1
 """``format`` in config.yaml and in the start lines of metrics.jsonl. Without one it is 1."""

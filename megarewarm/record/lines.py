@@ -23,13 +23,17 @@ TRAIN_START = (b'{"event":"train"', b'{"event": "train"')
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run."""
+    """One validation set's mean loss in nats per token after ``step`` steps, ``tokens`` tokens into the run; ``bits_per_byte``:
+    the same loss per byte of text, None where the bytes are not known; ``by_position``: (first position, mean loss in nats per
+    token) of each distance, where the run measured it."""
 
     step: int
     tokens: float
     name: str
     role: str
     loss: float
+    bits_per_byte: float | None = None
+    by_position: tuple[tuple[int, float], ...] = ()
 
 
 class Lines:
@@ -104,7 +108,10 @@ class CountedEvents(ABC):
             self.step = step
         elif kind == "eval":
             step, tokens, name = int(event["step"]), float(event["tokens"]), str(event["name"])
-            evaluation = Evaluation(step, tokens, name, str(event.get("role", "other")), number(event["loss"]))
+            loss = number(event["loss"])
+            bits = number(event.get("bits_per_byte")) if "bytes" in event else None
+            places = tuple((int(first), number(each)) for first, each in (event.get("by_position") or {}).items())
+            evaluation = Evaluation(step, tokens, name, str(event.get("role", "other")), loss, bits, places)
             self.evaluations.pop((step, name), None)  # so that the new one takes the later place
             self.evaluations[step, name] = evaluation
         elif kind == "task":
@@ -131,6 +138,11 @@ class CountedEvents(ABC):
         self.evaluations = {key: line for key, line in self.evaluations.items() if key[0] <= step}
         self.tests = {key: test for key, test in self.tests.items() if key[0] <= step}
         self.events = [e for e in self.events if e["event"] == "resume" or e.get("step", step) <= step]
+
+
+def in_bits(evaluation: Evaluation) -> Evaluation:
+    """The same with its loss in bits per byte."""
+    return dataclasses.replace(evaluation, loss=number(evaluation.bits_per_byte))
 
 
 def mean_losses(evaluations: Iterable[Evaluation], role: str, name: str | None = None) -> list[tuple[int, float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from megarewarm.errors import UserError
 from megarewarm.record.config_yaml import read_settings
 from megarewarm.record.events import COLUMNS, TaskEvent
 from megarewarm.record.layout import METRICS_FILE
-from megarewarm.record.lines import TRAIN_START, CountedEvents, Evaluation, Lines, mean_losses, number
+from megarewarm.record.lines import TRAIN_START, CountedEvents, Evaluation, Lines, in_bits, mean_losses, number
 
 UPSTREAM, DOWNSTREAM = "upstream", "downstream"
+NATS, BITS = "nats per token", "bits per byte"
+APART = "nats per token, of different tokenizers, which don't compare"
+"""The units of validation losses: ``RecordedRun.unit``."""
+
 _CHUNK = 1 << 18  # bytes of lines in memory at once
 _ROW = 16  # train lines in a row from which on they are parsed together
 
@@ -30,7 +34,7 @@ class NothingYet(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """``losses`` in nats per token against ``tokens`` trained in this run, both (points,) float64."""
+    """``losses`` in the run's unit against ``tokens`` trained in this run, both (points,) float64."""
 
     tokens: NDArray[np.float64]
     losses: NDArray[np.float64]
@@ -44,7 +48,8 @@ class RecordedRun:
     """The contents of a run folder, without superseded lines.
 
     ``train`` holds the train events' columns, (steps,) float64 each, NaN if a line lacks the number. ``start`` is the first
-    start event, empty without one; ``tests`` are those on tasks, ``events`` the other events, in order.
+    start event, empty without one; ``tests`` are those on tasks, ``events`` the other events, in order. ``unit``: of the losses
+    of ``evaluations``; see ``in_one_unit``.
     """
 
     folder: Path
@@ -53,6 +58,7 @@ class RecordedRun:
     train: dict[str, NDArray[np.float64]]
     evaluations: list[Evaluation]
     events: list[dict[str, Any]]
+    unit: str = NATS
     tests: list[TaskEvent] = dataclasses.field(default_factory=list)
 
     @property
@@ -143,12 +149,30 @@ def read_run(folder: Path | str) -> RecordedRun:
         record.columns(),
         list(record.evaluations.values()),
         record.events,
-        list(record.tests.values()),
+        tests=list(record.tests.values()),
     )
 
 
+def in_one_unit(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """The runs with validation losses that compare: in nats per token as they are, but in bits per byte where their tokenizers
+    differ. Where one of them then lacks its bytes, all keep their losses, in the unit ``APART``."""
+    unit = common_unit([(run.start, run.evaluations) for run in runs])
+    if unit != BITS:
+        return [dataclasses.replace(run, unit=unit) for run in runs] if unit != NATS else list(runs)
+    return [dataclasses.replace(run, unit=BITS, evaluations=[in_bits(e) for e in run.evaluations]) for run in runs]
+
+
+def common_unit(runs: Sequence[tuple[dict[str, Any], Collection[Evaluation]]]) -> str:
+    """The unit in which validation losses of runs compare, by their start events and evaluations."""
+    judged = [(start.get("tokenizer"), evaluations) for start, evaluations in runs if evaluations]
+    if len({tokenizer for tokenizer, _ in judged if isinstance(tokenizer, str)}) < 2:
+        return NATS
+    known = all(evaluation.bits_per_byte is not None for _, evaluations in judged for evaluation in evaluations)
+    return BITS if known else APART
+
+
 def read_runs(folders: Sequence[Path | str]) -> list[RecordedRun]:
-    """``read_run`` of each folder, in order. Raises UserError for none, or for one given twice."""
+    """``read_run`` of each folder, in order, with losses ``in_one_unit``. Raises UserError for none, or for one given twice."""
     if not folders:
         raise UserError("no run to report: give at least one run folder")
     seen: set[Path] = set()
@@ -156,7 +180,7 @@ def read_runs(folders: Sequence[Path | str]) -> list[RecordedRun]:
         if (resolved := Path(folder).resolve()) in seen:
             raise UserError(f"{folder}: given twice: remove one")
         seen.add(resolved)
-    return [read_run(folder) for folder in folders]
+    return in_one_unit([read_run(folder) for folder in folders])
 
 
 class _Columns(CountedEvents):

@@ -23,6 +23,7 @@ from megarewarm.config.data import Order, ReplayConfig, Source
 from megarewarm.data.files.file_identity import FileIdentity
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.listed_documents import ListedDocuments
+from megarewarm.data.files.manifest import manifest_of
 from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.mixture.blend import normalised
 from megarewarm.data.mixture.phases import AnySource
@@ -49,12 +50,15 @@ def _scaled(sources: Sequence[AnySource], share: float, order: Order) -> list[An
     return [source.with_weight(part * share) for source, part in zip(sources, shares, strict=True)]
 
 
-def replayed(replay: ReplayConfig | None, history: Lineage) -> list[AnySource]:
-    """The old data that ``replay`` describes, weighted among themselves. ``history``: the start checkpoint's stages. Raises
-    ``UserError`` if the history doesn't record what was read."""
+def replayed(replay: ReplayConfig | None, history: Lineage, own: Source | None = None) -> list[AnySource]:
+    """The old data that ``replay`` describes, weighted among themselves. ``history``: the start checkpoint's stages; ``own``:
+    what that checkpoint wrote (own_replay.py). Raises ``UserError`` if the history doesn't record what was read."""
     if replay is None:
         return []
-    return [*(replay.sources or ()), *(seen_sources(replay, history) if replay.of == "lineage" else ())]
+    if replay.of == "start" and own is None:
+        raise UserError("replay of start: the start checkpoint has not written its replay yet")
+    seen = seen_sources(replay, history) if replay.of == "lineage" else []
+    return [*(replay.sources or ()), *seen, *([own] if own is not None else [])]
 
 
 @dataclass
@@ -97,10 +101,14 @@ def history_to_replay(stages: Sequence[Stage], *, goes_on: bool) -> Lineage:
 
 
 def seen_sources(replay: ReplayConfig, history: Lineage) -> list[SeenSource]:
-    """One source for each pool of ``history``, weighted by the tokens seen of it, replays included."""
+    """One source for each pool of ``history``, weighted by the tokens seen of it, replays included. What a model wrote of its
+    own stands for the stages before that which recorded nothing."""
     pools: list[_Pool] = []
-    for stage in history.stages:
+    written = [i for i, stage in enumerate(history.stages) if any(seen.generated_by for seen in stage.data)]
+    for number, stage in enumerate(history.stages):
         if stage.grown:  # it read nothing
+            continue
+        if not stage.data and written and number < written[-1]:
             continue
         if (not stage.data and not replay.sources) or any(seen.samples and seen.read is None for seen in stage.data):
             raise UserError(
@@ -157,7 +165,15 @@ def _steps(stage: Stage) -> str:
 
 def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
     """Raise ``UserError`` if an upstream validation set reads documents that are replayed as well. The loss on them would
-    fall because they are trained on, not because little is forgotten."""
+    fall because they are trained on, not because little is forgotten. And if any set reads what a model wrote."""
+    for held_set in files.data.validation:
+        for held_source in held_set.sources:
+            told = manifest_of(files.view(held_source).file.path) or {}
+            if isinstance(writer := told.get("generated"), dict):
+                raise UserError(
+                    f"validation set '{held_set.name}' reads {held_source.path}, which {writer.get('by')} wrote as its own "
+                    f"replay: the loss on it measures that model, not what is remembered; give the set real text"
+                )
     if not old:
         return
     held_out = [

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from megarewarm.checkpoint.own.state import TrainingState
 from megarewarm.checkpoint.source import CheckpointSource
+from megarewarm.config.model import ModelConfig, RotaryScaling
 from megarewarm.config.schema import Intent, StartConfig
 from megarewarm.errors import UserError
 from megarewarm.model.optimizer_state import state_kinds
+from megarewarm.rewarm.freezing import Freezing
 from megarewarm.schedules.schedule import Schedule
 
 
@@ -24,8 +26,8 @@ class ResetPolicy:
 
     intent: Intent
     weights: Literal["load", "initialise"]
-    moments: Literal["keep", "reset", "keep_second"]
-    optimizer_step: Literal["keep", "reset"]
+    moments: Literal["keep", "reset", "keep_second", "measure"]
+    optimizer_step: Literal["keep", "reset", "measure"]
     schedule: Literal["restart", "continue"]
     iteration: Literal["restart", "continue"]
     data: Literal["restart", "continue"]
@@ -66,14 +68,21 @@ def resolve(start: StartConfig, source: CheckpointSource | None) -> ResetPolicy:
     chosen |= given
     if "optimizer_step" not in given and "moments" in given:
         # moments and the count that corrects their bias belong together unless the user separates them
-        chosen["optimizer_step"] = "reset" if chosen["moments"] == "reset" else "keep"
+        chosen["optimizer_step"] = "keep" if chosen["moments"] == "keep_second" else chosen["moments"]
     policy = ResetPolicy(intent=intent, **chosen)
     _refuse_contradictions(policy, source)
     return policy
 
 
 def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None) -> None:
+    if policy.moments == "measure" and policy.optimizer_step != "measure":
+        raise UserError(
+            f"start.optimizer_step: '{policy.optimizer_step}' contradicts moments 'measure', whose count is that of the "
+            f"measured batches; remove it"
+        )
     if source is None:
+        if policy.moments == "measure":
+            raise UserError("start.moments: 'measure' is for a checkpoint without moments; a run from scratch has 'reset'")
         if policy.weights == "load":
             raise UserError("start.weights: 'load' needs 'start.from': the checkpoint to load")
         for line, needing in _NEEDS_TRAINING_STATE.items():
@@ -97,7 +106,7 @@ def _refuse_contradictions(policy: ResetPolicy, source: CheckpointSource | None)
             "start.optimizer_step: 'keep' with moments 'reset' would leave the new moments without bias correction; set both "
             "to 'keep' or both to 'reset'"
         )
-    if policy.weights == "initialise" and policy.moments != "reset":
+    if policy.weights == "initialise" and policy.moments not in ("reset", "measure"):
         raise UserError("start.moments: moments of other weights are meaningless for new ones; set it to 'reset'")
 
 
@@ -111,15 +120,15 @@ class Position:
     optimizer_step: int
 
 
-def start_position(policy: ResetPolicy, training: TrainingState | None) -> Position:
-    """The counters that the policy keeps of a checkpoint's ``training`` state."""
+def start_position(policy: ResetPolicy, training: TrainingState | None, measured: int = 0) -> Position:
+    """The counters that the policy keeps of a checkpoint's ``training`` state. ``measured``: batches of measured moments."""
     if training is None:
-        return Position(0, 0, 0, 0)
+        return Position(0, 0, 0, measured)
     return Position(
         step=training.step if policy.iteration == "continue" else 0,
         schedule=training.schedule_position if policy.schedule == "continue" else 0,
         samples=training.samples if policy.data == "continue" else 0,
-        optimizer_step=training.optimizer_step if policy.optimizer_step == "keep" else 0,
+        optimizer_step=training.optimizer_step if policy.optimizer_step == "keep" else measured,
     )
 
 
@@ -141,8 +150,11 @@ def table(
     parameters: int,
     seed: int,
     loss_scale: float | None = None,
+    freezing: Freezing | None = None,
+    model: ModelConfig | None = None,
 ) -> list[ResetLine]:
-    """The reset table with the values of both sides, in the order of the config's keys."""
+    """The reset table with the values of both sides, in the order of the config's keys. Positions of ``model`` that are not the
+    checkpoint's are a line of their own."""
     old = source.training if source is not None else None
     nothing = "-" if source is None else "not stored"
     smaller = source.lineage.grown_from if source is not None else None
@@ -160,11 +172,16 @@ def table(
         "rng": "state" if source is not None and "rng" in source.keeps else nothing,
         "loss_scale": (f"{old.loss_scale['scale']:g}" if old.loss_scale else "none") if old else nothing,
     }
-    moments = {"keep": "kept", "reset": "zero", "keep_second": "exp_avg_sq kept, others zero"}
+    moments = {
+        "keep": "kept",
+        "reset": "zero",
+        "keep_second": "exp_avg_sq kept, others zero",
+        "measure": f"measured at rate 0 over the {position.optimizer_step:,} batches of the first steps",
+    }
     has = {
         "weights": f"{parameters:,} parameters " + ("loaded" if policy.weights == "load" else f"initialised, seed {seed}"),
-        "moments": moments[policy.moments],
-        "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step == "reset" else "the checkpoint's",
+        "moments": moments[policy.moments] + (freezing.of_moments if freezing is not None else ""),
+        "optimizer_step": f"{position.optimizer_step:,}" if old or policy.optimizer_step != "keep" else "the checkpoint's",
         "schedule": f"{schedule.curve} at {position.schedule:,}, first lr {schedule.lr(position.schedule):.4g}, "
         f"peak {schedule.max_lr:.4g}",
         "iteration": f"{position.step:,}",
@@ -172,4 +189,25 @@ def table(
         "rng": f"seed {seed}" if policy.rng == "reseed" else "kept",
         "loss_scale": "none" if loss_scale is None else f"{loss_scale:g}",
     }
-    return [ResetLine(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]
+    lines = [ResetLine(line, choice, had[line], has[line]) for line, choice in policy.lines().items()]
+    if source is not None and model is not None and policy.weights == "load":
+        before, after = positions_text(source.model_config), positions_text(model)
+        if before != after:
+            lines.insert(1, ResetLine("context", "change", before, after))
+    return lines
+
+
+def positions_text(model: ModelConfig) -> str:
+    """How a model counts positions: '2,048 positions, base 10000, yarn x 4 of 2,048'."""
+    scaling = model.rotary_scaling
+    text = f"{model.max_positions:,} positions, base {model.rotary_base:g}"
+    if scaling is None:
+        return text
+    usual = {name: each.default for name, each in RotaryScaling.model_fields.items()}
+    others = [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in scaling.model_dump().items()
+        if key not in ("kind", "factor", "original_positions") and value != usual[key]
+    ]
+    of = f" of {scaling.original_positions:,}" if scaling.original_positions else ""
+    return ", ".join([text, f"{scaling.kind} x {scaling.factor:g}{of}", *others])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megarewarm.schedules.curves import WSD_DECAYS, Values, progress
+from megarewarm.schedules.schedule import Schedule
 
 
 def decay_factors(shape: str, steps: Sequence[int]) -> Values:
@@ -31,6 +32,22 @@ def shares_of(factors: Values) -> Values:
     return -np.diff(np.concatenate([[1.0], factors, [0.0]]))
 
 
+def within(length: float, steps: Sequence[int]) -> list[int]:
+    """Those of ascending ``steps`` in the last ``length`` steps: steps are rounded, shares of a run are not."""
+    return [step for step in steps if steps[-1] - step <= length + 0.5]
+
+
 def decay_shares(shape: str, steps: Sequence[int]) -> Values:
     """The share of each checkpoint in an average that stands for a decay over ``steps``."""
     return shares_of(decay_factors(shape, steps))
+
+
+def note_on_rates(schedule: Schedule, first: int, last: int) -> str:
+    """A note where the rate is no constant between two positions of a schedule; empty where it is."""
+    rates = schedule.values(np.arange(first, last))
+    if np.allclose(rates, rates[0], rtol=1e-6):
+        return ""
+    return (
+        f"the learning rate goes from {rates[0]:.4g} to {rates[-1]:.4g} within the window: the average adds its decay to "
+        f"that; only a constant rate makes it equal to a decay of this shape"
+    )

@@ -12,19 +12,22 @@ from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.averaging import check_average
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.texts import Texts
 
 
 @dataclass(frozen=True)
 class Pending:
-    """``alphas``: of ``interpolate``, those at which not every validation set was evaluated. ``export``: to Hugging Face."""
+    """``alphas``: of ``interpolate``, those at which not every validation set was evaluated. ``average``: RUN/average is not
+    written. ``export``: to Hugging Face."""
 
     alphas: tuple[float, ...] = ()
+    average: bool = False
     export: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.alphas) or self.export
+        return bool(self.alphas) or self.average or self.export
 
 
 def is_trained(plan: Plan) -> bool:
@@ -37,9 +40,12 @@ def is_trained(plan: Plan) -> bool:
 
 def pending(plan: Plan) -> Pending:
     """What the trained run of ``plan`` still has to do: requested later, or interrupted by a signal. Raises ``UserError``
-    for damaged metrics."""
+    for damaged metrics, and for an average that its last checkpoint does not hold."""
     folder = RunFolder(Path(plan.config.run_folder))
-    return Pending(_alphas(plan, folder), plan.config.export.huggingface and not folder.export.exists())
+    average = plan.config.checkpoint.average is not None and not folder.average.exists()
+    if average:
+        check_average(plan)
+    return Pending(_alphas(plan, folder), average, plan.config.export.huggingface and not folder.export.exists())
 
 
 def _alphas(plan: Plan, folder: RunFolder) -> tuple[float, ...]:

@@ -1,19 +1,20 @@
-"""Weights on the straight line between the start checkpoint and a run's end, evaluated on every validation set."""
+"""Other weights than a run's last ones, evaluated on every validation set: those between its start checkpoint and its end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from megarewarm.errors import UserError
 from megarewarm.parallel.agreement import Between, nothing_between
 from megarewarm.parallel.collective import collective
 from megarewarm.training.after_step.evaluate import evaluate_set
-from megarewarm.training.output.metrics import Metrics
 from megarewarm.training.output.voice import Voice
 from megarewarm.training.run import Run
 from megarewarm.training.start.evaluations import evaluations_at
@@ -38,8 +39,7 @@ def interpolate(
     if config.interpolate is None or run.step < config.total_steps:
         return
     parameters = run.model.parameters
-    end = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-    try:
+    with in_between(run) as end:
         _load_start(run)
         start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
         rows = {1.0: dict(run.state.losses)}
@@ -48,13 +48,27 @@ def interpolate(
         for alpha in config.interpolate.alphas if alphas is None else alphas:
             for name, parameter in parameters.items():
                 parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
-            run.model.forget_gathered()
-            rows[alpha] = _losses(run, voice.metrics, alpha, show)
+            rows[alpha] = losses_of_sets(run, f"alpha {alpha:g}", show)
+            for windows in run.validation:  # when all are known: an interrupted evaluation logs nothing
+                loss = rows[alpha][windows.name]
+                voice.metrics.event(
+                    "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=loss
+                )
+    table = {f"{alpha:g}": rows[alpha] for alpha in sorted(rows)}
+    show_losses(table, f"{config.name}: (1 - alpha) start + alpha end", "alpha", voice.console)
+
+
+@contextmanager
+def in_between(run: Run) -> Iterator[dict[str, Tensor]]:
+    """Context in which the run's parameters may be overwritten. Gives copies of them in host memory, and restores them."""
+    parameters = run.model.parameters
+    end = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    try:
+        yield end
     finally:
         for name, parameter in parameters.items():
             parameter.data.copy_(end[name])
         run.model.forget_gathered()
-    _show(rows, config.name, voice.console)
 
 
 def _load_start(run: Run) -> None:
@@ -67,23 +81,23 @@ def _load_start(run: Run) -> None:
         ) from error
 
 
-def _losses(run: Run, metrics: Metrics, alpha: float, show: Callable[[str], Between]) -> dict[str, float]:
+@collective
+def losses_of_sets(run: Run, what: str, show: Callable[[str], Between]) -> dict[str, float]:
+    """The loss on every validation set with the parameters as they are now, overwritten to be ``what``, in nats per token, on
+    the tokens of the run's last evaluation. All ranks call it."""
+    run.model.forget_gathered()
     number, _ = evaluations_at(run.plan.config, run.step)[-1]
-    losses = {}
-    for windows in run.validation:
-        losses[windows.name], _ = evaluate_set(run, windows, number, show(f"{windows.name} at alpha {alpha:g}"))
-    for windows in run.validation:  # when all are known: an interrupted evaluation logs nothing
-        metrics.event(
-            "interpolation", step=run.step, alpha=alpha, name=windows.name, role=windows.role, loss=losses[windows.name]
-        )
-    return losses
+    return {
+        windows.name: evaluate_set(run, windows, number, show(f"{windows.name} at {what}")).loss for windows in run.validation
+    }
 
 
-def _show(rows: dict[float, dict[str, float]], name: str, console: Console) -> None:
+def show_losses(rows: Mapping[str, Mapping[str, float]], title: str, heading: str, console: Console) -> None:
+    """Print losses by row and validation set; ``heading``: of the rows' names."""
     sets = list(dict.fromkeys(key for losses in rows.values() for key in losses))
-    table = Table(title=f"{name}: (1 - alpha) start + alpha end", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("alpha", *sets):
-        table.add_column(heading, justify="right")
-    for alpha in sorted(rows):
-        table.add_row(f"{alpha:g}", *(f"{rows[alpha][key]:.4f}" if key in rows[alpha] else "" for key in sets))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in (heading, *sets):
+        table.add_column(name, justify="right")
+    for row, losses in rows.items():
+        table.add_row(row, *(f"{losses[key]:.4f}" if key in losses else "" for key in sets))
     console.print(table)

@@ -14,13 +14,14 @@ import torch
 from megarewarm import __version__
 from megarewarm.checkpoint.lineage import Stage, TaughtBy
 from megarewarm.checkpoint.own.state import RecentSteps, TrainingState
-from megarewarm.checkpoint.own.store import Tensors
+from megarewarm.checkpoint.own.store import Tensors, local
 from megarewarm.checkpoint.source import OwnCheckpoint, weight_tensors
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.model.size import count_parameters
 from megarewarm.optimizers.optimizer import Optimizer
+from megarewarm.optimizers.staggered import parts_of
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
@@ -29,12 +30,14 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.reset import ResetLine, table
 from megarewarm.training.spikes import SpikeDetector
+from megarewarm.training.start.averaging import Average
 from megarewarm.training.start.inputs import Inputs
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.run_data import data_seen
 from megarewarm.training.start.tasks import RunTasks
 from megarewarm.training.start.weights import StartWeights
 from megarewarm.training.state import RunState
+from megarewarm.training.thaw import thaw, thawed
 
 RNG = "rng.cpu"
 
@@ -60,7 +63,8 @@ class Run:
     ``inputs``: what it reads besides weights. ``notes``: what a user must know before the first step. ``spikes``: None where
     none are looked for. ``start_weights``: what the run began with, where something has a use for it. ``between``: what is
     asked between two micro-batches of a step. ``wants_row_losses``: whether steps return the loss of each sequence, too.
-    ``before_update``: called on all ranks before each update, which it must leave as it is.
+    ``before_update``: called on all ranks before each update, which it must leave as it is. ``average``: of
+    ``checkpoint.average``.
     """
 
     plan: Plan
@@ -78,6 +82,7 @@ class Run:
     between: Between = nothing_between
     wants_row_losses: bool = False
     before_update: Callable[[Update], None] | None = None
+    average: Average | None = None
 
     @property
     def step(self) -> int:
@@ -96,7 +101,8 @@ class Run:
 
     def tensors(self) -> Tensors:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
-        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | {RNG: torch.get_rng_state()}
+        averaged = self.average.tensors() if self.average is not None else {}
+        return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | averaged | {RNG: torch.get_rng_state()}
 
     @property
     def tasks(self) -> RunTasks:
@@ -171,6 +177,8 @@ class Run:
             step_tokens=plan.tokens(self.step),
             optimizer=plan.config.optimizer.kind,
             held_out={windows.name: windows.files for windows in self.validation},
+            trained=None if self.model.trains is None else dict(self.model.trains),
+            thawed=thawed(self.optimizer),
         )
 
     def description(self) -> dict[str, Any]:
@@ -188,6 +196,7 @@ class Run:
             "schedule": self.plan.schedule.spec(),
             "notes": self.notes,
             "reset": [vars(row) for row in self.reset_table()],
+            "tokenizer": self.inputs.texts.tokenizer,
             "precision": self.inputs.precision,
             "ranks": self.ranks.world_size,
             "layout": str(self.mesh.layout),
@@ -205,21 +214,48 @@ class Run:
         plan = self.plan
         scale = self.scaler.scale if self.scaler is not None else None
         parameters, seed = count_parameters(plan.model), plan.config.training.seed
-        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale)
+        return table(plan.policy, plan.source, plan.schedule, plan.position, parameters, seed, scale, plan.freezing, plan.model)
+
+    @collective
+    def thaw_if_due(self) -> bool:
+        """Before a step: let everything train if it is the first that does so. All ranks call it."""
+        freezing, before = self.plan.freezing, self.model.trains
+        if before is None or freezing is None or freezing.after(self.step + 1) is not None:
+            return False
+        self.optimizer = thaw(self.model, self.optimizer, self.plan.config.optimizer, before)
+        if self.spikes is not None:
+            self.spikes.clear()  # the gradient's norm is that of more parameters
+        return True
 
     @collective
     def restore_from(self, source: OwnCheckpoint) -> None:
-        """Weights, moments, random numbers and loss scale of an earlier checkpoint of the run. All ranks call it."""
+        """Weights, moments, random numbers and loss scale of an earlier checkpoint of the run. All ranks call it. Moments of
+        what was frozen then begin again."""
         assert source.training is not None
         source.load_weights(self.model)
         rng = torch.get_rng_state()
-        source.load_tensors(moment_tensors(self.model, self.optimizer) | {RNG: rng})
+        moments = moment_tensors(self.model, self.optimizer)
+        begun = (
+            moments
+            if self.model.trains == (held := source.training.trained)
+            else {
+                name: tensor
+                for name, tensor in moments.items()
+                if held is not None and held.get(name.split(".", 2)[2], ()) is None
+            }
+        )
+        for name in moments.keys() - begun.keys():
+            local(moments[name]).zero_()
+        source.load_tensors(begun | {RNG: rng})
         torch.set_rng_state(rng)
         self.optimizer.set_completed_steps(source.training.optimizer_step)
+        before = {frozenset(part.names): part.optimizer_step for part in source.training.thawed}
+        for part in parts_of(self.optimizer)[1]:
+            part.optimizer.set_completed_steps(before.get(part.names, 0))
         if self.scaler is not None and source.training.loss_scale is not None:
             self.scaler.restore(source.training.loss_scale)
 
 
 def moment_tensors(model: ParallelModel, optimizer: Optimizer) -> Tensors:
     """The optimizer's state under the names it has in a checkpoint; writing to the tensors changes it."""
-    return {f"optimizer.{what}.{name}": model.whole(name, tensor) for (what, name), tensor in optimizer.state().items()}
+    return {f"optimizer.{what}.{name}": model.whole_trained(name, tensor) for (what, name), tensor in optimizer.state().items()}

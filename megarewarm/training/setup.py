@@ -12,7 +12,7 @@ import torch
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.prefetch import Prefetch
 from megarewarm.errors import UserError
-from megarewarm.optimizers.optimizer import Optimizer, make_optimizer
+from megarewarm.optimizers.optimizer import Optimizer
 from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums, gather, on_all_ranks
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher, identity_of
@@ -23,12 +23,14 @@ from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
+from megarewarm.training.start.averaging import Average, averaging, begun
 from megarewarm.training.start.inputs import Inputs, open_inputs
 from megarewarm.training.start.memory import free_memory
 from megarewarm.training.start.micro_batch import confirmed, settle_micro_batch
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.weights import StartWeights, copy_weights, keeps_start, reload_start_weights
 from megarewarm.training.state import RunState
+from megarewarm.training.thaw import optimizer_of
 
 
 @collective
@@ -52,7 +54,10 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     # loading may have added to the source's notes
     notes = list(dict.fromkeys([*chosen, *inputs.notes, *(plan.source.notes if plan.source else []), *lost]))
     batches = Prefetch(_batches(plan, inputs.data, mesh))
-    run = Run(plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes)
+    average = _load_average(plan, model)
+    run = Run(
+        plan, ranks, inputs, mesh, model, optimizer, scaler, batches, spikes, state, start_weights, notes, average=average
+    )
     _assert_applied(run)
     return run
 
@@ -133,6 +138,8 @@ def _choose_algorithms(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory before it is written
     torch.use_deterministic_algorithms(deterministic)
+    # products of bf16 are summed in fp32 to their end: a weight's gradient sums over all tokens, in parts
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None, list[str]]:
@@ -153,7 +160,7 @@ def _load_weights(plan: Plan, model: ParallelModel) -> tuple[StartWeights | None
 
 def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[Optimizer, LossScaler | None]:
     """The optimizer and the loss scale. Applies the reset table: kept state is loaded, the rest is zero."""
-    optimizer = make_optimizer(model, plan.config.optimizer, inputs.optimizer)
+    optimizer = optimizer_of(model, plan.config.optimizer, inputs.optimizer, plan.trains, plan.thawed)
     tensors = {name: t for name, t in moment_tensors(model, optimizer).items() if _is_kept(plan, name.split(".")[1])}
     rng = torch.get_rng_state()
     if plan.policy.rng == "keep":
@@ -163,13 +170,25 @@ def _make_optimizer(plan: Plan, model: ParallelModel, inputs: Inputs) -> tuple[O
         plan.source.load_tensors(tensors)
     if plan.policy.rng == "keep":
         torch.set_rng_state(rng)
-    optimizer.set_completed_steps(plan.position.optimizer_step)
+    optimizer.set_completed_steps(plan.position.optimizer_step - plan.measured_batches)  # these are yet to be measured
     optimizer.set_lr(plan.schedule.lr(plan.position.schedule))
     scaler = LossScaler(plan.config.training.loss_scale) if inputs.precision == "fp16" else None
     stored = plan.source.training.loss_scale if plan.source is not None and plan.source.training is not None else None
     if scaler is not None and stored is not None and plan.policy.loss_scale == "keep":
         scaler.restore(stored)
     return optimizer, scaler
+
+
+def _load_average(plan: Plan, model: ParallelModel) -> Average | None:
+    """The average of the run's last weights, as far as its checkpoint has it; None without one."""
+    if (of := averaging(plan.config, plan.origin.step)) is None:
+        return None
+    average = Average(of, model)
+    if begun(plan):
+        assert plan.source is not None
+        average.allocate()
+        plan.source.load_tensors(average.tensors())
+    return average
 
 
 def _is_kept(plan: Plan, state: str) -> bool:
@@ -203,10 +222,14 @@ def _assert_applied(run: Run) -> None:
         "every parameter group has the schedule's first learning rate": np.allclose(
             run.optimizer.lrs, first_lr, rtol=1e-9, atol=0
         ),
-        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step,
+        "Adam's step count": run.optimizer.completed_steps == plan.position.optimizer_step - plan.measured_batches,
         "reset moments are zero": not any(
             bool(t.any()) for (what, _), t in run.optimizer.state().items() if not _is_kept(plan, what)
         ),
+        "frozen parameters have no gradients": all(
+            p.requires_grad == (name in run.model.trained) for name, p in run.model.parameters.items()
+        ),
+        "the model counts positions as planned": run.model.config == plan.model,
         "weights are fp32 masters": all(p.dtype == torch.float32 for p in run.model.parameters.values()),
         "position in the data": plan.position.samples == plan.samples(plan.position.step),
     }

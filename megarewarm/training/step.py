@@ -65,7 +65,7 @@ def training_step(run: Run, lr: float) -> StepResult:
     result = compute_gradients(run, rows, clock)
     fault: Kind | None = None
     words = ""
-    scale = _scale(run)
+    scale = loss_scale(run)
     if not _usable(run, result):
         first, result = result, compute_gradients(run, rows, clock)
         if _usable(run, result):
@@ -85,8 +85,7 @@ def training_step(run: Run, lr: float) -> StepResult:
             changed = run.plan.config.reliability.spikes == "warn"
         run.spikes.add(result.loss, result.norm)
     if changed:
-        limit = run.plan.config.optimizer.clip_norm
-        factor = limit / (result.norm + 1e-6) if limit is not None and result.norm > limit else 1.0
+        factor = clip_factor(run, result)
         began = time.perf_counter()
         if run.before_update is not None:
             run.before_update(Update(lr, rows, factor / scale, factor))
@@ -102,11 +101,11 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> St
     scaled, are in ``run.model.gradients``. ``clock``: of this rank's work."""
     gradients, ranks = run.model.gradients, run.ranks
     gradients.zero()
-    losses = run.model.forward_backward(rows, loss_scale=_scale(run), between=run.between, per_row=run.wants_row_losses)
+    losses = run.model.forward_backward(rows, loss_scale=loss_scale(run), between=run.between, per_row=run.wants_row_losses)
     clock.stop()
     ranks.report(run.step + 1)
     gradients.reduce()
-    norm = gradients.norm() / _scale(run)
+    norm = gradients.norm() / loss_scale(run)
     times = [0.0] * ranks.world_size
     times[ranks.rank] = clock.seconds()
     each = [0.0] * (len(rows) * run.mesh.layout.data if losses.rows is not None else 0)
@@ -124,7 +123,14 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> St
     )
 
 
-def _scale(run: Run) -> float:
+def clip_factor(run: Run, result: StepResult) -> float:
+    """By what the gradients of ``result`` are multiplied so that their norm is at most ``optimizer.clip_norm``."""
+    limit = run.plan.config.optimizer.clip_norm
+    return limit / (result.norm + 1e-6) if limit is not None and result.norm > limit else 1.0
+
+
+def loss_scale(run: Run) -> float:
+    """By what the gradients that are computed next are too large."""
     return run.scaler.scale if run.scaler is not None else 1.0
 
 

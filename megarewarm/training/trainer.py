@@ -22,8 +22,10 @@ from megarewarm.training.after_step.part import Context, Moment, Outcome
 from megarewarm.training.after_step.progress import RunProgress
 from megarewarm.training.after_step.signals import Lookout, StopAgreed, StopRequest
 from megarewarm.training.after_step.time_limit import TimeLimit
+from megarewarm.training.averaged import finish_average
 from megarewarm.training.finish import export_run, is_trained, pending
 from megarewarm.training.interpolation import interpolate
+from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.metrics import Metrics
 from megarewarm.training.output.notes import logged_notes
 from megarewarm.training.output.run_folder import RunFolder
@@ -33,6 +35,7 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import evaluation_cost, evaluation_note, tokens_held
 from megarewarm.training.start.inputs import check_place, check_training
+from megarewarm.training.start.own_replay import with_own_replay
 from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.saving import retention
 from megarewarm.training.start.texts import settle_texts
@@ -66,11 +69,12 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
             _do_pending(config, plan, folder, ranks, console)
             return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
         check_training(plan)
+        plan, written = with_own_replay(plan, ranks, console)
         with logged_notes() as logged:
             run = build(plan, ranks)
         opened.callback(run.batches.close)
         plan = run.plan
-        run.notes += [*lengths, *logged]
+        run.notes += [*lengths, *written, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         voice = _open(run, config, folder, console, opened)
         evaluations = evaluation_cost(plan, tokens_held(run.validation), run.tasks.tokens)
@@ -114,12 +118,16 @@ def _do_pending(config: RunConfig, plan: Plan, folder: RunFolder, ranks: Ranks, 
         for note in texts.notes:
             console.print(f"{config.name}: note: {note}", style="yellow", highlight=False)
         export_run(plan, texts, folder, ranks, lambda line: console.print(line, highlight=False))
-    if left.alphas:
+    if left.alphas or left.average:
         run = build(plan, ranks)
         with ExitStack() as opened:
             opened.callback(run.batches.close)
             voice = _open(run, config, folder, console, opened)
-            interpolate(run, voice, left.alphas)
+            if left.average:
+                saver = opened.enter_context(Saver(folder.checkpoints, retention(plan.config), asynchronous=False))
+                finish_average(run, voice, saver, folder)
+            if left.alphas:
+                interpolate(run, voice, left.alphas)
             voice.metrics.event("stop", step=run.step, reason="complete")
 
 
@@ -138,15 +146,29 @@ class _Loop:
         self.moment = Moment("start", begun=plan.resumed)
         try:
             with self.context.progress:
-                ended = self._resume() if plan.resumed else self._follow(self.moment)
+                ended = self._resume() if plan.resumed else self._begin()
                 while ended is None and run.step < plan.config.total_steps:
                     ended = self._follow(self._step())
                 if ended is None:
-                    interpolate(run, self.context.voice, show=self.context.between)
+                    context = self.context
+                    finish_average(run, context.voice, context.saver, context.folder, context.between)
+                    interpolate(run, context.voice, show=context.between)
         except StopAgreed:
             stopped = Moment("stop", begun=self.moment.begun, went_back=self.moment.went_back)
             ended = self._follow(stopped)
         return ended or self._complete()
+
+    def _begin(self) -> Outcome | None:
+        """What comes before the first step; the moments are measured from the batches of the first steps, where they are."""
+        context = self.context
+        if batches := context.run.plan.measured_batches:
+            began = time.monotonic()
+            measure_moments(context.run, context.between("moments", "measures"))
+            seconds = time.monotonic() - began
+            context.progress.aside(seconds)
+            context.metrics.event("moments", step=context.run.step, batches=batches, seconds=round(seconds, 3))
+            context.voice.tell(f"moments measured from {batches:,} batches in {duration_text(seconds)}")
+        return self._follow(self.moment)
 
     def _resume(self) -> Outcome | None:
         """Give the parts what the checkpoint kept of them; the evaluation that was broken off is the first thing to do."""
@@ -161,6 +183,9 @@ class _Loop:
         run = self.context.run
         self.moment = Moment("step")  # what the one before passed on is done
         began = time.perf_counter()
+        if run.thaw_if_due():
+            self.context.metrics.event("thaw", step=run.step, tokens=run.plan.tokens(run.step))
+            self.context.voice.say(f"{self.context.voice.name}: everything trains from step {run.step + 1:,} on")
         result = training_step(run, run.plan.lr(run.step + 1))
         self.waited += result.waited
         return Moment("step", result, began, time.perf_counter() - began - result.aside)

@@ -92,10 +92,10 @@ def _value(run: Run, update: Update, windows: Slice, chosen: Sequence[int], take
     if not math.isfinite(model.gradients.norm()):
         return None
     total = torch.zeros(4, dtype=torch.float64, device=model.mesh.device)
-    for name, parameter in model.parameters.items():
+    for name, parameter in model.trained.items():
         assert parameter.grad is not None
         sums = run.optimizer.influence(name, taken[name], update.scale, update.clip, parameter.grad)
-        if model.unique_shard(name, parameter) is not None:
+        if model.unique_trained(name, parameter) is not None:
             total += sums
     summed, targets, samples, momentum, decay, steepness = all_reduce_sums([losses.sum, losses.targets, *total.tolist()])
     loss = summed / targets if run.inputs.precision == "fp32" else mean_loss(run, windows)[0]

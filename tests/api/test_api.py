@@ -201,8 +201,12 @@ def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:
         [token for token in expected[len(ids) :] if token != model.tokenizer.eod_id]
     )
     assert model.generate("some words", 5, seed=1) == model.generate("some words", 5, seed=1)
-    with pytest.raises(UserError, match="48 positions"):
+    texts = ["some words", "a", "words of some text, few of a few"]
+    assert model.generate(texts, 9, temperature=0) == [model.generate(text, 9, temperature=0) for text in texts]
+    with pytest.raises(UserError, match="48 positions for both"):
         model.generate("some words", 48)
+    with pytest.raises(UserError, match="give a text"):
+        model.generate(["words", ""])
     with pytest.raises(UserError, match="no tokenizer is known"):
         megarewarm.load_model(place / "tiny").generate("x")
 

@@ -26,6 +26,7 @@ def start(path: Path, restarts: int) -> subprocess.Popen[str]:
     return subprocess.Popen(words, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_a_save_under_torchrun_changes_nothing(tmp_path: Path) -> None:
     settings = {"training": {"budget": 40}, "evaluation": {"every": 10}, "checkpoint": {"every": 2, "keep_last": 3}}
     run, path = tmp_path / "run", tmp_path / "run.yml"

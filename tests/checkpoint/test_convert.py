@@ -341,7 +341,7 @@ def test_a_merge_stands_for_a_decay(tmp_path: Path) -> None:
     steps = [12, 14, 16, 18, 20]
     names = [flat / f"checkpoints/step_{step}" for step in steps]
     shown = tool("merge_checkpoints", tmp_path / "run", "--like", "minus_sqrt", flat, "--window", "40%")
-    assert "minus_sqrt decay over steps 12 to 20 by merging" in shown and "learning rate went" not in shown
+    assert "minus_sqrt decay over steps 12 to 20 by merging" in shown and "learning rate goes" not in shown
     tool("merge_checkpoints", tmp_path / "list", "--like", "minus_sqrt", *reversed(names))
     tool("merge_checkpoints", tmp_path / "two", "--like", "linear", flat, "--window", "4 steps")
     assert_same(weights_of(tmp_path / "run"), weights_of(tmp_path / "list"))
@@ -358,7 +358,7 @@ def test_a_merge_stands_for_a_decay(tmp_path: Path) -> None:
                {k: [w[k] for w in several[2:]] for k in two}.items())  # fmt: skip
     falling = train(config(tmp_path, folder=str(tmp_path / "falling")), ALONE, quiet()).folder
     shown = tool("merge_checkpoints", tmp_path / "f", "--like", "linear", falling, "--window", "50%")
-    assert "the learning rate went from" in shown and "only a constant rate makes it equal" in shown
+    assert "the learning rate goes from" in shown and "only a constant rate makes it equal" in shown
     seed = train(config(tmp_path, folder=str(tmp_path / "seed"), training={"seed": 7}, **changes), ALONE, quiet()).folder
     decay = train(config(tmp_path, folder=str(tmp_path / "decay"), optimizer={"weight_decay": 0.5}, **changes), ALONE, quiet())
     for words, said in (

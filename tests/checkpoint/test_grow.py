@@ -383,6 +383,7 @@ def _train_on(ranks: Ranks, place: str, start: str, changes: dict[str, Any]) -> 
     return [line["loss"] for line in events(run.folder, "train")] if ranks.is_main else []
 
 
+@pytest.mark.slow
 def test_training_from_it_is_the_same_on_two_ranks(run: Path, tmp_path: Path) -> None:
     tool("grow_checkpoint", run, tmp_path / "grown", "--width", 2, "--noise", "10dB", "--layers", 3)
     place = str(run.parent)

@@ -165,7 +165,7 @@ def broken(folder: Path, how: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         changes: dict[str, dict[str, Any]] = {
             "type": {"model_type": "gemma2"},
-            "rope": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
             "activation": {"hidden_act": "relu"},
         }
         (folder / "config.json").write_text(json.dumps(config | changes[how]))
@@ -184,7 +184,7 @@ def broken(folder: Path, how: str) -> None:
         ("none", "no weights found"),
         ("json", r"config\.json"),
         ("type", "model_type is 'gemma2'.*nearest one that works is 'llama'"),
-        ("rope", "rope_type is 'yarn'"),
+        ("rope", "rope_type is 'dynamic'"),
         ("activation", "hidden_act is 'relu'"),
     ],
 )

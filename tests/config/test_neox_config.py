@@ -475,6 +475,7 @@ def _two_ranks(ranks: Ranks, place: str, config: str) -> None:
     train(run, ranks, quiet())
 
 
+@pytest.mark.slow
 def test_accumulation_and_ranks_compute_the_same_run(golden: Path, place: Path) -> None:
     """4 = 2 x 2 accumulated = 1 x 2 x 2 ranks with ZeRO-1: GPT-NeoX reads the same rows in each."""
     assert main([_changed(place, "accumulated", train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2)]) == 0

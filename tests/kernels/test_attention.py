@@ -234,7 +234,9 @@ ALL = {"flash2", "flash3", "flash4"}
 @pytest.mark.parametrize(
     ("capability", "installed", "dtype", "dim", "asked", "expected"),
     [
-        (9, ALL, BF16, 64, {}, "flash4"),
+        (9, ALL, BF16, 64, {}, "flash3"),
+        (9, {"flash4", "flash2"}, BF16, 64, {}, "cudnn"),
+        (9, ALL, BF16, 64, {"wanted": "flash4"}, "flash4"),
         (9, {"flash3", "flash2"}, BF16, 64, {}, "flash3"),
         (9, {"flash2"}, BF16, 64, {}, "cudnn"),
         (9, {"flash2"}, BF16, 64, {"documents": True}, "flash2"),
@@ -257,7 +259,7 @@ ALL = {"flash2", "flash3", "flash4"}
         (9, ALL, BF16, 64, {"wanted": "reference"}, "reference"),
         (9, ALL, BF16, 64, {"wanted": "flash2", "deterministic": True}, "triton"),
         (9, {"flash2"}, BF16, 64, {"wanted": "flash3"}, "cudnn"),
-        (9, ALL, BF16, 64, {"window": True}, "flash4"),
+        (9, ALL, BF16, 64, {"window": True}, "flash3"),
         (9, {"flash2"}, BF16, 64, {"window": True}, "flash2"),
         (9, set(), BF16, 64, {"window": True}, "triton"),
         (9, ALL, FP32, 64, {"window": True}, "triton"),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from pathlib import Path
 
+import megarewarm_kernels
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megarewarm_kernels import AdamWTensors
 
 from tests.support.adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right
 from tests.support.kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
@@ -151,3 +155,31 @@ def test_the_interpreter_still_needs_repair() -> None:
     finally:
         os.unlink(path)
     assert done.stdout.strip() == "False"
+
+
+def test_adamw_refuses_tensors_that_have_moved() -> None:
+    parameter, first, second = (torch.zeros(5) for _ in range(3))
+    together = AdamWTensors([parameter], [first], [second], decays=[0.1])
+    together.step([torch.ones(5)], step=1, lr=0.1)
+    before = parameter.clone()
+    parameter.data = parameter.data.clone()  # as Module.to or a loaded state dict with assign=True does
+    with pytest.raises(RuntimeError, match="lies elsewhere in memory"):
+        together.step([torch.ones(5)], step=2, lr=0.1)
+    torch.testing.assert_close(parameter, before, rtol=0, atol=0)
+
+
+def test_every_launch_fuses_products_and_sums() -> None:
+    """Triton 3.10 no longer does so by itself: other bits, and slower."""
+    package = Path(megarewarm_kernels.__file__).parent
+    launches = [
+        call
+        for path in package.rglob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Subscript)
+        and isinstance(call.func.value, ast.Name)
+        and not isinstance(call.func.slice, ast.Constant)
+    ]
+    assert len(launches) >= 15
+    for call in launches:
+        assert any(word.arg is None and ast.unparse(word.value) == "LAUNCH" for word in call.keywords), ast.unparse(call)

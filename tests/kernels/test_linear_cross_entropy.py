@@ -171,6 +171,7 @@ def test_wrong_shapes_are_named() -> None:
         linear_cross_entropy(hidden, weight, targets, valid_rows=5)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_whole() -> None:
     hidden, weight, targets = inputs(8, 4, 10, torch.float32)
     compiled = torch.compile(lambda x, w: linear_cross_entropy(x.tanh(), w, targets)[0] * 2, fullgraph=True)

@@ -103,6 +103,7 @@ def test_logme_is_that_of_the_states_before_the_head(place: Path, tmp_path: Path
     assert again == rows and other[0]["logme"] != rows[0]["logme"] and other[0]["loss_new"] == rows[0]["loss_new"]
 
 
+@pytest.mark.slow
 def test_probes_are_the_truth(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

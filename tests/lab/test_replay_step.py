@@ -100,6 +100,7 @@ def test_steps_and_folders_that_are_not_there(trained: Path, tmp_path: Path) -> 
         replay_step(tmp_path, 1, ALONE)
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_as_a_command(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "step.json"

@@ -67,7 +67,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-@pytest.mark.parametrize("launcher", ["bash", "sh", "deepspeed", "deepspeed2", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "bash",
+        pytest.param("sh", marks=pytest.mark.slow),
+        pytest.param("deepspeed", marks=pytest.mark.slow),
+        "deepspeed2",
+        "torchrun",
+    ],
+)
 def test_every_launcher_trains_the_same_run(place: Path, launcher: str) -> None:
     result = run(launcher, write_config(place, launcher, training={"budget": 6}))
     assert result.returncode == 0, result.stdout + result.stderr
@@ -77,7 +86,7 @@ def test_every_launcher_trains_the_same_run(place: Path, launcher: str) -> None:
     assert result.stdout.count("complete in") == 1, "one rank speaks"
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed2", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed2", marks=pytest.mark.slow), "torchrun"])
 def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -> None:
     path = write_config(place, f"bad_{launcher}", training={"global_batch": 9})
     result = run(launcher, path)
@@ -86,7 +95,7 @@ def test_bad_input_is_said_once_and_ends_all_ranks(place: Path, launcher: str) -
     assert not (place / f"bad_{launcher}" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None:
     """Each rank has a parent of its own, as with a site's wrapper or a container's command."""
     if not (BIN / launcher).exists():
@@ -105,6 +114,7 @@ def test_ranks_meet_through_a_script_between(place: Path, launcher: str) -> None
     assert start["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_a_busy_port_is_no_obstacle_on_one_node(place: Path) -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,6 +172,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(place: 
     assert len({line["step"] for line in events(place / "killed", "train")}) == 60
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_by_itself_after_a_rank_is_killed(place: Path) -> None:
     changes = {"training": {"budget": 60}, "evaluation": {"every": 30}, "checkpoint": {"every": 10}}
     path = write_config(place, "elastic", **changes)
@@ -280,7 +291,13 @@ def slurm(number: int, job: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("exported", "address"), [(0, "localhost"), (1, "localhost"), (0, "127.0.0.2")], ids=["main", "other", "other host"]
+    ("exported", "address"),
+    [
+        pytest.param(0, "localhost", marks=pytest.mark.slow),
+        (1, "localhost"),
+        pytest.param(0, "127.0.0.2", marks=pytest.mark.slow),
+    ],
+    ids=["main", "other", "other host"],
 )
 def test_a_rank_that_refuses_to_start_ends_all(place: Path, exported: int, address: str) -> None:
     """RANK exported before srun: the task that it is true of would wait for the other one until the timeout."""
@@ -293,7 +310,7 @@ def test_a_rank_that_refuses_to_start_ends_all(place: Path, exported: int, addre
     assert max(seconds for _, _, seconds in ended) < 60
 
 
-@pytest.mark.parametrize("twice", [0, 1])
+@pytest.mark.parametrize("twice", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_of_one_rank_are_refused(place: Path, twice: int) -> None:
     path = write_config(place, "twice", parallel={"timeout_minutes": 2})
     ranks = [rank(number, 3, MASTER_ADDR="localhost") for number in ((0, 0) if twice == 0 else (0, 1, 1))]
@@ -310,7 +327,7 @@ def test_ranks_with_other_folders_for_temporary_files_meet(place: Path) -> None:
     assert [code for code, _, _ in ended] == [0, 0], ended
 
 
-@pytest.mark.parametrize("address", ["::1", "[::1]"])
+@pytest.mark.parametrize("address", [pytest.param("::1", marks=pytest.mark.slow), "[::1]"])
 def test_ranks_meet_at_an_address_of_ipv6(place: Path, address: str) -> None:
     if not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
         pytest.skip("this machine has no IPv6")

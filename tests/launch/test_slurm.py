@@ -64,7 +64,11 @@ def wait_for_restart(cluster: Cluster, job: str, place: Path, seconds: float = 6
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize("shape", [["--nodes=1", "--ntasks-per-node=2"], ["--nodes=2", "--ntasks-per-node=1"]], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [pytest.param(["--nodes=1", "--ntasks-per-node=2"], marks=pytest.mark.slow), ["--nodes=2", "--ntasks-per-node=1"]],
+    ids=str,
+)
 def test_ranks_on_one_node_and_on_two(cluster: Cluster, tmp_path: Path, alone: dict[int, float], shape: list[str]) -> None:
     job = cluster.submit(*shape, TRAIN, write_config(tmp_path, "run"), "parallel.tensor=2", cwd=tmp_path)
     state = cluster.wait(job, "COMPLETED", "FAILED")
@@ -105,6 +109,7 @@ def test_a_time_limit_is_only_an_interruption(cluster: Cluster, tmp_path: Path) 
     cluster.command("scancel", job)
 
 
+@pytest.mark.slow
 def test_a_job_whose_rank_is_killed_is_tried_again(cluster: Cluster, tmp_path: Path, alone: dict[int, float]) -> None:
     job = cluster.submit("--ntasks-per-node=2", TRAIN, write_config(tmp_path, "run"), cwd=tmp_path)
     wait_for_step(tmp_path / "run" / "metrics.jsonl", 21)
@@ -133,6 +138,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tmp_path: P
     assert (tmp_path / "run" / "checkpoints" / f"step_{stop['step']}").is_dir()
 
 
+@pytest.mark.slow
 def test_bad_input_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("--ntasks-per-node=2", TRAIN, write_config(tmp_path, "run"), "parallel.tensor=3", cwd=tmp_path)
     assert cluster.wait(job, "COMPLETED", "FAILED", "PENDING") in ("FAILED", "PENDING")

@@ -95,7 +95,7 @@ def assert_trained_by_two(place: Path) -> None:
     assert start["ranks"] == 2 and len(events(place / "run", "train")) == 6
 
 
-@pytest.mark.parametrize("rendezvous", ["master", "c10d"])
+@pytest.mark.parametrize("rendezvous", [pytest.param("master", marks=pytest.mark.slow), "c10d"])
 def test_torchrun(hosts: Hosts, tmp_path: Path, rendezvous: str) -> None:
     path = write_config(tmp_path)
     processes = []
@@ -124,6 +124,7 @@ def test_deepspeed_started_on_each_host(hosts: Hosts, tmp_path: Path) -> None:
     assert_trained_by_two(tmp_path)
 
 
+@pytest.mark.slow
 def test_deepspeed_reaches_the_hosts_of_its_file_by_ssh(hosts: Hosts, tmp_path: Path) -> None:
     daemon = shutil.which("sshd", path="/usr/sbin:/sbin:/usr/bin")
     missing = [name for name in ("pdsh", "ssh", "ssh-keygen") if shutil.which(name) is None] + (["sshd"] if not daemon else [])

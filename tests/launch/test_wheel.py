@@ -78,6 +78,7 @@ def test_it_has_the_examples_types_and_version(installed: Path, tmp_path: Path) 
     assert megarewarm(installed, tmp_path, "--version").startswith("megarewarm ")
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_one_line(installed: Path, tmp_path: Path) -> None:
     """Training needs none of the extras; what needs one says which."""
     blocked = ["matplotlib", "scipy", "zstandard", "tiktoken", "sentencepiece", "pyarrow", "ftfy", "mpi4py", "transformers"]

@@ -228,6 +228,7 @@ def _train(ranks: Ranks, place: str, names: list[str], more: dict[str, Any]) -> 
         train(settings(Path(place), name, TWO[name], **more), ranks, quiet())
 
 
+@pytest.mark.slow
 def test_low_precision_stays_near_fp32(place: Path) -> None:
     names = ["sequence", "pipeline", "sequence_hidden", "zero_bubble_hidden", "zero3"]
     run_ranks(_train, 2, str(place), names, {"training": {"precision": "bf16"}, "schedule": {"max_lr": 1e-3}}, timeout=300)

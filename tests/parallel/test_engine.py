@@ -374,14 +374,20 @@ def test_the_engine_with_one_rank_wraps_nothing(tmp_path: Path) -> None:
 
 
 def test_a_tied_embedding_adds_to_the_heads_gradient(tmp_path: Path) -> None:
-    """As autograd does with one matrix in two places, over several micro-batches with tokens that come again."""
+    """As autograd does with one matrix in two places, over several micro-batches with tokens that come again; but the head's
+    gradient is not held back, beside another of its size, until the embedding's is there too."""
     asked = config(tmp_path, model=MODEL | {"tie_embeddings": True}, training={"micro_batch": 2})
     run = build(make_plan(asked), ALONE)
     run.batches.close()
     rows = run.data.rows(0, 6)
     rows[:, ::3] = rows[0, 0]
     run.model.gradients.zero()
+    embedding, before_layers = run.model.parameters["embed_in.weight"], []
+    last = run.model._modules[0].final_layer_norm
+    assert isinstance(last, torch.nn.Module)
+    last.register_full_backward_hook(lambda *_: before_layers.append(embedding.grad is not None))
     run.model.forward_backward(rows)
+    assert before_layers == [True] * 3
     plain = Transformer(run.plan.model)
     plain.load_state_dict({name: p.detach() for name, p in run.model.parameters.items()})
     assert type(run.model._modules[0].embed_in) is not type(plain.embed_in)

@@ -249,6 +249,7 @@ def check_low(place: Path, cases: list[Case], precision: str = "bf16") -> None:
         assert found == pytest.approx(wanted, rel=0.03) and found != wanted, name
 
 
+@pytest.mark.slow
 def test_low_precision_stays_near_fp32(tmp_path: Path) -> None:
     pairs = [("olmo2", "sequence", 0), ("qwen3", "1f1b", 0), ("llama_biases", "zero3", 1)]
     check_low(tmp_path, [low_case(*pair) for pair in pairs])
@@ -266,6 +267,7 @@ def _train_neox(ranks: Ranks, place: str) -> None:
         inputs.choose_operations = usual
 
 
+@pytest.mark.slow
 def test_so_do_fused_pipelines_of_neox(tmp_path: Path) -> None:
     """Stages pass on a stream in bf16."""
     config(tmp_path)

@@ -106,6 +106,7 @@ def _low(ranks: Ranks, place: str) -> None:
         train(settings(Path(place), name, parallel, {"training": {"precision": "bf16"}}), ranks, quiet())
 
 
+@pytest.mark.slow
 def test_low_precision_has_nearly_the_values_of_fp32(tmp_path: Path) -> None:
     """Stages of fused layers pass on bf16 in training and fp32 in the passes of the differences."""
     alone = Values(train(settings(tmp_path, "alone", {}, {}), ALONE, quiet()).folder)

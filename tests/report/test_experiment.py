@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,12 @@ def test_grid(tmp_path: Path) -> None:
     assert [arm.name for arm in whole_runs(experiment)] == ["one_cosine"]
     early = experiment.arm("early_7pct_0")
     assert early is not None and early.start == "upstream at step 7pct"
+    trial = early.complete[0]
+    assert trial.run is not None
+    exported = replace(trial.run, start=trial.run.start | {"from": "runs/grid/seed_1/upstream/huggingface"})
+    assert replace(early, trials=[replace(trial, run=exported)]).start == "upstream/huggingface"
+    grown = replace(trial.run, start=trial.run.start | {"from": f"grown/runs/grid/seed_{trial.seed}/wide"})
+    assert replace(early, after=(), trials=[replace(trial, run=grown)]).start == "grown/runs/grid/seed_*/wide"
     compared = {(c.group, c.arm, c.reference) for c in comparisons(experiment, arm_rows(experiment))}
     assert ("warmup", "warmup_8pct", "rewarm") in compared and ("early", "early_7pct_1pct", "early_7pct_0") in compared
     assert ("chains of stages", "one_cosine", "rewarmed-third") in compared and ("", "constant", "rewarm") in compared

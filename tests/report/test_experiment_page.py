@@ -145,7 +145,7 @@ def test_what_has_not_begun_is_listed_and_not_spoken_of(tmp_path: Path) -> None:
     assert list(told.values()).count("not begun") == 16 and told["upstream.s1"] == "complete"
     nothing = write_record(tmp_path / "nothing", [entry("a", 1), entry("b", 1)])
     assert "0 of 2 runs complete, 2 not begun" in said(nothing)
-    check(report_experiment(nothing, tmp_path / "out"))
+    assert "from scratch" not in " ".join(check(report_experiment(nothing, tmp_path / "out")).text)
     assert not list((tmp_path / "out").glob("*.png"))  # those of the earlier report are gone
 
 
@@ -321,6 +321,7 @@ def test_page_opens_and_asks_the_network_for_nothing(page: Path, tmp_path: Path)
     assert not [url for url in quiet if not own.match(url)]
 
 
+@pytest.mark.slow
 def test_tool(tmp_path: Path) -> None:
     grid = two_arms(tmp_path / "grid", {1: 2.6, 2: 2.7})
     done = run_tool(grid, "--output", tmp_path / "out")

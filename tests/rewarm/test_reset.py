@@ -109,6 +109,20 @@ def test_weights_only_checkpoints_honour_no_more_than_weights(line: str, value: 
         resolve(start(intent="resume"), WEIGHTS_ONLY)
 
 
+def test_measured_moments_bring_their_count() -> None:
+    policy = resolve(start(moments="measure"), WEIGHTS_ONLY)
+    position = start_position(policy, None, 7)
+    assert policy.optimizer_step == "measure" and position == Position(0, 0, 0, 7)
+    rows = {row.line: row for row in table(policy, WEIGHTS_ONLY, Schedule("constant", 1e-4, 0.0, 10.0), position, 123, 7)}
+    assert rows["moments"].run_has == "measured at rate 0 over the 7 batches of the first steps"
+    assert (rows["optimizer_step"].checkpoint_had, rows["optimizer_step"].run_has) == ("not stored", "7")
+    for step in ("keep", "reset"):
+        with pytest.raises(UserError, match=rf"start\.optimizer_step: '{step}' contradicts moments 'measure'.*remove it"):
+            resolve(start(moments="measure", optimizer_step=step), WEIGHTS_ONLY)
+    with pytest.raises(UserError, match="a run from scratch has 'reset'"):
+        resolve(StartConfig(moments="measure"), None)
+
+
 def test_half_states_are_refused() -> None:
     with pytest.raises(UserError, match="without bias correction"):
         resolve(start(moments="reset", optimizer_step="keep"), FULL)

@@ -71,6 +71,7 @@ def test_the_trunk_goes_on_and_a_release_is_annealed_beside_it(tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_a_chain_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

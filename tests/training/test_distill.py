@@ -98,6 +98,7 @@ def _train(ranks: Ranks, place: str, names: dict[str, dict[str, Any]]) -> None:
         train(settings(Path(place), name, kind, parallel=parallel), ranks, quiet())
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_in_every_sharding_compute_the_run_of_one(place: Path) -> None:
     layouts = {f"two_{kind}_{s}": (kind, {"sharding": s}) for kind in KINDS for s in ("none", "zero2", "zero3")}
     run_ranks(_train, 2, str(place), layouts, timeout=300)

@@ -80,7 +80,7 @@ def run_config(place: Path, **changes: Any) -> RunConfig:
     )
 
 
-def tests_of(folder: Path) -> list[dict[str, Any]]:
+def task_events(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in events(folder, "task")]
 
 
@@ -116,8 +116,8 @@ def by_hand(folder: Path, path: Path, truncate: int = POSITIONS) -> tuple[list[l
 def test_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
     path = world(tmp_path)
     outcome = train(run_config(tmp_path, export={"huggingface": True}, evaluation={"every": 5}), ALONE, quiet())
-    tested = tests_of(outcome.folder)
-    assert [(line["step"], line["name"]) for line in tested] == [(0, "words"), (5, "words"), (10, "words")]
+    found = task_events(outcome.folder)
+    assert [(line["step"], line["name"]) for line in found] == [(0, "words"), (5, "words"), (10, "words")]
     likelihoods, greedy = by_hand(outcome.folder / "huggingface", path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     right, normalised, bits, size = [], [], 0.0, 0
@@ -128,14 +128,14 @@ def test_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
         right.append(int(np.argmax(own)) == answer if len(own) > 1 else said)
         normalised.append(int(np.argmax(np.array(own) / lengths)) == answer if len(own) > 1 else said)
         bits, size = bits - own[answer] / np.log(2), size + lengths[answer]
-    last = tested[-1]
+    last = found[-1]
     assert last["right"] == "".join(str(int(each)) for each in right)
     assert last["right_bytes"] == "".join(str(int(each)) for each in normalised)
     assert last["accuracy"] == pytest.approx(np.mean(right)) and last["accuracy_bytes"] == pytest.approx(np.mean(normalised))
     assert last["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
-    first = tested[0]["right"]
+    first = found[0]["right"]
     assert last["lost"] == pytest.approx(np.mean([a == "1" and b == "0" for a, b in zip(first, last["right"], strict=True)]))
-    assert tested[0]["lost"] == 0 == tested[0]["won"]
+    assert found[0]["lost"] == 0 == found[0]["won"]
 
 
 def test_lm_eval_gives_the_same_numbers(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_lm_eval_gives_the_same_numbers(tmp_path: Path) -> None:
         right += best
         normalised += int(np.argmax(np.array(own) / item.sizes)) == item.answer if len(own) > 1 else best
         bits, size = bits - own[item.answer] / np.log(2), size + item.sizes[item.answer]
-    last, count = tests_of(outcome.folder)[-1], len(task.items)
+    last, count = task_events(outcome.folder)[-1], len(task.items)
     assert last["accuracy"] == pytest.approx(right / count, abs=1e-4)
     assert last["accuracy_bytes"] == pytest.approx(normalised / count, abs=1e-4)
     assert last["bits_per_byte"] == pytest.approx(bits / size, abs=1e-4)
@@ -185,7 +185,7 @@ def test_training_does_not_notice_and_a_stopped_run_goes_on(tmp_path: Path, monk
     assert losses(plain.folder) == losses(whole.folder) == losses(tmp_path / "parts")
     end = tensors_of(plain.folder / "checkpoints/step_10")
     assert all(torch.equal(value, tensors_of(whole.folder / "checkpoints/step_10")[name]) for name, value in end.items())
-    assert tests_of(whole.folder) == tests_of(tmp_path / "parts")
+    assert task_events(whole.folder) == task_events(tmp_path / "parts")
 
 
 def _trained(ranks: Ranks, place: str, name: str, parallel: dict[str, Any], training: dict[str, Any]) -> None:
@@ -206,7 +206,7 @@ def test_every_layout_gives_the_same(tmp_path: Path, ranks: int, parallel: dict[
     world(tmp_path)
     alone = train(run_config(tmp_path, folder=str(tmp_path / "alone"), training={"budget": 4}), ALONE, quiet())
     run_ranks(_trained, ranks, str(tmp_path), "many", parallel, {"budget": 4, "micro_batch": 2 if ranks > 2 else 4})
-    expected, found = tests_of(alone.folder), tests_of(tmp_path / "many")
+    expected, found = task_events(alone.folder), task_events(tmp_path / "many")
     # before the first step the weights are the same, and where a rank computes whole rows so are all bits
     if not parallel:
         assert found[0] == expected[0]
@@ -254,4 +254,4 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_tokenizer_is_needed(tmp_path: Path) -> None:
     world(tmp_path)
     with pytest.raises(UserError, match=r"evaluation.tasks: no tokenizer is known"):
-        train(run_config(tmp_path, data={}), ALONE, quiet())
+        train(run_config(tmp_path, data={"tokenizer": None}), ALONE, quiet())

@@ -268,7 +268,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_after", [3, 9, 12])
+@pytest.mark.parametrize("killed_after", [pytest.param(3, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow), 12])
 def test_a_run_that_was_killed_has_the_same_values(tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"every": 2, "share": 0.5, "rows": 3, "against": ["old", "new"], "keep_extremes": 3}
     whole = train(config(tmp_path, folder=str(tmp_path / "whole"), valuation=settings), ALONE, quiet()).folder

@@ -109,10 +109,14 @@ def choose(
     raise ValueError(f"no attention for heads of {head_dim} in {dtype} on {device.type}: {refused[-1]}")
 
 
+# each layer asks in each step; the device's properties alone take 20 us
+_remembered = lru_cache(choose)
+
+
 def _chosen(
     device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, window: bool, deterministic: bool, wanted: str
 ) -> str:
-    name, reason = choose(
+    name, reason = _remembered(
         device, dtype, head_dim, documents=documents, window=window, deterministic=deterministic, wanted=wanted
     )
     if wanted not in ("auto", name):
@@ -155,6 +159,8 @@ def _objection(
         if documents or window:
             return "keeps no documents apart and has no window"
         return None if major == 9 or (asked and major >= 8) else "is the fastest on compute capability 9 only"
+    if name == "flash4" and major == 9 and not asked:
+        return "is a beta that nobody has measured on compute capability 9"
     generations = {"flash4": (9, 10), "flash3": (9,), "flash2": (8, 9, 10, 12)}[name]
     if major not in generations:
         return f"runs on compute capability {' and '.join(map(str, generations))}, this is {major}"

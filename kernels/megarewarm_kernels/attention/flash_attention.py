@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from megarewarm_kernels.attention import rotary
-from megarewarm_kernels.operators import HAS_TRITON, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, define, exact
 
 MOST_CHANNELS = 256
 
@@ -221,6 +221,7 @@ if HAS_TRITON:
             PRECISION=blocks.precision,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            **LAUNCH,
         )
 
     def _kernel_forward(qkv: Tensor, starts: Tensor | None, head_dim: int, group: int) -> tuple[Tensor, Tensor]:

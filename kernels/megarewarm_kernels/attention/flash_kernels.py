@@ -10,8 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from megarewarm_kernels.operators import LN_2, LOG2_E
 
 
 @triton.jit
@@ -124,7 +123,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     m_i = tl.full((QUERIES,), -float("inf"), tl.float32)
     l_i = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    scale = scale * LOG2E
+    scale = scale * LOG2_E
     begin = first_key(starts_ptr + batch * length, first, KEYS, DOCUMENTS)
     middle = first // KEYS * KEYS
     for key in range(begin, middle, KEYS):
@@ -140,7 +139,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     row = heads * D
     out_ptr += batch * length * row + head * D
     store_block(out_ptr, acc / l_i[:, None], first, length, row, QUERIES, D, WIDTH)
-    lse = (m_i + tl.log2(l_i)) * LN2
+    lse = (m_i + tl.log2(l_i)) * LN_2
     tl.store(lse_ptr + which.to(tl.int64) * length + query, lse, mask=query < length)
 
 
@@ -218,7 +217,7 @@ def attention_backward_queries(  # type: ignore[no-untyped-def]
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     statistic = which.to(tl.int64) * length + query
     tl.store(delta_ptr + statistic, delta, mask=query < length)
-    lse = tl.load(lse_ptr + statistic, mask=query < length, other=float("inf")) * LOG2E  # infinity: a probability of 0
+    lse = tl.load(lse_ptr + statistic, mask=query < length, other=float("inf")) * LOG2_E  # infinity: a probability of 0
     q = load_block(query_ptr, first, length, stride, True, QUERIES, D, WIDTH)
     start = query
     if DOCUMENTS:
@@ -228,12 +227,12 @@ def attention_backward_queries(  # type: ignore[no-untyped-def]
     middle = first // KEYS * KEYS
     for key in range(begin, middle, KEYS):
         dq = queries_step(
-            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2E,
+            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2_E,
             False, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     for key in range(middle, min(first + QUERIES, length), KEYS):
         dq = queries_step(
-            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2E,
+            dq, q, grad, lse, delta, key_ptr, query, start, key, length, stride, scale * LOG2_E,
             True, DOCUMENTS, D, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
     dqkv_ptr += batch * batch_stride + place + head % GROUP * D
@@ -267,7 +266,7 @@ def keys_step(  # type: ignore[no-untyped-def]
     """One block of queries: dk without its scale, and dv."""
     query = first + tl.arange(0, QUERIES)
     q = load_block(query_ptr, first, length, stride, True, QUERIES, D, WIDTH)
-    lse = tl.load(lse_ptr + query, mask=query < length, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + query, mask=query < length, other=float("inf")) * LOG2_E
     p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # (keys, queries)
     if DIAGONAL:
         p = tl.where(query[None, :] >= key[:, None], p, 0.0)
@@ -333,12 +332,12 @@ def attention_backward_keys(  # type: ignore[no-untyped-def]
         for query in range(first // QUERIES * QUERIES, middle, QUERIES):
             dk, dv = keys_step(
                 dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
-                scale * LOG2E, True, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
+                scale * LOG2_E, True, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
             )  # fmt: skip
         for query in range(tl.cdiv(first + KEYS, QUERIES) * QUERIES, end, QUERIES):
             dk, dv = keys_step(
                 dk, dv, k, v, query_ptr, starts_ptr, grad_ptr, lse_ptr, delta_ptr, key, query, length, stride, row,
-                scale * LOG2E, False, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
+                scale * LOG2_E, False, DOCUMENTS, D, WIDTH, QUERIES, PRECISION,
             )  # fmt: skip
         query_ptr += D
         grad_ptr += D

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.part_sums import sums_of
 
 _ELEMENTS = 1024  # of a tile: 8 for each thread, 16 bytes of bf16
 _ELEMENTS_BACKWARD = 2048
@@ -141,6 +142,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import PREFETCH
+
     @triton.jit
     def head_norms_forward(  # type: ignore[no-untyped-def]
         qkv_ptr,
@@ -203,7 +206,7 @@ if HAS_TRITON:
         dquery = tl.zeros((WIDTH,), tl.float32)
         dkey = tl.zeros((WIDTH,), tl.float32)
         row = heads * (GROUP + 2)
-        for tile in range(part * each, min(part * each + each, tl.cdiv(vectors, VECTORS))):
+        for tile in tl.range(part * each, min(part * each + each, tl.cdiv(vectors, VECTORS)), num_stages=PREFETCH):
             vector = tile * VECTORS + tl.arange(0, VECTORS)
             inside = (vector < vectors)[:, None] & (channel < D)[None, :]
             member = vector % (GROUP + 2)
@@ -255,6 +258,7 @@ if HAS_TRITON:
                 WIDTH=width,
                 VECTORS=tile,
                 num_warps=_WARPS,
+                **LAUNCH,
             )
         return out, rstd
 
@@ -267,8 +271,8 @@ if HAS_TRITON:
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
         width = triton.next_power_of_2(head_dim)
         tile = _ELEMENTS_BACKWARD // width
-        count = programs(triton.cdiv(vectors, tile), qkv.device)
-        partial = torch.zeros((count, 2, head_dim), dtype=torch.float32, device=qkv.device)
+        count = programs(triton.cdiv(vectors, tile), qkv.device) if vectors else 0
+        partial = torch.empty((count, 2, head_dim), dtype=torch.float32, device=qkv.device)
         if vectors:
             flat_grad, flat = rows_of(grad), rows_of(qkv)
             head_norms_backward[(count,)](
@@ -289,9 +293,10 @@ if HAS_TRITON:
                 WIDTH=width,
                 VECTORS=tile,
                 num_warps=_WARPS,
+                **LAUNCH,
             )
-        dquery, dkey = partial.sum(0)
-        return dqkv, dquery.to(query_weight.dtype, copy=True), dkey.to(key_weight.dtype, copy=True)
+        dquery, dkey = sums_of(partial, [query_weight, key_weight])
+        return dqkv, dquery, dkey
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact
 
 _ELEMENTS = 1024  # of a program: 8 for each thread, 16 bytes of bf16
 _WARPS = 4
@@ -110,12 +110,11 @@ def _define(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int, ba
     (rows, half), heads = cos.shape, qkv.shape[1] // ((group + 2) * head_dim)
     if not qkv.numel() or not half:
         return
-    query_key = qkv.view(-1, rows, heads, group + 2, head_dim)[..., : group + 1, :]
-    first, second = query_key[..., :half], query_key[..., half : 2 * half]
+    rotated = qkv.view(-1, rows, heads, group + 2, head_dim)[..., : group + 1, : 2 * half]
+    first, second = rotated.clone(memory_format=torch.contiguous_format).split(half, -1)  # arithmetic on gaps is slow on a CPU
     cos, sin = cos[:, None, None], (-sin if back else sin)[:, None, None]
-    rotated = first * cos - second * sin  # the tables' dtype is the exact one, so this is too
-    second.copy_(second * cos + first * sin)
-    first.copy_(rotated)
+    rotated[..., :half] = first * cos - second * sin  # the tables' dtype is the exact one, so this is too
+    rotated[..., half:] = second * cos + first * sin
 
 
 def _shape(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int, back: bool) -> None:
@@ -187,6 +186,7 @@ if HAS_TRITON:
             VECTORS=each,
             BACK=back,
             num_warps=_WARPS,
+            **LAUNCH,
         )
 else:
     _kernel = None  # type: ignore[assignment]

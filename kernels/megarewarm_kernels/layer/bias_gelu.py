@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact, rows_of
+from megarewarm_kernels.part_sums import sums_of
 
 FORMS = ("none", "tanh")
 
@@ -91,18 +92,19 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import PREFETCH
+
     @triton.jit
     def gelu_parts(z, TANH: tl.constexpr):  # type: ignore[no-untyped-def]
         """(the factor of z in gelu(z), the derivative of gelu at z), z fp32."""
         if TANH:
-            inner = 0.7978845608028654 * (z + 0.044715 * z * z * z)
-            # tanh(u) = 2 sigmoid(2 u) - 1, so (1 + tanh(u)) / 2 = sigmoid(2 u)
-            factor = tl.sigmoid(2.0 * inner)
-            slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * z * z)
-            derivative = factor + 2.0 * z * factor * (1.0 - factor) * slope
+            # u = sqrt(2 / pi) (z + 0.044715 z^3); tanh(u) = 2 sigmoid(2 u) - 1, so (1 + tanh(u)) / 2 = sigmoid(2 u)
+            square = z * z
+            factor = 1.0 / (1.0 + tl.exp2(z * (-2.302208198144325 - 0.1029432395800235 * square)))
+            derivative = factor + factor * (1.0 - factor) * z * (1.5957691216057308 + 0.21406444881780076 * square)
         else:
             factor = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-            derivative = factor + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+            derivative = factor + z * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
         return factor, derivative
 
     @triton.jit
@@ -137,7 +139,7 @@ if HAS_TRITON:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
         total = tl.zeros((COLUMNS,), tl.float32)
-        for tile in range(TILES):
+        for tile in tl.range(TILES, num_stages=PREFETCH):
             row = (part * TILES + tile) * ROWS + tl.arange(0, ROWS)
             inside = (row < rows)[:, None] & (column < columns)[None, :]
             z = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -157,7 +159,16 @@ if HAS_TRITON:
         if flat.numel():
             grid = (triton.cdiv(flat.shape[0], _ROWS), triton.cdiv(flat.shape[1], _COLUMNS))
             bias_gelu_forward[grid](
-                flat, bias.contiguous(), y, *flat.shape, flat.stride(0), TANH=tanh, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
+                flat,
+                bias.contiguous(),
+                y,
+                *flat.shape,
+                flat.stride(0),
+                TANH=tanh,
+                ROWS=_ROWS,
+                COLUMNS=_COLUMNS,
+                num_warps=4,
+                **LAUNCH,
             )
         return y.view(x.shape)
 
@@ -167,7 +178,7 @@ if HAS_TRITON:
         flat, flat_grad = rows_of(x), rows_of(grad)
         dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
         parts = triton.cdiv(flat.shape[0], _ROWS * _TILES)
-        partial = torch.empty((parts, flat.shape[1]), dtype=torch.float32, device=x.device)
+        partial = torch.empty((parts, 1, flat.shape[1]), dtype=torch.float32, device=x.device)
         if flat.numel():
             grid = (parts, triton.cdiv(flat.shape[1], _COLUMNS))
             bias_gelu_backward[grid](
@@ -184,8 +195,9 @@ if HAS_TRITON:
                 COLUMNS=_COLUMNS,
                 TILES=_TILES,
                 num_warps=4,
+                **LAUNCH,
             )
-        return dx.view(x.shape), partial.sum(0).to(bias.dtype)
+        return dx.view(x.shape), sums_of(partial, [bias])[0]
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]
 

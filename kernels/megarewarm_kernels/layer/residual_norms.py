@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.part_sums import sums_of
 
 
 def residual_norms(
@@ -153,6 +154,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import PREFETCH
+
     @triton.jit
     def residual_norms_forward(  # type: ignore[no-untyped-def]
         x_ptr,
@@ -230,7 +233,7 @@ if HAS_TRITON:
         db1 = tl.zeros((COLUMNS,), tl.float32)
         dw2 = tl.zeros((COLUMNS,), tl.float32)
         db2 = tl.zeros((COLUMNS,), tl.float32)
-        for row in range(part * each, min(part * each + each, rows)):
+        for row in tl.range(part * each, min(part * each + each, rows), num_stages=PREFETCH):
             x = tl.load(total_ptr + row * total_stride + column, mask=inside, other=0.0).to(tl.float32)
             grad1 = tl.load(grad1_ptr + row * grad1_stride + column, mask=inside, other=0.0).to(tl.float32)
             grad2 = tl.load(grad2_ptr + row * grad2_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -284,6 +287,7 @@ if HAS_TRITON:
                 ADDED=attn_out is not None,
                 COLUMNS=triton.next_power_of_2(columns),
                 num_warps=warps(columns),
+                **LAUNCH,
             )
         shaped = added if attn_out is None else added.view(x.shape)
         return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
@@ -295,8 +299,8 @@ if HAS_TRITON:
         parts = [rows_of(part) for part in arguments[:4]]
         rows, columns = parts[3].shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
-        count = programs(rows, total.device)
-        partial = torch.zeros((count, 4, columns), dtype=torch.float32, device=total.device)
+        count = programs(rows, total.device) if rows else 0
+        partial = torch.empty((count, 4, columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             residual_norms_backward[(count,)](
                 *parts,
@@ -312,10 +316,10 @@ if HAS_TRITON:
                 triton.cdiv(rows, count),
                 COLUMNS=triton.next_power_of_2(columns),
                 num_warps=warps(columns),
+                **LAUNCH,
             )
-        sums = zip(partial.sum(0), (weight1, weight1, weight2, weight2), strict=True)
-        # copies: views of one tensor would keep all four alive, and an operator may not return aliases
-        return dx.view(total.shape), *(part.to(like.dtype, copy=True) for part, like in sums)
+        dw1, db1, dw2, db2 = sums_of(partial, (weight1, weight1, weight2, weight2))
+        return dx.view(total.shape), dw1, db1, dw2, db2
 
     # A row lies in the registers of one program; backward with the four sums it adds to. More would spill.
     _MOST_COLUMNS, _MOST_COLUMNS_BACKWARD = 8192, 4096

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact, programs, rows_of
+from megarewarm_kernels.part_sums import sums_of
 
 
 def residual_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -120,6 +121,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import PREFETCH
+
     @triton.jit
     def rms_norm_forward(  # type: ignore[no-untyped-def]
         x_ptr,
@@ -173,7 +176,7 @@ if HAS_TRITON:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < columns
         dweight = tl.zeros((COLUMNS,), tl.float32)
-        for row in range(part * each, min(part * each + each, rows)):
+        for row in tl.range(part * each, min(part * each + each, rows), num_stages=PREFETCH):
             rstd = tl.load(rstd_ptr + row)
             along = 0.0
             if PARTS > 1:
@@ -228,6 +231,7 @@ if HAS_TRITON:
                 ADDED=delta is not None,
                 COLUMNS=triton.next_power_of_2(columns),
                 num_warps=warps(columns),
+                **LAUNCH,
             )
         return total if delta is None else total.view(x.shape), normed.view(x.shape), rstd
 
@@ -240,8 +244,8 @@ if HAS_TRITON:
         other = flat_grad if residual is None else rows_of(residual)
         rows, columns = flat.shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
-        count = programs(rows, total.device)
-        partial = torch.zeros((count, columns), dtype=torch.float32, device=total.device)
+        count = programs(rows, total.device) if rows else 0
+        partial = torch.empty((count, 1, columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             width = min(_PART, triton.next_power_of_2(columns))
             parts = triton.cdiv(columns, width)
@@ -263,8 +267,9 @@ if HAS_TRITON:
                 COLUMNS=width,
                 PARTS=parts,
                 num_warps=warps(width, _EACH_BACKWARD),
+                **LAUNCH,
             )
-        return dx.view(total.shape), partial.sum(0).to(weight.dtype)
+        return dx.view(total.shape), sums_of(partial, [weight])[0]
 
     # chosen so that no registers are spilled: tests/kernel_compile.py
     _MOST_COLUMNS = 16384  # of the forward pass: a row lies in the registers of one program

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact, rows_of
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact, rows_of
 
 _BLOCK = 1024  # results of a program
 _WARPS = 4
@@ -105,6 +105,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import LOG2_E
+
     @triton.jit
     def load_pairs(ptr, start, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         """(gates, ups) of BLOCK pairs from pair ``start`` on, of the ``size`` that there are. Neighbours are read together."""
@@ -119,7 +121,7 @@ if HAS_TRITON:
         start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
         gate, up = load_pairs(pairs_ptr + row * stride, start, size, BLOCK)
         column = tl.arange(0, BLOCK)
-        y = gate * tl.sigmoid(gate) * up
+        y = gate / (1.0 + tl.exp2(gate * -LOG2_E)) * up
         tl.store(y_ptr + row * size + start + column, y.to(y_ptr.dtype.element_ty), mask=column < size - start)
 
     @triton.jit
@@ -131,7 +133,7 @@ if HAS_TRITON:
         gate, up = load_pairs(pairs_ptr + row * stride, start, size, BLOCK)
         column = tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + row * grad_stride + start + column, mask=column < size - start, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
+        sigmoid = 1.0 / (1.0 + tl.exp2(gate * -LOG2_E))
         silu = gate * sigmoid
         dgate = grad * up * (sigmoid + silu * (1.0 - sigmoid))
         dpairs = tl.reshape(tl.join(dgate, grad * silu), (2 * BLOCK,))
@@ -155,7 +157,7 @@ if HAS_TRITON:
             (flat,), rows, double = _rows(pairs)
             size = double // 2
             blocks = triton.cdiv(size, _BLOCK)
-            swiglu_forward[(rows * blocks,)](flat, y, size, blocks, flat.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+            swiglu_forward[(rows * blocks,)](flat, y, size, blocks, flat.stride(0), BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH)
         return y
 
     def _kernel_backward(grad: Tensor, pairs: Tensor) -> Tensor:
@@ -165,7 +167,9 @@ if HAS_TRITON:
         if dpairs.numel():
             (flat_grad, flat), rows, size = _rows(grad, pairs)
             blocks, strides = triton.cdiv(size, _BLOCK), (flat_grad.stride(0), flat.stride(0))
-            swiglu_backward[(rows * blocks,)](flat_grad, flat, dpairs, size, blocks, *strides, BLOCK=_BLOCK, num_warps=_WARPS)
+            swiglu_backward[(rows * blocks,)](
+                flat_grad, flat, dpairs, size, blocks, *strides, BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH
+            )
         return dpairs
 else:
     _kernel_forward = _kernel_backward = None  # type: ignore[assignment]

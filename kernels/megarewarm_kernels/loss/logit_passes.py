@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm_kernels.operators import HAS_TRITON, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, define, exact
 
 _BLOCK = 4096  # columns at a time
 _WARPS = 8  # 16 columns for each thread
@@ -82,6 +82,8 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from megarewarm_kernels.operators import LOG2_E, PREFETCH
+
     @triton.jit
     def statistics_pass(  # type: ignore[no-untyped-def]
         logits_ptr, targets_ptr, found_ptr, rows, width, stride, first, valid, ignored, BLOCK: tl.constexpr
@@ -90,14 +92,14 @@ if HAS_TRITON:
         start = logits_ptr + row * stride
         largest = -float("inf")
         sums = tl.zeros((BLOCK,), tl.float32)
-        for at in range(0, valid, BLOCK):
+        for at in tl.range(0, valid, BLOCK, num_stages=PREFETCH):
             column = at + tl.arange(0, BLOCK)
             # read to the row's end, which is aligned where the number of classes is not, and keep the classes
             x = tl.load(start + column, mask=column < width, other=0.0).to(tl.float32)
             x = tl.where(column < valid, x, -float("inf"))
             above = tl.maximum(largest, tl.max(x, axis=0))
             level = tl.where(above == -float("inf"), 0.0, above)  # -inf minus itself would be no number
-            sums = sums * tl.exp(largest - level) + tl.exp(x - level)
+            sums = sums * tl.exp2((largest - level) * LOG2_E) + tl.exp2((x - level) * LOG2_E)
             largest = above
         target = tl.load(targets_ptr + row)
         local = target - first
@@ -128,7 +130,7 @@ if HAS_TRITON:
         log_sum = tl.load(log_sum_ptr + row)
         place = logits_ptr + row * stride + column
         x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        dz = tl.exp(x - log_sum) * (1.0 + 2.0 * z_loss * log_sum)
+        dz = tl.exp2((x - log_sum) * LOG2_E) * (1.0 + 2.0 * z_loss * log_sum)
         # in 32 bits, as the columns are; a target elsewhere matches none, or a padding column, which becomes 0
         dz = tl.where(column == (target - first).to(tl.int32), tl.load(special_ptr + row), dz)
         dz = tl.where(column < tl.where(target == ignored, 0, valid), dz, 0.0)
@@ -141,7 +143,7 @@ if HAS_TRITON:
         found = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
         if rows:
             numbers = rows, width, logits.stride(0), first, valid, ignore_index
-            statistics_pass[(rows,)](logits, targets.contiguous(), found, *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
+            statistics_pass[(rows,)](logits, targets.contiguous(), found, *numbers, BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH)
         return found
 
     def _kernel_gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, special: Tensor, *numbers: Any) -> None:
@@ -152,7 +154,7 @@ if HAS_TRITON:
         if rows and width:
             vectors = targets.contiguous(), log_sum.contiguous(), special.contiguous()
             grid = (rows, triton.cdiv(width, _BLOCK))
-            gradient_pass[grid](logits, *vectors, width, logits.stride(0), *numbers, BLOCK=_BLOCK, num_warps=_WARPS)
+            gradient_pass[grid](logits, *vectors, width, logits.stride(0), *numbers, BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH)
 
     def _rows(logits: Tensor) -> tuple[int, int]:
         rows, width = logits.shape

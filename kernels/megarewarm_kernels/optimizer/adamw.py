@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megarewarm_kernels.operators import HAS_TRITON, check_floats, define, exact
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact
 
 _BLOCK = 1024
 _WALK = 16  # blocks of which one program adds up the squares
@@ -165,13 +165,13 @@ if HAS_TRITON:
             numbers = keep, beta1, beta2, 1 - beta1, 1 - beta2, *others
             grid = (triton.cdiv(parameter.numel(), _BLOCK),)
             tensors = parameter, gradient, first, second, target, scale
-            adamw_step[grid](*tensors, parameter.numel(), *numbers, COPY=copy is not None, BLOCK=_BLOCK)
+            adamw_step[grid](*tensors, parameter.numel(), *numbers, COPY=copy is not None, BLOCK=_BLOCK, **LAUNCH)
 
     def _kernel_squared_norm(x: Tensor) -> Tensor:
         if x.dtype == torch.float64 or not x.numel():
             return _define_squared_norm(x)
         partial = torch.empty(triton.cdiv(x.numel(), _BLOCK * _WALK), dtype=torch.float32, device=x.device)
-        squares[partial.shape](x, partial, x.numel(), BLOCK=_BLOCK, WALK=_WALK)
+        squares[partial.shape](x, partial, x.numel(), BLOCK=_BLOCK, WALK=_WALK, **LAUNCH)
         return partial.sum(dtype=torch.float64).float()
 else:
     _kernel_step = _kernel_squared_norm = None  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megarewarm_kernels.operators import HAS_TRITON, no_triton
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, no_triton
 from megarewarm_kernels.optimizer.adamw import adamw_
 
 _BLOCK = 1024
@@ -62,7 +62,8 @@ class AdamWTensors:
         self._sizes = sizes.to(device)
         self._decay = torch.tensor(decays, dtype=torch.float32, device=device)
         # a row for parameters, moments and gradients each
-        rows = [[part.data_ptr() for part in row] for row in (parameters, firsts, seconds, parameters)]
+        self._places = self._find()
+        rows = [*self._places, self._places[0]]
         # slices of a flat tensor may begin anywhere; then accesses are of 4 bytes, else of 16
         self._aligned = all(place % 16 == 0 for row in rows for place in row) and bool((sizes % 16 == 0).all())
         self._table = torch.tensor(rows, dtype=torch.int64).to(device)
@@ -70,7 +71,8 @@ class AdamWTensors:
     def step(self, gradients: Sequence[Tensor], *, step: int, lr: float, scale: float = 1.0) -> None:
         """One step of AdamW with the ``gradients``, contiguous fp32 tensors like the parameters, times ``scale``.
 
-        ``step``: of this update, counted from 1. Raises ValueError for gradients of other shapes, dtypes or with gaps.
+        ``step``: of this update, counted from 1. Raises ValueError for gradients of other shapes, dtypes or with gaps,
+        RuntimeError where a parameter or moment has moved in memory.
         """
         if len(gradients) != len(self._parameters) or step < 1:
             raise ValueError(f"need a gradient for each of {len(self._parameters)} parameters, and a step from 1 on")
@@ -79,6 +81,11 @@ class AdamWTensors:
         if self._table is None:
             self._one_by_one(gradients, step, lr, scale)
             return
+        if self._find() != self._places:
+            raise RuntimeError(
+                "a parameter or moment lies elsewhere in memory than when AdamWTensors was made, and it writes to the first: "
+                "build a new AdamWTensors after you move or replace tensors, or copy into them"
+            )
         places = [gradient.data_ptr() for gradient in gradients]
         if places != self._gradients:
             self._table[3].copy_(torch.tensor(places, dtype=torch.int64))
@@ -98,7 +105,12 @@ class AdamWTensors:
                 BLOCK=_BLOCK,
                 ALIGNED=self._aligned and all(place % 16 == 0 for place in places),
                 num_warps=_WARPS,
+                **LAUNCH,
             )
+
+    def _find(self) -> list[list[int]]:
+        """The addresses of all parameters and of both moments."""
+        return [[part.data_ptr() for part in row] for row in (self._parameters, self._firsts, self._seconds)]
 
     def _one_by_one(self, gradients: Sequence[Tensor], step: int, lr: float, scale: float) -> None:
         rows = zip(self._parameters, gradients, self._firsts, self._seconds, self._decays, strict=True)

@@ -48,8 +48,10 @@ def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, 
     def read(key: str) -> Tensor:
         if key.startswith("model."):
             return weights.read(key.removeprefix("model.")).float()
-        shape = (torch.get_rng_state().shape, torch.uint8) if key == _RNG else (shapes[key.split(".", 2)[2]], torch.float32)
-        tensor = torch.empty(shape[0], dtype=shape[1])
+        is_rng = key == _RNG
+        tensor = torch.empty(
+            torch.get_rng_state().shape if is_rng else names[key], dtype=torch.uint8 if is_rng else torch.float32
+        )
         source.load_tensors({key: tensor})
         on_bytes(tensor.nbytes)
         return tensor
@@ -57,8 +59,12 @@ def export_own(source: OpenedCheckpoint, weights: Weights, config: ModelConfig, 
     check(weights, shapes)
     names = {f"model.{name}": shape for name, shape in shapes.items()}
     if training is not None:
+        trained = training.trained
         for name, card in cards(config).items():
-            names |= {f"optimizer.{what}.{name}": card.shape for what in states_of(training.optimizer, card)}
+            rows = None if trained is None else trained.get(name)
+            shape = card.shape if rows is None else (rows[1] - rows[0], *card.shape[1:])
+            if trained is None or name in trained:
+                names |= {f"optimizer.{what}.{name}": shape for what in states_of(training.optimizer, card)}
     described: dict[str, Tensor] = {name: torch.empty(shape, device="meta") for name, shape in names.items()}
     if "rng" in source.keeps:
         described[_RNG] = torch.empty(torch.get_rng_state().shape, dtype=torch.uint8, device="meta")

@@ -13,26 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megarewarm.checkpoint.export.replace import new_folder
 from megarewarm.checkpoint.tokenizer_source import TokenizerSource, loaded
 from megarewarm.config.model import ModelConfig
-from megarewarm.data.text.end_of_document import TOKENIZER_FILES, beside
+from megarewarm.data.text.end_of_document import TEMPLATES, TOKENIZER_FILES, beside
 from megarewarm.data.text.tokenizers import HuggingFaceTokenizer
 from megarewarm.errors import UserError
 
 _COPIED = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PADS = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]", "<PAD>")
-# keys of tokenizer_config.json: code and places of other programs, and what tokenizer.json states itself
-_LEFT_OUT = (
-    "auto_map",
-    "name_or_path",
-    "tokenizer_file",
-    "vocab_file",
-    "added_tokens_decoder",
-    "split_special_tokens",
-    "backend",
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
         names["pad_token"] = pad
     if around := tokenizer.added_around():
         notes.append(f"transformers puts {' '.join(around)} around every text, which the token files don't hold")
-    settings = {key: value for key, value in said.settings.items() if key not in (*_LEFT_OUT, *_NAMED)}
+    settings = {key: value for key, value in said.without_places().items() if key not in _NAMED}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(settings.get(key), list):
             settings[key] = [each for each in settings[key] if _content(each) in vocabulary]
@@ -93,7 +83,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
     files = {"tokenizer.json": _uncut(tokenizer.content, content), "tokenizer_config.json": _json(settings)}
     if source.file.name in TOKENIZER_FILES:
         folder = source.file.parent
-        files |= {name: (folder / name).read_bytes() for name in (*_COPIED, *_TEMPLATES) if (folder / name).is_file()}
+        files |= {name: (folder / name).read_bytes() for name in (*_COPIED, *TEMPLATES) if (folder / name).is_file()}
         if (folder / "special_tokens_map.json").is_file():
             files["special_tokens_map.json"] = _json(names)
     ids = {role: vocabulary[names[f"{role}_token"]] if f"{role}_token" in names else None for role in ("bos", "eos", "pad")}
@@ -140,3 +130,17 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
     """Write ``files`` into ``folder``. Raises ``OSError``."""
     for name, data in files.items():
         (folder / name).write_bytes(data)
+
+
+def write_folder(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write ``files`` into the new ``folder``, which appears whole or not at all. Raises ``UserError`` as ``refuse_existing``,
+    and where it can't be written."""
+    refuse_existing(folder)
+    with new_folder(folder, lambda _: False) as new:
+        write_files(files, new)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise ``UserError`` where ``folder`` is there and not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists; choose another folder or remove it")

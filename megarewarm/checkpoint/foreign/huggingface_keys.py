@@ -56,10 +56,3 @@ HARMLESS = names(
 )
 
 KEYS = Keys(_READ, _NEOX_ONLY, HARMLESS, "if it leaves the function alone, remove it from the file")
-
-ROPE_KEYS = Keys(
-    frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}),
-    {},
-    names("original_max_position_embeddings"),
-    "rotary positions here are neither scaled nor of several kinds",
-)

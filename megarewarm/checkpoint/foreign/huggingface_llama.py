@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megarewarm.checkpoint.foreign.huggingface_keys import HARMLESS, NOT_HERE
+from megarewarm.checkpoint.foreign.huggingface_rotary import WHOLE_HEADS, read_scaling, refuse_other_scalings, scaling_words
 from megarewarm.checkpoint.foreign.json_file import FLAG, LIST, MAPPING, NUMBER, WHOLE, Kind, require_kinds
-from megarewarm.checkpoint.foreign.recorded_keys import Keys, names, refuse_other_functions, require_agreement
+from megarewarm.checkpoint.foreign.recorded_keys import Keys, refuse_other_functions, require_agreement
 from megarewarm.checkpoint.weights import make_model_config, refuse_too_many_layers
 from megarewarm.config.families import FAMILIES
 from megarewarm.config.model import ModelConfig, RotaryScaling
@@ -69,7 +68,7 @@ class LlamaLike:
         read = {*_SHAPE.values(), *_ROPE, *self.options, *self.reads, *(_WINDOW if self.windowed else ())}
         keys = Keys(
             frozenset({"model_type", "hidden_act", "original_max_position_embeddings", "attention_dropout", *read}),
-            NOT_HERE | _WHOLE_HEADS | ({} if self.windowed or "sliding_window" in self.reads else _NO_WINDOW),
+            NOT_HERE | WHOLE_HEADS | ({} if self.windowed or "sliding_window" in self.reads else _NO_WINDOW),
             HARMLESS,
             "if it leaves the function alone, remove it from the file",
         )
@@ -122,7 +121,7 @@ class LlamaLike:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """The keys of ``read``, in both ways in which transformers 4 and 5 read them."""
-        scaling = _scaling_words(config.rotary_scaling)
+        scaling = scaling_words(config.rotary_scaling)
         values = {theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()} | {
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_width,
@@ -149,9 +148,6 @@ class LlamaLike:
         return values
 
 
-_WHOLE_HEADS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "partial_rotary_factor": ((None, 1, 1.0), "all channels of a head are rotated in this family"),
-}
 _NO_WINDOW: dict[str, tuple[tuple[Any, ...], str]] = {
     "sliding_window": ((None, False), "attention in this family is over all earlier positions; mistral has a window"),
     "layer_types": ((None, False), "all layers in this family are of one kind"),
@@ -175,28 +171,6 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-# ours -> theirs, by kind
-_SCALING = {
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "original_positions": "original_max_position_embeddings",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-    },
-    "yarn": {
-        "factor": "factor",
-        "original_positions": "original_max_position_embeddings",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "attention_factor": "attention_factor",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-}
-
-
 def _rotary(path: Path, raw: Mapping[str, Any], positions: int, usual: float) -> tuple[float, RotaryScaling | None]:
     """(base, scaling). Versions of transformers look in different places, which have to agree. ``positions``, ``usual``: of
     the model, and the base, where they are not given."""
@@ -208,44 +182,10 @@ def _rotary(path: Path, raw: Mapping[str, Any], positions: int, usual: float) ->
             continue
         require_kinds(f"{path}: {key}", block, {NUMBER: "rope_theta"})
         bases[f"{key}.rope_theta"] = block.get("rope_theta")
-        found[key] = _scaling(f"{path}: {key}", block, raw.get("original_max_position_embeddings"), positions)
+        found[key] = read_scaling(f"{path}: {key}", block, raw.get("original_max_position_embeddings"), positions)
     base = require_agreement(str(path), "rope_theta", bases)
-    if len(set(found.values())) > 1:
-        raise UserError(f"{path}: rope_parameters and rope_scaling differ: make them agree, or remove one of them")
+    refuse_other_scalings(path, found)
     return float(usual if base is None else base), next(iter(found.values()), None)
-
-
-def _scaling(where: str, block: Mapping[str, Any], outside: int | None, positions: int) -> RotaryScaling | None:
-    """``outside``: original_max_position_embeddings beside the block; without any it is ``positions``."""
-    kind = block.get("rope_type") or block.get("type") or "default"
-    if not isinstance(kind, str) or (kind != "default" and kind not in _SCALING):
-        raise UserError(f"{where}: rope_type is {kind!r}, expected default, {', '.join(_SCALING)}")
-    ours = _SCALING.get(kind, {})
-    known = frozenset({"rope_type", "type", "rope_theta", *ours.values()})
-    unused = names("original_max_position_embeddings" if "original_positions" not in ours else "")
-    refuse_other_functions(where, block, Keys(known, _WHOLE_HEADS, unused, f"it is no key of rope_type {kind!r}"))
-    if kind == "default":
-        return None
-    values = {our: block[their] for our, their in ours.items() if block.get(their) is not None}
-    if missing := [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key in ours and key not in values]:
-        raise UserError(f"{where}: missing {missing[0]!r}")
-    if "original_positions" in ours:
-        inside = {"this block": values.get("original_positions"), "the key outside of it": outside}
-        said = require_agreement(where, "original_max_position_embeddings", inside)
-        values["original_positions"] = positions if said is None else said
-    try:
-        return RotaryScaling(kind=kind, **values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = next((ours[str(part)] for part in problem["loc"] if part in ours), "")
-        raise UserError(f"{where}: {key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}") from error
-
-
-def _scaling_words(scaling: RotaryScaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {}
-    said = {their: getattr(scaling, our) for our, their in _SCALING[scaling.kind].items()}
-    return {"rope_type": scaling.kind, **{key: value for key, value in said.items() if value is not None}}
 
 
 _QWEN = {

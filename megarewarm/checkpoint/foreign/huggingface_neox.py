@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megarewarm.checkpoint.foreign.huggingface_keys import KEYS, ROPE_KEYS
+from megarewarm.checkpoint.foreign.huggingface_keys import KEYS
+from megarewarm.checkpoint.foreign.huggingface_rotary import read_scaling, refuse_other_scalings, scaling_words
 from megarewarm.checkpoint.foreign.recorded_keys import refuse_other_functions, require_agreement
 from megarewarm.checkpoint.weights import make_model_config
-from megarewarm.config.model import ModelConfig
+from megarewarm.config.model import ModelConfig, RotaryScaling
 from megarewarm.errors import UserError
 
 _ACTIVATIONS = {
@@ -29,7 +30,8 @@ def read_neox_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, l
     if missing := [key for key in SHAPE.values() if raw.get(key) is None]:
         raise UserError(f"{path}: missing {', '.join(repr(key) for key in missing)}")
     refuse_other_functions(str(path), raw, KEYS)
-    fraction, base = _rotary(path, raw)
+    positions = raw.get("max_position_embeddings", 2048)
+    fraction, base, scaling = _rotary(path, raw, positions)
     activation = raw.get("hidden_act", "gelu")
     if activation not in _ACTIVATIONS:
         raise UserError(f"{path}: hidden_act is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
@@ -39,9 +41,10 @@ def read_neox_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, l
     config = make_model_config(
         str(path),
         **{ours: raw[theirs] for ours, theirs in SHAPE.items()},
-        max_positions=raw.get("max_position_embeddings", 2048),
+        max_positions=positions,
         rotary_fraction=fraction,
         rotary_base=base,
+        rotary_scaling=scaling,
         activation=_ACTIVATIONS[activation],
         residual="parallel" if raw.get("use_parallel_residual", True) else "sequential",
         tie_embeddings=raw.get("tie_word_embeddings", False),
@@ -52,18 +55,20 @@ def read_neox_config(path: Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, l
     return config, _notes(raw, activation)
 
 
-def _rotary(path: Path, raw: Mapping[str, Any]) -> tuple[float, float]:
-    """(share of a head's channels, base). Versions of transformers look in different places, which have to agree."""
+def _rotary(path: Path, raw: Mapping[str, Any], positions: int) -> tuple[float, float, RotaryScaling | None]:
+    """(share of a head's channels, base, scaling). Versions of transformers look in different places, which have to agree."""
     places = {}
+    scalings: dict[str, RotaryScaling | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
         block = raw.get(key) or {}
         if not isinstance(block, Mapping):
             raise UserError(f"{path}: {key} is {block!r}, expected a mapping")
-        kind = block.get("rope_type") or block.get("type") or "default"
-        if kind != "default":
-            raise UserError(f"{path}: {key}: rope_type is {kind!r}, only unscaled rotary embeddings ('default') can be loaded")
-        refuse_other_functions(f"{path}: {key}", block, ROPE_KEYS)
         places[key] = block
+        if block:
+            inner = {name: value for name, value in block.items() if name != "partial_rotary_factor"}
+            outside = raw.get("original_max_position_embeddings")
+            scalings[key] = read_scaling(f"{path}: {key}", inner, outside, positions)
+    refuse_other_scalings(path, scalings)
     found = []
     for within, keys, default in (
         ("partial_rotary_factor", ("rotary_pct", "partial_rotary_factor"), 0.25),
@@ -73,7 +78,7 @@ def _rotary(path: Path, raw: Mapping[str, Any]) -> tuple[float, float]:
         if not any(said[place] is not None for place in said if place != keys[1]):
             said["transformers' default"] = default  # no version reads the second key where the others are missing
         found.append(float(require_agreement(str(path), within, said)))
-    return found[0], found[1]
+    return found[0], found[1], next(iter(scalings.values()), None)
 
 
 SHAPE = {
@@ -101,6 +106,7 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 
 def write_neox_config(config: ModelConfig) -> dict[str, Any]:
     """The keys of ``read_neox_config``, and those that its readers expect beside them."""
+    scaling = scaling_words(config.rotary_scaling)
     return {
         **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
         "intermediate_size": config.mlp_size,
@@ -120,5 +126,7 @@ def write_neox_config(config: ModelConfig) -> dict[str, Any]:
             "rope_type": "default",
             "rope_theta": config.rotary_base,
             "partial_rotary_factor": config.rotary_fraction,
+            **scaling,
         },
+        **({"rope_scaling": scaling, "partial_rotary_factor": config.rotary_fraction} if scaling else {}),
     }

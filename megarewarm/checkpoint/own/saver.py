@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +85,14 @@ class Saver:
         staged = self._staging.copy(tensors)
         self._pending = self._thread.submit(self._write, state, staged, began, time.perf_counter())
 
+    @collective
+    def write_aside(self, path: Path, state: TrainingState, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
+        """Write a checkpoint that is none of the run's own steps, after a save that is still in progress. All ranks call it.
+        Raises ``UserError`` if the disk refused."""
+        self.wait()
+        with _refused(path):
+            write(path, state, tensors, self._group)
+
     @property
     def failed(self) -> bool:
         """Whether the background save failed; ``wait`` raises its error on all ranks."""
@@ -126,18 +136,25 @@ class Saver:
             remove = functools.partial(remove_superseded, self._folder, step, self._retention, replaced=state.step)
             on_all_ranks(remove if main else None, OSError, self._group)
 
-        try:
+        with _refused(path):
             # before the save too: a run that is killed after each of its saves would never remove one
             clean(state.step - 1)
             write(path, state, tensors, self._group)
             clean(state.step)
-        except OSError as error:
-            raise UserError(
-                f"{path}: the checkpoint could not be written ({error}); make room or correct the permissions and run the same "
-                f"command again"
-            ) from error
         ended = time.perf_counter()
         return Saved(state.step, path, (ended if self._staging is None else released) - began, ended - began)
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Raises what the disk refuses as ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: the checkpoint could not be written ({error}); make room or correct the permissions and run the same "
+            f"command again"
+        ) from error
 
 
 class _Staging:
@@ -148,7 +165,7 @@ class _Staging:
 
     def reserve(self, tensors: Mapping[str, Tensor | TensorSlice]) -> None:
         for name, tensor in tensors.items():
-            if name not in self._held:
+            if name not in self._held or _place(self._held[name]) != _place(tensor):  # moments of rows become whole at a thaw
                 self._held[name] = _in_host_memory(tensor)
 
     def copy(self, tensors: Mapping[str, Tensor | TensorSlice]) -> Tensors:
@@ -158,6 +175,12 @@ class _Staging:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return {name: self._held[name] for name in tensors}
+
+
+def _place(tensor: Tensor | TensorSlice) -> tuple[Any, ...]:
+    """What a copy must share with ``tensor``."""
+    part = tensor if isinstance(tensor, TensorSlice) else None
+    return (part.offsets, part.shape, part.local.shape) if part is not None else (tensor.shape,)
 
 
 def _in_host_memory(tensor: Tensor | TensorSlice) -> Tensor | TensorSlice:

@@ -35,6 +35,16 @@ class _Format(BaseModel):
     format: int = FORMAT
 
 
+class Thawed(BaseModel):
+    """Parameters whose moments began later than the run's: those of a run with ``optimizer.train.for``. ``optimizer_step``:
+    their own count of steps."""
+
+    model_config = ConfigDict(frozen=True)
+
+    names: list[str]
+    optimizer_step: int
+
+
 class TrainingState(BaseModel):
     """The counters of a run.
 
@@ -45,7 +55,9 @@ class TrainingState(BaseModel):
     follow a step. ``keeps``: the rows of the reset table that the checkpoint can provide, beside the weights; null for all
     of them. ``interim``: written only because the run was stopped there. ``step_tokens``: tokens of all steps that ``step``
     counts, those of earlier runs among them (``tokens`` are the run's own); null where it was not recorded. ``optimizer``: the
-    kind whose state is kept. ``held_out``: the files of each validation set; none where it was not recorded.
+    kind whose state is kept. ``held_out``: the files of each validation set; none where it was not recorded. ``trained``: the
+    parameters that have moments, with their rows (first, stop) or null for all of them; null for all parameters. ``thawed``:
+    those of them that began later.
     """
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
@@ -73,6 +85,8 @@ class TrainingState(BaseModel):
     step_tokens: int | None = None
     optimizer: str = "adamw"
     held_out: dict[str, list[FileIdentity]] = {}
+    trained: dict[str, tuple[int, int] | None] | None = None
+    thawed: list[Thawed] = []
 
     @property
     def recent_steps(self) -> RecentSteps:

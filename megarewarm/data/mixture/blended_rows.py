@@ -12,6 +12,7 @@ from megarewarm.data.mixture.blend import AnyBlend
 from megarewarm.data.order.row_places import RowPlace, runs_of
 from megarewarm.data.order.samples import Samples
 from megarewarm.errors import UserError
+from megarewarm.packed_rows import plain
 
 
 class BlendedRows:
@@ -56,6 +57,8 @@ class BlendedRows:
         return found
 
     def _check(self, source: int, index: npt.NDArray[np.int64], part: npt.NDArray[np.int64]) -> None:
+        if self.samples[source].is_packed:
+            part = plain(part)
         if int(part.max()) >= self._vocab_size or int(part.min()) < 0:
             row, column = np.argwhere((part >= self._vocab_size) | (part < 0))[0]
             raise UserError(

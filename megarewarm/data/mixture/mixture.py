@@ -21,6 +21,7 @@ from megarewarm.data.files.token_file import TokenView
 from megarewarm.data.mixture.blend import AnyBlend, Blend, GreedyTable, normalised
 from megarewarm.data.mixture.blended_rows import BlendedRows
 from megarewarm.data.mixture.phases import AnySource, Phase, PhasedBlend, all_sources
+from megarewarm.data.order.packed_samples import PackedSamples
 from megarewarm.data.order.permutation import derive_key
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples, SequentialSamples
@@ -134,6 +135,13 @@ def _open_samples(files: TokenFiles, source: Source, place: int, wanted: int, no
         notes += said
         return SequentialSamples(view, s, source.max_epochs)
     view = files.view(source)
+    if data.pack is not None:
+        key = derive_key(seed, place if source.place is None else source.place) if data.order == "permuted" else None
+        packed = PackedSamples(view, s, key, source.max_epochs)
+        if data.order == "permuted" and source.place not in (None, place):
+            packed.order += f" as source {source.place}"
+        notes.append(f"data.pack: {source.name or view.file.path}: {packed.packing}")
+        return packed
     if source.layout == "rows":
         return RowSamples(view, s, source.first_row, source.max_epochs)
     if data.order == "sequential":

@@ -18,6 +18,8 @@ class MovingWindows(WindowSet):
     Raises ``UserError`` if not one whole window is asked for, and for files that can't be read.
     """
 
+    is_fixed = False
+
     def __init__(self, config: ValidationSet, files: TokenFiles, evaluations: int) -> None:
         data = files.data
         num_windows = config.tokens // data.sequence_length

@@ -33,6 +33,10 @@ class Slice:
         first, count = self._first, self._count
         return range(first + rank * count // world, first + (rank + 1) * count // world)
 
+    def counts(self) -> npt.NDArray[np.int64]:
+        """How many of the windows each source gives, (sources,)."""
+        return self._rows.counts(self._first + self._count) - self._rows.counts(self._first)
+
     def micro_batches(self, rank: int, world: int, micro_batch: int) -> Iterator[npt.NDArray[np.int64]]:
         """A rank's windows as rows (b, s + 1) int64, b up to ``micro_batch``; only the last may be smaller."""
         mine = self.share(rank, world)
@@ -42,7 +46,10 @@ class Slice:
 
 class WindowSet:
     """A validation set, of which each evaluation reads ``num_windows`` windows, ``num_tokens`` tokens whose loss it
-    measures. ``files``: what each source's file holds; ``notes``: what a user must know of the set."""
+    measures. ``files``: what each source's file holds; ``notes``: what a user must know of the set; ``is_fixed``: whether all
+    evaluations read the same windows."""
+
+    is_fixed = True
 
     def __init__(self, config: ValidationSet, rows: BlendedRows, num_windows: int) -> None:
         self.name, self.role, self.when = config.name, config.role, config.when

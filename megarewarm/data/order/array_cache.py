@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
+OWN_REPLAY = "own_replay"
+"""A folder of the cache that is no entry: rewarm/own_replay.py."""
+
 KEPT = 20  # entries; of more, the least recently used ones go
 
 
@@ -119,7 +122,9 @@ def _write(entry: Path, arrays: Arrays) -> None:
 
 def _drop_old(folder: Path) -> None:
     """Remove an entry; processes that use it keep their mapped files until they end."""
-    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    entries = sorted(
+        (path for path in folder.iterdir() if path.is_dir() and path.name != OWN_REPLAY), key=lambda path: path.stat().st_mtime
+    )
     for entry in entries[:-KEPT]:
         shutil.rmtree(entry, ignore_errors=True)
         entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from megarewarm.data.files.document_table import TableUsed
 
 Kind = Literal["permuted", "neox", "megatron", "rows", "sequential"]
-_LATER = ("documents", "scores", "descending")
+_LATER = ("documents", "scores", "descending", "packed")
 
 
 class SampleOrder(BaseModel):
@@ -17,7 +17,8 @@ class SampleOrder(BaseModel):
 
     ``key``: of the permutations ('permuted') or the seed of the shuffles ('neox', 'megatron'). ``epochs``: the ranges of epochs
     that are shuffled each for itself. ``dtype``: of the ids. ``documents``: the list that was read, in which ``first_document``
-    and ``last_document`` count then; ``scores``: by which the documents were sorted before.
+    and ``last_document`` count then; ``scores``: by which the documents were sorted before; ``packed``: rows of whole
+    documents, by best fit, rather than windows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -33,6 +34,7 @@ class SampleOrder(BaseModel):
     documents: TableUsed | None = None
     scores: TableUsed | None = None
     descending: bool = False
+    packed: bool = False
 
     @model_serializer(mode="wrap")
     def _short(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

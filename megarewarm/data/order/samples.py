@@ -24,7 +24,7 @@ from megarewarm.data.order.sample_order import Kind, SampleOrder, SamplesRead
 from megarewarm.errors import UserError
 
 _BLOCK = 2**20  # documents in memory at a time beside the arrays that stay
-_CACHED = 2**21  # documents and samples from which on an order is kept on the disk: some tenths of a second to make
+CACHED = 2**21  # documents and samples from which on an order is kept on the disk: some tenths of a second to make
 
 
 class Samples(ABC):
@@ -38,6 +38,8 @@ class Samples(ABC):
     num_samples: int | None
     least_tokens: int | None = None
     """Tokens that a view must have; None: those of one sample."""
+    is_packed = False
+    """Whether its samples say where documents begin, and hold padding (``packed_rows``)."""
 
     def __init__(self, tokens: TokenView, sequence_length: int) -> None:
         self.tokens = tokens
@@ -58,12 +60,16 @@ class Samples(ABC):
 
     def fill(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.int64]) -> None:
         """Write the samples ``indices``, (k,), into the rows of ``out``, (k, s + 1); ``IndexError`` past the last."""
+        self._check(indices)
+        if indices.size:
+            out[:] = self.tokens.file.read_pieces(*self.pieces(indices)).reshape(out.shape)
+
+    def _check(self, indices: npt.NDArray[np.int64]) -> None:
+        """Raise ``IndexError`` for a sample that there is not."""
         if indices.size and (
             int(indices.min()) < 0 or (self.num_samples is not None and int(indices.max()) >= self.num_samples)
         ):
             raise IndexError(f"{self.tokens.file.path} has {self.num_samples} samples, asked for {indices.max()}")
-        if indices.size:
-            out[:] = self.tokens.file.read_pieces(*self.pieces(indices)).reshape(out.shape)
 
     @abstractmethod
     def pieces(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -152,13 +158,17 @@ class PermutedSamples(_Windows):
         return self._sample_order("permuted", key=self._seed)
 
     def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        epochs, places = np.divmod(indices, self.samples_per_epoch)
-        found = np.empty(len(indices), np.int64)
-        for epoch in np.unique(epochs):
-            (rows,) = np.nonzero(epochs == epoch)
-            permutation = Permutation(self.samples_per_epoch, derive_key(self._seed, int(epoch)))
-            found[rows] = permutation(places[rows])
-        return found
+        return permuted(indices, self.samples_per_epoch, self._seed)
+
+
+def permuted(indices: npt.NDArray[np.int64], size: int, seed: int) -> npt.NDArray[np.int64]:
+    """Index i as permutation_e(i mod ``size``), e = floor(i / size), whose key is (``seed``, e). (n,) to (n,)."""
+    epochs, places = np.divmod(indices, size)
+    found = np.empty(len(indices), np.int64)
+    for epoch in np.unique(epochs):
+        (rows,) = np.nonzero(epochs == epoch)
+        found[rows] = Permutation(size, derive_key(seed, int(epoch)))(places[rows])
+    return found
 
 
 class _ShuffledSamples(Samples):
@@ -192,7 +202,7 @@ class _ShuffledSamples(Samples):
         self.num_samples: int = self._samples_in(self.num_epochs)
         # The documents are shuffled within these ranges of epochs, the samples within the ranges of samples they make.
         self.epoch_ranges = self._epoch_ranges(num_samples) if epoch_ranges is None else list(epoch_ranges)
-        large = tokens.num_documents * self.num_epochs + self.num_samples >= _CACHED
+        large = tokens.num_documents * self.num_epochs + self.num_samples >= CACHED
         arrays = cached(self._cache_key(), self._make) if large else self._make()
         self._documents = ShuffledDocuments(arrays)
         self._shuffle = arrays["shuffle"]

@@ -24,6 +24,7 @@ from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.listed_documents import by_score, listed
 from megarewarm.data.files.token_file import TokenFile, TokenView
 from megarewarm.data.order.array_cache import cached
+from megarewarm.data.order.packed_samples import PackedSamples
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.data.order.sample_order import SampleOrder, SamplesRead
 from megarewarm.data.order.samples import MegatronSamples, NeoxSamples, PermutedSamples, Samples, SequentialSamples
@@ -89,6 +90,11 @@ class SeenSource:
                     f"{now.differing(self.file)}): say where that one is in replay.paths"
                 )
             files.check(file)
+        if any(part.order.packed for part in self.parts) and files.data.pack is None:
+            raise UserError(
+                f"replay of lineage: '{self.pool}' was read in rows of whole documents, which this run does not read: set "
+                f"data.pack to best_fit, or give replay.sources"
+            )
         originals = [reopen(part.order, opened[part.order.dtype]) for part in self.parts]
         return SeenSamples(originals, [part.seen for part in self.parts], self.ended, self.max_epochs)
 
@@ -106,6 +112,7 @@ class SeenSamples(Samples):
     ) -> None:
         super().__init__(originals[0].tokens, originals[0].sequence_length)
         self._originals = list(originals)
+        self.is_packed = any(each.is_packed for each in originals)
         self._members = _members(originals, seen)
         self._ends = np.cumsum([len(members) for members in self._members])
         self.samples_per_epoch = int(self._ends[-1])
@@ -137,15 +144,23 @@ class SeenSamples(Samples):
         return SamplesRead(order=self._originals[part].sample_order(), ranges=tuple(ranges), again=True)
 
     def pieces(self, indices: Numbers) -> tuple[Numbers, Numbers]:
+        found = [self._originals[part].pieces(inner) for part, inner, _ in self._by_part(indices)]
+        return np.concatenate([starts for starts, _ in found]), np.concatenate([lengths for _, lengths in found])
+
+    def fill(self, indices: Numbers, out: npt.NDArray[np.int64]) -> None:
+        if not self.is_packed:
+            return super().fill(indices, out)
+        self._check(indices)
+        for part, inner, rows in self._by_part(indices) if indices.size else ():
+            self._originals[part].fill(inner, out[rows])
+
+    def _by_part(self, indices: Numbers) -> Iterator[tuple[int, Numbers, slice]]:
+        """(part, indices in its order, places among ``indices``) of runs of one part."""
         places = (self.first + indices) % self.samples_per_epoch
         parts = np.searchsorted(self._ends, places, side="right")
-        bounds = [0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]
-        found = []
-        for begin, end in pairwise(bounds):
+        for begin, end in pairwise([0, *(np.flatnonzero(np.diff(parts)) + 1).tolist(), len(parts)]):
             part = int(parts[begin])
-            inner = self._members[part].at(places[begin:end] - self._begin(part))
-            found.append(self._originals[part].pieces(inner))
-        return np.concatenate([starts for starts, _ in found]), np.concatenate([lengths for _, lengths in found])
+            yield part, self._members[part].at(places[begin:end] - self._begin(part)), slice(begin, end)
 
     def _begin(self, part: int) -> int:
         return int(self._ends[part - 1]) if part else 0
@@ -259,7 +274,8 @@ def _blocks(ranges: Ranges, size: int) -> Iterator[Numbers]:
 
 
 def _new_windows(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np.ndarray]:
-    taken = np.zeros(originals[0].tokens.num_tokens // originals[0].sequence_length + 1, bool)
+    most = max(each.samples_per_epoch for each in originals)  # padded rows may be more than windows
+    taken = np.zeros(max(most, originals[0].tokens.num_tokens // originals[0].sequence_length) + 1, bool)
     found = []
     for samples, ranges in zip(originals, seen, strict=True):
         mine = [np.empty(0, np.int64)]
@@ -275,6 +291,11 @@ def _new_windows(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[n
 
 def _new_tokens(originals: Sequence[Samples], seen: Sequence[Ranges]) -> list[np.ndarray]:
     file = originals[0].tokens.file
+    if any(each.is_packed for each in originals):
+        raise UserError(
+            f"replay of lineage: {file.path} was read packed (data.pack) and in another way, and which samples share tokens is "
+            f"not known: give it as replay.sources"
+        )
     begin = min(each.tokens.span[0] for each in originals)
     end = max(each.tokens.span[1] for each in originals)
     if end - begin > _MOST_TOKENS:
@@ -328,6 +349,8 @@ def _table(then: TableUsed, kind: TableKind, file: TokenFile) -> DocumentTable:
 def reopen(order: SampleOrder, file: TokenFile) -> Samples:
     """The samples of a recorded ``order`` in its ``file``. Raises as ``view_of``."""
     view = view_of(order, file)
+    if order.packed:
+        return PackedSamples(view, order.sequence_length, order.key if order.kind == "permuted" else None, None)
     match order.kind:
         case "sequential":
             return SequentialSamples(view, order.sequence_length, None)

@@ -13,9 +13,12 @@ whose bytes alone are never two parts (some of Llama 3's) is reached as a whole 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megarewarm.data.text.word_patterns import NotCovered
+
+_Ranks = tuple[dict[bytes, int], list[int], int, dict[tuple[bytes, bytes], int]]
 
 
 def letters() -> dict[int, str]:
@@ -37,9 +40,30 @@ def token_bytes(token: str) -> bytes | None:
         return None
 
 
-def byte_ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
+def byte_ranks(model: dict[str, Any], added: Collection[str] = ()) -> tuple[dict[bytes, int], list[int]]:
     """(bytes -> rank, rank -> id) of a tokenizer.json's ``model``: the bytes first, then what merges make in their order, which
-    is their priority, then tokens that are whole words only. Raises ``NotCovered`` where tiktoken would merge otherwise."""
+    is their priority, then tokens that are whole words only, but for those ``added``, which no word is. Raises ``NotCovered``
+    where tiktoken would merge otherwise."""
+    ranks, ids, first, listed = _ranks(model, added)
+    _require_same_merges(ranks, first, listed, bool(model.get("ignore_merges")))
+    return ranks, ids
+
+
+def pairs_to_list(model: dict[str, Any], added: Collection[str] = ()) -> list[tuple[str, str]]:
+    """The merges to list in addition, so that tiktoken merges ``model`` alike: of each token that was a whole word only, the
+    two parts that later merges make of it, if they are two by now. Empty but where words are taken whole."""
+    ranks, _, first, listed = _ranks(model, added)
+    letter = letters()
+    found = []
+    for data, rank in ranks.items():
+        if rank >= first and len(parts := _last_parts(data, ranks)) == 2 and (parts[0], parts[1]) not in listed:
+            left, right = ("".join(letter[byte] for byte in part) for part in parts)
+            found.append((left, right))
+    return found
+
+
+def _ranks(model: dict[str, Any], added: Collection[str]) -> _Ranks:
+    """(bytes -> rank, rank -> id, the first rank that is no byte, listed pair -> its place in the file)."""
     vocabulary = model["vocab"]
     ranks: dict[bytes, int] = {}
     ids: list[int] = []
@@ -64,14 +88,12 @@ def byte_ranks(model: dict[str, Any]) -> tuple[dict[bytes, int], list[int]]:
             raise NotCovered(f"merge {token!r}, which is listed twice")
         if ranks.setdefault(first_part + second_part, len(ids)) == len(ids):
             ids.append(vocabulary[token])
-    whole = bool(model.get("ignore_merges"))
-    if whole:
+    if model.get("ignore_merges"):
         for token, number in vocabulary.items():
-            data = token_bytes(token)
+            data = token_bytes(token) if token not in added else None
             if data and ranks.setdefault(data, len(ids)) == len(ids):
                 ids.append(number)
-    _require_same_merges(ranks, first, listed, whole)
-    return ranks, ids
+    return ranks, ids, first, listed
 
 
 def _require_same_merges(ranks: dict[bytes, int], first: int, listed: dict[tuple[bytes, bytes], int], whole: bool) -> None:

@@ -19,6 +19,17 @@ _KNOWN = (
 )
 # The tokenizer's file in a folder as transformers writes it; what lies beside it belongs to it.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# keys of tokenizer_config.json: code and places of other programs, and what tokenizer.json states itself
+_PLACES = (
+    "auto_map",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "added_tokens_decoder",
+    "split_special_tokens",
+    "backend",
+)
 _SHOWN = 8  # special tokens that a message names
 
 
@@ -46,6 +57,10 @@ class Beside:
         value = self.settings.get(role)
         value = value.get("content") if isinstance(value, dict) else value
         return value if isinstance(value, str) else None
+
+    def without_places(self) -> dict[str, Any]:
+        """The settings that hold for a copy of the tokenizer.json somewhere else."""
+        return {key: value for key, value in self.settings.items() if key not in _PLACES}
 
     @property
     def special(self) -> set[str]:

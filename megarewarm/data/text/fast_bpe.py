@@ -55,14 +55,15 @@ class FastBPE:
 
     def __init__(self, content: dict[str, Any]) -> None:
         words = _words_of_known(content)
-        ranks, ids = byte_ranks(content["model"])
+        added = content.get("added_tokens") or []
+        ranks, ids = byte_ranks(content["model"], {token["content"] for token in added})
         try:
             from tiktoken import Encoding
             from tokenizers.normalizers import NFC
         except ImportError as error:
             raise NotCovered(f"{error.name} is not installed") from error
-        added = content.get("added_tokens") or []
-        self._added = {token["content"]: int(token["id"]) for token in added}
+        self.added = {token["content"]: int(token["id"]) for token in added}
+        """Added tokens and their ids."""
         normalized = [token["content"] for token in added if token.get("normalized", True)]
         pattern = words.pattern
         self._breaks_after = words.breaks_after
@@ -73,12 +74,14 @@ class FastBPE:
             for length in range(2, most + 1):
                 # a word that is a token is not taken apart; the merges of two spaces can't apply any more
                 rank = ranks.setdefault(b" " * length, len(ids))
-                ids[rank:] = [self._added[" " * length], *ids[rank + 1 :]]
+                ids[rank:] = [self.added[" " * length], *ids[rank + 1 :]]
             normalized = [token for token in normalized if token.strip(" ")]
         # that library's own, whose Unicode version decides which marks change places
         self._compose = NFC().normalize_str if content.get("normalizer") is not None else None
         if changed := [token for token in normalized if self._compose is not None and self._compose(token) != token]:
             raise NotCovered(f"added token {changed[0]!r}, which NFC changes")
+        self.pattern = pattern
+        """Of words, in tiktoken's syntax."""
         self._ids = np.array(ids, np.uint32)
         self._ranks_of = Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy
         self._before = _alternation([token["content"] for token in added if not token.get("normalized", True)])
@@ -88,23 +91,27 @@ class FastBPE:
         """The ids of ``text``, (t,). Half surrogate pairs, which are no text, raise ``UnicodeEncodeError``; runs of some
         hundred thousand line breaks or tabs are too much for the library's pattern and raise ``TooLong``."""
         pieces: list[npt.NDArray[np.uint32]] = []
+        for segment, is_added in self.segments(text):
+            if is_added:
+                pieces.append(np.array([self.added[segment]], np.uint32))
+                continue
+            try:
+                pieces.append(self._ids[self._ranks_of(segment, disallowed_special=())])
+            except ValueError as error:
+                if isinstance(error, UnicodeError):
+                    raise
+                raise TooLong(str(error)) from error
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+
+    def segments(self, text: str) -> Iterator[tuple[str, bool]]:
+        """``text``, normalised, in parts that ``pattern`` divides into words, and the added tokens between them (True)."""
         for raw, is_added in _cut(text, self._before):
             if is_added:
-                pieces.append(np.array([self._added[raw]], np.uint32))
+                yield raw, True
                 continue
             for whole in self._short(raw):
                 part = self._compose(whole) if self._compose is not None and not whole.isascii() else whole
-                for segment, is_token in _cut(part, self._after):
-                    if is_token:
-                        pieces.append(np.array([self._added[segment]], np.uint32))
-                        continue
-                    try:
-                        pieces.append(self._ids[self._ranks_of(segment, disallowed_special=())])
-                    except ValueError as error:
-                        if isinstance(error, UnicodeError):
-                            raise
-                        raise TooLong(str(error)) from error
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, np.uint32)
+                yield from _cut(part, self._after)
 
     def _short(self, text: str) -> Iterator[str]:
         """``text`` in pieces of about a megabyte, so that a book takes no more memory than its ids.
@@ -112,7 +119,7 @@ class FastBPE:
         It is cut where no word of the pattern goes on, before or after a line break (``Words.breaks_after``), and none looks
         across; no added token holds a line break, and nothing is composed with one.
         """
-        if any("\n" in token for token in self._added):
+        if any("\n" in token for token in self.added):
             yield text
             return
         start = 0

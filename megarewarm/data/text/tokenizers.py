@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from megarewarm.config.paths import merges_beside
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
+from megarewarm.data.text.byte_lengths import ByteLengths, lengths_of, pieces_of, spaced
 from megarewarm.data.text.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.text.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.text.hub_tokenizer import local_tokenizer
@@ -63,6 +64,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def token(self, number: int) -> str | None:
         """The token of an id, as the vocabulary writes it; None if it has none."""
+
+    @abstractmethod
+    def byte_lengths(self) -> ByteLengths | None:
+        """The bytes of text that its ids stand for; None where the bytes of an id depend on more than the id."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -120,7 +125,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path} has no token '{eod_token}'{nearest(eod_token, self._vocabulary)}")
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
-        if self._fast is None:
+        if self.fast is None:
             return self._encode_slowly(texts)
         if threads == 1:
             return [self._encode(text) for text in texts]
@@ -128,9 +133,9 @@ class HuggingFaceTokenizer(Tokenizer):
             return list(pool.map(self._encode, texts))
 
     def _encode(self, text: str) -> npt.NDArray[np.uint32]:
-        assert self._fast is not None
+        assert self.fast is not None
         try:
-            return self._fast.encode(text)
+            return self.fast.encode(text)
         except TooLong:
             return self._encode_slowly([text])[0]
 
@@ -144,7 +149,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     @cached_property
-    def _fast(self) -> FastBPE | None:
+    def fast(self) -> FastBPE | None:
         """The fast path, compared on every 16th word of the vocabulary and around each added token; None if it is not to be
         had, which is noted."""
         content = json.loads(self._content)
@@ -200,6 +205,9 @@ class HuggingFaceTokenizer(Tokenizer):
         token: str | None = self._tokenizer.id_to_token(number)
         return token
 
+    def byte_lengths(self) -> ByteLengths | None:
+        return lengths_of(pieces_of(json.loads(self._content), self._vocabulary, self.vocab_size), self._encode_slowly)
+
     def fingerprint(self) -> str:
         return fingerprint(json.loads(self._content))
 
@@ -245,6 +253,18 @@ class _SentencePiece(Tokenizer):
 
     def token(self, number: int) -> str | None:
         return str(self._model.id_to_piece(number)) if 0 <= number < self.vocab_size else None
+
+    def byte_lengths(self) -> ByteLengths | None:
+        model, pieces = self._model, list[bytes | None]()
+        for i in range(self.vocab_size):
+            if model.is_control(i):
+                pieces.append(b"")
+            elif model.is_unknown(i):
+                pieces.append(None)
+            else:
+                piece = model.id_to_piece(i)
+                pieces.append(bytes([int(piece[3:5], 16)]) if model.is_byte(i) else spaced(piece))
+        return lengths_of(pieces, self.encode_batch)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
+from megarewarm.record.run import BITS, DOWNSTREAM, UPSTREAM, Curve, RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.labels import spread
 from megarewarm.report.figures.lines import Line
@@ -50,7 +50,7 @@ def draw_pretraining(lines: Sequence[Line]) -> Figure | None:
             else:
                 _draw_losses(axes, lines, quantity)
                 _limit(axes, lines, [line.run.curve(quantity) for line in lines])
-                _loss_ticks(axes)
+                _loss_ticks(axes, lines[0].run.unit)
                 _end_markers(axes, lines, quantity)
             axes.set_title(_title(lines, quantity))
             axes.set_xlim(0, max(line.run.tokens for line in lines) or 1)
@@ -78,9 +78,10 @@ def draw_sets(lines: Sequence[Line]) -> Figure | None:
         for axes, (role, name) in zip(panels, sets, strict=False):
             _draw_losses(axes, lines, role, name)
             _limit(axes, lines, [line.run.curve(role, name) for line in lines])
-            axes.set_title(name if role == "other" else f"{name} ({role})")
+            bits = ", bits per byte" if lines[0].run.unit == BITS else ""
+            axes.set_title(name + bits if role == "other" else f"{name} ({role}{bits})")
             axes.set_xlim(0, max(line.run.tokens for line in lines) or 1)
-            _loss_ticks(axes)
+            _loss_ticks(axes, lines[0].run.unit)
             _end_markers(axes, lines, role, name)
             token_axis(axes)
         for axes in panels[len(sets) :]:
@@ -178,7 +179,7 @@ def curves_figure(
                 _legend(whole, lines)
             else:
                 _limit(whole, lines, [line.run.curve(quantity) for line in lines])
-                _loss_ticks(columns[0])
+                _loss_ticks(columns[0], lines[0].run.unit)
                 _end_labels(columns, lines, quantity)
                 _end_markers(whole, lines, quantity)
             if early:
@@ -205,7 +206,8 @@ def _title(lines: Sequence[Line], quantity: str) -> str:
         return "Learning rate"
     names = list(dict.fromkeys(name for line in lines for name in line.run.sets(quantity)))
     what = ", ".join(names) if len(names) < 3 else f"mean of {len(names)} sets"
-    return f"{quantity.capitalize()} loss ({what})"
+    bits = ", bits per byte" if lines[0].run.unit == BITS else ""
+    return f"{quantity.capitalize()} loss{bits} ({what})"
 
 
 def _same_rates(lines: Sequence[Line]) -> list[list[Line]]:
@@ -377,11 +379,15 @@ def _rate_ticks(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate_text(value)))
 
 
-def _loss_ticks(axes: Axes) -> None:
-    """Two columns of numbers at the same grid lines: the loss, and right of it the perplexity, which is its exponential."""
+def _loss_ticks(axes: Axes, unit: str) -> None:
+    """Two columns of numbers at the same grid lines: the loss, and right of it the perplexity, which is its exponential; of a
+    loss in bits per byte the one column."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, min_n_ticks=4))
     first, second = axes.get_yticks()[:2]
     decimals = next((d for d in (1, 2, 3) if abs(round((second - first) * 10**d) - (second - first) * 10**d) < 1e-6), 4)
+    if unit == BITS:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{decimals}f}"))
+        return
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.{decimals}f}   {_perplexity_tick(value)}"))
     for text, x in (("loss", -33), ("perpl.", -5)):
         axes.annotate(

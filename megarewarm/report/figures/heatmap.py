@@ -147,7 +147,7 @@ def caption_grid(grid: SweepGrid) -> str:
     """How to read ``draw_grid``."""
     several = any(row.spread(key).deviation is not None for row in grid.arms() for key, _ in grid.measures)
     over = "Means over the complete seeds ± their standard deviation" if several else "Final losses, one seed each"
-    return f"{over}, in nats per token. Darker is lower; framed: the lowest."
+    return f"{over}, in {grid.arms()[0].arm.unit}. Darker is lower; framed: the lowest."
 
 
 def describe_grid(grid: SweepGrid) -> str:

@@ -98,8 +98,8 @@ def draw_pareto(rows: Sequence[ArmRow], main: str | None) -> Figure:
                 label=None if name in told else name,
             )  # fmt: skip
             told.add(name)
-        axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
-        axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
+        axes.set_xlabel(f"forgetting: rise of the upstream loss ({rows[0].arm.unit})")
+        axes.set_ylabel(f"adaptation: fall of the downstream loss ({rows[0].arm.unit})")
         signed_ticks(axes)
         style.quiet_axes(axes)
         handles, names = axes.get_legend_handles_labels()

@@ -40,8 +40,8 @@ def draw_tradeoff(lines: Sequence[Line]) -> Figure | None:
         ]
         for line, x, y, _ in points:
             axes.plot([x], [y], line.marker, color=line.colour, markersize=9, markeredgecolor="white", zorder=3)
-        axes.set_xlabel("forgetting: rise of the upstream loss (nats per token)")
-        axes.set_ylabel("adaptation: fall of the downstream loss (nats per token)")
+        axes.set_xlabel(f"forgetting: rise of the upstream loss ({lines[0].run.unit})")
+        axes.set_ylabel(f"adaptation: fall of the downstream loss ({lines[0].run.unit})")
         signed_ticks(axes)
         style.quiet_axes(axes)
         axes.set_title("What each run learned, and what it forgot")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from rich.text import Text
 
+from megarewarm.record.run import APART, BITS
 from megarewarm.report.live.watch import STATES, Losses, Overview, RunView, State
 from megarewarm.spelling import duration_text, rate_text, signed_text, tokens_text
 
@@ -20,6 +21,10 @@ _STYLES: dict[State, str] = {
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-~=+*#"
 _ASCII = str.maketrans({"·": "|", "−": "-", "–": "-", "—": "-", "→": ">", "…": "~", "’": "'", "×": "x"})
+_UNITS = {
+    BITS: "tokenizers differ: upstream and downstream losses are in bits per byte",
+    APART: "tokenizers differ, and not every bits per byte is known: losses don't compare",
+}
 _LONGEST_NAME = 36
 _TITLE = 16  # characters of the title that stay in a full headline
 _ALARMS = 6  # most lines of alarms in a frame without a set height
@@ -39,6 +44,7 @@ def frame(overview: Overview, width: int, height: int | None = None, *, unicode:
     most = _ALARMS if room is None else max(1, min(_ALARMS, (room - 3) // 3))
     if len(alarms) > most:
         alarms = [*alarms[: most - 1], Text(f"{len(alarms) - most + 1} more alarms", style="red")]
+    alarms += [Text(_UNITS[overview.unit], style="dim")] if overview.unit in _UNITS else []
     used = len(lines) + 1 + len(alarms)
     rows = _rows(overview, width, None if room is None else room - used, unicode)
     lines += [_header(overview, width), *rows, *alarms]

@@ -19,7 +19,7 @@ from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
 from megarewarm.record.follow import Follower
 from megarewarm.record.layout import CONFIG_FILE, EXPERIMENT_FILE, METRICS_FILE
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM
+from megarewarm.record.run import BITS, DOWNSTREAM, NATS, UPSTREAM, common_unit
 from megarewarm.spelling import duration_text, loss_text, rate_text
 
 State = Literal["diverged", "stalled", "running", "stopped", "waiting", "done"]
@@ -51,7 +51,7 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """Validation losses of one role in nats per token: (step, loss) pairs; ``start`` the start checkpoint's, if any."""
+    """Validation losses of one role in the overview's unit: (step, loss) pairs; ``start`` the start checkpoint's, if any."""
 
     points: list[tuple[int, float]]
     start: float | None
@@ -100,7 +100,8 @@ class RunView:
 class Overview:
     """Every run in order, the completed share of all steps and the seconds left, ``None`` if unknown.
 
-    ``idle`` counts the runs without a rate of progress (stopped, stalled or diverged), whose steps ``left`` omits.
+    ``idle`` counts the runs without a rate of progress (stopped, stalled or diverged), whose steps ``left`` omits. ``unit``: of
+    the validation losses, as ``record.run.in_one_unit``; alarms speak of nats per token.
     """
 
     title: str
@@ -108,6 +109,7 @@ class Overview:
     share: float
     left: float | None
     idle: int
+    unit: str = NATS
 
     def count(self, state: State) -> int:
         return sum(run.state == state for run in self.runs)
@@ -143,23 +145,31 @@ class Watch:
         title, planned = planned_runs(self._folder)
         if self._only is not None:
             planned = [_alone(run, self._only) for run in planned if run.name in self._only]
-        views = [self._view(run) for run in planned]
+        for run in planned:
+            self._poll(run)
+        followed = [self._followers[run.folder / METRICS_FILE] for run in planned]
+        unit = common_unit([(each.start, each.evaluations.values()) for each in followed])
+        views = [self._view(run, unit) for run in planned]
         views = _estimate(views)
         left, idle = _whole(views)
         in_tokens = all(view.tokens_per_step for view in views)
         weights = [_work(view, in_tokens) for view in views]
         done = sum(weight * view.share for weight, view in zip(weights, views, strict=True))
-        return Overview(title, views, done / sum(weights) if sum(weights) else 0.0, left, idle)
+        return Overview(title, views, done / sum(weights) if sum(weights) else 0.0, left, idle, unit)
 
-    def _view(self, run: Planned) -> RunView:
+    def _poll(self, run: Planned) -> None:
         path = run.folder / METRICS_FILE
         known = path in self._followers
         follower = self._followers.setdefault(path, Follower(path))
         if changed := follower.poll():
             self._seen[path] = self._clock() if known else _modified(path)
-        upstream, downstream = (_losses(follower, role) for role in (UPSTREAM, DOWNSTREAM))
         if changed or path not in self._alarms:
-            self._alarms[path] = _alarms(follower, upstream, self._rise)
+            self._alarms[path] = _alarms(follower, _losses(follower, UPSTREAM, NATS), self._rise)
+
+    def _view(self, run: Planned, unit: str) -> RunView:
+        path = run.folder / METRICS_FILE
+        follower = self._followers[path]
+        upstream, downstream = (_losses(follower, role, unit) for role in (UPSTREAM, DOWNSTREAM))
         silent = self._clock() - max(self._seen.get(path, 0.0), follower.time if math.isfinite(follower.time) else 0.0)
         pace = follower.seconds_per_step()
         newest = follower.recent[-1] if follower.recent else None
@@ -253,8 +263,8 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _losses(follower: Follower, role: str) -> Losses:
-    points = follower.losses(role)
+def _losses(follower: Follower, role: str, unit: str) -> Losses:
+    points = follower.losses(role, bits=unit == BITS)
     start = points[0][1] if points and follower.is_continued and points[0][0] == follower.origin_step else None
     return Losses(points, start if start is not None and math.isfinite(start) else None)
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from megarewarm.errors import UserError
 from megarewarm.record.experiment import read_record
-from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE
+from megarewarm.record.layout import AVERAGE, CHECKPOINTS, EXPERIMENT_FILE, EXPORT, METRICS_FILE
 from megarewarm.record.lines import Evaluation
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, read_run
+from megarewarm.record.run import DOWNSTREAM, NATS, UPSTREAM, NothingYet, RecordedRun, in_one_unit, read_run
 from megarewarm.report.numbers.runs import Kind
 
 State = Literal["complete", "under way", "not begun"]
@@ -69,6 +69,11 @@ class ArmRecord:
         return [trial.run for trial in self.shown if trial.run is not None]
 
     @property
+    def unit(self) -> str:
+        """Of its validation losses."""
+        return self.runs[0].unit if self.runs else NATS
+
+    @property
     def kind(self) -> Kind:
         """'pretraining' if others start from this run from scratch, 'scratch' if none does, else 'continued'."""
         if self.after or any(run.origin for run in self.runs):
@@ -83,14 +88,17 @@ class ArmRecord:
 
     @property
     def start(self) -> str:
-        """What it started from, the same for every seed: 'upstream', 'upstream at step 100'; empty from scratch."""
-        origin = next((run.origin for run in self.runs if run.origin), None)
+        """What it started from, the same for every seed: 'upstream', 'upstream at step 100', 'upstream/huggingface',
+        'grown/runs/mine/seed_*/wide'; empty from scratch."""
+        origin, seed = next(((t.run.origin, t.seed) for t in self.shown if t.run is not None and t.run.origin), (None, None))
         if origin is None:
             return self.after[0] if self.after else ""
         path = PurePosixPath(origin)
         if path.parent.name == CHECKPOINTS:
             return f"{path.parent.parent.name} at {path.name.replace('_', ' ')}"
-        return path.name if self.after else origin
+        if path.name in (EXPORT, AVERAGE) and self.after:
+            return f"{path.parent.name}/{path.name}"
+        return path.name if self.after else origin.replace(f"seed_{seed}/", "seed_*/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +123,11 @@ class ExperimentRecord:
     def groups(self) -> list[str]:
         """The sweeps, in order."""
         return list(dict.fromkeys(arm.group for arm in self.arms if arm.group))
+
+    @property
+    def unit(self) -> str:
+        """Of all validation losses."""
+        return next((arm.unit for arm in self.arms if arm.runs), NATS)
 
     def arm(self, name: str) -> ArmRecord | None:
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -150,7 +163,7 @@ def read_experiment(folder: Path | str) -> ExperimentRecord:
         ) from None
     if not entries:
         raise UserError(f"{path}: lists no runs: start the experiment again to rewrite it")
-    return ExperimentRecord(folder, name, title, _arms(entries))
+    return ExperimentRecord(folder, name, title, _arms(_in_one_unit(entries)))
 
 
 def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRecord]:
@@ -165,6 +178,11 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRe
     if run is not None and (trained or stop.get("reason") == "complete"):
         state = "complete"
     return entry, TrialRecord(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
+
+
+def _in_one_unit(entries: Sequence[tuple[dict[str, Any], TrialRecord]]) -> list[tuple[dict[str, Any], TrialRecord]]:
+    runs = iter(in_one_unit([trial.run for _, trial in entries if trial.run is not None]))
+    return [(entry, trial if trial.run is None else dataclasses.replace(trial, run=next(runs))) for entry, trial in entries]
 
 
 def _begun(folder: Path) -> RecordedRun | None:
@@ -229,7 +247,7 @@ def mean_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
         for key in common
         for e in (found[0][key],)
     ]
-    return RecordedRun(first.folder, first.config, start, train, evaluations, [])
+    return RecordedRun(first.folder, first.config, start, train, evaluations, [], first.unit)
 
 
 def joined_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
@@ -250,4 +268,6 @@ def joined_run(runs: Sequence[RecordedRun], name: str) -> RecordedRun:
         steps, tokens = steps + run.steps, tokens + run.tokens
     first = runs[0]
     train = {key: np.concatenate([moved[key] for moved in trains]) for key in first.train}
-    return RecordedRun(first.folder, first.config, first.start | {"name": name}, train, list(evaluations.values()), [])
+    return RecordedRun(
+        first.folder, first.config, first.start | {"name": name}, train, list(evaluations.values()), [], first.unit
+    )

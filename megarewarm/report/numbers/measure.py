@@ -52,8 +52,8 @@ def _ends(change: Change) -> str:
     return f"{loss_text(change.before)} → {loss_text(change.after)}"
 
 
-def _perplexity_text(loss: Number) -> str | None:
-    value = perplexity(loss)
+def _perplexity_text(loss: Number, unit: str) -> str | None:
+    value = perplexity(loss, unit)
     return None if value is None or not math.isfinite(value) else f"{value:,.0f}" if value >= 999.5 else f"{value:.2f}"
 
 
@@ -79,7 +79,7 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
             lambda row: change(row).before,
             "Before",
             group,
-            small=lambda row: _perplexity_text(change(row).before),
+            small=lambda row: _perplexity_text(change(row).before, row.unit),
             runs=True,
             file=f"{role}_before",
         ),
@@ -89,7 +89,7 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
             "After",
             group,
             infinite="diverged",
-            small=lambda row: _perplexity_text(change(row).after),
+            small=lambda row: _perplexity_text(change(row).after, row.unit),
             runs=True,
             file=f"{role}_after",
             terminal=(role, lambda row: _ends(change(row))),
@@ -97,8 +97,8 @@ def _of_role(role: str, change: Callable[[RunRow], Change], headline: Measure) -
         *(
             Measure(f"{role}_perplexity_{end}", of, arms=False, file=f"{role}_perplexity_{end}")
             for end, of in (
-                ("before", lambda row: perplexity(change(row).before)),
-                ("after", lambda row: perplexity(change(row).after)),
+                ("before", lambda row: perplexity(change(row).before, row.unit)),
+                ("after", lambda row: perplexity(change(row).after, row.unit)),
             )
         ),
         headline,
@@ -161,11 +161,24 @@ MEASURES: list[Measure] = [
         _headline("adaptation", lambda row: row.adaptation, "Downstream loss", "learned"),
     ),
     Measure("average_after", _average, "Average of both", infinite="diverged"),
+    *(
+        Measure(
+            f"{role}_merged",
+            lambda row, role=role: row.merged.get(role),  # type: ignore[misc]
+            role.capitalize(),
+            "Decay by merging",
+            infinite="diverged",
+            runs=True,
+            file=f"{role}_merged",
+        )
+        for role in (UPSTREAM, DOWNSTREAM)
+    ),
     Measure("tokens_per_second", lambda row: row.tokens_per_second, file="tokens_per_second"),
     Measure("wall_time", lambda row: row.wall_time, file="wall_time"),
     Measure("tokens_saved", None, "Tokens saved", text=_saved_text, infinite="never"),
 ]
-"""In the order of columns. ``average_after`` is the mean of the two final losses. Tokens are those of the stage, ``wall_time``
+"""In the order of columns. ``average_after`` is the mean of the two final losses, ``*_merged`` are those of the average of the
+run's last weights (``checkpoint.average``). Tokens are those of the stage, ``wall_time``
 is in seconds.
 
 Infinite: a final loss that diverged, a rise without recovery (``*_recovered_tokens``), and minus infinity for ``tokens_saved``

@@ -1,7 +1,8 @@
 """The runs of a report in numbers: one row per run, and the keys in which their configs differ.
 
-Losses are mean cross entropies in nats per token; perplexity is exp(loss). Forgetting is the rise of the upstream loss,
-adaptation the fall of the downstream loss, both relative to the checkpoint that the run started from.
+Losses are mean cross entropies in nats per token, or in bits per byte where tokenizers differ (``RecordedRun.unit``);
+perplexity is exp(loss) of the former. Forgetting is the rise of the upstream loss, adaptation the fall of the downstream loss,
+both relative to the checkpoint that the run started from.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
 from megarewarm.record.lines import number
-from megarewarm.record.run import DOWNSTREAM, UPSTREAM, Curve, RecordedRun
+from megarewarm.record.run import APART, BITS, DOWNSTREAM, NATS, UPSTREAM, Curve, RecordedRun
 
 Kind = Literal["pretraining", "scratch", "continued"]
 
@@ -54,7 +55,8 @@ class Change:
 @dataclasses.dataclass(frozen=True)
 class RunRow:
     """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses are
-    comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds."""
+    comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds.
+    ``merged``: by role, the loss of the average of its last weights."""
 
     label: str
     kind: Kind
@@ -67,6 +69,8 @@ class RunRow:
     sets: tuple[str, ...] = ()
     tokens_per_second: float | None = None
     wall_time: float | None = None
+    merged: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unit: str = NATS
 
     @property
     def forgetting(self) -> float | None:
@@ -83,9 +87,21 @@ class RunRow:
         return math.inf in (self.upstream.after, self.downstream.after)
 
 
-def perplexity(loss: float | None) -> float | None:
-    """exp(loss); infinite instead of an overflow, ``None`` for ``None``."""
-    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
+def perplexity(loss: float | None, unit: str = NATS) -> float | None:
+    """exp(loss); infinite instead of an overflow, ``None`` for ``None`` and for a loss in bits per byte."""
+    return None if loss is None or unit == BITS else math.exp(loss) if loss < 700 else math.inf
+
+
+def unit_sentences(unit: str) -> list[str]:
+    """What a reader must know of validation losses in ``unit``."""
+    if unit == BITS:
+        return ["The tokenizers of the runs differ: validation losses are in bits per byte of text, training losses are not."]
+    if unit == APART:
+        return [
+            "The tokenizers of the runs differ, and not every validation loss is known in bits per byte: losses in nats per "
+            "token don't compare between tokenizers."
+        ]
+    return []
 
 
 def rows(runs: Sequence[RecordedRun]) -> list[RunRow]:
@@ -108,7 +124,23 @@ def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
         sets=(*run.sets(UPSTREAM), *run.sets(DOWNSTREAM)),
         tokens_per_second=float(np.median(rates)) if len(rates) else None,
         wall_time=wall_time(run),
+        merged={role: loss for role in (UPSTREAM, DOWNSTREAM) if (loss := merged_loss(run, role)) is not None},
+        unit=run.unit,
     )
+
+
+def merged_loss(run: RecordedRun, role: str) -> float | None:
+    """The loss of the average of the run's last weights (``checkpoint.average``), the mean over the role's sets; infinite if it
+    is not finite, ``None`` without an average."""
+    losses = {
+        event["name"]: number(event.get("loss"))
+        for event in run.events
+        if event["event"] == "average" and event.get("role") == role
+    }
+    if not losses:
+        return None
+    mean = sum(losses.values()) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
 
 
 def wall_time(run: RecordedRun) -> float | None:

@@ -112,7 +112,8 @@ def _pictures(experiment: ExperimentRecord, rows: Sequence[ArmRow]) -> list[tupl
             add("grids", f"grid_{sweep}", title, draw_grid(grid), describe_grid(grid), caption_grid(grid))
     for number, group in enumerate(comparable(rows), start=1):
         sets = " and ".join(group[0].arm.sets[0] + group[0].arm.sets[1])
-        title = f"Runs that started from {group[0].arm.start}, on {sets}"
+        length = tokens_text(group[0].mean("tokens") or 0.0)
+        title = f"Runs of {length} tokens from {group[0].arm.start}, on {sets}"
         bars = _BARS if any(row.seeds[0] > 1 for row in group) else "One seed each."
         caption = f"{bars} Up and left is better. Dashes: the front; no arm has better means in both."
         add("pareto", f"pareto_{number}", title, draw_pareto(group, main), describe_pareto(group), caption)
@@ -163,7 +164,7 @@ def _page(
         _settings(experiment.arms),
         _states(experiment),
         '<footer class="quiet">Beside this page: every figure as PNG and SVG, and arms, runs and comparisons as CSV and JSON. '
-        "Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+        f"Losses are mean cross entropies in {experiment.unit} on fixed validation tokens.</footer>",
     ]
     css = html.STYLE + arm_table.STYLE
     return page_html(experiment.title, css, parts, SCRIPT)

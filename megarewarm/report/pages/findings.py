@@ -13,7 +13,7 @@ from megarewarm.report.figures.heatmap import grid_of
 from megarewarm.report.figures.pareto import comparable, front
 from megarewarm.report.numbers.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.numbers.experiment import ExperimentRecord
-from megarewarm.report.numbers.runs import same_length
+from megarewarm.report.numbers.runs import same_length, unit_sentences
 from megarewarm.report.numbers.seeds import LEVEL, Difference, paired
 from megarewarm.report.pages.words import SAME
 from megarewarm.spelling import MINUS, counted, listed, loss_text, signed_text, tokens_text
@@ -26,6 +26,7 @@ def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], c
     """The results of the experiment as sentences of plain text; it omits what the data lack."""
     return [
         *_overview(experiment),
+        *unit_sentences(experiment.unit),
         *_noise(rows),
         *_grids(experiment, rows),
         *_main(experiment, rows),
@@ -206,7 +207,8 @@ def _front(rows: Sequence[ArmRow]) -> list[str]:
         first, last = group[best[0]], group[best[-1]]
         names = listed([group[i].name for i in best]) if len(best) <= 4 else f"{len(best)} arms, {first.name} to {last.name},"
         verb = "is" if len(best) == 1 else "are"
-        start = f" of the {len(group)} arms that started from {group[0].arm.start}"
+        length = tokens_text(group[0].mean("tokens") or 0.0)
+        start = f" of the {len(group)} arms of {length} tokens from {group[0].arm.start}"
         sentences.append(f"By the means, {names} {verb} on the front: no other{start} forgets less and learns more.")
     return sentences
 

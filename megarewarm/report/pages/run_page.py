@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megarewarm.record.lines import number
-from megarewarm.record.run import RecordedRun, read_runs
+from megarewarm.record.run import BITS, RecordedRun, read_runs
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import tradeoff, training, values
+from megarewarm.report.figures import positions, tradeoff, training, values
 from megarewarm.report.figures.lines import Line, lines_of
 from megarewarm.report.figures.values import describe_values, draw_values
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
@@ -34,7 +34,7 @@ from megarewarm.report.pages.html import (
 from megarewarm.report.pages.words import summarise
 from megarewarm.spelling import DASH, duration_text, tokens_text
 
-PICTURES = ("curves", "tradeoff", "values", "training", "sets", "pretraining", "pretraining_steps")
+PICTURES = ("curves", "tradeoff", "values", "positions", "training", "sets", "pretraining", "pretraining_steps")
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
@@ -87,6 +87,13 @@ def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Pictu
             describe_values(named),
             values.CAPTION,
         ),
+        (
+            "positions",
+            "Loss by position",
+            positions.draw_positions(lines),
+            positions.describe_positions(lines),
+            positions.CAPTION,
+        ),
         ("training", "Training", *_training([line for line in lines if not line.is_pretraining])),
         ("sets", "Every validation set", draw.draw_sets(lines), "Line charts: loss of every set against tokens.", ""),
         ("pretraining", "Pre-training", draw.draw_pretraining(lines), draw.describe_pretraining(lines), ""),
@@ -116,7 +123,7 @@ def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequen
         _notes(runs, table),
         _settings(runs, table),
         '<footer class="quiet">The same numbers are in table.csv and table.json beside this page, the pictures in PNG '
-        "files. Losses are mean cross entropies in nats per token on fixed validation tokens.</footer>",
+        f"files. Losses are mean cross entropies in {runs[0].unit} on fixed validation tokens.</footer>",
     ]
     return page_html(title, STYLE, parts)
 
@@ -148,8 +155,9 @@ def _numbers(table: Sequence[RunRow]) -> str:
             *(_cell(measure, row, at == 0) for group in groups.values() for at, measure in enumerate(group)),
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
+    grey = "" if table[0].unit == BITS else "perplexity below a loss, "
     note = (
-        "Grey: perplexity below a loss, tokens at which the highest rise above the start was measured. "
+        f"Grey: {grey}tokens at which the highest rise above the start was measured. "
         "Forgetting is the rise of the upstream loss, adaptation the fall of the downstream loss."
     )
     return (

@@ -115,7 +115,8 @@ def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
 
 def _row(row: ArmRow, columns: Sequence[Measure], main: bool) -> str:
     complete, planned = row.seeds
-    note = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
+    kind = {"continued": "", "scratch": "from scratch", "pretraining": "pre-training"}[row.kind]
+    note = kind if row.arm.runs else "not begun"
     cells = [
         f'<th scope="row" data-value="{escape(row.name)}">{breakable(row.name)}{f"<small>{note}</small>" if note else ""}</th>',
         f'<td data-value="{complete}">{complete if complete == planned else f"{complete} of {planned}"}</td>',

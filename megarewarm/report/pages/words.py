@@ -8,7 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from megarewarm.record.run import RecordedRun
-from megarewarm.report.numbers.runs import LENGTHS, Change, RunRow, differences, labels, rows, same_length, same_value
+from megarewarm.report.numbers.runs import (
+    LENGTHS,
+    Change,
+    RunRow,
+    differences,
+    labels,
+    rows,
+    same_length,
+    same_value,
+    unit_sentences,
+)
 from megarewarm.spelling import counted, listed, loss_text, rate_text, signed_text, tokens_text
 
 # Losses that differ by less count as equal: the third decimal is noise of the validation sets and of the seed.
@@ -27,6 +37,7 @@ def summarise(runs: Sequence[RecordedRun]) -> list[str]:
     table = rows(runs)
     return [
         *_overview(table),
+        *unit_sentences(table[0].unit),
         *_extremes(table),
         *_single_causes(runs, table),
         *_early_rise(table),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megarewarm.config.schema import RunConfig
 from megarewarm.optimizers.optimizer import Optimizer
-from megarewarm.optimizers.sums import SUMS
+from megarewarm.optimizers.sums import SUMS, without_formula
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
@@ -50,8 +50,8 @@ def measure(model: ParallelModel, optimizer: Optimizer, start: Mapping[str, Tens
 
     ``weight_norm``, ``first_moment_norm`` and ``second_moment_norm`` are 2-norms after the step, ``update_ratio`` the norm of
     the step's change over the weights', ``effective_lr`` the mean of lr / (sqrt(v) + eps) over the values, v corrected for its
-    bias, ``distance`` the norm of weights minus ``start`` (absent where that is None). Each value of the model counts once,
-    whatever the layout; embeddings that are tied are 'embed_in'. All ranks call it, and get the same numbers.
+    bias (0 where frozen), ``distance`` the norm of weights minus ``start`` (absent where that is None). Each value of the model
+    counts once, whatever the layout; embeddings that are tied are 'embed_in'. All ranks call it, and get the same numbers.
     """
     names = list(dict.fromkeys(card.group for card in model.cards.values()))
     sums = torch.zeros(len(names), SUMS, dtype=torch.float64, device=model.mesh.device)
@@ -62,9 +62,16 @@ def measure(model: ParallelModel, optimizer: Optimizer, start: Mapping[str, Tens
         weights = model.unique_shard(name, parameter)
         if weights is None:
             continue
-        state = {what: counted for what, t in held[name].items() if (counted := model.unique_shard(name, t)) is not None}
+        group = sums[names.index(model.cards[name].group)]
         begun = model.unique_shard(name, start[name]) if start is not None else None
-        sums[names.index(model.cards[name].group)] += optimizer.sums(name, weights, state, begun)
+        trained = model.unique_trained(name, model.trained[name]) if name in model.trained else None
+        if trained is None or len(trained) < len(weights):  # all or some of it is frozen
+            nothing = weights.new_zeros((), dtype=torch.float64)
+            group += without_formula(weights, nothing, weights[:0], begun, 0.0)
+        if trained is not None and len(trained):
+            state = {what: t for what, tensor in held[name].items() if (t := model.unique_trained(name, tensor)) is not None}
+            moved = optimizer.sums(name, trained, state, begun if len(trained) == len(weights) else None)
+            group += moved if len(trained) == len(weights) else moved * moved.new_tensor([0, 0, 1, 1, 1, 0, 1])
     total = torch.tensor(all_reduce_sums(sums.flatten().tolist()), dtype=torch.float64).view(-1, SUMS)
     rows = {**dict(zip(names, total, strict=True)), ALL: total.sum(0)}
     return {group: _numbers(row, start is not None) for group, row in rows.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megarewarm.training.after_step.average import KeepAverage
 from megarewarm.training.after_step.bad_steps import Judge
 from megarewarm.training.after_step.dynamics import Dynamics
 from megarewarm.training.after_step.evaluate import Evaluate
@@ -21,6 +22,7 @@ PARTS: list[Callable[[Context], StepPart]] = [
     Times,
     Dynamics,
     Show,
+    KeepAverage,
     Value,
     Evaluate,
     AskStop,

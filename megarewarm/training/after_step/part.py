@@ -102,11 +102,11 @@ class Context:
         """The state of all parts for a checkpoint."""
         return {key: value for part in self.parts for key, value in part.state().items()}
 
-    def between(self, what: str) -> Between:
-        """Called between the portions of an evaluation of ``what``: shows progress and obeys stops."""
+    def between(self, what: str, does: str = "evaluates") -> Between:
+        """Called between the portions of an evaluation of ``what``, or what else it ``does``: shows progress, obeys stops."""
 
         def between(done: int, portions: int) -> None:
             self.lookout(done, portions)
-            self.progress.evaluating(what, done, portions)
+            self.progress.evaluating(what, done, portions, does)
 
         return between

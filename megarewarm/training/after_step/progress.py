@@ -73,9 +73,9 @@ class RunProgress:
             self._console.print(line, highlight=False)
         return line
 
-    def evaluating(self, name: str, done: int, portions: int) -> None:
-        """Show how much of a validation set is evaluated; in a log file only what takes long."""
-        told = f"evaluates {name} {100 * done // max(portions, 1)} %"
+    def evaluating(self, name: str, done: int, portions: int, does: str = "evaluates") -> None:
+        """Show how much of a validation set is evaluated, or what else the run ``does``; in a log file only what takes long."""
+        told = f"{does} {name} {100 * done // max(portions, 1)} %"
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, numbers=told)
@@ -87,6 +87,11 @@ class RunProgress:
         """Record that an evaluation of ``tokens`` in all took ``seconds``."""
         self._evaluated += tokens
         self._evaluating += seconds
+        self._shown = time.monotonic()
+
+    def aside(self, seconds: float) -> None:
+        """Record that something took ``seconds`` that no step will take."""
+        self._started += seconds
         self._shown = time.monotonic()
 
     def _left(self, step: int) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarewarm.data.mixture.validation import Slice
+from megarewarm.packed_rows import plain
 from megarewarm.record.events import ValueEvent
 from megarewarm.record.layout import VALUES_FILE
 from megarewarm.record.values import RowPart, ValuedRow
@@ -109,6 +110,6 @@ class Value:
             values = {name: value.rows[i] * valued.rate for name, value in valued.values.items()}
             made = ValuedRow(run.step, place.position, place.source, place.path, place.sample, parts, values)
             if written.is_extreme(made):
-                made = ValuedRow(**{**vars(made), "tokens": run.data.rows(place.position, 1)[0].tolist()})
+                made = ValuedRow(**{**vars(made), "tokens": plain(run.data.rows(place.position, 1)[0]).tolist()})
             found.append(made)
         return found

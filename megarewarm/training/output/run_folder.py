@@ -18,7 +18,7 @@ from megarewarm.file_lock import FileLock
 from megarewarm.files import write_whole
 from megarewarm.parallel.agreement import on_all_ranks
 from megarewarm.parallel.collective import collective
-from megarewarm.record.layout import BATCHES, CHECKPOINTS, CONFIG_FILE, EXPORT, METRICS_FILE, RUN_FORMAT, take_format
+from megarewarm.record.layout import AVERAGE, BATCHES, CHECKPOINTS, CONFIG_FILE, EXPORT, METRICS_FILE, RUN_FORMAT, take_format
 
 
 class RunFolder:
@@ -30,6 +30,7 @@ class RunFolder:
         self.metrics_file = path / METRICS_FILE
         self.checkpoints = path / CHECKPOINTS
         self.export = path / EXPORT
+        self.average = path / AVERAGE
         self.batches = path / BATCHES
         self._lock: FileLock | None = None
 

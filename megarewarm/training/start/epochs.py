@@ -9,6 +9,7 @@ from megarewarm.config.data import DataConfig, Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import part_of
 from megarewarm.data.files.token_file import open_tokens
+from megarewarm.data.order.packed_samples import PackedSamples
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.errors import UserError
 
@@ -55,6 +56,8 @@ def _samples_of(source: Source, config: RunConfig) -> int:
     length = config.data.sequence_length
     if source.layout == "rows":
         return RowSamples(view, length, source.first_row).samples_per_epoch
+    if config.data.pack is not None:
+        return PackedSamples(view, length, None).samples_per_epoch
     return max(0, view.num_tokens - 1) // length
 
 

@@ -32,8 +32,9 @@ def tokens_held(validation: list[WindowSet]) -> dict[str, int]:
 @dataclass(frozen=True)
 class EvaluationCost:
     """``steps``: those that an evaluation follows, ascending; ``tokens``: of each, ``tasks`` of them those of evaluation.tasks
-    (none where that is empty). ``interpolated``: tokens of what is evaluated between start and end, once the run is trained.
-    ``share``: of the run's compute that all of these take; ``task_share``: that tasks take.
+    (none where that is empty). What is evaluated once the run is trained: ``interpolated``: tokens between start and end,
+    ``averaged``: of the average of the last weights. ``share``: of the run's compute that all of these take; ``task_share``:
+    that tasks take.
 
     Forward passes are counted: an evaluated token costs one, a trained one three and those that ``training.recompute`` and the
     teacher of ``distill`` add.
@@ -43,12 +44,13 @@ class EvaluationCost:
     tokens: tuple[int, ...]
     interpolated: int
     share: float
+    averaged: int = 0
     tasks: tuple[int, ...] = ()
     task_share: float = 0.0
 
     def after(self, step: int) -> int:
         """Tokens that are still to be evaluated when the evaluation after ``step`` is done."""
-        return self._until[-1] - self._until[bisect_right(self.steps, step)] + self.interpolated
+        return self._until[-1] - self._until[bisect_right(self.steps, step)] + self.interpolated + self.averaged
 
     @cached_property
     def _until(self) -> list[int]:
@@ -67,6 +69,8 @@ class EvaluationCost:
         told += [f"once {tokens_text(tokens)}" for tokens in parts if tokens != usual]
         if self.interpolated:
             told.append(f"{tokens_text(self.interpolated)} between start and end")
+        if self.averaged:
+            told.append(f"{tokens_text(self.averaged)} of the average")
         return f"{' + '.join(told)}, {_share_text(self.share - self.task_share)}"
 
     @property
@@ -104,12 +108,13 @@ def evaluation_cost(plan: Plan, tokens: Mapping[str, int], task_tokens: int = 0)
     tested = [tasks.get(step, 0) for step in steps]
     each = [sets.get(step, 0) + task for step, task in zip(steps, tested, strict=True)]
     interpolated = len(config.interpolate.alphas) * everything if config.interpolate is not None else 0
-    evaluated = sum(each) + interpolated
+    averaged = everything if config.checkpoint.average is not None else 0
+    evaluated = sum(each) + interpolated + averaged
     passes = PASSES[config.training.recompute] + _taught_passes(plan)
     trained = passes * (total - first) * config.tokens_per_step
     whole = evaluated + trained
     held = tuple(tested) if tasks else ()
-    return EvaluationCost(tuple(steps), tuple(each), interpolated, evaluated / whole, held, sum(tested) / whole)
+    return EvaluationCost(tuple(steps), tuple(each), interpolated, evaluated / whole, averaged, held, sum(tested) / whole)
 
 
 def _taught_passes(plan: Plan) -> float:

@@ -15,7 +15,7 @@ from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.batches import TrainingBatches
 from megarewarm.data.mixture.validation import WindowSet
 from megarewarm.errors import UserError
-from megarewarm.model.documents import DocumentRules
+from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters
@@ -25,11 +25,13 @@ from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.output.metrics import check_loggers
 from megarewarm.training.output.run_folder import RunFolder
+from megarewarm.training.start.averaging import about_average, check_average
 from megarewarm.training.start.plan import Plan, differing_choices, other_optimizer, settle_model
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
 from megarewarm.training.start.saving import check_roll_back, check_saving
 from megarewarm.training.start.tasks import RunTasks, open_tasks
+from megarewarm.training.start.text_bytes import TextBytes
 from megarewarm.training.start.texts import Texts, settle_texts
 from megarewarm.training.start.valuation import check_valuation
 from megarewarm.training.start.weights import start_source
@@ -40,7 +42,8 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 @dataclass(frozen=True)
 class Inputs:
     """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
-    ``distill``, or None, also where the run has no steps left; ``tasks``: those of ``evaluation``."""
+    ``distill``, or None, also where the run has no steps left; ``text_bytes``: of the validation sets; ``tasks``: those of
+    ``evaluation``."""
 
     layout: Layout
     texts: Texts
@@ -51,6 +54,7 @@ class Inputs:
     operations: Operations
     optimizer: str
     teacher: OpenedCheckpoint | None
+    text_bytes: TextBytes
     notes: list[str]
     tasks: RunTasks
 
@@ -75,11 +79,12 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     files = TokenFiles(config.data, plan.model.vocab_size)
     data = open_data(plan, files)
     validation, left_out = open_validation(config, files)
+    text_bytes = TextBytes(config, texts.eod)
     check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
     operations, remarks = choose_operations(
-        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.reset
+        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.separates
     )
     valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
     optimizer, about = choose_optimizer(config.kernels, device)
@@ -92,14 +97,19 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
     tasks = open_tasks(plan, texts, layout)
+    notes += about_average(plan)
+    notes += text_bytes.notes
     notes += [*_about_teacher(plan, teacher), *tasks.notes]
-    return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, notes, tasks)
+    return Inputs(
+        layout, texts, data, validation, documents, precision, operations, optimizer, teacher, text_bytes, notes, tasks
+    )
 
 
 def check_training(plan: Plan) -> None:
     """Raise ``UserError`` if steps of ``plan`` could not be saved as they have to be. Reads no data."""
     check_saving(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps)
     check_roll_back(plan.config)
+    check_average(plan)
     RunFolder(Path(plan.config.run_folder)).check_writable()
 
 
@@ -172,8 +182,9 @@ def _about_teacher(plan: Plan, teacher: OpenedCheckpoint | None) -> list[str]:
 def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
     """The id that ends a document, if this run uses it."""
     data = plan.config.data
+    is_packed = data.pack is not None
     if not (data.reset_at_eod or data.mask_eod_loss):
-        return None
+        return DocumentRules(IGNORE, reset=False, mask_loss=False, packed=True) if is_packed else None
     eod = texts.eod
     assert eod is not None
     if eod >= plan.model.vocab_size:
@@ -181,4 +192,4 @@ def _documents(plan: Plan, texts: Texts) -> DocumentRules | None:
             f"data.eod: {eod} is outside of the model's vocabulary of {plan.model.vocab_size} ids; give the id that ends the "
             f"documents of the data"
         )
-    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss)
+    return DocumentRules(eod, data.reset_at_eod, data.mask_eod_loss, is_packed)

@@ -46,6 +46,7 @@ def settle_micro_batch(plan: Plan, world_size: int, device: torch.device, free: 
         value_bytes=DTYPES[settle_precision(config, device)].itemsize,
         on_gpu=device.type == "cuda",
         teacher=plan.taught_by,
+        trained=plan.trained_at_end,
     )
     room = f"a rank needs {bytes_text(needed)} of the {bytes_text(free)} that are free"
     return with_micro_batch(plan, size), [f"training.micro_batch: auto is {counted(size, 'sequence')}: {room}"]
@@ -65,7 +66,8 @@ def confirmed(model: ParallelModel, plan: Plan) -> tuple[Plan, list[str]]:
     they need each other, one that runs out of memory leaves the others waiting.
     """
     layout, asked = model.mesh.layout, plan.config.training.micro_batch_size
-    if layout.model > 1 or layout.shard > 1:
+    thaws = plan.trains is not None and plan.trained_at_end is None  # what it needs then can't be tried yet
+    if layout.model > 1 or layout.shard > 1 or thaws:
         return plan, []
     size = asked
     while not _all_fit(model, size, plan.config.data.sequence_length) and size > 1:

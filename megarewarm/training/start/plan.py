@@ -7,16 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from megarewarm.checkpoint.lineage import Lineage
-from megarewarm.checkpoint.own.state import TrainingState
+from megarewarm.checkpoint.own.state import Thawed, TrainingState
 from megarewarm.checkpoint.source import CheckpointSource, OwnCheckpoint, open_checkpoint
-from megarewarm.config.model import ModelConfig
+from megarewarm.config.data import Source
+from megarewarm.config.model import ContextConfig, ModelConfig
 from megarewarm.config.schedule import build_schedule
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.mixture.phases import AnySource
 from megarewarm.errors import UserError
-from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS
-from megarewarm.rewarm.replay import history_to_replay
+from megarewarm.model.parameters import FUNCTION_KEYS, SHAPE_KEYS, cards
+from megarewarm.model.trained import NEW_LAYERS, NEW_ROWS, Trained
+from megarewarm.rewarm.freezing import Freezing, settle_freezing
+from megarewarm.rewarm.own_replay import recorded_replay
+from megarewarm.rewarm.replay import history_to_replay, replayed
 from megarewarm.rewarm.reset import PRESETS, Position, ResetPolicy, resolve, start_position
 from megarewarm.schedules.annealing import LearningRateSums, learning_rate_sums
 from megarewarm.schedules.schedule import Schedule
@@ -31,7 +37,9 @@ class Plan:
     ``origin`` is where the run began, ``position`` where it is now; they differ in a resumed run. ``resumed`` says that
     the run's own checkpoint is continued, in which case ``start`` has been applied before and is not applied again.
     ``origin_tokens``: tokens of the steps that had been counted at ``origin``, whatever their batches were. ``teacher``: what
-    ``distill.from`` names, unless the run has no steps left.
+    ``distill.from`` names, unless the run has no steps left. ``freezing``: what ``optimizer.train`` means, None without.
+    ``own_replay``: what the start checkpoint wrote as its own replay, None where that is not asked for, or not written yet
+    (start/own_replay.py).
     """
 
     config: RunConfig
@@ -43,11 +51,34 @@ class Plan:
     resumed: bool
     origin_tokens: int = 0
     teacher: CheckpointSource | None = None
+    freezing: Freezing | None = None
+    own_replay: Source | None = None
 
     @property
     def model(self) -> ModelConfig:
         assert self.config.model is not None
         return self.config.model
+
+    @property
+    def trains(self) -> Trained | None:
+        """What has moments at ``position``; None for everything."""
+        if self.resumed:
+            assert self.source is not None and self.source.training is not None
+            return self.source.training.trained
+        return self.freezing.after(self.origin.step) if self.freezing is not None else None
+
+    @property
+    def trained_at_end(self) -> Trained | None:
+        """The same at the end of the run, when it is most."""
+        return self.freezing.after(self.config.total_steps) if self.freezing is not None else None
+
+    @property
+    def thawed(self) -> list[Thawed]:
+        """Parameters whose moments, which are kept, began later than the others'."""
+        training = self.source.training if self.source is not None else None
+        if training is None or self.policy.moments == "reset" or self.policy.optimizer_step == "reset":
+            return []
+        return training.thawed
 
     @property
     def has_steps_left(self) -> bool:
@@ -59,6 +90,11 @@ class Plan:
         """Whether the run is taught by another checkpoint than its start."""
         distill = self.config.distill
         return distill is not None and distill.from_ is not None and self.has_steps_left
+
+    @property
+    def measured_batches(self) -> int:
+        """Batches of which moments are measured before the first step; 0 where none are."""
+        return self.config.start.measure_batches if self.policy.moments == "measure" else 0
 
     @property
     def taught_by(self) -> ModelConfig | None:
@@ -90,6 +126,15 @@ class Plan:
         """The stages that 'replay of: lineage' means."""
         return history_to_replay(self.history.stages, goes_on=self.goes_on)
 
+    @property
+    def awaits_replay(self) -> bool:
+        """Whether the start checkpoint has yet to write its own replay."""
+        return self.config.replay is not None and self.config.replay.of == "start" and self.own_replay is None
+
+    def replayed(self) -> list[AnySource]:
+        """The old data that the run replays, weighted among themselves. Raises ``UserError``."""
+        return replayed(self.config.replay, self.history_to_replay, self.own_replay)
+
     def tokens(self, step: int) -> int:
         """Tokens of all steps up to ``step`` of the loop's counter: the x axis of the logs."""
         return self.origin_tokens + (step - self.origin.step) * self.config.tokens_per_step
@@ -117,14 +162,20 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
     if source is None:
         return config
     stored = source.model_config
+    if config.context is not None:
+        if config.model is not None and config.context.applied(config.model) != config.model:
+            raise UserError("context: 'model' says other positions: give one of them")
+        stored = _in_context(config, config.context, stored, source.name)
     if config.model is None:
         settled = config.model_copy(update={"model": stored})
         if config.data.sequence_length > stored.max_positions:
             raise UserError(
                 f"data.sequence_length {config.data.sequence_length} is above the {stored.max_positions} positions of "
-                f"{source.name}"
+                f"{source.name}{'' if config.context is None else ' in this context: raise context.max_positions'}"
             )
         return settled
+    if config.model.rotary_scaling != stored.rotary_scaling:
+        _refuse_other_reading(config.model, "model")
     for attribute, key in SHAPE_KEYS.items():
         ours, theirs = getattr(config.model, attribute), getattr(stored, attribute)
         if ours != theirs:
@@ -133,6 +184,33 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
                 f"'model' out to take the checkpoint's"
             )
     return config
+
+
+def _in_context(config: RunConfig, context: ContextConfig, stored: ModelConfig, name: str) -> ModelConfig:
+    """The checkpoint's model with the positions that ``context`` sets. Raises ``UserError``."""
+    try:
+        model = context.applied(stored)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"context: does not fit the model of {name}: {problem}") from error
+    if not model.rotary_dims and (context.rotary_base is not None or context.rotary_scaling is not None):
+        raise UserError(f"context: the model of {name} rotates no channels; only max_positions can be set")
+    _refuse_other_reading(model, "context")
+    return model
+
+
+def _refuse_other_reading(model: ModelConfig, section: str) -> None:
+    """Raise ``UserError`` for a scaling that a version of transformers would read differently: version 4 takes the ratio of the
+    positions as YaRN's factor, whatever ``factor`` says."""
+    scaling = model.rotary_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    assert scaling.original_positions is not None
+    if not math.isclose(scaling.factor * scaling.original_positions, model.max_positions, rel_tol=1e-9):
+        raise UserError(
+            f"{section}.rotary_scaling: factor {scaling.factor:g} of {scaling.original_positions:,} original_positions is not "
+            f"max_positions {model.max_positions:,}; transformers 4 would take their ratio for the factor: make them agree"
+        )
 
 
 def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
@@ -163,12 +241,46 @@ def other_optimizer(config: RunConfig, source: CheckpointSource | None) -> list[
     ]
 
 
-def _require_same_optimizer(config: RunConfig, policy: ResetPolicy, training: TrainingState | None) -> None:
-    """Raise ``UserError`` if moments of another optimizer would be kept."""
-    if policy.moments != "reset" and training is not None and training.optimizer != config.optimizer.kind:
+def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointSource | None) -> None:
+    """Raise ``UserError`` if moments of another optimizer would be kept, or measured where the checkpoint's could be."""
+    if source is None or (training := source.training) is None:
+        return
+    same = training.optimizer == config.optimizer.kind
+    if policy.moments == "measure" and same and "moments" in source.keeps:
+        raise UserError(
+            f"start.moments: 'measure' is for checkpoints without moments, {source.name} has those of "
+            f"{training.optimizer_step:,} steps; set it to 'keep', 'keep_second' or 'reset', or start from an export, "
+            f"which has none (megarewarm convert)"
+        )
+    if policy.moments in ("keep", "keep_second") and not same:
         raise UserError(
             f"start.moments: '{policy.moments}' can't be honoured, the checkpoint's are those of {training.optimizer} and "
             f"optimizer.kind is {config.optimizer.kind}; set start.moments to 'reset' (intent 'rewarm' does so)"
+        )
+
+
+def _freezing(config: RunConfig, source: CheckpointSource | None, history: Lineage) -> Freezing | None:
+    settings = config.optimizer.train
+    if config.model is None or settings is None:
+        return None
+    if source is not None and not source.lineage.stages and {NEW_LAYERS, NEW_ROWS} & set(settings.only):
+        source.notes.append(f"optimizer.train.only: what trains is known once {source.name} exists; planned for all of it")
+        return None
+    return settle_freezing(config, config.model, history)
+
+
+def _require_moments_of_trained(needed: Trained | None, source: CheckpointSource | None, policy: ResetPolicy) -> None:
+    """Raise ``UserError`` if moments that are kept are those of fewer parameters than this run's."""
+    if policy.moments in ("reset", "measure") or source is None or source.training is None:
+        return
+    every: Trained = dict.fromkeys(cards(source.model_config))
+    held = every if source.training.trained is None else source.training.trained
+    wanted = every if needed is None else needed
+    if lacking := [name for name, rows in wanted.items() if name not in held or held[name] != rows]:
+        raise UserError(
+            f"start.moments: '{policy.moments}' can't be honoured, {source.name} has other moments than this run needs of "
+            f"{len(lacking)} parameters, because of what was frozen ({lacking[0]}); set start.moments to 'reset' (intent "
+            f"'rewarm' does so), or make optimizer.train the same"
         )
 
 
@@ -200,8 +312,8 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     policy = resolve(config.start, source)
     config = settle_model(config, source)
     training = source.training if source is not None else None
-    _require_same_optimizer(config, policy, training)
-    origin = start_position(policy, training)
+    _require_moments(config, policy, source)
+    origin = start_position(policy, training, config.start.measure_batches if policy.moments == "measure" else 0)
     schedule = _schedule(config, policy, origin)
     if policy.intent == "resume" and training is not None and policy.schedule == "continue":
         _require_same_curve(schedule, training, foreign=not isinstance(source, OwnCheckpoint))
@@ -212,11 +324,31 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
             f"training.budget: the run is {config.total_steps:,} steps long and the checkpoint has done {origin.step:,}; raise "
             f"the budget or set start.iteration to 'restart'"
         )
+    if policy.moments == "measure" and config.start.measure_batches > config.total_steps - origin.step:
+        raise UserError(
+            f"start.measure_batches: {config.start.measure_batches:,} batches are those of as many steps, and the run has "
+            f"{config.total_steps - origin.step:,}; give at most as many"
+        )
     before = origin.step * config.tokens_per_step
     if origin.step and training is not None and (told := training.tokens_counted) is not None:
         before = told
     _require_same_tokens(config, origin.step, before)
-    return Plan(config, source, policy, schedule, origin, origin, resumed=False, origin_tokens=before)
+    freezing = _freezing(config, source, source.lineage if source is not None else Lineage())
+    _require_moments_of_trained(freezing.after(origin.step) if freezing is not None else None, source, policy)
+    same_data = policy.data == "continue" and training is not None
+    written = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
+    return Plan(
+        config,
+        source,
+        policy,
+        schedule,
+        origin,
+        origin,
+        resumed=False,
+        origin_tokens=before,
+        freezing=freezing,
+        own_replay=written,
+    )
 
 
 def _require_same_tokens(config: RunConfig, step: int, tokens: int) -> None:
@@ -253,6 +385,8 @@ def _resumed(config: RunConfig, own: OwnCheckpoint) -> Plan:
         position=Position(training.step, training.schedule_position, training.samples, training.optimizer_step),
         resumed=True,
         origin_tokens=before,
+        freezing=_freezing(config, own, Lineage(stages=own.lineage.stages[:-1])),
+        own_replay=recorded_replay(config.replay, training.lineage.stages),
     )
 
 

@@ -11,7 +11,8 @@ from megarewarm.data.mixture.batches import TrainingBatches, build_training_batc
 from megarewarm.data.mixture.moving import MovingWindows
 from megarewarm.data.mixture.validation import ValidationWindows, WindowSet
 from megarewarm.errors import UserError
-from megarewarm.rewarm.replay import check_apart, replayed
+from megarewarm.rewarm.own_replay import writer_of
+from megarewarm.rewarm.replay import check_apart
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.training.start.plan import Plan
 
@@ -23,7 +24,7 @@ def open_data(plan: Plan, files: TokenFiles) -> TrainingBatches:
     where the position in the data has no meaning in these, and where a held-out set is trained on.
     """
     config = plan.config
-    old = replayed(config.replay, plan.history_to_replay)
+    old = plan.replayed()
     data = build_training_batches(
         files,
         training_phases(config, plan.schedule, plan.origin, old),
@@ -84,6 +85,7 @@ def data_seen(plan: Plan, data: TrainingBatches, step: int, left_out: Sequence[t
             tokens=tokens[name],
             read=read,
             left_out=tokens[name] // length - trained_on,
+            generated_by=writer_of(plan.own_replay) if plan.own_replay is not None and plan.own_replay.name == name else None,
         )
         for name, file, (read, trained_on) in zip(data.names, data.files, data.samples_read(ranges), strict=True)
     ]

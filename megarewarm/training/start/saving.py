@@ -24,6 +24,13 @@ def extra_steps(config: RunConfig) -> frozenset[int]:
     return frozenset(LOG_SPACED if extra == "log_spaced" else extra)
 
 
+def saved_steps(config: RunConfig, first: int) -> list[int]:
+    """The steps after ``first`` that a checkpoint is written after, ascending, and ``first`` if that is one of its own."""
+    every, total = saves(config), config.total_steps
+    points = every.between(first, total) if every is not None else []
+    return sorted({*points, *(step for step in extra_steps(config) if first <= step <= total), total})
+
+
 def is_saved(config: RunConfig, step: int) -> bool:
     """Whether a checkpoint is written after ``step``."""
     every = saves(config)

@@ -32,6 +32,11 @@ class Texts:
     notes: list[str]
     source: TokenizerSource | None = None
 
+    @property
+    def tokenizer(self) -> str | None:
+        """What tells the run's tokenizer from others that give other ids; None if it is not known."""
+        return self.tokenizers[0].function or self.tokenizers[0].fingerprint if self.tokenizers else None
+
 
 def settle_texts(plan: Plan) -> Texts:
     """Compare the tokenizers of everything that the run of ``plan`` reads, and determine what it exports.

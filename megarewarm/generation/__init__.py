@@ -1,0 +1,1 @@
+"""Text out of a model: cached keys and values, sampling, continuations of prompts, documents."""
