@@ -39,6 +39,7 @@ class Abilities:
     def restore(self, state: Mapping[str, Any]) -> None:
         self._before = {name: (digest, right) for name, (digest, right) in state.get("tasks_before", {}).items()}
 
+    @collective
     def test(self) -> list[TaskScores]:
         """The scores of all tasks. All ranks call it."""
         run = self._context.run
