@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from megarewarm.api import load_model
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.token_file import TokenFileWriter
 from megarewarm.data.tasks.items import read_tasks
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.report.live.frame import frame
+from megarewarm.report.live.watch import Watch
+from megarewarm.report.pages.run_page import report
 from megarewarm.training import trainer
 from megarewarm.training.run import Run
 from megarewarm.training.step import StepResult
@@ -134,6 +138,14 @@ def test_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
     assert last["accuracy"] == pytest.approx(np.mean(right)) and last["accuracy_bytes"] == pytest.approx(np.mean(normalised))
     assert last["bits_per_byte"] == pytest.approx(bits / size, rel=1e-5)
     first = found[0]["right"]
+    again, _ = load_model(outcome.folder, device="cpu").test(str(path))
+    assert again["words"].right.tolist() == [each == "1" for each in last["right"]]
+    assert again["words"].bits_per_byte == pytest.approx(last["bits_per_byte"], rel=1e-6)
+    page = report([outcome.folder], tmp_path / "report").read_text()
+    lost = round(last["lost"] * last["items"])
+    assert "<h2>Tasks</h2>" in page and f"<td>{lost}</td>" in page and (tmp_path / "report/abilities.png").is_file()
+    told = "\n".join(line.plain for line in frame(Watch(outcome.folder).look(), 80))
+    assert f"words {100 * last['accuracy']:.1f} %, lost {lost}, won" in told
     assert last["lost"] == pytest.approx(np.mean([a == "1" and b == "0" for a, b in zip(first, last["right"], strict=True)]))
     assert found[0]["lost"] == 0 == found[0]["won"]
 
