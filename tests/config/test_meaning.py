@@ -104,7 +104,7 @@ NO_PATHS = {
     "RunConfig.name", "Source.name", "Source.split", "ValidationSet.name", "CheckpointConfig.keep_best", "WandbConfig.project",
     "WandbConfig.entity", "ExperimentConfig.experiment", "ExperimentConfig.title", "TokenizerConfig.train_on",
     "CorpusConfig.from_", "PrepareConfig.corpora", "ReplayConfig.paths", "ExperimentConfig.base", "ExperimentConfig.runs",
-    "ExperimentConfig.sweeps", "ExperimentConfig.quick", "ValuationConfig.against",
+    "ExperimentConfig.sweeps", "ExperimentConfig.quick", "ValuationConfig.against", "TrainConfig.only",
 }  # fmt: skip
 
 
