@@ -32,7 +32,7 @@ def test_all_that_is_written_has_the_users_mode(tmp_path: Path, umask: int, monk
     place = tmp_path / "all"
     place.mkdir()
     monkeypatch.setenv("MEGAREWARM_CACHE", str(place / "cache"))
-    monkeypatch.setattr(samples, "_CACHED", 1)
+    monkeypatch.setattr(samples, "CACHED", 1)
     text = place / "a.txt"
     text.write_text("".join(f"{i * i} of {i * 7919 % 9973}\n<|endoftext|>\n" for i in range(500)))
     bpe = train_bpe(text.read_text().splitlines(), 300, place / "tokenizer" / "tokenizer.json")

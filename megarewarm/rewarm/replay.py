@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def check_apart(files: TokenFiles, old: Sequence[AnySource]) -> None:
     fall because they are trained on, not because little is forgotten. And if any set reads what a model wrote."""
     for held_set in files.data.validation:
         for held_source in held_set.sources:
-            told = manifest_of(files.view(held_source).file.path) or {}
+            told = manifest_of(Path(held_source.path.removesuffix(".idx").removesuffix(".bin") + ".bin")) or {}
             if isinstance(writer := told.get("generated"), dict):
                 raise UserError(
                     f"validation set '{held_set.name}' reads {held_source.path}, which {writer.get('by')} wrote as its own "

@@ -125,7 +125,7 @@ def test_an_order_out_of_the_cache_is_the_order(folder: Path, tmp_path: Path, ki
     view = open_tokens(write_tokens(tmp_path / "file", 1)).view(2, 35)
     plain = kind(view, 16, 1234, 400)
     assert not folder.exists(), "small orders are not kept"
-    monkeypatch.setattr(samples, "_CACHED", 0)
+    monkeypatch.setattr(samples, "CACHED", 0)
     kept = kind(view, 16, 1234, 400)
     monkeypatch.setattr(kind, "_make", never)
     again = kind(view, 16, 1234, 400)

@@ -173,7 +173,7 @@ long = settings(max_examples=20_000, deadline=None, suppress_health_check=list(H
 def test_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, case: tuple[Form, Files, Files]) -> None:
     """``cached``: the orders of samples of the whole file are on the disk when the damaged one is opened."""
     monkeypatch.setenv("MEGAREWARM_CACHE", str(tmp_path / "cache") if cached else "")
-    monkeypatch.setattr(samples, "_CACHED", 0 if cached else 2**21)
+    monkeypatch.setattr(samples, "CACHED", 0 if cached else 2**21)
     (tmp_path / "data").mkdir(exist_ok=True)
     check(tmp_path / "data", case)
 

@@ -84,7 +84,8 @@ def test_norms_beyond_fp32_squares_and_large_counts_are_told(monkeypatch: pytest
     weight = torch.nn.Parameter(torch.full((2,), 2e19))
     weight.grad = torch.tensor([3e20, torch.inf])
     known = {"embed_in.weight": SimpleNamespace(group="embed_in")}
-    model: Any = SimpleNamespace(cards=known, parameters={"embed_in.weight": weight}, unique_shard=lambda name, values: values)
+    every, part = {"embed_in.weight": weight}, lambda name, values: values
+    model: Any = SimpleNamespace(cards=known, parameters=every, trained=every, unique_shard=part, unique_trained=part)
     several = 2**24 + 1  # ranks
     monkeypatch.setattr("megarewarm.lab.replay_step.all_reduce_sums", lambda sums: [several * value for value in sums])
     (found,) = _groups(SimpleNamespace(model=model, scaler=None)).values()  # type: ignore[arg-type]

@@ -205,7 +205,7 @@ def test_every_layout_trains_saves_and_resumes_as_one_process(tmp_path: Path, ra
 @pytest.mark.parametrize(
     ("model", "ranks", "names"),
     [
-        ("olmo2", 2, ["tensor", "pipeline"]),
+        pytest.param("olmo2", 2, ["tensor", "pipeline"], marks=pytest.mark.slow),
         pytest.param("qwen3", 4, ["zero3_of_two_replicas", "tensor_sequence_zero2", "pipeline_zero2"], marks=pytest.mark.slow),
         pytest.param("llama_biases", 4, ["tensor_sequence_zero2"], marks=pytest.mark.slow),
     ],

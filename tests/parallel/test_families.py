@@ -176,8 +176,8 @@ def check(place: Path, world_size: int, cases: Iterable[Case]) -> None:
 
 # tried in every run of the tests; the others are slow
 EVERY_TIME = {
-    2: ["llama_biases sequence", "mistral zero_bubble", "qwen2 1f1b", "olmo2 tensor"],
-    4: ["olmo2 sequence_interleaved", "qwen3 sequence_zero3"],
+    2: ["llama_biases sequence", "mistral zero_bubble", "olmo2 tensor"],
+    4: ["qwen3 sequence_zero3"],
 }
 
 
