@@ -179,6 +179,7 @@ def test_lm_eval_gives_the_same_numbers(tmp_path: Path) -> None:
     assert last["bits_per_byte"] == pytest.approx(bits / size, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_training_does_not_notice_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world(tmp_path)
     plain = train(run_config(tmp_path, folder=str(tmp_path / "plain"), evaluation={"tasks": []}), ALONE, quiet())
