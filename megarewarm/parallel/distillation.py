@@ -9,18 +9,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from megarewarm_kernels import (
-    linear_cross_entropy,
-    linear_distillation,
-    sharded_linear_cross_entropy,
-    sharded_linear_distillation,
-)
+from megarewarm_kernels import linear_distillation, sharded_linear_distillation
 from torch import Tensor, nn
 
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.config.forgetting import DistillConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.parameters import EMBEDDING, HEAD
+from megarewarm.parallel.cross_entropy import cross_entropy
 from megarewarm.parallel.cut import cut
 from megarewarm.parallel.forward_only import ForwardOnly
 from megarewarm.parallel.mesh import Mesh
@@ -61,15 +57,15 @@ class Teacher:
         self._forward: ForwardOnly | None = None
         if mesh.pipeline is not None and mesh.reverse_group is not None:
             ranks = [rank_of(parallel.schedule, number, mesh.layout.pipeline) for number in range(made.count)]
-            length = sequence_length // mesh.layout.tensor if made.tensor and made.tensor.sequence else sequence_length
             self._forward = ForwardOnly(
                 dict(zip(made.numbers, self._modules, strict=True)),
                 ranks,
                 (mesh.pipeline, mesh.reverse_group),
-                (micro_batch, length, config.hidden_size),
+                config.hidden_size,
                 dtype,
-                sequence_length,
+                mesh.layout.tensor if made.tensor and made.tensor.sequence else 1,
             )
+        self._micro_batch = micro_batch
         self.samples: dict[str, str] = {}
         self.identity = ""
 
@@ -114,7 +110,9 @@ class Teacher:
         found: deque[Tensor] = deque()
         # the logits are computed in this dtype anyway; differences of states are taken of what the norm gives
         low = self._settings.kind == "logits"
-        self._forward.run(inputs, starts, lambda _, hidden: found.append(hidden.to(self._dtype) if low else hidden))
+        size = self._micro_batch
+        begins = None if starts is None else starts.split(size)
+        self._forward.run(inputs.split(size), begins, lambda _, hidden: found.append(hidden.to(self._dtype) if low else hidden))
         return found
 
     def loss(
@@ -166,25 +164,9 @@ class Teacher:
     def _hidden_loss(
         self, hidden: Tensor, head: Tensor, targets: Tensor, taught: Tensor, memory_budget: int, kernel: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self._tensor is None:
-            cross, _ = linear_cross_entropy(
-                hidden.flatten(0, 1),
-                head,
-                targets.flatten(),
-                valid_rows=self._ids,
-                memory_budget=memory_budget,
-                kernel=kernel,
-            )
-        else:
-            cross, _ = sharded_linear_cross_entropy(
-                self._tensor.enter(hidden).flatten(0, 1),
-                head,
-                targets.flatten(),
-                group=self._tensor.group,
-                vocab_size=self._ids,
-                memory_budget=memory_budget,
-                kernel=kernel,
-            )
+        group = None if self._tensor is None else self._tensor.group
+        whole = hidden if self._tensor is None else self._tensor.enter(hidden)
+        cross, _ = cross_entropy(whole, head, targets, group, self._ids, memory_budget, kernel)
         divided = self._tensor if self._tensor is not None and self._tensor.sequence else None
         mine = targets if divided is None else targets.chunk(divided.size, 1)[divided.rank]
         kept = (mine.flatten() >= 0)[:, None]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
+from megarewarm.data.tasks.encode import RowBatch
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
 from megarewarm.model.trained import Trained
@@ -23,6 +23,8 @@ from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
 from megarewarm.parallel.collective import collective
+from megarewarm.parallel.continuations import Scored, Scorer
+from megarewarm.parallel.cross_entropy import cross_entropy
 from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
@@ -359,6 +361,19 @@ class ParallelModel(LaidOutModel):
             self._rows = None
         return [self._if_loss_owner(loss) for loss in found]
 
+    @collective
+    @torch.no_grad()
+    def score_rows(self, batches: Sequence[RowBatch], most: int, between: Between = nothing_between) -> list[Scored]:
+        """The scores of the rows of each of this rank's ``batches``; zeros on a rank whose losses another rank returns. All
+        ranks call it.
+
+        ``most``: the largest number of batches that any rank has. ``between``: before each portion.
+        """
+        self._follow()
+        scorer = Scorer(self._modules, self.config.vocab_size, self._loss_memory, self.mesh, self._tensor, self._pipeline)
+        with self.evaluating(), self._autocast:
+            return scorer.score(batches, most, between, idle=self._sequence_length if self._sharded else None)
+
     def _losses_each(self, tokens: Tensor, teacher: Teacher | None) -> list[float]:
         """The losses of rows (b, s + 1), at most one portion; zeros where another rank has them."""
         if teacher is not None and self._pipeline is None:
@@ -425,21 +440,5 @@ class ParallelModel(LaidOutModel):
         """As ``_cross_entropy``, of hidden states that each tensor rank has whole."""
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
-        if self._tensor is None:
-            return linear_cross_entropy(
-                hidden.flatten(0, 1),
-                head,
-                targets.flatten(),
-                valid_rows=self.config.vocab_size,
-                memory_budget=self._loss_memory,
-                kernel=self._loss_kernel,
-            )
-        return sharded_linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head,
-            targets.flatten(),
-            group=self._tensor.group,
-            vocab_size=self.config.vocab_size,
-            memory_budget=self._loss_memory,
-            kernel=self._loss_kernel,
-        )
+        group = None if self._tensor is None else self._tensor.group
+        return cross_entropy(hidden, head, targets, group, self.config.vocab_size, self._loss_memory, self._loss_kernel)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class ForwardOnly:
     """This rank's ``stages`` by their numbers, out of those whose ranks ``rank_of`` lists.
 
-    ``groups``: the pipeline's ranks, twice. ``shape`` (b, s, h) and ``dtype``: of what stages pass on, b sequences of a
-    micro-batch. ``length``: of the sequences.
+    ``groups``: the pipeline's ranks, twice. ``hidden_size`` and ``dtype``: of what stages pass on. ``divided``: the ranks among
+    which a stage's positions are divided.
     """
 
     def __init__(
@@ -21,43 +21,43 @@ class ForwardOnly:
         stages: Mapping[int, nn.Module],
         rank_of: Sequence[int],
         groups: tuple[dist.ProcessGroup, dist.ProcessGroup],
-        shape: tuple[int, int, int],
+        hidden_size: int,
         dtype: torch.dtype,
-        length: int,
+        divided: int,
     ) -> None:
         self._stages, self._rank_of, self._groups = stages, rank_of, groups
-        self._shape, self._dtype, self._length = shape, dtype, length
+        self._hidden_size, self._dtype, self._divided = hidden_size, dtype, divided
 
     @torch.no_grad()
     def run(
         self,
-        inputs: Tensor,
-        starts: Tensor | None,
+        inputs: Sequence[Tensor],
+        starts: Sequence[Tensor] | None,
         finish: Callable[[int, Tensor], None],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Compute ``inputs`` (B, s), micro-batch by micro-batch; the rank of the last stage calls ``finish(i, hidden)`` for
-        each of them. ``dtype``: of what stages pass on, where it is not the usual one.
+        """Compute the micro-batches ``inputs``, (b, s) each; the rank of the last stage calls ``finish(i, hidden)`` for each of
+        them. ``dtype``: of what stages pass on, where it is not the usual one.
 
         Each stage takes all micro-batches in turn and passes each one on at once. What goes to an earlier rank has a group of
         its own, so that no message waits behind one whose receiver waits for it.
         """
-        micro_batch = self._shape[0]
-        parts = [None] * (len(inputs) // micro_batch) if starts is None else starts.split(micro_batch)
         here: list[Tensor] = []
         sent = []
         for number, stage in sorted(self._stages.items()):
             outputs: list[Tensor] = []
-            for i, tokens in enumerate(inputs.split(micro_batch)):
+            for i, tokens in enumerate(inputs):
+                sequences, length = tokens.shape
                 if number == 0:
                     x = tokens
                 elif number - 1 in self._stages:
                     x = here[i]
                 else:
-                    x = torch.empty(self._shape, dtype=dtype or self._dtype, device=inputs.device)
+                    shape = (sequences, length // self._divided, self._hidden_size)
+                    x = torch.empty(shape, dtype=dtype or self._dtype, device=tokens.device)
                     source = self._rank_of[number - 1]
                     dist.recv(x, group=self._way(source, self._rank_of[number]), group_src=source)
-                x = stage(x, length=self._length, starts=parts[i])
+                x = stage(x, length=length, starts=None if starts is None else starts[i])
                 if number == len(self._rank_of) - 1:
                     finish(i, x)
                 elif number + 1 in self._stages:

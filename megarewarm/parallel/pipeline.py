@@ -159,8 +159,8 @@ class Pipeline:
         self._last = count - 1
         self._length, self._micro_batch, self._loss = sequence_length, micro_batch, loss
         ranks = [rank_of(order, number, group.size()) for number in range(count)]
-        shape = (micro_batch, local_length, hidden_size)
-        self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), shape, dtype, sequence_length)
+        divided = sequence_length // local_length
+        self._forward = ForwardOnly(self._stages, ranks, (group, reverse_group), hidden_size, dtype, divided)
         tokens = torch.empty((micro_batch, sequence_length), dtype=torch.int64, device="meta")
         hidden = torch.empty((micro_batch, local_length, hidden_size), dtype=dtype, device="meta")
         if order == "zero_bubble":  # finds weights by the paths that lead to them from an input with a gradient
@@ -201,10 +201,16 @@ class Pipeline:
     ) -> list[Tensor]:
         """Forward only; the losses as in ``train``. ``dtype``: of what stages pass on, where it is not training's."""
         losses: list[Tensor] = []
-        wanted = targets.split(self._micro_batch)
-        with torch.no_grad():
-            self._forward.run(inputs, starts, lambda i, hidden: losses.append(self._loss(hidden, wanted[i])), dtype)
+        size = self._micro_batch
+        wanted, begins = targets.split(size), None if starts is None else starts.split(size)
+        finish: Callable[[int, Tensor], None] = lambda i, hidden: losses.append(self._loss(hidden, wanted[i]))  # noqa: E731
+        self._forward.run(inputs.split(size), begins, finish, dtype)
         return losses
+
+    def forward(self, micro_batches: Sequence[Tensor], finish: Callable[[int, Tensor], None]) -> None:
+        """Forward only, of ids (b, s) of any shape; the rank of the last stage calls ``finish`` with the number of each
+        micro-batch and its states."""
+        self._forward.run(micro_batches, None, finish)
 
 
 def regrouped(rows: Iterable[npt.NDArray[np.int64]], size: int) -> Iterator[Tensor]:

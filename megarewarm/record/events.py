@@ -1,9 +1,10 @@
-"""The events ``train`` and ``value`` of metrics.jsonl: what a step writes, and what readers take of it."""
+"""The events ``train``, ``value`` and ``task`` of metrics.jsonl: what a step writes, and what readers take of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -73,6 +74,52 @@ def checked_value(line: dict[str, Any]) -> dict[str, Any]:
     for value in numbers:
         float(0.0 if value is None else value)
     return {**line, "name": str(line["name"]), "sources": {k: math.nan if v is None else v for k, v in line["sources"].items()}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """A test of the model on the ``items`` items of task ``name`` after ``step`` steps.
+
+    ``digest``: of the items. ``accuracy``, and ``accuracy_bytes`` by log-likelihood per byte; ``chance`` is what guessing would
+    reach; ``bits_per_byte`` of the right answers. ``right``, ``right_bytes``: a 1 for each item that is right by either, 0 for
+    the others, in the order of the file. ``lost``, ``won``: the shares of items that were right before the run's first step
+    and are wrong now, and the other way round, by ``accuracy``; ``lost_beyond``, ``won_beyond``: as far as guessing does not
+    explain them; all four None without such a test before.
+    """
+
+    step: int
+    tokens: int
+    name: str
+    items: int
+    digest: str
+    accuracy: float
+    accuracy_bytes: float
+    chance: float
+    bits_per_byte: float
+    right: str
+    right_bytes: str
+    lost: float | None = None
+    won: float | None = None
+    lost_beyond: float | None = None
+    won_beyond: float | None = None
+
+    def values(self) -> dict[str, Any]:
+        """The keys of the line."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> TaskEvent:
+        """That of a line. Raises KeyError, TypeError or ValueError for a missing or wrong value."""
+        kinds: dict[str, Callable[[Any], Any]] = {"int": int, "str": str, "float": float}
+        told: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            value = line.get(field.name) if field.name in CHANGES else line[field.name]
+            told[field.name] = value if value is None else kinds[str(field.type).removesuffix(" | None")](value)
+        return cls(**{**told, "bits_per_byte": math.nan if told["bits_per_byte"] is None else told["bits_per_byte"]})
+
+
+CHANGES = ("lost", "won", "lost_beyond", "won_beyond")
+"""The keys of a task line that compare it with the one before the first step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

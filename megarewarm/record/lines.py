@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from megarewarm.record.events import checked_value
+from megarewarm.record.events import TaskEvent, checked_value
 from megarewarm.record.layout import RUN_FORMAT, check_format
 
 RESTARTS = ("resume", "start")  # the first events of a process
@@ -83,8 +83,9 @@ class Lines:
 class CountedEvents(ABC):
     """The events of a run that count so far. Subclasses keep the train lines, each as it needs them.
 
-    ``step``: the newest step, None before the first. ``start``: the start event, empty before it. ``evaluations``: by (step,
-    name), in the order of the file. ``events``: the other events, of them only the kinds in ``keeps`` where that is not None.
+    ``step``: the newest step, None before the first. ``start``: the start event, empty before it. ``evaluations`` and
+    ``tests`` (on tasks): by (step, name), in the order of the file. ``events``: the other events, of them only the kinds in
+    ``keeps`` where that is not None.
     """
 
     keeps: tuple[str, ...] | None = None
@@ -93,6 +94,7 @@ class CountedEvents(ABC):
         self.step: int | None = None
         self.start: dict[str, Any] = {}
         self.evaluations: dict[tuple[int, str], Evaluation] = {}
+        self.tests: dict[tuple[int, str], TaskEvent] = {}
         self.events: list[dict[str, Any]] = []
 
     def add(self, event: dict[str, Any]) -> None:
@@ -112,6 +114,10 @@ class CountedEvents(ABC):
             evaluation = Evaluation(step, tokens, name, str(event.get("role", "other")), loss, bits, places)
             self.evaluations.pop((step, name), None)  # so that the new one takes the later place
             self.evaluations[step, name] = evaluation
+        elif kind == "task":
+            test = TaskEvent.of(event)
+            self.tests.pop((test.step, test.name), None)
+            self.tests[test.step, test.name] = test
         elif kind == "start":
             self.start = self.start or event
         else:
@@ -130,6 +136,7 @@ class CountedEvents(ABC):
     def supersede(self, step: int) -> None:
         """Drop the records of the steps after ``step``, except that there was a resume."""
         self.evaluations = {key: line for key, line in self.evaluations.items() if key[0] <= step}
+        self.tests = {key: test for key, test in self.tests.items() if key[0] <= step}
         self.events = [e for e in self.events if e["event"] == "resume" or e.get("step", step) <= step]
 
 

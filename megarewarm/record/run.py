@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
 from megarewarm.record.config_yaml import read_settings
-from megarewarm.record.events import COLUMNS
+from megarewarm.record.events import COLUMNS, TaskEvent
 from megarewarm.record.layout import METRICS_FILE
 from megarewarm.record.lines import TRAIN_START, CountedEvents, Evaluation, Lines, in_bits, mean_losses, number
 
@@ -48,8 +48,8 @@ class RecordedRun:
     """The contents of a run folder, without superseded lines.
 
     ``train`` holds the train events' columns, (steps,) float64 each, NaN if a line lacks the number. ``start`` is the first
-    start event, empty without one; ``events`` are the other events, in order. ``unit``: of the losses of ``evaluations``; see
-    ``in_one_unit``.
+    start event, empty without one; ``tests`` are those on tasks, ``events`` the other events, in order. ``unit``: of the losses
+    of ``evaluations``; see ``in_one_unit``.
     """
 
     folder: Path
@@ -59,6 +59,7 @@ class RecordedRun:
     evaluations: list[Evaluation]
     events: list[dict[str, Any]]
     unit: str = NATS
+    tests: list[TaskEvent] = dataclasses.field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -142,7 +143,13 @@ def read_run(folder: Path | str) -> RecordedRun:
     if not record.steps and not record.evaluations:
         raise NothingYet(f"{path}: no train and no eval line: the run ended before its first step")
     return RecordedRun(
-        folder, read_settings(folder), record.start, record.columns(), list(record.evaluations.values()), record.events
+        folder,
+        read_settings(folder),
+        record.start,
+        record.columns(),
+        list(record.evaluations.values()),
+        record.events,
+        tests=list(record.tests.values()),
     )
 
 

@@ -34,6 +34,7 @@ from megarewarm.training.start.averaging import Average
 from megarewarm.training.start.inputs import Inputs
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.run_data import data_seen
+from megarewarm.training.start.tasks import RunTasks
 from megarewarm.training.start.weights import StartWeights
 from megarewarm.training.state import RunState
 from megarewarm.training.thaw import thaw, thawed
@@ -102,6 +103,11 @@ class Run:
         """Everything of the run that is a tensor, by its name in a checkpoint."""
         averaged = self.average.tensors() if self.average is not None else {}
         return weight_tensors(self.model) | moment_tensors(self.model, self.optimizer) | averaged | {RNG: torch.get_rng_state()}
+
+    @property
+    def tasks(self) -> RunTasks:
+        """The tasks of ``evaluation``."""
+        return self.inputs.tasks
 
     @collective
     def is_finite(self) -> bool:

@@ -53,8 +53,10 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
     shown = ", ".join(f"{key} {value}" for key, value in chosen.items())
     compiled = "; layers compiled" if config.kernels.use == "compile" else ""
     console.print(f"{config.name}: kernels: {shown}{compiled}", highlight=False)
-    if evaluations is not None:
+    if evaluations is not None and run.validation:
         console.print(f"{config.name}: evaluation: {evaluations}", highlight=False)
+    if evaluations is not None and run.tasks.tasks:
+        console.print(f"{config.name}: tasks: {run.tasks}, {evaluations.of_tasks}", highlight=False)
     if (valuation := valuation_cost(config, plan.origin.step)) is not None:
         console.print(f"{config.name}: valuation: {valuation}; {SIGN}", highlight=False)
     for note in run.notes:

@@ -77,7 +77,7 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
         run.notes += [*lengths, *written, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)
         voice = _open(run, config, folder, console, opened)
-        evaluations = evaluation_cost(plan, tokens_held(run.validation))
+        evaluations = evaluation_cost(plan, tokens_held(run.validation), run.tasks.tokens)
         run.notes += evaluation_note(plan, evaluations)
         announce(run, voice, evaluations)
         asynchronous = plan.config.checkpoint.asynchronous

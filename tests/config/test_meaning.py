@@ -93,6 +93,7 @@ def test_labels_of_an_axis_may_look_like_switches_dates_and_numbers() -> None:
 
 PATHS = {
     "ByScore.by",
+    "EvaluationConfig.tasks",
     "Source.documents",
     "Source.scores",
     "RunConfig.folder", "StartConfig.from_", "Source.path", "DataConfig.tokenizer", "DistillConfig.from_",
@@ -195,8 +196,8 @@ def test_tools_expand_what_a_shell_leaves(tmp_path: Path) -> None:
 
 # ---- intervals and amounts -----------------------------------------------------------------------------------------------
 
-NEVER = ("evaluation.every", "evaluation.every_in_warmup", "checkpoint.every", "checkpoint.keep_every", "logging.dynamics",
-         "reliability.check_replicas")  # fmt: skip
+NEVER = ("evaluation.every", "evaluation.every_in_warmup", "evaluation.tasks_every", "checkpoint.every",
+         "checkpoint.keep_every", "logging.dynamics", "reliability.check_replicas")  # fmt: skip
 COUNTS = ("logging.every", "checkpoint.keep_last", "reliability.roll_back_steps", "reliability.give_up_after",
           "reliability.spike_window", "training.global_batch", "training.micro_batch", "data.sequence_length")  # fmt: skip
 

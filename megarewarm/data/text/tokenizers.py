@@ -187,6 +187,12 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens: list[str] = self._tokenizer.encode("").tokens
         return tokens
 
+    def added_before(self) -> tuple[int, ...]:
+        """The ids that are put before a text where special tokens are asked for."""
+        encoding = self._tokenizer.encode("a")
+        own = encoding.special_tokens_mask.index(0)
+        return tuple(encoding.ids[:own])
+
     @property
     def end(self) -> End:
         if self._eod_token is not None:

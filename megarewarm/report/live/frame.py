@@ -32,7 +32,7 @@ _ROWS = 40  # most runs that such a frame lists before it folds
 
 
 def frame(overview: Overview, width: int, height: int | None = None, *, unicode: bool = True) -> list[Text]:
-    """The frame: a headline, a line for each run (two for a running one if they fit a narrow terminal), alarms.
+    """The frame: a headline, a line for each run (two for a running one if they fit a narrow terminal), tests on tasks, alarms.
 
     No line is wider than ``width`` characters and there are at most ``height`` of them (at least 6). The most urgent runs come
     first; if not all fit, waiting and finished runs are counted instead of listed.
@@ -45,6 +45,9 @@ def frame(overview: Overview, width: int, height: int | None = None, *, unicode:
     if len(alarms) > most:
         alarms = [*alarms[: most - 1], Text(f"{len(alarms) - most + 1} more alarms", style="red")]
     alarms += [Text(_UNITS[overview.unit], style="dim")] if overview.unit in _UNITS else []
+    tests = _test_lines(overview)
+    if room is None or len(lines) + 1 + len(overview.runs) + len(tests) + len(alarms) <= room:
+        alarms = [*tests, *alarms]
     used = len(lines) + 1 + len(alarms)
     rows = _rows(overview, width, None if room is None else room - used, unicode)
     lines += [_header(overview, width), *rows, *alarms]
@@ -193,6 +196,22 @@ def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
         listed.append(names.pop(0))
     told = ", ".join(listed) + (f" and {len(names)} more" if names else "")
     return text.append(f" · {told}" if listed else "", style="dim")
+
+
+def _test_lines(overview: Overview) -> list[Text]:
+    """The newest test of each task, a line for each of the running runs, or the only run."""
+    shown = [run for run in overview.runs if run.tests and (run.state == "running" or len(overview.runs) == 1)]
+    lines = []
+    for run in shown[:_ALARMS]:
+        told = []
+        for test in run.tests:
+            text = f"{test.name} {100 * test.accuracy:.1f} %"
+            if test.lost is not None and test.won is not None and test.step > run.first:
+                text += f", lost {test.lost * test.items:.0f}, won {test.won * test.items:.0f}"
+            told.append(text)
+        name = f"{_short(run.name, 28)}: " if len(overview.runs) > 1 else ""
+        lines.append(Text(f"  {name}{' · '.join(told)}", style="dim"))
+    return lines
 
 
 def _alarm_lines(overview: Overview) -> list[Text]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import orjson
 
 from megarewarm.errors import UserError
+from megarewarm.record.events import TaskEvent
 from megarewarm.record.experiment import read_record
 from megarewarm.record.follow import Follower
 from megarewarm.record.layout import CONFIG_FILE, EXPERIMENT_FILE, METRICS_FILE
@@ -68,7 +69,8 @@ class Losses:
 
 @dataclasses.dataclass(frozen=True)
 class RunView:
-    """The current status of a run. ``left`` is in seconds, ``alarms`` are sentences; ``None`` for what is not known (yet)."""
+    """The current status of a run. ``left`` is in seconds, ``alarms`` are sentences, ``tests`` the newest of each task;
+    ``None`` for what is not known (yet)."""
 
     name: str
     state: State
@@ -85,6 +87,7 @@ class RunView:
     left: float | None
     after: tuple[str, ...]
     alarms: tuple[str, ...]
+    tests: tuple[TaskEvent, ...] = ()
 
     @property
     def share(self) -> float:
@@ -196,6 +199,7 @@ class Watch:
             left=None,
             after=run.after,
             alarms=tuple(alarms),
+            tests=tuple({test.name: test for test in follower.tests.values()}.values()),
         )
 
 

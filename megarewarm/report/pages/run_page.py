@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from megarewarm.record.lines import number
 from megarewarm.record.run import BITS, RecordedRun, read_runs
+from megarewarm.report.figures import abilities, positions, tradeoff, training, values
 from megarewarm.report.figures import curves as draw
-from megarewarm.report.figures import positions, tradeoff, training, values
 from megarewarm.report.figures.lines import Line, lines_of
 from megarewarm.report.figures.values import describe_values, draw_values
 from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
@@ -34,7 +34,7 @@ from megarewarm.report.pages.html import (
 from megarewarm.report.pages.words import summarise
 from megarewarm.spelling import DASH, duration_text, tokens_text
 
-PICTURES = ("curves", "tradeoff", "values", "positions", "training", "sets", "pretraining", "pretraining_steps")
+PICTURES = ("curves", "tradeoff", "abilities", "values", "positions", "training", "sets", "pretraining", "pretraining_steps")
 
 
 def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path:
@@ -81,6 +81,13 @@ def pictures(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> list[Pictu
             tradeoff.caption_tradeoff(table),
         ),
         (
+            "abilities",
+            "Abilities",
+            abilities.draw_abilities(lines),
+            abilities.describe_abilities(lines),
+            abilities.CAPTION,
+        ),
+        (
             "values",
             "Values of the training data",
             draw_values(named),
@@ -117,6 +124,7 @@ def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequen
         *(_section(picture) for picture in pictures if picture.name in first),
         "<h2>In numbers</h2>",
         _numbers(table),
+        _abilities(runs, table),
         *(_section(picture) for picture in pictures if picture.name not in first),
         _starts(runs, table),
         _processes(runs, table),
@@ -175,6 +183,37 @@ def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
     small = measure.small(row) if measure.small is not None else None
     below = f"<small>{small}</small>" if small else ""
     return f"<td{_GROUP if begins_group else ''}>{f'<b>{text}</b>' if measure.headline else text}{below}</td>"
+
+
+def _abilities(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
+    """The last test of each run on each of its tasks against its first."""
+    body = []
+    for index, (run, row) in enumerate(zip(runs, table, strict=True)):
+        for name in dict.fromkeys(test.name for test in run.tests):
+            first, *_, last = found if len(found := abilities.tests_of(run, name)) > 1 else found * 2
+            accuracy, bits = ([getattr(test, key) for test in (first, last)] for key in ("accuracy", "bits_per_byte"))
+            changes = [None if share is None else share * last.items for share in (last.lost, last.won)]
+            beyond = [None if share is None else share * last.items for share in (last.lost_beyond, last.won_beyond)]
+            texts = [
+                f"{100 * accuracy[0]:.1f} &rarr; <b>{100 * accuracy[1]:.1f}</b>",
+                f"{100 * last.chance:.1f}",
+                *(DASH if count is None else f"{count:.0f}" for count in changes),
+                *(DASH if count is None else f"{count:.1f}" for count in beyond),
+                f"{bits[0]:.3f} &rarr; {bits[1]:.3f}",
+            ]
+            cells = "".join(f"<td>{text}</td>" for text in (breakable(name), f"{last.items:,}", *texts))
+            body.append(f'<tr><th scope="row">{dot(index)}{breakable(row.label)}</th>{cells}</tr>')
+    if not body:
+        return ""
+    names = ("Run", "Task", "Items", "Accuracy, %", "Guessing, %", "Lost", "Won", "Lost beyond chance", "Won beyond chance")
+    head = "".join(f'<th scope="col">{name}</th>' for name in (*names, "Bits per byte"))
+    return (
+        f'<h2>Tasks</h2>\n<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>'
+        f'<tbody>{"".join(body)}</tbody></table></div>\n<p class="quiet">From the first test to the last. Lost: items that '
+        "were right before the run and are wrong now; won: the other way round. Beyond chance: less what guessing explains at "
+        "most, 1 / (k - 1) of each item of k choices that was wrong both times, an estimate of megarewarm's own. Bits per "
+        "byte: of the right choices.</p>"
+    )
 
 
 def _starts(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:

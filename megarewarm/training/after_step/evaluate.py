@@ -1,4 +1,5 @@
-"""Validation losses: every named set on the same tokens each time, weighted by tokens, equal for any number of ranks."""
+"""Validation losses: every named set on the same tokens each time, weighted by tokens, equal for any number of ranks; and tests
+on tasks where these are due."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_betw
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.mesh import Mesh
+from megarewarm.training.after_step.abilities import Abilities
 from megarewarm.training.after_step.part import Context, Moment
 from megarewarm.training.after_step.progress import loss_line
 from megarewarm.training.run import Run
@@ -36,32 +38,36 @@ class Evaluated:
 
 
 class Evaluate:
-    """Evaluates every set that is due: all of them or, if the run is interrupted, none."""
+    """Evaluates every set and every task that is due: all of them or, if the run is interrupted, none."""
 
     def __init__(self, context: Context) -> None:
         plan = context.run.plan
         self._context = context
         self._steps = set(evaluation_steps(plan.config, plan.origin.step, plan.origin.step + plan.schedule.warmup_steps))
+        self._abilities = Abilities(context)
         self._unevaluated = False
         """Whether the evaluation after the newest step is missing."""
 
     def state(self) -> dict[str, Any]:
-        return {"unevaluated": self._unevaluated}
+        return {"unevaluated": self._unevaluated, **self._abilities.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._unevaluated = state["unevaluated"]
+        self._abilities.restore(state)
 
     def after(self, moment: Moment) -> None:
         run = self._context.run
-        is_due = run.step in self._steps  # also "late": evaluation.every may have changed since the stop
+        # also "late": evaluation.every may have changed since the stop
+        is_due = run.step in self._steps or self._abilities.is_due
         if moment.when == "step":
             self._unevaluated = is_due
         if moment.when == "start" and is_due:
-            self._evaluate([(0, False)], "at the start")
+            self._evaluate([(0, False)] if run.step in self._steps else [], "at the start")
             run.state.start_losses = dict(run.state.losses)
         elif moment.when != "stop" and self._unevaluated:
             if is_due:
-                self._evaluate(evaluations_at(run.plan.config, run.step), f"step {run.step}")
+                turns = evaluations_at(run.plan.config, run.step) if run.step in self._steps else []
+                self._evaluate(turns, f"step {run.step}")
             self._unevaluated = False
         moment.unevaluated = self._unevaluated
 
@@ -72,8 +78,10 @@ class Evaluate:
         for number, last in turns:
             due = [windows for windows in run.validation if windows.when != "end" or last]
             evaluated.append([(windows, evaluate_set(run, windows, number, context.between(windows.name))) for windows in due])
+        tested = self._abilities.test() if self._abilities.is_due else []
         is_main = run.ranks.is_main
-        context.progress.evaluated(sum(found.tokens for turn in evaluated for _, found in turn), time.monotonic() - began)
+        computed = sum(found.tokens for turn in evaluated for _, found in turn) + (run.tasks.tokens if tested else 0)
+        context.progress.evaluated(computed, time.monotonic() - began)
         for (number, _), turn in zip(turns, evaluated, strict=True):
             for windows, found in turn:
                 loss, tokens = found.loss, found.tokens
@@ -92,6 +100,7 @@ class Evaluate:
             if turn:
                 losses = {windows.name: found.loss for windows, found in turn}
                 context.voice.tell(loss_line(when, losses, run.state.start_losses, context.voice.width))
+        self._abilities.record(tested, when)
 
 
 def _per_byte(run: Run, windows: WindowSet, number: int, loss: float, tokens: int) -> dict[str, float]:

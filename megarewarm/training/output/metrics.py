@@ -99,7 +99,7 @@ class Metrics:
 
 def _points(event: str, values: dict[str, Any]) -> dict[str, float]:
     """The points that a line adds to curves over steps, by the curve's name: all numbers of a train line, the loss of an
-    evaluation, and every measure of every group of weights."""
+    evaluation, the numbers of a test, and every measure of every group of weights."""
     if event == "train":
         numbers = {name: value for name, value in values.items() if name != "step" and not isinstance(value, bool)}
         return {f"train/{name}": value for name, value in numbers.items()}
@@ -108,6 +108,8 @@ def _points(event: str, values: dict[str, Any]) -> dict[str, float]:
     if event == "dynamics":
         groups = values["groups"].items()
         return {f"dynamics_{measure}/{group}": value for group, row in groups for measure, value in row.items()}
+    if event == "task":
+        return {f"task_{key}/{values['name']}": value for key, value in values.items() if isinstance(value, float)}
     if event == "value":
         return {f"value_{values['name']}/{source}": value for source, value in values["sources"].items()}
     return {}

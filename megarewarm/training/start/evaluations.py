@@ -30,6 +30,14 @@ def evaluation_steps(config: RunConfig, first: int, warmup_end: float) -> Iterat
     yield from sorted({step for step in steps if step > first} | {total})
 
 
+def task_steps(config: RunConfig, first: int) -> list[int]:
+    """The steps after which a run that begins after step ``first`` is tested on ``evaluation.tasks``, ascending."""
+    if not config.evaluation.tasks:
+        return []
+    points = config.grid(config.evaluation.tasks_every).points(config.total_steps - first)
+    return sorted({first, *(first + point for point in points), config.total_steps})
+
+
 def evaluations_at(config: RunConfig, step: int) -> list[tuple[int, bool]]:
     """The evaluations after ``step``: the number of each, and whether it is the run's last.
 

@@ -30,6 +30,7 @@ from megarewarm.training.start.plan import Plan, differing_choices, other_optimi
 from megarewarm.training.start.planned import PlannedCheckpoint
 from megarewarm.training.start.run_data import check_held_out, open_data, open_validation
 from megarewarm.training.start.saving import check_roll_back, check_saving
+from megarewarm.training.start.tasks import RunTasks, open_tasks
 from megarewarm.training.start.text_bytes import TextBytes
 from megarewarm.training.start.texts import Texts, settle_texts
 from megarewarm.training.start.valuation import check_valuation
@@ -41,7 +42,8 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 @dataclass(frozen=True)
 class Inputs:
     """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
-    ``distill``, or None, also where the run has no steps left; ``text_bytes``: of the validation sets."""
+    ``distill``, or None, also where the run has no steps left; ``text_bytes``: of the validation sets; ``tasks``: those of
+    ``evaluation``."""
 
     layout: Layout
     texts: Texts
@@ -54,6 +56,7 @@ class Inputs:
     teacher: OpenedCheckpoint | None
     text_bytes: TextBytes
     notes: list[str]
+    tasks: RunTasks
 
 
 def check_place(config: RunConfig, experiment: str | None = None) -> RunFolder:
@@ -93,10 +96,13 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
+    tasks = open_tasks(plan, texts, layout)
     notes += about_average(plan)
     notes += text_bytes.notes
-    notes += _about_teacher(plan, teacher)
-    return Inputs(layout, texts, data, validation, documents, precision, operations, optimizer, teacher, text_bytes, notes)
+    notes += [*_about_teacher(plan, teacher), *tasks.notes]
+    return Inputs(
+        layout, texts, data, validation, documents, precision, operations, optimizer, teacher, text_bytes, notes, tasks
+    )
 
 
 def check_training(plan: Plan) -> None:

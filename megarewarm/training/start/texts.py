@@ -23,12 +23,14 @@ from megarewarm.training.start.planned import PlannedCheckpoint
 @dataclass(frozen=True)
 class Texts:
     """``tokenizers``: by which the ids of the training data were made; ``eod``: the id that ends their documents; both as
-    far as they are known. ``exported``: what goes beside exported weights, if they are asked for. ``notes``: for the user."""
+    far as they are known. ``exported``: what goes beside exported weights, if they are asked for. ``notes``: for the user.
+    ``source``: the tokenizer of new text, such as tasks', if there are any; its file is None where none is known."""
 
     tokenizers: list[TokenizerIdentity]
     eod: int | None
     exported: ExportedTokenizer | None
     notes: list[str]
+    source: TokenizerSource | None = None
 
     @property
     def tokenizer(self) -> str | None:
@@ -59,16 +61,17 @@ def settle_texts(plan: Plan) -> Texts:
         assert data.tokenizer is not None
         end = loaded(data.tokenizer).end
         eod, more = end.id, [*more, f"{data.tokenizer}: {end}"]
-    exported = None
+    exported, source = None, None
     if isinstance(plan.source, PlannedCheckpoint) and plan.source.written_by is None and data.tokenizer is None:
         notes.append(f"which tokenizer the data and the export should have is unknown until {plan.source.name} is here")
-    elif config.export.huggingface:
+    elif config.export.huggingface or config.evaluation.tasks:
         source = _to_export(plan, eod, trained)
+    if config.export.huggingface and source is not None:
         exported = exported_tokenizer(source, plan.model)
         if source.file is not None:
             notes.append(f"the export will have the tokenizer {source.file}, in which id {exported.ids['eos']} ends a text")
         notes += exported.notes
-    return Texts(_distinct(trained), eod, exported, [*notes, *more])
+    return Texts(_distinct(trained), eod, exported, [*notes, *more], source)
 
 
 def _sampled(sources: Sequence[Source]) -> list[str]:

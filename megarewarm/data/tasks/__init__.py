@@ -1,0 +1,1 @@
+"""Tasks: items whose right continuation a model is to find."""

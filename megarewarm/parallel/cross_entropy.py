@@ -1,0 +1,21 @@
+"""Cross entropy of a laid out model, whose vocabulary tensor ranks may share."""
+
+from __future__ import annotations
+
+from megarewarm_kernels import linear_cross_entropy, sharded_linear_cross_entropy
+from torch import Tensor
+
+from megarewarm.parallel.collectives import Group
+
+
+def cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, group: Group | None, vocab_size: int, memory: int, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """(loss in nats summed, number of targets) of states ``hidden`` (b, s, h) after the last norm, which each rank of ``group``
+    has whole; ``targets`` (b, s), ``head`` (v, h) this rank's rows. ``memory``: bytes of logits at a time."""
+    states, wanted = hidden.flatten(0, 1), targets.flatten()
+    if group is None:
+        return linear_cross_entropy(states, head, wanted, valid_rows=vocab_size, memory_budget=memory, kernel=kernel)
+    return sharded_linear_cross_entropy(
+        states, head, wanted, group=group, vocab_size=vocab_size, memory_budget=memory, kernel=kernel
+    )
