@@ -20,7 +20,8 @@ def optimizer_of(
     """The optimizer of ``model`` that trains ``what``, its state zero. All ranks call it. ``thawed``: what began later."""
     if what is not None:
         model.train_only(what)
-    late = [(frozenset(each.names), each.optimizer_step) for each in thawed]
+    trains = frozenset(model.shapes if what is None else what)  # of a start that had thawed more, those parameters stay out
+    late = [(names, each.optimizer_step) for each in thawed if (names := trains & frozenset(each.names))]
     if not late:
         return make_optimizer(model, config, kind)
     first = make_optimizer(model, config, kind, lambda name: not any(name in names for names, _ in late))

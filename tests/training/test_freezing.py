@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
+from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import OwnCheckpoint, open_checkpoint
 from megarewarm.errors import UserError
 from megarewarm.layout.memory import memory_of, parts
@@ -358,3 +359,33 @@ def test_plans_count_the_memory_of_what_trains(tmp_path: Path, kind: str) -> Non
     assert plan.freezing is not None and plan.freezing.of(plan.model).startswith(
         f"{sum(p.numel() for p in run.model.trained.values()):,} train, "
     )
+
+
+def test_moments_as_old_as_a_start_that_thawed_says_are_each_parameter_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moments of all but the head are younger, and those of all but a layer begin again at the second thaw."""
+    train(_config(tmp_path, "up", optimizer={"train": {"only": "head", "for": THAW}}), ALONE, quiet())
+    kept = {
+        "start": {"from": str(tmp_path / "up"), "moments": "keep"},
+        "optimizer": {"train": {"only": "layers 0", "for": THAW}},
+    }
+    whole = train(_config(tmp_path, "whole", **kept), ALONE, quiet()).folder
+    original = trainer.training_step
+
+    def step_or_die(run: Run, lr: float) -> Any:
+        if run.step == THAW + 2:
+            raise Killed
+        return original(run, lr)
+
+    monkeypatch.setattr(trainer, "training_step", step_or_die)
+    with pytest.raises(Killed):
+        train(_config(tmp_path, "broken", **kept), ALONE, quiet())
+    monkeypatch.setattr(trainer, "training_step", original)
+    again = train(_config(tmp_path, "broken", **kept), ALONE, quiet()).folder
+    one, two = (tensors_of(folder / f"checkpoints/step_{STEPS}") for folder in (whole, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    state = read_state(whole / f"checkpoints/step_{STEPS}")
+    ages = [(part.optimizer_step, all(name.startswith("layers.0.") for name in part.names)) for part in state.thawed]
+    assert ages == [(2 * STEPS - THAW, True), (STEPS - THAW, False)]
+    assert not set(state.thawed[0].names) & set(state.thawed[1].names)
