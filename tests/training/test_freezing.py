@@ -24,9 +24,11 @@ from megarewarm.optimizers.muon import orthogonalised
 from megarewarm.optimizers.staggered import parts_of
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
+from megarewarm.training.measuring import measure_moments
 from megarewarm.training.run import Run
 from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
+from megarewarm.training.thaw import thawed
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.tiny import config, events, printed, quiet
@@ -389,3 +391,13 @@ def test_moments_as_old_as_a_start_that_thawed_says_are_each_parameter_s_own(
     ages = [(part.optimizer_step, all(name.startswith("layers.0.") for name in part.names)) for part in state.thawed]
     assert ages == [(2 * STEPS - THAW, True), (STEPS - THAW, False)]
     assert not set(state.thawed[0].names) & set(state.thawed[1].names)
+
+
+def test_measured_moments_are_not_as_old_as_those_of_a_start_that_thawed(tmp_path: Path) -> None:
+    thaws = {"kind": "muon", "train": {"only": "head", "for": 1}}
+    train(_config(tmp_path, "up", optimizer=thaws, training={"budget": 2}), ALONE, quiet())
+    start = {"from": str(tmp_path / "up"), "moments": "measure", "measure_batches": 2}
+    run = build(make_plan(_config(tmp_path, "measured", start=start)), ALONE)
+    run.batches.close()
+    measure_moments(run)
+    assert (run.optimizer.completed_steps, thawed(run.optimizer)) == (2, [])

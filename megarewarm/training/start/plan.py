@@ -76,7 +76,7 @@ class Plan:
     def thawed(self) -> list[Thawed]:
         """Parameters whose moments, which are kept, began later than the others'."""
         training = self.source.training if self.source is not None else None
-        if training is None or self.policy.moments == "reset" or self.policy.optimizer_step == "reset":
+        if training is None or self.policy.optimizer_step != "keep":
             return []
         return training.thawed
 
