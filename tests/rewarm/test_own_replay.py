@@ -130,10 +130,9 @@ def test_bad_input_is_refused_before_training(
         path = tmp_path / "run.json"
         data: dict[str, Any] = {"sequence_length": 16, **({} if eod is None else {"eod": eod})}
         settings = {**replaying(place, tmp_path / "no"), "training": {"budget": 6}, **changes}
-        held = settings.pop("validation", None)
+        lists = {key: settings.pop(key) for key in ("validation", "switches") if key in settings}
         whole = mapping(place, **settings, data=data)
-        if held is not None:
-            whole["data"]["validation"] = held
+        whole["data"] |= lists
         path.write_text(json.dumps(whole))
         assert main([str(path)]) == 2
         assert not list((tmp_path / "no").glob("checkpoints/*"))
@@ -148,6 +147,10 @@ def test_bad_input_is_refused_before_training(
     assert "none of the first 20 documents of tiny came to an end" in said(eod=END, replay=replay(temperature=1e-4, prompt=[2]))
     assert "has 16 positions: give at most as many" in said(replay=replay(max_document_tokens=17))
     assert "900, and the run replays 1,920 of them" in said(replay={**replay(), "max_epochs": 1.0}, training={"budget": 60})
+    later = {"at": "20 steps", "train": mapping(place)["data"]["train"], "replay_fraction": 0.5}
+    short = {"replay": {**replay(), "max_epochs": 1.0}, "training": {"budget": 40}}
+    assert "900, and the run replays 1,920 of them" in said(switches=[later], **short)  # 20 steps x 128 x (1/4 + 1/2)
+    assert not list((cache / "own_replay").glob("*/tokens_900.bin")), "it is refused before anything is written"
     assert "'of: start' and 'generate' belong together" in said(replay={"of": "start", "fraction": 0.1, "generate": None})
     assert "replay.generate.prompt: 99 is no id" in said(replay=replay(prompt=[99]))
     made = own(place)

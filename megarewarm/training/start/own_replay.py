@@ -9,10 +9,12 @@ import torch
 from rich.console import Console
 
 from megarewarm.checkpoint.source import OpenedCheckpoint, open_checkpoint
+from megarewarm.config.data import Source
 from megarewarm.errors import UserError
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.rewarm.own_replay import OwnReplay, manifest, write
+from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import duration_text, tokens_text
 from megarewarm.training.start.inputs import open_inputs
 from megarewarm.training.start.micro_batch import with_micro_batch
@@ -71,16 +73,21 @@ def described(plan: Plan) -> OwnReplay:
 
 
 def check_own_replay(plan: Plan) -> None:
-    """Raise ``UserError`` if the run replays more than its start is to write."""
+    """Raise ``UserError`` if the run replays more than its start is to write, and for switches that never happen."""
     replay, config = plan.config.replay, plan.config
     assert replay is not None and replay.generate is not None
     if replay.max_epochs is None:
         return
-    most = max([replay.fraction, *(switch.replay_fraction or 0.0 for switch in config.data.switches)])
-    others = sum(source.tokens.amount for source in replay.sources or () if source.tokens is not None)
-    share = most * replay.generate.tokens / (replay.generate.tokens + others)
-    wanted = share * (config.total_steps - plan.origin.step) * config.tokens_per_step
-    if wanted > replay.generate.tokens * replay.max_epochs and not config.data.switches:
+    own = Source.model_validate({"path": "<own replay>", "tokens": f"{replay.generate.tokens} tokens"})
+    phases = training_phases(config, plan.schedule, plan.origin, [*(replay.sources or ()), own])
+    ends = [*(phase.first for phase in phases[1:]), plan.samples(config.total_steps)]
+    wanted = config.data.sequence_length * sum(
+        source.weight * (end - max(phase.first, plan.origin.samples))
+        for phase, end in zip(phases, ends, strict=True)
+        for source in phase.sources
+        if isinstance(source, Source) and source.path == own.path
+    )
+    if wanted > replay.generate.tokens * replay.max_epochs:
         raise UserError(
             f"replay.generate.tokens: {replay.generate.tokens:,}, and the run replays {wanted:,.0f} of them: give more, or "
             f"raise replay.max_epochs ({replay.max_epochs:g})"
