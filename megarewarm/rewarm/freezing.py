@@ -39,8 +39,9 @@ class Freezing:
         return f"; frozen parameters' {begin}"
 
 
-def settle_freezing(config: RunConfig, model: ModelConfig, history: Lineage) -> Freezing | None:
+def settle_freezing(config: RunConfig, model: ModelConfig, history: Lineage, first: int = 0) -> Freezing | None:
     """What ``optimizer.train`` means for ``model``, whose stages before the run are ``history``; None where everything trains.
+    ``first``: the completed steps after which something must still be frozen.
 
     Raises ``UserError`` for an entry that names no parameter, and where nothing would be frozen or thaw.
     """
@@ -61,10 +62,11 @@ def settle_freezing(config: RunConfig, model: ModelConfig, history: Lineage) -> 
     if settings.for_ is None:
         return Freezing(trained, None)
     until = round(config.steps(settings.for_))
-    if not 0 < until < config.total_steps:
+    if not first < until < config.total_steps:
+        begins = f", and the run begins after step {first:,}" if first else ""
         raise UserError(
-            f"{_KEY}.for: '{settings.for_}' is step {until:,} of {config.total_steps:,}: "
-            + ("nothing would be frozen; remove optimizer.train" if until < 1 else "nothing would thaw; leave 'for' out")
+            f"{_KEY}.for: '{settings.for_}' is step {until:,} of {config.total_steps:,}{begins}: "
+            + ("nothing would be frozen; remove optimizer.train" if until <= first else "nothing would thaw; leave 'for' out")
         )
     return Freezing(trained, until)
 

@@ -329,6 +329,17 @@ def test_what_freezes_nothing_or_everything_is_refused(tmp_path: Path, only: Any
     assert "\n" not in str(refused.value) and not (tmp_path / "bad").exists()
 
 
+def test_what_ends_before_the_run_begins_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:
+    thaws = {"optimizer": {"train": {"only": "head", "for": 1}}, "training": {"budget": 2}}
+    train(_config(tmp_path, "up", **thaws), ALONE, quiet())
+    longer = {**thaws, "training": {"budget": 4}}
+    start = {"from": str(tmp_path / "up"), "intent": "rewarm", "iteration": "continue"}
+    with pytest.raises(UserError, match="'1 steps' is step 1 of 4, and the run begins after step 2: nothing would be frozen"):
+        make_plan(_config(tmp_path, "late", start=start, **longer))
+    resumed = make_plan(_config(tmp_path, "resumed", start={**start, "intent": "resume", "schedule": "restart"}, **longer))
+    assert resumed.trains is None
+
+
 def test_moments_of_what_was_frozen_cannot_be_kept(tmp_path: Path) -> None:
     train(_config(tmp_path, "half", optimizer={"train": {"only": "norms"}}, training={"budget": 2}), ALONE, quiet())
     kept = {"start": {"from": str(tmp_path / "half"), "moments": "keep"}}

@@ -259,14 +259,14 @@ def _require_moments(config: RunConfig, policy: ResetPolicy, source: CheckpointS
         )
 
 
-def _freezing(config: RunConfig, source: CheckpointSource | None, history: Lineage) -> Freezing | None:
+def _freezing(config: RunConfig, source: CheckpointSource | None, history: Lineage, first: int = 0) -> Freezing | None:
     settings = config.optimizer.train
     if config.model is None or settings is None:
         return None
     if source is not None and not source.lineage.stages and {NEW_LAYERS, NEW_ROWS} & set(settings.only):
         source.notes.append(f"optimizer.train.only: what trains is known once {source.name} exists; planned for all of it")
         return None
-    return settle_freezing(config, config.model, history)
+    return settle_freezing(config, config.model, history, first)
 
 
 def _require_moments_of_trained(needed: Trained | None, source: CheckpointSource | None, policy: ResetPolicy) -> None:
@@ -333,7 +333,8 @@ def plan_start(config: RunConfig, *, source: CheckpointSource | None = None, up_
     if origin.step and training is not None and (told := training.tokens_counted) is not None:
         before = told
     _require_same_tokens(config, origin.step, before)
-    freezing = _freezing(config, source, source.lineage if source is not None else Lineage())
+    first = 0 if policy.intent == "resume" else origin.step  # what is resumed may have thawed
+    freezing = _freezing(config, source, source.lineage if source is not None else Lineage(), first)
     _require_moments_of_trained(freezing.after(origin.step) if freezing is not None else None, source, policy)
     same_data = policy.data == "continue" and training is not None
     written = recorded_replay(config.replay, training.lineage.stages) if same_data and training is not None else None
