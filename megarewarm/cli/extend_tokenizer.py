@@ -94,7 +94,7 @@ def _special(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # of some editors, which begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--tokens {path}: can't be read ({error}); give a text file with a token on each line") from error
     if not lines:

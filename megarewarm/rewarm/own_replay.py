@@ -193,13 +193,25 @@ def weights_digest(source: OpenedCheckpoint) -> str:
 
 def recorded_replay(replay: ReplayConfig | None, stages: Sequence[Stage]) -> Source | None:
     """What the run of the last stage replayed of its start's own writing, for a run that reads on in its data; None where there
-    was none, or where it is gone."""
+    was none, or where it is gone. Raises ``UserError`` where ``replay`` asks for other documents."""
     if replay is None or replay.generate is None or not stages:
         return None
     for seen in stages[-1].data:
-        if seen.generated_by is not None and find_bin(seen.path.removesuffix(".bin")):
-            return _source(seen.path.removesuffix(".bin"), seen.generated_by, replay.generate, replay.max_epochs)
+        path = seen.path.removesuffix(".bin")
+        if seen.generated_by is not None and find_bin(path):
+            _require_same(replay.generate, Path(path), stages[-1].run)
+            return _source(path, seen.generated_by, replay.generate, replay.max_epochs)
     return None
+
+
+def _require_same(settings: GenerateConfig, prefix: Path, run: str) -> None:
+    told = {"tokens": int(prefix.name.removeprefix("tokens_")), **manifest(prefix)}
+    for key in ("tokens", "temperature", "top_p", "seed"):
+        if (was := told.get(key)) not in (None, now := getattr(settings, key)):
+            raise UserError(
+                f"replay.generate.{key}: {now:,}, but {was:,} in '{run}', in whose data the run reads on: leave it as it was, "
+                f"or set start.data to 'restart'"
+            )
 
 
 def writer_of(source: Source) -> str:

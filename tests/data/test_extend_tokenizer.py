@@ -305,7 +305,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "new.txt").write_text("".join(GERMAN * 3))
     (folder / "old.txt").write_text("".join(TEXTS))
-    (folder / "special.txt").write_text("<|de|>\n<|en|>\n")
+    (folder / "special.txt").write_bytes(b"\xef\xbb\xbf<|de|>\r\n<|en|>\r\n")  # as some editors on Windows write it
     return folder
 
 
@@ -347,6 +347,7 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "twice.txt").write_text("<a>\n<a>\n")
     (tmp_path / "known.txt").write_text("<|endoftext|>\n")
+    (tmp_path / "spaced.txt").write_text("<a>\n<b> \n")
     new = str(place / "new.txt")
     for words, says in (
         ([place, "--output", out], "nothing to add"),
@@ -357,6 +358,7 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
         ([place, "--tokens", tmp_path / "empty.txt", "--output", out], "empty"),
         ([place, "--tokens", tmp_path / "twice.txt", "--output", out], "listed twice"),
         ([place, "--tokens", tmp_path / "known.txt", "--output", out], "a token of"),
+        ([place, "--tokens", tmp_path / "spaced.txt", "--output", out], "'<b> ' is empty or has spaces around it"),
         ([tmp_path / "nothing.json", new, "--add", 5, "--output", out], "does not exist"),
     ):
         with pytest.raises(UserError, match=says):

@@ -15,6 +15,7 @@ from megarewarm.checkpoint.own.state import read_state
 from megarewarm.checkpoint.source import open_checkpoint
 from megarewarm.config.data import GenerateConfig
 from megarewarm.data.files.token_file import open_tokens
+from megarewarm.errors import UserError
 from megarewarm.generation.continuation import Continuer
 from megarewarm.main import main
 from megarewarm.parallel.ranks import Ranks
@@ -115,6 +116,17 @@ def test_a_run_replays_it_and_a_later_one_finds_it(place: Path, tmp_path: Path, 
     shutil.rmtree(tmp_path / "same/checkpoints/step_6")
     train(config(place, **{**settings, "folder": str(tmp_path / "same"), "name": "same"}, **plain), ALONE, quiet())
     assert events(tmp_path / "same", "train")[-1]["loss"] == events(tmp_path / "second", "train")[-1]["loss"]
+
+    # a run that reads on in its data reads on in these documents, and can't have others
+    on = settings | {"name": "on", "folder": str(tmp_path / "on"), "training": {"budget": 8}}
+    on["start"] = {"from": str(tmp_path / "second"), "intent": "rewarm", "data": "continue"}
+    for key, value in (("seed", 9), ("temperature", 0.5), ("tokens", 2000)):
+        on["replay"] = settings["replay"] | {"generate": GENERATE | {key: value}}
+        with pytest.raises(UserError, match=f"replay.generate.{key}: .*in 'second', in whose data the run reads on"):
+            train(config(place, **{**plain, **on}), ALONE, quiet())
+    going = train(config(place, **{**plain, **on, "replay": settings["replay"]}), ALONE, quiet())
+    (seen,) = (e for e in read_state(going.folder / "checkpoints/step_8").lineage.stages[-1].data if e.generated_by)
+    assert (seen.path, seen.generated_by) == (generated.path, "tiny")
 
     later = {"name": "third", "folder": str(tmp_path / "third"), "start": {"from": str(tmp_path / "second")}}
     again = config(place, **later, replay={"of": "lineage", "fraction": 0.5, "max_epochs": None}, **plain)

@@ -72,9 +72,12 @@ class Base:
         self.special = list(special)
         self.size = tokenizer.vocab_size
         for i, token in enumerate(special):
-            if token in tokenizer.vocabulary or token in special[:i] or not token.strip():
-                known = f"a token of {tokenizer.path} already" if token in tokenizer.vocabulary else "no token"
-                raise UserError(f"--tokens: {token!r} is {'listed twice' if token in special[:i] else known}; leave it out")
+            if token in special[:i]:
+                raise UserError(f"--tokens: {token!r} is listed twice; leave it out")
+            if token in tokenizer.vocabulary:
+                raise UserError(f"--tokens: {token!r} is a token of {tokenizer.path} already; leave it out")
+            if not token or token != token.strip():
+                raise UserError(f"--tokens: {token!r} is empty or has spaces around it, which texts rarely have; take them away")
         try:
             self._fast = FastBPE(self._with_special(self.content, self.size))
         except NotCovered as error:
