@@ -349,6 +349,12 @@ def test_frame_at_80_columns(tmp_path: Path) -> None:
     assert order == ["max_lr_2e-3.s2", "scratch", "spiky", *(f"waiting_{i}" for i in range(3)), "upstream", "done_0", "done_1"]
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_row_with_a_short_name_is_whole(tmp_path: Path, width: int) -> None:
+    header, row = text(arm(tmp_path / "b", simulated(130)), width)[1:3]
+    assert header.endswith("left") and row.endswith(duration_text(270 * STEP_SECONDS)) and len(header) == len(row) <= width
+
+
 def test_wide_frame_has_all_numbers_in_a_row(tmp_path: Path) -> None:
     shown = text(mixed(tmp_path / "trial"), 140)
     assert all(len(line) <= 140 for line in shown)

@@ -77,7 +77,7 @@ def _columns(overview: Overview, width: int) -> tuple[int, int, bool]:
     """Width of the names, of the sparklines, and whether all numbers fit on one line."""
     wide = width >= WIDE
     fixed = 9 + 10 + 2 * (7 + 7 + 3) + 7 + 8 + 7 + 7 if wide else 9 + 5 + 2 * (8 + 2) + 7
-    longest = min(_LONGEST_NAME, max((len(run.name) for run in overview.runs), default=3))
+    longest = min(_LONGEST_NAME, max((8, *(len(run.name) for run in overview.runs))))
     spark = max(4, min(24, (width - fixed - longest) // 2))
     return max(8, min(longest, width - fixed - 2 * spark)), spark, wide
 
