@@ -27,7 +27,7 @@ from megarewarm.report.numbers.runs import rows
 from megarewarm.report.pages.html import content_hash
 from megarewarm.report.pages.run_page import report
 from megarewarm.spelling import tokens_text
-from tests.support.report_runs import TOKENS_PER_STEP, config, eval_line, lines, train_line, write, write_arms
+from tests.support.report_runs import TOKENS_PER_STEP, config, eval_line, lines, task_line, train_line, write, write_arms
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
@@ -297,6 +297,13 @@ def test_zero_is_in_the_trade_off_only_where_it_leaves_room(tmp_path: Path) -> N
 def test_perplexities_are_rounded(arms: list[Path]) -> None:
     told = {loss: draw._perplexity_tick(loss) for loss in (9.0, 8.25, 6.4, 4.4, 2.0)}
     assert told == {9.0: "8100", 8.25: "3830", 6.4: "602", 4.4: "81.5", 2.0: "7.4"}
+
+
+def test_tests_on_other_items_are_not_compared(tmp_path: Path) -> None:
+    """The task file changed between two processes of the run: its first test was on other items."""
+    tests = [task_line(0, "words", "0000"), task_line(10, "words", "10", "b"), task_line(20, "words", "11", "b")]
+    page = report([write(tmp_path / "run", [*lines("rewarm", 20), *tests])], tmp_path / "report").read_text()
+    assert "<td>50.0 &rarr; <b>100.0</b></td>" in page and "on words: 50.0 % to 100.0 %" in page
 
 
 def test_panels_of_pretraining_keep_apart(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from megarewarm.record.run import read_run
 from megarewarm.report.live.frame import frame, sparkline
 from megarewarm.report.live.watch import Losses, RunView, Watch
 from megarewarm.spelling import duration_text
-from tests.support.report_runs import TOKENS_PER_STEP, eval_line, lines, train_line, write
+from tests.support.report_runs import TOKENS_PER_STEP, eval_line, lines, task_line, train_line, write
 
 ROOT = Path(__file__).resolve().parents[2]
 NOW = 1_800_000_000.0
@@ -347,6 +347,21 @@ def test_frame_at_80_columns(tmp_path: Path) -> None:
     assert "! spiky: step 100: loss spike: 3.2 to 7.9" in shown
     order = [line.split()[0] for line in shown[2:] if line[0] not in " !"]
     assert order == ["max_lr_2e-3.s2", "scratch", "spiky", *(f"waiting_{i}" for i in range(3)), "upstream", "done_0", "done_1"]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_row_with_a_short_name_is_whole(tmp_path: Path, width: int) -> None:
+    header, row = text(arm(tmp_path / "b", simulated(130)), width)[1:3]
+    assert header.endswith("left") and row.endswith(duration_text(270 * STEP_SECONDS)) and len(header) == len(row) <= width
+
+
+def test_all_tasks_are_shown_at_80_columns(tmp_path: Path) -> None:
+    names = ["piqa_rc_0shot", "hellaswag_rc_5shot", "arc_easy_test_rc_5shot", "words"]
+    shown = text(arm(tmp_path / "run", [*simulated(130), *(task_line(130, name, "10") for name in names)]), 80)
+    told = [line for line in shown if "lost 0, won 0" in line]
+    assert len(told) < len(names)
+    assert all(any(f"{name} 50.0 %, lost 0, won 0" in line for line in told) for name in names)
+    assert all(len(line) <= 80 for line in shown)
 
 
 def test_wide_frame_has_all_numbers_in_a_row(tmp_path: Path) -> None:

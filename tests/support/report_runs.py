@@ -84,6 +84,16 @@ def eval_line(step: int, name: str, role: str, loss: float) -> dict[str, Any]:
     return {"event": "eval", "step": step, "tokens": step * TOKENS_PER_STEP, "name": name, "role": role, "loss": loss}
 
 
+def task_line(step: int, name: str, right: str, digest: str = "a") -> dict[str, Any]:
+    """A test on items of two choices, none of them lost or won."""
+    accuracy = right.count("1") / len(right)
+    return {
+        "event": "task", "step": step, "tokens": step * TOKENS_PER_STEP, "name": name, "items": len(right), "digest": digest,
+        "accuracy": accuracy, "accuracy_bytes": accuracy, "chance": 0.5, "bits_per_byte": 2.0, "right": right,
+        "right_bytes": right, "lost": 0.0, "won": 0.0, "lost_beyond": 0.0, "won_beyond": 0.0,
+    }  # fmt: skip
+
+
 def lines(name: str, steps: int = STEPS) -> list[dict[str, Any]]:
     """The events of one arm, in the order in which a run writes them."""
     rng = np.random.default_rng(sum(map(ord, name)))

@@ -45,7 +45,7 @@ def frame(overview: Overview, width: int, height: int | None = None, *, unicode:
     if len(alarms) > most:
         alarms = [*alarms[: most - 1], Text(f"{len(alarms) - most + 1} more alarms", style="red")]
     alarms += [Text(_UNITS[overview.unit], style="dim")] if overview.unit in _UNITS else []
-    tests = _test_lines(overview)
+    tests = _test_lines(overview, width)
     if room is None or len(lines) + 1 + len(overview.runs) + len(tests) + len(alarms) <= room:
         alarms = [*tests, *alarms]
     used = len(lines) + 1 + len(alarms)
@@ -77,7 +77,7 @@ def _columns(overview: Overview, width: int) -> tuple[int, int, bool]:
     """Width of the names, of the sparklines, and whether all numbers fit on one line."""
     wide = width >= WIDE
     fixed = 9 + 10 + 2 * (7 + 7 + 3) + 7 + 8 + 7 + 7 if wide else 9 + 5 + 2 * (8 + 2) + 7
-    longest = min(_LONGEST_NAME, max((len(run.name) for run in overview.runs), default=3))
+    longest = min(_LONGEST_NAME, max((8, *(len(run.name) for run in overview.runs))))
     spark = max(4, min(24, (width - fixed - longest) // 2))
     return max(8, min(longest, width - fixed - 2 * spark)), spark, wide
 
@@ -198,20 +198,24 @@ def _folded(state: State, runs: Sequence[RunView], width: int) -> Text:
     return text.append(f" · {told}" if listed else "", style="dim")
 
 
-def _test_lines(overview: Overview) -> list[Text]:
-    """The newest test of each task, a line for each of the running runs, or the only run."""
+def _test_lines(overview: Overview, width: int) -> list[Text]:
+    """The newest test of each task, of each of the running runs, or of the only run, in as many lines as they need."""
     shown = [run for run in overview.runs if run.tests and (run.state == "running" or len(overview.runs) == 1)]
     lines = []
     for run in shown[:_ALARMS]:
-        told = []
+        line = f"  {_short(run.name, 28)}: " if len(overview.runs) > 1 else "  "
+        begun = False
         for test in run.tests:
             text = f"{test.name} {100 * test.accuracy:.1f} %"
             if test.lost is not None and test.won is not None and test.step > run.first:
                 text += f", lost {test.lost * test.items:.0f}, won {test.won * test.items:.0f}"
-            told.append(text)
-        name = f"{_short(run.name, 28)}: " if len(overview.runs) > 1 else ""
-        lines.append(Text(f"  {name}{' · '.join(told)}", style="dim"))
-    return lines
+            if begun and len(line) + 3 + len(text) > width:
+                lines.append(line)
+                line, begun = "    ", False
+            line += " · " * begun + text
+            begun = True
+        lines.append(line)
+    return [Text(line, style="dim") for line in lines]
 
 
 def _alarm_lines(overview: Overview) -> list[Text]:
