@@ -160,7 +160,7 @@ def test_bad_input_is_refused_before_training(
     assert "has 16 positions: give at most as many" in said(replay=replay(max_document_tokens=17))
     assert "900, and the run replays 1,920 of them" in said(replay={**replay(), "max_epochs": 1.0}, training={"budget": 60})
     later = {"at": "20 steps", "train": mapping(place)["data"]["train"], "replay_fraction": 0.5}
-    short = {"replay": {**replay(), "max_epochs": 1.0}, "training": {"budget": 40}}
+    short: dict[str, Any] = {"replay": {**replay(), "max_epochs": 1.0}, "training": {"budget": 40}}
     assert "900, and the run replays 1,920 of them" in said(switches=[later], **short)  # 20 steps x 128 x (1/4 + 1/2)
     assert not list((cache / "own_replay").glob("*/tokens_900.bin")), "it is refused before anything is written"
     assert "'of: start' and 'generate' belong together" in said(replay={"of": "start", "fraction": 0.1, "generate": None})
