@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from megarewarm.config.schema import RunConfig
 
 # The sections that define a run. The others (logging, checkpoint, evaluation, ...) may change between restarts.
-_IDENTITY = ("name", "model", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
+_IDENTITY = ("name", "model", "context", "start", "data", "replay", "distill", "schedule", "training", "optimizer")
 _FREE = {
     ("training", "micro_batch"),
     ("training", "device"),

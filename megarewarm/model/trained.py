@@ -21,7 +21,8 @@ GROUPS = ("head", "embeddings", "norms", NEW_LAYERS, NEW_ROWS)
 
 def chosen(only: str, model: ModelConfig, new_layers: Sequence[int], new_rows: Rows | None) -> dict[str, Rows | None]:
     """The parameters that one entry of ``optimizer.train.only`` names: one of ``GROUPS``, 'layers 3', 'layers 0-3', or a
-    pattern of names with * and ?. ``new_layers``, ``new_rows``: those of the start checkpoint."""
+    pattern of names with * and ?; none where layers go beyond the last. ``new_layers``, ``new_rows``: those of the start
+    checkpoint."""
     every = cards(model)
     if only == NEW_ROWS:
         return {} if new_rows is None else {name: new_rows for name, card in every.items() if card.has_vocabulary}
@@ -31,7 +32,8 @@ def chosen(only: str, model: ModelConfig, new_layers: Sequence[int], new_rows: R
         return {EMBEDDING if model.tie_embeddings else HEAD: None}
     if (found := _LAYERS.fullmatch(only)) is not None:
         layers = range(int(found[1]), int(found[2] or found[1]) + 1)
-        return {name: None for name, card in every.items() if card.layer is not None and card.layer in layers}
+        within = layers.stop <= model.num_layers  # counted from 1 they would be others than those that were meant
+        return {name: None for name, card in every.items() if within and card.layer is not None and card.layer in layers}
     role = {"embeddings": "embedding", "norms": "norm"}.get(only)
     return {name: None for name, card in every.items() if (card.role == role if role else fnmatchcase(name, only))}
 

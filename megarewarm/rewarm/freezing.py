@@ -77,6 +77,6 @@ def _why_nothing(only: str, model: ModelConfig) -> str:
         return f"'{only}', but the lineage of the start checkpoint records none ({made}); name what shall train"
     names = list(cards(model))
     return (
-        f"'{only}' names no parameter of this model, which has {model.num_layers} layers (from 0) and parameters such as "
+        f"'{only}' names what this model does not have: it has {model.num_layers} layers (from 0) and parameters such as "
         f"{names[1]}; give {', '.join(GROUPS)}, 'layers 0-3', or a pattern of names such as '*.bias'"
     )

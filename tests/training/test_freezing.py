@@ -311,8 +311,9 @@ def test_layouts_freeze_and_thaw_as_one_process_does(tmp_path: Path, ranks: int,
 
 
 BAD: list[tuple[Any, Any, str]] = [
-    ("heads", None, "'heads' names no parameter of this model, which has 3 layers"),
-    ("layers 3-4", None, "'layers 3-4' names no parameter"),
+    ("heads", None, "'heads' names what this model does not have: it has 3 layers"),
+    ("layers 3-4", None, "'layers 3-4' names what this model does not have"),
+    ("layers 1-3", None, "'layers 1-3' names what this model does not have: it has 3 layers (from 0)"),
     (["head", "new_layers"], None, "'new_layers', but the lineage of the start checkpoint records none"),
     ("new_rows", None, "'new_rows', but the lineage"),
     ("*", None, "every parameter, nothing is frozen"),
