@@ -89,8 +89,8 @@ def new_tokens(source: OpenedCheckpoint, tokenizer: Path, old: Path | None = Non
             )
     if among := [token for token, i in after.vocabulary.items() if i < before.vocab_size and token not in before.vocabulary]:
         raise UserError(
-            f"{after.path}: new token {among[0]!r} has id {after.vocabulary[among[0]]}, which {source.name} has a row for; give "
-            f"new tokens ids from {before.vocab_size} on, as 'megarewarm extend-tokenizer' does"
+            f"{after.path}: new token {among[0]!r} has id {after.vocabulary[among[0]]}, which {source.name} has a row for: give"
+            f" new tokens ids from {before.vocab_size} on, as 'megarewarm extend-tokenizer' does"
         )
     if after.vocab_size <= before.vocab_size:
         raise UserError(
