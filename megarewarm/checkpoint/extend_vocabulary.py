@@ -87,6 +87,11 @@ def new_tokens(source: OpenedCheckpoint, tokenizer: Path, old: Path | None = Non
                 f"{after.path}: token {token!r} {now}, it is {number} in {before.path}, with which {source.name} was trained; "
                 f"old ids must stay, as 'megarewarm extend-tokenizer' keeps them"
             )
+    if among := [token for token, i in after.vocabulary.items() if i < before.vocab_size and token not in before.vocabulary]:
+        raise UserError(
+            f"{after.path}: new token {among[0]!r} has id {after.vocabulary[among[0]]}, which {source.name} has a row for: give"
+            f" new tokens ids from {before.vocab_size} on, as 'megarewarm extend-tokenizer' does"
+        )
     if after.vocab_size <= before.vocab_size:
         raise UserError(
             f"{after.path}: has {after.vocab_size:,} ids, no more than {before.path}, with which {source.name} was trained; "

@@ -55,15 +55,20 @@ class Prospect:
 def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = None) -> list[Prospect]:
     """The remaining cost of each of ``arms`` on ``ranks`` processes (None: as many as its config needs). Plans every run.
 
-    Raises ``UserError`` if a start checkpoint is neither on this machine nor written by another run, or if planning a run or
-    starting one of ``arms`` would fail for another reason than missing files.
+    Raises ``UserError`` if a start checkpoint of one of ``arms`` is neither on this machine nor written by another run, or if
+    planning or starting one would fail for another reason than missing files.
     """
     plans: list[Plan] = []
     found = []
     wanted = {arm.name for arm in arms}
     prepared = prepared_folder(experiment)
     for arm in experiment.arms:
-        plan, missing = plan_ahead(arm.config, plans)
+        try:
+            plan, missing = plan_ahead(arm.config, plans)
+        except UserError as error:
+            if arm.name in wanted:
+                raise UserError(f"{arm.name}: {error}") from error
+            continue  # its start may be made, by hand, of what the others write
         plans.append(plan)
         if arm.name not in wanted:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,13 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
     vocabulary |= {a: other, b: one}
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "tokenizer.json").write_text(json.dumps(moved))
+    vocabulary["<|far|>"] = OLD + NEW + 2
+    for name, more in (("gap", {}), ("filled", {"<|in it|>": OLD + NEW, "<|new|>": OLD + NEW + 3})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(
+            json.dumps(moved | {"model": moved["model"] | {"vocab": vocabulary | more}})
+        )
+    saved("llama", tmp_path / "wide", 400)
     (tmp_path / "small").mkdir()
     saved("llama", tmp_path / "small", 100)
     (tmp_path / "english.txt").write_text("zz qq 11")
@@ -230,6 +238,10 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
     for words, says in (
         ([ckpt, out, "--tokenizer", tok], "comes with no tokenizer"),
         ([ckpt, out, "--tokenizer", tmp_path / "moved", "--old-tokenizer", old], "old ids must stay"),
+        (
+            [tmp_path / "wide", out, "--tokenizer", tmp_path / "filled", "--old-tokenizer", tmp_path / "gap"],
+            f"new token '<|in it|>' has id {OLD + NEW}, which",
+        ),
         ([ckpt, out, "--tokenizer", old, "--old-tokenizer", tok], "another model's tokenizer"),
         ([ckpt, out, "--tokenizer", old, "--old-tokenizer", old], "no more than"),
         ([tmp_path / "small", out, "--tokenizer", tok, "--old-tokenizer", old], "another model's tokenizer"),
@@ -245,7 +257,7 @@ def test_bad_input_is_one_line_and_writes_nothing(place: Path, tmp_path: Path) -
             "none of the new tokens",
         ),
     ):
-        with pytest.raises(UserError, match=says) as problem:
+        with pytest.raises(UserError, match=re.escape(says)) as problem:
             extend_vocabulary.main(list(map(str, words)))
         assert "\n" not in str(problem.value)
     with pytest.raises(SystemExit) as left:

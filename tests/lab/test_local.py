@@ -150,8 +150,11 @@ def test_waves_go_by_what_lies_before_a_run(tmp_path: Path) -> None:
 
 def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
     lost = experiment(tmp_path, [{"name": "a", "start": {"from": str(tmp_path / "nowhere")}, "model": None}])
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=r"a: .*nowhere"):
         prospects(lost, lost.arms)
+    by_hand = [*runs(first=None), {"name": "a", "start": {"from": "${runs}/first/extended"}, "model": None}]
+    made_later = experiment(tmp_path, by_hand)  # with --only first, whose result it is made of
+    assert [each.arm.name for each in prospects(made_later, made_later.arms[:1])] == ["first"]
     missing = experiment(tmp_path, [{"name": "a", "data": {"train": [{"path": str(tmp_path / "none")}]}}])
     (prospect,) = prospects(missing, missing.arms)
     assert prospect.state == "waiting" and "none: no such token file" in prospect.missing[0]

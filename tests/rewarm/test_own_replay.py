@@ -93,6 +93,15 @@ def test_documents_end_and_a_killed_start_goes_on_to_the_same_bytes(
     assert written(own(place, seed=7)) != documents
 
 
+def test_a_long_first_document_is_not_taken_for_an_endless_model(place: Path, cache: Path) -> None:
+    """Large models write few documents at a time. Judged by the first 16, whatever the batch."""
+    together = written(own(place, tokens=300))
+    assert END not in together[0][:-1] and len(together[0]) == own(place).new_tokens, "the first one is cut"
+    assert written(own(place, tokens=300, batch=1)) == together
+    with pytest.raises(UserError, match="none of the first 18 documents"):
+        written(own(place, tokens=900, batch=6, temperature=1e-4, prompt=[2]))
+
+
 def test_prompts_of_ids_belong_to_the_documents(place: Path, cache: Path) -> None:
     documents = written(own(place, prompt=[3, 9], max_document_tokens=8))
     assert all(ids[:2] == [3, 9] and ids[-1] == END for ids in documents) and max(map(len, documents)) == 8

@@ -77,7 +77,7 @@ class Base:
             if token in tokenizer.vocabulary:
                 raise UserError(f"--tokens: {token!r} is a token of {tokenizer.path} already; leave it out")
             if not token or token != token.strip():
-                raise UserError(f"--tokens: {token!r} is empty or has spaces around it, which texts rarely have: take them off")
+                raise UserError(f"--tokens: {token!r} is empty or has spaces around it; take them away")
         try:
             self._fast = FastBPE(self._with_special(self.content, self.size))
         except NotCovered as error:
