@@ -241,6 +241,7 @@ def test_every_layout_gives_the_same(tmp_path: Path, ranks: int, parallel: dict[
         ({"context": "a", "continuation": " a", "choices": []}, "line 2: both"),
         ({"context": "the cat saw " * 40, "continuation": " a"}, "tokens with its context, the model has 48 positions"),
         ({"context": "a", "continuation": " the cat saw" * 40}, "line 2: the continuation has"),
+        ({"context": "a", "continuation": "a", "delimeter": " "}, "line 2: unknown key 'delimeter', did you mean 'delimiter'"),
         ("{", "line 2: not JSON"),
         ([1], "line 2: expected an object"),
         (None, "no items"),

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megarewarm.config.data import ValidationSet
+from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.text.byte_lengths import ByteLengths
@@ -27,7 +28,9 @@ from megarewarm.record.run import APART, BITS, NATS, RecordedRun, in_one_unit
 from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
 from megarewarm.report.pages.run_page import report
+from megarewarm.training.start.plan import make_plan
 from megarewarm.training.start.text_bytes import SetBytes
+from megarewarm.training.start.texts import settle_texts
 from megarewarm.training.trainer import train
 from tests.support.tiny import config, events, quiet
 
@@ -51,22 +54,23 @@ def prepared(place: Path, vocabulary: int, append_eod: bool = True) -> tuple[Pat
     return place / f"text{name}", tokenizer
 
 
-def trained(place: Path, name: str, prefix: Path, vocabulary: int, **changes: Any) -> Path:
+def settings(place: Path, name: str, prefix: Path, vocabulary: int, **changes: Any) -> RunConfig:
     source = [{"path": str(prefix), "max_epochs": 99}]
     sets = [{"name": "text", "role": "upstream", "tokens": 480, "sources": [{"path": str(prefix)}]}]
-    folder = place / name
-    run = config(
+    return config(
         place,
         name=name,
-        folder=str(folder),
+        folder=str(place / name),
         model={"vocab_size": vocabulary},
         data={"train": source, "validation": sets, **changes},
         training={"budget": 4},
         evaluation={"every": 2},
         export={"huggingface": True},
     )
-    train(run, Ranks(0, 1, torch.device("cpu")), quiet())
-    return folder
+
+
+def trained(place: Path, name: str, prefix: Path, vocabulary: int, **changes: Any) -> Path:
+    return train(settings(place, name, prefix, vocabulary, **changes), Ranks(0, 1, torch.device("cpu")), quiet()).folder
 
 
 @pytest.mark.parametrize("append_eod", [True, False])
@@ -162,6 +166,16 @@ def test_runs_of_two_tokenizers_are_in_one_figure_in_bits_per_byte(tmp_path: Pat
     overview = Watch(runs).look()
     assert overview.unit == BITS and overview.runs[0].upstream.newest == events(folders[0], "eval")[-1]["bits_per_byte"]
     assert all(len(line.plain) <= 80 for line in frame(overview, 80)) and "bits per byte" in frame(overview, 80)[-1].plain
+
+
+def test_where_no_manifest_names_the_tokenizer_data_tokenizer_tells_runs_apart(tmp_path: Path) -> None:
+    """Token files of other programs have none."""
+    prefix, tokenizer = prepared(tmp_path, 280)
+    said = settle_texts(make_plan(settings(tmp_path, "a", prefix, 280))).tokenizer
+    prefix.with_suffix(".json").unlink()
+    assert settle_texts(make_plan(settings(tmp_path, "a", prefix, 280))).tokenizer is None
+    named = make_plan(settings(tmp_path, "a", prefix, 280, tokenizer=str(tokenizer)))
+    assert settle_texts(named).tokenizer == said is not None
 
 
 def test_losses_that_lack_their_bytes_stay_and_are_called_incomparable() -> None:

@@ -113,6 +113,9 @@ def _item(path: Path, number: int, line: Mapping[str, Any]) -> Item:
     for key in ("context", "continuation") if is_cloze else ("context", "choices", "answer"):
         if key not in line:
             raise refused(f"no '{key}'; expected {_expected()}")
+    for key in line if "delimiter" not in line else ():  # other keys are let be, but a slip in this one changes the scores
+        if meant := nearest(key, ["delimiter"]):
+            raise refused(f"unknown key '{key}'{meant}")
     choices = [line["continuation"]] if is_cloze else line["choices"]
     texts = {"context": line["context"], "delimiter": line.get("delimiter", "")}
     for key, text in texts.items():

@@ -24,18 +24,15 @@ from megarewarm.training.start.planned import PlannedCheckpoint
 class Texts:
     """``tokenizers``: by which the ids of the training data were made; ``eod``: the id that ends their documents; both as
     far as they are known. ``exported``: what goes beside exported weights, if they are asked for. ``notes``: for the user.
-    ``source``: the tokenizer of new text, such as tasks', if there are any; its file is None where none is known."""
+    ``source``: the tokenizer of new text, such as tasks', if there are any; its file is None where none is known.
+    ``tokenizer``: what tells the run's tokenizer from others that give other ids; None if it is not known."""
 
     tokenizers: list[TokenizerIdentity]
     eod: int | None
     exported: ExportedTokenizer | None
     notes: list[str]
     source: TokenizerSource | None = None
-
-    @property
-    def tokenizer(self) -> str | None:
-        """What tells the run's tokenizer from others that give other ids; None if it is not known."""
-        return self.tokenizers[0].function or self.tokenizers[0].fingerprint if self.tokenizers else None
+    tokenizer: str | None = None
 
 
 def settle_texts(plan: Plan) -> Texts:
@@ -71,7 +68,10 @@ def settle_texts(plan: Plan) -> Texts:
         if source.file is not None:
             notes.append(f"the export will have the tokenizer {source.file}, in which id {exported.ids['eos']} ends a text")
         notes += exported.notes
-    return Texts(_distinct(trained), eod, exported, [*notes, *more], source)
+    # files without a manifest don't say by which tokenizer they were made
+    known = next((made.tokenizer for made in [*trained, *held_out, *_named(config)]), None)
+    told = None if known is None else known.function or known.fingerprint
+    return Texts(_distinct(trained), eod, exported, [*notes, *more], source, told)
 
 
 def _sampled(sources: Sequence[Source]) -> list[str]:
