@@ -35,6 +35,18 @@ class CorpusConfig(Section):
     limit_mb: float | None = Field(None, gt=0, description="At most this much text, in megabytes; null: all of it.")
 
 
+class TaskFileConfig(Section):
+    """A task file FOLDER/NAME.jsonl for ``evaluation.tasks``: which of several continuations of a context is the real one, of
+    held-out documents (``megarewarm make-task``)."""
+
+    from_: str = Field(alias="from", description="Name of the corpus whose held-out text it is made of.")
+    items: Positive = Field(description="How many items, each of a document of its own.")
+    choices: int = Field(4, ge=2, description="Continuations of each item.")
+    context_bytes: Positive = Field(description="Text before the continuation, in bytes.")
+    continuation_bytes: int = Field(ge=4, description="Text of each continuation, in bytes.")
+    seed: Seed = Field(1234, description="Chooses the documents, where they are cut, and the order of the choices.")
+
+
 class PrepareConfig(Section):
     """Token files made before the first run. Files that exist with the same parameters are kept."""
 
@@ -42,6 +54,7 @@ class PrepareConfig(Section):
     tokenizer: TokenizerConfig
     corpora: dict[str, CorpusConfig] = Field(min_length=1, description="The corpora by name.")
     validation_fraction: Share = Field(0.02, gt=0, lt=0.5, description="Share of the documents held out.")
+    tasks: dict[str, TaskFileConfig] = Field({}, description="Task files by name.")
 
 
 class ExperimentConfig(Section):

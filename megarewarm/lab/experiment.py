@@ -13,6 +13,7 @@ from megarewarm.config.arms import Arm
 from megarewarm.config.budget import in_epochs
 from megarewarm.config.experiment import Experiment, PrepareConfig
 from megarewarm.config.experiment_record import check_record, write_record
+from megarewarm.data.text.continuations import Continuations
 from megarewarm.data.text.corpora import prepare_corpora
 from megarewarm.errors import UserError, nearest
 from megarewarm.file_lock import FileLock
@@ -137,6 +138,9 @@ def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:
             train_on=config.tokenizer.train_on,
             sample_mb=config.tokenizer.sample_mb,
             validation_fraction=config.validation_fraction,
+            tasks={
+                name: (task.from_, Continuations(**task.model_dump(exclude={"from_"}))) for name, task in config.tasks.items()
+            },
             progress=show,
         )
     for note in prepared.notes:

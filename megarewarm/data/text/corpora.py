@@ -25,14 +25,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from megarewarm.data.text.continuations import Continuations, make_task
 from megarewarm.data.text.preprocess.documents import Documents, first_bytes
 from megarewarm.data.text.preprocess.job import preprocess
 from megarewarm.data.text.preprocess.python_source import split_source, strip_doctests
 from megarewarm.data.text.preprocess.records import EMPTY
 from megarewarm.data.text.preprocess.shard import Counts
+from megarewarm.data.text.steps import PreparedSteps
 from megarewarm.data.text.tokenizers import Tokenizer, load_tokenizer, train_bpe
 from megarewarm.errors import UserError, nearest
-from megarewarm.files import PART, NewFile, write_whole
+from megarewarm.files import NewFile, write_whole
 
 PROSE = "installed_prose"
 CODE = "installed_code"
@@ -70,9 +72,12 @@ def prepare_corpora(
     train_on: str,
     sample_mb: float = 8.0,
     validation_fraction: float = 0.02,
+    tasks: Mapping[str, tuple[str, Continuations]] | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
     """Make FOLDER/tokenizer.json and, for each corpus, FOLDER/NAME_train and FOLDER/NAME_validation (.bin/.idx/.json).
+
+    ``tasks``: by name (corpus, items), task files FOLDER/NAME.jsonl of the held-out text.
 
     A byte-level BPE of ``vocab_size`` ids is trained on the first ``sample_mb`` of the training text of ``train_on``.
     Exact duplicates are removed within a corpus; then the hash of a document decides whether it is held out, so the two
@@ -85,8 +90,9 @@ def prepare_corpora(
     """
     folder = Path(folder)
     progress = progress or (lambda description, done, total: None)
-    _check(corpora, train_on)
-    record = _Record(folder)
+    tasks = tasks or {}
+    _check(corpora, train_on, tasks)
+    record = PreparedSteps(folder)
     _write_texts(record, corpora, validation_fraction, progress)
 
     texts = {name: record.steps[f"text/{name}"] for name in corpora}
@@ -96,6 +102,8 @@ def prepare_corpora(
         prepared.notes += [f"{name}: {note}" for note in texts[name]["notes"]]
         for part in PARTS:
             prepared.outputs[f"{name}_{part}"] = _tokenised(record, name, part, texts[name][part], tokenizer, progress)
+    for name, (corpus, asked) in tasks.items():
+        _task(record, name, corpus, texts[corpus]["validation"]["sha256"], asked)
     return prepared
 
 
@@ -213,42 +221,6 @@ def _serve() -> None:
         os._exit(1)  # the reader is gone or going, and a normal exit would complain about the pipe
 
 
-class _Record:
-    """FOLDER/prepared.json: which steps are complete, with which parameters, and which files they left."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._path = folder / "prepared.json"
-        self.steps: dict[str, dict[str, Any]] = {}
-        if self._path.exists():
-            try:
-                self.steps = json.loads(self._path.read_bytes())["steps"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self._path} is damaged: remove it, and the data will be made again") from error
-
-    def stands(self, step: str, key: str) -> bool:
-        facts = self.steps.get(step)
-        if facts is None or facts["key"] != key:
-            return False
-        files = [(self.folder / name, size) for name, size in facts["files"].items()]
-        return all(path.is_file() and path.stat().st_size == size for path, size in files)
-
-    def forget(self, step: str) -> None:
-        """Call it before a step's files are changed."""
-        for part in self.folder.glob(f"{step}*{PART}"):  # of a run that was killed
-            part.unlink()
-        if self.steps.pop(step, None) is not None:
-            self._write()
-
-    def finish(self, step: str, key: str, files: Sequence[Path], facts: Mapping[str, Any]) -> None:
-        sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
-        self.steps[step] = {"key": key, "files": sizes, **facts}
-        self._write()
-
-    def _write(self) -> None:
-        write_whole(self._path, (json.dumps({"steps": self.steps}, indent=2) + "\n").encode())
-
-
 class _Text:
     """One corpus on its way to FOLDER/text: without duplicates, up to its limit, divided into the two parts."""
 
@@ -307,7 +279,7 @@ class _Text:
             file.close()
 
 
-def _write_texts(record: _Record, corpora: Mapping[str, Corpus], fraction: float, progress: Progress) -> None:
+def _write_texts(record: PreparedSteps, corpora: Mapping[str, Corpus], fraction: float, progress: Progress) -> None:
     keys = {name: _text_key(corpus, fraction) for name, corpus in corpora.items()}
     missing = {name: corpus for name, corpus in corpora.items() if not record.stands(f"text/{name}", keys[name])}
     (record.folder / "text").mkdir(parents=True, exist_ok=True)
@@ -365,7 +337,7 @@ def _fill(
 
 
 def _tokenizer(
-    record: _Record, text: Mapping[str, Any], train_on: str, vocab_size: int, sample_bytes: int, progress: Progress
+    record: PreparedSteps, text: Mapping[str, Any], train_on: str, vocab_size: int, sample_bytes: int, progress: Progress
 ) -> Tokenizer:
     path = record.folder / "tokenizer.json"
     key = _key(vocab_size, sample_bytes, text["train"]["sha256"])
@@ -381,7 +353,7 @@ def _tokenizer(
 
 
 def _tokenised(
-    record: _Record, name: str, part: str, text: Mapping[str, Any], tokenizer: Tokenizer, progress: Progress
+    record: PreparedSteps, name: str, part: str, text: Mapping[str, Any], tokenizer: Tokenizer, progress: Progress
 ) -> Counts:
     step = f"{name}_{part}"
     key = _key(text["sha256"], tokenizer.fingerprint())
@@ -401,12 +373,25 @@ def _tokenised(
     return Counts(facts["documents"], facts["tokens"], facts["bytes"])
 
 
-def _check(corpora: Mapping[str, Corpus], train_on: str) -> None:
+def _task(record: PreparedSteps, name: str, corpus: str, digest: str, asked: Continuations) -> None:
+    step, key, path = f"task/{name}", _key(digest, asdict(asked)), record.folder / f"{name}.jsonl"
+    if not record.stands(step, key):
+        record.forget(step)
+        text = _text_file(record.folder, corpus, "validation")
+        write_whole(path, make_task(Documents([text]), asked, f"task '{name}': {text}").lines)
+        record.finish(step, key, [path], {"corpus": corpus})
+
+
+def _check(corpora: Mapping[str, Corpus], train_on: str, tasks: Mapping[str, tuple[str, Continuations]]) -> None:
     if train_on not in corpora:
         raise UserError(f"the tokenizer trains on '{train_on}', which is no corpus{nearest(train_on, corpora)}")
-    for name, (source, _) in corpora.items():
+    for name, (corpus, _) in tasks.items():
+        if corpus not in corpora:
+            raise UserError(f"task '{name}': from '{corpus}', which is no corpus{nearest(corpus, corpora)}")
+    for name in (*corpora, *tasks):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(f"corpus '{name}': a name consists of letters, digits, '_' and '-'")
+            raise UserError(f"corpus or task '{name}': a name consists of letters, digits, '_' and '-'")
+    for name, (source, _) in corpora.items():
         if isinstance(source, str) and source not in (PROSE, CODE):
             hint = nearest(source, (PROSE, CODE)) or "; files are given as a list"
             raise UserError(f"corpus '{name}': '{source}' is neither {PROSE} nor {CODE}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from megarewarm.data.text import corpora
+from megarewarm.data.text.continuations import Continuations
 from megarewarm.data.text.corpora import CODE, PROSE, InstalledText, prepare_corpora
 from megarewarm.data.text.tokenizers import load_tokenizer
 from megarewarm.errors import UserError
@@ -93,6 +95,23 @@ def test_installed_text_divides_packages_into_prose_and_code(tmp_path: Path) -> 
     code = [text for kind, text in found if kind == CODE]
     assert len(prose) == 10 and len(code) == 10 and scan.unparsed == 1
     assert not any(sentence[:20] in text for text in code) and not any("secret" in text for _, text in found)
+
+
+def test_task_files_are_made_of_the_held_out_text(tmp_path: Path) -> None:
+    source, out = write_stories(tmp_path / "a.jsonl", 200), tmp_path / "out"
+    asked = Continuations(items=10, choices=3, context_bytes=80, continuation_bytes=30, seed=3)
+    prepare_stories(out, source, tasks={"go_on": ("stories", asked)})
+    held_out = texts(out, "stories", "validation")
+    for item in map(json.loads, (out / "go_on.jsonl").read_text().splitlines()):
+        assert all(any(choice in text for text in held_out) for choice in item["choices"])
+        assert any(item["context"] + item["choices"][item["answer"]] in text for text in held_out)
+    before = snapshot(out)
+    prepare_stories(out, source, tasks={"go_on": ("stories", asked)})
+    assert snapshot(out) == before
+    prepare_stories(out, source, tasks={"go_on": ("stories", dataclasses.replace(asked, seed=4))})
+    assert (out / "go_on.jsonl").read_bytes() != before[str(out / "go_on.jsonl")][1]
+    with pytest.raises(UserError, match="task 'x': from 'story', which is no corpus, did you mean 'stories'"):
+        prepare_stories(out, source, tasks={"x": ("story", asked)})
 
 
 def test_limits_and_bad_requests(tmp_path: Path) -> None:
