@@ -16,7 +16,8 @@ import torch
 from megarewarm.api import load_model
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.token_file import TokenFileWriter
-from megarewarm.data.tasks.items import read_tasks
+from megarewarm.data.tasks.items import Item, read_tasks
+from megarewarm.data.tasks.score import from_text, transitions
 from megarewarm.data.text.tokenizers import train_bpe
 from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
@@ -242,6 +243,11 @@ def test_every_layout_gives_the_same(tmp_path: Path, ranks: int, parallel: dict[
         ({"context": "the cat saw " * 40, "continuation": " a"}, "tokens with its context, the model has 48 positions"),
         ({"context": "a", "continuation": " the cat saw" * 40}, "line 2: the continuation has"),
         ({"context": "a", "continuation": "a", "delimeter": " "}, "line 2: unknown key 'delimeter', did you mean 'delimiter'"),
+        (
+            {"context": "a", "choices": [" a", " b"], "answer": 0, "id": 7},
+            "line 2: unknown key 'id'; a line has",
+        ),
+        ({"context": "a", "continuation": " a", "answer": 0}, "line 2: unknown key 'answer'; a line has context, continuation"),
         ("{", "line 2: not JSON"),
         ([1], "line 2: expected an object"),
         (None, "no items"),
@@ -254,6 +260,27 @@ def test_bad_task_files_are_refused_before_training(tmp_path: Path, line: Any, t
     with pytest.raises(UserError, match=told.replace("(", r"\(")) as raised:
         train(run_config(tmp_path), ALONE, quiet())
     assert str(path) in str(raised.value) and not (tmp_path / "tiny" / "metrics.jsonl").exists()
+
+
+def _item_of(choices: int) -> Item:
+    return Item(1, (("a", " b"),) * choices, (2,) * choices)
+
+
+def test_changes_by_chance_are_those_of_the_paper() -> None:
+    """Against the formula in create_csv.py of github.com/post-forget/post-forget, and against guessing."""
+    before, now = from_text("1111100000"), from_text("1100011000")
+    found = transitions([_item_of(5)] * 10, before, now)
+    acc_before, acc_after, num_choices = 0.5, 0.4, 5
+    adjustment_term = ((1 - acc_before) * (1 - acc_after)) / (num_choices - 1)
+    assert (found.lost, found.won) == (0.3, 0.2) and found.by_chance == pytest.approx(adjustment_term)
+    assert found.lost_beyond == pytest.approx(0.3 - adjustment_term)
+    random, count = np.random.default_rng(0), 100_000
+    choices = np.repeat([2, 4, 1], count)
+    before, now = (random.random(3 * count) < np.where(choices > 1, 1 / choices, 0.5) for _ in range(2))
+    guessed = transitions([_item_of(int(k)) for k in choices], before, now)
+    assert guessed.by_chance == pytest.approx((1 / 4 + 3 / 16) / 3, abs=2e-3)  # a continuation alone is no guess
+    few = choices > 1
+    assert guessed.by_chance == pytest.approx((before & ~now)[few].sum() / len(few), abs=2e-3)
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -110,11 +110,13 @@ def _item(path: Path, number: int, line: Mapping[str, Any]) -> Item:
     is_cloze = "continuation" in line
     if is_cloze and "choices" in line:
         raise refused("both 'choices' and 'continuation': leave one out")
-    for key in ("context", "continuation") if is_cloze else ("context", "choices", "answer"):
+    known = ("context", "continuation") if is_cloze else ("context", "choices", "answer")
+    for key in known:
         if key not in line:
             raise refused(f"no '{key}'; expected {_expected()}")
-    for key in line if "delimiter" not in line else ():  # other keys are let be, but a slip in this one changes the scores
-        if meant := nearest(key, ["delimiter"]):
+    for key in line:
+        if key not in (*known, "delimiter"):
+            meant = nearest(key, (*known, "delimiter")) or f"; a line has {', '.join(known)} and 'delimiter': leave it out"
             raise refused(f"unknown key '{key}'{meant}")
     choices = [line["continuation"]] if is_cloze else line["choices"]
     texts = {"context": line["context"], "delimiter": line.get("delimiter", "")}

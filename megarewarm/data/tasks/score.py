@@ -89,14 +89,15 @@ class Transitions:
 def transitions(items: Sequence[Item], before: Flags, now: Flags) -> Transitions:
     """Of ``items``, right at two evaluations or not.
 
-    ``by_chance``: let an item be known, and then right, or guessed, right with probability 1 / k, each time independently. Of
-    items that are guessed both times, (1 - 1/k)^2 are wrong both times and (1/k)(1 - 1/k) are right before and wrong now, as
-    many as the other way round: 1 / (k - 1) for each that is wrong both times. A model that gives its guess of before again
-    changes fewer, so this is the most that chance explains. A continuation alone is not guessed.
+    ``by_chance`` as in arXiv 2510.17776 (``create_csv.py`` of github.com/post-forget/post-forget): of items with k choices,
+    (1 - accuracy before) (1 - accuracy now) / (k - 1). A guess is wrong k - 1 times as often as right, and the two evaluations
+    are taken as independent. Items of different k are counted apart. A continuation alone is not guessed.
     """
-    guesses = np.array([1 / (len(item.pairs) - 1) if len(item.pairs) > 1 else 0.0 for item in items])
-    lost, won, neither = before & ~now, ~before & now, ~before & ~now
-    return Transitions(float(lost.mean()), float(won.mean()), float((guesses * neither).mean()))
+    lost, won = before & ~now, ~before & now
+    choices = np.array([len(item.pairs) for item in items])
+    alike = [choices == k for k in np.unique(choices) if k > 1]
+    expected = sum(own.mean() * (~before[own]).mean() * (~now[own]).mean() / (choices[own][0] - 1) for own in alike)
+    return Transitions(float(lost.mean()), float(won.mean()), float(expected))
 
 
 def as_text(flags: Flags) -> str:

@@ -211,8 +211,8 @@ def _abilities(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
         f'<h2>Tasks</h2>\n<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div>\n<p class="quiet">From the first test to the last, on the same items. '
         "Lost: items that were right before the run and are wrong now; won: the other way round. Beyond chance: less what "
-        "guessing explains at most, 1 / (k - 1) of each item of k choices that was wrong both times, an estimate of "
-        "megarewarm's own. Bits per byte: of the right choices.</p>"
+        "guessing explains, (1 - accuracy before) (1 - accuracy now) / (k - 1) of items of k choices (arXiv 2510.17776). "
+        "Bits per byte: of the right choices.</p>"
     )
 
 
