@@ -73,16 +73,18 @@ def compute(
     need_hidden: bool,
     need_weight: bool,
     group: dist.ProcessGroup | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () in fp32, gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed.
 
     The first ``valid`` rows of ``weight`` are classes ``first`` and following, the others are padding; with a ``group``
-    other ranks have the other classes, and the gradient of hidden is this rank's part of a sum.
+    other ranks have the other classes, and the gradient of hidden is this rank's part of a sum. ``low``: ``weight`` in
+    ``dtype``, if it is there.
     """
     tokens = hidden.shape[0]
     # Padding rows are multiplied too, as far as they make the rows of logits aligned: their gradient is 0.
     columns = min(weight.shape[0], width_of(valid))
-    head = weight[:columns].to(dtype)
+    head = (weight if low is None else low)[:columns].to(dtype)
     loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
