@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from megarewarm_kernels.loss import logits_in_place
 from megarewarm_kernels.loss.logit_passes import at_target, loss_of
-from megarewarm_kernels.loss.logits_in_place import accumulate
 from megarewarm_kernels.operators import check_floats, define, exact
+from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarewarm_kernels.loss.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
+from megarewarm_kernels.products import accumulate
 
 FORMS = ("auto", "triton", "reference")
 # torch 2.13 renamed it and warns of the old name
@@ -113,20 +114,3 @@ def compute(
         if need_weight:
             accumulate(grad_weight[:columns], logits, x, first=start == 0)
     return loss.float(), grad_hidden, grad_weight
-
-
-def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """``total += dz.T @ x`` (``=`` for the first chunk); ``total`` is fp32, or fp64 as the others.
-
-    On CUDA the products are added in fp32 as they come. Elsewhere lower precision products are rounded once per chunk.
-    """
-    if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), x, beta=0 if first else 1)
-    elif total.is_cuda and first:
-        torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(dz.t() @ x)
-    else:
-        total.add_(dz.t() @ x)
