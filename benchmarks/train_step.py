@@ -106,7 +106,7 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable
         loss_memory=kernels.logit_bytes(device.type),
     )
     model.initialize(1)
-    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig(), kind)
+    optimizer = AdamW(model.parameters, model.cards, OptimizerConfig(), kind, model.trained_copies)
 
     def step(rows: Any) -> float:
         model.gradients.zero()

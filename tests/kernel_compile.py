@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from megarewarm_kernels.attention import head_norms
 from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
 from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
@@ -119,8 +120,12 @@ def _shipped() -> Iterator[Configuration]:
             yield Configuration(f"bias_gelu {form} {dtype}", bias_gelu_forward, dtype, tile, 4)
             backward = {**tile, "TILES": _TILES}
             yield Configuration(f"bias_gelu_backward {form} {dtype}", bias_gelu_backward, dtype, backward, 4, ("partial_ptr",))
-    for name, aligned in (("adamw many tensors", True), ("adamw many tensors, anywhere", False)):
-        yield Configuration(name, adamw_many, "fp32", {"BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
+    for name, aligned, copy in (
+        ("adamw many tensors", True, None),
+        ("adamw many tensors, anywhere", False, None),
+        ("adamw many tensors and copies", True, tl.bfloat16),
+    ):
+        yield Configuration(name, adamw_many, "fp32", {"COPY": copy, "BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
     for head_dim, half, group in ((64, 8, 1), (64, 32, 1), (128, 16, 1), (80, 10, 1), (64, 32, 4), (128, 64, 4)):
         width = 1 << (half - 1).bit_length()
         shape = {"D": head_dim, "GROUP": group, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width}

@@ -175,7 +175,7 @@ class OwnCheckpoint:
             model = Transformer(self.model_config)
         model.to_empty(device="cpu")
         self.verify(alone=True)
-        store.load(self.folder, {f"model.{name}": p.data for name, p in model.named_parameters()}, alone=True)
+        store.load(self.folder, {f"model.{name}": p.detach() for name, p in model.named_parameters()}, alone=True)
         return model
 
 

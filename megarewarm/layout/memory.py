@@ -149,7 +149,7 @@ def memory_of(part: Part, rank: int, work: Work, parallel: ParallelConfig, layou
         one_layer = (count - _outer(part, model, tensor)) / sum(part.layers)
         weights += work.value_bytes * (_outer(part, model, tensor) + 2 * one_layer)
     elif work.value_bytes < 4:
-        weights += work.value_bytes * count  # autocast caches the weights in the compute dtype for a step
+        weights += work.value_bytes * count  # copies of the weights in the compute dtype, or autocast's for a step
     stages = len(part.layers)
     if layout.pipeline == 1:
         in_flight = 1.0

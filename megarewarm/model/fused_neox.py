@@ -7,9 +7,9 @@ from typing import Any
 from megarewarm_kernels import bias_gelu, residual_norms
 from megarewarm_kernels.apex import fused_layer_norm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megarewarm.model.autocast import at_work
+from megarewarm.model.low_weights import product
 from megarewarm.model.neox import MLP, DeferredResidual, Layer
 from megarewarm.model.positions import Positions
 
@@ -29,7 +29,7 @@ class FusedMLP(MLP):
     """The bias of the first linear layer belongs to the GELU."""
 
     def expand(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense_h_to_4h.weight)
+        return product(self.dense_h_to_4h, x)
 
     def contract(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(bias_gelu(x, self.dense_h_to_4h.bias, approximate=self.approximate))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,11 +44,16 @@ class AdamW:
     of the learning rate. Moments are fp32 tensors of the parameters' shapes, on their device."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], cards: Mapping[str, Card], config: OptimizerConfig, kind: str = "torch"
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        cards: Mapping[str, Card],
+        config: OptimizerConfig,
+        kind: str = "torch",
+        copies: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``cards``: of the
         whole model. ``kind``: "torch", "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for
-        NVIDIA's FusedAdam, which must be there."""
+        NVIDIA's FusedAdam, which must be there. ``copies``: of parameters in a lower dtype, which "triton" writes with them."""
         self.kind, self.config = kind, config
         self.names = {parameter: name for name, parameter in parameters.items()}
         self._parameters = parameters
@@ -85,6 +91,7 @@ class AdamW:
                     decays=[config.weight_decay if cards[name].decays else 0.0 for name in held],
                     betas=config.betas,
                     eps=config.eps,
+                    copies=[copies.get(name) for name in held],
                 )
                 self._together.append((factor, list(held.values()), launch))
 
@@ -97,6 +104,7 @@ class AdamW:
                 assert gradients is not None
                 gradients.scale_(scale)
             self.torch.step()
+            torch.autograd.graph.increment_version(list(self.names))  # fused, it does not; copies of them are told by it
             self._completed += 1
             if self._completed > _EXACT:  # where torch's own fp32 count no longer increases
                 self.set_completed_steps(self._completed)

@@ -74,7 +74,7 @@ class Muon:
         self._model = model
         self._matrices = [name for name, card in model.cards.items() if card.is_matrix and name in parameters]
         rest = {name: parameter for name, parameter in parameters.items() if not model.cards[name].is_matrix}
-        self._rest = AdamW(rest, model.cards, config, kind)
+        self._rest = AdamW(rest, model.cards, config, kind, model.trained_copies)
         self._momentum = {name: torch.zeros_like(model.parameters[name]) for name in self._matrices}
         self._factors = rate_factors(model.cards, config.layer_decay)
         self._squares: dict[str, Tensor] = {}

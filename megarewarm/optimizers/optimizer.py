@@ -56,7 +56,7 @@ class Optimizer(Protocol):
 
 
 _MAKERS: dict[str, Callable[[ParallelModel, Mapping[str, nn.Parameter], OptimizerConfig, str], Optimizer]] = {
-    "adamw": lambda model, parameters, config, kind: AdamW(parameters, model.cards, config, kind),
+    "adamw": lambda model, parameters, config, kind: AdamW(parameters, model.cards, config, kind, model.trained_copies),
     "muon": Muon,
 }
 

@@ -9,13 +9,21 @@ from megarewarm.parallel.collectives import Group
 
 
 def cross_entropy(
-    hidden: Tensor, head: Tensor, targets: Tensor, group: Group | None, vocab_size: int, memory: int, kernel: str
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    group: Group | None,
+    vocab_size: int,
+    memory: int,
+    kernel: str,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss in nats summed, number of targets) of states ``hidden`` (b, s, h) after the last norm, which each rank of ``group``
-    has whole; ``targets`` (b, s), ``head`` (v, h) this rank's rows. ``memory``: bytes of logits at a time."""
+    has whole; ``targets`` (b, s), ``head`` (v, h) this rank's rows, ``low`` its copy
+    in the dtype of the products if there is one. ``memory``: bytes of logits at a time."""
     states, wanted = hidden.flatten(0, 1), targets.flatten()
     if group is None:
-        return linear_cross_entropy(states, head, wanted, valid_rows=vocab_size, memory_budget=memory, kernel=kernel)
+        return linear_cross_entropy(states, head, wanted, valid_rows=vocab_size, memory_budget=memory, kernel=kernel, low=low)
     return sharded_linear_cross_entropy(
-        states, head, wanted, group=group, vocab_size=vocab_size, memory_budget=memory, kernel=kernel
+        states, head, wanted, group=group, vocab_size=vocab_size, memory_budget=memory, kernel=kernel, low=low
     )

@@ -18,6 +18,7 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.data.tasks.encode import RowBatch
 from megarewarm.model.documents import IGNORE, DocumentRules
 from megarewarm.model.fused import Operations
+from megarewarm.model.parameters import EMBEDDING, HEAD
 from megarewarm.model.trained import Trained
 from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
@@ -441,4 +442,6 @@ class ParallelModel(LaidOutModel):
         head = self._modules[-1].head
         assert isinstance(head, Tensor)
         group = None if self._tensor is None else self._tensor.group
-        return cross_entropy(hidden, head, targets, group, self.config.vocab_size, self._loss_memory, self._loss_kernel)
+        copy = self.low.get(EMBEDDING if self.config.tie_embeddings else HEAD)
+        low = copy.fresh() if copy is not None and torch.is_autocast_enabled(head.device.type) else None
+        return cross_entropy(hidden, head, targets, group, self.config.vocab_size, self._loss_memory, self._loss_kernel, low)

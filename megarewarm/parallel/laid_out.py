@@ -15,6 +15,7 @@ from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model.fused import Operations, rounds_stream
 from megarewarm.model.initialize import initial_value
+from megarewarm.model.low_weights import LowCopy, keep_copies
 from megarewarm.model.parameters import EMBEDDING
 from megarewarm.model.trained import Rows, Trained
 from megarewarm.parallel import pipeline
@@ -35,6 +36,7 @@ class LaidOutModel:
 
     ``parameters``: this rank's part of each parameter it holds, plain fp32 tensors by the names of the whole model.
     ``trained``: what trains of them, by ``trains`` (see ``train_only``); an optimizer updates it from its ``.grad``.
+    ``low``: copies of parameters in the dtype of products, by name, where there are some.
     ``shapes``: the whole model's parameters. ``gradients``: see there. ``tied``: parameters that the first and the last
     pipeline rank both hold.
     """
@@ -65,6 +67,7 @@ class LaidOutModel:
         if self._head is None and self._ends_meet:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
         self._copies, self._reduce_copies = self._tie(parallel.schedule)
+        self._keep_low(precision, compiled=compile_layers, twice=parallel.schedule == "zero_bubble")
         if self._sharded:
             self._shard(parallel, precision)
         else:
@@ -90,6 +93,27 @@ class LaidOutModel:
         self._head_shard: nn.Parameter | None = None
         if self._ends_meet and self._sharded:
             self._head = self._modules[-1].embed_in = _Matrix(self._modules[0].get_parameter(EMBEDDING))
+
+    def _keep_low(self, precision: str, *, compiled: bool, twice: bool) -> None:
+        """Copies of the weights in the dtype of products; none where fully_shard casts what it gathers, where a compiler sees
+        the layers, and where a pipeline goes ``twice`` through a layer's backward pass."""
+        self.low: dict[str, LowCopy] = {}
+        if precision == "fp32" or self._sharded or compiled or (twice and self.mesh.layout.pipeline > 1):
+            return
+        self.low = keep_copies(self._modules, self._dtype)
+        if self._has_last and self.config.tie_embeddings:
+            self.low[EMBEDDING] = LowCopy(self._modules[-1].get_parameter(EMBEDDING), self._dtype)
+
+    def check_copies(self) -> None:
+        """Raise AssertionError if a copy in the dtype of products is not that of its parameter."""
+        for name, copy in self.low.items():
+            assert copy.is_right(), f"{name}: the copy that products read is not that of the weights; please report this"
+
+    @property
+    def trained_copies(self) -> dict[str, Tensor]:
+        """Of what trains, the copies in the dtype of products: an optimizer that writes them too saves a pass."""
+        low = {name: self.low[name].fresh() for name in self.trained if name in self.low}
+        return {name: self._row_parts[name].of(copy) if name in self._row_parts else copy for name, copy in low.items()}
 
     def _clear_padding(self) -> None:
         for name, local in self.parameters.items():
@@ -264,7 +288,9 @@ class LaidOutModel:
         self._head_shard.grad = None
 
     def _follow(self) -> None:
-        """Before computing: copy the embedding to the V's head."""
+        """Before computing: copy the embedding to the V's head, and what was written to the copies in the dtype of products."""
+        for copy in self.low.values():
+            copy.fresh()
         if self._head_shard is not None:
             assert isinstance(self._head_shard, DTensor)
             self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())

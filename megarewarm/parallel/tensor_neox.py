@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megarewarm.model.low_weights import product
 from megarewarm.model.neox import Layer
 from megarewarm.model.positions import Positions
 from megarewarm.parallel.tensor_ranks import RowLinear, TensorRanks
@@ -29,7 +30,7 @@ class AffineLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         (norm,) = self.norm_of  # type: ignore[misc]
         assert isinstance(norm, nn.LayerNorm)
-        scaled = lambda x: F.linear(torch.addcmul(norm.bias, x, norm.weight), self.weight, self.bias)  # noqa: E731
+        scaled = lambda x: product(self, torch.addcmul(norm.bias, x, norm.weight), self.bias)  # noqa: E731
         return checkpoint(scaled, x, use_reentrant=False)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from megarewarm.model.low_weights import product
 from megarewarm.parallel.collectives import (
     Group,
     copy_to_group,
@@ -51,4 +51,4 @@ class RowLinear(nn.Linear):
     """A linear layer over this rank's columns. Its bias is added after the all-reduce."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return product(self, x)

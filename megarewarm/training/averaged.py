@@ -32,7 +32,7 @@ def finish_average(
         return
     with in_between(run):
         for name, parameter in run.model.parameters.items():
-            parameter.data.copy_(average.weights[name])
+            parameter.detach().copy_(average.weights[name])
         losses = losses_of_sets(run, "the average", show)
     for windows in run.validation:
         voice.metrics.event(

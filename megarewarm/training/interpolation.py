@@ -47,7 +47,7 @@ def interpolate(
             rows[0.0] = dict(run.state.start_losses)
         for alpha in config.interpolate.alphas if alphas is None else alphas:
             for name, parameter in parameters.items():
-                parameter.data.copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
+                parameter.detach().copy_(torch.lerp(start[name].double(), end[name].double(), alpha))
             rows[alpha] = losses_of_sets(run, f"alpha {alpha:g}", show)
             for windows in run.validation:  # when all are known: an interrupted evaluation logs nothing
                 loss = rows[alpha][windows.name]
@@ -67,7 +67,7 @@ def in_between(run: Run) -> Iterator[dict[str, Tensor]]:
         yield end
     finally:
         for name, parameter in parameters.items():
-            parameter.data.copy_(end[name])
+            parameter.detach().copy_(end[name])
         run.model.forget_gathered()
 
 

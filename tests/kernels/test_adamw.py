@@ -57,6 +57,19 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize("sizes", [[1], [5, 1023, 1024, 1025, 0, 3]])
 def test_many_tensors_at_once(sizes: list[int], apart: bool) -> None:
     assert_many_are_right(sizes, apart=apart)
+    assert_many_are_right(sizes, apart=apart, copy=torch.bfloat16)
+
+
+def test_copies_of_another_kind_are_refused() -> None:
+    parameters, firsts, seconds = ([torch.zeros(4), torch.zeros(4)] for _ in range(3))
+    for copies, said in (
+        ([None], "as many moments, decays and copies"),
+        ([torch.zeros(4), None], "copies in bf16 or in fp16, got torch.float32"),
+        ([torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.float16)], "torch.bfloat16, torch.float16"),
+        ([torch.zeros(3, dtype=torch.bfloat16), None], r"need \(4,\) in torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            AdamWTensors(parameters, firsts, seconds, decays=[0.0, 0.0], copies=copies)
 
 
 def test_many_tensors_have_to_fit_together() -> None:

@@ -119,10 +119,11 @@ def test_adamw_is_torchs(size: int, dtype: torch.dtype, copy: torch.dtype | None
     assert_right(size, dtype, copy)
 
 
+@pytest.mark.parametrize("copy", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("sizes", [[1], [5, 1023, 1024, 1025, 0, 3], [3000, 2]])
-def test_adamw_over_many_tensors_is_torchs(sizes: list[int], apart: bool) -> None:
-    assert_many_are_right(sizes, apart=apart)
+def test_adamw_over_many_tensors_is_torchs(sizes: list[int], apart: bool, copy: torch.dtype | None) -> None:
+    assert_many_are_right(sizes, apart=apart, copy=copy)
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024 * 16, 1024 * 16 + 1, 50_000])

@@ -147,7 +147,7 @@ def test_logits_stay_within_the_budget(budget: int) -> None:
 
     with Largest(333) as seen, torch.no_grad():
         chunk = _chunk(512, 333, torch.float32, budget)
-        _compute(hidden, weight, targets, 333, -100, 0.0, chunk, torch.float32, False, True, True)
+        _compute(hidden, weight, None, targets, 333, -100, 0.0, chunk, torch.float32, False, True, True)
     assert budget / 4 < seen.bytes <= min(budget, 512 * 333 * 4)
 
 

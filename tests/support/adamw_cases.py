@@ -57,8 +57,11 @@ def assert_norm_is_right(size: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), x.double().square().sum(), rtol=2e-6, atol=0)
 
 
-def assert_many_are_right(sizes: list[int], *, apart: bool, scale: float = SCALE, steps: int = 3) -> None:
-    """Many tensors in one step each, against PyTorch's float64; ``apart``: the gradients lie elsewhere at every step."""
+def assert_many_are_right(
+    sizes: list[int], *, apart: bool, scale: float = SCALE, steps: int = 3, copy: torch.dtype | None = None
+) -> None:
+    """Many tensors in one step each, against PyTorch's float64; ``apart``: the gradients lie elsewhere at every step; every
+    other tensor has a ``copy`` that is the parameter rounded, with NaN around it."""
     random = torch.Generator().manual_seed(sum(sizes))
     starts = [torch.randn(size, generator=random) for size in sizes]
     gradients = [[torch.randn(size, generator=random).mul_(10.0**-i) for size in sizes] for i in range(steps)]
@@ -75,7 +78,11 @@ def assert_many_are_right(sizes: list[int], *, apart: bool, scale: float = SCALE
     parameters, firsts, seconds = ([view[i] for view in views] for i in range(3))
     for parameter, start, first, second in zip(parameters, starts, firsts, seconds, strict=True):
         parameter.copy_(start), first.zero_(), second.zero_()
-    ours = AdamWTensors(parameters, firsts, seconds, decays=decays, betas=SETTINGS["betas"], eps=SETTINGS["eps"])
+    low = torch.full(flat.shape[1:], float("nan"), dtype=copy or torch.float32)
+    at = [view.storage_offset() for view in views]
+    copies = [low[a : a + size] if copy and i % 2 == 0 else None for i, (a, size) in enumerate(zip(at, sizes, strict=True))]
+    rest = {"betas": SETTINGS["betas"], "eps": SETTINGS["eps"], "copies": copies}
+    ours = AdamWTensors(parameters, firsts, seconds, decays=decays, **rest)
     kept = [torch.empty(size) for size in sizes]
     for step, found in enumerate(gradients, 1):
         for parameter, gradient, held in zip(true, found, kept, strict=True):
@@ -86,4 +93,8 @@ def assert_many_are_right(sizes: list[int], *, apart: bool, scale: float = SCALE
         ours.step(given, step=step, lr=SETTINGS["lr"], scale=scale)
     for parameter, wanted in zip(parameters, true, strict=True):
         torch.testing.assert_close(parameter.double(), wanted.detach(), rtol=1e-6, atol=1e-6)
+    for parameter, held_low in zip(parameters, copies, strict=True):
+        assert held_low is None or torch.equal(held_low, parameter.to(held_low.dtype))
+    written = sum(len(held_low) for held_low in copies if held_low is not None)
+    assert int(low.isnan().sum()) == len(low) - written
     assert int(flat.isnan().sum()) == 3 * 7 * (len(sizes) + 1), "what lies between the tensors is as it was"

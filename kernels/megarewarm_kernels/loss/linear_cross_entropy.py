@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from megarewarm_kernels.loss import logits_in_place
 from megarewarm_kernels.loss.logit_passes import at_target, loss_of
-from megarewarm_kernels.loss.logits_in_place import accumulate
 from megarewarm_kernels.operators import check_floats, define, exact
+from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
 
@@ -31,6 +31,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     memory_budget: int = 64 * MIB,
     kernel: str = "auto",
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of ``-log softmax(z)[target] + z_loss logsumexp(z)^2`` with z = hidden @ weight.T, and their number.
 
@@ -45,6 +46,7 @@ def linear_cross_entropy(
         memory_budget: bytes that the logits and their gradient may take, at least one token's worth.
         kernel: "triton"; "reference" for plain PyTorch; "auto" for Triton where it is there and the tensors are on CUDA,
             in at most fp32.
+        low: ``weight`` in the dtype of the products, where it is there already; None: it is cast.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the count, an int64 scalar. Both stay on the device.
@@ -66,11 +68,13 @@ def linear_cross_entropy(
     check_floats(hidden=hidden, weight=weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    check_copy(low, weight, dtype)
     tracked = torch.is_grad_enabled()
     triton = logits_in_place.applies(kernel, hidden.device, dtype)
     loss = _LinearCrossEntropy.apply(
         hidden,
         weight,
+        low,
         targets,
         rows,
         ignore_index,
@@ -102,6 +106,12 @@ def reference(
     return loss, (targets != ignore_index).sum()
 
 
+def check_copy(low: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``low`` may be a copy of ``weight`` in ``dtype``."""
+    if low is not None and (low.shape != weight.shape or low.dtype != dtype):
+        raise ValueError(f"'low' is {tuple(low.shape)} in {low.dtype}, need {tuple(weight.shape)} in {dtype}")
+
+
 def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
     """Tokens per chunk: as few chunks as the budget allows, of equal size, in whole multiples of 16 where it matters."""
     per_token = rows * (exact(dtype).itemsize + (dtype.itemsize if dtype != exact(dtype) else 0))
@@ -113,31 +123,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients from one pass; backward multiplies them by the upstream gradient, in place."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, low: Tensor | None, targets: Tensor, *rest: Any) -> Tensor:
         ctx.arguments = rest
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, *ctx.grads = _operator(hidden, weight, targets, *ctx.arguments)
-        ctx.save_for_backward(hidden, weight, targets)
+            loss, *ctx.grads = _operator(hidden, weight, low, targets, *ctx.arguments)
+        ctx.save_for_backward(hidden, weight, low, targets)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, low, targets = ctx.saved_tensors
         # The gradients are given away, so that .grad takes them without a copy; a second backward needs new ones.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             with torch.autocast(hidden.device.type, enabled=False):
-                _, *grads = _operator(hidden, weight, targets, *ctx.arguments)
+                _, *grads = _operator(hidden, weight, low, targets, *ctx.arguments)
         *_, need_hidden, need_weight = ctx.arguments
         grad_hidden = grads[0].mul_(upstream).to(hidden.dtype) if need_hidden else None
         grad_weight = grads[1].mul_(upstream).to(weight.dtype) if need_weight else None
-        return grad_hidden, grad_weight, *(None,) * 9
+        return grad_hidden, grad_weight, *(None,) * 10
 
 
 def _compute(
     hidden: Tensor,
     weight: Tensor,
+    low: Tensor | None,
     targets: Tensor,
     rows: int,
     ignore_index: int,
@@ -151,10 +162,10 @@ def _compute(
     """Loss (), gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed."""
     if triton:
         settings = ignore_index, z_loss, chunk, dtype, need_hidden, need_weight
-        return logits_in_place.compute(hidden, weight, targets, 0, rows, *settings)
+        return logits_in_place.compute(hidden, weight, targets, 0, rows, *settings, low=low)
     tokens, width = hidden.shape
     kind = exact(dtype)
-    head = weight[:rows].to(dtype)
+    head = (weight if low is None else low)[:rows].to(dtype)
     loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty((tokens, width) if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=kind)
@@ -194,7 +205,7 @@ def _compute(
     return loss.to(kind), grad_hidden, grad_weight
 
 
-def _shapes(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(hidden: Tensor, weight: Tensor, low: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, dtype, _triton, need_hidden, need_weight = rest
     return (
         hidden.new_empty((), dtype=exact(dtype)),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megarewarm_kernels.loss.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
+from megarewarm_kernels.products import accumulate
 
 FORMS = ("auto", "triton", "reference")
 # torch 2.13 renamed it and warns of the old name
@@ -73,16 +74,18 @@ def compute(
     need_hidden: bool,
     need_weight: bool,
     group: dist.ProcessGroup | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () in fp32, gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed.
 
     The first ``valid`` rows of ``weight`` are classes ``first`` and following, the others are padding; with a ``group``
-    other ranks have the other classes, and the gradient of hidden is this rank's part of a sum.
+    other ranks have the other classes, and the gradient of hidden is this rank's part of a sum. ``low``: ``weight`` in
+    ``dtype``, if it is there.
     """
     tokens = hidden.shape[0]
     # Padding rows are multiplied too, as far as they make the rows of logits aligned: their gradient is 0.
     columns = min(weight.shape[0], width_of(valid))
-    head = weight[:columns].to(dtype)
+    head = (weight if low is None else low)[:columns].to(dtype)
     loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
@@ -111,20 +114,3 @@ def compute(
         if need_weight:
             accumulate(grad_weight[:columns], logits, x, first=start == 0)
     return loss.float(), grad_hidden, grad_weight
-
-
-def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
-    """``total += dz.T @ x`` (``=`` for the first chunk); ``total`` is fp32, or fp64 as the others.
-
-    On CUDA the products are added in fp32 as they come. Elsewhere lower precision products are rounded once per chunk.
-    """
-    if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), x, beta=0 if first else 1)
-    elif total.is_cuda and first:
-        torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(dz.t() @ x)
-    else:
-        total.add_(dz.t() @ x)

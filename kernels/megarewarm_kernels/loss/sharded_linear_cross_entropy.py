@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megarewarm_kernels.loss import logits_in_place
+from megarewarm_kernels.loss.linear_cross_entropy import check_copy
 from megarewarm_kernels.loss.logit_passes import at_target, define_statistics, log_terms, loss_of, place_of
 from megarewarm_kernels.loss.logits_in_place import even_chunk, gathered
 from megarewarm_kernels.operators import check_floats, exact
@@ -32,6 +33,7 @@ def sharded_linear_cross_entropy(
     z_loss: float = 0.0,
     memory_budget: int = 64 * MIB,
     kernel: str = "auto",
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``linear_cross_entropy`` of a head W (v, h) whose rows are divided between the T ranks of ``group``.
 
@@ -42,7 +44,7 @@ def sharded_linear_cross_entropy(
         targets: (t,) int64, equal on all ranks, each below ``vocab_size`` or equal to ``ignore_index``.
         group: the ranks; each calls this function with the same sizes and settings.
         vocab_size: v without padding.
-        ignore_index, z_loss, kernel: as for ``linear_cross_entropy``; z-loss takes log-sum-exp over all ranks' logits.
+        ignore_index, z_loss, kernel, low: as for ``linear_cross_entropy``; z-loss takes log-sum-exp over all ranks' logits.
         memory_budget: bytes of logits (with "reference": of logits in fp32) that are held at a time, at least one token's.
 
     Returns:
@@ -56,13 +58,14 @@ def sharded_linear_cross_entropy(
     check_floats(hidden=hidden, weight=weight)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    check_copy(low, weight, dtype)
     triton = logits_in_place.applies(kernel, hidden.device, dtype)
     # all ranks must cut alike, so the size of a chunk comes from the shape that is the same everywhere
     chunk = (logits_in_place.chunk_of if triton else _chunk)(tokens, rows, dtype, memory_budget)
     tracked = torch.is_grad_enabled()
     needs = tracked and hidden.requires_grad, tracked and weight.requires_grad
     settings = rank * rows, valid, ignore_index, z_loss, chunk, dtype, *needs, group
-    loss = _ShardedLinearCrossEntropy.apply(hidden, weight, targets, triton, settings)
+    loss = _ShardedLinearCrossEntropy.apply(hidden, weight, low, targets, triton, settings)
     return loss, (targets != ignore_index).sum()
 
 
@@ -83,27 +86,29 @@ def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> in
 
 class _ShardedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, triton: bool, settings: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, low: Tensor | None, targets: Tensor, triton: bool, settings: tuple[Any, ...]
+    ) -> Tensor:
         ctx.compute = logits_in_place.compute if triton else _compute
         ctx.settings = settings
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, *ctx.grads = ctx.compute(hidden, weight, targets, *settings)
-        ctx.save_for_backward(hidden, weight, targets)
+            loss, *ctx.grads = ctx.compute(hidden, weight, targets, *settings, low=low)
+        ctx.save_for_backward(hidden, weight, low, targets)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, low, targets = ctx.saved_tensors
         # The gradients are given away, so that .grad takes them without a copy; a second backward needs new ones.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             with torch.autocast(hidden.device.type, enabled=False):
-                _, *grads = ctx.compute(hidden, weight, targets, *ctx.settings)
+                _, *grads = ctx.compute(hidden, weight, targets, *ctx.settings, low=low)
         *_, need_hidden, need_weight, _ = ctx.settings
         grad_hidden = grads[0].mul_(upstream).to(hidden.dtype) if need_hidden else None
         grad_weight = grads[1].mul_(upstream).to(weight.dtype) if need_weight else None
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _compute(
@@ -119,10 +124,11 @@ def _compute(
     need_hidden: bool,
     need_weight: bool,
     group: dist.ProcessGroup,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and the gradients of ``hidden`` (this rank's part) and of ``weight``, in plain PyTorch."""
     kind = exact(dtype)
-    head = weight[:valid].to(dtype)
+    head = (weight if low is None else low)[:valid].to(dtype)
     loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if need_weight else (0,), dtype=kind)

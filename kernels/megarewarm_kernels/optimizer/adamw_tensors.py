@@ -3,7 +3,7 @@
 One program takes one block of one tensor, which it finds in a table: where each tensor, its moments and its gradient begin, and
 which tensor a block belongs to. The table is made once; only the gradients' addresses are sent again, and only where they have
 changed. Bytes moved for each parameter, fp32: p, m and v read and written, 24, and the gradient, 4, which is scaled on the way:
-scaling it in a pass of its own moves 8 more.
+scaling it in a pass of its own moves 8 more. A copy in a lower dtype takes 2; made in a pass of its own, 6.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class AdamWTensors:
             updated in place and must stay where they are.
         decays: the weight decay of each parameter.
         betas, eps: as for torch.optim.AdamW.
+        copies: where each parameter is written in a lower dtype too, bf16 or fp16, the same for all; None: nowhere.
 
     Where Triton can't run, or for fp64, the tensors are updated one after another by ``adamw_``. Raises ValueError for tensors
     of other shapes, dtypes or with gaps.
@@ -42,13 +43,22 @@ class AdamWTensors:
         decays: Sequence[float],
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        copies: Sequence[Tensor | None] = (),
     ) -> None:
-        if not len(parameters) == len(firsts) == len(seconds) == len(decays):
-            raise ValueError("give as many moments and decays as parameters")
+        copies = list(copies) or [None] * len(parameters)
+        if not len(parameters) == len(firsts) == len(seconds) == len(decays) == len(copies):
+            raise ValueError("give as many moments, decays and copies as parameters")
+        kinds = {copy.dtype for copy in copies if copy is not None}
+        if len(kinds) > 1 or not kinds <= {torch.bfloat16, torch.float16}:
+            raise ValueError(f"need copies in bf16 or in fp16, got {', '.join(sorted(map(str, kinds)))}")
+        for parameter, copy in zip(parameters, copies, strict=True):
+            if copy is not None:
+                _check(copy, parameter, next(iter(kinds)))
         for together in zip(parameters, firsts, seconds, strict=True):
             for part in together:
                 _check(part, together[0])
         self._parameters, self._firsts, self._seconds = list(parameters), list(firsts), list(seconds)
+        self._copies, self._kind = copies, next(iter(kinds), None)
         self._decays, self._betas, self._eps = list(decays), betas, eps
         self._gradients: list[int] = []
         if not parameters or parameters[0].dtype != torch.float32 or no_triton(parameters[0].device):
@@ -61,7 +71,7 @@ class AdamWTensors:
         self._begins = (blocks.cumsum(0) - blocks).to(device)
         self._sizes = sizes.to(device)
         self._decay = torch.tensor(decays, dtype=torch.float32, device=device)
-        # a row for parameters, moments and gradients each
+        # a row for parameters, moments, copies and gradients each
         self._places = self._find()
         rows = [*self._places, self._places[0]]
         # slices of a flat tensor may begin anywhere; then accesses are of 4 bytes, else of 16
@@ -88,7 +98,7 @@ class AdamWTensors:
             )
         places = [gradient.data_ptr() for gradient in gradients]
         if places != self._gradients:
-            self._table[3].copy_(torch.tensor(places, dtype=torch.int64))
+            self._table[4].copy_(torch.tensor(places, dtype=torch.int64))
             self._gradients = places
         beta1, beta2 = self._betas
         # 1 - beta in double precision: in fp32 its last digits would be lost
@@ -102,6 +112,7 @@ class AdamWTensors:
                 self._decay,
                 len(self._parameters),
                 *numbers,
+                COPY=None if self._kind is None else _KINDS[self._kind],
                 BLOCK=_BLOCK,
                 ALIGNED=self._aligned and all(place % 16 == 0 for place in places),
                 num_warps=_WARPS,
@@ -109,12 +120,13 @@ class AdamWTensors:
             )
 
     def _find(self) -> list[list[int]]:
-        """The addresses of all parameters and of both moments."""
-        return [[part.data_ptr() for part in row] for row in (self._parameters, self._firsts, self._seconds)]
+        """The addresses of all parameters, of both moments and of the copies, 0 for those that there are not."""
+        rows = self._parameters, self._firsts, self._seconds, self._copies
+        return [[0 if part is None else part.data_ptr() for part in row] for row in rows]
 
     def _one_by_one(self, gradients: Sequence[Tensor], step: int, lr: float, scale: float) -> None:
-        rows = zip(self._parameters, gradients, self._firsts, self._seconds, self._decays, strict=True)
-        for parameter, gradient, first, second, decay in rows:
+        rows = zip(self._parameters, gradients, self._firsts, self._seconds, self._decays, self._copies, strict=True)
+        for parameter, gradient, first, second, decay, copy in rows:
             adamw_(
                 parameter,
                 gradient,
@@ -126,13 +138,16 @@ class AdamWTensors:
                 eps=self._eps,
                 weight_decay=decay,
                 scale=torch.full((), scale, dtype=torch.float32, device=parameter.device) if scale != 1.0 else None,
+                copy=copy,
             )
 
 
-def _check(part: Tensor, like: Tensor) -> None:
-    if part.shape != like.shape or part.dtype != like.dtype or not part.is_contiguous() or part.device != like.device:
+def _check(part: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless ``part`` may be used beside ``like``, in ``dtype``, None: in its own."""
+    dtype = dtype or like.dtype
+    if part.shape != like.shape or part.dtype != dtype or not part.is_contiguous() or part.device != like.device:
         raise ValueError(
-            f"need {tuple(like.shape)} in {like.dtype} without gaps on {like.device}, got {tuple(part.shape)} in {part.dtype} "
+            f"need {tuple(like.shape)} in {dtype} without gaps on {like.device}, got {tuple(part.shape)} in {part.dtype} "
             f"on {part.device}"
         )
 
@@ -141,10 +156,12 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    _KINDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
     @triton.jit
-    def addresses(entry_ptr, place, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Pointers to the values at ``place`` of the fp32 tensor whose address is in an entry of the table."""
-        found = tl.load(entry_ptr).to(tl.pointer_type(tl.float32)) + place
+    def addresses(address, place, ALIGNED: tl.constexpr, KIND: tl.constexpr = tl.float32):  # type: ignore[no-untyped-def]
+        """Pointers to the values at ``place`` of the tensor of KIND at ``address``, an entry of the table."""
+        found = address.to(tl.pointer_type(KIND)) + place
         return tl.multiple_of(found, 16) if ALIGNED else found
 
     @triton.jit
@@ -164,6 +181,7 @@ if HAS_TRITON:
         eps,
         rate,
         root,
+        COPY: tl.constexpr,
         BLOCK: tl.constexpr,
         ALIGNED: tl.constexpr,
     ):
@@ -174,10 +192,10 @@ if HAS_TRITON:
         if ALIGNED:
             size = tl.multiple_of(size, 16)
         inside = place < size
-        parameter_ptr = addresses(table_ptr + owner, place, ALIGNED)
-        first_ptr = addresses(table_ptr + tensors + owner, place, ALIGNED)
-        second_ptr = addresses(table_ptr + 2 * tensors + owner, place, ALIGNED)
-        gradient_ptr = addresses(table_ptr + 3 * tensors + owner, place, ALIGNED)
+        parameter_ptr = addresses(tl.load(table_ptr + owner), place, ALIGNED)
+        first_ptr = addresses(tl.load(table_ptr + tensors + owner), place, ALIGNED)
+        second_ptr = addresses(tl.load(table_ptr + 2 * tensors + owner), place, ALIGNED)
+        gradient_ptr = addresses(tl.load(table_ptr + 4 * tensors + owner), place, ALIGNED)
         gradient = tl.load(gradient_ptr, mask=inside, other=0.0) * scale
         first = tl.load(first_ptr, mask=inside, other=0.0) * beta1 + gradient * other1
         second = tl.load(second_ptr, mask=inside, other=0.0) * beta2 + gradient * gradient * other2
@@ -186,3 +204,7 @@ if HAS_TRITON:
         tl.store(first_ptr, first, mask=inside)
         tl.store(second_ptr, second, mask=inside)
         tl.store(parameter_ptr, parameter, mask=inside)
+        if COPY is not None:
+            copy = tl.load(table_ptr + 3 * tensors + owner)
+            if copy != 0:
+                tl.store(addresses(copy, place, ALIGNED, COPY), parameter.to(COPY), mask=inside)

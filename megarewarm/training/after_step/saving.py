@@ -59,6 +59,7 @@ class Save(Stateless):
         context = self._context
         run, saver = context.run, context.saver
         if moment.saving:
+            run.model.check_copies()
             saver.save(run.training_state(context.state(), interim=moment.saving == "interim"), run.tensors())
             moment.saved = True
         if moment.stopping or moment.went_back or run.step == run.plan.config.total_steps:
