@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from megarewarm_kernels.attention import head_norms
+from megarewarm_kernels.attention import head_norms, joined_gradients
 from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
 from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
 from megarewarm_kernels.attention.rotary import _ELEMENTS as ROTARY_ELEMENTS
@@ -131,6 +131,17 @@ def _shipped() -> Iterator[Configuration]:
         shape = {"D": head_dim, "GROUP": group, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width}
         name = f"rotary bf16 d {head_dim} r {2 * half}{_grouped(group)}"
         yield Configuration(name, rotary_kernel, "bf16", shape | {"BACK": False}, 4, ("cos_ptr", "sin_ptr"))
+    for head_dim, half, group, sums in (
+        (64, 8, 1, True),
+        (128, 16, 1, True),
+        (80, 10, 1, True),
+        (64, 32, 4, True),
+        (128, 64, 4, False),
+    ):
+        name = f"join_gradients bf16 d {head_dim} r {2 * half}{_grouped(group)}{' bias' * sums}"
+        shape = joined_gradients.tile_of(head_dim, half, key_heads=16) | {"GROUP": group, "SUMS": sums}
+        exact = ("cos_ptr", "sin_ptr", "partial_ptr")
+        yield Configuration(name, joined_gradients.join_gradients, "bf16", shape, joined_gradients._WARPS, exact)
     for head_dim, group in ((64, 1), (128, 1), (64, 4), (128, 4), (256, 4)):
         for way, kernel, elements in (
             ("", head_norms.head_norms_forward, head_norms._ELEMENTS),

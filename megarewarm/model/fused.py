@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from megarewarm.model import fused_llama, fused_neox, llama, neox
+from megarewarm.model.given_bias import GivenBias
 from megarewarm.model.transformer import Transformer
 
 
@@ -35,6 +36,8 @@ def fuse(model: Transformer, operations: Operations) -> None:
         for module in layer.modules():
             if isinstance(module, neox.Attention | llama.GroupedAttention):
                 module.backend, module.deterministic = operations.attention, operations.deterministic
+                if operations.attention not in ("auto", "sdpa", "reference") and not _norms_heads(module):
+                    _give_bias(module.query_key_value)
             if operations.norms == "triton" and not _has_divided_norms(module):
                 module.__class__ = _NORMS.get(type(module), type(module))
             elif operations.norms == "apex" and type(module) is nn.LayerNorm:
@@ -60,6 +63,17 @@ _ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {
     neox.MLP: fused_neox.FusedMLP,
     llama.GatedMLP: fused_llama.FusedGatedMLP,
 }
+
+
+def _norms_heads(module: nn.Module) -> bool:
+    """Whether norms lie between the projection and the attention, so that its gradient is not the projection's."""
+    return isinstance(module, llama.HeadNormedAttention | llama.WidthNormedAttention)
+
+
+def _give_bias(linear: nn.Linear) -> None:
+    """Let what reads its result give its bias a gradient; not where ``linear`` does more than a product."""
+    if type(linear) is nn.Linear and linear.bias is not None:
+        linear.__class__ = GivenBias
 
 
 def _has_divided_norms(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megarewarm.config.model import ModelConfig
+from megarewarm.model.given_bias import waiting_bias
 from megarewarm.model.positions import Positions
 
 
@@ -86,6 +87,7 @@ class GroupedAttention(nn.Module):
             group=self.group,
             window=self.window,
             starts=positions.starts,
+            bias=waiting_bias(self.query_key_value),
             backend=self.backend,
             deterministic=self.deterministic,
         )

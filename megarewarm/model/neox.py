@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megarewarm.config.model import ModelConfig
+from megarewarm.model.given_bias import waiting_bias
 from megarewarm.model.positions import Positions
 
 
@@ -53,6 +54,7 @@ class Attention(nn.Module):
             positions.sin,
             head_dim=self.head_dim,
             starts=positions.starts,
+            bias=waiting_bias(self.query_key_value),
             backend=self.backend,
             deterministic=self.deterministic,
         )

@@ -19,6 +19,7 @@ from megarewarm.model import operations
 from megarewarm.model.documents import DocumentRules
 from megarewarm.model.fused import Operations, fuse
 from megarewarm.model.fused_neox import FusedLayer, FusedMLP
+from megarewarm.model.given_bias import GivenBias
 from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.parameters import cards
 from megarewarm.model.transformer import Transformer
@@ -58,6 +59,30 @@ def test_the_fused_model_is_the_model(name: str, what: str, documents: bool) -> 
     tokens = some_tokens(plain.config)
     more = {"starts": DocumentRules(5, True, False).starts(tokens[:, :-1])} if documents else {}
     (loss, gradients), (ours, mine) = (losses_and_gradients(model, tokens, **more) for model in (plain, fused))
+    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=f"{key}: {{}}".format)
+
+
+@pytest.mark.parametrize("what", ["none", "full"])
+@pytest.mark.parametrize("variant", ["pythia", "no_attention_bias", "qwen2", "llama"])
+def test_biases_that_attention_gives_their_gradients(variant: str, what: Any) -> None:
+    """With an attention of GPUs, which gives way to PyTorch's here and keeps its way of giving gradients."""
+    if variant in VARIANTS:
+        plain, fused = (pair(VARIANTS[variant], torch.float64)[0] for _ in range(2))
+    else:
+        shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 61}
+        plain, fused = (Transformer(ModelConfig(family=variant, **shape)).double() for _ in range(2))
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        fused.load_state_dict(plain.state_dict())
+    fuse(fused, dataclasses.replace(FUSED, attention="cudnn"))
+    given = [isinstance(module, GivenBias) for name, module in fused.named_modules() if name.endswith("query_key_value")]
+    assert given == [variant in ("pythia", "qwen2")] * len(fused.layers)
+    for layer in fused.layers:
+        recompute(layer, what)
+    tokens = some_tokens(plain.config)
+    (loss, gradients), (ours, mine) = (losses_and_gradients(model, tokens) for model in (plain, fused))
     torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
     for key, gradient in gradients.items():
         torch.testing.assert_close(mine[key], gradient, rtol=1e-9, atol=1e-12, msg=f"{key}: {{}}".format)

@@ -5,7 +5,8 @@ the dtype, documents and windows; ``choose`` says which and why. On Hopper Flash
 than FlashAttention 2 (Shah et al. 2024, arXiv 2407.08608, figures 5 and 6), hence the order.
 
 Bytes moved: those of flash_attention.py; the implementations that are not ours write the three gradients apart, and
-4 (n + 2 k) d bytes more for each token (bf16, n query and k key heads of d) bring them together. They want the queries in one
+4 (n + 2 k) d bytes more for each token (bf16, n query and k key heads of d) bring them together, turned back, with the sum
+over all tokens (joined_gradients.py). They want the queries in one
 row of heads: with a group of more than 1 all are copied, 4 (n + 2 k) d bytes more, and the projection's output is given up.
 """
 
@@ -27,6 +28,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from megarewarm_kernels.attention import rotary
 from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, first_seen, flash_attention, reference, visible
+from megarewarm_kernels.attention.joined_gradients import join_gradients_of
+from megarewarm_kernels.layer.given_bias import give_bias_gradients
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
 
 BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference")
@@ -48,6 +51,7 @@ def attention(
     group: int = 1,
     window: int | None = None,
     starts: Tensor | None = None,
+    bias: Tensor | None = None,
     backend: str = "auto",
     deterministic: bool = False,
 ) -> Tensor:
@@ -64,22 +68,25 @@ def attention(
         starts: (b, s) int32, at each position the first one of its document, or None for one document. Position i attends
             to j where starts[i] <= j <= i and i - window < j. Must not decrease along s, and starts[i] <= i; values are not
             checked. With "flash2" to "flash4" each new tensor waits for the device once, to count the documents.
+        bias: (k x (group + 2) x d,), which qkv holds already but without a derivative: F.linear(x, weight, bias.detach()). Its
+            gradient is given here, summed in fp32 in the pass that writes qkv's. None: there is none, or it has a derivative.
         backend: one of BACKENDS or "auto". One that can't be used gives way to the next that can, and a warning says so once.
         deterministic: the same gradients at every run, bit for bit.
 
     Returns:
         (b, s, n x d). Raises ValueError on wrong shapes or dtypes and on a leaf that asks for gradients.
     """
-    flat_cos, flat_sin = check(qkv, cos, sin, head_dim, group, window, starts)
+    flat_cos, flat_sin = check(qkv, cos, sin, head_dim, group, window, starts, bias)
     if window is not None and window >= qkv.shape[1]:
         window = None
     name = _chosen(qkv.device, qkv.dtype, head_dim, starts is not None, window is not None, deterministic, backend)
     if name == "triton":
-        return flash_attention(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts)
+        return flash_attention(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts, bias=bias)
     if name == "reference" or not qkv.numel():
+        qkv = give_bias_gradients(qkv, bias)
         return reference(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts)
     # queries (b, s, n, d), keys and values (b, s, k, d)
-    query, key, value = _RotateAndSplit.apply(qkv, flat_cos, flat_sin, head_dim, group)
+    query, key, value = _RotateAndSplit.apply(qkv, flat_cos, flat_sin, bias, head_dim, group)
     if name in _MODULES:
         return _by_flash(name, query, key, value, window, starts).flatten(2)
     first = first_seen(qkv.shape[1], window, starts, qkv.device)
@@ -198,11 +205,13 @@ class _RotateAndSplit(torch.autograd.Function):
     tensor and are rotated there."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, head_dim: int, group: int
+    ) -> tuple[Tensor, ...]:
         qkv = qkv.detach()
         rotary.consume(qkv, cos, sin, head_dim, group)
-        ctx.save_for_backward(cos, sin)
-        ctx.head_dim, ctx.group = head_dim, group
+        ctx.save_for_backward(cos, sin, bias)
+        ctx.group = group
         heads = qkv.view(*qkv.shape[:2], -1, group + 2, head_dim)
         queries = heads[:, :, :, :group].flatten(2, 3)
         keys_values = heads[:, :, :, group:]
@@ -214,11 +223,10 @@ class _RotateAndSplit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values = grads
-        parts = [queries.unflatten(2, (-1, ctx.group)), keys.unsqueeze(3), values.unsqueeze(3)]
-        grad = torch.cat(parts, 3).flatten(2)
-        rotary.apply_rotary(grad.view(-1, grad.shape[2]), *ctx.saved_tensors, ctx.head_dim, ctx.group, True)
-        return grad, None, None, None, None
+        cos, sin, bias = ctx.saved_tensors
+        wanted = bias if ctx.needs_input_grad[3] else None
+        grad, found = join_gradients_of(*grads, cos, sin, wanted, ctx.group)
+        return grad, None, None, found if wanted is not None else None, None, None
 
 
 def _by_torch(name: str, query: Tensor, key: Tensor, value: Tensor, first: Tensor | None, deterministic: bool) -> Tensor:

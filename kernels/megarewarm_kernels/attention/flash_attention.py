@@ -26,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from megarewarm_kernels.attention import rotary
-from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, define, exact
+from megarewarm_kernels.layer.given_bias import column_sums
+from megarewarm_kernels.operators import HAS_TRITON, LAUNCH, check_floats, define, exact
 
 MOST_CHANNELS = 256
 
@@ -40,6 +41,7 @@ def flash_attention(
     group: int = 1,
     window: int | None = None,
     starts: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Rotary positions and causal attention, within documents where ``starts`` says so.
 
@@ -53,14 +55,16 @@ def flash_attention(
         window: how many positions each one sees, itself included; None for all earlier ones.
         starts: (b, s) int32, at each position the first one of its document, or None for one document. Position i attends
             to j where starts[i] <= j <= i. Must not decrease along s, and starts[i] <= i; values are not checked.
+        bias: (k x (group + 2) x d,), which qkv holds already but without a derivative. It gets its gradient here: the sum of
+            qkv's over all tokens, in fp32. None: there is none, or it has a derivative.
 
     Returns:
         (b, s, n x d). Raises ValueError on wrong shapes or dtypes and on a leaf that asks for gradients.
     """
-    cos, sin = check(qkv, cos, sin, head_dim, group, window, starts)
+    cos, sin = check(qkv, cos, sin, head_dim, group, window, starts, bias)
     first = first_seen(qkv.shape[1], window, starts, qkv.device)
     first = None if first is None else first.expand(qkv.shape[:2])
-    result: Tensor = _FlashAttention.apply(qkv, cos, sin, first, head_dim, group)
+    result: Tensor = _FlashAttention.apply(qkv, cos, sin, first, bias, head_dim, group)
     return result
 
 
@@ -85,7 +89,14 @@ def reference(
 
 
 def check(
-    qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int, window: int | None, starts: Tensor | None
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    group: int,
+    window: int | None,
+    starts: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``cos`` and ``sin`` as ``rotate_`` takes them. Raises ValueError where the arguments of attention don't fit."""
     if qkv.dim() != 3 or not qkv.is_contiguous():
@@ -100,6 +111,9 @@ def check(
         raise ValueError(f"the window holds at least 1 position, got {window}")
     if starts is not None and (starts.shape != qkv.shape[:2] or starts.dtype != torch.int32):
         raise ValueError(f"starts is {tuple(qkv.shape[:2])} int32, got {tuple(starts.shape)} {starts.dtype}")
+    if bias is not None and bias.shape != qkv.shape[2:]:
+        raise ValueError(f"bias is {tuple(qkv.shape[2:])}, got {tuple(bias.shape)}")
+    check_floats(bias=bias)
     if qkv.requires_grad and qkv.is_leaf and torch.is_grad_enabled():
         raise ValueError("qkv is consumed, so a leaf that asks for gradients can't be given: pass a projection's output")
     return flat_cos, flat_sin
@@ -123,10 +137,19 @@ def visible(length: int, starts: Tensor | None, device: torch.device) -> Tensor:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor | None, head_dim: int, group: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        starts: Tensor | None,
+        bias: Tensor | None,
+        head_dim: int,
+        group: int,
+    ) -> Tensor:
         rotary.consume(qkv, cos, sin, head_dim, group)
         out, lse = _forward(qkv, starts, head_dim, group)
-        ctx.save_for_backward(qkv, out, lse, cos, sin, starts)
+        ctx.save_for_backward(qkv, out, lse, cos, sin, starts, bias)
         ctx.head_dim, ctx.group = head_dim, group
         result: Tensor = out
         return result
@@ -134,10 +157,10 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, lse, cos, sin, starts = ctx.saved_tensors
+        qkv, out, lse, cos, sin, starts, bias = ctx.saved_tensors
         dqkv = _backward(grad, qkv, out, lse, starts, ctx.head_dim, ctx.group)
         rotary.apply_rotary(dqkv.view(-1, dqkv.shape[2]), cos, sin, ctx.head_dim, ctx.group, True)
-        return dqkv, None, None, None, None, None
+        return dqkv, None, None, None, column_sums(dqkv, bias) if ctx.needs_input_grad[4] else None, None, None
 
 
 def _heads(qkv: Tensor, head_dim: int, group: int) -> tuple[Tensor, ...]:
