@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megarewarm.errors import UserError
@@ -95,6 +96,10 @@ def _answer_json(one: Recommendation) -> dict[str, Any]:
         "best": one.best,
         "recommended": _prediction_json(one.next) if one.next else None,
         "sentences": one.sentences,
+        "abilities": {
+            task: {arm: {name: fmean(each.values()) for name, each in items.items()} for arm, items in arms.items()}
+            for task, arms in one.abilities.items()
+        },
     }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megarewarm.laws import abilities
+from megarewarm.laws.abilities import Items
 from megarewarm.laws.arms import Family
 from megarewarm.laws.fitting import quantile
 from megarewarm.laws.replay import ReplayLaw, largest_new_share
@@ -26,7 +28,8 @@ _SAME = 0.005  # nats: losses that differ by less count as equal, as in the repo
 class Recommendation:
     """``question`` holds the compared arms, ``measured`` their final losses by role, ``aim`` the quantity that ``best``
     minimizes: a role's loss or the mean of both. ``limit`` bounds the upstream loss, ``None`` without one. ``next`` is a new
-    run, predicted to improve on ``best`` by more than its band; ``sentences`` state all of this."""
+    run, predicted to improve on ``best`` by more than its band; ``sentences`` state all of this. ``abilities``:
+    items lost and won, by task and arm."""
 
     question: Family
     sections: list[LawSection]
@@ -36,6 +39,7 @@ class Recommendation:
     best: str
     next: Prediction | None
     sentences: list[str]
+    abilities: dict[str, dict[str, Items]]
 
 
 def answer(question: Family, sections: Sequence[LawSection], within: float) -> Recommendation:
@@ -46,10 +50,13 @@ def answer(question: Family, sections: Sequence[LawSection], within: float) -> R
     aim = question.roles[0] if len(question.roles) == 1 else DOWNSTREAM if allowed else MEAN
     able = allowed if aim == DOWNSTREAM else list(measured)
     best = min(able, key=lambda arm: aimed(measured[arm], aim))
-    sentences = [_best(question, measured, best, aim, limit, within, len(able)), *_noise(question, able, best, aim)]
+    near, known = _near(question, able, best, aim)
+    items = abilities.abilities_of(question)
+    sentences = [_best(question, measured, best, aim, limit, within, len(able)), *_noise(able, near, known)]
+    sentences += abilities.sentences(items, best, near if known else ())
     chosen, told = _next(question, sections, measured[best], best, aim, limit)
     return Recommendation(
-        question, list(sections), measured, limit, aim, best, chosen, [*sentences, *told, *_edges(question, best)]
+        question, list(sections), measured, limit, aim, best, chosen, [*sentences, *told, *_edges(question, best)], items
     )
 
 
@@ -77,32 +84,34 @@ def _best(
     return f"{text}; the lowest downstream loss of the {able} arms that keep the upstream loss {start}."
 
 
-def _noise(question: Family, able: Sequence[str], best: str, aim: str) -> list[str]:
-    """Other arms whose difference from the best is within seed noise."""
+def _near(question: Family, able: Sequence[str], best: str, aim: str) -> tuple[list[str], bool]:
+    """(other arms whose difference from the best is within seed noise, whether that is known)"""
     changes = {
         arm: [aimed({role: run.final(role) - run.start(role) for role in question.roles}, aim) for run in question.of(arm)]
         for arm in able
     }
     several = [values for values in changes.values() if len(values) > 1]
     freedom = sum(len(values) - 1 for values in several)
-    if len(able) < 2:
-        return []
     if not freedom:
         means = {arm: float(np.mean(values)) for arm, values in changes.items()}
-        near = [arm for arm in able if arm != best and means[arm] - means[best] <= _SAME]
-        named = f"; within {_SAME:g} of the best: {', '.join(near[:_NAMED])}{_more(len(near) - _NAMED)}" if near else ""
-        return [f"Every arm was run with one seed, so the seed noise is unknown{named}."]
+        return [arm for arm in able if arm != best and means[arm] - means[best] <= _SAME], False
     spread = math.sqrt(sum(float(np.var(values)) * len(values) for values in several) / freedom)
-    alike = [
+    return [
         arm
         for arm, values in changes.items()
         if arm != best
         and np.mean(values) - np.mean(changes[best])
         <= quantile(freedom) * spread * math.sqrt(1 / len(values) + 1 / len(changes[best]))
-    ]
-    if not alike:
-        return []
-    return [f"Within seed noise of the best: {', '.join(alike[:_NAMED])}{_more(len(alike) - _NAMED)}."]
+    ], True
+
+
+def _noise(able: Sequence[str], near: Sequence[str], known: bool) -> list[str]:
+    """Which arms are within seed noise of the best."""
+    named = f"{', '.join(near[:_NAMED])}{_more(len(near) - _NAMED)}"
+    if len(able) > 1 and not known:
+        also = f"; within {_SAME:g} of the best: {named}" if near else ""
+        return [f"Every arm was run with one seed, so the seed noise is unknown{also}."]
+    return [f"Within seed noise of the best: {named}."] if near else []
 
 
 def _next(

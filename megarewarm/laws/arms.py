@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megarewarm.errors import UserError
+from megarewarm.record.events import TaskEvent
 from megarewarm.record.experiment import read_record
 from megarewarm.record.layout import CHECKPOINTS, EXPERIMENT_FILE, METRICS_FILE, step_of
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM, NothingYet, RecordedRun, in_one_unit, read_run
 from megarewarm.report.numbers.runs import unit_sentences
+from megarewarm.report.numbers.tasks import TaskKey, apart_sentences, tests_of
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +37,7 @@ class Trained:
 
     ``arm`` is the same for all seeds. ``rate_before`` and ``sum_before`` are the last learning rate and the sum of rates of its
     start checkpoint, ``None`` if unknown. A run that is not ``finite`` diverged: its losses are ignored, and it may have ended
-    before the ``planned`` steps, if those are known.
+    before the ``planned`` steps, if those are known. ``tests``: on each task, in order.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Trained:
     sum_before: float | None = None
     finite: bool = True
     planned: int | None = None
+    tests: dict[TaskKey, list[TaskEvent]] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -134,7 +137,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
         else:
             left_out.setdefault(one, []).append(name)
     notes = [f"{len(names)} of {len(entries)} runs are left out, {why}: {_shown(names)}" for why, names in left_out.items()]
-    notes += unit_sentences(next(iter(runs.values())).unit) if runs else []
+    notes += [*unit_sentences(next(iter(runs.values())).unit), *apart_sentences(list(runs.values()))] if runs else []
     for role in (UPSTREAM, DOWNSTREAM):
         if blind := [run.name for run in trained if role not in run.losses and runs[run.name].sets(role)]:
             notes.append(f"The {role} loss of {_shown(blind)} is not used: {_NO_START}")
@@ -206,6 +209,7 @@ def _trained(name: str, arm: str, seed: int | None, run: RecordedRun, by_place: 
         sum_before=sum_before,
         finite=finite,
         planned=total - run.first_step if isinstance(total := run.start.get("total_steps"), int) else None,
+        tests=tests_of(run),
     )
 
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from megarewarm.record.events import TaskEvent
-from megarewarm.record.run import RecordedRun
 from megarewarm.report.figures import style
 from megarewarm.report.figures.curves import legend_above, legend_columns, token_axis
 from megarewarm.report.figures.lines import Line
+from megarewarm.report.numbers.tasks import TaskKey, task_labels, tests_of
 
 CAPTION = (
     "Left: items whose right choice the model finds most likely; dotted: guessing. Right: items that were right before the run "
@@ -24,20 +24,20 @@ CAPTION = (
 def draw_abilities(lines: Sequence[Line]) -> Figure | None:
     """A row for each task: its accuracy, and the items lost and won. ``None`` without any test."""
     lines = [line for line in lines if line.run.tests]
-    names = list(dict.fromkeys(test.name for line in lines for test in line.run.tests))
-    if not names:
+    labels = _labels(lines)
+    if not labels:
         return None
     with style.style():
         head = 0.55 + 0.21 * math.ceil(len(lines) / legend_columns(lines))
-        total = head + 2.9 * len(names)
+        total = head + 2.9 * len(labels)
         figure = style.new_figure(11.0, total)
-        rows = figure.subplots(len(names), 2, squeeze=False)
+        rows = figure.subplots(len(labels), 2, squeeze=False)
         figure.subplots_adjust(left=0.075, right=0.985, top=1 - head / total, bottom=0.6 / total, hspace=0.55, wspace=0.18)
-        for (left, right), name in zip(rows, names, strict=True):
+        for (left, right), (key, label) in zip(rows, labels.items(), strict=True):
             for line in lines:
-                _draw_line(left, right, line, tests_of(line.run, name))
-            left.set_title(f"{name}: accuracy")
-            right.set_title(f"{name}: items lost and won")
+                _draw_line(left, right, line, tests_of(line.run).get(key, []))
+            left.set_title(f"{label}: accuracy")
+            right.set_title(f"{label}: items lost and won")
             for axes in (left, right):
                 axes.set_ylabel("% of items")
                 axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -58,17 +58,14 @@ def _draw_line(left: Axes, right: Axes, line: Line, tests: Sequence[TaskEvent]) 
         right.plot(tokens, found, color=colour, linestyle=dashes, marker=marker, markersize=5)
 
 
-def tests_of(run: RecordedRun, name: str) -> list[TaskEvent]:
-    """Those on task ``name``, in order, on the items of the newest: scores of other items don't compare."""
-    found = [test for test in run.tests if test.name == name]
-    return [test for test in found if test.digest == found[-1].digest]
+def _labels(lines: Sequence[Line]) -> dict[TaskKey, str]:
+    return task_labels(key for line in lines for key in tests_of(line.run))
 
 
 def describe_abilities(lines: Sequence[Line]) -> str:
     """Alternative text of ``draw_abilities``."""
-    told = []
+    told, labels = [], _labels(lines)
     for line in lines:
-        for name in dict.fromkeys(test.name for test in line.run.tests):
-            found = tests_of(line.run, name)
-            told.append(f"{line.label} on {name}: {100 * found[0].accuracy:.1f} % to {100 * found[-1].accuracy:.1f} %")
+        for key, found in tests_of(line.run).items():
+            told.append(f"{line.label} on {labels[key]}: {100 * found[0].accuracy:.1f} % to {100 * found[-1].accuracy:.1f} %")
     return "Line charts of accuracy, and of items lost and won, against tokens. " + "; ".join(told) + "."

@@ -9,7 +9,7 @@ from typing import Any
 
 from megarewarm.record.run import DOWNSTREAM, RecordedRun
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, TrialRecord
-from megarewarm.report.numbers.measure import MEASURES, run_measures
+from megarewarm.report.numbers.measure import MEASURES, Measure, measures_of, run_measures
 from megarewarm.report.numbers.runs import Kind, row_of, same_length, tokens_to_reach
 from megarewarm.report.numbers.seeds import Difference, Spread, paired, spread_of
 
@@ -20,12 +20,13 @@ COMPARED = ("upstream_after", "downstream_after", "average_after")
 class ArmRow:
     """An arm in numbers: ``values[measure][seed]``, of its complete runs only. ``seeds`` counts the complete runs, and all.
 
-    ``scratch`` is the arm from scratch that ``tokens_saved`` is relative to.
+    ``scratch`` is the arm from scratch that ``tokens_saved`` is relative to, ``measures`` are those of the experiment.
     """
 
     arm: ArmRecord
     values: dict[str, dict[int | None, float]]
     scratch: str | None = None
+    measures: Sequence[Measure] = tuple(MEASURES)
 
     @property
     def name(self) -> str:
@@ -58,7 +59,7 @@ class ArmRow:
             "seeds": self.seeds[1],
             "compared_with_scratch": self.scratch,
         }
-        for key in (measure.key for measure in MEASURES if measure.arms):
+        for key in (measure.key for measure in self.measures if measure.arms):
             spread = self.spread(key)
             flat |= {
                 f"{key}_mean": spread.mean,
@@ -74,13 +75,19 @@ class ArmRow:
 def arm_rows(experiment: ExperimentRecord) -> list[ArmRow]:
     """One row per arm, in order."""
     rows = []
+    measures = experiment_measures(experiment)
     for arm in experiment.arms:
         values: dict[str, dict[int | None, float]] = {}
         for trial, run in _with_runs(arm.complete):
-            for name, value in run_measures(row_of(run, trial.name, arm.kind)).items():
+            for name, value in run_measures(row_of(run, trial.name, arm.kind), measures).items():
                 values.setdefault(name, {})[trial.seed] = value
-        rows.append(ArmRow(arm, values))
+        rows.append(ArmRow(arm, values, measures=measures))
     return [_with_tokens_saved(row, rows) for row in rows]
+
+
+def experiment_measures(experiment: ExperimentRecord) -> list[Measure]:
+    """Those of its complete runs."""
+    return measures_of(row_of(run, arm.name, arm.kind) for arm in experiment.arms for _, run in _with_runs(arm.complete))
 
 
 def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megarewarm.record.events import CHANGES, TaskEvent
 from megarewarm.record.run import DOWNSTREAM, UPSTREAM
 from megarewarm.report.numbers.runs import Change, RunRow, perplexity
+from megarewarm.report.numbers.tasks import TaskKey, task_labels
 from megarewarm.spelling import DASH, MINUS, loss_text, rate_text, signed_text, tokens_text
 
 Number = float | None
@@ -186,16 +188,43 @@ of an arm that never reached the loss of the arm from scratch.
 """
 
 
-def run_measures(row: RunRow) -> dict[str, float]:
-    """The measures of one run that depend on no other run, by their keys in an experiment; without those that the run lacks."""
-    values = {measure.key: measure.of(row) for measure in MEASURES if measure.arms and measure.of is not None}
+def measures_of(rows: Iterable[RunRow]) -> list[Measure]:
+    """``MEASURES``, and those of each task that one of ``rows`` was tested on."""
+    labels = task_labels(key for row in rows for key in row.tests)
+    return [*MEASURES, *(measure for key, label in labels.items() for measure in _of_task(key, label))]
+
+
+def _of_task(key: TaskKey, label: str) -> list[Measure]:
+    """Accuracies of the first test and of the last, the items lost and won between, and what only files have."""
+
+    def made(name: str, of: Callable[[TaskEvent], Number], heading: str = "", text: str = "{:.1f}", at: int = -1) -> Measure:
+        of_row = lambda row: of(row.tests[key][at]) if key in row.tests else None  # noqa: E731 - it goes into a table
+        told = f"task_{label}_{name}"
+        return Measure(told, of_row, heading, f"Task {label}", text=text.format, file=told)
+
+    def items(change: str) -> Callable[[TaskEvent], Number]:
+        return lambda test: None if (share := getattr(test, change)) is None else round(share * test.items, 6)
+
+    return [
+        made("before", lambda test: test.accuracy, "First", "{:.1%}", at=0),
+        made("after", lambda test: test.accuracy, "Last", "{:.1%}"),
+        *(made(change, items(change), change.capitalize() if change in ("lost", "won") else "") for change in CHANGES),
+        made("items", lambda test: test.items),
+        made("chance", lambda test: test.chance),
+        made("bits_per_byte", lambda test: test.bits_per_byte),
+    ]
+
+
+def run_measures(row: RunRow, measures: Sequence[Measure]) -> dict[str, float]:
+    """Those of ``measures`` that depend on no other run, by their keys in an experiment; without those that the run lacks."""
+    values = {measure.key: measure.of(row) for measure in measures if measure.arms and measure.of is not None}
     return {key: value for key, value in values.items() if value is not None}
 
 
-def file_row(row: RunRow) -> dict[str, Any]:
+def file_row(row: RunRow, measures: Sequence[Measure]) -> dict[str, Any]:
     """One run as one level of keys and JSON values, for table.csv and table.json."""
     flat: dict[str, Any] = {"run": row.label, "kind": row.kind, "from": row.origin}
-    for measure in sorted(MEASURES, key=lambda measure: measure.headline):
+    for measure in sorted(measures, key=lambda measure: measure.headline):
         if measure.file is not None and measure.of is not None:
             flat[measure.file] = measure.of(row)
     return flat | {"tokens": round(row.tokens), "diverged": row.diverged}

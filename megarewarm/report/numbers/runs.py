@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megarewarm.record.events import TaskEvent
 from megarewarm.record.lines import number
 from megarewarm.record.run import APART, BITS, DOWNSTREAM, NATS, UPSTREAM, Curve, RecordedRun
+from megarewarm.report.numbers.tasks import TaskKey, tests_of
 
 Kind = Literal["pretraining", "scratch", "continued"]
 
@@ -56,7 +58,7 @@ class Change:
 class RunRow:
     """One run in numbers; ``label`` is its name, made unique within the report, ``sets`` are its validation sets: losses are
     comparable only if these are the same. ``tokens_per_second`` is the median over steps, ``wall_time`` is in seconds.
-    ``merged``: by role, the loss of the average of its last weights."""
+    ``merged``: by role, the loss of the average of its last weights. ``tests``: on each task, in order."""
 
     label: str
     kind: Kind
@@ -71,6 +73,7 @@ class RunRow:
     wall_time: float | None = None
     merged: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unit: str = NATS
+    tests: Mapping[TaskKey, Sequence[TaskEvent]] = dataclasses.field(default_factory=dict)
 
     @property
     def forgetting(self) -> float | None:
@@ -126,6 +129,7 @@ def row_of(run: RecordedRun, label: str, kind: Kind) -> RunRow:
         wall_time=wall_time(run),
         merged={role: loss for role in (UPSTREAM, DOWNSTREAM) if (loss := merged_loss(run, role)) is not None},
         unit=run.unit,
+        tests=tests_of(run),
     )
 
 

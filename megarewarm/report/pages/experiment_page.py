@@ -23,7 +23,7 @@ from megarewarm.report.figures.panels import (
 )
 from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
 from megarewarm.report.figures.sweeps import axis_lines, caption_axis, describe_axis, draw_axis
-from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons
+from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons, experiment_measures
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, read_experiment
 from megarewarm.report.numbers.measure import run_measures
 from megarewarm.report.numbers.runs import differences, row_of
@@ -223,12 +223,12 @@ def _states(experiment: ExperimentRecord) -> str:
 
 def _flat_runs(experiment: ExperimentRecord) -> list[dict[str, Any]]:
     """Every run of the experiment, including those that have not started."""
-    flat = []
+    flat, measures = [], experiment_measures(experiment)
     for arm in experiment.arms:
         for trial in arm.trials:
             keys: dict[str, Any] = {"run": trial.name, "arm": arm.name, "seed": trial.seed, "state": trial.state}
             keys |= {"steps": trial.run.steps if trial.run else 0, "planned_steps": trial.steps}
             if trial.run and trial.state == "complete":
-                keys |= run_measures(row_of(trial.run, trial.name, arm.kind))
+                keys |= run_measures(row_of(trial.run, trial.name, arm.kind), measures)
             flat.append(keys)
     return flat

@@ -15,6 +15,7 @@ from megarewarm.report.numbers.arms import CHAINS, ArmRow, Comparison
 from megarewarm.report.numbers.experiment import ExperimentRecord
 from megarewarm.report.numbers.runs import same_length, unit_sentences
 from megarewarm.report.numbers.seeds import LEVEL, Difference, paired
+from megarewarm.report.numbers.tasks import apart_sentences
 from megarewarm.report.pages.words import SAME
 from megarewarm.spelling import MINUS, counted, listed, loss_text, signed_text, tokens_text
 
@@ -27,6 +28,7 @@ def summarise_experiment(experiment: ExperimentRecord, rows: Sequence[ArmRow], c
     return [
         *_overview(experiment),
         *unit_sentences(experiment.unit),
+        *apart_sentences([run for arm in experiment.arms for run in arm.runs]),
         *_noise(rows),
         *_grids(experiment, rows),
         *_main(experiment, rows),

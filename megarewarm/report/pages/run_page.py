@@ -16,8 +16,9 @@ from megarewarm.report.figures import abilities, positions, tradeoff, training, 
 from megarewarm.report.figures import curves as draw
 from megarewarm.report.figures.lines import Line, lines_of
 from megarewarm.report.figures.values import describe_values, draw_values
-from megarewarm.report.numbers.measure import MEASURES, Measure, file_row
+from megarewarm.report.numbers.measure import MEASURES, Measure, file_row, measures_of
 from megarewarm.report.numbers.runs import RunRow, differences, rows
+from megarewarm.report.numbers.tasks import task_labels
 from megarewarm.report.pages.files import finite, write_csv, write_json
 from megarewarm.report.pages.html import (
     STYLE,
@@ -52,7 +53,8 @@ def report(run_folders: Sequence[Path | str], output_folder: Path | str) -> Path
     drawn = pictures(runs, table)
     for picture in drawn:
         save_png(picture, folder)
-    flat = [file_row(row) for row in table]
+    measures = measures_of(table)
+    flat = [file_row(row, measures) for row in table]
     write_json(folder / "table.json", flat, indent=2)
     # a loss that is not finite is empty here too, with 'diverged' true
     write_csv(folder / "table.csv", [finite(row) for row in flat])
@@ -124,7 +126,7 @@ def _page(runs: Sequence[RecordedRun], table: Sequence[RunRow], pictures: Sequen
         *(_section(picture) for picture in pictures if picture.name in first),
         "<h2>In numbers</h2>",
         _numbers(table),
-        _abilities(runs, table),
+        _abilities(table),
         *(_section(picture) for picture in pictures if picture.name not in first),
         _starts(runs, table),
         _processes(runs, table),
@@ -185,12 +187,13 @@ def _cell(measure: Measure, row: RunRow, begins_group: bool = False) -> str:
     return f"<td{_GROUP if begins_group else ''}>{f'<b>{text}</b>' if measure.headline else text}{below}</td>"
 
 
-def _abilities(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
+def _abilities(table: Sequence[RunRow]) -> str:
     """The last test of each run on each of its tasks against its first."""
     body = []
-    for index, (run, row) in enumerate(zip(runs, table, strict=True)):
-        for name in dict.fromkeys(test.name for test in run.tests):
-            first, *_, last = found if len(found := abilities.tests_of(run, name)) > 1 else found * 2
+    labels = task_labels(key for row in table for key in row.tests)
+    for index, row in enumerate(table):
+        for key, found in row.tests.items():
+            first, last = found[0], found[-1]
             accuracy, bits = ([getattr(test, key) for test in (first, last)] for key in ("accuracy", "bits_per_byte"))
             changes = [None if share is None else share * last.items for share in (last.lost, last.won)]
             beyond = [None if share is None else share * last.items for share in (last.lost_beyond, last.won_beyond)]
@@ -201,7 +204,7 @@ def _abilities(runs: Sequence[RecordedRun], table: Sequence[RunRow]) -> str:
                 *(DASH if count is None else f"{count:.1f}" for count in beyond),
                 f"{bits[0]:.3f} &rarr; {bits[1]:.3f}",
             ]
-            cells = "".join(f"<td>{text}</td>" for text in (breakable(name), f"{last.items:,}", *texts))
+            cells = "".join(f"<td>{text}</td>" for text in (breakable(labels[key]), f"{last.items:,}", *texts))
             body.append(f'<tr><th scope="row">{dot(index)}{breakable(row.label)}</th>{cells}</tr>')
     if not body:
         return ""

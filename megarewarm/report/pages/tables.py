@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from megarewarm.report.numbers.arms import ArmRow, Comparison
-from megarewarm.report.numbers.measure import MEASURES, Measure
+from megarewarm.report.numbers.measure import Measure
 from megarewarm.report.numbers.seeds import Spread
 from megarewarm.report.pages.findings import difference_text
 from megarewarm.report.pages.html import breakable
@@ -44,7 +44,7 @@ SCRIPT = """
     head.append(button);
     button.addEventListener("click", () => sort(head, head.getAttribute("aria-sort") === "ascending"));
   });
-  const asked = /^#sort=(-?)([a-z_]+)$/.exec(location.hash);
+  const asked = /^#sort=(-?)(.+)$/.exec(decodeURIComponent(location.hash));
   const head = asked && heads.find(head => head.dataset.key === asked[2]);
   if (head) sort(head, asked[1] === "-");
 })();
@@ -87,24 +87,31 @@ _NOTES = {
     "tokens_saved": "Tokens saved: those of the arm from scratch minus those at which this arm reached its final downstream "
     "loss (linear between evaluations).",
 }
+_TASK_NOTE = (
+    "Task: accuracy of the first test and of the last; items lost (right before the first step and wrong at the end) and won, "
+    "guesses included. arms.csv has them chance-adjusted too."
+)
 
 
 def arms_html(rows: Sequence[ArmRow], main: str | None) -> str:
     """One row per arm, in order. Every cell carries its number, by which the script sorts; empty columns are omitted."""
-    columns = [m for m in MEASURES if m.arms and m.heading and any(row.values.get(m.key) for row in rows)]
+    columns = [m for m in rows[0].measures if m.arms and m.heading and any(row.values.get(m.key) for row in rows)]
     # columns without a group stay separate, even next to each other
     groups = itertools.groupby(enumerate(columns), lambda place: (place[1].group, place[1].group or place[0]))
     above = "".join(
-        f'<th colspan="{len(list(same))}"{" class=group" if group else ""}>{group}</th>' for (group, _), same in groups
+        f'<th colspan="{len(list(same))}"{" class=group" if group else ""}>{breakable(group)}</th>'
+        for (group, _), same in groups
     )
     heads = [("arm", "Arm", "text"), ("seeds", "Seeds", "number"), *((m.key, m.heading, "number") for m in columns)]
     below = "".join(
-        f'<th scope="col" data-key="{key}" data-column="{index}" data-kind="{kind}">{name}</th>'
+        f'<th scope="col" data-key="{escape(key)}" data-column="{index}" data-kind="{kind}">{name}</th>'
         for index, (key, name, kind) in enumerate(heads)
     )
     body = "".join(_row(row, columns, row.name == main) for row in rows)
     keys = {measure.key for measure in columns}
     notes = [text for key, text in _NOTES.items() if key in keys]
+    if any(key.startswith("task_") for key in keys):
+        notes.append(_TASK_NOTE)
     return (
         f'<div class="wide"><table class="numbers sortable"><thead><tr><th></th><th></th>{above}</tr><tr>{below}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n"

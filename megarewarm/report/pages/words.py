@@ -19,6 +19,7 @@ from megarewarm.report.numbers.runs import (
     same_value,
     unit_sentences,
 )
+from megarewarm.report.numbers.tasks import apart_sentences
 from megarewarm.spelling import counted, listed, loss_text, rate_text, signed_text, tokens_text
 
 # Losses that differ by less count as equal: the third decimal is noise of the validation sets and of the seed.
@@ -38,6 +39,7 @@ def summarise(runs: Sequence[RecordedRun]) -> list[str]:
     return [
         *_overview(table),
         *unit_sentences(table[0].unit),
+        *apart_sentences(runs),
         *_extremes(table),
         *_single_causes(runs, table),
         *_early_rise(table),
