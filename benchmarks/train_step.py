@@ -89,6 +89,7 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable
     from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
+    from megarewarm.training.step import Told, guarded_scale
 
     device, config, kernels = torch.device(arguments.device), shape(arguments), KernelsConfig(**kinds)
     precision = "bf16"
@@ -112,8 +113,13 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable
         model.gradients.zero()
         losses = model.forward_backward(rows)
         model.gradients.reduce()
-        norm = model.gradients.norm()
-        optimizer.step(RATE, model.gradients, 1 / (norm + 1e-6) if norm > 1 else 1.0)
+        if optimizer.guarded and device.type == "cuda":  # as megarewarm/training/step.py
+            loss, norm = losses.totals[0] / losses.targets, model.gradients.squares().sqrt()
+            told = Told(torch.stack([loss, norm]))
+            optimizer.step(RATE, model.gradients, guarded_scale(loss, norm, 1.0))
+            return told.read()[0]
+        length = model.gradients.norm()
+        optimizer.step(RATE, model.gradients, 1 / (length + 1e-6) if length > 1 else 1.0)
         return losses.sum / losses.targets
 
     return step, f"{vars(operations)}, optimizer {kind}" + "".join(f"; {note}" for note in [*notes, *more])

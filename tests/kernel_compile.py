@@ -41,6 +41,7 @@ from megarewarm_kernels.loss.logit_passes import _BLOCK as LOGITS_BLOCK
 from megarewarm_kernels.loss.logit_passes import _WARPS as LOGITS_WARPS
 from megarewarm_kernels.loss.logit_passes import gradient_pass, statistics_pass
 from megarewarm_kernels.operators import LAUNCH
+from megarewarm_kernels.optimizer import norm_tensors
 from megarewarm_kernels.optimizer.adamw import _BLOCK, _WALK, adamw_step, squares
 from megarewarm_kernels.optimizer.adamw_tensors import _BLOCK as MANY_BLOCK
 from megarewarm_kernels.optimizer.adamw_tensors import _WARPS as MANY_WARPS
@@ -126,6 +127,9 @@ def _shipped() -> Iterator[Configuration]:
         ("adamw many tensors and copies", True, tl.bfloat16),
     ):
         yield Configuration(name, adamw_many, "fp32", {"COPY": copy, "BLOCK": MANY_BLOCK, "ALIGNED": aligned}, MANY_WARPS)
+    for name, aligned in (("squared norm of many tensors", True), ("squared norm of many tensors, anywhere", False)):
+        walk = {"BLOCK": norm_tensors._BLOCK, "WALK": norm_tensors._WALK, "ALIGNED": aligned}
+        yield Configuration(name, norm_tensors.squares_many, "fp32", walk, norm_tensors._WARPS)
     for head_dim, half, group in ((64, 8, 1), (64, 32, 1), (128, 16, 1), (80, 10, 1), (64, 32, 4), (128, 64, 4)):
         width = 1 << (half - 1).bit_length()
         shape = {"D": head_dim, "GROUP": group, "HALF": half, "WIDTH": width, "VECTORS": ROTARY_ELEMENTS // width}

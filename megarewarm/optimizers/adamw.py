@@ -54,7 +54,7 @@ class AdamW:
         """``parameters``: plain tensors by their names in the model, on one device, whole or parts of them. ``cards``: of the
         whole model. ``kind``: "torch", "triton" (all tensors in one launch, gradients scaled on the way), or "apex" for
         NVIDIA's FusedAdam, which must be there. ``copies``: of parameters in a lower dtype, which "triton" writes with them."""
-        self.kind, self.config = kind, config
+        self.kind, self.config, self.guarded = kind, config, kind == "triton"
         self.names = {parameter: name for name, parameter in parameters.items()}
         self._parameters = parameters
         every = rate_factors(cards, config.layer_decay)
@@ -95,12 +95,14 @@ class AdamW:
                 )
                 self._together.append((factor, list(held.values()), launch))
 
-    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float | Tensor = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own."""
         self.set_lr(lr)
         if not self._together:
-            if scale != 1.0:
+            if isinstance(scale, Tensor):
+                assert self.guarded  # of a pipeline rank whose stages are frozen
+            elif scale != 1.0:
                 assert gradients is not None
                 gradients.scale_(scale)
             self.torch.step()
@@ -114,6 +116,10 @@ class AdamW:
             found = [p.grad for p in held]
             launch.step([g for g in found if g is not None], step=steps, lr=lr * factor, scale=scale)
         self.set_completed_steps(steps)
+
+    def take_back(self) -> None:
+        """The newest step has changed nothing: it doesn't count."""
+        self.set_completed_steps(self._completed - 1)
 
     def set_lr(self, lr: float) -> None:
         """Write ``lr``, times its factor, into every group."""

@@ -70,7 +70,7 @@ class Muon:
         self, model: ParallelModel, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, kind: str = "torch"
     ) -> None:
         """All ranks call it. ``parameters``: of ``model.trained``; ``kind``: of the AdamW."""
-        self.kind, self.config = kind, config
+        self.kind, self.config, self.guarded = kind, config, False
         self._model = model
         self._matrices = [name for name, card in model.cards.items() if card.is_matrix and name in parameters]
         rest = {name: parameter for name, parameter in parameters.items() if not model.cards[name].is_matrix}
@@ -86,12 +86,16 @@ class Muon:
         self._ranks = 1 if self._group is None else self._group.size()
         self._rank = 0 if self._group is None else self._group.rank()
 
-    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float | Tensor = 1.0) -> None:
+        assert not isinstance(scale, Tensor)
         with torch.no_grad():
             for first in range(0, len(self._matrices), self._ranks):
                 self._update(self._matrices[first : first + self._ranks], lr, scale)
         self._rest.step(lr, gradients, scale)  # it may scale all gradients, so it comes last
         self._lr = lr
+
+    def take_back(self) -> None:
+        raise AssertionError("its steps are not guarded")
 
     def _update(self, names: list[str], lr: float, scale: float) -> None:
         """One matrix for each rank, or fewer."""

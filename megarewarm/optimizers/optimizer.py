@@ -21,9 +21,16 @@ class Optimizer(Protocol):
     kind: str
     """The implementation of the update, as ``kernels.optimizer``: "torch", "triton" or "apex"."""
 
-    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
+    guarded: bool
+    """Whether ``step`` takes a ``scale`` on the device, () fp32, for which nothing waits, and changes no tensor where it is
+    NaN; then ``take_back`` is due."""
+
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float | Tensor = 1.0) -> None:
         """One update at learning rate ``lr`` from the parameters' ``.grad`` times ``scale``; ``gradients`` scales them, where
         that takes a pass of its own. Gradients are undefined afterwards."""
+
+    def take_back(self) -> None:
+        """The newest step has changed nothing: it doesn't count."""
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next step."""

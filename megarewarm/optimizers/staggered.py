@@ -25,13 +25,19 @@ class Staggered:
 
     def __init__(self, first: Optimizer, late: Sequence[Late]) -> None:
         self.kind, self.first, self.late = first.kind, first, list(late)
+        self.guarded = all(part.guarded for part in self._parts)
 
-    def step(self, lr: float, gradients: Gradients | None = None, scale: float = 1.0) -> None:
-        if scale != 1.0:  # once for all of them
+    def step(self, lr: float, gradients: Gradients | None = None, scale: float | Tensor = 1.0) -> None:
+        each = scale if isinstance(scale, Tensor) else 1.0
+        if not isinstance(scale, Tensor) and scale != 1.0:  # once for all of them
             assert gradients is not None
             gradients.scale_(scale)
         for part in self._parts:
-            part.step(lr)
+            part.step(lr, scale=each)
+
+    def take_back(self) -> None:
+        for part in self._parts:
+            part.take_back()
 
     def set_lr(self, lr: float) -> None:
         for part in self._parts:

@@ -35,13 +35,21 @@ from megarewarm.parallel.position_sums import PositionSums
 @dataclass(frozen=True)
 class BatchLosses:
     """Of this rank's sequences, in nats summed over their targets; zeros on a rank whose loss another rank returns, so that the
-    sums over all ranks are the batch's. ``targets``: their number; ``distilled``: the teacher's term, summed alike; ``rows``:
-    the loss of each sequence, where it was asked for."""
+    sums over all ranks are the batch's. ``totals`` (2,) fp64, on the device: ``sum``, and ``distilled``, the teacher's term,
+    summed alike; to read these two is to wait for it. ``targets``: their number; ``rows``: the loss of each sequence, where it
+    was asked for."""
 
-    sum: float
+    totals: Tensor
     targets: float
-    distilled: float = 0.0
     rows: list[float] | None = None
+
+    @property
+    def sum(self) -> float:
+        return float(self.totals[0])
+
+    @property
+    def distilled(self) -> float:
+        return float(self.totals[1])
 
 
 class ParallelModel(LaidOutModel):
@@ -136,7 +144,7 @@ class ParallelModel(LaidOutModel):
         count = self._count_targets(tokens)
         self._rows = [] if per_row else None
         try:
-            total, distilled = (
+            totals = (
                 self._pipelined(tokens, self.teacher)
                 if self._pipeline is not None
                 else self._accumulated(tokens, between, self.teacher)
@@ -145,7 +153,7 @@ class ParallelModel(LaidOutModel):
         finally:
             self._rows = None
         rows_of_owner = None if each is None else [self._if_loss_owner(loss) for loss in each]
-        return BatchLosses(self._if_loss_owner(total), count, self._if_loss_owner(distilled), rows_of_owner)
+        return BatchLosses(self._if_totals_here(totals), count, rows_of_owner)
 
     @collective
     def add_mean_gradients(self, rows: npt.NDArray[np.int64], most: int, loss_scale: float = 1.0) -> BatchLosses:
@@ -161,32 +169,34 @@ class ParallelModel(LaidOutModel):
         self._targets_per_step = max(1, round(all_reduce_sums([count])[0]))
         try:
             if self._pipeline is None:
-                total, _ = self._accumulated(tokens, nothing_between, None, -(-most // self.micro_batch))
+                totals = self._accumulated(tokens, nothing_between, None, -(-most // self.micro_batch))
             else:
-                size = self._pipeline.sequences
-                total = sum(self._pipelined(tokens[first : first + size], None)[0] for first in range(0, most, size))
+                size, totals = self._pipeline.sequences, torch.zeros(2, dtype=torch.float64)
+                for first in range(0, most, size):
+                    totals += self._pipelined(tokens[first : first + size], None)
         finally:
             self._targets_per_step = held
-        return BatchLosses(self._if_loss_owner(total), count)
+        return BatchLosses(self._if_totals_here(totals), count)
 
     @property
     def targets_per_step(self) -> int:
         """Targets of the newest global batch of ``forward_backward``, over whose number its loss is a mean."""
         return self._targets_per_step
 
-    def _pipelined(self, tokens: Tensor, teacher: Teacher | None) -> tuple[float, float]:
+    def _pipelined(self, tokens: Tensor, teacher: Teacher | None) -> Tensor:
         assert self._pipeline is not None
         inputs, targets, starts = self._padded(tokens)
         with self._autocast:
             if teacher is None:
                 losses = self._pipeline.train(inputs, targets, starts)
-                return sum(float(loss) for loss in losses) / self._scale(), 0.0
+                return torch.tensor([sum(float(loss) for loss in losses) / self._scale(), 0.0], dtype=torch.float64)
             try:
                 self._distilled, self._taught = [], teacher.hidden_of_batch(inputs, starts)
                 self._pipeline.train(inputs, targets, starts)
             finally:
                 self._taught = None
-        return sum(float(cross) for cross, _ in self._distilled), sum(float(apart) for _, apart in self._distilled)
+        each = [[float(cross), float(apart)] for cross, apart in self._distilled]
+        return torch.tensor(each, dtype=torch.float64).view(-1, 2).sum(0)
 
     def _pipeline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """What a pipeline differentiates of the next micro-batch, whose order its schedules keep."""
@@ -209,10 +219,13 @@ class ParallelModel(LaidOutModel):
         self._rows = rows
         return torch.stack(rows[-len(hidden) :]).sum()
 
-    def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> tuple[float, float]:
-        """``portions``: micro-batches of the rank that has most, where ranks that share parameters have different numbers."""
+    def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> Tensor:
+        """``BatchLosses.totals``. ``portions``: micro-batches of the rank that has most, where ranks that share parameters have
+        different numbers."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         distilled = torch.zeros_like(total)
+        if total.is_cuda:
+            tokens = tokens.pin_memory()  # a copy out of other memory would wait for what the device has yet to do
         parts = list(tokens.split(self.micro_batch)) if len(tokens) else []
         own = len(parts)
         if self._sharded:
@@ -239,7 +252,7 @@ class ParallelModel(LaidOutModel):
             (loss * (self._scale() if i < own else 0.0)).backward()
             if i < own:
                 total += cross
-        return float(total), float(distilled)
+        return torch.stack([total, distilled])
 
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""
@@ -405,6 +418,10 @@ class ParallelModel(LaidOutModel):
 
     def _scale(self) -> float:
         return self._loss_scale * self._factor / self._targets_per_step
+
+    def _if_totals_here(self, totals: Tensor) -> Tensor:
+        """As ``_if_loss_owner``."""
+        return totals if self._has_last and self.mesh.tensor_rank == 0 else torch.zeros_like(totals)
 
     def _if_loss_owner(self, value: float) -> float:
         """``value`` on the one rank of a replica that returns its loss, else 0."""

@@ -9,13 +9,15 @@ rank its shard.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from megarewarm_kernels import no_triton
+from megarewarm_kernels.optimizer.norm_tensors import NormTensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -46,35 +48,46 @@ class RowsOf:
         return tensor[self.first : self.stop]
 
 
-class Gradients(Protocol):
+class Gradients(ABC):
     """The trainer's interface to gradients."""
 
+    @abstractmethod
     def zero(self) -> None:
         """Discard them."""
 
+    @abstractmethod
     def reduce(self) -> None:
         """Replace every parameter's gradient by its sum over the ranks that have a part of it."""
 
-    def norm(self) -> float:
-        """2-norm over all parameters of the whole model, each counted once; the same number on all ranks. It is not finite
-        if any number on any rank isn't, also in a part that another rank counts."""
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """The square of the 2-norm over all parameters of the whole model, each counted once; () fp64 on the device, the same
+        number on all ranks. It is not finite if any number on any rank isn't, also in a part that another rank counts."""
 
+    def norm(self) -> float:
+        """The 2-norm; waits for the device."""
+        return math.sqrt(float(self.squares()))
+
+    @abstractmethod
     def scale_(self, factor: float) -> None:
         """Multiply them by ``factor``."""
 
+    @abstractmethod
     def take(self) -> dict[str, Tensor]:
         """The reduced gradients by parameter, put aside, so that others may be computed. They have none afterwards."""
 
+    @abstractmethod
     def put_back(self, taken: Mapping[str, Tensor]) -> None:
         """Replace the gradients by those that ``take`` gave, bit for bit."""
 
 
-class OwnGradients:
+class OwnGradients(Gradients):
     """Gradients that are on this rank only, each a tensor as the backward pass made it. Compared with a flat tensor this
     saves clearing it and adding the first micro-batch to the zeros, four passes over memory."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[RowsOf] = ()) -> None:
         self._parameters, self._rows = parameters, rows
+        self._norm = NormTensors()
 
     def zero(self) -> None:
         for parameter in (*self._parameters.values(), *(part.whole for part in self._rows)):
@@ -87,8 +100,9 @@ class OwnGradients:
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None, name
 
-    def norm(self) -> float:
-        return math.sqrt(float(squared_norm(self._all())))
+    def squares(self) -> Tensor:
+        every = self._all()
+        return squared_norm(every) if no_triton(every[0].device) else self._norm.squares(every)
 
     def scale_(self, factor: float) -> None:
         torch._foreach_mul_(self._all(), factor)
@@ -106,7 +120,7 @@ class OwnGradients:
         return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
 
-class FlatGradients:
+class FlatGradients(Gradients):
     """One flat fp32 tensor whose slices are the parameters' ``.grad``: few collectives, one scaling.
 
     Parameters must be fp32, on one device, and keep their ``.grad`` (never set it to None). ``copies``: parameters that
@@ -161,15 +175,15 @@ class FlatGradients:
         if self._reduce_copies is not None:
             self._reduce_copies()
 
-    def norm(self) -> float:
+    def squares(self) -> Tensor:
         if self._mesh.layout.model == 1:
-            return math.sqrt(float(squared_norm([self.flat])))
+            return squared_norm([self.flat])
         # of parameters counted elsewhere only whether they are finite: the optimizer uses this copy too
         counted = 1.0 if self._mesh.tensor_rank == 0 else 0.0
         parts = (self._divided, 1.0), (self._whole, counted), (self._copies, 0.0)
         squares = torch.stack([factor * squared_norm([part]) for part, factor in parts]).sum()
         dist.all_reduce(squares)
-        return math.sqrt(float(squares) / self._mesh.layout.data)
+        return squares / self._mesh.layout.data
 
     def scale_(self, factor: float) -> None:
         self.flat.mul_(factor)
@@ -186,7 +200,7 @@ class FlatGradients:
             held.copy_(gradient)
 
 
-class ShardedGradients:
+class ShardedGradients(Gradients):
     """Gradients that fully_shard has reduced already. ``local``: what trains of this rank's shards as plain parameters,
     which share the sharded parameters' memory and whose ``.grad`` the optimizer reads."""
 
@@ -222,7 +236,7 @@ class ShardedGradients:
         if self._reduce_copies is not None:
             self._reduce_copies()
 
-    def norm(self) -> float:
+    def squares(self) -> Tensor:
         squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for name in self._local:
             kind = _kind(self._placements[name], name in self._copies)
@@ -230,7 +244,7 @@ class ShardedGradients:
             # not finite is not finite, also where it does not count
             squares += (1.0 if counted else 0.0) * squared_norm([self._grad(name)])
         dist.all_reduce(squares)
-        return math.sqrt(float(squares) / self._mesh.layout.replicate)
+        return squares / self._mesh.layout.replicate
 
     def scale_(self, factor: float) -> None:
         if self._local:

@@ -1,4 +1,9 @@
-"""One optimizer step: batch, loss and gradients, check, update."""
+"""One optimizer step: batch, loss and gradients, check, update.
+
+On a GPU with the fused AdamW the check is the device's: it computes norm, clip factor and whether both loss and norm are
+finite, and the update, queued behind them, changes nothing where they are not. The host reads them while the update runs, and
+goes on as everywhere else. Steps whose update may be stopped by something else wait for the host: see ``_is_guarded``.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from megarewarm.parallel.agreement import all_reduce_sums
 from megarewarm.parallel.collective import collective
+from megarewarm.parallel.engine import BatchLosses
 from megarewarm.training.run import Run, Update
 
 Kind = Literal["transient", "non_finite", "spike"]
@@ -62,7 +69,11 @@ def training_step(run: Run, lr: float) -> StepResult:
     first_sample, rows = next(run.batches)
     waited = time.perf_counter() - waiting
     assert first_sample == run.plan.samples(run.step), "data loader and step counter are out of sync; please report this"
-    result = compute_gradients(run, rows, clock)
+    guarded = _is_guarded(run)
+    result = _gradients_and_update(run, rows, clock, lr) if guarded else compute_gradients(run, rows, clock)
+    if guarded and not _usable(run, result):
+        run.optimizer.take_back()
+        guarded = False
     fault: Kind | None = None
     words = ""
     scale = loss_scale(run)
@@ -84,7 +95,7 @@ def training_step(run: Run, lr: float) -> StepResult:
             fault, words = "spike", leap
             changed = run.plan.config.reliability.spikes == "warn"
         run.spikes.add(result.loss, result.norm)
-    if changed:
+    if changed and not guarded:
         factor = clip_factor(run, result)
         began = time.perf_counter()
         if run.before_update is not None:
@@ -100,9 +111,7 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> St
     """Losses and gradient norm of a global batch, of which ``rows`` are this rank's. All ranks call it. The gradients, still
     scaled, are in ``run.model.gradients``. ``clock``: of this rank's work."""
     gradients, ranks = run.model.gradients, run.ranks
-    gradients.zero()
-    losses = run.model.forward_backward(rows, loss_scale=loss_scale(run), between=run.between, per_row=run.wants_row_losses)
-    clock.stop()
+    losses = _forward_backward(run, rows, clock)
     ranks.report(run.step + 1)
     gradients.reduce()
     norm = gradients.norm() / loss_scale(run)
@@ -121,6 +130,77 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> St
         busy=busy,
         row_losses=each if losses.rows is not None else None,
     )
+
+
+def _forward_backward(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> BatchLosses:
+    run.model.gradients.zero()
+    losses = run.model.forward_backward(rows, loss_scale=loss_scale(run), between=run.between, per_row=run.wants_row_losses)
+    clock.stop()
+    return losses
+
+
+def _is_guarded(run: Run) -> bool:
+    """Whether nothing but a loss or norm that is not finite can stop the update, and the device can see to that. Not with
+    spikes that must stop it, a loss scale that adapts to overflows, or values of rows, which are measured before it; nor in a
+    pipeline, whose losses the host adds up."""
+    spikes = run.plan.config.reliability.spikes in ("off", "warn")
+    waits = run.scaler is not None or run.before_update is not None or run.wants_row_losses or run.mesh.layout.pipeline > 1
+    return run.ranks.device.type in GUARDING and run.optimizer.guarded and spikes and not waits
+
+
+def _gradients_and_update(run: Run, rows: npt.NDArray[np.int64], clock: Clock, lr: float) -> StepResult:
+    """As ``compute_gradients``, with the update from the clipped gradients queued behind them. Where loss or norm is not finite
+    it has changed nothing."""
+    gradients, limit = run.model.gradients, run.plan.config.optimizer.clip_norm
+    losses = _forward_backward(run, rows, clock)
+    gradients.reduce()
+    sums = torch.cat([losses.totals, losses.totals.new_full((1,), losses.targets)])
+    if run.ranks.world_size > 1:
+        dist.all_reduce(sums)
+    squares = gradients.squares()
+    norm, loss = squares.sqrt(), sums[0] / sums[2]
+    told = Told(torch.cat([sums, squares.view(1)]))
+    run.optimizer.step(lr, gradients, guarded_scale(loss, norm, limit))
+    clock.wait()
+    run.ranks.report(run.step + 1)
+    total, distilled, targets, square = told.read()
+    times = [0.0] * run.ranks.world_size
+    times[run.ranks.rank] = clock.seconds()
+    return StepResult(
+        total / targets if targets else math.nan,
+        math.sqrt(square),
+        distilled=distilled / targets if targets else math.nan,
+        busy=all_reduce_sums(times),
+    )
+
+
+def guarded_scale(loss: torch.Tensor, norm: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """By what gradients of ``norm`` are multiplied so that it is at most ``limit``, () fp32 as ``Optimizer.step`` takes it: NaN
+    where loss or norm is not finite."""
+    factor = torch.ones_like(norm) if limit is None else torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
+    return torch.add(factor, loss + norm, alpha=0).float()  # 0 x inf is NaN, and few launches lie between norm and update
+
+
+GUARDING = ("cuda",)
+"""Types of devices on which the host is worth not waiting for."""
+
+
+class Told:
+    """Numbers on their way from the device, behind what has been queued so far."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self._host.copy_(values, non_blocking=True)
+        self._there = torch.cuda.Event() if values.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def read(self) -> list[float]:
+        """The numbers, once they are here."""
+        if self._there is not None:
+            self._there.synchronize()
+        found: list[float] = self._host.tolist()
+        return found
 
 
 def clip_factor(run: Run, result: StepResult) -> float:
@@ -156,6 +236,11 @@ class Clock:
         self._ended = time.perf_counter()
         if self._events:
             self._events[1].record()
+
+    def wait(self) -> None:
+        """Until the work is done."""
+        if self._events:
+            self._events[1].synchronize()
 
     def seconds(self) -> float:
         """The time between, when the device has reached this point."""

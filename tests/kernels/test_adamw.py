@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from megarewarm_kernels import AdamWTensors, adamw_, squared_norm
+from megarewarm_kernels.optimizer.norm_tensors import NormTensors
 
-from tests.support.adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right, state_of
+from tests.support.adamw_cases import assert_guarded, assert_many_are_right, assert_norm_is_right, assert_right, state_of
 
 
 @pytest.mark.parametrize("copy", [None, torch.bfloat16])
@@ -58,6 +59,19 @@ def test_wrong_arguments_are_named() -> None:
 def test_many_tensors_at_once(sizes: list[int], apart: bool) -> None:
     assert_many_are_right(sizes, apart=apart)
     assert_many_are_right(sizes, apart=apart, copy=torch.bfloat16)
+
+
+@pytest.mark.parametrize("copy", [None, torch.bfloat16])
+def test_nothing_is_written_where_the_scale_is_not_a_number(copy: torch.dtype | None) -> None:
+    assert_guarded(copy)
+
+
+def test_a_scale_of_another_kind_is_refused() -> None:
+    together = AdamWTensors([torch.zeros(4)], [torch.zeros(4)], [torch.zeros(4)], decays=[0.0])
+    with pytest.raises(ValueError, match=r"'scale' is \(\) in torch.float64 on cpu, need \(\) in fp32 on cpu"):
+        together.step([torch.ones(4)], step=1, lr=0.1, scale=torch.tensor(1.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match="need fp32 tensors without gaps"):
+        NormTensors().squares([torch.zeros(4).bfloat16()])
 
 
 def test_copies_of_another_kind_are_refused() -> None:

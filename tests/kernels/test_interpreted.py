@@ -13,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megarewarm_kernels import AdamWTensors
 
-from tests.support.adamw_cases import assert_many_are_right, assert_norm_is_right, assert_right
+from tests.support.adamw_cases import (
+    assert_guarded,
+    assert_many_are_right,
+    assert_norm_is_right,
+    assert_norm_of_many_is_right,
+    assert_right,
+)
 from tests.support.kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
 
 pytestmark = [
@@ -156,6 +162,16 @@ def test_the_interpreter_still_needs_repair() -> None:
     finally:
         os.unlink(path)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("copy", [None, torch.bfloat16])
+def test_adamw_writes_nothing_where_its_scale_is_not_a_number(copy: torch.dtype | None) -> None:
+    assert_guarded(copy)
+
+
+@pytest.mark.parametrize("sizes", [[0], [1], [16, 8192, 32], [5, 8191, 8192, 8193, 0, 3], [30_000, 2]])
+def test_the_squared_norm_of_many_tensors(sizes: list[int]) -> None:
+    assert_norm_of_many_is_right(sizes)
 
 
 def test_adamw_refuses_tensors_that_have_moved() -> None:

@@ -19,7 +19,8 @@ def _layer(dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter, list[Tensor]
     drawn = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     exact = torch.promote_types(dtype, torch.float32)
     weight, bias = (nn.Parameter(drawn(*shape).to(exact)) for shape in ((20, 12), (20,)))
-    return weight, bias, *([drawn(2, 24, size).to(dtype) for _ in range(MICRO_BATCHES)] for size in (12, 20))
+    inputs, grads = ([drawn(2, 24, size).to(dtype) for _ in range(MICRO_BATCHES)] for size in (12, 20))
+    return weight, bias, inputs, grads
 
 
 def _true(weight: Tensor, bias: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

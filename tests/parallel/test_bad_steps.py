@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.parallel.engine import BatchLosses, ParallelModel
@@ -32,7 +33,7 @@ def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, l
         losses = original(model, rows, **options)
         calls[0] += 1
         if ranks.rank == ranks.world_size - 1 and calls[0] in (transient, lasting, lasting + 1):
-            return replace(losses, sum=math.inf)
+            return replace(losses, totals=torch.full_like(losses.totals, math.inf))
         return losses
 
     ParallelModel.forward_backward = damaged  # type: ignore[assignment, method-assign]

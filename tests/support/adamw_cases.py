@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megarewarm_kernels import AdamWTensors, adamw_, squared_norm
+from megarewarm_kernels.optimizer.norm_tensors import NormTensors
 from torch import Tensor
 
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -55,6 +56,43 @@ def assert_norm_is_right(size: int, dtype: torch.dtype) -> None:
     found = squared_norm(x)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and found.shape == ()
     torch.testing.assert_close(found.double(), x.double().square().sum(), rtol=2e-6, atol=0)
+
+
+def assert_norm_of_many_is_right(sizes: list[int]) -> None:
+    """The squared norm over tensors among NaN, against float64, also where they have moved; twice the same bits."""
+    norm = NormTensors()
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        flat = torch.full((sum(sizes) + 5 * len(sizes) + 5 + seed,), float("nan"))
+        tensors, place = [], 5 + seed
+        for size in sizes:
+            tensors.append(flat[place : place + size].copy_(torch.randn(size, generator=random)))
+            place += size + 5
+        found = norm.squares(tensors)
+        assert found.dtype == torch.float64 and found.shape == () and torch.equal(found, norm.squares(tensors))
+        true = sum((tensor.double().square().sum() for tensor in tensors), torch.zeros((), dtype=torch.float64))
+        torch.testing.assert_close(found, true, rtol=2e-6, atol=0)
+    if sum(sizes):
+        next(tensor for tensor in tensors if len(tensor))[-1] = float("inf")
+        assert not norm.squares(tensors).isfinite()
+
+
+def assert_guarded(copy: torch.dtype | None) -> None:
+    """A scale that is read on the device is the scale; where it is NaN nothing is written."""
+    parameters, firsts, seconds, gradients = ([torch.randn(size) for size in (5, 1030)] for _ in range(4))
+    copies = [parameter.to(copy) for parameter in parameters] if copy else []
+    seconds = [second.square() for second in seconds]
+    held = [*parameters, *firsts, *seconds, *copies]
+    ours = AdamWTensors(parameters, firsts, seconds, decays=[0.1, 0.0], copies=copies)
+    before = [tensor.clone() for tensor in held]
+    ours.step([torch.full_like(g, float("inf")) for g in gradients], step=1, lr=0.1, scale=torch.tensor(float("nan")))
+    assert all(torch.equal(one, other) for one, other in zip(held, before, strict=True))
+    ours.step(gradients, step=1, lr=0.1, scale=torch.tensor(SCALE))
+    after = [tensor.clone() for tensor in held]
+    for tensor, start in zip(held, before, strict=True):
+        tensor.copy_(start)
+    ours.step(gradients, step=1, lr=0.1, scale=SCALE)
+    assert all(torch.equal(one, other) for one, other in zip(held, after, strict=True)) and not torch.equal(held[0], before[0])
 
 
 def assert_many_are_right(

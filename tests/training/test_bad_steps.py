@@ -49,9 +49,9 @@ class Faults:
                     assert parameter.grad is not None
                     parameter.grad.view(-1)[7] = math.nan
                 case "loss":
-                    return replace(losses, sum=math.inf)
+                    return replace(losses, totals=torch.full_like(losses.totals, math.inf))
                 case "leap":
-                    return replace(losses, sum=losses.sum + 50.0 * losses.targets)
+                    return replace(losses, totals=losses.totals + 50.0 * losses.targets)
             return losses
 
         monkeypatch.setattr(ParallelModel, "forward_backward", damaged)

@@ -65,23 +65,21 @@ class AdamWTensors:
             self._table: Tensor | None = None
             return
         device = parameters[0].device
-        sizes = torch.tensor([part.numel() for part in parameters])
-        blocks = (sizes + _BLOCK - 1) // _BLOCK
-        self._owners = torch.repeat_interleave(torch.arange(len(parameters), dtype=torch.int32), blocks).to(device)
-        self._begins = (blocks.cumsum(0) - blocks).to(device)
-        self._sizes = sizes.to(device)
+        sizes = [part.numel() for part in parameters]
+        self._owners, self._begins, self._sizes = blocks_of(sizes, _BLOCK, device)
         self._decay = torch.tensor(decays, dtype=torch.float32, device=device)
         # a row for parameters, moments, copies and gradients each
         self._places = self._find()
         rows = [*self._places, self._places[0]]
         # slices of a flat tensor may begin anywhere; then accesses are of 4 bytes, else of 16
-        self._aligned = all(place % 16 == 0 for row in rows for place in row) and bool((sizes % 16 == 0).all())
+        self._aligned = all(place % 16 == 0 for row in rows for place in row) and all(size % 16 == 0 for size in sizes)
         self._table = torch.tensor(rows, dtype=torch.int64).to(device)
 
-    def step(self, gradients: Sequence[Tensor], *, step: int, lr: float, scale: float = 1.0) -> None:
+    def step(self, gradients: Sequence[Tensor], *, step: int, lr: float, scale: float | Tensor = 1.0) -> None:
         """One step of AdamW with the ``gradients``, contiguous fp32 tensors like the parameters, times ``scale``.
 
-        ``step``: of this update, counted from 1. Raises ValueError for gradients of other shapes, dtypes or with gaps,
+        ``scale``: a number, or () fp32 on the device, where it is read: nothing waits for it. Where that is NaN, nothing is
+        written. ``step``: of this update, counted from 1. Raises ValueError for gradients of other shapes, dtypes or with gaps,
         RuntimeError where a parameter or moment has moved in memory.
         """
         if len(gradients) != len(self._parameters) or step < 1:
@@ -98,11 +96,11 @@ class AdamWTensors:
             )
         places = [gradient.data_ptr() for gradient in gradients]
         if places != self._gradients:
-            self._table[4].copy_(torch.tensor(places, dtype=torch.int64))
+            send(places, self._table[4])
             self._gradients = places
         beta1, beta2 = self._betas
         # 1 - beta in double precision: in fp32 its last digits would be lost
-        numbers = scale, lr, beta1, beta2, 1 - beta1, 1 - beta2, self._eps, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
+        numbers = lr, beta1, beta2, 1 - beta1, 1 - beta2, self._eps, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5
         if self._owners.numel():
             adamw_many[(self._owners.numel(),)](
                 self._table,
@@ -110,6 +108,7 @@ class AdamWTensors:
                 self._begins,
                 self._sizes,
                 self._decay,
+                scale_on(scale, self._table.device),
                 len(self._parameters),
                 *numbers,
                 COPY=None if self._kind is None else _KINDS[self._kind],
@@ -124,7 +123,9 @@ class AdamWTensors:
         rows = self._parameters, self._firsts, self._seconds, self._copies
         return [[0 if part is None else part.data_ptr() for part in row] for row in rows]
 
-    def _one_by_one(self, gradients: Sequence[Tensor], step: int, lr: float, scale: float) -> None:
+    def _one_by_one(self, gradients: Sequence[Tensor], step: int, lr: float, scale: float | Tensor) -> None:
+        if isinstance(scale, Tensor) and bool(scale.isnan()):
+            return
         rows = zip(self._parameters, gradients, self._firsts, self._seconds, self._decays, self._copies, strict=True)
         for parameter, gradient, first, second, decay, copy in rows:
             adamw_(
@@ -137,9 +138,31 @@ class AdamWTensors:
                 betas=self._betas,
                 eps=self._eps,
                 weight_decay=decay,
-                scale=torch.full((), scale, dtype=torch.float32, device=parameter.device) if scale != 1.0 else None,
+                scale=scale_on(scale, parameter.device),
                 copy=copy,
             )
+
+
+def blocks_of(sizes: Sequence[int], block: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tensors with ``sizes`` values, cut in blocks: the tensor of each block (int32), the first block of each, its size."""
+    each = torch.tensor(sizes, dtype=torch.int64)
+    blocks = (each + block - 1) // block
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
+    return owners.to(device), (blocks.cumsum(0) - blocks).to(device), each.to(device)
+
+
+def send(places: Sequence[int], to: Tensor) -> None:
+    """Copy addresses ``to`` a device, for which nothing waits."""
+    to.copy_(torch.tensor(places, dtype=torch.int64, pin_memory=to.is_cuda), non_blocking=True)
+
+
+def scale_on(scale: float | Tensor, device: torch.device) -> Tensor:
+    """() fp32 on ``device``. Raises ValueError for another tensor."""
+    if not isinstance(scale, Tensor):
+        return torch.full((), scale, dtype=torch.float32, device=device)
+    if scale.shape != () or scale.dtype != torch.float32 or scale.device != device:
+        raise ValueError(f"'scale' is {tuple(scale.shape)} in {scale.dtype} on {scale.device}, need () in fp32 on {device}")
+    return scale
 
 
 def _check(part: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -171,8 +194,8 @@ if HAS_TRITON:
         begins_ptr,
         sizes_ptr,
         decays_ptr,
+        scale_ptr,
         tensors,
-        scale,
         lr,
         beta1,
         beta2,
@@ -188,7 +211,8 @@ if HAS_TRITON:
         block = tl.program_id(0).to(tl.int64)
         owner = tl.load(owners_ptr + block).to(tl.int64)
         place = (block - tl.load(begins_ptr + owner)) * BLOCK + tl.arange(0, BLOCK)
-        size = tl.load(sizes_ptr + owner)
+        scale = tl.load(scale_ptr)
+        size = tl.load(sizes_ptr + owner) * (scale == scale)  # not a number: no value is read, none is written
         if ALIGNED:
             size = tl.multiple_of(size, 16)
         inside = place < size
