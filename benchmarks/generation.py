@@ -1,12 +1,7 @@
 #!/usr/bin/env python3
 """Generated tokens per CPU second against transformers' generate: the same weights, prompts and lengths, one thread, sampling.
 
-Prediction, written first, for pythia-14m, 32 texts, 256 new tokens (per position: the head's product 8 to 9 ms, softmax 1 ms):
-transformers samples by torch.multinomial, which draws a random number for each of 50,304 ids of each text, 34 ms; and it copies
-all cached keys and values at each position, 3 ms on the mean. Inverting the cumulative distribution takes one number a text and
-0.2 ms. So sampling 3 times; with top-p, where it sorts the vocabulary, 120 ms, against a search among 64 ids, 3 ms: 10 times.
-Greedy, where both spend most of the time in the head: 1.3 times. The Llama has 32,000 ids
-and layers that cost more: 2.5, 6, 1.3.
+Predictions and results: docs/benchmarks.md. ``--texts``: with one, the bytes of the weights are the limit of both.
 
     python benchmarks/generation.py [--rounds 3] [--texts 32] [--new 256]
 """

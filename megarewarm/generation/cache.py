@@ -5,13 +5,12 @@ The layers are the model's own, with another attention in them, so nothing of a 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from megarewarm_kernels import rotate_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarewarm.generation.packed import with_child
 from megarewarm.model import llama, neox
 from megarewarm.model.positions import Positions, positions_of
 from megarewarm.model.transformer import Transformer, add_deferred
@@ -31,16 +30,18 @@ class Reader:
         self._span = _Span(rows, longest, starts)
         self._tables = positions_of(longest, model.config, model.head)
         self._attentions = [CachedAttention(layer.attention, self._span) for layer in model.layers]  # type: ignore[arg-type]
-        self._layers = [_with(attention, layer) for attention, layer in zip(self._attentions, model.layers, strict=True)]
+        self._layers = [
+            with_child(layer, "attention", attention) for attention, layer in zip(self._attentions, model.layers, strict=True)
+        ]
 
     def read(self, ids: Tensor) -> Tensor:
         """The next (rows, s) int64 ids of each text, to the (rows, h) state of the last of them after the final norm."""
         span = self._span
         span.advance(ids.shape[1])
-        places = torch.arange(span.first, span.end, device=ids.device)
+        places: slice | Tensor = slice(span.first, span.end)
         if span.starts is not None:
-            places = (places - span.starts[:, None]).clamp_(min=0)
-        cos, sin = (table[places].flatten(0, -2) for table in self._tables[:2])
+            places = (torch.arange(span.first, span.end, device=ids.device) - span.starts[:, None]).clamp_(min=0).flatten()
+        cos, sin = (table[places] for table in self._tables[:2])
         positions = Positions(cos, sin, None)
         x = self._model.embed_in(ids)
         for layer in self._layers:
@@ -136,10 +137,3 @@ class CachedAttention(nn.Module):
     def keep(self, rows: Tensor) -> None:
         if self._kept is not None:
             self._kept = self._kept[:, rows]
-
-
-def _with(attention: CachedAttention, layer: nn.Module) -> nn.Module:
-    """``layer`` itself, sharing all parameters, with ``attention`` in place of its own."""
-    changed = copy.copy(layer)
-    changed._modules = {**layer._modules, "attention": attention}
-    return changed

@@ -16,6 +16,7 @@ from megarewarm.config.model import ModelConfig
 from megarewarm.errors import UserError
 from megarewarm.generation.cache import Reader
 from megarewarm.generation.continuation import Continuer
+from megarewarm.generation.packed import with_packed_layers
 from megarewarm.generation.sampling import Sampling, text_keys, uniforms
 from megarewarm.model.transformer import Transformer
 from tests.support.families import CONFIGS, saved
@@ -54,12 +55,13 @@ def loaded(folder: Path) -> Transformer:
 
 @pytest.mark.parametrize("name", [*NEOX, *CONFIGS])
 def test_greedy_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Prompts of several lengths, one of them longer than a window, so that the short ones are padded."""
+    """Prompts of several lengths, one of them longer than a window, so that the short ones are padded; packed and not."""
     theirs: Any = written(name, tmp_path)
     ours = loaded(tmp_path)
     random = np.random.default_rng(5)
     prompts = [random.integers(3, 61, size).tolist() for size in (1, 11, 4)]
-    found = Continuer(ours)(prompts, 21, GREEDY, text_keys(0, range(3)), None)
+    *found, first = Continuer(ours)([*prompts, prompts[0]], 21, GREEDY, text_keys(0, range(4)), None)
+    assert first.tolist() == found[0].tolist()
     for prompt, ids in zip(prompts, found, strict=True):
         alone = theirs.generate(
             torch.tensor([prompt]),
@@ -130,6 +132,25 @@ def test_ids_come_as_often_as_their_probabilities_say(size: int, temperature: fl
     counts = torch.bincount(ids, minlength=size)
     assert (counts - draws * exact).abs().max() <= 1.5
     assert not counts[exact == 0].any()
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 300, 1031])
+def test_the_likeliest_id_is_the_first_of_those_that_are_equally_likely(size: int) -> None:
+    logits = torch.randint(-3, 3, (200, size), generator=torch.Generator().manual_seed(size)).float()
+    assert GREEDY(logits, np.zeros(200)).tolist() == logits.numpy().argmax(-1).tolist()
+
+
+def test_packed_products_share_all_but_the_products() -> None:
+    torch.manual_seed(2)
+    model = Transformer(ModelConfig.model_validate(shape("olmo2", 2)))
+    packed = with_packed_layers(model)
+    assert not any(isinstance(part, torch.nn.Linear) for part in packed.layers.modules())
+    ids = torch.randint(0, 60, (5, 9))
+    with torch.inference_mode():
+        states = [Reader(which, 5, 9).read(ids) for which in (model, packed)]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
+    assert any(isinstance(part, torch.nn.Linear) for part in model.layers.modules())
+    assert packed.embed_in is model.embed_in and packed.layers[1].mlp_norm is model.layers[1].mlp_norm
 
 
 def test_extreme_logits() -> None:
