@@ -18,6 +18,7 @@ FORMS = ("auto", "triton", "reference")
 # torch 2.13 renamed it and warns of the old name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+_SLICE = 4 * 2**20  # bytes of a product that are still in a CPU's caches when they are added
 _ALIGNED = 64  # columns: rows begin on 128 bytes in bf16, whatever the size of the vocabulary
 
 
@@ -124,7 +125,10 @@ def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
         torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
     elif total.is_cuda:
         torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(dz.t() @ x)
     else:
-        total.add_(dz.t() @ x)
+        rows = max(1, _SLICE // (x.shape[1] * x.element_size()))
+        product = x.new_empty((min(rows, len(total)), x.shape[1]))
+        for start in range(0, len(total), rows):
+            part = total[start : start + rows]
+            found = torch.mm(dz[:, start : start + rows].t(), x, out=product[: len(part)])
+            part.copy_(found) if first else part.add_(found)
