@@ -1,10 +1,11 @@
-"""One training step on the CPU against transformers' own model: tokens/s and peak memory, as ratios of one run.
+"""One training step on the CPU against transformers' own model and against its matrix products alone: tokens/s and peak memory.
 
-Same shape (Pythia 70M by default, or --model), same weights, same batch, fp32, eager: forward, backward, clipping, AdamW.
-Each side runs in a process of its own (peak memory is a process's); the two take turns, block by block, so that whatever
-else the machine does meets both. The losses of both sides are compared.
+Same shape (Pythia 70M by default, or --model), same weights, same batch, eager: forward, backward, clipping, AdamW. The side
+"products" computes nothing but the step's matrix products and torch's attention, with the shapes, chunks and dtypes of
+megarewarm's: the limit of a step on this machine. Each side runs in a process of its own (peak memory is a process's); they
+take turns, block by block, so that whatever else the machine does meets all. Losses are compared.
 
-    python benchmarks/cpu_training_step.py [--model smollm2-135m] [--layers 6] [--steps 5] [--blocks 3] [--json FILE]
+    python benchmarks/cpu_training_step.py [--model pythia-14m] [--precision bf16] [--threads 1] [--steps 5] [--blocks 3]
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,18 +38,19 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from megarewarm.model.operations import choose_operations
     from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
+    from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
 
     config, device = model_config(arguments), torch.device("cpu")
-    operations, _ = choose_operations(KernelsConfig(), config, device, torch.float32, documents=False)
+    operations, _ = choose_operations(KernelsConfig(), config, device, DTYPES[arguments.precision], documents=False)
     model = ParallelModel(
         config,
         Mesh(Ranks(0, 1, device), Layout()),
         parallel=ParallelConfig(),
         training=TrainingConfig(budget="1 steps", global_batch=arguments.batch, micro_batch=arguments.batch),
         sequence_length=arguments.sequence,
-        precision="fp32",
+        precision=arguments.precision,
         operations=operations,
     )
     model.initialize(1)
@@ -67,7 +70,7 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
 
 
 def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
-    """transformers' model and loss, torch's clipping and AdamW, as its users write it."""
+    """transformers' model and loss, torch's clipping and fused AdamW, as its Trainer has them; bf16 by autocast."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,12 +89,14 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
             parts = [whole] if len(names) == 1 or card.interleaved is None else card.interleaved.split(whole)
             for stored, part in zip(names, parts, strict=True):
                 parameters["lm_head.weight" if stored == "embed_out.weight" else stored].copy_(part)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    low = torch.autocast("cpu", torch.bfloat16) if arguments.precision == "bf16" else nullcontext()
 
     def step(rows: Any) -> float:
         tokens = torch.from_numpy(rows)
         optimizer.zero_grad(set_to_none=True)
-        loss = model(tokens, labels=tokens, use_cache=False).loss
+        with low:
+            loss = model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -100,8 +105,64 @@ def theirs(arguments: argparse.Namespace) -> Callable[[Any], float]:
     return step
 
 
+def products(arguments: argparse.Namespace) -> Callable[[Any], float]:
+    """The matrix products and the attention of a step, forward and backward, into memory that stays."""
+    import torch
+    from megarewarm_kernels.loss.linear_cross_entropy import MIB as UNIT
+    from megarewarm_kernels.loss.linear_cross_entropy import _chunk
+
+    from megarewarm.parallel.laid_out import DTYPES
+
+    config, dtype = model_config(arguments), DTYPES[arguments.precision]
+    tokens, hidden = arguments.batch * arguments.sequence, config.hidden_size
+    heads, kv = config.num_heads, config.num_kv_heads or config.num_heads
+    width = config.head_width
+    gated = 1 if config.norm == "layer" else 2
+    linear = [(hidden, (heads + 2 * kv) * width), (heads * width, hidden), (hidden, gated * config.mlp_size)]
+    linear.append((config.mlp_size, hidden))
+    random = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random).mul_(0.1).to(dtype)
+
+    # a layer's own weights and their gradients; inputs and outputs are shared by the layers
+    weights = [[drawn(out, into) for into, out in linear] for _ in range(config.num_layers)]
+    gradients = [[torch.empty_like(weight) for weight in layer] for layer in weights]
+    inputs, outputs = ([drawn(tokens, pair[side]) for pair in linear] for side in (0, 1))
+    results = [[torch.empty_like(x) for x in states] for states in (inputs, outputs)]
+    qkv = [drawn(arguments.batch, n, arguments.sequence, width).requires_grad_() for n in (heads, kv, kv)]
+    upstream = drawn(arguments.batch, heads, arguments.sequence, width)
+    head, state = drawn(config.vocab_size, hidden), drawn(tokens, hidden)
+    chunk = _chunk(tokens, config.vocab_size, dtype, 64 * UNIT, "cpu")
+    logits, total, back = drawn(chunk, config.vocab_size), torch.empty_like(head), torch.empty_like(state)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def step(rows: Any) -> float:
+        attended = []
+        for layer in weights:
+            for weight, x, y in zip(layer, inputs, results[1], strict=True):
+                torch.mm(x, weight.t(), out=y)
+            attended.append(attend(*qkv, is_causal=True, enable_gqa=kv != heads))
+        for part in state.split(chunk):
+            here = logits[: len(part)]
+            torch.mm(part, head.t(), out=here)
+            torch.mm(here, head, out=back[: len(part)])
+            torch.mm(here.t(), part, out=total)
+        for layer, grads, context in zip(weights, gradients, attended, strict=True):
+            for weight, grad, x, dx, dy in zip(layer, grads, inputs, results[0], outputs, strict=True):
+                torch.mm(dy, weight, out=dx)
+                torch.mm(dy.t(), x, out=grad)
+            torch.autograd.grad(context, qkv, upstream)
+        return 0.0
+
+    return step
+
+
+SIDES = {"megarewarm": ours, "transformers": theirs, "products": products}
 SHAPES: dict[str, dict[str, Any]] = {
     "pythia-70m": {"num_layers": 6, "hidden_size": 512, "num_heads": 8, "vocab_size": 50304},
+    "pythia-14m": {"num_layers": 6, "hidden_size": 128, "num_heads": 4, "vocab_size": 50304},
+    "quickstart": {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "vocab_size": 2048},
     "smollm2-135m": {
         "family": "llama",
         "num_layers": 30,
@@ -141,7 +202,7 @@ def serve(side: str, arguments: argparse.Namespace, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    step = {"megarewarm": ours, "transformers": theirs}[side](arguments)
+    step = SIDES[side](arguments)
     random = np.random.default_rng(0)
     # both sides predict s tokens: transformers shifts inside, so its rows are those of ours as well
     batches = random.integers(
@@ -166,6 +227,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the model's")
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step; default: %(default)s")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="default: all")
     parser.add_argument("--steps", type=int, default=5, help="steps of a block; default: %(default)s")
     parser.add_argument("--blocks", type=int, default=3, help="blocks of each side; default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -173,8 +236,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     context = mp.get_context("spawn")
-    sides = {}
-    for side in ("transformers", "megarewarm"):
+    sides: dict[str, dict[str, Any]] = {}
+    for side in arguments.sides:
         mine, other = context.Pipe()
         process = context.Process(target=serve, args=(side, arguments, other), daemon=True)
         process.start()
@@ -191,29 +254,34 @@ def main() -> None:
         state["process"].join()
 
     tokens = arguments.batch * arguments.sequence
-    rates, work = (
-        {side: tokens / statistics.median(times[kind] for times in state["times"]) for side, state in sides.items()}
-        for kind in (0, 1)
+    wall, work = (
+        {side: statistics.median(times[kind] for times in state["times"]) for side, state in sides.items()} for kind in (0, 1)
     )
-    apart = max(abs(a - b) / a for a, b in zip(sides["transformers"]["losses"], sides["megarewarm"]["losses"], strict=True))
     shape = model_config(arguments)
-    print(f"{arguments.model}, {shape.num_layers} layers, {arguments.batch} x ", end="")
-    print(f"{arguments.sequence} tokens, fp32, {arguments.threads} threads; losses differ by at most {apart:.1e} (relative)")
-    print(f"{'':14}{'tokens/s':>10}{'a CPU second':>14}{'peak MiB':>10}{'before the first step':>24}")
+    print(f"{arguments.model}, {shape.num_layers} layers, {arguments.batch} x {arguments.sequence} tokens, ", end="")
+    print(f"{arguments.precision}, {arguments.threads} threads")
+    print(f"{'':14}{'tokens/s':>10}{'CPU s a step':>14}{'peak MiB':>10}{'before the first step':>24}")
     for side, state in sides.items():
-        print(f"{side:14}{rates[side]:10.0f}{work[side]:14.0f}{state['peak']:10.0f}{state['built']:24.0f}")
-    speed, effort = (rate["megarewarm"] / rate["transformers"] for rate in (rates, work))
-    memory = sides["megarewarm"]["peak"] / sides["transformers"]["peak"]
-    print(f"{'ratio':14}{speed:10.2f}{effort:14.2f}{memory:10.2f}")
+        print(f"{side:14}{tokens / wall[side]:10.0f}{work[side]:14.4f}{state['peak']:10.0f}{state['built']:24.0f}")
+    result: dict[str, Any] = {
+        "tokens_per_second": {side: tokens / seconds for side, seconds in wall.items()},
+        "cpu_seconds": work,
+        "peak_mib": {side: state["peak"] for side, state in sides.items()},
+    }
+    here = sides.get("megarewarm")
+    for side in sides if here else ():
+        if here is None or side == "megarewarm":
+            continue
+        found = {"speed": wall[side] / wall["megarewarm"], "cpu": work["megarewarm"] / work[side]}
+        found["memory"] = here["peak"] / sides[side]["peak"]
+        text = f"megarewarm to {side}: tokens/s {found['speed']:.2f}, CPU s {found['cpu']:.3f}, memory {found['memory']:.2f}"
+        if side == "transformers":
+            losses = zip(sides[side]["losses"], here["losses"], strict=True)
+            found["loss_difference"] = max(abs(theirs - ours) / theirs for theirs, ours in losses)
+            text += f"; losses differ by at most {found['loss_difference']:.1e} (relative)"
+        print(text)
+        result[f"to {side}"] = found
     if arguments.json:
-        result = {
-            "speed": speed,
-            "per_cpu_second": effort,
-            "memory": memory,
-            "tokens_per_second": rates,
-            "loss_difference": apart,
-        }
-        result["peak_mib"] = {side: state["peak"] for side, state in sides.items()}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+_SLICE = 4 * 2**20  # bytes of a product that are still in a CPU's caches when they are added
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias: Tensor | None) -> Tensor:
     """``x @ low.T + low_bias`` with the gradients of ``weight`` and ``bias``, of which ``low`` and ``low_bias`` are copies.
@@ -72,7 +74,10 @@ def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:
         torch.mm(dz.t(), x, out_dtype=total.dtype, out=total)
     elif total.is_cuda:
         torch.addmm(total, dz.t(), x, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(dz.t() @ x)
     else:
-        total.add_(dz.t() @ x)
+        rows = max(1, _SLICE // (x.shape[1] * x.element_size()))
+        product = x.new_empty((min(rows, len(total)), x.shape[1]))
+        for start in range(0, len(total), rows):
+            part = total[start : start + rows]
+            found = torch.mm(dz[:, start : start + rows].t(), x, out=product[: len(part)])
+            part.copy_(found) if first else part.add_(found)

@@ -101,7 +101,10 @@ def test_a_sure_answer_keeps_its_small_gradient() -> None:
         assert weight.grad is not None and weight.grad[0].item() == pytest.approx(gap * exact.item(), rel=1e-5, abs=gap * 6e-8)
 
 
-def test_bf16_is_as_near_to_float64_as_the_definition_in_bf16() -> None:
+@pytest.mark.parametrize(("block", "part"), [(2**22, 2**22), (3 * 200 * 4, 7 * 32 * 2)])
+def test_bf16_is_as_near_to_float64_as_the_definition_in_bf16(block: int, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megarewarm_kernels.loss.linear_cross_entropy._BLOCK", block)  # rows of a chunk, rows of W
+    monkeypatch.setattr("megarewarm_kernels.products._SLICE", part)
     hidden, weight, targets = inputs(64, 32, 200)
     exact_loss, _ = reference(hidden, weight, targets)
     exact = torch.autograd.grad(exact_loss, (hidden, weight))
@@ -126,17 +129,18 @@ def test_autocast_multiplies_in_its_dtype_and_returns_fp32() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor with a given number of columns that any operation made."""
+    """Remembers the size of the largest tensor with a given number of columns that any operation made, and by dtype."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
-        self.columns, self.bytes = columns, 0
+        self.columns, self.bytes, self.of = columns, 0, dict[torch.dtype, int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.columns:
                 self.bytes = max(self.bytes, tensor.nbytes)
+                self.of[tensor.dtype] = max(self.of.get(tensor.dtype, 0), tensor.nbytes)
         return out
 
 
@@ -146,9 +150,22 @@ def test_logits_stay_within_the_budget(budget: int) -> None:
     from megarewarm_kernels.loss.linear_cross_entropy import _chunk, _compute
 
     with Largest(333) as seen, torch.no_grad():
-        chunk = _chunk(512, 333, torch.float32, budget)
+        chunk = _chunk(512, 333, torch.float32, budget, "cpu")
         _compute(hidden, weight, None, targets, 333, -100, 0.0, chunk, torch.float32, False, True, True)
     assert budget / 4 < seen.bytes <= min(budget, 512 * 333 * 4)
+
+
+@pytest.mark.parametrize("budget", [16 * 333 * 6, 100_000, 300_000])
+def test_logits_in_bf16_and_a_few_in_fp32_stay_within_the_budget(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megarewarm_kernels.loss import linear_cross_entropy as module
+
+    monkeypatch.setattr(module, "_BLOCK", 40_000)
+    hidden, weight, targets = inputs(512, 16, 333, torch.float32)
+    with Largest(333) as seen, torch.no_grad():
+        chunk = module._chunk(512, 333, torch.bfloat16, budget, "cpu")
+        module._compute(hidden, weight, targets, 333, -100, 0.0, chunk, torch.bfloat16, False, True, True)
+    assert set(seen.of) == {torch.bfloat16, torch.float32}
+    assert budget / 4 < sum(seen.of.values()) <= budget
 
 
 def test_no_token_at_all() -> None:

@@ -19,6 +19,7 @@ from megarewarm_kernels.operators import check_floats, define, exact
 from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
+_BLOCK = 4 * MIB  # of logits in fp32: they stay in a CPU's caches from one pass to the next
 
 
 def linear_cross_entropy(
@@ -79,7 +80,9 @@ def linear_cross_entropy(
         rows,
         ignore_index,
         z_loss,
-        (logits_in_place.chunk_of if triton else _chunk)(hidden.shape[0], rows, dtype, memory_budget),
+        logits_in_place.chunk_of(hidden.shape[0], rows, dtype, memory_budget)
+        if triton
+        else _chunk(hidden.shape[0], rows, dtype, memory_budget, device),
         dtype,
         triton,
         tracked and hidden.requires_grad,
@@ -112,9 +115,13 @@ def check_copy(low: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"'low' is {tuple(low.shape)} in {low.dtype}, need {tuple(weight.shape)} in {dtype}")
 
 
-def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int) -> int:
+def _chunk(tokens: int, rows: int, dtype: torch.dtype, memory_budget: int, device: str) -> int:
     """Tokens per chunk: as few chunks as the budget allows, of equal size, in whole multiples of 16 where it matters."""
-    per_token = rows * (exact(dtype).itemsize + (dtype.itemsize if dtype != exact(dtype) else 0))
+    per_token = rows * dtype.itemsize
+    if dtype != exact(dtype) and device == "cpu":
+        memory_budget -= min(_BLOCK, memory_budget * 2 // 3)
+    elif dtype != exact(dtype):
+        per_token += rows * exact(dtype).itemsize
     most = max(1, memory_budget // per_token)
     return min(most, -(-logits_in_place.even_chunk(tokens, most) // 16) * 16)
 
@@ -172,7 +179,10 @@ def _compute(
     if need_weight:
         (grad_weight[rows:] if tokens else grad_weight).zero_()
     buffer = hidden.new_empty((min(chunk, tokens), rows), dtype=dtype)
-    buffer_exact = buffer if kind == dtype else torch.empty_like(buffer, dtype=kind)
+    block = len(buffer)
+    if kind != dtype and hidden.device.type == "cpu":
+        block = max(1, min(block, _BLOCK // (rows * kind.itemsize)))
+    buffer_exact = buffer if kind == dtype else hidden.new_empty((block, rows), dtype=kind)
 
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
@@ -180,24 +190,26 @@ def _compute(
         target = targets[part, None].masked_fill(ignored, 0)
         # A zero row of x removes an ignored token from W's gradient, so no pass over its logits is needed.
         x = hidden[part].to(dtype).masked_fill(ignored, 0)
-        logits, p = buffer[: len(x)], buffer_exact[: len(x)]
-
-        torch.mm(x, head.t(), out=logits)
-        z_target = logits.gather(1, target).to(kind)
-        z_max = logits.amax(1, keepdim=True).to(kind)
-        torch.softmax(logits, 1, dtype=kind, out=p)
-        # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
-        # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
-        log_largest = p.amax(1, keepdim=True).log_()
-        log_p, log_sum = (z_target - z_max) + log_largest, z_max - log_largest
-        loss += loss_of(log_sum, log_p, ignored, z_loss)
-
-        if not (need_hidden or need_weight):
-            continue
-        if z_loss:
-            p.mul_(1 + 2 * z_loss * log_sum)
-        p.scatter_(1, target, at_target(log_sum, log_p, z_loss))
-        dz = p if p is logits else logits.copy_(p)
+        dz = torch.mm(x, head.t(), out=buffer[: len(x)])
+        for first in range(0, len(x), block):
+            some = slice(first, min(first + block, len(x)))
+            logits = dz[some]
+            p = logits if kind == dtype else buffer_exact[: len(logits)].copy_(logits)
+            z_target = p.gather(1, target[some])
+            z_max = p.amax(1, keepdim=True)
+            torch.softmax(p, 1, out=p)
+            # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
+            # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
+            log_largest = p.amax(1, keepdim=True).log_()
+            log_p, log_sum = (z_target - z_max) + log_largest, z_max - log_largest
+            loss += loss_of(log_sum, log_p, ignored[some], z_loss)
+            if not (need_hidden or need_weight):
+                continue
+            if z_loss:
+                p.mul_(1 + 2 * z_loss * log_sum)
+            p.scatter_(1, target[some], at_target(log_sum, log_p, z_loss))
+            if p is not logits:
+                logits.copy_(p)
         if need_hidden:
             torch.mm(dz, head, out=grad_hidden[part]).masked_fill_(ignored, 0)
         if need_weight:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megarewarm_kernels.loss.logits_in_place import accumulate, even_chunk
+from megarewarm_kernels.loss.logits_in_place import even_chunk
 from megarewarm_kernels.operators import check_floats, define, exact
+from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from megarewarm_kernels.loss.linear_distillation import Distillation
 from megarewarm_kernels.loss.logit_passes import define_statistics, log_terms, loss_of, place_of
-from megarewarm_kernels.loss.logits_in_place import accumulate, even_chunk, gathered
+from megarewarm_kernels.loss.logits_in_place import even_chunk, gathered
 from megarewarm_kernels.loss.sharded_linear_cross_entropy import check_shards
 from megarewarm_kernels.operators import check_floats, exact
+from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
 

@@ -96,6 +96,7 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
     notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
+    notes += about_precision(precision, device)
     tasks = open_tasks(plan, texts, layout)
     notes += about_average(plan)
     notes += text_bytes.notes
@@ -122,6 +123,14 @@ def settle_precision(config: RunConfig, device: torch.device) -> str:
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and able else "fp32"
     return wanted
+
+
+def about_precision(precision: str, device: torch.device) -> list[str]:
+    """A line where ``precision`` is bf16 and ``device`` is a CPU that computes it in fp32, with roundings on the way."""
+    found = getattr(torch.cpu, "get_capabilities", dict)() if precision == "bf16" and device.type == "cpu" else {}
+    if not found or any(there for name, there in found.items() if name.endswith("_bf16")):
+        return []
+    return ["training.precision: this CPU has no bf16 arithmetic (avx512_bf16, amx_bf16), so steps are slower than in fp32"]
 
 
 def _unusual(config: RunConfig) -> list[str]:
