@@ -137,6 +137,7 @@ TRIED = [
     r"megarewarm (score|select)-data ",
     r"megarewarm choose-start ",
     r"megarewarm extend-(tokenizer|vocabulary) ",
+    r"megarewarm make-task ",
 ]
 
 
@@ -284,6 +285,12 @@ def test_a_new_vocabulary(place: Path) -> None:
     assert "5 of them new" in said[0] and all("280 old ids" in each for each in said[1:]) and "distilled" in said[2]
     for folder in ("tok", "with_tokenizer", "hf_extended"):
         shutil.rmtree(place / folder)
+
+
+def test_a_task_file(place: Path) -> None:
+    said = use(only("megarewarm make-task "), ("data/held_out.jsonl", "new/a.jsonl.zst"), ("500", "40 --context-bytes 100"))
+    assert said.startswith("tasks/prose.jsonl: 40 items of 4 choices, 25.0 % by guessing; 80 of 80")
+    assert len((place / "tasks/prose.jsonl").read_text().splitlines()) == 40
 
 
 @pytest.mark.slow

@@ -1,13 +1,7 @@
-"""Make a task file of text: megarewarm make-task held_out.jsonl --items 500 --output tasks/prose.jsonl
-
-Each item is the beginning of a passage and several continuations, of which one is the document's own and the others, of as many
-bytes, come from other documents. Give text that the model was not trained on, such as the validation text of what it must not
-forget. The same text and seed give the same file. evaluation.tasks and 'megarewarm evaluate --tasks' read it.
-"""
+"""Make a task file of text: megarewarm make-task held_out.jsonl --items 500 --output tasks/prose.jsonl"""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +10,11 @@ from megarewarm.process import importing, say
 
 
 def command_line() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description="Make a task file for evaluation.tasks and 'megarewarm evaluate --tasks': which of several continuations "
+        "of a passage is the document's own. The others have as many bytes and come from other documents. Give text that the "
+        "model was not trained on, such as what it must not forget. The same text and seed give the same file."
+    )
     parser.add_argument(
         "files",
         type=path_text,

@@ -34,14 +34,9 @@ class Continuations:
     seed: int
 
     def __post_init__(self) -> None:
-        for what, value, least in (
-            ("items", self.items, 1),
-            ("choices", self.choices, 2),
-            ("context bytes", self.context_bytes, 1),
-            ("continuation bytes", self.continuation_bytes, 4),  # the longest character
-        ):
-            if value < least:
-                raise UserError(f"{value} {what}: expected {least} or more")
+        if min(self.items, self.context_bytes) < 1 or self.choices < 2 or self.continuation_bytes < 4:
+            asked = f"{self.items} items of {self.choices} choices, {self.context_bytes} + {self.continuation_bytes} bytes"
+            raise UserError(f"{asked}: expected at least 1 item of 2 choices, and 1 + 4 bytes")
 
 
 @dataclass(frozen=True)

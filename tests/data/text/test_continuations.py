@@ -82,7 +82,8 @@ def test_too_few_documents_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"), [({"choices": 1}, "1 choices: expected 2"), ({"continuation_bytes": 3}, "3 continuation bytes")]
+    ("changes", "told"),
+    [({"choices": 1}, "5 items of 1 choices, .*: expected"), ({"continuation_bytes": 3}, r"30 \+ 3 bytes: exp")],
 )
 def test_what_makes_no_task_is_refused(changes: dict[str, int], told: str) -> None:
     with pytest.raises(UserError, match=told):
