@@ -41,9 +41,10 @@ def main(words: Sequence[str]) -> None:
     with importing():
         from megarewarm.checkpoint.lineage import Lineage
         from megarewarm.checkpoint.source import open_checkpoint
+        from megarewarm.data.files.file_bytes import find_bin
         from megarewarm.layout.cluster import rank_layouts
         from megarewarm.rewarm.freezing import settle_freezing
-        from megarewarm.training.start.epochs import settle_epochs
+        from megarewarm.training.start.epochs import packed, settle_epochs
         from megarewarm.training.start.plan import settle_model
         from megarewarm.training.start.teacher import open_teacher
 
@@ -66,6 +67,10 @@ def main(words: Sequence[str]) -> None:
     console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
     for line in lengths:
         console.print(line, highlight=False)
+    for read in config.data.train if config.data.pack is not None else ():
+        here = find_bin(read.path.removesuffix(".bin"))
+        told = packed(read, config).packing if here else "not here, so its padding is not known"
+        console.print(f"data.pack: {read.name or read.path}: {told}", highlight=False)
     if freezing is not None:
         console.print(f"parameters: {freezing.of(config.model)}; times are as if all trained", highlight=False)
     console.print(fitted(plans[: arguments.most], gpus, console.width, arguments.price))

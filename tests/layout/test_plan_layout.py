@@ -15,6 +15,7 @@ from megarewarm.cli import plan as tool
 from megarewarm.config.load import dump, merge
 from megarewarm.config.model import ModelConfig
 from megarewarm.config.schema import RunConfig
+from megarewarm.data.files.token_file import open_tokens
 from megarewarm.lab.dry_run import show_run
 from megarewarm.layout.cluster import LayoutEstimate, rank_layouts
 from megarewarm.layout.gpus import GPUS
@@ -107,3 +108,18 @@ def test_the_model_may_be_the_start_checkpoints(tmp_path: Path, capsys: pytest.C
     (tmp_path / "run.yml").write_text(dump(run))
     tool.main([str(tmp_path / "run.yml"), "--gpus", "2", "--gpu", "h100-80gb"])
     assert "the fastest: parallel.tensor=" in capsys.readouterr().out
+
+
+def test_what_packing_makes_of_the_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = str(tmp_path / "new")
+    data = {"pack": "best_fit", "train": [{"path": new, "max_epochs": 9}, {"path": str(tmp_path / "elsewhere")}]}
+    (tmp_path / "run.yml").write_text(yaml.safe_dump(mapping(tmp_path, data=data)))
+    tool.main([str(tmp_path / "run.yml"), "--gpus", "2", "--gpu", "h100-80gb"])
+    shown = " ".join(capsys.readouterr().out.split())
+    sizes = open_tokens(new).view().sizes_between(0, open_tokens(new).view().num_documents)
+    assert f"data.pack: {new}: {len(sizes):,} documents in " in shown and "of their places padding" in shown
+    assert f"{sum(sizes > 17):,} documents are cut, the stream would cut" in shown
+    assert f"data.pack: {tmp_path}/elsewhere: not here" in shown
+    data["train"] = data["train"][:1]
+    show_run(config(tmp_path, data=data), console := quiet(), Launch(0, 1, 0, 1, "127.0.0.1", 29500, "none"))
+    assert f"note: data.pack: {new}.bin: {len(sizes):,} documents in" in " ".join(printed(console).split())

@@ -20,6 +20,7 @@ from megarewarm.data.order.array_cache import Arrays, cached
 from megarewarm.data.order.packing import best_fit
 from megarewarm.data.order.sample_order import SampleOrder
 from megarewarm.data.order.samples import CACHED, Samples, permuted
+from megarewarm.errors import UserError
 from megarewarm.packed_rows import PAD, begun
 
 _BLOCK = 2**20  # documents that are packed together
@@ -70,6 +71,11 @@ class PackedSamples(Samples):
         arrays = cached(self._cache_key(), self._make) if tokens.num_documents >= CACHED else self._make()
         self._starts, self._lengths, self._bounds = arrays["starts"], arrays["lengths"], arrays["bounds"]
         self.samples_per_epoch = len(self._bounds) - 1
+        if self._lengths.max() < 2:
+            raise UserError(
+                f"{tokens.file.path}: no document has two tokens, so its packed rows have nothing to predict; "
+                f"remove data.pack, or the source"
+            )
         self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
         cut, cut_in_stream = arrays["cut"].tolist()
         self.packing = Packing(
@@ -82,7 +88,7 @@ class PackedSamples(Samples):
             last = min(first + _BLOCK, view.last_document)
             documents = view.in_file(np.arange(first, last))
             digest.update(view.sizes_between(first, last).tobytes() + view.file.starts_of(documents).tobytes())
-        return {"version": 1, "what": "packed", "documents": digest.hexdigest(), "room": self.sequence_length + 1}
+        return {"version": 2, "what": "packed", "documents": digest.hexdigest(), "room": self.sequence_length + 1}
 
     def _make(self) -> Arrays:
         view = self.tokens
@@ -93,7 +99,8 @@ class PackedSamples(Samples):
             starts = view.file.starts_of(view.in_file(np.arange(first, last)))
             parts.append(_packed(sizes, starts, self.sequence_length + 1))
             begins = tokens + np.cumsum(sizes) - sizes
-            crossing = (sizes > 0) & (begins // self.sequence_length != (begins + sizes - 1) // self.sequence_length)
+            # a window begins with the last token of the one before it, so the last but one says in which a document ends
+            crossing = (sizes > 1) & (begins // self.sequence_length != (begins + sizes - 2) // self.sequence_length)
             cut += np.count_nonzero(sizes > self.sequence_length + 1), np.count_nonzero(crossing)
             tokens += int(sizes.sum())
         starts, lengths, counts = (np.concatenate(each) for each in zip(*parts, strict=True))

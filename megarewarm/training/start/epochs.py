@@ -8,7 +8,7 @@ from megarewarm.config.budget import Budget, in_epochs, without_epochs
 from megarewarm.config.data import DataConfig, Source
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import part_of
-from megarewarm.data.files.token_file import open_tokens
+from megarewarm.data.files.token_file import TokenView, open_tokens
 from megarewarm.data.order.packed_samples import PackedSamples
 from megarewarm.data.order.row_samples import RowSamples
 from megarewarm.errors import UserError
@@ -51,14 +51,22 @@ def _samples(config: RunConfig, key: str) -> int:
 
 
 def _samples_of(source: Source, config: RunConfig) -> int:
-    vocab_size = config.model.vocab_size if config.model is not None else None
-    view = part_of(open_tokens(source.path, dtype=source.dtype, vocab_size=vocab_size), source, config.data)
-    length = config.data.sequence_length
+    if config.data.pack is not None and source.layout != "rows":
+        return packed(source, config).samples_per_epoch
+    view, length = _view(source, config), config.data.sequence_length
     if source.layout == "rows":
         return RowSamples(view, length, source.first_row).samples_per_epoch
-    if config.data.pack is not None:
-        return PackedSamples(view, length, None).samples_per_epoch
     return max(0, view.num_tokens - 1) // length
+
+
+def packed(source: Source, config: RunConfig) -> PackedSamples:
+    """The rows that ``data.pack`` makes of a training source, in their documents' order."""
+    return PackedSamples(_view(source, config), config.data.sequence_length, None)
+
+
+def _view(source: Source, config: RunConfig) -> TokenView:
+    vocab_size = config.model.vocab_size if config.model is not None else None
+    return part_of(open_tokens(source.path, dtype=source.dtype, vocab_size=vocab_size), source, config.data)
 
 
 def _readable(config: RunConfig, epochs: float) -> DataConfig:
