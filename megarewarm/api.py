@@ -301,7 +301,8 @@ class LoadedModel:
         """Continue ``text``, or several texts at once, each up to the end of its document.
 
         Args:
-            text: what to continue; of several, each gets a continuation, which does not depend on the others.
+            text: what to continue; of several, each gets a continuation, which does not depend on the others. Before it comes
+                the token that begins texts where transformers puts it there (Llama, Mistral).
             max_tokens: of the continuation, at most.
             temperature: 0 takes the most likely token each time.
             top_p: share of the probability that the likeliest tokens which are left hold.
@@ -327,6 +328,7 @@ class LoadedModel:
         prompts = [ids.tolist() for ids in tokenizer.encode_batch(texts)] if texts else []
         if not all(prompts) or not prompts:
             raise UserError("generate: give a text to continue")
+        prompts = [[*tokenizer.added_before(), *ids] for ids in prompts]
         longest, positions = max(map(len, prompts)), self.config.max_positions
         if longest + max_tokens > positions:
             raise UserError(

@@ -67,13 +67,10 @@ def main(words: Sequence[str]) -> None:
     console.print(f"{fit}; hours are for all {config.total_steps:,} steps", highlight=False)
     for line in lengths:
         console.print(line, highlight=False)
-    for source in config.data.train if config.data.pack is not None else ():
-        told = (
-            packed(source, config).packing
-            if find_bin(source.path.removesuffix(".bin"))
-            else "not here, so its padding is not known"
-        )
-        console.print(f"data.pack: {source.name or source.path}: {told}", highlight=False)
+    for read in config.data.train if config.data.pack is not None else ():
+        here = find_bin(read.path.removesuffix(".bin"))
+        told = packed(read, config).packing if here else "not here, so its padding is not known"
+        console.print(f"data.pack: {read.name or read.path}: {told}", highlight=False)
     if freezing is not None:
         console.print(f"parameters: {freezing.of(config.model)}; times are as if all trained", highlight=False)
     console.print(fitted(plans[: arguments.most], gpus, console.width, arguments.price))

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import megarewarm
 from megarewarm import api
@@ -183,16 +185,20 @@ def test_arguments_of_another_type(place: Path, tmp_path: Path) -> None:
 
 
 def test_it_generates_as_transformers_does(place: Path, tmp_path: Path) -> None:
-    """A model with a tokenizer: greedy tokens are the arg max of our own logits, one by one."""
+    """A model with a tokenizer that begins texts: greedy tokens are the arg max of our logits after transformers' prompt."""
     train_bpe(["some text of a few words " * 20], 258, tmp_path / "tokenizer.json")
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    file.post_processor = TemplateProcessing(single="<|padding|> $A", special_tokens=[("<|padding|>", 1)])
+    file.save(str(tmp_path / "tokenizer.json"))
     shape = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "vocab_size": 259, "max_positions": 48}
     settings = mapping(place, **SETTINGS, model=shape, folder=str(tmp_path / "run"))
     settings["data"]["tokenizer"] = str(tmp_path / "tokenizer.json")
     megarewarm.train(megarewarm.load_config(settings), quiet=True)
     model = megarewarm.load_model(tmp_path / "run")
     assert model.tokenizer is not None
-    (ids,) = model.tokenizer.encode_batch(["some words"])
-    expected = ids.tolist()
+    ids = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json")).encode("some words")
+    assert ids[0] == 1 and ids[1:] == model.tokenizer.encode_batch(["some words"])[0].tolist()
+    expected = [*ids]
     for _ in range(5):
         expected.append(int(model.logits([expected])[0, -1].argmax()))
         if expected[-1] == model.tokenizer.eod_id:

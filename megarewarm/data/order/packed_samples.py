@@ -73,8 +73,8 @@ class PackedSamples(Samples):
         self.samples_per_epoch = len(self._bounds) - 1
         if self._lengths.max() < 2:
             raise UserError(
-                f"{tokens.file.path}: no document has two tokens, so its packed rows have nothing to predict: remove "
-                f"data.pack, or the source"
+                f"{tokens.file.path}: no document has two tokens, so its packed rows have nothing to predict; "
+                f"remove data.pack, or the source"
             )
         self.num_samples = None if max_epochs is None else math.floor(max_epochs * self.samples_per_epoch)
         cut, cut_in_stream = arrays["cut"].tolist()

@@ -51,6 +51,11 @@ class Tokenizer(ABC):
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of ids (t,). Special tokens are written out, but sentencepiece's control symbols vanish."""
 
+    @abstractmethod
+    def added_before(self) -> tuple[int, ...]:
+        """The ids that transformers 5 puts before a prompt: tokenizer.json says so itself; of a sentencepiece model the one
+        that begins texts, if the tokenizer_config.json beside it asks for it by ``add_bos_token``."""
+
     @property
     @abstractmethod
     def end(self) -> End:
@@ -188,7 +193,6 @@ class HuggingFaceTokenizer(Tokenizer):
         return tokens
 
     def added_before(self) -> tuple[int, ...]:
-        """The ids that are put before a text where special tokens are asked for."""
         encoding = self._tokenizer.encode("a")
         own = encoding.special_tokens_mask.index(0)
         return tuple(encoding.ids[:own])
@@ -236,6 +240,16 @@ class _SentencePiece(Tokenizer):
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self._model.decode(np.asarray(ids).tolist())
+
+    def added_before(self) -> tuple[int, ...]:
+        said = beside(self.path)
+        if not said.settings.get("add_bos_token"):
+            return ()
+        stated = said.named("bos_token")
+        begin = self._model.bos_id() if stated is None else self._model.piece_to_id(stated)
+        if begin < 0 or stated not in (None, self.token(begin)):
+            raise UserError(f"{said.file} asks for add_bos_token, and {self.path} has no token that begins texts")
+        return (begin,)
 
     @property
     def end(self) -> End:

@@ -62,9 +62,9 @@ def encode_tasks(tasks: Sequence[Task], source: TokenizerSource, model: ModelCon
     if isinstance(tokenizer, HuggingFaceTokenizer):
         alone = exported_tokenizer(source, model).ids["bos"]
         assert alone is not None
-        prefix = Prefix(alone, tokenizer.added_before())
     else:
-        prefix = Prefix(source.stated.get("bos", tokenizer.eod_id if source.eod is None else source.eod))
+        alone = source.stated.get("bos", tokenizer.eod_id if source.eod is None else source.eod)
+    prefix = Prefix(alone, tokenizer.added_before())
     positions, vocab_size = model.max_positions, model.vocab_size
     return [encode_task(task, tokenizer, prefix, positions, vocab_size, truncate=truncate) for task in tasks]
 
@@ -78,7 +78,7 @@ def notes_of(tasks: Sequence[EncodedTask], source: TokenizerSource) -> list[str]
     ]
     assert source.file is not None
     tokenizer = loaded(source.file)
-    if isinstance(tokenizer, HuggingFaceTokenizer) and (added := tokenizer.added_before()):
+    if added := tokenizer.added_before():
         told = " ".join(str(tokenizer.token(number)) for number in added)
         notes.append(
             f"tasks: {told} is put before every context, as the tokenizer {source.file} does in transformers and lm-eval"
