@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megarewarm_kernels import AdamWTensors
+from megarewarm_kernels.part_sums import sums_of
 
 from tests.support.adamw_cases import (
     assert_guarded,
@@ -48,6 +49,20 @@ def test_kernels_are_as_exact_as_torch(name: str, rows: int, columns: int, dtype
 @pytest.mark.parametrize("name", ["residual_rms_norm", "rms_norm"])
 def test_rows_that_programs_share(name: str, columns: int) -> None:
     assert_as_exact_as_torch(CASES[name], arguments_of(CASES[name], 3, columns, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "count", "columns"), [(1, 1, 1), (3, 2, 65), (33, 4, 130), (528, 3, 1000), (7, 2, 0)])
+def test_sums_of_parts(rows: int, count: int, columns: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(rows)
+    partial = torch.randn(rows, count, columns, generator=random)
+    likes = [torch.empty(columns, dtype=(dtype, torch.float32)[i % 2]) for i in range(count)]
+    found = sums_of(partial, likes)
+    assert [x.dtype for x in found] == [x.dtype for x in likes]
+    size = partial.double().square().sum(0).sqrt()
+    for one, wanted, around in zip(found, partial.double().sum(0), size, strict=True):
+        rounding = torch.finfo(one.dtype).eps * wanted.abs() + 8 * torch.finfo(torch.float32).eps * around
+        assert ((one.double() - wanted).abs() <= rounding).all()
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -122,14 +122,18 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def errors(found: Sequence[Tensor], true: Sequence[Tensor]) -> list[float]:
     """Relative, in the norm of all."""
     pairs = zip(found, true, strict=True)
-    return [(one.cpu().double() - other).norm().item() / (other.norm().item() or 1.0) for one, other in pairs]
+    return [(one.to(other) - other).norm().item() / (other.norm().item() or 1.0) for one, other in pairs]
 
 
 def assert_as_exact_as_torch(
-    function: Callable[..., Tensor], given: Arguments, dtype: torch.dtype, device: str = "cpu"
+    function: Callable[..., Tensor], given: Arguments, dtype: torch.dtype, device: str | None = None
 ) -> None:
-    """Errors against float64 at most twice those of PyTorch's attention in the same dtype, from the same numbers."""
+    """Errors against float64 at most twice those of PyTorch's attention in the same dtype, from the same numbers.
+
+    ``device``: of ours and PyTorch's; None: where the numbers are.
+    """
     rounded = given.to(dtype)
+    device = device or str(given.qkv.device)
     true = results(by_torch, rounded.to(torch.float64))
     ours, theirs = results(function, rounded.on(device)), results(by_torch, rounded.on(device))
     tiny = torch.finfo(dtype).eps / 2

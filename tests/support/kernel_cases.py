@@ -146,17 +146,13 @@ def results(function: Callable[..., Outputs], arguments: list[Tensor], seed: int
     return [*(output.detach() for output in outputs), *gradients]
 
 
-def assert_as_exact_as_torch(case: Case, arguments: list[Tensor], device: str = "cpu") -> None:
+def assert_as_exact_as_torch(case: Case, arguments: list[Tensor]) -> None:
     """Errors against float64 at most twice those of PyTorch's own operations in the same dtype."""
     true = results(case.torch, [argument.detach().double() for argument in arguments])
-    theirs = results(case.torch, [argument.detach().to(device) for argument in arguments])
-    ours = results(case.ours, [argument.detach().to(device) for argument in arguments])
+    theirs, ours = (results(function, arguments) for function in (case.torch, case.ours))
     tiny = torch.finfo(arguments[0].dtype).eps  # of results of few elements, where their errors are a matter of luck
     for number, (wanted, mine, other) in enumerate(zip(true, ours, theirs, strict=True)):
         assert mine.dtype == arguments[0].dtype and mine.shape == wanted.shape
         size = wanted.norm().item() or 1.0
-        error, allowed = (
-            (mine.cpu().double() - wanted).norm().item() / size,
-            (other.cpu().double() - wanted).norm().item() / size,
-        )
+        error, allowed = ((found.double() - wanted).norm().item() / size for found in (mine, other))
         assert error <= 2 * allowed + tiny, f"result {number}: error {error:.3g}, torch has {allowed:.3g}"

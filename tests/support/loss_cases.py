@@ -42,7 +42,7 @@ def results(function: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight
 
 def errors(found: list[Tensor], true: list[Tensor]) -> list[float]:
     """The relative error of each result, in the Euclidean norm."""
-    return [float((f.cpu().double() - t).norm()) / (float(t.norm()) or 1.0) for f, t in zip(found, true, strict=True)]
+    return [float((f.to(t) - t).norm()) / (float(t.norm()) or 1.0) for f, t in zip(found, true, strict=True)]
 
 
 def assert_as_exact_as_torch(
