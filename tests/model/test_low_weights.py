@@ -75,6 +75,22 @@ def test_steps_are_those_of_autocast_bit_for_bit(model: dict[str, Any], triton: 
         assert torch.equal(parameter, cast.parameters[name]), name
 
 
+@pytest.mark.parametrize("model", [SHAPE, shape("qwen2", layers=2), shape("olmo2", layers=2)], ids=["neox", "qwen2", "olmo2"])
+@pytest.mark.parametrize("operations", [None, Operations("triton", "triton", "triton")], ids=["plain", "fused"])
+def test_every_product_reads_its_copy(
+    model: dict[str, Any], operations: Operations | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else autocast would cast the fp32 weight, and autograd its gradient."""
+    laid_out = _model(model, operations=operations)
+    read: set[int] = set()
+    fresh = LowCopy.fresh
+    monkeypatch.setattr(LowCopy, "fresh", lambda self: read.add(id(self)) or fresh(self))
+    monkeypatch.setattr(LaidOutModel, "_follow", lambda self: None)
+    laid_out.forward_backward(np.zeros((2, 17), np.int64))
+    matrices = {name for name, card in laid_out.cards.items() if card.is_matrix} | {"embed_out.weight"} & laid_out.low.keys()
+    assert matrices and not [name for name in matrices if id(laid_out.low[name]) not in read]
+
+
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every read of a copy is compared with the parameter; the number of reads."""
