@@ -250,6 +250,8 @@ class ParallelModel(LaidOutModel):
                     loss, cross, apart = self._distilled_loss(teacher, part)
                     distilled += apart
             (loss * (self._scale() if i < own else 0.0)).backward()
+            if len(parts) > 1:
+                self.gradients.collect()
             if i < own:
                 total += cross
         return torch.stack([total, distilled])

@@ -55,6 +55,9 @@ class Gradients(ABC):
     def zero(self) -> None:
         """Discard them."""
 
+    def collect(self) -> None:  # noqa: B027  # storages that keep every .grad have nothing to put aside
+        """After each of several micro-batches: put aside what autograd would else add tensor by tensor."""
+
     @abstractmethod
     def reduce(self) -> None:
         """Replace every parameter's gradient by its sum over the ranks that have a part of it."""
@@ -85,15 +88,35 @@ class OwnGradients(Gradients):
     """Gradients that are on this rank only, each a tensor as the backward pass made it. Compared with a flat tensor this
     saves clearing it and adding the first micro-batch to the zeros, four passes over memory."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[RowsOf] = ()) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rows: Sequence[RowsOf] = (), *, launches: bool = False) -> None:
+        """``launches``: an operation costs more than its work on a small tensor, as on a GPU, where the gradients of biases and
+        norms of further micro-batches are added in one launch."""
         self._parameters, self._rows = parameters, rows
+        self._vectors = [p for p in parameters.values() if p.dim() == 1] if launches else []
+        self._aside: list[Tensor] = []
         self._norm = NormTensors()
 
+    def collect(self) -> None:
+        found = [p.grad for p in self._vectors if p.grad is not None]
+        if self._aside:
+            torch._foreach_add_(self._aside, found)
+        else:
+            self._aside = found
+        for parameter in self._vectors:
+            parameter.grad = None
+
     def zero(self) -> None:
+        self._aside = []
         for parameter in (*self._parameters.values(), *(part.whole for part in self._rows)):
             parameter.grad = None
 
     def reduce(self) -> None:
+        if self._aside:
+            if any(parameter.grad is not None for parameter in self._vectors):
+                self.collect()
+            for parameter, total in zip(self._vectors, self._aside, strict=True):
+                parameter.grad = total
+            self._aside = []
         for part in self._rows:
             assert part.whole.grad is not None
             part.rows.grad = part.of(part.whole.grad)

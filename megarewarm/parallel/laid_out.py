@@ -155,7 +155,7 @@ class LaidOutModel:
             return ShardedGradients(self._named(), self.trained, *settings, self._row_parts)
         rows = list(self._row_parts.values())
         if self.mesh.ranks.world_size == 1:
-            return OwnGradients(self.trained, rows)
+            return OwnGradients(self.trained, rows, launches=self.mesh.device.type == "cuda")
         return FlatGradients(self.trained, self.placements, self.mesh, self._copies, reduce_copies, rows)
 
     def _local_rows(self, name: str, rows: Rows) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megarewarm.model.fused import Operations
 from megarewarm.model.low_weights import LowCopy
 from megarewarm.optimizers.optimizer import make_optimizer
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.ranks import Ranks
@@ -73,6 +75,42 @@ def test_steps_are_those_of_autocast_bit_for_bit(model: dict[str, Any], triton: 
     assert ours == _steps(cast)
     for name, parameter in kept.parameters.items():
         assert torch.equal(parameter, cast.parameters[name]), name
+
+
+@pytest.mark.parametrize("model", [SHAPE, shape("qwen2", layers=2), shape("olmo2", layers=2)], ids=["neox", "qwen2", "olmo2"])
+@pytest.mark.parametrize("operations", [None, Operations("triton", "triton", "triton")], ids=["plain", "fused"])
+def test_every_product_reads_its_copy(
+    model: dict[str, Any], operations: Operations | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else autocast would cast the fp32 weight, and autograd its gradient."""
+    laid_out = _model(model, operations=operations)
+    read: set[int] = set()
+    fresh = LowCopy.fresh
+    monkeypatch.setattr(LowCopy, "fresh", lambda self: read.add(id(self)) or fresh(self))
+    monkeypatch.setattr(LaidOutModel, "_follow", lambda self: None)
+    laid_out.forward_backward(np.zeros((2, 17), np.int64))
+    matrices = {name for name, card in laid_out.cards.items() if card.is_matrix} | {"embed_out.weight"} & laid_out.low.keys()
+    assert matrices and not [name for name in matrices if id(laid_out.low[name]) not in read]
+
+
+@pytest.mark.parametrize("ends", [(4,), (3, 4)], ids=["one call", "several"])
+def test_gradients_of_vectors_that_are_added_together_are_those_that_autograd_adds(ends: tuple[int, ...]) -> None:
+    """As on a GPU, where each addition is a launch; a call of one micro-batch leaves its own to the next."""
+    rows = np.random.default_rng(0).integers(64, size=(8, 17), dtype=np.int64)
+    found = []
+    for launches in (False, True):
+        model = _model(SHAPE)
+        model.gradients = OwnGradients(model.trained, launches=launches)
+        for _ in range(2):
+            model.gradients.zero()
+            for first, stop in pairwise((0, *(2 * end for end in ends))):
+                model.forward_backward(rows[first:stop])
+            bias = model.parameters["layers.0.attention.dense.bias"]
+            assert launches is False or len(ends) > 1 or bias.grad is None
+            model.gradients.reduce()
+        found.append(model.gradients.take())
+    assert found[0].keys() == found[1].keys() == model.trained.keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 @pytest.fixture
