@@ -163,7 +163,7 @@ def test_logits_in_bf16_and_a_few_in_fp32_stay_within_the_budget(budget: int, mo
     hidden, weight, targets = inputs(512, 16, 333, torch.float32)
     with Largest(333) as seen, torch.no_grad():
         chunk = module._chunk(512, 333, torch.bfloat16, budget, "cpu")
-        module._compute(hidden, weight, targets, 333, -100, 0.0, chunk, torch.bfloat16, False, True, True)
+        module._compute(hidden, weight, None, targets, 333, -100, 0.0, chunk, torch.bfloat16, False, True, True)
     assert set(seen.of) == {torch.bfloat16, torch.float32}
     assert budget / 4 < sum(seen.of.values()) <= budget
 
