@@ -285,8 +285,11 @@ def test_operators_keep_pytorchs_rules() -> None:
     log_sum, log_p = log_terms(logit_statistics(logits, targets, 0, 9, -100))
     ops = torch.ops.megarewarm
     for operator, given_ in (
-        (ops.linear_cross_entropy.default, (hidden, weight, targets, 9, -100, 0.1, 16, torch.float32, False, True, True)),
-        (ops.linear_cross_entropy.default, (hidden, weight, targets, 9, -100, 0.0, 4, torch.bfloat16, True, False, True)),
+        (ops.linear_cross_entropy.default, (hidden, weight, None, targets, 9, -100, 0.1, 16, torch.float32, False, True, True)),
+        (
+            ops.linear_cross_entropy.default,
+            (hidden, weight, weight.bfloat16(), targets, 9, -100, 0.0, 4, torch.bfloat16, True, False, True),
+        ),
         (ops.logit_statistics.default, (logits, targets, 0, 9, -100)),
         (ops.logit_gradient_.default, (logits, targets, log_sum, at_target(log_sum, log_p, 0.1), 0, 9, -100, 0.1)),
     ):
