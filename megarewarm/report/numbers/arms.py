@@ -74,20 +74,16 @@ class ArmRow:
 
 def arm_rows(experiment: ExperimentRecord) -> list[ArmRow]:
     """One row per arm, in order."""
+    runs = [[(t.seed, row_of(run, t.name, arm.kind)) for t, run in _with_runs(arm.complete)] for arm in experiment.arms]
+    measures = measures_of(row for of_arm in runs for _, row in of_arm)
     rows = []
-    measures = experiment_measures(experiment)
-    for arm in experiment.arms:
+    for arm, of_arm in zip(experiment.arms, runs, strict=True):
         values: dict[str, dict[int | None, float]] = {}
-        for trial, run in _with_runs(arm.complete):
-            for name, value in run_measures(row_of(run, trial.name, arm.kind), measures).items():
-                values.setdefault(name, {})[trial.seed] = value
+        for seed, row in of_arm:
+            for name, value in run_measures(row, measures).items():
+                values.setdefault(name, {})[seed] = value
         rows.append(ArmRow(arm, values, measures=measures))
     return [_with_tokens_saved(row, rows) for row in rows]
-
-
-def experiment_measures(experiment: ExperimentRecord) -> list[Measure]:
-    """Those of its complete runs."""
-    return measures_of(row_of(run, arm.name, arm.kind) for arm in experiment.arms for _, run in _with_runs(arm.complete))
 
 
 def _with_tokens_saved(row: ArmRow, rows: Sequence[ArmRow]) -> ArmRow:

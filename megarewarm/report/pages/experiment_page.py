@@ -23,9 +23,9 @@ from megarewarm.report.figures.panels import (
 )
 from megarewarm.report.figures.pareto import comparable, describe_pareto, draw_pareto
 from megarewarm.report.figures.sweeps import axis_lines, caption_axis, describe_axis, draw_axis
-from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons, experiment_measures
+from megarewarm.report.numbers.arms import ArmRow, Comparison, arm_rows, comparisons
 from megarewarm.report.numbers.experiment import ArmRecord, ExperimentRecord, read_experiment
-from megarewarm.report.numbers.measure import run_measures
+from megarewarm.report.numbers.measure import Measure, run_measures
 from megarewarm.report.numbers.runs import differences, row_of
 from megarewarm.report.pages import html
 from megarewarm.report.pages import tables as arm_table
@@ -70,8 +70,8 @@ def report_experiment(folder: Path | str, output_folder: Path | str) -> Path:
         told.setdefault(part, []).append(picture_html(picture, svg))
         picture.figure.clear()  # frees memory: there may be dozens
     (output / ".pictures").write_text("\n".join(names), encoding="utf-8")
-    comparison_rows = [comparison.flat() for comparison in compared]
-    tables = {"arms": [row.flat() for row in rows], "runs": _flat_runs(experiment), "comparisons": comparison_rows}
+    tables = {"arms": [row.flat() for row in rows], "runs": _flat_runs(experiment, rows[0].measures)}
+    tables["comparisons"] = [comparison.flat() for comparison in compared]
     for name, table in tables.items():
         write_json(output / f"{name}.json", table)
         write_csv(output / f"{name}.csv", table)
@@ -221,9 +221,9 @@ def _states(experiment: ExperimentRecord) -> str:
     )
 
 
-def _flat_runs(experiment: ExperimentRecord) -> list[dict[str, Any]]:
+def _flat_runs(experiment: ExperimentRecord, measures: Sequence[Measure]) -> list[dict[str, Any]]:
     """Every run of the experiment, including those that have not started."""
-    flat, measures = [], experiment_measures(experiment)
+    flat = []
     for arm in experiment.arms:
         for trial in arm.trials:
             keys: dict[str, Any] = {"run": trial.name, "arm": arm.name, "seed": trial.seed, "state": trial.state}
