@@ -178,8 +178,11 @@ def _shipped() -> Iterator[Configuration]:
             values = {"ADDED": added, "COLUMNS": columns}
             yield Configuration(name, residual_norms_forward, "bf16", values, warps(columns), statistics)
         if columns <= _MOST_COLUMNS_BACKWARD:
-            name, kernel = f"residual_norms_backward bf16 {columns}", residual_norms_backward
-            yield Configuration(name, kernel, "bf16", {"COLUMNS": columns}, warps(columns), (*statistics, "partial_ptr"))
+            for shared in (False, True):
+                name = f"residual_norms_backward bf16 {columns}{' biases' * shared}"
+                values = {"COLUMNS": columns, "SHARED": shared}
+                exact = (*statistics, "partial_ptr")
+                yield Configuration(name, residual_norms_backward, "bf16", values, warps(columns), exact)
 
     statistics = ("rstd_ptr", "partial_ptr")
     for columns in (512, 1024, 2048, 4096, 8192, 16384):

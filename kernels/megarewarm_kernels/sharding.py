@@ -42,12 +42,14 @@ def _norms(x: Any, attn_out: Any, mlp_out: Any, weight1: Any, bias1: Any, weight
 
 @_rule("residual_norms_backward")
 def _norms_backward(
-    residual: Any, grad1: Any, grad2: Any, total: Any, weight1: Any, weight2: Any, mean: Any, scale: Any
+    residual: Any, grad1: Any, grad2: Any, total: Any, weight1: Any, weight2: Any, mean: Any, scale: Any, *biases: Any
 ) -> Rules:
-    rules: Rules = [([_WHOLE] * 5, [_WHOLE] * 8)]
+    there = _where(_WHOLE, *biases)
+    rules: Rules = [([_WHOLE] * 7, [_WHOLE] * 8 + there)]
     for d in range(total.ndim - 1):
         tokens = Shard(d)
-        rules.append(([tokens] + [Partial()] * 4, [tokens] * 4 + [_WHOLE] * 2 + [tokens] * 2))
+        sums = [_WHOLE if bias is None else Partial() for bias in biases]  # without a bias an empty tensor
+        rules.append(([tokens] + [Partial()] * 4 + sums, [tokens] * 4 + [_WHOLE] * 2 + [tokens] * 2 + there))
     return rules
 
 

@@ -28,11 +28,15 @@ class Operations:
     deterministic: bool = False
 
 
-def fuse(model: Transformer, operations: Operations) -> None:
-    """Replace parts of ``model``, which may be divided over tensor ranks. Parameters and their names stay."""
+def fuse(model: Transformer, operations: Operations, *, sharded: bool = False) -> None:
+    """Replace parts of ``model``, which may be divided over tensor ranks. Parameters and their names stay. ``sharded``: layers
+    hold their parameters only while they compute, so none can use those of another."""
     for layer in model.layers:
         if operations.norms == "triton" and type(layer) is neox.Layer and layer.parallel:
             layer.__class__ = fused_neox.FusedLayer
+            if not sharded:
+                _give_bias(layer.attention.dense)
+                _give_bias(layer.mlp.dense_4h_to_h)
         for module in layer.modules():
             if isinstance(module, neox.Attention | llama.GroupedAttention):
                 module.backend, module.deterministic = operations.attention, operations.deterministic

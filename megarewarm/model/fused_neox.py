@@ -9,6 +9,7 @@ from megarewarm_kernels.apex import fused_layer_norm
 from torch import Tensor, nn
 
 from megarewarm.model.autocast import at_work
+from megarewarm.model.given_bias import waiting_bias
 from megarewarm.model.low_weights import product
 from megarewarm.model.neox import MLP, DeferredResidual, Layer
 from megarewarm.model.positions import Positions
@@ -19,10 +20,14 @@ class FusedLayer(Layer):
     the stream has autocast's dtype."""
 
     def forward(self, x: Tensor | DeferredResidual, positions: Positions) -> DeferredResidual:  # type: ignore[override]
-        parts: tuple[Any, Any, Any] = x if isinstance(x, DeferredResidual) else (at_work(x), None, None)
+        parts: tuple[Any, Any, Any] = x[:3] if isinstance(x, DeferredResidual) else (at_work(x), None, None)
+        waiting = x.biases if isinstance(x, DeferredResidual) else (None, None)
         one, other = self.input_layernorm, self.post_attention_layernorm
-        total, first, second = residual_norms(*parts, one.weight, one.bias, other.weight, other.bias, eps=one.eps)
-        return DeferredResidual(total, self.attention(first, positions), self.mlp(second))
+        total, first, second = residual_norms(
+            *parts, one.weight, one.bias, other.weight, other.bias, eps=one.eps, biases=waiting
+        )
+        biases = waiting_bias(self.attention.dense), waiting_bias(self.mlp.dense_4h_to_h)
+        return DeferredResidual(total, self.attention(first, positions), self.mlp(second), biases)
 
 
 class FusedMLP(MLP):

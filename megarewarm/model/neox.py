@@ -87,8 +87,10 @@ class MLP(nn.Module):
 
 
 class DeferredResidual(NamedTuple):
-    """A residual stream to which two parts have yet to be added: the next layer does so where it reads them (fused.py)."""
+    """A residual stream to which two parts have yet to be added: the next layer does so where it reads them (fused.py).
+    ``biases``: those in the parts that wait for who adds them to give them their gradients."""
 
     x: Tensor
     attn_out: Tensor
     mlp_out: Tensor
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)

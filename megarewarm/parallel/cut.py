@@ -64,7 +64,7 @@ def cut(config: ModelConfig, mesh: Mesh, parallel: ParallelConfig, sequence_leng
         tensor.shard(model, ranks)
     placements = {name: place(card, mesh.tensor_rank, layout.tensor, sequence) for name, card in every.items()}
     if operations is not None:
-        fuse(model, operations)
+        fuse(model, operations, sharded=parallel.sharding != "none" and layout.data > 1)
     numbers, layers = [0], [range(config.num_layers)]
     modules: list[nn.Module] = [model]
     if layout.pipeline > 1:

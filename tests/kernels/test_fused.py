@@ -66,10 +66,11 @@ def operators(name: str) -> list[tuple[torch._ops.OpOverload, tuple[object, ...]
         _, normed, rstd = ops.residual_rms_norm.default(*forward)
         backward = (delta[0] if delta else None, normed, x, weight, rstd)
         return [(ops.residual_rms_norm.default, forward), (ops.residual_rms_norm_backward.default, backward)]
-    added = detached[:3] if len(detached) == 7 else [detached[0], None, None]
-    forward = (*added, *detached[-4:], 1e-5)
+    added, norms = (detached[:3], detached[3:7]) if len(detached) >= 7 else ([detached[0], None, None], detached[1:])
+    biases: list[Tensor | None] = [*detached[7:]] or [None, None]
+    forward = (*added, *norms, 1e-5)
     _, first, second, mean, scale = ops.residual_norms.default(*forward)
-    backward = (first, second, first, detached[0], detached[-4], detached[-2], mean, scale)
+    backward = (first, second, first, detached[0], norms[0], norms[2], mean, scale, *biases)
     return [(ops.residual_norms.default, forward), (ops.residual_norms_backward.default, backward)]
 
 
@@ -113,6 +114,7 @@ def test_gradients_that_nobody_asks_for() -> None:
         (lambda x: kernels.residual_norms(x, x, None, *[torch.ones(4)] * 4), "'mlp_out' is nothing"),
         (lambda x: kernels.residual_norms(x, x, x[:1], *[torch.ones(4)] * 4), r"'mlp_out' is \(1, 4\)"),
         (lambda x: kernels.residual_norms(x, x, x, *[torch.ones(5)] * 4), r"are \(4,\), got \(5,\)"),
+        (lambda x: kernels.residual_norms(x, x, x, *[torch.ones(4)] * 4, biases=(None, x[0, :1])), r"\(4,\), got \(1,\)"),
         (lambda x: kernels.residual_rms_norm(x, x[:1], torch.ones(4)), r"like x \(2, 4\) or None, got \(1, 4\)"),
         (lambda x: kernels.residual_rms_norm(x, x, torch.ones(3)), r"need x .* got \(2, 4\) and \(3,\)"),
         (lambda x: kernels.swiglu(x[:, :3]), r"need pairs \(..., 2 f\), got \(2, 3\)"),

@@ -23,7 +23,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 MODEL = {"num_layers": 3, "hidden_size": 16, "num_heads": 4, "rotary_fraction": 0.5, "vocab_size": 67}
 FIVE = {"num_layers": 5}  # two stages on each of two ranks, unevenly
 STEPS = 8
-FUSED = Operations(norms="triton", gelu="triton", attention="sdpa", loss="reference")
+FUSED = Operations(norms="triton", gelu="triton", attention="cudnn", loss="reference")
 DOCUMENTS = {"eod": 5, "reset_at_eod": True, "mask_eod_loss": True}
 
 # name -> (parallel settings, other changes)
@@ -68,6 +68,10 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "tensor_fused": ({"tensor": 2}, {"fused": True}),
         "pipeline_fused": ({"pipeline": 2}, {"fused": True, "training": {"micro_batch": 2, "recompute": "full"}}),
         "zero3_fused": ({"sharding": "zero3"}, {"fused": True}),
+        "zero_bubble_fused": (
+            {"pipeline": 2, "schedule": "zero_bubble"},
+            {"model": FIVE, "fused": True, "training": {"micro_batch": 2}},
+        ),
     },
     4: {
         "data": ({}, {}),

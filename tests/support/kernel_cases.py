@@ -57,6 +57,25 @@ def _norms(added: bool) -> Case:
     )
 
 
+def _norms_with_biases() -> Case:
+    """Biases that the two parts hold already."""
+
+    def ours(x: Tensor, attn_out: Tensor, mlp_out: Tensor, *rest: Tensor) -> Outputs:
+        *norms, one, other = rest
+        held = attn_out + one.detach(), mlp_out + other.detach()
+        return kernels.residual_norms(x, *held, *norms, biases=(one, other))
+
+    def plainly(side: Callable[..., Outputs]) -> Callable[..., Outputs]:
+        return lambda x, attn_out, mlp_out, *rest: side(x, attn_out + rest[-2], mlp_out + rest[-1], *rest[:-2])
+
+    return Case(
+        shapes=lambda rows, columns: [(rows, columns)] * 3 + [(columns,)] * 6,
+        ours=ours,
+        definition=plainly(residual_norms_reference),
+        torch=plainly(_norms_by_torch),
+    )
+
+
 def _rms_norm_by_torch(*arguments: Tensor) -> Outputs:
     x, weight = arguments[0], arguments[-1]
     x = x + arguments[1] if len(arguments) == 3 else x
@@ -103,6 +122,7 @@ CASES = {
     "bias_gelu_tanh": _gelu("tanh"),
     "residual_norms": _norms(added=True),
     "norms": _norms(added=False),
+    "residual_norms_biases": _norms_with_biases(),
     "residual_rms_norm": Case(
         shapes=lambda rows, columns: [(rows, columns), (rows, columns), (columns,)],
         ours=kernels.residual_rms_norm,

@@ -5,7 +5,8 @@ dimension (Ba, Kiros and Hinton 2016, arXiv 1607.06450); the parallel residual i
 section 2.1): a is attention's output and m the MLP's, of the layer before.
 
 Bytes moved, bf16, n elements: forward 12 n (three read, three written), backward 10 n (x', dy1, dy2 and dx' read, dx written),
-with 16 bytes for each column and program of partial sums. Separate additions and norms move 16 a + 6 a (a = 2 n bytes).
+with 16 bytes for each column and program of partial sums, 20 where it gives biases their gradients: those of the layers that
+wrote a and m, which are one and the same sum of dx. Separate additions and norms move 16 a + 6 a (a = 2 n bytes).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def residual_norms(
     bias2: Tensor,
     *,
     eps: float = 1e-5,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x + attn_out + mlp_out, its first LayerNorm, its second LayerNorm).
 
@@ -38,6 +40,8 @@ def residual_norms(
         attn_out, mlp_out: like x, or None both for nothing to be added.
         weight1, bias1, weight2, bias2: (h,), the two norms', any floating dtype.
         eps: added to the variance.
+        biases: (h,) each, which attn_out and mlp_out hold already but without a derivative: F.linear(x, w, bias.detach()). They
+            get their gradients here, the sum of x's over all rows. None: there is none, or it has a derivative.
 
     Returns:
         Three tensors like x. The sum is computed in fp32 and rounded once; the norms are computed from what was rounded, as
@@ -48,11 +52,13 @@ def residual_norms(
         if (part is None) != (attn_out is None) or (part is not None and part.shape != x.shape):
             found = "nothing" if part is None else tuple(part.shape)
             raise ValueError(f"attn_out and mlp_out are like x {tuple(x.shape)} or both None, '{name}' is {found}")
-    for part in (weight1, bias1, weight2, bias2):
+    present = [bias for bias in biases if bias is not None]
+    for part in (weight1, bias1, weight2, bias2, *present):
         if part.shape != x.shape[-1:]:
             raise ValueError(f"weights and biases of the norms are {tuple(x.shape[-1:])}, got {tuple(part.shape)}")
     check_floats(x=x, attn_out=attn_out, mlp_out=mlp_out, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    total, first, second = _ResidualNorms.apply(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps)
+    check_floats(**{f"biases[{number}]": bias for number, bias in enumerate(present)})
+    total, first, second = _ResidualNorms.apply(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps, *biases)
     return total, first, second
 
 
@@ -81,8 +87,9 @@ def reference(
 class _ResidualNorms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, attn_out: Tensor | None, mlp_out: Tensor | None, *norms: Any
+        ctx: Any, x: Tensor, attn_out: Tensor | None, mlp_out: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        norms, ctx.biases = rest[:5], rest[5:]
         total, first, second, mean, rstd = _forward(x, attn_out, mlp_out, *norms)
         weight1, _, weight2, _, _ = norms
         total = x.view_as(x) if attn_out is None else total
@@ -93,12 +100,15 @@ class _ResidualNorms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, residual: Tensor, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw1, db1, dw2, db2 = _backward(residual, grad1, grad2, *ctx.saved_tensors)
+        wanted = [bias if needed else None for bias, needed in zip(ctx.biases, ctx.needs_input_grad[8:], strict=True)]
+        dx, dw1, db1, dw2, db2, *sums = _backward(residual, grad1, grad2, *ctx.saved_tensors, *wanted)
         added = dx if ctx.added else None
-        return dx, added, added, dw1, db1, dw2, db2, None
+        given = (found if bias is not None else None for bias, found in zip(wanted, sums, strict=True))
+        return dx, added, added, dw1, db1, dw2, db2, None, *given
 
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _define_forward(
@@ -120,8 +130,18 @@ def _define_forward(
 
 
 def _define_backward(
-    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, mean: Tensor, rstd: Tensor
-) -> Five:
+    residual: Tensor,
+    grad1: Tensor,
+    grad2: Tensor,
+    total: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    attn_bias: Tensor | None,
+    mlp_bias: Tensor | None,
+) -> Seven:
+    """Five gradients, and the sum of the first over all rows as that of each bias; an empty tensor for None."""
     kind = exact(total.dtype)
     normed = (total.to(kind) - mean[..., None]) * rstd[..., None]
     wide1, wide2 = grad1.to(kind), grad2.to(kind)
@@ -134,7 +154,8 @@ def _define_backward(
         return (value.sum(rows) if rows else value).to(like.dtype, copy=True)
 
     weights = summed(wide1 * normed, weight1), summed(wide1, weight1), summed(wide2 * normed, weight2), summed(wide2, weight2)
-    return dx.to(total.dtype).contiguous(), *weights
+    one, other = (total.new_empty(0) if bias is None else summed(dx, bias) for bias in (attn_bias, mlp_bias))
+    return dx.to(total.dtype).contiguous(), *weights, one, other
 
 
 def _shape_forward(x: Tensor, attn_out: Tensor | None, *_: Any) -> Five:
@@ -144,10 +165,11 @@ def _shape_forward(x: Tensor, attn_out: Tensor | None, *_: Any) -> Five:
 
 
 def _shape_backward(
-    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, *_: Any
-) -> Five:
+    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, *rest: Any
+) -> Seven:
     one, two = weight1.new_empty(weight1.shape), weight2.new_empty(weight2.shape)
-    return total.new_empty(total.shape), one, torch.empty_like(one), two, torch.empty_like(two)
+    sums = [total.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in rest[-2:]]
+    return total.new_empty(total.shape), one, torch.empty_like(one), two, torch.empty_like(two), sums[0], sums[1]
 
 
 if HAS_TRITON:
@@ -223,6 +245,7 @@ if HAS_TRITON:
         columns,
         each,
         COLUMNS: tl.constexpr,
+        SHARED: tl.constexpr,
     ):
         part = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, COLUMNS)
@@ -233,6 +256,7 @@ if HAS_TRITON:
         db1 = tl.zeros((COLUMNS,), tl.float32)
         dw2 = tl.zeros((COLUMNS,), tl.float32)
         db2 = tl.zeros((COLUMNS,), tl.float32)
+        shared = tl.zeros((COLUMNS,), tl.float32)
         for row in tl.range(part * each, min(part * each + each, rows), num_stages=PREFETCH):
             x = tl.load(total_ptr + row * total_stride + column, mask=inside, other=0.0).to(tl.float32)
             grad1 = tl.load(grad1_ptr + row * grad1_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -244,17 +268,21 @@ if HAS_TRITON:
             along = tl.sum(inner * normed, axis=0) / columns
             level = tl.sum(inner, axis=0) / columns
             dx = (inner - normed * along - level) * rstd + residual
+            if SHARED:
+                shared += dx  # columns outside are not stored
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             dw1 += grad1 * normed
             db1 += grad1
             dw2 += grad2 * normed
             db2 += grad2
         # one row of partial sums for each program, added up afterwards: no atomics, so the same result at every run
-        base = partial_ptr + part * 4 * columns + column
+        base = partial_ptr + part * (4 + SHARED) * columns + column
         tl.store(base, dw1, mask=inside)
         tl.store(base + columns, db1, mask=inside)
         tl.store(base + 2 * columns, dw2, mask=inside)
         tl.store(base + 3 * columns, db2, mask=inside)
+        if SHARED:
+            tl.store(base + 4 * columns, shared, mask=inside)
 
     def warps(columns: int) -> int:
         """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
@@ -292,15 +320,16 @@ if HAS_TRITON:
         shaped = added if attn_out is None else added.view(x.shape)
         return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
-    def _kernel_backward(*arguments: Tensor) -> Five:
-        total, weight1, weight2, mean, rstd = arguments[3:]
+    def _kernel_backward(*arguments: Any) -> Seven:
+        total, weight1, weight2, mean, rstd, *biases = arguments[3:]
         if total.dtype == torch.float64 or total.shape[-1] > _MOST_COLUMNS_BACKWARD:
             return _define_backward(*arguments)
         parts = [rows_of(part) for part in arguments[:4]]
         rows, columns = parts[3].shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
         count = programs(rows, total.device) if rows else 0
-        partial = torch.empty((count, 4, columns), dtype=torch.float32, device=total.device)
+        likes = [weight1, weight1, weight2, weight2, *(bias for bias in biases if bias is not None)]
+        partial = torch.empty((count, min(5, len(likes)), columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             residual_norms_backward[(count,)](
                 *parts,
@@ -315,11 +344,13 @@ if HAS_TRITON:
                 columns,
                 triton.cdiv(rows, count),
                 COLUMNS=triton.next_power_of_2(columns),
+                SHARED=len(likes) > 4,
                 num_warps=warps(columns),
                 **LAUNCH,
             )
-        dw1, db1, dw2, db2 = sums_of(partial, (weight1, weight1, weight2, weight2))
-        return dx.view(total.shape), dw1, db1, dw2, db2
+        dw1, db1, dw2, db2, *rest = sums_of(partial, likes)
+        one, other = (total.new_empty(0) if bias is None else rest.pop(0) for bias in biases)
+        return dx.view(total.shape), dw1, db1, dw2, db2, one, other
 
     # A row lies in the registers of one program; backward with the four sums it adds to. More would spill.
     _MOST_COLUMNS, _MOST_COLUMNS_BACKWARD = 8192, 4096
