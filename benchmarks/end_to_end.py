@@ -91,7 +91,7 @@ def write_inputs(work: Work) -> None:
             writer.add_document(part)
     torch.manual_seed(1)
     shape = work.shape
-    config = GPTNeoXConfig(  # type: ignore[call-arg]
+    config = GPTNeoXConfig(
         num_hidden_layers=shape["num_layers"],
         hidden_size=shape["hidden_size"],
         num_attention_heads=shape["num_heads"],
@@ -154,7 +154,8 @@ def by_transformers(work: Work, place: Path) -> None:
             return {"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]}
 
     class Log(TrainerCallback):
-        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **more: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            logs = more["logs"]
             if "loss" in logs or "eval_loss" in logs:
                 print("logged " + json.dumps({"step": state.global_step, **logs}), flush=True)
 

@@ -57,7 +57,7 @@ def configuration(arguments: argparse.Namespace, name: str, kernels: str, seed: 
         "training": {"budget": arguments.steps, "global_batch": batch, "micro_batch": batch},
         "checkpoint": {"every": None},
         "kernels": kernels,
-        "logging": {"tensorboard": False},
+        "logging": {"tensorboard": False, "dynamics": None},
     }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
+from gpu_timing import Run, ceilings, differentiated, measure
 from megarewarm_kernels import (
     AdamWTensors,
     attention,
@@ -41,8 +41,6 @@ from megarewarm_kernels import (
 from megarewarm_kernels.attention.choose import BACKENDS, choose
 from torch import Tensor
 from torch.nn import functional as F
-
-Run = Callable[[], Any]
 
 
 @dataclass
@@ -73,20 +71,6 @@ class Shape:
     def weight(self, *size: int) -> Tensor:
         """fp32, as the trainer keeps it."""
         return torch.randn(size, device=self.device).mul_(0.02).requires_grad_()
-
-
-def differentiated(function: Callable[..., Any], inputs: list[Tensor]) -> Run:
-    """Forward and backward of ``function``; upstream gradients are made once."""
-    outputs = function(*inputs)
-    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
-    upstream = [torch.randn_like(out) for out in outputs]
-
-    def run() -> Any:
-        found = function(*inputs)
-        found = found if isinstance(found, tuple | list) else (found,)
-        return torch.autograd.grad(found, inputs, upstream)
-
-    return run
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,68 +299,16 @@ def optional(module: str, name: str) -> Any:
         return None
 
 
-def measure(run: Run, device: str, least: float, smoke: bool) -> float:
-    """Median seconds of a call, the GPU's cache flushed before each.
-
-    On a GPU of a CUDA graph of it: PyTorch's operators take the host longer than most of these take the device. What can't be
-    captured, because it waits for the device inside, is queued behind a pause of the device as long as the host may need.
-    """
-    for _ in range(2 if smoke else 5):
-        run()
-    if device != "cuda":
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    replay = captured(run)
-    flush = torch.empty(2**28, dtype=torch.int8, device=device)
-    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    began = time.perf_counter()
-    while len(pairs) < 20 or (time.perf_counter() - began < least and len(pairs) < 300):
-        flush.zero_()
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if replay is None:
-            torch.cuda._sleep(4_000_000)  # cycles, some 2 ms
-        first.record()
-        (replay or run)()
-        last.record()
-        pairs.append((first, last))
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3
-
-
-def captured(run: Run) -> Run | None:
-    """A call that replays the kernels of ``run``; None where it can't be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    try:
-        with torch.cuda.stream(stream):  # what is made at the first call on a stream, such as cuBLAS's memory, is made now
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
-
-
-def ceilings(device: str, smoke: bool) -> tuple[float, float]:
-    """(bytes a second of a copy, FLOPs a second of a bf16 product)."""
-    size = 2**20 if smoke else 2**30
-    source, target = (torch.empty(size, dtype=torch.int8, device=device) for _ in range(2))
-    copy = measure(lambda: target.copy_(source), device, 0.5, smoke)
-    n = 256 if smoke else 8192
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    product = measure(lambda: a @ b, device, 1.0, smoke)
-    return 2 * size / copy, 2 * n**3 / product
-
-
 def main() -> None:
     """Measure everything, print a table, draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seconds", type=float, default=1.0, help="at least, for each side of each operation")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="written after each operation; operations that it has, of this GPU and torch, are not repeated",
+    )
     parser.add_argument("--picture", type=Path, help="PNG: share of the ceiling that each side reaches")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -388,8 +320,13 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; Triton: {no_triton(torch.device(device)) or 'yes'}")
     print(f"ceilings: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s\n")
     print("| operation | side | ms | TB/s or TFLOP/s | of the ceiling |\n|---|---|---|---|---|")
-    rows = []
-    for make in OPERATIONS:
+    rows: list[dict[str, Any]] = []
+    here, done = {"device": name, "torch": torch.__version__}, 0
+    if arguments.json and arguments.json.exists():
+        before = json.loads(arguments.json.read_text())
+        if before.get("done") and all(before[key] == value for key, value in here.items()):
+            done, rows = before["done"], before["rows"]
+    for number, make in enumerate(OPERATIONS[done:], done + 1):
         operation = make(shape)
         for side, run in operation.sides.items():
             try:
@@ -411,8 +348,8 @@ def main() -> None:
         del operation
         if device == "cuda":
             torch.cuda.empty_cache()
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))
+        if arguments.json:
+            arguments.json.write_text(json.dumps({**here, "done": number, "rows": rows}))
     if arguments.picture:
         draw(rows, name, arguments.picture)
 
