@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.batch_losses import BatchLosses
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.engine import BatchLosses
 from megarewarm.training.run import Run, Update
 
 Kind = Literal["transient", "non_finite", "spike"]

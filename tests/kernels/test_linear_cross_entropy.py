@@ -265,7 +265,7 @@ def test_the_targets_gradient_does_not_cancel() -> None:
 def test_a_copy_of_the_weight_is_read_in_its_place() -> None:
     """The same bits where it is the cast; another copy is what is multiplied, and one of another dtype is refused."""
     hidden, weight, targets = inputs(20, 8, 9, torch.float32)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for low in (None, weight.detach().bfloat16(), weight.detach().bfloat16() * 2):
         weight.grad = None
         with torch.autocast("cpu", torch.bfloat16):

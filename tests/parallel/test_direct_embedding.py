@@ -24,7 +24,8 @@ def test_it_has_autograds_gradient(there: bool) -> None:
         for embedding in (plain, direct):
             embedding(tokens).bfloat16().backward(upstream.bfloat16())
     torch.testing.assert_close(direct.weight.grad, plain.weight.grad)
-    assert not there or torch.equal(flat[2:68].view(11, 6), direct.weight.grad)
+    if there:
+        torch.testing.assert_close(flat[2:68].view(11, 6), plain.weight.grad)
 
 
 def test_a_frozen_one_is_left_alone() -> None:
