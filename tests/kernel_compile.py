@@ -26,7 +26,7 @@ from megarewarm_kernels.attention.flash_blocks import blocks_of, width_of
 from megarewarm_kernels.attention.flash_kernels import attention_backward_keys, attention_backward_queries, attention_forward
 from megarewarm_kernels.attention.rotary import _ELEMENTS as ROTARY_ELEMENTS
 from megarewarm_kernels.attention.rotary import rotary as rotary_kernel
-from megarewarm_kernels.layer import rms_norm
+from megarewarm_kernels.layer import add_rows, rms_norm
 from megarewarm_kernels.layer.bias_gelu import _COLUMNS, _ROWS, _TILES, bias_gelu_backward, bias_gelu_forward
 from megarewarm_kernels.layer.residual_norms import (
     _MOST_COLUMNS_BACKWARD,
@@ -56,8 +56,8 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _FLOATS = ("scale", "lr", "keep", "beta1", "beta2", "other1", "other2", "eps", "rate", "root", "z_loss")
-_INT64 = ("targets_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
-_INT32 = ("owners_ptr", "starts_ptr", "ends_ptr")
+_INT64 = ("targets_ptr", "order_ptr", "table_ptr", "begins_ptr", "sizes_ptr")
+_INT32 = ("sorted_ptr", "owners_ptr", "starts_ptr", "ends_ptr")
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _ATTENTION = {"bf16": (16, 32, 64, 80, 96, 128, 256), "fp32": (16, 32, 64, 80, 96, 128, 160, 256)}  # dtype -> heads
 _GROUPED = {"bf16": (64, 128, 256), "fp32": (64,)}  # dtype -> heads that are compiled for groups of 4 too
@@ -157,6 +157,8 @@ def _shipped() -> Iterator[Configuration]:
     for dtype in ("bf16", "fp32"):
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
+    tile = {"ROWS": add_rows._ROWS, "COLUMNS": add_rows._COLUMNS}
+    yield Configuration("add_rows fp32", add_rows.add_rows, "fp32", tile, add_rows._WARPS)
     for dtype in ("bf16", "fp32"):
         tile = {"ROWS": SUMS_ROWS, "COLUMNS": SUMS_COLUMNS}
         yield Configuration(f"part_sums {dtype}", part_sums, dtype, tile, SUMS_WARPS, ("partial_ptr",))

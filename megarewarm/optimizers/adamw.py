@@ -106,7 +106,7 @@ class AdamW:
                 assert gradients is not None
                 gradients.scale_(scale)
             self.torch.step()
-            torch.autograd.graph.increment_version(list(self.names))  # fused, it does not; copies of them are told by it
+            torch.autograd.graph.increment_version(list(self.names))  # fused, it does not itself; copies follow it
             self._completed += 1
             if self._completed > _EXACT:  # where torch's own fp32 count no longer increases
                 self.set_completed_steps(self._completed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from megarewarm.model.trained import Trained
 from megarewarm.model.transformer import LOSS_MEMORY
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.agreement import Between, all_reduce_sums, nothing_between
+from megarewarm.parallel.batch_losses import BatchLosses
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.continuations import Scored, Scorer
 from megarewarm.parallel.cross_entropy import cross_entropy
@@ -30,26 +30,6 @@ from megarewarm.parallel.distillation import Teacher
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.position_sums import PositionSums
-
-
-@dataclass(frozen=True)
-class BatchLosses:
-    """Of this rank's sequences, in nats summed over their targets; zeros on a rank whose loss another rank returns, so that the
-    sums over all ranks are the batch's. ``totals`` (2,) fp64, on the device: ``sum``, and ``distilled``, the teacher's term,
-    summed alike; to read these two is to wait for it. ``targets``: their number; ``rows``: the loss of each sequence, where it
-    was asked for."""
-
-    totals: Tensor
-    targets: float
-    rows: list[float] | None = None
-
-    @property
-    def sum(self) -> float:
-        return float(self.totals[0])
-
-    @property
-    def distilled(self) -> float:
-        return float(self.totals[1])
 
 
 class ParallelModel(LaidOutModel):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from megarewarm_kernels import no_triton
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,12 +22,12 @@ from megarewarm.model.trained import Rows, Trained
 from megarewarm.parallel import pipeline
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.cut import Cut, cut
+from megarewarm.parallel.direct_embedding import DirectEmbedding
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, RowsOf, ShardedGradients
 from megarewarm.parallel.groups import new_groups
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import TensorSlice
 from megarewarm.parallel.recompute import recompute
-from megarewarm.parallel.tied_embedding import TiedEmbedding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -82,8 +83,10 @@ class LaidOutModel:
         self._tensor, self._modules = cut.tensor, cut.modules
         self._numbers, self._count, self._layers_of = cut.numbers, cut.count, cut.layers
         self._has_last, self._ends_meet = cut.has_last, cut.ends_meet
-        if self.config.tie_embeddings and self.mesh.layout.model == 1 and not self._sharded and self.mesh.device.type == "cpu":
-            self._modules[0].embed_in.__class__ = TiedEmbedding
+        device = self.mesh.device
+        direct = self.config.tie_embeddings if device.type == "cpu" else not no_triton(device)
+        if direct and self.mesh.layout.model == 1 and not self._sharded:
+            self._modules[0].embed_in.__class__ = DirectEmbedding
         low = self._sharded or any(rounds_stream(layer) for module in self._modules for layer in _layers(module))
         self._stream_dtype = self._dtype if low else torch.float32
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megarewarm.parallel.agreement import all_reduce_sums
+from megarewarm.parallel.batch_losses import BatchLosses
 from megarewarm.parallel.collective import collective
-from megarewarm.parallel.engine import BatchLosses
 from megarewarm.training.run import Run, Update
 
 Kind = Literal["transient", "non_finite", "spike"]
@@ -164,6 +164,7 @@ def _gradients_and_update(run: Run, rows: npt.NDArray[np.int64], clock: Clock, l
     clock.wait()
     run.ranks.report(run.step + 1)
     total, distilled, targets, square = told.read()
+    targets = losses.targets if run.ranks.world_size == 1 else targets
     times = [0.0] * run.ranks.world_size
     times[run.ranks.rank] = clock.seconds()
     return StepResult(

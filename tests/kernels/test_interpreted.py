@@ -22,6 +22,7 @@ from tests.support.adamw_cases import (
     assert_right,
 )
 from tests.support.kernel_cases import CASES, arguments_of, assert_as_exact_as_torch, results
+from tests.support.row_cases import IDS, assert_rows_are_added
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -187,6 +188,12 @@ def test_adamw_writes_nothing_where_its_scale_is_not_a_number(copy: torch.dtype 
 @pytest.mark.parametrize("sizes", [[0], [1], [16, 8192, 32], [5, 8191, 8192, 8193, 0, 3], [30_000, 2]])
 def test_the_squared_norm_of_many_tensors(sizes: list[int]) -> None:
     assert_norm_of_many_is_right(sizes)
+
+
+@pytest.mark.parametrize("ids", list(IDS))
+@pytest.mark.parametrize(("width", "dtype"), [(5, torch.float32), (300, torch.bfloat16)])
+def test_rows_are_added_in_a_fixed_order(ids: str, width: int, dtype: torch.dtype) -> None:
+    assert_rows_are_added(IDS[ids], width, dtype)
 
 
 def test_adamw_refuses_tensors_that_have_moved() -> None:

@@ -279,17 +279,31 @@ def test_the_targets_gradient_does_not_cancel() -> None:
         torch.testing.assert_close(at_target(log_sum, log_p, z_loss).double(), wanted, rtol=1e-6, atol=0)
 
 
+def test_a_copy_of_the_weight_is_read_in_its_place() -> None:
+    """The same bits where it is the cast; another copy is what is multiplied, and one of another dtype is refused."""
+    hidden, weight, targets = inputs(20, 8, 9, torch.float32)
+    found: list[tuple[Tensor, Tensor]] = []
+    for low in (None, weight.detach().bfloat16(), weight.detach().bfloat16() * 2):
+        weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = linear_cross_entropy(hidden, weight, targets, low=low)
+        loss.backward()
+        assert weight.grad is not None
+        found.append((loss.detach(), weight.grad.clone()))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[2][0])
+    with pytest.raises(ValueError, match=r"'low' is \(9, 8\) in torch.bfloat16, need \(9, 8\) in torch.float32"):
+        linear_cross_entropy(hidden, weight, targets, low=weight.detach().bfloat16())
+
+
 def test_operators_keep_pytorchs_rules() -> None:
     hidden, weight, targets = (x.detach() for x in inputs(6, 4, 9, torch.float32))
-    logits = hidden @ weight.t()
+    logits, low = hidden @ weight.t(), weight.bfloat16()
     log_sum, log_p = log_terms(logit_statistics(logits, targets, 0, 9, -100))
     ops = torch.ops.megarewarm
     for operator, given_ in (
         (ops.linear_cross_entropy.default, (hidden, weight, None, targets, 9, -100, 0.1, 16, torch.float32, False, True, True)),
-        (
-            ops.linear_cross_entropy.default,
-            (hidden, weight, weight.bfloat16(), targets, 9, -100, 0.0, 4, torch.bfloat16, True, False, True),
-        ),
+        (ops.linear_cross_entropy.default, (hidden, weight, low, targets, 9, -100, 0.0, 4, torch.bfloat16, True, False, True)),
         (ops.logit_statistics.default, (logits, targets, 0, 9, -100)),
         (ops.logit_gradient_.default, (logits, targets, log_sum, at_target(log_sum, log_p, 0.1), 0, 9, -100, 0.1)),
     ):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megarewarm.checkpoint.own.state import read_state
-from megarewarm.parallel.engine import BatchLosses, ParallelModel
+from megarewarm.parallel.batch_losses import BatchLosses
+from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks

@@ -20,7 +20,8 @@ from megarewarm.checkpoint.own import store
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
-from megarewarm.parallel.engine import BatchLosses, ParallelModel
+from megarewarm.parallel.batch_losses import BatchLosses
+from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.after_step.signals import StopRequest

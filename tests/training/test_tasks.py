@@ -244,8 +244,8 @@ def test_every_layout_gives_the_same(tmp_path: Path, ranks: int, parallel: dict[
         ({"context": "a", "continuation": " the cat saw" * 40}, "line 2: the continuation has"),
         ({"context": "a", "continuation": "a", "delimeter": " "}, "line 2: unknown key 'delimeter', did you mean 'delimiter'"),
         (
-            {"context": "a", "choices": [" a", " b"], "answer": 0, "id": 7},
-            "line 2: unknown key 'id'; a line has",
+            {"context": "a", "choices": [" a", " b"], "answer": 0, "label": 7},
+            "line 2: unknown key 'label'; a line has",
         ),
         ({"context": "a", "continuation": " a", "answer": 0}, "line 2: unknown key 'answer'; a line has context, continuation"),
         ("{", "line 2: not JSON"),

@@ -115,7 +115,7 @@ def _item(path: Path, number: int, line: Mapping[str, Any]) -> Item:
         if key not in line:
             raise refused(f"no '{key}'; expected {_expected()}")
     for key in line:
-        if key not in (*known, "delimiter"):
+        if key not in (*known, "delimiter", "id"):  # an 'id' is for people
             meant = nearest(key, (*known, "delimiter")) or f"; a line has {', '.join(known)} and 'delimiter': leave it out"
             raise refused(f"unknown key '{key}'{meant}")
     choices = [line["continuation"]] if is_cloze else line["choices"]

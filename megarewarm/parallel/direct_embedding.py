@@ -1,6 +1,6 @@
-"""The embedding of a matrix that is the head too: its gradient is added to the head's, where that is.
+"""An embedding whose gradient is added to what is there: that of the same matrix as a head, or of the micro-batches before.
 
-autograd would make a second gradient of the size of the matrix, zero but for the rows of the batch's tokens, and add the two:
+autograd would make another gradient of the size of the matrix, zero but for the rows of the batch's tokens, and add the two:
 0.5 GB of Qwen 2.5's smallest model, and three passes over it.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megarewarm_kernels.layer.add_rows import add_rows_
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class TiedEmbedding(nn.Embedding):
-    """An embedding whose gradient goes straight to ``weight.grad``, not through autograd. On one rank, with the head: the
-    backward pass has the head's gradient first. On a CPU: a GPU would add rows in no fixed order."""
+class DirectEmbedding(nn.Embedding):
+    """An embedding whose gradient goes straight to ``weight.grad``, not through autograd. With a head of the same matrix on one
+    rank: the backward pass has the head's gradient first."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, s) ids to (b, s, h)."""
@@ -43,5 +44,5 @@ class _Rows(torch.autograd.Function):
         if grad is not None:
             if ctx.weight.grad is None:
                 ctx.weight.grad = torch.zeros_like(ctx.weight)
-            ctx.weight.grad.index_add_(0, tokens.flatten(), grad.flatten(0, -2))
+            add_rows_(ctx.weight.grad, tokens.flatten(), grad.flatten(0, -2))
         return None, None, None
