@@ -132,16 +132,16 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
 
 def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: object, prefix: Path, console: Console) -> str:
     """Write the token file, unless an interrupted command did. Returns its name."""
-    from megarewarm.cli.prepare import ProgressBar
-    from megarewarm.console import make_console
+    from megarewarm.cli.prepare import teller
+    from megarewarm.console import WorkShown, make_console
     from megarewarm.data.text.preprocess import job
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    bar = ProgressBar(make_console(stderr=True))
+    bar = WorkShown(make_console(stderr=True))
     options = job.Options(text_key=arguments.text_key, shuffle=1234)
     try:
         # the same texts and tokenizer are not tokenised again, others are refused
-        (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=bar.show)
+        (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=teller(bar))
     finally:
         bar.finish()
     console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
