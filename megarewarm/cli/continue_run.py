@@ -99,7 +99,7 @@ def main(words: Sequence[str]) -> int:
 def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Console) -> tuple[dict[str, object], list[str]]:
     with importing():
         from megarewarm.checkpoint.source import open_checkpoint
-        from megarewarm.lab.from_text import hold_out, settings
+        from megarewarm.lab.from_text import MOST_TOKENS, hold_out, settings
 
     source = open_checkpoint(arguments.checkpoint)
     tokenizer = arguments.tokenizer or source.tokenizer.file
@@ -110,6 +110,8 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
         raise UserError(f"--sequence-length {length}: expected 1 to {source.model_config.max_positions}, the model's positions")
     if arguments.tokens < length:
         raise UserError(f"--tokens {arguments.tokens}: expected at least one sequence of {length} tokens (--sequence-length)")
+    if arguments.tokens > MOST_TOKENS:
+        raise UserError(f"--tokens {arguments.tokens:,}: expected at most {MOST_TOKENS:,}")
     new = _tokenise(arguments, arguments.on, tokenizer, folder / "data" / "new", console)
     old = list(arguments.replay_tokens or [])
     if arguments.replay:
