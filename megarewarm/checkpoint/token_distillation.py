@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,8 @@ def snippets_of(
     lengths[new.first :] = [len(pieces) for pieces in new.pieces]
     random = np.random.default_rng(asked.seed)
     found: list[npt.NDArray[np.int64]] = []
-    for batch in _batches(texts, _TEXTS):
+    left = iter(texts)
+    while batch := list(islice(left, _TEXTS)):
         for ids in new.new.encode_batch(batch):
             for place in np.flatnonzero(ids >= new.first).tolist():
                 token = int(ids[place]) - new.first
@@ -85,16 +87,6 @@ def snippets_of(
     if not found:
         raise UserError("--distill: its text has none of the new tokens; give text like that of extend-tokenizer")
     return found
-
-
-def _batches(texts: Iterable[str], size: int) -> Iterable[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    yield batch
 
 
 def steps_of(snippets: int, asked: TokenDistillation) -> int:

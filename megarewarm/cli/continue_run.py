@@ -99,7 +99,7 @@ def main(words: Sequence[str]) -> int:
 def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Console) -> tuple[dict[str, object], list[str]]:
     with importing():
         from megarewarm.checkpoint.source import open_checkpoint
-        from megarewarm.lab.from_text import hold_out, settings
+        from megarewarm.lab.from_text import MOST_TOKENS, hold_out, settings
 
     source = open_checkpoint(arguments.checkpoint)
     tokenizer = arguments.tokenizer or source.tokenizer.file
@@ -110,6 +110,8 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
         raise UserError(f"--sequence-length {length}: expected 1 to {source.model_config.max_positions}, the model's positions")
     if arguments.tokens < length:
         raise UserError(f"--tokens {arguments.tokens}: expected at least one sequence of {length} tokens (--sequence-length)")
+    if arguments.tokens > MOST_TOKENS:
+        raise UserError(f"--tokens {arguments.tokens:,}: expected at most {MOST_TOKENS:,}")
     new = _tokenise(arguments, arguments.on, tokenizer, folder / "data" / "new", console)
     old = list(arguments.replay_tokens or [])
     if arguments.replay:
@@ -132,16 +134,16 @@ def _prepare(arguments: argparse.Namespace, name: str, folder: Path, console: Co
 
 def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: object, prefix: Path, console: Console) -> str:
     """Write the token file, unless an interrupted command did. Returns its name."""
-    from megarewarm.cli.prepare import ProgressBar
-    from megarewarm.console import make_console
+    from megarewarm.cli.prepare import teller
+    from megarewarm.console import WorkShown, make_console
     from megarewarm.data.text.preprocess import job
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    bar = ProgressBar(make_console(stderr=True))
+    bar = WorkShown(make_console(stderr=True))
     options = job.Options(text_key=arguments.text_key, shuffle=1234)
     try:
         # the same texts and tokenizer are not tokenised again, others are refused
-        (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=bar.show)
+        (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=teller(bar))
     finally:
         bar.finish()
     console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")

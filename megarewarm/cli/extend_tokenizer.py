@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,7 @@ def main(words: Sequence[str]) -> None:
     _refuse(arguments)
     with importing():
         from megarewarm.checkpoint.export.tokenizer_files import refuse_existing, write_folder
-        from megarewarm.console import make_console
+        from megarewarm.console import make_bar, make_console
         from megarewarm.data.text.extended_tokenizer import Base, files_of
         from megarewarm.data.text.word_counts import WordCounts
 
@@ -65,7 +64,7 @@ def main(words: Sequence[str]) -> None:
     console = make_console()
     base = Base(arguments.base, _special(arguments.tokens))
     counted: dict[str, WordCounts] = {}
-    with _progress() as bar:
+    with make_bar(make_console(stderr=True)) as bar:
         for name, files in (("new text", arguments.files), ("old text", arguments.old)):
             if files:
                 counted[name] = _words(base, files, arguments.text_key, f"reading {name}", bar, console)
@@ -100,18 +99,6 @@ def _special(path: Path | None) -> list[str]:
     if not lines:
         raise UserError(f"--tokens {path}: is empty; give a text file with a token on each line")
     return lines
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from megarewarm.console import make_console
-
-    console = make_console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield bar
 
 
 def _words(base: Base, files: Sequence[str], key: str, what: str, bar: Progress, console: Console) -> WordCounts:

@@ -122,15 +122,13 @@ def _distill(
     arguments: argparse.Namespace,
     asked: TokenDistillation,
 ) -> Distilled:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     from megarewarm.checkpoint.token_distillation import distill, snippets_of, steps_of
+    from megarewarm.console import make_bar
     from megarewarm.data.text.preprocess.documents import Documents
 
     config = source.model_config
     documents = Documents(arguments.distill, arguments.text_key)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with make_bar(console) as bar:
         task = bar.add_task("reading snippets", total=documents.total_bytes or None)
         snippets = snippets_of(
             documents, new, asked, config.max_positions, lambda: bar.update(task, completed=documents.bytes_read)

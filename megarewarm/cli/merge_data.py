@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,15 +22,13 @@ def main(words: Sequence[str]) -> None:
     parser = command_line()
     arguments = parser.parse_args(words)
     with importing():
-        from rich.progress import Progress
-
-        from megarewarm.console import make_console
+        from megarewarm.console import make_bar, make_console
         from megarewarm.data.files.merge import merge_token_files
         from megarewarm.data.files.token_file import open_tokens
 
     total = sum(open_tokens(prefix).total_tokens for prefix in arguments.prefixes)
     try:
-        with Progress(transient=True, disable=not sys.stderr.isatty(), console=make_console(stderr=True)) as bar:
+        with make_bar(make_console(stderr=True)) as bar:
             task = bar.add_task("merging", total=total)
             documents, tokens = merge_token_files(
                 arguments.prefixes,

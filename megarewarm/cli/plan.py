@@ -15,6 +15,7 @@ from megarewarm.process import importing
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from megarewarm.config.schema import RunConfig
     from megarewarm.layout.cluster import LayoutEstimate
 
 
@@ -71,11 +72,32 @@ def main(words: Sequence[str]) -> None:
         here = find_bin(read.path.removesuffix(".bin"))
         told = packed(read, config).packing if here else "not here, so its padding is not known"
         console.print(f"data.pack: {read.name or read.path}: {told}", highlight=False)
+    if config.replay is not None and config.replay.generate is not None:
+        console.print(f"own replay: {own_replay(config, gpus, arguments.gpu, arguments.price)}", highlight=False)
     if freezing is not None:
         console.print(f"parameters: {freezing.of(config.model)}; times are as if all trained", highlight=False)
     console.print(fitted(plans[: arguments.most], gpus, console.width, arguments.price))
     best = plans[0]
     console.print("the fastest: " + " ".join(f"{key}={value}" for key, value in best.keys.items()), highlight=False)
+
+
+def own_replay(config: RunConfig, gpus: int, gpu: str, price: Price | None) -> str:
+    """What the start's writing before training takes."""
+    from megarewarm.checkpoint.source import open_checkpoint
+    from megarewarm.rewarm.own_replay import OwnReplay
+
+    assert config.replay is not None and config.replay.generate is not None and config.start.from_ is not None
+    try:
+        source = open_checkpoint(config.start.from_)
+    except UserError:
+        return f"its cost is known once {config.start.from_} is here"
+    own = OwnReplay(source, config.replay.generate, config.data.eod or 0)
+    hours = own.least_seconds(gpus, 1e12 * GPUS[gpu].memory_rate) / 3600
+    cost = "" if price is None else f", {hours * gpus * price.amount:,.2f} {price.word}"
+    return (
+        f"{own.settings.tokens:,} tokens before training, at most {own.flops:.3g} FLOPs, at least {hours:.3g} hours{cost} "
+        f"({own.batch} documents at a time on each GPU, weights and cache read once a position at {GPUS[gpu].memory_rate} TB/s)"
+    )
 
 
 class Price:

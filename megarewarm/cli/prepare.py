@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarewarm.arguments import STORED_DTYPES, Parser, count, path_text
 from megarewarm.process import EXIT_INTERRUPTED, importing, say
 
-_LINES = 30.0
-"""Seconds between lines of progress without a terminal."""
-
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from megarewarm.console import WorkShown
     from megarewarm.data.text.preprocess import job
 
 
@@ -64,7 +58,7 @@ def main(words: Sequence[str]) -> int:
     parser = command_line()
     arguments = parser.parse_args(words)
     with importing():
-        from megarewarm.console import make_console
+        from megarewarm.console import WorkShown, make_console
         from megarewarm.data.files.split import parse_split
         from megarewarm.data.text.preprocess import job
 
@@ -83,7 +77,7 @@ def main(words: Sequence[str]) -> int:
         max_documents=arguments.max_documents,
         strict=arguments.strict,
     )
-    bar = ProgressBar(make_console(stderr=True))
+    bar = WorkShown(make_console(stderr=True))
     try:
         written = job.preprocess(
             arguments.inputs,
@@ -94,7 +88,7 @@ def main(words: Sequence[str]) -> int:
             mpi=arguments.mpi,
             resume=arguments.resume,
             overwrite=arguments.overwrite,
-            tell=bar.show,
+            tell=teller(bar),
         )
     except KeyboardInterrupt:
         bar.finish()
@@ -113,52 +107,19 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-class ProgressBar:
-    """The current task, its progress, speed and remaining time: as a bar, or as lines in a log."""
+def teller(bar: WorkShown) -> Callable[[job.Progress], None]:
+    """What shows the state of ``job.preprocess``: bytes or documents, their speed, and the time left."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    def tell(progress: job.Progress) -> None:
+        def speed(seconds: float, since: int) -> str:
+            words = [f"{since / seconds / 1e6:,.1f} MB/s"] if progress.total else [f"{progress.documents:,} documents"]
+            if progress.tokens:
+                words.append(f"{progress.tokens / seconds / 1e6:,.2f} M tokens/s")
+            if progress.total and since:
+                left = round(seconds * (progress.total - progress.done) / since)
+                words.append(f"left {datetime.timedelta(seconds=left)}")
+            return ", ".join(words)
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(None),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[speed]}"),
-            )
-            self._bar = Progress(*columns, console=console)
-        self._doing = ""
-        self._began, self._said = (0.0, 0), 0.0
+        bar.show(progress.doing, progress.done, progress.total, speed)
 
-    def show(self, progress: job.Progress) -> None:
-        now = time.monotonic()
-        if progress.doing != self._doing:
-            if self._bar is not None:
-                self._bar.start()
-                self._task = self._bar.add_task(progress.doing, total=progress.total or None, speed="")
-            self._doing, self._began, self._said = progress.doing, (now, progress.done), now
-        speed = self._speed(progress, now - self._began[0])
-        if self._bar is not None:
-            self._bar.update(self._task, completed=progress.done, speed=speed)
-        elif now - self._said >= _LINES:
-            self._said = now
-            share = f" {100 * progress.done / progress.total:.0f} %," if progress.total else ""
-            self._console.print(f"{progress.doing}:{share} {speed}", highlight=False)
-
-    def _speed(self, progress: job.Progress, seconds: float) -> str:
-        if seconds < 0.5:
-            return ""
-        done = progress.done - self._began[1]
-        words = [f"{done / seconds / 1e6:,.1f} MB/s"] if progress.total else [f"{progress.documents:,} documents"]
-        if progress.tokens:
-            words.append(f"{progress.tokens / seconds / 1e6:,.2f} M tokens/s")
-        if progress.total and done:
-            left = round(seconds * (progress.total - progress.done) / done)
-            words.append(f"left {datetime.timedelta(seconds=left)}")
-        return ", ".join(words)
-
-    def finish(self) -> None:
-        if self._bar is not None and self._doing:  # without a task it would print an empty line
-            self._bar.stop()
+    return tell

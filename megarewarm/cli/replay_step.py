@@ -32,9 +32,7 @@ def main(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     launch = launch_of_process()
     with importing():
-        from rich.progress import Progress
-
-        from megarewarm.console import make_console
+        from megarewarm.console import make_bar, make_console
         from megarewarm.lab.replay_step import replay_step, show
         from megarewarm.parallel.connect import connect
 
@@ -42,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     try:
         ranks = connect(launch, arguments.device, 30.0)
         try:
-            with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+            with make_bar(console) as bar:
                 task = bar.add_task("retraining the steps before", total=None)
                 replayed = replay_step(
                     arguments.run,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,11 @@ from megarewarm.process import EXIT_INTERRUPTED, importing, say
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from megarewarm.console import WorkShown
+    from megarewarm.selection.desk import ShowProgress
     from megarewarm.selection.score_file import ScoredFile
     from megarewarm.selection.scoring_model import ScoringModel
 
-_LINES = 30.0
-"""Seconds between the lines of a log."""
 _EXAMPLES, _TOKENS, _CHARACTERS = 3, 400, 160
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -51,7 +50,7 @@ def command_line() -> Parser:
 def main(words: Sequence[str]) -> int:
     arguments = command_line().parse_args(words)
     with importing():
-        from megarewarm.console import make_console
+        from megarewarm.console import WorkShown, make_console
         from megarewarm.data.files.document_table import table_path
         from megarewarm.selection.score_file import score_file, score_path, work_folder
         from megarewarm.selection.scoring_model import ScoringModel
@@ -68,9 +67,9 @@ def main(words: Sequence[str]) -> int:
         )
         for name in (arguments.model, arguments.minus)
     )
-    bar = TokenBar(make_console(stderr=True))
+    bar = WorkShown(make_console(stderr=True))
     try:
-        scored = score_file(arguments.prefix, model, minus, output, show=bar.show, overwrite=arguments.overwrite)
+        scored = score_file(arguments.prefix, model, minus, output, show=_tokens(bar), overwrite=arguments.overwrite)
     except KeyboardInterrupt:
         bar.finish()
         say(f"stopped; the same command continues from {work_folder(table_path(output))}")
@@ -81,39 +80,18 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-class TokenBar:
-    """What is done, the share, tokens/s and the time left: as a bar, or as lines in a log."""
+def _tokens(bar: WorkShown) -> ShowProgress:
+    """A ``selection.desk.Show`` of tokens, tokens/s and the time left."""
+    from megarewarm.spelling import duration_text, tokens_text
 
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    def show(doing: str, done: int, total: int) -> None:
+        def speed(seconds: float, since: int) -> str:
+            left = duration_text(seconds * (total - done) / since) if since else "?"
+            return f"{tokens_text(since / seconds)} tokens/s, left {left}"
 
-        self._console = console
-        columns = (TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), TextColumn("{task.fields[speed]}"))
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._doing, self._began, self._said = "", (0.0, 0), 0.0
+        bar.show(doing, done, total, speed)
 
-    def show(self, doing: str, done: int, total: int) -> None:
-        """As ``selection.desk.Show``, of tokens."""
-        from megarewarm.spelling import duration_text, tokens_text
-
-        now = time.monotonic()
-        if doing != self._doing:
-            self._doing, self._began, self._said = doing, (now, done), now
-            self._bar.start()
-            self._task = self._bar.add_task(doing, total=total, speed="")
-        seconds, since = now - self._began[0], done - self._began[1]
-        speed = ""
-        if seconds > 0.5 and since > 0:
-            left = duration_text(seconds * (total - done) / since)
-            speed = f"{tokens_text(since / seconds)} tokens/s, left {left}"
-        self._bar.update(self._task, completed=done, speed=speed)
-        if self._bar.disable and now - self._said >= _LINES:
-            self._said = now
-            self._console.print(f"{doing}: {100 * done / max(total, 1):.0f} %, {speed}", highlight=False)
-
-    def finish(self) -> None:
-        """Remove the bar."""
-        self._bar.stop()
+    return show
 
 
 def _summarise(scored: ScoredFile, model: ScoringModel, console: Console) -> None:

@@ -97,8 +97,8 @@ def main(words: Sequence[str]) -> int:
     arguments = parser.parse_args(words)
     _check(parser, arguments)
     with importing():
-        from megarewarm.cli.prepare import ProgressBar
-        from megarewarm.console import make_console
+        from megarewarm.cli.prepare import teller
+        from megarewarm.console import WorkShown, make_console
         from megarewarm.data.text.preprocess.job import Progress
         from megarewarm.selection.opening import open_corpus
         from megarewarm.selection.output import Destination, write
@@ -113,10 +113,11 @@ def main(words: Sequence[str]) -> int:
     for file, end in zip(corpus.files, corpus.ends, strict=True):
         if end is None:
             say(f"{file.path}: no manifest names a token that ends its documents; all tokens are content")
-    bar = ProgressBar(make_console(stderr=True))
+    bar = WorkShown(make_console(stderr=True))
+    tell = teller(bar)
 
     def show(doing: str, done: int, total: int) -> None:
-        bar.show(Progress(doing, done, total))
+        tell(Progress(doing, done, total))
 
     try:
         steps = _steps(arguments, corpus)

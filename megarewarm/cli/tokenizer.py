@@ -35,9 +35,7 @@ def main(words: Sequence[str]) -> None:
     parser = command_line()
     arguments = parser.parse_args(words)
     with importing():
-        from rich.progress import Progress
-
-        from megarewarm.console import make_console
+        from megarewarm.console import make_bar, make_console
         from megarewarm.data.text.preprocess.documents import Documents, first_bytes
         from megarewarm.data.text.tokenizers import train_bpe, train_sentencepiece
 
@@ -48,7 +46,7 @@ def main(words: Sequence[str]) -> None:
         parser.error(f"--output {arguments.output} exists: choose another name or add --overwrite")
     documents = Documents(arguments.files, arguments.text_key)
     console = make_console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with make_bar(console) as bar:
         limit = int(arguments.sample_mb * 1e6)
         task = bar.add_task("reading and training", total=min(limit, documents.total_bytes) or None)
         texts = first_bytes(documents, limit, lambda done: bar.update(task, completed=done))

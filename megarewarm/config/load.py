@@ -195,6 +195,8 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
             hint = f", did you mean {' or '.join(map(repr, beside))}" if found else f"; known here: {', '.join(known)}"
             if found:
                 hint += f"{f' ({what})' if (what := foreign_meaning(model, path[-1])) else ''}?"
+            if len(path) == 1 and "base" in known:
+                hint += "; keys of all runs, and 'extends' with a run's file, belong in 'base'"
             unknown.append(f"{_place(path, origins)}: unknown key '{path[-1]}'{f' in {section}' if section else ''}{hint}")
     wrong: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for path, item in items:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import yaml
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megarewarm.config.budget import Budget
 from megarewarm.config.data import DataConfig, ValidationSet
 from megarewarm.config.experiment import is_experiment, load_experiment
 from megarewarm.config.load import merge, read_configs
+from megarewarm.console import make_bar
 from megarewarm.data.files.library import TokenFiles
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.validation import ValidationWindows
@@ -121,23 +122,12 @@ def _set(name: str, path: str, tokens: int, number: int) -> dict[str, Any]:
     return {"name": name, "role": role, "tokens": tokens, "sources": [{"path": path}]}
 
 
-class _bar:
-    """A bar on a terminal, with the time that is left."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> tuple[Callable[[str], None], Callable[[int], None]]:
-        self._progress.start()
-        return (
-            lambda text: self._progress.update(self._task, description=text),
-            lambda count: self._progress.advance(self._task, count),
-        )
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+@contextmanager
+def _bar(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """(What names the candidate on a bar, what moves it)."""
+    with make_bar(console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, description=text), lambda count: bar.advance(task, count)
 
 
 # ---- probe runs ------------------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ def _show_plan(
     config = plan.config
     pace = seen_pace(plan, world_size, "cuda" if _on_gpu(config) else "cpu")
     needed, ranks = _ranks(plan, world_size)
-    _print_costs(plan, console, cost, room(needed, launch, on_gpu=_on_gpu(config)), pace, tasks)
+    written = own_replay_cost(plan, world_size, "cuda" if _on_gpu(config) else "cpu")
+    _print_costs(plan, console, cost, room(needed, launch, on_gpu=_on_gpu(config)), pace, tasks, written)
     console.print()
     console.print(_curve(plan, console, width=min(100, console.width)), highlight=False, markup=False)
     console.print()
@@ -247,7 +248,13 @@ def _curve(plan: Plan, console: Console, *, width: int, height: int = 12) -> str
 
 
 def _print_costs(
-    plan: Plan, console: Console, cost: EvaluationCost | None, here: Room | None, pace: SeenPace | None, tasks: RunTasks | None
+    plan: Plan,
+    console: Console,
+    cost: EvaluationCost | None,
+    here: Room | None,
+    pace: SeenPace | None,
+    tasks: RunTasks | None,
+    written: str | None,
 ) -> None:
     config = plan.config
     length = config.data.sequence_length
@@ -278,7 +285,7 @@ def _print_costs(
         )
     if (average := averaging(config, plan.origin.step)) is not None:
         costs.add_row("average", f"{average}, {bytes_text(4 * count_parameters(plan.model))} of memory over all ranks")
-    if (written := own_replay_cost(plan)) is not None:
+    if written is not None:
         costs.add_row("own replay", written)
     if here is not None:
         costs.add_row("memory", str(here))

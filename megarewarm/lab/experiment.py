@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from megarewarm.config.arms import Arm
 from megarewarm.config.budget import in_epochs
 from megarewarm.config.experiment import Experiment, PrepareConfig
 from megarewarm.config.experiment_record import check_record, write_record
+from megarewarm.console import make_bar
 from megarewarm.data.text.continuations import Continuations
 from megarewarm.data.text.corpora import prepare_corpora
 from megarewarm.errors import UserError, nearest
@@ -121,9 +122,7 @@ def prepare(experiment: Experiment, console: Console) -> None:
 
 
 def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:
-    with Progress(
-        TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn(), console=console
-    ) as progress:
+    with make_bar(console) as progress:
         tasks: dict[str, TaskID] = {}
 
         def show(description: str, done: float, total: float) -> None:

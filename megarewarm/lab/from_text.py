@@ -24,6 +24,7 @@ _EVALUATION_SHARE = 140  # 21 evaluations at a third of a training step's cost t
 _MOST_EVALUATED = 2**18  # tokens
 _STEPS = 400  # of a run, about: fewer leave no room for a schedule, more only make the batches smaller
 _MOST_PER_STEP = 2**20  # tokens
+MOST_TOKENS = 10**15  # above it the steps of that size are more than a run may have
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from megarewarm.file_lock import FileLock
 from megarewarm.files import sha256, write_whole
 from megarewarm.generation.continuation import Continuer
 from megarewarm.generation.sampling import Sampling, text_keys
-from megarewarm.model.size import forward_flops_per_token
+from megarewarm.model.size import count_parameters, forward_flops_per_token
 from megarewarm.parallel.agreement import gather, on_all_ranks, position
 from megarewarm.parallel.collective import collective
 
@@ -54,11 +54,13 @@ Show = Callable[[int, int], None]
 
 @dataclass
 class WrittenPart:
-    """Some documents, one after another: their ids, (sum of sizes,), the sizes, and how many the model ended itself."""
+    """Some documents, one after another: their ids, (sum of sizes,), the sizes, and how many the model ended itself.
+    ``is_new``: whether this start wrote them."""
 
     ids: npt.NDArray[Any]
     sizes: npt.NDArray[np.int64]
     ended: int
+    is_new: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,28 @@ class OwnReplay:
         longest = len(self.prompt) + self.new_tokens
         return self.settings.tokens * forward_flops_per_token(self.source.model_config, longest)
 
+    def least_seconds(self, gpus: int, bytes_per_second: float) -> float:
+        """For all tokens on ``gpus`` GPUs: of reading the weights, the keys and the values once for each position, in bf16."""
+        model = self.source.model_config
+        kept = self.batch * cache_bytes(model, len(self.prompt) + self.new_tokens // 2, 2)
+        positions = self.settings.tokens / (self.batch * gpus)
+        return positions * (2 * count_parameters(model) + kept) / bytes_per_second
+
+    def seen_rate(self, ranks: int, device: str) -> tuple[float, str] | None:
+        """(tokens/s, checkpoint) of the newest writing in the cache by a model of as many parameters, in batches of this size
+        and length; None if there is none."""
+        wanted = {**self._pace, "ranks": ranks, "device": device}
+        found = [(path.stat().st_mtime, manifest(path.with_suffix(""))) for path in self.cache.glob("*/tokens_*.json")]
+        like = [each for each in found if wanted.items() <= each[1].items() and each[1].get("tokens_per_second")]
+        newest = max(like, key=lambda each: each[0], default=(0, None))[1]
+        return None if newest is None else (newest["tokens_per_second"], newest["checkpoint"])
+
+    @property
+    def _pace(self) -> dict[str, int]:
+        """What the time of a token depends on, on one machine."""
+        parameters = count_parameters(self.source.model_config)
+        return {"parameters": parameters, "batch": self.batch, "new_tokens": self.new_tokens}
+
     @cached_property
     def key(self) -> dict[str, Any]:
         """All that the documents depend on. Reads the weights."""
@@ -142,8 +166,8 @@ class OwnReplay:
         }
 
     @property
-    def folder(self) -> Path:
-        """Where the documents are kept. Raises ``UserError`` if the cache is turned off."""
+    def cache(self) -> Path:
+        """Where all own replay is kept. Raises ``UserError`` if the cache is turned off."""
         try:
             place = cache_folder()
         except OSError as error:
@@ -154,8 +178,12 @@ class OwnReplay:
             raise UserError(
                 "replay of start: MEGAREWARM_CACHE is empty, which turns the cache off; name a folder for its tokens"
             )
-        name = hashlib.blake2b(json.dumps(self.key, sort_keys=True).encode(), digest_size=16).hexdigest()
-        return place / OWN_REPLAY / name
+        return place / OWN_REPLAY
+
+    @property
+    def folder(self) -> Path:
+        """Where these documents are kept. Raises as ``cache``."""
+        return self.cache / hashlib.blake2b(json.dumps(self.key, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     @property
     def prefix(self) -> Path:
@@ -167,10 +195,6 @@ class OwnReplay:
         """Whether the token file is there, as its manifest says."""
         told = manifest(self.prefix)
         return bool(told) and Path(f"{self.prefix}.bin").is_file() and Path(f"{self.prefix}.idx").is_file()
-
-    def as_source(self, path: Path | str, max_epochs: float | None) -> Source:
-        """What was written at ``path`` as a source of training samples."""
-        return _source(str(path), self.writer, self.settings, max_epochs)
 
     def part_path(self, number: int) -> Path:
         """Where part ``number`` is kept."""
@@ -201,18 +225,24 @@ def recorded_replay(replay: ReplayConfig | None, stages: Sequence[Stage]) -> Sou
         path = seen.path.removesuffix(".bin")
         if seen.generated_by is not None and find_bin(path):
             _require_same(replay.generate, Path(path), stages[-1].run)
-            return _source(path, seen.generated_by, replay.generate, replay.max_epochs)
+            return as_source(path, seen.generated_by, replay.generate, replay.max_epochs)
     return None
 
 
 def _require_same(settings: GenerateConfig, prefix: Path, run: str) -> None:
     told = {"tokens": int(prefix.name.removeprefix("tokens_")), **manifest(prefix)}
-    for key in ("tokens", "temperature", "top_p", "seed"):
-        if (was := told.get(key)) not in (None, now := getattr(settings, key)):
+    if told.get("begin") == []:
+        told["prompt"] = "eod"
+    for key in ("tokens", "temperature", "top_p", "seed", "prompt", "max_document_tokens"):
+        if key in told and (was := told[key]) != (now := getattr(settings, key)):
             raise UserError(
-                f"replay.generate.{key}: {now:,}, but {was:,} in '{run}', in whose data the run reads on: leave it as it was, "
-                f"or set start.data to 'restart'"
+                f"replay.generate.{key}: {_spelled(now)}, but {_spelled(was)} in '{run}', in whose data the run reads on: "
+                f"leave it as it was, or set start.data to 'restart'"
             )
+
+
+def _spelled(value: object) -> str:
+    return f"{value:,}" if isinstance(value, (int, float)) else json.dumps(value)
 
 
 def writer_of(source: Source) -> str:
@@ -220,7 +250,8 @@ def writer_of(source: Source) -> str:
     return (source.name or "").removeprefix(_NAMED)
 
 
-def _source(path: str, writer: str, settings: GenerateConfig, max_epochs: float | None) -> Source:
+def as_source(path: str, writer: str, settings: GenerateConfig, max_epochs: float | None) -> Source:
+    """What ``writer`` wrote at ``path`` as a source of training samples."""
     name, share = f"{_NAMED}{writer}", f"{settings.tokens} tokens"
     return Source.model_validate({"path": path, "name": name, "tokens": share, "max_epochs": max_epochs})
 
@@ -247,7 +278,9 @@ def write(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show, 
             return
         began = time.monotonic()
         parts = _parts(own, device, dtype, show)
-        about = {"device": device.type, "ranks": position()[1], "seconds": round(time.monotonic() - began, 1)}
+        seconds, new = time.monotonic() - began, sum(part.ids.size for part in parts if part.is_new)
+        about = {"device": device.type, "ranks": position()[1], "seconds": round(seconds, 1)}
+        about |= {"tokens_per_second": round(new / seconds, 1)}
         main = position()[0] == 0
         on_all_ranks(_in_cache(own, lambda: _publish(own, parts, about)) if main else None, UserError)
         # on a host whose cache is its own
@@ -287,28 +320,24 @@ def _parts(own: OwnReplay, device: torch.device, dtype: torch.dtype, show: Show)
     kept = _kept(own)
     parts = kept[: min(gather(len(kept)))]
     continued: Continuer | None = None
-    total = own.settings.tokens
-    while (done := sum(part.ids.size for part in parts)) < total:
+    done, total = sum(part.ids.size for part in parts), own.settings.tokens
+
+    def count(new: int) -> None:  # the other ranks write about as many
+        nonlocal done
+        done += new * ranks
+        show(done, total)
+
+    while done < total:
         if len(parts) * own.batch >= _JUDGED:
             _refuse_endless(own, parts)
         if continued is None:
             continued = Continuer(load_module(own.source.weights, own.source.model_config, device, dtype), own.limit)
-        together = gather(_write_part(own, continued, len(parts) + rank, _Counted(show, done, total, ranks)))
+        together = gather(_write_part(own, continued, len(parts) + rank, count))
         on_all_ranks(_in_cache(own, partial(_keep, own, len(parts), together)), UserError)
         parts += together
+        done = sum(part.ids.size for part in parts)
     _refuse_endless(own, parts)
     return parts
-
-
-class _Counted:
-    """Shows the tokens of all ranks, which write about as many as this one."""
-
-    def __init__(self, show: Show, done: int, total: int, ranks: int) -> None:
-        self._show, self._done, self._total, self._ranks = show, done, total, ranks
-
-    def __call__(self, count: int) -> None:
-        self._done += count * self._ranks
-        self._show(self._done, self._total)
 
 
 def _write_part(own: OwnReplay, continued: Continuer, number: int, written: Callable[[int], object]) -> WrittenPart:
@@ -341,7 +370,7 @@ def _kept(own: OwnReplay) -> list[WrittenPart]:
     while True:
         try:
             with np.load(own.part_path(len(found)), allow_pickle=False) as file:
-                found.append(WrittenPart(file["ids"], file["sizes"], int(file["ended"])))
+                found.append(WrittenPart(file["ids"], file["sizes"], int(file["ended"]), is_new=False))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return found
 
@@ -372,6 +401,8 @@ def _publish(own: OwnReplay, parts: Sequence[WrittenPart], about: dict[str, Any]
             "by": own.writer,
             "checkpoint": own.source.name,
             **own.key,
+            **own._pace,
+            "max_document_tokens": own.settings.max_document_tokens,
             **about,
             "written": int(sum(part.ids.size for part in parts)),
             "documents_written": len(sizes),

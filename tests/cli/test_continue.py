@@ -121,6 +121,7 @@ def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path)
     [
         (["--sequence-length", "64"], "--sequence-length 64: expected 1 to 32"),
         (["--tokens", "10"], "--tokens 10: expected at least one sequence of 32 tokens"),
+        (["--tokens", "1e30"], "--tokens 1,0.*: expected at most 1,000,000,000,000,000$"),
         (["--replay-tokens", "nowhere"], "nowhere"),
     ],
 )
@@ -128,6 +129,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, more: list[str], said: str
     with pytest.raises(UserError, match=said):
         continue_run.main(words(place, tmp_path / "out", *more))
     assert not (tmp_path / "out" / "run.yml").exists()
+    assert more[0] == "--replay-tokens" or not (tmp_path / "out" / "data").exists(), "refused before the text is tokenised"
 
 
 def test_too_little_text_and_no_tokenizer(place: Path, tmp_path: Path) -> None:

@@ -292,3 +292,11 @@ def test_the_papers_grids() -> None:
     for group in ("weak", "strong"):
         replay = [arm.config.replay.fraction if arm.config.replay else 0 for arm in second if group in arm.groups]
         assert sorted(replay) == [0, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5]
+
+
+def test_a_run_extended_where_an_experiment_is_says_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "run.yml").write_text("training: {budget: 3}\n")
+    experiment = tmp_path / "e.yml"
+    experiment.write_text("extends: run.yml\nexperiment: e\nruns: [{name: r}]\n")
+    with pytest.raises(UserError, match=r"run\.yml:1: unknown key 'training'.*'extends' with a run's file, belong in 'base'"):
+        load_experiment(*read_configs([str(experiment)]))

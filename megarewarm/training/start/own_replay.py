@@ -13,7 +13,7 @@ from megarewarm.config.data import Source
 from megarewarm.errors import UserError
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.rewarm.own_replay import OwnReplay, manifest, write
+from megarewarm.rewarm.own_replay import OwnReplay, as_source, manifest, write
 from megarewarm.rewarm.switches import training_phases
 from megarewarm.spelling import duration_text, tokens_text
 from megarewarm.training.start.inputs import open_inputs
@@ -50,7 +50,8 @@ def with_own_replay(plan: Plan, ranks: Ranks, console: Console) -> tuple[Plan, l
         f"own replay: written by {own.writer}, at least {own.settings.tokens:,} tokens in {own.prefix}; {share:.1f} % of its "
         f"documents did not end within {own.new_tokens:,} tokens and were cut there"
     )
-    return replace(plan, own_replay=own.as_source(own.prefix, plan.config.replay.max_epochs)), [note]
+    source = as_source(str(own.prefix), own.writer, own.settings, plan.config.replay.max_epochs)
+    return replace(plan, own_replay=source), [note]
 
 
 def described(plan: Plan) -> OwnReplay:
@@ -99,14 +100,20 @@ def without_replay(plan: Plan) -> Plan:
     return replace(plan, config=plan.config.model_copy(update={"replay": None}))
 
 
-def cost(plan: Plan) -> str | None:
-    """What writing takes, for a dry run; None where nothing is to be written."""
+def cost(plan: Plan, ranks: int, device: str) -> str | None:
+    """What writing takes on ``ranks`` of a type of ``device``, for a dry run; None where nothing is to be written."""
     if not plan.awaits_replay or isinstance(plan.source, PlannedCheckpoint):
         return None
     own = described(plan)
+    seen = own.seen_rate(ranks, device)
+    time = "how long is not known: nothing like it was written on this machine before"
+    if seen is not None:
+        time = (
+            f"about {duration_text(own.settings.tokens / seen[0])}, at the {tokens_text(seen[0])} tokens/s of {seen[1]} before"
+        )
     return (
         f"{own.settings.tokens:,} tokens, written by {own.writer} before training unless the cache has them: at most "
-        f"{own.flops:.3g} FLOPs, {own.batch} documents at a time"
+        f"{own.flops:.3g} FLOPs, {own.batch} documents at a time; {time}"
     )
 
 
