@@ -57,6 +57,7 @@ CLASSES = (
             "attention_forward",
             "attention_backward",
             "squares",
+            "add_rows",
         ),
     ),
     ("attention", ("fmha", "flash", "sdpa", "cudnn_generated", "attention")),
