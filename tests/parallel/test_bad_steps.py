@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from megarewarm.checkpoint.own.state import read_state
 from megarewarm.parallel.batch_losses import BatchLosses
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.training import step
+from megarewarm.training.start import inputs
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.tiny import config, events, mapping, quiet
@@ -24,6 +27,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2},
 }
+
+
+def _guarded(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, lasting: int) -> dict[str, float]:
+    """As ``_train``, with updates that are queued before the host knows loss and norm, as on GPUs."""
+    step.GUARDING = ("cpu",)
+    inputs.choose_optimizer = lambda *_: ("triton", [])
+    return _train(ranks, place, parallel, transient, lasting)
 
 
 def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, lasting: int) -> dict[str, float]:
@@ -44,14 +54,22 @@ def _train(ranks: Ranks, place: str, parallel: dict[str, Any], transient: int, l
         ParallelModel.forward_backward = original  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_all_ranks_answer_alike(tmp_path: Path, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "run"),
+    [
+        *((layout, _train) for layout in LAYOUTS),
+        ("data", _guarded),
+        pytest.param("tensor", _guarded, marks=pytest.mark.slow),
+        pytest.param("zero2", _guarded, marks=pytest.mark.slow),
+    ],
+)
+def test_all_ranks_answer_alike(tmp_path: Path, layout: str, run: Callable[..., dict[str, float]]) -> None:
     never = 10**6
     for name in ("whole", "hit"):
         (tmp_path / name).mkdir()
         mapping(tmp_path / name)  # the token files, before the ranks look for them
-    (whole, _) = run_ranks(_train, 2, str(tmp_path / "whole"), LAYOUTS[layout], never, never)
-    (one, two) = run_ranks(_train, 2, str(tmp_path / "hit"), LAYOUTS[layout], 7, 15)
+    (whole, _) = run_ranks(run, 2, str(tmp_path / "whole"), LAYOUTS[layout], never, never)
+    (one, two) = run_ranks(run, 2, str(tmp_path / "hit"), LAYOUTS[layout], 7, 15)
     assert one == two
     folder = tmp_path / "hit/tiny"
     alarms = [(alarm["step"], alarm["kind"]) for alarm in events(folder, "alarm")]
