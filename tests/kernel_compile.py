@@ -177,12 +177,12 @@ def _shipped() -> Iterator[Configuration]:
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):
             name = f"residual_norms {'added' if added else 'first'} bf16 {columns}"
-            values = {"ADDED": added, "COLUMNS": columns}
+            values = {"ADDED": added, "SECOND": True, "COLUMNS": columns}
             yield Configuration(name, residual_norms_forward, "bf16", values, warps(columns), statistics)
         if columns <= _MOST_COLUMNS_BACKWARD:
-            for shared in (False, True):
-                name = f"residual_norms_backward bf16 {columns}{' biases' * shared}"
-                values = {"COLUMNS": columns, "SHARED": shared}
+            for shared, both in ((False, True), (True, True), (True, False)):
+                name = f"residual_norm{'s' * both}_backward bf16 {columns}{' biases' * shared}"
+                values = {"COLUMNS": columns, "RESIDUAL": both, "SECOND": both, "SHARED": shared}
                 exact = (*statistics, "partial_ptr")
                 yield Configuration(name, residual_norms_backward, "bf16", values, warps(columns), exact)
 

@@ -9,7 +9,7 @@ from megarewarm_kernels.attention.rotary import rotate_
 from megarewarm_kernels.attention.width_norms import norm_widths
 from megarewarm_kernels.layer.bias_gelu import bias_gelu
 from megarewarm_kernels.layer.given_bias import give_bias_gradients
-from megarewarm_kernels.layer.residual_norms import residual_norms
+from megarewarm_kernels.layer.residual_norms import residual_norm, residual_norms
 from megarewarm_kernels.layer.rms_norm import residual_rms_norm, rms_norm
 from megarewarm_kernels.layer.swiglu import swiglu
 from megarewarm_kernels.loss.linear_cross_entropy import linear_cross_entropy
@@ -32,6 +32,7 @@ __all__ = [
     "no_triton",
     "norm_heads",
     "norm_widths",
+    "residual_norm",
     "residual_norms",
     "residual_rms_norm",
     "rms_norm",

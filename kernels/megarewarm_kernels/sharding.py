@@ -32,24 +32,25 @@ def _where(placement: Any, *parts: Any) -> list[Any]:
 
 @_rule("residual_norms")
 def _norms(x: Any, attn_out: Any, mlp_out: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any, eps: float) -> Rules:
-    weights = [_WHOLE] * 4
-    if attn_out is None:  # the first result is then an empty tensor, the same everywhere
-        rules: Rules = [([_WHOLE] * 5, [_WHOLE, None, None, *weights, None])]
-        return rules + [([_WHOLE, *[Shard(d)] * 4], [Shard(d), None, None, *weights, None]) for d in range(x.ndim - 1)]
-    rules = [([_WHOLE] * 5, [_WHOLE] * 3 + [*weights, None])]
-    return rules + [([Shard(d)] * 5, [Shard(d)] * 3 + [*weights, None]) for d in range(x.ndim - 1)]
+    weights = _where(_WHOLE, weight1, bias1, weight2, bias2)
+    rules: Rules = []
+    for tokens in (_WHOLE, *(Shard(d) for d in range(x.ndim - 1))):
+        # without what is added, or a second norm, their results are empty tensors, the same everywhere
+        total, second = (_WHOLE if part is None else tokens for part in (attn_out, weight2))
+        rules.append(([total, tokens, second, tokens, tokens], [tokens, *_where(tokens, attn_out, mlp_out), *weights, None]))
+    return rules
 
 
 @_rule("residual_norms_backward")
 def _norms_backward(
     residual: Any, grad1: Any, grad2: Any, total: Any, weight1: Any, weight2: Any, mean: Any, scale: Any, *biases: Any
 ) -> Rules:
-    there = _where(_WHOLE, *biases)
-    rules: Rules = [([_WHOLE] * 7, [_WHOLE] * 8 + there)]
-    for d in range(total.ndim - 1):
-        tokens = Shard(d)
-        sums = [_WHOLE if bias is None else Partial() for bias in biases]  # without a bias an empty tensor
-        rules.append(([tokens] + [Partial()] * 4 + sums, [tokens] * 4 + [_WHOLE] * 2 + [tokens] * 2 + there))
+    rules: Rules = []
+    for tokens in (_WHOLE, *(Shard(d) for d in range(total.ndim - 1))):
+        part = _WHOLE if tokens is _WHOLE else Partial()
+        sums = [_WHOLE if like is None else part for like in (weight2, weight2, *biases)]  # without them empty tensors
+        inputs = [*_where(tokens, residual, grad1, grad2, total), *_where(_WHOLE, weight1, weight2), tokens, tokens]
+        rules.append(([tokens, part, part, *sums], [*inputs, *_where(_WHOLE, *biases)]))
     return rules
 
 

@@ -48,6 +48,8 @@ def fuse(model: Transformer, operations: Operations, *, sharded: bool = False) -
                 module.__class__ = fused_neox.ApexLayerNorm
             if operations.gelu == "triton" and not _has_divided_expansion(module):
                 module.__class__ = _ACTIVATIONS.get(type(module), type(module))
+    if any(type(layer) is fused_neox.FusedLayer for layer in model.layers):
+        model.final_layer_norm.__class__ = fused_neox.FusedLastNorm
     if operations.norms == "triton" and type(model.final_layer_norm) is llama.RMSNorm:
         model.final_layer_norm.__class__ = fused_llama.FusedRMSNorm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarewarm_kernels import bias_gelu, residual_norms
+from megarewarm_kernels import bias_gelu, residual_norm, residual_norms
 from megarewarm_kernels.apex import fused_layer_norm
 from torch import Tensor, nn
 
@@ -15,19 +15,33 @@ from megarewarm.model.neox import MLP, DeferredResidual, Layer
 from megarewarm.model.positions import Positions
 
 
+def _apart(x: Tensor | DeferredResidual) -> tuple[tuple[Any, Any, Any], tuple[Tensor | None, Tensor | None]]:
+    """The residual stream with the parts to be added, in autocast's dtype, and biases that wait for their gradients."""
+    return (x[:3], x.biases) if isinstance(x, DeferredResidual) else ((at_work(x), None, None), (None, None))
+
+
 class FusedLayer(Layer):
     """A layer with the parallel residual that adds the parts of the one before, and passes on its own parts. Under autocast
     the stream has autocast's dtype."""
 
     def forward(self, x: Tensor | DeferredResidual, positions: Positions) -> DeferredResidual:  # type: ignore[override]
-        parts: tuple[Any, Any, Any] = x[:3] if isinstance(x, DeferredResidual) else (at_work(x), None, None)
-        waiting = x.biases if isinstance(x, DeferredResidual) else (None, None)
+        parts, waiting = _apart(x)
         one, other = self.input_layernorm, self.post_attention_layernorm
         total, first, second = residual_norms(
             *parts, one.weight, one.bias, other.weight, other.bias, eps=one.eps, biases=waiting
         )
         biases = waiting_bias(self.attention.dense), waiting_bias(self.mlp.dense_4h_to_h)
         return DeferredResidual(total, self.attention(first, positions), self.mlp(second), biases)
+
+
+class FusedLastNorm(nn.LayerNorm):
+    """The norm after the last layer, which adds its parts."""
+
+    adds_parts = True
+
+    def forward(self, x: Tensor | DeferredResidual) -> Tensor:
+        parts, waiting = _apart(x)
+        return residual_norm(*parts, self.weight, self.bias, eps=self.eps, biases=waiting)
 
 
 class FusedMLP(MLP):

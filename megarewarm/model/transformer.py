@@ -54,7 +54,8 @@ class Transformer(nn.Module):
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers:
             x = layer(x, positions)
-        return self.final_layer_norm(add_deferred(x))
+        adds = getattr(self.final_layer_norm, "adds_parts", False)  # a fused one
+        return self.final_layer_norm(x if adds else add_deferred(x))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(b, s) token ids to (b, s, v) logits, padded rows cut off. For inspection: training uses ``loss``."""

@@ -22,7 +22,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
     """name -> (arguments, function, the ways in which the arguments are divided)."""
-    from megarewarm_kernels import bias_gelu, norm_heads, residual_norms, residual_rms_norm, rms_norm, swiglu
+    from megarewarm_kernels import bias_gelu, norm_heads, residual_norm, residual_norms, residual_rms_norm, rms_norm, swiglu
 
     x, a, m = (_random(B, S, H, seed=i) for i in range(3))
     vectors = [_random(H, seed=3 + i) for i in range(4)]
@@ -46,6 +46,9 @@ def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
     def first(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return residual_norms(x, None, None, *weights)
 
+    def with_biases(x: Tensor, a: Tensor, m: Tensor, weight: Tensor, bias: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return residual_norm(x, a, m, weight, bias, biases=(one, other))
+
     tokens = [[Shard(d)] * 3 + [WHOLE] * 4 for d in (0, 1)]
     columns = [Shard(2), Shard(0)]
     heads = [qkv, vectors[0][:D], vectors[1][:D]]
@@ -53,6 +56,8 @@ def _cases() -> dict[str, tuple[list[Tensor], Any, list[list[Any]]]]:
     return {
         "residual_norms": ([x, a, m, *vectors], residual_norms, tokens),
         "norms": ([x, *vectors], first, [[Shard(d)] + [WHOLE] * 4 for d in (0, 1)]),
+        "norm": ([x, *vectors[:2]], lambda x, w, b: residual_norm(x, None, None, w, b), [[Shard(1), WHOLE, WHOLE]]),
+        "norm_biases": ([x, a, m, *vectors], with_biases, tokens),
         "bias_gelu": ([x, vectors[0]], bias_gelu, [[Shard(0), WHOLE], [Shard(1), WHOLE], columns]),
         "residual_rms_norm": ([x, a, vectors[0]], residual_rms_norm, [[Shard(d)] * 2 + [WHOLE] for d in (0, 1)]),
         "rms_norm": ([x, vectors[0]], rms_norm, [[Shard(d), WHOLE] for d in (0, 1)]),

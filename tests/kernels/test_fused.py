@@ -66,6 +66,13 @@ def operators(name: str) -> list[tuple[torch._ops.OpOverload, tuple[object, ...]
         _, normed, rstd = ops.residual_rms_norm.default(*forward)
         backward = (delta[0] if delta else None, normed, x, weight, rstd)
         return [(ops.residual_rms_norm.default, forward), (ops.residual_rms_norm_backward.default, backward)]
+    if name in ("norm", "residual_norm"):
+        x, *more = detached
+        alone = name == "norm"
+        forward = (x, *([None, None] if alone else more[:2]), *(more if alone else more[2:4]), None, None, 1e-5)
+        _, first, _, mean, scale = ops.residual_norms.default(*forward)
+        backward = (None, first, None, x, forward[3], None, mean, scale, *([None, None] if alone else more[4:]))
+        return [(ops.residual_norms.default, forward), (ops.residual_norms_backward.default, backward)]
     added, norms = (detached[:3], detached[3:7]) if len(detached) >= 7 else ([detached[0], None, None], detached[1:])
     biases: list[Tensor | None] = [*detached[7:]] or [None, None]
     forward = (*added, *norms, 1e-5)

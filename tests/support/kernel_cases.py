@@ -123,6 +123,20 @@ CASES = {
     "residual_norms": _norms(added=True),
     "norms": _norms(added=False),
     "residual_norms_biases": _norms_with_biases(),
+    "residual_norm": Case(
+        shapes=lambda rows, columns: [(rows, columns)] * 3 + [(columns,)] * 4,
+        ours=lambda x, a, m, w, b, one, other: [
+            kernels.residual_norm(x, a + one.detach(), m + other.detach(), w, b, biases=(one, other))
+        ],
+        definition=lambda x, a, m, w, b, one, other: [residual_norms_reference(x, a + one, m + other, w, b)[1]],
+        torch=lambda x, a, m, w, b, one, other: [F.layer_norm(x + (a + one) + (m + other), x.shape[-1:], w, b)],
+    ),
+    "norm": Case(
+        shapes=lambda rows, columns: [(rows, columns)] + [(columns,)] * 2,
+        ours=lambda x, w, b: [kernels.residual_norm(x, None, None, w, b)],
+        definition=lambda x, w, b: [residual_norms_reference(x, None, None, w, b)[1]],
+        torch=lambda x, w, b: [F.layer_norm(x, x.shape[-1:], w, b)],
+    ),
     "residual_rms_norm": Case(
         shapes=lambda rows, columns: [(rows, columns), (rows, columns), (columns,)],
         ours=kernels.residual_rms_norm,

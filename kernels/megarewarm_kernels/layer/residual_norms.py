@@ -1,4 +1,4 @@
-"""The residual addition and the two LayerNorms of the parallel residual in one pass.
+"""The residual addition and the two LayerNorms of the parallel residual in one pass; after the last layer, with one norm.
 
 x' = x + a + m, y1 = norm(x') w1 + b1, y2 = norm(x') w2 + b2, with norm(x) = (x - mean) / sqrt(variance + eps) over the last
 dimension (Ba, Kiros and Hinton 2016, arXiv 1607.06450); the parallel residual is GPT-J's and GPT-NeoX's (arXiv 2204.06745,
@@ -11,6 +11,7 @@ wrote a and m, which are one and the same sum of dx. Separate additions and norm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,18 +49,28 @@ def residual_norms(
         the next layer reads it. Statistics are fp32. Gradients come in the dtypes of the arguments; the weights' are summed in
         fp32, in the same order at every run. Raises ValueError on wrong shapes or dtypes.
     """
+    _check(x, attn_out, mlp_out, (weight1, bias1, weight2, bias2), biases)
+    total, first, second = _ResidualNorms.apply(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps, *biases)
+    return total, first, second
+
+
+def _check(
+    x: Tensor,
+    attn_out: Tensor | None,
+    mlp_out: Tensor | None,
+    norms: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> None:
     for name, part in (("attn_out", attn_out), ("mlp_out", mlp_out)):
         if (part is None) != (attn_out is None) or (part is not None and part.shape != x.shape):
             found = "nothing" if part is None else tuple(part.shape)
             raise ValueError(f"attn_out and mlp_out are like x {tuple(x.shape)} or both None, '{name}' is {found}")
-    present = [bias for bias in biases if bias is not None]
-    for part in (weight1, bias1, weight2, bias2, *present):
+    for part in (*norms, *(bias for bias in biases if bias is not None)):
         if part.shape != x.shape[-1:]:
             raise ValueError(f"weights and biases of the norms are {tuple(x.shape[-1:])}, got {tuple(part.shape)}")
-    check_floats(x=x, attn_out=attn_out, mlp_out=mlp_out, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    check_floats(**{f"biases[{number}]": bias for number, bias in enumerate(present)})
-    total, first, second = _ResidualNorms.apply(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps, *biases)
-    return total, first, second
+    check_floats(x=x, attn_out=attn_out, mlp_out=mlp_out)
+    for names, parts in ((("weight1", "bias1", "weight2", "bias2"), norms), (("biases[0]", "biases[1]"), biases)):
+        check_floats(**dict(zip(names, parts, strict=False)))
 
 
 def reference(
@@ -68,12 +79,12 @@ def reference(
     mlp_out: Tensor | None,
     weight1: Tensor,
     bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    weight2: Tensor | None = None,
+    bias2: Tensor | None = None,
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition of ``residual_norms`` in plain PyTorch."""
+    """The definition of ``residual_norms`` in plain PyTorch. Without weight2 the last is an empty tensor."""
     kind = exact(x.dtype)
     total = x
     if attn_out is not None and mlp_out is not None:
@@ -81,7 +92,24 @@ def reference(
     wide = total.to(kind)
     centred = wide - wide.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return total, (normed * weight1 + bias1).to(x.dtype), (normed * weight2 + bias2).to(x.dtype)
+    second = x.new_empty(0) if weight2 is None or bias2 is None else (normed * weight2 + bias2).to(x.dtype)
+    return total, (normed * weight1 + bias1).to(x.dtype), second
+
+
+def residual_norm(
+    x: Tensor,
+    attn_out: Tensor | None,
+    mlp_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The LayerNorm of x + attn_out + mlp_out alone; arguments and errors as of ``residual_norms``."""
+    _check(x, attn_out, mlp_out, (weight, bias), biases)
+    result: Tensor = _ResidualNorms.apply(x, attn_out, mlp_out, weight, bias, None, None, eps, *biases)[1]
+    return result
 
 
 class _ResidualNorms(torch.autograd.Function):
@@ -95,16 +123,24 @@ class _ResidualNorms(torch.autograd.Function):
         total = x.view_as(x) if attn_out is None else total
         ctx.added = attn_out is not None
         ctx.save_for_backward(total, weight1, weight2, mean, rstd)
+        ctx.set_materialize_grads(False)
         return total, first, second
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, residual: Tensor, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, residual: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        total, _, weight2, _, _ = saved
+        used = (True, weight2 is not None)  # what nobody read has no gradient
+        grad1, grad2 = (
+            torch.zeros_like(total) if grad is None and there else grad for grad, there in zip(grads, used, strict=True)
+        )
         wanted = [bias if needed else None for bias, needed in zip(ctx.biases, ctx.needs_input_grad[8:], strict=True)]
-        dx, dw1, db1, dw2, db2, *sums = _backward(residual, grad1, grad2, *ctx.saved_tensors, *wanted)
+        dx, dw1, db1, dw2, db2, *sums = _backward(residual, grad1, grad2, *saved, *wanted)
         added = dx if ctx.added else None
         given = (found if bias is not None else None for bias, found in zip(wanted, sums, strict=True))
-        return dx, added, added, dw1, db1, dw2, db2, None, *given
+        second = (None, None) if weight2 is None else (dw2, db2)
+        return dx, added, added, dw1, db1, *second, None, *given
 
 
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -117,8 +153,8 @@ def _define_forward(
     mlp_out: Tensor | None,
     weight1: Tensor,
     bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    weight2: Tensor | None,
+    bias2: Tensor | None,
     eps: float,
 ) -> Five:
     total, first, second = reference(x, attn_out, mlp_out, weight1, bias1, weight2, bias2, eps=eps)
@@ -130,12 +166,12 @@ def _define_forward(
 
 
 def _define_backward(
-    residual: Tensor,
+    residual: Tensor | None,
     grad1: Tensor,
-    grad2: Tensor,
+    grad2: Tensor | None,
     total: Tensor,
     weight1: Tensor,
-    weight2: Tensor,
+    weight2: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     attn_bias: Tensor | None,
@@ -144,32 +180,44 @@ def _define_backward(
     """Five gradients, and the sum of the first over all rows as that of each bias; an empty tensor for None."""
     kind = exact(total.dtype)
     normed = (total.to(kind) - mean[..., None]) * rstd[..., None]
-    wide1, wide2 = grad1.to(kind), grad2.to(kind)
-    inner = wide1 * weight1 + wide2 * weight2
+    wide1, wide2 = grad1.to(kind), None if grad2 is None else grad2.to(kind)
+    inner = wide1 * weight1
+    if wide2 is not None and weight2 is not None:
+        inner = inner + wide2 * weight2
     dx = (inner - normed * (normed * inner).mean(-1, keepdim=True) - inner.mean(-1, keepdim=True)) * rstd[..., None]
-    dx = dx + residual
+    if residual is not None:
+        dx = dx + residual
     rows = tuple(range(total.dim() - 1))
 
     def summed(value: Tensor, like: Tensor) -> Tensor:
         return (value.sum(rows) if rows else value).to(like.dtype, copy=True)
 
-    weights = summed(wide1 * normed, weight1), summed(wide1, weight1), summed(wide2 * normed, weight2), summed(wide2, weight2)
+    weights = [summed(wide1 * normed, weight1), summed(wide1, weight1), total.new_empty(0), total.new_empty(0)]
+    if wide2 is not None and weight2 is not None:
+        weights[2:] = summed(wide2 * normed, weight2), summed(wide2, weight2)
     one, other = (total.new_empty(0) if bias is None else summed(dx, bias) for bias in (attn_bias, mlp_bias))
-    return dx.to(total.dtype).contiguous(), *weights, one, other
+    return dx.to(total.dtype).contiguous(), weights[0], weights[1], weights[2], weights[3], one, other
 
 
-def _shape_forward(x: Tensor, attn_out: Tensor | None, *_: Any) -> Five:
+def _shape_forward(x: Tensor, attn_out: Tensor | None, *rest: Any) -> Five:
     statistic = x.new_empty(x.shape[:-1], dtype=exact(x.dtype))
     added = x.new_empty(0 if attn_out is None else x.shape)
-    return added, x.new_empty(x.shape), x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+    second = x.new_empty(0 if rest[3] is None else x.shape)
+    return added, x.new_empty(x.shape), second, statistic, torch.empty_like(statistic)
 
 
 def _shape_backward(
-    residual: Tensor, grad1: Tensor, grad2: Tensor, total: Tensor, weight1: Tensor, weight2: Tensor, *rest: Any
+    residual: Tensor | None,
+    grad1: Tensor,
+    grad2: Tensor | None,
+    total: Tensor,
+    weight1: Tensor,
+    weight2: Tensor | None,
+    *rest: Any,
 ) -> Seven:
-    one, two = weight1.new_empty(weight1.shape), weight2.new_empty(weight2.shape)
-    sums = [total.new_empty(0) if bias is None else bias.new_empty(bias.shape) for bias in rest[-2:]]
-    return total.new_empty(total.shape), one, torch.empty_like(one), two, torch.empty_like(two), sums[0], sums[1]
+    likes = (weight1, weight1, weight2, weight2, *rest[-2:])
+    one, two, three, four, five, six = (total.new_empty(0) if like is None else like.new_empty(like.shape) for like in likes)
+    return total.new_empty(total.shape), one, two, three, four, five, six
 
 
 if HAS_TRITON:
@@ -198,6 +246,7 @@ if HAS_TRITON:
         columns,
         eps,
         ADDED: tl.constexpr,
+        SECOND: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)  # rows x columns may pass 2^31
@@ -216,12 +265,14 @@ if HAS_TRITON:
         normed = centred * rstd
         weight1 = tl.load(weight1_ptr + column, mask=inside, other=0.0).to(tl.float32)
         bias1 = tl.load(bias1_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        bias2 = tl.load(bias2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if SECOND:  # loads before stores, which they would wait for
+            weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            bias2 = tl.load(bias2_ptr + column, mask=inside, other=0.0).to(tl.float32)
         first = (normed * weight1 + bias1).to(first_ptr.dtype.element_ty)
-        second = (normed * weight2 + bias2).to(second_ptr.dtype.element_ty)
         tl.store(first_ptr + row * columns + column, first, mask=inside)
-        tl.store(second_ptr + row * columns + column, second, mask=inside)
+        if SECOND:
+            second = (normed * weight2 + bias2).to(second_ptr.dtype.element_ty)
+            tl.store(second_ptr + row * columns + column, second, mask=inside)
         tl.store(mean_ptr + row, mean)
         tl.store(rstd_ptr + row, rstd)
 
@@ -245,13 +296,16 @@ if HAS_TRITON:
         columns,
         each,
         COLUMNS: tl.constexpr,
+        RESIDUAL: tl.constexpr,
+        SECOND: tl.constexpr,
         SHARED: tl.constexpr,
     ):
         part = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, COLUMNS)
         inside = column < columns
         weight1 = tl.load(weight1_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if SECOND:
+            weight2 = tl.load(weight2_ptr + column, mask=inside, other=0.0).to(tl.float32)
         dw1 = tl.zeros((COLUMNS,), tl.float32)
         db1 = tl.zeros((COLUMNS,), tl.float32)
         dw2 = tl.zeros((COLUMNS,), tl.float32)
@@ -260,29 +314,33 @@ if HAS_TRITON:
         for row in tl.range(part * each, min(part * each + each, rows), num_stages=PREFETCH):
             x = tl.load(total_ptr + row * total_stride + column, mask=inside, other=0.0).to(tl.float32)
             grad1 = tl.load(grad1_ptr + row * grad1_stride + column, mask=inside, other=0.0).to(tl.float32)
-            grad2 = tl.load(grad2_ptr + row * grad2_stride + column, mask=inside, other=0.0).to(tl.float32)
-            residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + row)
             normed = tl.where(inside, (x - tl.load(mean_ptr + row)) * rstd, 0.0)
-            inner = grad1 * weight1 + grad2 * weight2
+            inner = grad1 * weight1
+            if SECOND:
+                grad2 = tl.load(grad2_ptr + row * grad2_stride + column, mask=inside, other=0.0).to(tl.float32)
+                inner += grad2 * weight2
+                dw2 += grad2 * normed
+                db2 += grad2
             along = tl.sum(inner * normed, axis=0) / columns
             level = tl.sum(inner, axis=0) / columns
-            dx = (inner - normed * along - level) * rstd + residual
+            dx = (inner - normed * along - level) * rstd
+            if RESIDUAL:
+                dx += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
             if SHARED:
                 shared += dx  # columns outside are not stored
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
             dw1 += grad1 * normed
             db1 += grad1
-            dw2 += grad2 * normed
-            db2 += grad2
         # one row of partial sums for each program, added up afterwards: no atomics, so the same result at every run
-        base = partial_ptr + part * (4 + SHARED) * columns + column
+        base = partial_ptr + part * (2 + 2 * SECOND + SHARED) * columns + column
         tl.store(base, dw1, mask=inside)
         tl.store(base + columns, db1, mask=inside)
-        tl.store(base + 2 * columns, dw2, mask=inside)
-        tl.store(base + 3 * columns, db2, mask=inside)
+        if SECOND:
+            tl.store(base + 2 * columns, dw2, mask=inside)
+            tl.store(base + 3 * columns, db2, mask=inside)
         if SHARED:
-            tl.store(base + 4 * columns, shared, mask=inside)
+            tl.store(base + (2 + 2 * SECOND) * columns, shared, mask=inside)
 
     def warps(columns: int) -> int:
         """Warps for a row of so many columns: 8 elements for each thread, which are 16 bytes of bf16, up to 4096 columns."""
@@ -291,12 +349,14 @@ if HAS_TRITON:
     def _kernel_forward(x: Tensor, attn_out: Tensor | None, mlp_out: Tensor | None, *norms: Any) -> Five:
         if x.dtype == torch.float64 or x.shape[-1] > _MOST_COLUMNS:
             return _define_forward(x, attn_out, mlp_out, *norms)
-        *parameters, eps = norms
+        weight1, bias1, weight2, bias2, eps = norms
+        parameters = (weight1, bias1, weight1, bias1) if weight2 is None else (weight1, bias1, weight2, bias2)
         flat = rows_of(x)
         rows, columns = flat.shape
         parts = [flat if part is None else rows_of(part) for part in (attn_out, mlp_out)]
         added = torch.empty((0,) if attn_out is None else flat.shape, dtype=x.dtype, device=x.device)
-        first, second = (torch.empty(flat.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        first = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        second = torch.empty((0,) if weight2 is None else flat.shape, dtype=x.dtype, device=x.device)
         mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
         if flat.numel():
             residual_norms_forward[(rows,)](
@@ -313,28 +373,32 @@ if HAS_TRITON:
                 columns,
                 eps,
                 ADDED=attn_out is not None,
+                SECOND=weight2 is not None,
                 COLUMNS=triton.next_power_of_2(columns),
                 num_warps=warps(columns),
                 **LAUNCH,
             )
         shaped = added if attn_out is None else added.view(x.shape)
-        return shaped, first.view(x.shape), second.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+        second = second if weight2 is None else second.view(x.shape)
+        return shaped, first.view(x.shape), second, mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
     def _kernel_backward(*arguments: Any) -> Seven:
         total, weight1, weight2, mean, rstd, *biases = arguments[3:]
         if total.dtype == torch.float64 or total.shape[-1] > _MOST_COLUMNS_BACKWARD:
             return _define_backward(*arguments)
-        parts = [rows_of(part) for part in arguments[:4]]
+        residual, grad1 = arguments[:2]
+        parts = [rows_of(grad1 if part is None else part) for part in arguments[:4]]
         rows, columns = parts[3].shape
         dx = torch.empty((rows, columns), dtype=total.dtype, device=total.device)
         count = programs(rows, total.device) if rows else 0
-        likes = [weight1, weight1, weight2, weight2, *(bias for bias in biases if bias is not None)]
-        partial = torch.empty((count, min(5, len(likes)), columns), dtype=torch.float32, device=total.device)
+        likes = [like for like in (weight1, weight1, weight2, weight2, *biases) if like is not None]
+        own = 2 if weight2 is None else 4
+        partial = torch.empty((count, min(own + 1, len(likes)), columns), dtype=torch.float32, device=total.device)
         if dx.numel():
             residual_norms_backward[(count,)](
                 *parts,
                 weight1.contiguous(),
-                weight2.contiguous(),
+                (weight1 if weight2 is None else weight2).contiguous(),
                 mean.contiguous(),
                 rstd.contiguous(),
                 dx,
@@ -344,12 +408,14 @@ if HAS_TRITON:
                 columns,
                 triton.cdiv(rows, count),
                 COLUMNS=triton.next_power_of_2(columns),
-                SHARED=len(likes) > 4,
+                RESIDUAL=residual is not None,
+                SECOND=weight2 is not None,
+                SHARED=len(likes) > own,
                 num_warps=warps(columns),
                 **LAUNCH,
             )
-        dw1, db1, dw2, db2, *rest = sums_of(partial, likes)
-        one, other = (total.new_empty(0) if bias is None else rest.pop(0) for bias in biases)
+        dw1, db1, *rest = sums_of(partial, likes)
+        dw2, db2, one, other = (total.new_empty(0) if like is None else rest.pop(0) for like in (weight2, weight2, *biases))
         return dx.view(total.shape), dw1, db1, dw2, db2, one, other
 
     # A row lies in the registers of one program; backward with the four sums it adds to. More would spill.
