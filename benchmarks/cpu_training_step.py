@@ -41,7 +41,10 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
+    from megarewarm.process import keep_freed_memory
 
+    if arguments.precision != "fp32":
+        keep_freed_memory()  # as the trainer
     config, device = model_config(arguments), torch.device("cpu")
     operations, _ = choose_operations(KernelsConfig(), config, device, DTYPES[arguments.precision], documents=False)
     model = ParallelModel(
