@@ -41,7 +41,10 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
+    from megarewarm.process import keep_freed_memory
 
+    if arguments.precision != "fp32":
+        keep_freed_memory()  # as the trainer
     config, device = model_config(arguments), torch.device("cpu")
     operations, _ = choose_operations(KernelsConfig(), config, device, DTYPES[arguments.precision], documents=False)
     model = ParallelModel(
@@ -130,7 +133,7 @@ def products(arguments: argparse.Namespace) -> Callable[[Any], float]:
     gradients = [[torch.empty_like(weight) for weight in layer] for layer in weights]
     inputs, outputs = ([drawn(tokens, pair[side]) for pair in linear] for side in (0, 1))
     results = [[torch.empty_like(x) for x in states] for states in (inputs, outputs)]
-    qkv = [drawn(arguments.batch, n, arguments.sequence, width).requires_grad_() for n in (heads, kv, kv)]
+    query, key, value = (drawn(arguments.batch, n, arguments.sequence, width).requires_grad_() for n in (heads, kv, kv))
     upstream = drawn(arguments.batch, heads, arguments.sequence, width)
     head, state = drawn(config.vocab_size, hidden), drawn(tokens, hidden)
     chunk = _chunk(tokens, config.vocab_size, dtype, 64 * UNIT, "cpu")
@@ -142,7 +145,7 @@ def products(arguments: argparse.Namespace) -> Callable[[Any], float]:
         for layer in weights:
             for weight, x, y in zip(layer, inputs, results[1], strict=True):
                 torch.mm(x, weight.t(), out=y)
-            attended.append(attend(*qkv, is_causal=True, enable_gqa=kv != heads))
+            attended.append(attend(query, key, value, is_causal=True, enable_gqa=kv != heads))
         for part in state.split(chunk):
             here = logits[: len(part)]
             torch.mm(part, head.t(), out=here)
@@ -152,7 +155,7 @@ def products(arguments: argparse.Namespace) -> Callable[[Any], float]:
             for weight, grad, x, dx, dy in zip(layer, grads, inputs, results[0], outputs, strict=True):
                 torch.mm(dy, weight, out=dx)
                 torch.mm(dy.t(), x, out=grad)
-            torch.autograd.grad(context, qkv, upstream)
+            torch.autograd.grad(context, (query, key, value), upstream)
         return 0.0
 
     return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import json
 import os
 import shutil
@@ -167,6 +168,26 @@ def test_ctrl_c(place: Path, tmp_path: Path, name: str, after: float) -> None:
     if b"site" in err or b"encodings" in err or process.returncode == -signal.SIGINT:
         pytest.skip("it came before the first line of the command")
     assert process.returncode in (0, 130) and b"Traceback" not in err, (process.returncode, err.decode())
+
+
+def test_freed_memory_is_kept_when_asked_for() -> None:
+    """Counted in page faults of allocations of 40 MiB, which take 10,240 each from the system."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("needs glibc")
+    program = """
+import sys, resource
+from megarewarm.process import keep_freed_memory
+if sys.argv[1] == "keep": keep_freed_memory()
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    piece = b"x" * (40 << 20)
+    del piece
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
+"""
+    kept, returned = (int(subprocess.check_output([sys.executable, "-c", program, word])) for word in ("keep", "return"))
+    assert kept < 100 < returned
 
 
 def test_ctrl_c_is_130_and_a_line(tmp_path: Path) -> None:

@@ -127,8 +127,13 @@ def settle_precision(config: RunConfig, device: torch.device) -> str:
 
 def about_precision(precision: str, device: torch.device) -> list[str]:
     """A line where ``precision`` is bf16 and ``device`` is a CPU that computes it in fp32, with roundings on the way."""
-    found = getattr(torch.cpu, "get_capabilities", dict)() if precision == "bf16" and device.type == "cpu" else {}
-    if not found or any(there for name, there in found.items() if name.endswith("_bf16")):
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if (
+        precision != "bf16"
+        or device.type != "cpu"
+        or not found
+        or any(there for name, there in found.items() if name.endswith("_bf16"))
+    ):
         return []
     return ["training.precision: this CPU has no bf16 arithmetic (avx512_bf16, amx_bf16), so steps are slower than in fp32"]
 
