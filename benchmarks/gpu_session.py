@@ -70,9 +70,9 @@ def calls(smoke: bool) -> list[Call]:
     def script(name: str, *words: str) -> tuple[str, ...]:
         return (sys.executable, f"benchmarks/{name}.py", *words, *small)
 
-    workers = ("-n", "4") if importlib.util.find_spec("xdist") else ()
+    workers = ("-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))) if importlib.util.find_spec("xdist") else ()
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *workers)
-    found = [Call(name, (*pytest, "--junitxml", "{out}/" + name + ".xml", *files), 240) for name, files in TESTS.items()]
+    found = [Call(name, (*pytest, "--junitxml", "{out}/" + name + ".xml", *files), 300) for name, files in TESTS.items()]
     found += [
         Call("step_smoke", (sys.executable, "benchmarks/train_step.py", "--smoke", "--limit", "60", "--json", "{result}"), 240),
         Call("step_triton_1", (*step("step_triton", small), "--profile"), 150),

@@ -72,7 +72,7 @@ def test_the_fused_model_is_no_worse_than_the_plain_one(name: str, precision: st
             loss, found = losses_and_gradients(side, tokens.to("cuda"), **more)
         squares = [float((found[key].cpu().double() - wanted[key]).square().sum()) for key in wanted]
         size = sum(float(gradient.square().sum()) for gradient in wanted.values())
-        errors[use] = (sum(squares) / size) ** 0.5, abs(float(loss.cpu()) - float(true))
+        errors[use] = (sum(squares) / size) ** 0.5, abs(float(loss.detach()) - float(true.detach()))
     rounding = torch.finfo(dtype).eps
     assert errors["triton"][0] <= 2 * errors["reference"][0] + rounding, errors
-    assert errors["triton"][1] <= 2 * errors["reference"][1] + rounding * abs(float(true)), errors
+    assert errors["triton"][1] <= 2 * errors["reference"][1] + rounding * abs(float(true.detach())), errors

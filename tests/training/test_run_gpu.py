@@ -27,8 +27,9 @@ KERNELS: dict[str, dict[str, Any]] = {
 
 
 def run_of(place: Path, folder: str, kernels: dict[str, Any], model: dict[str, Any]) -> RunConfig:
-    training = {"device": "cuda", "precision": "bf16", "budget": 12}
-    return config(place, folder=str(place / folder), model=model, kernels=kernels, training=training)
+    more = {"model": model, "kernels": kernels, "training": {"device": "cuda", "precision": "bf16", "budget": 12}}
+    # at a rate of 1e-2 roundings of bf16 grow to half a nat within these steps, at this one to some thousandths
+    return config(place, folder=str(place / folder), schedule={"max_lr": 2e-3, "min_lr": 2e-4}, **more)
 
 
 def trained(run: RunConfig) -> Path:
@@ -65,5 +66,5 @@ def test_repeated_and_stopped_amid_it_is_the_same_run(
 @pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
 def test_fused_kernels_follow_plain_pytorch(model: dict[str, Any], tmp_path: Path) -> None:
     plain, fused = (list(losses(trained(run_of(tmp_path, use, {"use": use}, model))).values()) for use in ("reference", "auto"))
-    assert max(abs(a - b) for a, b in zip(plain, fused, strict=True)) < 0.03
+    assert max(abs(a - b) for a, b in zip(plain, fused, strict=True)) < 0.02
     assert fused[-1] < fused[0] - 0.1
