@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 _SLICE = 4 * 2**20  # bytes of a product that are still in a CPU's caches when they are added
 
@@ -34,15 +33,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias
     if x.dtype != low.dtype:
         raise ValueError(f"'x' is {x.dtype}, its product with a copy in {low.dtype} needs that dtype")
     result: Tensor = _Linear.apply(x, weight, bias, low, low_bias)
+    with torch.no_grad():  # after x is kept: a checkpoint's second forward pass ends there, before the product
+        flat, out = x.reshape(-1, x.shape[-1]), result.detach().view(-1, len(low))
+        if low_bias is None:
+            torch.mm(flat, low.t(), out=out)
+        else:
+            torch.addmm(low_bias, flat, low.t(), out=out)
     return result
 
 
 class _Linear(torch.autograd.Function):
+    """The derivative; its result is empty. A Function keeps its tensors once its ``forward`` has returned."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, low_bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, low)
         ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return F.linear(x, low, low_bias)
+        return x.new_empty((*x.shape[:-1], len(low)))
 
     @staticmethod
     @once_differentiable

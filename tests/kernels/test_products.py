@@ -96,12 +96,16 @@ def test_a_frozen_weight_gets_nothing_and_lets_gradients_through() -> None:
     assert _error(dx[0], _true(weight, bias, inputs, grads)[2][0]) < 4e-3
 
 
-def test_a_checkpointed_layer_adds_once() -> None:
+def test_a_checkpointed_layer_adds_once_and_multiplies_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias, inputs, grads = _layer(torch.float32)
     x = inputs[0].requires_grad_()
+    made: list[Tensor] = []
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *given, **named: made.append(addmm(*given, **named)) or made[-1])
     checkpoint(linear, x, weight, bias, weight.detach(), bias.detach(), use_reentrant=False).backward(grads[0])
     dw, *_ = _true(weight, bias, [inputs[0].detach()], grads[:1])
     assert _error(weight.grad, dw) < 1e-6
+    assert len(made) == 1, "what is computed again ends before the product, as with F.linear"
 
 
 def test_an_input_of_another_dtype_is_refused() -> None:
