@@ -93,8 +93,8 @@ def _ranges(ids: Sequence[int]) -> str:
 
 def _tokens(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """The first tokens in quotes, and how many ids have none."""
-    named = [token for i in ids if (token := tokenizer.token(i)) is not None]
-    shown = [repr(token) for token in named[:_MOST_TOKENS]]
+    named = [i for i in ids if tokenizer.token(i) is not None]
+    shown = [str(tokenizer.shown(i)) for i in named[:_MOST_TOKENS]]
     more = [f"{len(named) - len(shown):,} more"] if len(named) > len(shown) else []
     without = [f"{len(ids) - len(named):,} past the tokenizer"] if len(named) < len(ids) else []
     return ", ".join([*shown, *more, *without])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megarewarm.arguments import Parser, path_text, tokens
+from megarewarm.arguments import Parser, count, path_text, tokens
 from megarewarm.process import importing, say
 
 
@@ -20,8 +20,8 @@ def command_line() -> Parser:
     )
     parser.add_argument("--truncate", action="store_true", help="drop the beginning of tasks' contexts that are too long")
     parser.add_argument("--tokens", type=tokens, metavar="N", help="at most N tokens of each file, such as 2M; default: all")
-    parser.add_argument("--sequence-length", type=int, metavar="S", help="default: all positions of the model")
-    parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences at a time; default: %(default)s")
+    parser.add_argument("--sequence-length", type=count, metavar="S", help="default: all positions of the model")
+    parser.add_argument("--micro-batch", type=count, default=4, metavar="B", help="sequences at a time; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     return parser
 
@@ -39,13 +39,13 @@ def main(words: Sequence[str]) -> None:
         kept = [key for key, is_set in (("reset_at_eod", rules.reset), ("mask_eod_loss", rules.mask_loss)) if is_set]
         say(f"{arguments.checkpoint}: evaluated with {' and '.join(kept)}, as in its run")
     for prefix in arguments.on:
-        loss, count = model.evaluate(
+        loss, measured = model.evaluate(
             prefix,
             tokens=arguments.tokens,
             sequence_length=arguments.sequence_length,
             micro_batch=arguments.micro_batch,
         )
-        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {count:,} tokens", flush=True)
+        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {measured:,} tokens", flush=True)
     if arguments.tasks:
         found, notes = model.test(arguments.tasks, truncate=arguments.truncate, sequences=arguments.micro_batch)
         for note in notes:

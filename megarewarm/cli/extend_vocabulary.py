@@ -162,7 +162,7 @@ def _about_pieces(new: NewTokens, untrained: Sequence[UntrainedRows]) -> Iterato
     """Lines about new tokens whose pieces say little."""
     bad = {number for each in untrained for number in each.ids}
     if doubtful := [i for i, pieces in enumerate(new.pieces, new.first) if bad & set(pieces)]:
-        shown = ", ".join(repr(new.new.token(i)) for i in doubtful[:4])
+        shown = ", ".join(str(new.new.shown(i)) for i in doubtful[:4])
         yield f"{len(doubtful):,} new tokens have pieces whose rows look untrained: {shown}"
     if empty := sum(not pieces for pieces in new.pieces):
         yield f"{empty:,} new ids are no tokens of {new.new.path}; their rows are zero"

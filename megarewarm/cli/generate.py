@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megarewarm.arguments import Parser, path_text
+from megarewarm.arguments import Parser, count, path_text
 from megarewarm.process import importing
 
 
@@ -14,7 +14,7 @@ def command_line() -> Parser:
     )
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="text to continue; several are continued at once")
-    parser.add_argument("--max-tokens", type=int, default=100, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=count, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: the most likely token each time; default: %(default)s"
     )

@@ -64,6 +64,8 @@ def test_mistyped_words(words: list[str], said: str) -> None:
     ("words", "said"),
     [
         (["convert", "x", "y", "--to", "neox", "--tp", "0"], "'0' is not a whole number above 0"),
+        (["generate", "x", "y", "--max-tokens", "0"], "argument --max-tokens: '0' is not a whole number above 0"),
+        (["evaluate", "x", "--on", "y", "--micro-batch", "0"], "argument --micro-batch: '0' is not a whole number above 0"),
         (["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "0"], "'0' is not a learning rate above 0, such as 3e-4"),
         (
             ["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "nan"],

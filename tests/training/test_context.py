@@ -126,7 +126,7 @@ def test_a_run_says_it_in_the_reset_table_keeps_it_and_exports_it(tmp_path: Path
     (line,) = (each for each in events(run, "start")[0]["reset"] if each["line"] == "context")
     assert line["checkpoint_had"] == "16 positions, base 10000"
     assert line["run_has"] == "48 positions, base 10000, yarn x 3 of 16, beta_fast 2, beta_slow 0.5"
-    assert "yarn x 3 of 16" in printed(console)
+    assert "yarn x 3 of 16" in printed(console) and "rotary_scaling" not in printed(console), "in one line, in words"
     exported = AutoModelForCausalLM.from_pretrained(run / "huggingface")
     said = json.loads((run / "huggingface/config.json").read_text())
     assert said["rope_parameters"]["rope_type"] == "yarn" and said["max_position_embeddings"] == LONG

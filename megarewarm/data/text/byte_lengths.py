@@ -46,7 +46,7 @@ def spaced(piece: str) -> bytes:
 def pieces_of(content: Mapping[str, Any], vocabulary: Mapping[str, int], size: int) -> list[bytes | None]:
     """The pieces of a tokenizer.json: of byte-level ones by GPT-2's letters, of those with a sign for the space by that. An
     added token is its own text."""
-    kinds = set(_kinds([content.get("pre_tokenizer"), content.get("decoder")]))
+    kinds = _kinds_of(content)
     model = content.get("model") or {}
     unknown = model.get("unk_token", model.get("unk_id"))
     added = {str(token["content"]) for token in content.get("added_tokens") or []}
@@ -63,6 +63,15 @@ def pieces_of(content: Mapping[str, Any], vocabulary: Mapping[str, int], size: i
         elif kinds & {"Metaspace", _SPACE}:
             pieces[number] = spaced(token)
     return pieces
+
+
+def is_byte_level(content: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json writes its tokens in GPT-2's letters."""
+    return "ByteLevel" in _kinds_of(content)
+
+
+def _kinds_of(content: Mapping[str, Any]) -> set[str]:
+    return set(_kinds([content.get("pre_tokenizer"), content.get("decoder")]))
 
 
 def _kinds(parts: Sequence[Any]) -> list[str]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megarewarm.config.paths import merges_beside
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity, fingerprint, function_and_added
-from megarewarm.data.text.byte_lengths import ByteLengths, lengths_of, pieces_of, spaced
+from megarewarm.data.text.byte_lengths import ByteLengths, is_byte_level, lengths_of, pieces_of, spaced
 from megarewarm.data.text.end_of_document import END_OF_DOCUMENT, TOKENIZER_FILES, End, beside, choose_end
 from megarewarm.data.text.fast_bpe import FastBPE, NotCovered, TooLong, first_difference, texts_around
 from megarewarm.data.text.hub_tokenizer import local_tokenizer
@@ -69,6 +69,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def token(self, number: int) -> str | None:
         """The token of an id, as the vocabulary writes it; None if it has none."""
+
+    def shown(self, number: int) -> str | None:
+        """The token of an id in quotes, for people: of a byte-level tokenizer its text, if that is whole characters; None if it
+        has none."""
+        return None if (token := self.token(number)) is None else repr(token)
 
     @abstractmethod
     def byte_lengths(self) -> ByteLengths | None:
@@ -208,6 +213,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def token(self, number: int) -> str | None:
         token: str | None = self._tokenizer.id_to_token(number)
         return token
+
+    def shown(self, number: int) -> str | None:
+        vocabulary_writes = super().shown(number)
+        if vocabulary_writes is None or not self._byte_level:
+            return vocabulary_writes
+        return vocabulary_writes if "\N{REPLACEMENT CHARACTER}" in (text := self.decode([number])) else repr(text)
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return is_byte_level(json.loads(self._content))
 
     def byte_lengths(self) -> ByteLengths | None:
         return lengths_of(pieces_of(json.loads(self._content), self._vocabulary, self.vocab_size), self._encode_slowly)

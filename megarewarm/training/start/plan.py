@@ -214,14 +214,15 @@ def _refuse_other_reading(model: ModelConfig, section: str) -> None:
 
 
 def differing_choices(config: RunConfig, source: CheckpointSource | None) -> list[str]:
-    """Model keys that keep the shapes but change the function, if the config overrides the checkpoint."""
+    """Model keys that keep the shapes but change the function, if the config overrides the checkpoint; but for those that the
+    line 'context' of the reset table shows."""
     if source is None or config.model is None:
         return []
     return [
         f"model.{key}: the checkpoint {source.name} says {getattr(source.model_config, key)}, this run uses "
         f"{getattr(config.model, key)}"
         for key in FUNCTION_KEYS
-        if getattr(config.model, key) != getattr(source.model_config, key)
+        if key not in ("rotary_base", "rotary_scaling") and getattr(config.model, key) != getattr(source.model_config, key)
     ]
 
 

@@ -140,6 +140,17 @@ def test_known_ids_of_published_tokenizers(golden: Path) -> None:
     assert piece.decode(piece.encode_batch(["Hello world."])[0]) == "Hello world."
 
 
+def test_tokens_are_shown_as_text(tmp_path: Path, pieces: Tokenizer) -> None:
+    umlauts = train_bpe(["f\xfcr \xfcber " * 40], 264, tmp_path / "tokenizer.json")
+    by_id = {number: umlauts.shown(number) for number in range(umlauts.vocab_size)}
+    for text in ("\xfc", " \xfc", "f\xfcr"):
+        (number,) = umlauts.encode_batch([text])[0].tolist()
+        assert by_id[number] == repr(text) != repr(umlauts.token(number))
+    assert "'\xc3'" in by_id.values(), "a part of a character stays as the vocabulary writes it"
+    assert umlauts.shown(10_000) is None
+    assert all(pieces.shown(number) == repr(pieces.token(number)) for number in range(pieces.vocab_size))
+
+
 def test_what_ends_a_document(bpe: Tokenizer, pieces: Tokenizer, tmp_path: Path) -> None:
     assert load_tokenizer(bpe.path, eod_token="<|padding|>").eod_id == 1
     assert load_tokenizer(pieces.path, eod_token="<|padding|>").eod_id == 1
