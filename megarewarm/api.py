@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import copy
 import dataclasses
+import gc
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,7 +169,9 @@ def train(config: RunConfig, callbacks: Sequence[Callback] = (), *, quiet: bool 
     """
     _check_config(config)
     ranks = _connected(config)
-    return train_on(config, ranks, make_console(quiet=quiet or not ranks.is_main), callbacks)
+    outcome = train_on(config, ranks, make_console(quiet=quiet or not ranks.is_main), callbacks)
+    gc.collect()  # the run's model is in cycles, which a script that trains again would wait for
+    return outcome
 
 
 def _connected(config: RunConfig) -> Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def run_experiment(experiment: Experiment, ranks: Ranks, console: Console, only:
     for number, arm in enumerate(arms, start=1):
         console.rule(f"{number} of {len(arms)}: {arm.name}", align="left", style="dim")
         outcome = train(arm.config, ranks, console)
+        gc.collect()  # a run's model is in cycles of few objects: the collector would not come before several are there
         if outcome.exit_code:
             return outcome.exit_code
         folders.append(outcome.folder)

@@ -3,6 +3,7 @@ chains that are taken up again wherever they were cut off."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megarewarm.checkpoint.source import OwnCheckpoint
 from megarewarm.config.experiment import Experiment
 from megarewarm.errors import UserError
 from megarewarm.lab.experiment import run_experiment
+from megarewarm.parallel.engine import ParallelModel
 from megarewarm.training.trainer import train
 from tests.lab.test_local import experiment
 from tests.support.tiny import events, quiet
@@ -55,7 +57,13 @@ def checkpoint(whole: Experiment, arm: str, step: int) -> OwnCheckpoint:
 
 def test_the_trunk_goes_on_and_a_release_is_annealed_beside_it(tmp_path: Path) -> None:
     whole = chain(tmp_path)
-    assert run_experiment(whole, ALONE, quiet()) == 0
+    gc.collect()
+    gc.disable()  # so that what is gone was given up, not found by chance
+    try:
+        assert run_experiment(whole, ALONE, quiet()) == 0
+        assert not [held for held in gc.get_objects() if isinstance(held, ParallelModel)]
+    finally:
+        gc.enable()
     first, second, release = (column(whole, arm, "lr") for arm in ("trunk-first", "trunk-second", "release"))
     assert first[-1] == second[0] == second[-1] == pytest.approx(CONSTANT)
     assert release[0] == pytest.approx(CONSTANT) and release[-1] == pytest.approx(CONSTANT / 10)
