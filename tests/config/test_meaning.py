@@ -104,7 +104,8 @@ NO_PATHS = {
     "RunConfig.name", "Source.name", "Source.split", "ValidationSet.name", "CheckpointConfig.keep_best", "WandbConfig.project",
     "WandbConfig.entity", "ExperimentConfig.experiment", "ExperimentConfig.title", "TokenizerConfig.train_on",
     "CorpusConfig.from_", "PrepareConfig.corpora", "ReplayConfig.paths", "ExperimentConfig.base", "ExperimentConfig.runs",
-    "ExperimentConfig.sweeps", "ExperimentConfig.quick", "ValuationConfig.against", "TrainConfig.only",
+    "ExperimentConfig.sweeps", "ExperimentConfig.quick", "ValuationConfig.against", "TrainConfig.only", "TaskFileConfig.from_",
+    "PrepareConfig.tasks",
 }  # fmt: skip
 
 
