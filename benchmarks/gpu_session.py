@@ -41,7 +41,7 @@ TESTS = {
     "tests_operations": ("tests/kernels/test_operations_gpu.py",),
     "tests_attention_loss": ("tests/kernels/test_attention_gpu.py", "tests/kernels/test_loss_gpu.py"),
     "tests_model": ("tests/model/test_fused_gpu.py",),
-    "tests_trainer": ("tests/training/test_run_gpu.py",),
+    "tests_trainer": ("tests/training/test_run_gpu.py", "tests/parallel/test_graph_gpu.py"),
 }
 SIDES = {
     "step_triton": "megarewarm, triton",

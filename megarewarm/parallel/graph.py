@@ -31,7 +31,8 @@ class MicroBatchGraph:
     A replay reads and writes where the capture did: tokens, the loss's scale and the sum of the losses lie in tensors of this
     object, and gradients stay where they are (``Gradients.keep``). The first micro-batch is computed launch by launch on the
     capture's stream, so that what is made at the first call is made outside of the graph; the second one is captured. Where a
-    parameter or gradient has moved since, it is captured again; what can't be captured goes on launch by launch. Both are logged once.
+    parameter or gradient has moved since, it is captured again; what can't be captured goes on launch by launch. Both are
+    logged once.
     """
 
     def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int], device: torch.device) -> None:
@@ -115,6 +116,7 @@ def captured(run: Callable[[], object], stream: torch.cuda.Stream | None) -> Cal
         random.graphsafe_set_state(before)
         with suppress(RuntimeError):  # the capture's end came as far as this
             torch._C._cuda_endAllocateToPool(current.device_index, pool)
+            torch._C._cuda_releasePool(current.device_index, pool)
         raise
     return graph.replay
 
