@@ -41,10 +41,11 @@ TESTS = {
     "tests_operations": ("tests/kernels/test_operations_gpu.py",),
     "tests_attention_loss": ("tests/kernels/test_attention_gpu.py", "tests/kernels/test_loss_gpu.py"),
     "tests_model": ("tests/model/test_fused_gpu.py",),
-    "tests_trainer": ("tests/training/test_run_gpu.py",),
+    "tests_trainer": ("tests/training/test_run_gpu.py", "tests/parallel/test_graph_gpu.py"),
 }
 SIDES = {
     "step_triton": "megarewarm, triton",
+    "step_graph": "megarewarm, triton and graph",
     "step_compile": "megarewarm, compile",
     "step_compile_triton": "megarewarm, compile and triton",
     "step_reference": "megarewarm, reference",
@@ -92,7 +93,7 @@ def calls(smoke: bool) -> list[Call]:
     found += [
         Call(f"{side}_batch_{batch}", (*step(side, small), "--batch", str(batch)), 150)
         for batch in BATCHES
-        for side in ("step_triton", "step_compile")
+        for side in ("step_triton", "step_compile", *(["step_graph"] if batch <= 2 else []))
     ]
     curves = script("kernel_curves", "--folder", "{scratch}/curves", "--steps", "10" if smoke else "200")
     found.append(Call("curves", (*curves, "--picture", "{out}/kernel_curves.png"), 400))

@@ -58,21 +58,18 @@ def measure(run: Run, device: str, least: float, smoke: bool) -> float:
 
 def captured(run: Run) -> Run | None:
     """A call that replays the kernels of ``run``; None where it can't be captured."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    random = torch.cuda.default_generators[torch.cuda.current_device()]
-    before = random.clone_state()
+    from megarewarm.parallel import graph
+
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):  # what is made at the first call on a stream, such as cuBLAS's memory, is made now
             run()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            run()
+        return graph.captured(run, stream)
     except RuntimeError:
         torch.cuda.synchronize()
-        random.graphsafe_set_state(before)  # a capture that failed would stay on in it, and refuse the next random number
         return None
-    return graph.replay
 
 
 def ceilings(device: str, smoke: bool) -> tuple[float, float]:

@@ -28,8 +28,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-OURS: dict[str, dict[str, str]] = {
+OURS: dict[str, dict[str, Any]] = {
     "megarewarm, triton": {"use": "triton"},
+    "megarewarm, triton and graph": {"use": "triton", "graph": True},
     "megarewarm, compile": {"use": "compile"},
     "megarewarm, compile and triton": {
         "use": "compile",
@@ -85,7 +86,7 @@ def shape(arguments: argparse.Namespace) -> Any:
     return ModelConfig(**size, max_positions=arguments.sequence)
 
 
-def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable[[Any], float], str]:
+def ours(arguments: argparse.Namespace, kinds: dict[str, Any]) -> tuple[Callable[[Any], float], str]:
     """The trainer's step with ``kernels: kinds``, and what was chosen."""
     import torch
 
@@ -93,6 +94,7 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable
     from megarewarm.model.operations import choose_operations, choose_optimizer
     from megarewarm.optimizers.adamw import AdamW
     from megarewarm.parallel.engine import ParallelModel
+    from megarewarm.parallel.graph import MicroBatchGraph
     from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
@@ -114,6 +116,9 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, str]) -> tuple[Callable
         loss_memory=kernels.logit_bytes(device.type),
     )
     model.initialize(1)
+    if kernels.graph is True and device.type == "cuda":
+        shape_of_rows = arguments.batch, arguments.sequence + 1
+        model.graph = MicroBatchGraph(lambda rows, scale: model.differentiate(rows, scale, None)[0], shape_of_rows, device)
     optimizer = AdamW(model.parameters, model.cards, OptimizerConfig(), kind, model.trained_copies)
 
     def step(rows: Any) -> float:

@@ -291,6 +291,12 @@ class KernelsConfig(Section):
         description="The same bits at every run on a GPU with the same layout: megarewarm's and PyTorch's operations in their "
         "deterministic forms (one that has none raises). Attention costs more. A CPU's are the same anyway.",
     )
+    graph: bool | Literal["auto"] = Field(
+        "auto",
+        description="Forward and backward pass of a micro-batch as one CUDA graph, which the host launches at once. auto: "
+        "where launches would take the host longer than the GPU computes, as predicted from the sizes (small models, small "
+        "micro-batches). If it can't be used, a line says why.",
+    )
     loss_memory: Positive | None = Field(
         None,
         description="Bytes that the logits of one chunk of the loss may take. Smaller needs less memory, larger fewer passes. "

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from megarewarm.config.execution import ParallelConfig, TrainingConfig
 from megarewarm.config.model import ModelConfig
@@ -27,6 +26,7 @@ from megarewarm.parallel.collective import collective
 from megarewarm.parallel.continuations import Scored, Scorer
 from megarewarm.parallel.cross_entropy import cross_entropy
 from megarewarm.parallel.distillation import Teacher
+from megarewarm.parallel.graph import MicroBatchGraph
 from megarewarm.parallel.laid_out import LaidOutModel
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.position_sums import PositionSums
@@ -54,6 +54,7 @@ class ParallelModel(LaidOutModel):
         operations = operations or Operations()
         super().__init__(config, mesh, parallel, training, sequence_length, precision, operations, compile_layers)
         self.teacher, self._documents = teacher, documents
+        self.graph: MicroBatchGraph | None = None
         self._loss_memory, self._loss_kernel = loss_memory, operations.loss
         self.micro_batch, self._sequence_length = training.micro_batch_size, sequence_length
         self._targets_per_step = training.global_batch * sequence_length
@@ -200,9 +201,11 @@ class ParallelModel(LaidOutModel):
         return torch.stack(rows[-len(hidden) :]).sum()
 
     def _accumulated(self, tokens: Tensor, between: Between, teacher: Teacher | None, portions: int = 0) -> Tensor:
-        """``BatchLosses.totals``. ``portions``: micro-batches of the rank that has most, where ranks that share parameters have
-        different numbers."""
+        """``BatchLosses.totals``. ``portions``: micro-batches of the rank that has most of those that share parameters."""
+        graph = self.graph if teacher is None and self._rows is None and not self._row_parts else None
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if graph is not None:
+            total = graph.begin(self._scale(), self.gradients, self.parameters.values())
         distilled = torch.zeros_like(total)
         if total.is_cuda:
             tokens = tokens.pin_memory()  # a copy out of other memory would wait for what the device has yet to do
@@ -213,28 +216,29 @@ class ParallelModel(LaidOutModel):
         for i, part in enumerate(parts):
             if i:
                 between(i, len(parts))
+            if graph is not None and graph.run(part):
+                continue
             part = part.to(self.mesh.device, non_blocking=True)
-            if self._sharded:
-                module = self._modules[0]
-                assert isinstance(module, FSDPModule)
-                last = i == len(parts) - 1
-                module.set_requires_gradient_sync(last)
-                module.set_is_last_backward(last)
-                if self._keeps_gathered:
-                    module.set_reshard_after_backward(last)
-            with self._autocast:
-                if teacher is None:
-                    loss, _ = self._loss(part)
-                    cross = loss.detach()
-                else:
-                    loss, cross, apart = self._distilled_loss(teacher, part)
-                    distilled += apart
-            (loss * (self._scale() if i < own else 0.0)).backward()
+            self._expect_backward(last=i == len(parts) - 1)
+            cross, apart = self.differentiate(part, self._scale() if i < own else 0.0, teacher)
             if len(parts) > 1:
                 self.gradients.collect()
             if i < own:
                 total += cross
+            if apart is not None:
+                distilled += apart
         return torch.stack([total, distilled])
+
+    def differentiate(self, part: Tensor, scale: float | Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor | None]:
+        """Add the gradients of ``scale`` x the summed loss of rows (b, s + 1); (cross entropy, the teacher's term), summed."""
+        with self._autocast:
+            if teacher is None:
+                (loss, _), apart = self._loss(part), None
+                cross = loss.detach()
+            else:
+                loss, cross, apart = self._distilled_loss(teacher, part)
+        (loss * scale).backward()
+        return cross, apart
 
     def _count_targets(self, tokens: Tensor) -> float:
         """The targets of this rank's rows, as ``_if_loss_owner``. With masked tokens the ranks agree on the batch's number."""

@@ -55,6 +55,9 @@ class Gradients(ABC):
     def zero(self) -> None:
         """Discard them."""
 
+    def keep(self) -> None:  # noqa: B027  # storages that keep every .grad do so already
+        """From now on leave every gradient where it is in memory: ``zero`` writes zeros, ``collect`` moves none."""
+
     def collect(self) -> None:  # noqa: B027  # storages that keep every .grad have nothing to put aside
         """After each of several micro-batches: put aside what autograd would else add tensor by tensor."""
 
@@ -95,8 +98,14 @@ class OwnGradients(Gradients):
         self._vectors = [p for p in parameters.values() if p.dim() == 1] if launches else []
         self._aside: list[Tensor] = []
         self._norm = NormTensors()
+        self._keeps = False
+
+    def keep(self) -> None:
+        self._keeps = True
 
     def collect(self) -> None:
+        if self._keeps:
+            return
         found = [p.grad for p in self._vectors if p.grad is not None]
         if self._aside:
             torch._foreach_add_(self._aside, found)
@@ -107,6 +116,12 @@ class OwnGradients(Gradients):
 
     def zero(self) -> None:
         self._aside = []
+        if self._keeps and (held := self._all()):
+            torch._foreach_zero_(held)
+        else:
+            self._forget()
+
+    def _forget(self) -> None:
         for parameter in (*self._parameters.values(), *(part.whole for part in self._rows)):
             parameter.grad = None
 
@@ -132,7 +147,7 @@ class OwnGradients(Gradients):
 
     def take(self) -> dict[str, Tensor]:
         taken = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        self.zero()
+        self._forget()
         return taken
 
     def put_back(self, taken: Mapping[str, Tensor]) -> None:

@@ -298,6 +298,17 @@ class LaidOutModel:
             assert isinstance(self._head_shard, DTensor)
             self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
 
+    def _expect_backward(self, *, last: bool) -> None:
+        """Before each micro-batch: gradients are reduced after the ``last`` one."""
+        if not self._sharded:
+            return
+        module = self._modules[0]
+        assert isinstance(module, FSDPModule)
+        module.set_requires_gradient_sync(last)
+        module.set_is_last_backward(last)
+        if self._keeps_gathered:
+            module.set_reshard_after_backward(last)
+
     def _shard(self, parallel: ParallelConfig, precision: str) -> None:
         low = None if precision == "fp32" else self._dtype
         # inputs have the right dtype already, and the cosines of the positions must stay fp32

@@ -205,6 +205,7 @@ class Run:
             "kernels": {
                 **asdict(self.inputs.operations),
                 "compile": config.kernels.use == "compile",
+                "graph": self.inputs.graph,
                 "optimizer": self.optimizer.kind,
             },
         }

@@ -17,6 +17,7 @@ from megarewarm.parallel.agreement import all_reduce_maxima, all_reduce_sums, ga
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.distillation import Teacher, identity_of
 from megarewarm.parallel.engine import ParallelModel
+from megarewarm.parallel.graph import MicroBatchGraph
 from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
@@ -51,6 +52,9 @@ def build(plan: Plan, ranks: Ranks) -> Run:
     if is_auto and ranks.device.type == "cuda" and not plan.resumed:
         plan, smaller = confirmed(model, plan)
         chosen = smaller or chosen
+    if inputs.graph:
+        shape = model.micro_batch, plan.config.data.sequence_length + 1
+        model.graph = MicroBatchGraph(lambda rows, scale: model.differentiate(rows, scale, None)[0], shape, ranks.device)
     state, spikes = _make_state(plan)
     # loading may have added to the source's notes
     notes = list(dict.fromkeys([*chosen, *inputs.notes, *(plan.source.notes if plan.source else []), *lost]))

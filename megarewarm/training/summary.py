@@ -52,7 +52,8 @@ def print_start(run: Run, console: Console, evaluations: EvaluationCost | None) 
     del chosen["deterministic"]
     shown = ", ".join(f"{key} {value}" for key, value in chosen.items())
     compiled = "; layers compiled" if config.kernels.use == "compile" else ""
-    console.print(f"{config.name}: kernels: {shown}{compiled}", highlight=False)
+    graphed = "; a CUDA graph of a micro-batch" if run.inputs.graph else ""
+    console.print(f"{config.name}: kernels: {shown}{compiled}{graphed}", highlight=False)
     if evaluations is not None and run.validation:
         console.print(f"{config.name}: evaluation: {evaluations}", highlight=False)
     if evaluations is not None and run.tasks.tasks:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megarewarm.config.schema import RunConfig
+from megarewarm.parallel import graph
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
 from megarewarm.training.trainer import train
@@ -21,8 +22,9 @@ pytestmark = NEEDS_GPU
 NEOX: dict[str, Any] = {"num_layers": 3, "hidden_size": 128, "num_heads": 2}
 LLAMA = NEOX | {"family": "llama", "num_kv_heads": 1, "ffn_size": 344}
 KERNELS: dict[str, dict[str, Any]] = {
-    "deterministic": {"deterministic": True},
-    "triton": {"use": "triton", "attention": "triton"},
+    "deterministic": {"deterministic": True, "graph": False},
+    "triton": {"use": "triton", "attention": "triton", "graph": False},
+    "graph": {"deterministic": True, "graph": True},
 }
 
 
@@ -68,3 +70,22 @@ def test_fused_kernels_follow_plain_pytorch(model: dict[str, Any], tmp_path: Pat
     plain, fused = (list(losses(trained(run_of(tmp_path, use, {"use": use}, model))).values()) for use in ("reference", "auto"))
     assert max(abs(a - b) for a, b in zip(plain, fused, strict=True)) < 0.02
     assert fused[-1] < fused[0] - 0.1
+
+
+@pytest.mark.parametrize("model", [NEOX, LLAMA], ids=["neox", "llama"])
+def test_graphs_of_the_micro_batch_follow_its_launches(
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures, original = [0], graph.captured
+
+    def counted(*given: Any) -> Any:
+        captures[0] += 1
+        return original(*given)
+
+    monkeypatch.setattr(graph, "captured", counted)
+    found = []
+    for used in (True, False):
+        kernels = {"use": "triton", "attention": "triton", "graph": used}
+        found.append(list(losses(trained(run_of(tmp_path, f"graph_{used}", kernels, model))).values()))
+    assert captures == [1]
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) < 2e-3, "weights' gradients may come from another algorithm"

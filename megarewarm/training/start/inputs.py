@@ -21,6 +21,7 @@ from megarewarm.model.operations import choose_operations, choose_optimizer
 from megarewarm.model.size import count_parameters
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
+from megarewarm.parallel.graph import choose_graph
 from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.output.metrics import check_loggers
@@ -41,9 +42,9 @@ _HIGHEST_USUAL = 1e-2  # of peak learning rates
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything opened and chosen. ``optimizer``: its kind; ``notes``: for the user; ``teacher``: the checkpoint for
-    ``distill``, or None, also where the run has no steps left; ``text_bytes``: of the validation sets; ``tasks``: those of
-    ``evaluation``."""
+    """Everything opened and chosen. ``graph``: see ``choose_graph``; ``optimizer``: its kind; ``notes``: for the user;
+    ``teacher``: the checkpoint for ``distill``, or None, also where the run has no steps left; ``text_bytes``: of the
+    validation sets; ``tasks``: those of ``evaluation``."""
 
     layout: Layout
     texts: Texts
@@ -52,6 +53,7 @@ class Inputs:
     documents: DocumentRules | None
     precision: str
     operations: Operations
+    graph: bool
     optimizer: str
     teacher: OpenedCheckpoint | None
     text_bytes: TextBytes
@@ -83,9 +85,9 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     check_held_out(plan, validation)
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
-    operations, remarks = choose_operations(
-        config.kernels, plan.model, device, DTYPES[precision], documents=documents is not None and documents.separates
-    )
+    apart = documents is not None and documents.separates
+    operations, remarks = choose_operations(config.kernels, plan.model, device, DTYPES[precision], documents=apart)
+    graph, graphed = choose_graph(config, plan.model, layout, device, precision, operations, apart)
     valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
     optimizer, about = choose_optimizer(config.kernels, device)
     teacher = None
@@ -95,14 +97,26 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
         teacher = _teacher(plan)
     choices = [*differing_choices(config, plan.source), *([] if plan.resumed else other_optimizer(config, plan.source))]
     loaded = plan.source.notes if plan.source else []
-    notes = [*loaded, *choices, *data.notes, *left_out, *fit, *texts.notes, *remarks, *about, *valuation, *_unusual(config)]
+    notes = [
+        *loaded,
+        *choices,
+        *data.notes,
+        *left_out,
+        *fit,
+        *texts.notes,
+        *remarks,
+        *graphed,
+        *about,
+        *valuation,
+        *_unusual(config),
+    ]
     notes += about_precision(precision, device)
     tasks = open_tasks(plan, texts, layout)
     notes += about_average(plan)
     notes += text_bytes.notes
     notes += [*_about_teacher(plan, teacher), *tasks.notes]
     return Inputs(
-        layout, texts, data, validation, documents, precision, operations, optimizer, teacher, text_bytes, notes, tasks
+        layout, texts, data, validation, documents, precision, operations, graph, optimizer, teacher, text_bytes, notes, tasks
     )
 
 
