@@ -292,10 +292,10 @@ class KernelsConfig(Section):
         "deterministic forms (one that has none raises). Attention costs more. A CPU's are the same anyway.",
     )
     graph: bool | Literal["auto"] = Field(
-        "auto",
+        False,
         description="Forward and backward pass of a micro-batch as one CUDA graph, which the host launches at once. auto: "
         "where launches would take the host longer than the GPU computes, as predicted from the sizes (small models, small "
-        "micro-batches). If it can't be used, a line says why.",
+        "micro-batches). If it can't be used, a line says why. Not the default before it has been measured on a GPU.",
     )
     loss_memory: Positive | None = Field(
         None,

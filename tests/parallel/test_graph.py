@@ -262,12 +262,13 @@ def test_what_is_asked_for_and_cannot_be_had_is_said(changes: dict[str, Any], wo
 
 def test_auto_is_where_the_host_would_be_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: H200)
-    used, line = _choice(tmp_path, training={"micro_batch": 1})
+    auto = {"graph": "auto"}
+    assert _choice(tmp_path, training={"micro_batch": 1}) == (False, ""), "not by default"
+    used, line = _choice(tmp_path, training={"micro_batch": 1}, kernels=auto)
     assert used and line.startswith("kernels.graph: auto is true") and "predicted" in line
-    assert _choice(tmp_path, training={"micro_batch": 8}) == (False, "")  # 84 ms of products at half the peak
+    assert _choice(tmp_path, training={"micro_batch": 8}, kernels=auto) == (False, "")  # 84 ms of products at half the peak
     assert _choice(tmp_path, training={"micro_batch": 8}, kernels={"graph": True}) == (True, "")
-    assert _choice(tmp_path, training={"micro_batch": 1}, kernels={"graph": False}) == (False, "")
-    assert _choice(tmp_path, training={"micro_batch": 3}) == (False, ""), "8 sequences leave a smaller one"
-    assert _choice(tmp_path, documents=True, attention="triton")[0] is False  # micro-batches of 4: 42 ms
+    assert _choice(tmp_path, training={"micro_batch": 3}, kernels=auto) == (False, ""), "8 sequences leave a smaller one"
+    assert _choice(tmp_path, documents=True, attention="triton", kernels=auto)[0] is False  # micro-batches of 4: 42 ms
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some other")
-    assert _choice(tmp_path, training={"micro_batch": 1}) == (False, "")
+    assert _choice(tmp_path, training={"micro_batch": 1}, kernels=auto) == (False, "")
