@@ -26,17 +26,23 @@ from megarewarm.report.figures.style import INK, colour, new_figure, quiet_axes,
 
 ROLES = {"upstream": "prose", "downstream": "code"}
 STARTS = {"well": "after 200 steps", "barely": "after 20 steps"}
+LANGUAGE_STARTS = {"old": "after 200 steps", "short": "after 20 steps"}
 LANGUAGE = {"old": "old", "extended_bytes": "extended, equal bytes", "extended_tokens": "extended, equal tokens"}
 REPLAYS = {"none": "none", "real_5": "5 % real", "own_5": "5 % own", "own_25": "25 % own"}
 
 
+def arm_of(start: str, replay: str) -> str:
+    """own_replay_mini names arms without replay as well, language_mini has names of starts alone for them."""
+    return f"{start}_{replay}" if start in STARTS or replay != "none" else start
+
+
 def rises(arms: Arms, role: str, start: str, replay: str) -> np.ndarray:
     """(seeds): how far the loss ends above the start's."""
-    return arms.paired(rise(role), f"{start}_{replay}")[0]
+    return arms.paired(rise(role), arm_of(start, replay))[0]
 
 
 def against_none(arms: Arms, role: str, start: str, replay: str) -> np.ndarray:
-    one, none = arms.paired(end(role), f"{start}_{replay}", f"{start}_none")
+    one, none = arms.paired(end(role), arm_of(start, replay), arm_of(start, "none"))
     return one - none
 
 
@@ -44,15 +50,20 @@ def each(values: np.ndarray) -> str:
     return ", ".join(f"{value:+.3f}" for value in values).replace("-", "−")
 
 
-def table(arms: Arms) -> Iterator[str]:
-    """Rises over the start, and differences from no replay."""
-    yield "| start | replay | prose, minus the start's | prose, minus no replay's | code, minus no replay's |"
+def table(arms: Arms, starts: Mapping[str, str], old: str, new: str) -> Iterator[str]:
+    """Rises over the start, and differences from no replay; ``old`` and ``new``: what the two texts are called."""
+    yield f"| start | replay | {old}, minus the start's | {old}, minus no replay's | {new}, minus no replay's |"
     yield "|---|---|---|---|---|"
-    for start, named in STARTS.items():
+    for start, named in starts.items():
         for replay, label in REPLAYS.items():
             told = [each(rises(arms, "upstream", start, replay))]
             told += [each(against_none(arms, role, start, replay)) if replay != "none" else "" for role in ROLES]
             yield f"| {named} | {label} | {' | '.join(told)} |"
+
+
+def with_replay(starts: Mapping[str, str]) -> dict[str, str]:
+    """The first cells of each arm's row."""
+    return {arm_of(s, r): f"{start} | {replay}" for s, start in starts.items() for r, replay in REPLAYS.items()}
 
 
 def tested(value: Callable[[TaskEvent], float], at: int = -1) -> Callable[[RecordedRun], float]:
@@ -130,8 +141,8 @@ def main() -> None:
     found: dict[str, str] = {}
     if (arguments.folder / "experiment.json").is_file() or not (arguments.language / "experiment.json").is_file():
         arms = Arms(arguments.folder)
-        named = {f"{s}_{r}": f"{start} | {replay}" for s, start in STARTS.items() for r, replay in REPLAYS.items()}
-        found["own replay"] = "\n".join([f"{arms.state}.\n", *table(arms), *abilities(arms, named, "start | replay")])
+        told = [f"{arms.state}.\n", *table(arms, STARTS, "prose", "code")]
+        found["own replay"] = "\n".join([*told, *abilities(arms, with_replay(STARTS), "start | replay")])
         if arguments.write is not None:
             place = arguments.write.with_name("language_own_replay.png")
             draw(arms, place)
@@ -141,6 +152,9 @@ def main() -> None:
         arms = Arms(arguments.language)
         told = [f"{arms.state}.\n", *language_table(arms), *abilities(arms, LANGUAGE, "vocabulary")]
         found["language"] = "\n".join(told)
+        told = [*table(arms, LANGUAGE_STARTS, "English", "German")]
+        told += abilities(arms, with_replay(LANGUAGE_STARTS), "start | replay")
+        found["language replay"] = "\n".join(told)
     if arguments.write is None:
         print(*found.values(), sep="\n\n")
         return
