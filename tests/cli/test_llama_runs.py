@@ -113,7 +113,7 @@ def test_a_model_beside_the_start_that_contradicts_it(tmp_path: Path) -> None:
     console = quiet()
     run = config(tmp_path, **SHORT, start={"from": str(tmp_path / "start")}, model=shape | {"rotary_base": 5e5})
     folder = train(run, ALONE, console).folder
-    assert "model.rotary_base: the checkpoint" in " ".join(printed(console).split())
+    assert "context change 64 positions, base 10000 64 positions, base 500000" in " ".join(printed(console).split())
     assert config_of(folder / "huggingface")["rope_parameters"]["rope_theta"] == 5e5
 
 
