@@ -349,7 +349,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
-    """Train a sentencepiece BPE model (Kudo and Richardson 2018) that decodes every text exactly, and write it.
+    """Train a sentencepiece BPE model (Kudo and Richardson 2018) that decodes every text exactly, and write it. But U+2581,
+    which sentencepiece writes for a space, comes back as a space.
 
     Unknown characters fall back to bytes and no normalisation is done. ``<|endoftext|>`` = 0, ``<|padding|>`` = 1,
     ``<unk>`` = 2. Raises ``UserError`` for a ``vocab_size`` that the texts don't allow.
