@@ -101,7 +101,7 @@ class AdamW:
         self.set_lr(lr)
         if not self._together:
             if isinstance(scale, Tensor):
-                assert self.guarded  # of a pipeline rank whose stages are frozen
+                assert self.guarded  # without parameters, as a part of Staggered may be
             elif scale != 1.0:
                 assert gradients is not None
                 gradients.scale_(scale)
