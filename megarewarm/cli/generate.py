@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Sequence
 
 from megarewarm.arguments import Parser, count, path_text
@@ -16,17 +18,29 @@ def command_line() -> Parser:
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="text to continue; several are continued at once")
     parser.add_argument("--max-tokens", type=count, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the most likely token each time; default: %(default)s"
+        "--temperature", type=_temperature, default=0.8, help="0: the most likely token each time; default: %(default)s"
     )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=_top_p,
         default=0.95,
         help="share of the probability that the likeliest tokens which are left hold; default: %(default)s",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     return parser
+
+
+def _temperature(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither 0 (the most likely token each time) nor a number above 0")
+    return float(text)
+
+
+def _top_p(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share above 0, at most 1")
+    return float(text)
 
 
 def main(words: Sequence[str]) -> None:

@@ -65,6 +65,11 @@ def test_mistyped_words(words: list[str], said: str) -> None:
     [
         (["convert", "x", "y", "--to", "neox", "--tp", "0"], "'0' is not a whole number above 0"),
         (["generate", "x", "y", "--max-tokens", "0"], "argument --max-tokens: '0' is not a whole number above 0"),
+        (["generate", "x", "y", "--top-p", "2"], "argument --top-p: '2' is not a share above 0, at most 1"),
+        (
+            ["generate", "x", "y", "--temperature", "-1"],
+            "argument --temperature: '-1' is neither 0 (the most likely token each time) nor a number above 0",
+        ),
         (["evaluate", "x", "--on", "y", "--micro-batch", "0"], "argument --micro-batch: '0' is not a whole number above 0"),
         (["continue", "x", "--on", "y", "--tokens", "1M", "--peak", "0"], "'0' is not a learning rate above 0, such as 3e-4"),
         (

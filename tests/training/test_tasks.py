@@ -238,6 +238,10 @@ def test_every_layout_gives_the_same(tmp_path: Path, ranks: int, parallel: dict[
         ({"context": "a", "choices": [" a", " b"], "answer": True}, "line 2: answer True"),
         ({"context": "a", "choices": [" a"], "answer": 0}, "line 2: 1 choice; give at least two"),
         ({"context": "a", "choices": [" a", ""], "answer": 0}, "line 2: 'choices': expected"),
+        (
+            {"context": "a", "choices": [" b", " a", " b"], "answer": 2},
+            "line 2: choices 0 and 2 are equal, and one is the answer",
+        ),
         ({"context": 3, "continuation": " a"}, "line 2: 'context' is 3"),
         ({"context": "a", "continuation": " a", "choices": []}, "line 2: both"),
         ({"context": "the cat saw " * 40, "continuation": " a"}, "tokens with its context, the model has 48 positions"),

@@ -132,6 +132,8 @@ def _item(path: Path, number: int, line: Mapping[str, Any]) -> Item:
     answer = 0 if is_cloze else line["answer"]
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise refused(f"answer {answer!r}: expected 0 to {len(choices) - 1}, the number of the right choice")
+    if (equal := [number for number, choice in enumerate(choices) if choice == choices[answer]])[1:]:
+        raise refused(f"choices {equal[0]} and {equal[1]} are equal, and one is the answer: no model can tell them apart")
     pairs = tuple((texts["context"], texts["delimiter"] + choice) for choice in choices)
     return Item(number, pairs, tuple(len(choice.encode()) for choice in choices), answer)
 
