@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 import signal
@@ -31,6 +30,7 @@ from megarewarm.training.start.averaging import about_average, averaging
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import ALONE
 
@@ -117,7 +117,7 @@ def stop_amid(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     def step_and_stop(run: Run, lr: float) -> Any:
         if run.step + 1 in left:
             left.remove(run.step + 1)
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_and_wait()
         return original(run, lr)
 
     monkeypatch.setattr(trainer, "training_step", step_and_stop)
@@ -228,7 +228,7 @@ def _train(ranks: Ranks, place: str, layouts: list[str], resumed: list[str]) -> 
 
         def step_and_stop(run: Run, lr: float, name: str = name, original: Any = original) -> Any:
             if run.step == 15 and name in resumed and ranks.is_main:
-                os.kill(os.getpid(), signal.SIGTERM)
+                send_and_wait()
             return original(run, lr)
 
         trainer.training_step = step_and_stop

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,10 @@ from megarewarm.parallel.batch_losses import BatchLosses
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import trainer
-from megarewarm.training.after_step.signals import StopRequest
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.step import TrainingDiverged
 from megarewarm.training.trainer import train
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -150,16 +148,11 @@ def test_a_stop_amid_bad_steps_saves_if_the_weights_are_good(
     def stopped(run: Any, lr: float) -> Any:
         result = original(run, lr)
         if run.step == 11:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            while not requests[0].received:
-                time.sleep(0.01)
+            send_and_wait(signal.SIGUSR1)
             if damaged:
                 next(iter(run.model.parameters.values())).data.view(-1)[3] = math.inf
         return result
 
-    requests: list[StopRequest] = []
-    entered = StopRequest.__enter__
-    monkeypatch.setattr(StopRequest, "__enter__", lambda self: requests.append(self) or entered(self))
     monkeypatch.setattr(trainer, "training_step", stopped)
     console = quiet()
     outcome = train(config(tmp_path, reliability={"give_up_after": 5}), ALONE, console)

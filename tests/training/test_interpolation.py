@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -26,6 +25,7 @@ from megarewarm.training import interpolation, trainer
 from megarewarm.training.run import Run
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import ALONE
 
@@ -108,7 +108,7 @@ def test_what_was_lost_after_the_last_step_is_made_up_for(
 
             def step_and_signal(run: Run, lr: float) -> Any:
                 if run.step == 7:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    send_and_wait()
                 return original(run, lr)
 
             patched.setattr(trainer, "training_step", step_and_signal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -29,6 +28,7 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, printed, quiet, write_tokens
 from tests.training.test_average import tensors
 from tests.training.test_resume import ALONE, Killed
@@ -141,7 +141,7 @@ def test_a_stop_meanwhile_saves_nothing(place: Path, monkeypatch: pytest.MonkeyP
     def stopped(*given: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_and_wait()
         return original(*given)
 
     monkeypatch.setattr(measuring, "compute_gradients", stopped)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from megarewarm.training.run import Run
 from megarewarm.training.step import StepResult
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -77,7 +77,7 @@ def test_a_new_part_sees_every_step_and_is_resumed(tmp_path: Path, with_worst: N
 
     def step_and_stop(run: Run, lr: float) -> StepResult:
         if run.step in (7, 12):
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_and_wait()
         return original(run, lr)
 
     monkeypatch.setattr(trainer, "training_step", step_and_stop)
@@ -96,7 +96,7 @@ def test_a_run_may_get_a_part_midway(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def step_and_stop(run: Run, lr: float) -> StepResult:
         if run.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_and_wait()
         return original(run, lr)
 
     run = config(tmp_path, training={"budget": 9})

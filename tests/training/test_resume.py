@@ -272,7 +272,9 @@ def test_waiting_for_data_is_measured_and_said(tmp_path: Path, monkeypatch: pyte
         return read(self, first, count)
 
     fast = quiet()
-    train(config(tmp_path, name="fast", folder=str(tmp_path / "fast")), ALONE, fast)
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, "_NOTICEABLE_WAIT", 0.4)  # busy machines keep the reading thread waiting too
+        train(config(tmp_path, name="fast", folder=str(tmp_path / "fast")), ALONE, fast)
     assert "waiting for data" not in printed(fast)
     monkeypatch.setattr(BlendedRows, "read", slowly)
     slow = quiet()

@@ -4,8 +4,6 @@ stays as it is without them."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from megarewarm.training.run import Run
 from megarewarm.training.step import StepResult
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
+from tests.support.stopping import send_and_wait
 from tests.support.tiny import config, events, quiet
 from tests.training.test_resume import losses, tensors_of
 
@@ -189,7 +188,7 @@ def test_training_does_not_notice_and_a_stopped_run_goes_on(tmp_path: Path, monk
 
     def step_and_stop(run: Run, lr: float) -> StepResult:
         if run.step in (2, 6):
-            os.kill(os.getpid(), signal.SIGTERM)
+            send_and_wait()
         return original(run, lr)
 
     monkeypatch.setattr(trainer, "training_step", step_and_stop)
