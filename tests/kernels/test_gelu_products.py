@@ -218,6 +218,16 @@ def test_the_calls_say_what_is_multiplied(t: int, k: int, n: int, dtype: torch.d
         assert torch.equal(backward["out"], dz.to(dtype)) and torch.equal(backward["bias"], dz.sum(0).to(dtype))
 
 
+def test_what_is_kept_is_of_one_dtype_and_number_of_rows() -> None:
+    lt = cublaslt.CublasLt(StandIn())
+    for dtype in (torch.bfloat16, torch.float16):
+        for t in (3, 64, 5):
+            given = arguments(t, 16, 24, dtype, transposed=True)
+            lt.multiply(**given, epilogue=GELU_AUX_BIAS, handle=48, stream=0)
+            before = given["x"].double() @ given["weight"].double().t() + given["bias"].double()
+            assert torch.equal(given["aux"], before.to(dtype))
+
+
 def test_the_heuristic_learns_how_pointers_are_aligned() -> None:
     stand_in = StandIn()
     lt = cublaslt.CublasLt(stand_in)

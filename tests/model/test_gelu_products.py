@@ -37,10 +37,10 @@ ROWS = np.random.default_rng(0).integers(64, size=(6, 17), dtype=np.int64)
 """Three micro-batches."""
 
 
-def model_of(chosen: Operations, recompute: Any = "none", **more: Any) -> ParallelModel:
+def model_of(chosen: Operations, recompute: Any = "none", device: str = "cpu", **more: Any) -> ParallelModel:
     model = ParallelModel(
         ModelConfig(**SHAPE | more),
-        Mesh(ALONE, Layout()),
+        Mesh(Ranks(0, 1, torch.device(device)), Layout()),
         parallel=ParallelConfig(),
         training=TrainingConfig(budget="1 steps", global_batch=6, micro_batch=2, recompute=recompute),
         sequence_length=16,
@@ -58,15 +58,15 @@ def gradients(model: ParallelModel) -> dict[str, Tensor]:
     model.gradients.zero()
     model.forward_backward(ROWS)
     model.gradients.reduce()
-    return {name: parameter.grad.clone() for name, parameter in model.parameters.items() if parameter.grad is not None}
+    return {name: parameter.grad.cpu().clone() for name, parameter in model.parameters.items() if parameter.grad is not None}
 
 
 def exact_gradients(model: ParallelModel) -> dict[str, Tensor]:
     exact = Transformer(model.config).double()
-    exact.load_state_dict({name: parameter.double() for name, parameter in model.parameters.items()})
+    exact.load_state_dict({name: parameter.detach().cpu().double() for name, parameter in model.parameters.items()})
     tokens = torch.from_numpy(ROWS)
-    loss = exact.loss(tokens[:, :-1], tokens[:, 1:])[0]
-    loss.backward()
+    total = exact.loss(tokens[:, :-1], tokens[:, 1:])[0]
+    (total / tokens[:, 1:].numel()).backward()
     return {name: parameter.grad for name, parameter in exact.named_parameters() if parameter.grad is not None}
 
 
@@ -90,7 +90,7 @@ def test_gradients_are_no_less_exact(
     passes = 2 * 3 * (2 if recompute == "full" else 1)  # layers, micro-batches
     assert calls == [{"keep": recompute != "selective"}] * passes
     for name, error in errors["cublaslt"].items():
-        assert error < 1.5 * errors["triton"][name] + 2e-3, name
+        assert error < 1.5 * errors["triton"][name] + 2e-3 and error < 0.03, name
     if stand_in is not None:
         assert stand_in.calls.count("Matmul") == passes + 2 * 3
 

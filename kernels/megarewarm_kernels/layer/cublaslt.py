@@ -36,13 +36,7 @@ _REDUCTION_IN_FLOAT = 2  # of partial sums of one product: none, or in the type 
 class _Heuristic(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t."""
 
-    _fields_ = (
-        ("algorithm", c_uint64 * 8),
-        ("workspace", c_size_t),
-        ("state", c_int),
-        ("waves", c_float),
-        ("reserved", c_int * 4),
-    )
+    _fields_ = (("algorithm", c_uint64 * 8), ("workspace", c_size_t), ("state", c_int), ("not_used", c_int * 5))
 
 
 _P = c_void_p
@@ -100,8 +94,7 @@ class CublasLt:
 
     def call(self, name: str, *arguments: Any) -> None:
         """Raises RuntimeError where the function returns an error (a cublasStatus_t)."""
-        status = self._functions[name](*arguments)
-        if status:
+        if status := self._functions[name](*arguments):
             raise RuntimeError(f"{name} of cuBLASLt: cublasStatus_t {status}; set kernels.gelu to triton")
 
     def create(self, name: str, *arguments: Any) -> c_void_p:

@@ -51,9 +51,9 @@ def gelu_products(x: Tensor, first: LowLayer, second: LowLayer, *, keep: bool = 
     if first.low.shape != (middle, width) or second.low.dim() != 2 or second.low.shape[1] != middle:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, first.low, second.low))
         raise ValueError(f"need x (..., h), weights (f, h) and (o, f), got {shapes}")
-    result, active = _GeluProducts.apply(x, *first, *second[:3], keep)
-    with torch.no_grad():  # after the kept tensors are: a checkpoint's second forward pass ends there, before the product
-        torch.addmm(second.low_bias, active, second.low.t(), out=result.detach().view(-1, len(second.low)))
+    result, active = _GeluProducts.apply(x, keep, *first, *second[:3])
+    # once what is kept has been: a checkpoint's second forward pass ends there, before this product
+    torch.addmm(second.low_bias, active, second.low.t(), out=result.detach().view(-1, len(second.low)))
     return result
 
 
@@ -61,18 +61,8 @@ class _GeluProducts(torch.autograd.Function):
     """The derivative; its result is empty. A Function keeps its tensors once its ``forward`` has returned."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        low: Tensor,
-        low_bias: Tensor,
-        weight2: Tensor,
-        bias2: Tensor,
-        low2: Tensor,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, keep: bool, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias, low, low_bias, weight2, bias2, low2 = parts
         active, before = _forward(x.reshape(-1, x.shape[-1]), low, low_bias)
         ctx.save_for_backward(x, low, low2, before, active if keep else None)
         ctx.weights, ctx.dtypes = (weight, weight2), (bias.dtype, bias2.dtype)
@@ -86,7 +76,7 @@ class _GeluProducts(torch.autograd.Function):
         x, low, low2, before, active = ctx.saved_tensors
         if grad is None:
             return (None,) * 9
-        need_x, need_weight, need_bias, _, _, need_weight2, need_bias2, *_ = ctx.needs_input_grad
+        need_x, _, need_weight, need_bias, _, _, need_weight2, need_bias2, _ = ctx.needs_input_grad
         flat, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         if need_weight2:
             add_gradient(ctx.weights[1], dy, F.gelu(before, approximate="tanh") if active is None else active)
@@ -98,7 +88,7 @@ class _GeluProducts(torch.autograd.Function):
             if need_weight:
                 add_gradient(ctx.weights[0], dz, flat)
             dx = (dz @ low).view(x.shape) if need_x else None
-        return dx, None, db, None, None, None, db2, None, None
+        return dx, None, None, db, None, None, None, db2, None
 
 
 def _multiply(x: Tensor, weight: Tensor, results: tuple[Tensor, Tensor, Tensor], epilogue: int) -> bool:
