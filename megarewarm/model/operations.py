@@ -57,8 +57,9 @@ def choose_operations(
         norms = "reference"
     gelu = pick("gelu", config.gelu)
     if gelu == "cublaslt" and (why := _no_epilogues(config, model, device, dtype) or no_copies):
+        said = len(notes)
         gelu = pick("gelu", None)
-        notes.append(f"kernels.gelu: {gelu}, not cublaslt: {why}")
+        notes[said:] = [f"kernels.gelu: {gelu}, not cublaslt: {why}"]
     loss = pick("loss", config.loss) if config.use != "compile" else config.loss or "auto"
     wanted = config.attention or ("sdpa" if config.use == "reference" else "auto")
     try:

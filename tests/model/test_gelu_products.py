@@ -194,6 +194,13 @@ def test_deterministic_runs_and_machines_without_it_do_without(hopper: None, mon
     assert gelu == "triton" and "no libcublasLt" in note
 
 
+def test_on_a_cpu_it_gives_way_with_one_line_too() -> None:
+    for use in ("auto", "triton", "reference"):
+        gelu, notes = chosen({"use": use, "gelu": "cublaslt"}, device="cpu")
+        about = [note for note in notes if note.startswith("kernels.gelu")]
+        assert gelu == "reference" and about == ["kernels.gelu: reference, not cublaslt: it runs on GPUs"]
+
+
 def test_why_there_are_no_copies() -> None:
     plain, sharded = ParallelConfig(), ParallelConfig(sharding="zero2")
     zero_bubble = ParallelConfig(pipeline=2, schedule="zero_bubble")
