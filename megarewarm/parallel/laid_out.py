@@ -297,8 +297,10 @@ class LaidOutModel:
             self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
 
     def _expect_backward(self, *, last: bool) -> None:
-        """Before each micro-batch: gradients are reduced after the ``last`` one."""
+        """Before each micro-batch: gradients are reduced after the ``last`` one, or during it."""
         if not self._sharded:
+            if last:
+                self.gradients.begin_last()
             return
         module = self._modules[0]
         assert isinstance(module, FSDPModule)
