@@ -19,7 +19,7 @@ from megarewarm.training import step
 from megarewarm.training.start import inputs
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.tiny import config, events, mapping, quiet
+from tests.support.tiny import config, events, faults, mapping, quiet
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
@@ -72,7 +72,7 @@ def test_all_ranks_answer_alike(tmp_path: Path, layout: str, run: Callable[..., 
     (one, two) = run_ranks(run, 2, str(tmp_path / "hit"), LAYOUTS[layout], 7, 15)
     assert one == two
     folder = tmp_path / "hit/tiny"
-    alarms = [(alarm["step"], alarm["kind"]) for alarm in events(folder, "alarm")]
+    alarms = [(alarm["step"], alarm["kind"]) for alarm in faults(folder)]
     assert alarms == [(7, "transient"), (14, "non_finite")]  # call 15 is the first of step 14, since step 7 took two
     expected = [line["loss"] for line in events(tmp_path / "whole/tiny", "train")]
     found = [line["loss"] for line in events(folder, "train")]

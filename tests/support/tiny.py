@@ -76,3 +76,8 @@ def events(run_folder: Path, event: str) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl of one kind, in order."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == event]
+
+
+def faults(run_folder: Path) -> list[dict[str, Any]]:
+    """The alarms of a run but for those of slow steps and ranks, which a busy machine raises."""
+    return [line for line in events(run_folder, "alarm") if line["kind"] not in ("slow_step", "slow_rank")]

@@ -26,7 +26,7 @@ from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.step import TrainingDiverged
 from megarewarm.training.trainer import train
 from tests.support.stopping import send_and_wait
-from tests.support.tiny import config, events, printed, quiet
+from tests.support.tiny import config, events, faults, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -75,7 +75,7 @@ def test_a_fault_that_does_not_come_again_leaves_no_trace(tmp_path: Path, what: 
     hit = train(config(tmp_path), ALONE, console)
     assert hit.losses == whole.losses
     assert same(weights(whole.folder, 20), weights(hit.folder, 20))
-    (alarm,) = events(hit.folder, "alarm")
+    (alarm,) = faults(hit.folder)
     assert (alarm["step"], alarm["kind"]) == (7, "transient")
     assert "recomputed" in " ".join(printed(console).split())
     assert [line["loss"] for line in events(hit.folder, "train")] == [line["loss"] for line in events(whole.folder, "train")]
@@ -179,7 +179,7 @@ def test_spikes_are_told_of_or_not_and_change_nothing(tmp_path: Path, answer: st
     whole = train(config(tmp_path, folder=str(tmp_path / "whole")), ALONE, quiet())
     Faults(monkeypatch, {12: "leap"})
     hit = train(config(tmp_path, reliability={"spikes": answer, **SPIKES}), ALONE, quiet())
-    alarms = events(hit.folder, "alarm")
+    alarms = faults(hit.folder)
     assert [(alarm["step"], alarm["kind"]) for alarm in alarms] == ([] if answer == "off" else [(12, "spike")])
     assert same(weights(whole.folder, 20), weights(hit.folder, 20))
 
@@ -203,7 +203,7 @@ def test_going_back_gives_the_old_weights_new_data_and_survives_a_kill(tmp_path:
     assert (state.step, state.optimizer_step, state.samples) == (12, 5, 96)
     final = read_state(hit.folder / "checkpoints/step_20")
     assert (final.optimizer_step, final.lineage.stages[-1].left_out) == (13, [(6, 12)])
-    back = events(hit.folder, "alarm")[-1]
+    back = faults(hit.folder)[-1]
     assert (back["kind"], back["step"], back["to"]) == ("roll_back", 12, 5)
     # killed afterwards: it goes on behind the spike, and ends with the same weights
     for later in ("15", "20"):
@@ -248,9 +248,7 @@ def test_a_run_cut_off_judges_as_the_whole_one_does(tmp_path: Path, monkeypatch:
     Faults(monkeypatch, {2: "leap"})  # step 12 is the second after step 10's checkpoint
     again = train(run, ALONE, quiet())
     assert same(weights(whole.folder, 20), weights(again.folder, 20))
-    assert [alarm["message"] for alarm in events(again.folder, "alarm")] == [
-        alarm["message"] for alarm in events(whole.folder, "alarm")
-    ]
+    assert [alarm["message"] for alarm in faults(again.folder)] == [alarm["message"] for alarm in faults(whole.folder)]
 
 
 def test_the_detector_against_plain_arithmetic() -> None:

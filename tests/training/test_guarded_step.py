@@ -16,7 +16,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.training import step
 from megarewarm.training.start import inputs
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, faults, quiet
 from tests.training.test_bad_steps import Faults, same, weights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_a_guarded_run_is_the_run(tmp_path: Path, case: str, guarding: list[Tens
     assert _lines(guarded.folder) == _lines(waiting.folder)
     assert same(weights(guarded.folder, 20), weights(waiting.folder, 20))
     assert guarded.losses == waiting.losses
-    alarms = [[line["message"] for line in events(each.folder, "alarm")] for each in found]
+    alarms = [[line["message"] for line in faults(each.folder)] for each in found]
     assert alarms[0] == alarms[1] and bool(alarms[0]) == bool(calls)
 
 
