@@ -70,7 +70,7 @@ _USUAL = (
     ("attention forward bf16 d 64 group 4 documents", 90),
     ("attention queries bf16 d 64 group 4 documents", 90),
     ("attention keys bf16 d 64 documents", 80),  # the last register
-    ("logit_gradient bf16", 90),
+    ("logit_gradient scaled bf16", 90),
     ("residual_norms_backward bf16 512", 90),
     ("rms_norm_backward added bf16 512", 90),
 )
@@ -168,11 +168,13 @@ def _shipped() -> Iterator[Configuration]:
         copy = {"COPY": True, "BLOCK": _BLOCK}
         yield Configuration(f"adamw gradient and copy {dtype}", adamw_step, dtype, copy, 4, state)
         yield Configuration(f"squared_norm {dtype}", squares, dtype, {"BLOCK": _BLOCK, "WALK": _WALK}, 4, state)
-    rows = ("found_ptr", "log_sum_ptr", "special_ptr")
+    rows = ("found_ptr", "log_sum_ptr", "special_ptr", "upstream_ptr")
     for dtype in ("bf16", "fp16", "fp32"):
         block = {"BLOCK": LOGITS_BLOCK}
         yield Configuration(f"logit_statistics {dtype}", statistics_pass, dtype, block, LOGITS_WARPS, rows)
-        yield Configuration(f"logit_gradient {dtype}", gradient_pass, dtype, block, LOGITS_WARPS, rows)
+        for scaled in (False, True) if dtype != "fp16" else (False,):
+            name = f"logit_gradient {'scaled ' * scaled}{dtype}"
+            yield Configuration(name, gradient_pass, dtype, block | {"SCALED": scaled}, LOGITS_WARPS, rows)
     statistics = ("mean_ptr", "rstd_ptr")
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):
