@@ -158,7 +158,8 @@ def _shipped() -> Iterator[Configuration]:
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
     tile = {"ROWS": add_rows._ROWS, "COLUMNS": add_rows._COLUMNS}
-    yield Configuration("add_rows fp32", add_rows.add_rows, "fp32", tile, add_rows._WARPS)
+    for dtype in ("fp32", "bf16"):
+        yield Configuration(f"add_rows {dtype}", add_rows.add_rows, dtype, tile, add_rows._WARPS, ("total_ptr",))
     for dtype in ("bf16", "fp32"):
         tile = {"ROWS": SUMS_ROWS, "COLUMNS": SUMS_COLUMNS}
         yield Configuration(f"part_sums {dtype}", part_sums, dtype, tile, SUMS_WARPS, ("partial_ptr",))

@@ -70,7 +70,8 @@ class Case:
             by_torch(x, weight, targets, valid=self.valid, z_loss=self.z_loss)
             for x, (*_, targets) in zip(states, parts, strict=True)
         ]
-        return [torch.stack(each).detach(), *torch.autograd.grad(scale * sum(each), [weight, *states])]
+        total = scale * torch.stack(each).sum()
+        return [torch.stack(each).detach(), *torch.autograd.grad(total, [weight, *states])]
 
 
 CASES = [Case(), Case(torch.float32), Case(rows=257, valid=257, z_loss=0.1), Case(budget=20 * 128 * 2)]

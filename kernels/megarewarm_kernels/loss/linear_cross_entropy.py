@@ -86,7 +86,7 @@ def linear_cross_entropy(
     if triton:
         chunk = logits_in_place.chunk_of(hidden.shape[0], rows, dtype, memory_budget)
         if upstream is not None and logits_in_place.takes_upstream(weight, dtype):
-            settings = 0, rows, ignore_index, z_loss, chunk, dtype, *needs
+            settings = 0, rows, ignore_index, z_loss, chunk, dtype, *needs, None
             return logits_in_place.KnownUpstream.apply(*tensors, upstream, *settings), count
     else:
         chunk = _chunk(hidden.shape[0], rows, dtype, memory_budget, device)

@@ -143,8 +143,9 @@ class KnownUpstream(torch.autograd.Function):
     ) -> Tensor:
         need_weight = ctx.needs_input_grad[1]
         total = weight.grad if need_weight else None
+        given: tuple[Any, ...] = hidden, weight, targets, *settings, low, upstream, total
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, ctx.grad_hidden, found = compute(hidden, weight, targets, *settings, low=low, upstream=upstream, total=total)
+            loss, ctx.grad_hidden, found = compute(*given)
         if need_weight and total is None:
             weight.grad = found
         ctx.save_for_backward(upstream)
