@@ -38,7 +38,7 @@ MARGIN, LEAST = 10.0, 20.0
 """Seconds that are kept for the end and its picture, and seconds without which no call is begun."""
 GO_ON = 75
 TESTS = {
-    "tests_operations": ("tests/kernels/test_operations_gpu.py",),
+    "tests_operations": ("tests/kernels/test_operations_gpu.py", "tests/kernels/test_gelu_products_gpu.py"),
     "tests_attention_loss": ("tests/kernels/test_attention_gpu.py", "tests/kernels/test_loss_gpu.py"),
     "tests_model": ("tests/model/test_fused_gpu.py",),
     "tests_trainer": ("tests/training/test_run_gpu.py", "tests/parallel/test_graph_gpu.py"),
@@ -46,6 +46,7 @@ TESTS = {
 SIDES = {
     "step_triton": "megarewarm, triton",
     "step_graph": "megarewarm, triton and graph",
+    "step_cublaslt": "megarewarm, triton and GELU by cuBLASLt",
     "step_compile": "megarewarm, compile",
     "step_compile_triton": "megarewarm, compile and triton",
     "step_reference": "megarewarm, reference",

@@ -29,6 +29,7 @@ from megarewarm_kernels import (
     AdamWTensors,
     attention,
     bias_gelu,
+    gelu_products,
     linear_cross_entropy,
     no_triton,
     norm_heads,
@@ -39,6 +40,8 @@ from megarewarm_kernels import (
     swiglu,
 )
 from megarewarm_kernels.attention.choose import BACKENDS, choose
+from megarewarm_kernels.layer.gelu_products import LowLayer
+from megarewarm_kernels.products import linear
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -109,6 +112,28 @@ def gelu(shape: Shape) -> Operation:
         "torch.compile": differentiated(compiled(plain), inputs),
     }
     return Operation("bias + GELU", sides, 10.0 * t * f)
+
+
+def mlp(shape: Shape) -> Operation:
+    """Both products and what is between them; weights' gradients are added in fp32 to those that are there."""
+    t, h, f = shape.b * shape.s, shape.h, shape.f
+    layers = []
+    for size in ((f, h), (h, f)):
+        weight, bias = shape.weight(*size), shape.weight(size[0])
+        weight.grad = torch.zeros_like(weight)
+        layers.append(LowLayer(weight, bias, weight.detach().bfloat16(), bias.detach().bfloat16()))
+    first, second = layers
+    inputs = [shape.tensor(t, h), first.bias, second.bias]
+
+    def separately(x: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        active = bias_gelu(linear(x, first.weight, None, first.low, None), one, approximate="tanh")
+        return linear(active, second.weight, other, second.low, second.low_bias)
+
+    def together(x: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return gelu_products(x, first._replace(bias=one), second._replace(bias=other))
+
+    sides = {"ours": differentiated(separately, inputs), "ours, GELU by cuBLASLt": differentiated(together, inputs)}
+    return Operation("MLP", sides, 0.0, 12.0 * t * h * f)
 
 
 def rms(shape: Shape) -> Operation:
@@ -288,7 +313,7 @@ def optimizer(shape: Shape) -> Operation:
     return Operation("clip + AdamW", sides, 28.0 * count)
 
 
-OPERATIONS = (norms, rms, residual_rms, gelu, gated, heads, rotary, grouped_rotary, attend, loss, optimizer)
+OPERATIONS = (norms, rms, residual_rms, gelu, mlp, gated, heads, rotary, grouped_rotary, attend, loss, optimizer)
 
 
 def optional(module: str, name: str) -> Any:

@@ -3,10 +3,11 @@
 Everything runs on this machine with gloo ranks; ratios of one run count.
 
     overhead   the engine with one rank in every direction against the plain model and optimizer, step by step in turns
+    overlap    data-parallel ranks that sum gradients during the backward pass against those that do after it, in turns
     wire       bytes that each layout sends in a step, counted at torch's operators, against the least that is possible
     bubble     pipelines whose stages sleep for a known time, against the shortest time that their order of work allows
 
-    python benchmarks/parallel.py [overhead] [wire] [bubble] [--json FILE] [--picture FILE]
+    python benchmarks/parallel.py [overhead] [overlap] [wire] [bubble] [--json FILE] [--picture FILE]
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def engine_step(config: ModelConfig, ranks: Ranks, parallel: ParallelConfig, lay
 
     def step(batch: np.ndarray) -> float:
         model.gradients.zero()
+        model.gradients.expect_reduce()
         loss = model.forward_backward(batch).sum / tokens
         model.gradients.reduce()
         norm = model.gradients.norm()
@@ -144,6 +146,44 @@ def overhead(steps: int) -> dict[str, Any]:
     ratio = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["engine"], strict=True))
     medians = {side: statistics.median(values) for side, values in seconds.items()}
     return {"ratio": ratio, "seconds": medians, "loss_difference": apart, "steps": steps, "threads": torch.get_num_threads()}
+
+
+# ---- sums during the backward pass --------------------------------------------------------------------------------------
+
+
+def _overlapped(ranks: Ranks, steps: int) -> tuple[list[list[float]], int, bool]:
+    """(of each pair of steps: processor seconds after, during, seconds by the clock after, during; the sums; the same bits)."""
+    from megarewarm.parallel import buckets
+    from tests.support.wire import Wire
+
+    share, sides = BATCH // ranks.world_size, []
+    for early in (False, True):
+        buckets.OVERLAPPING = ("cpu",) if early else ()
+        sides.append(engine_step(SMALL, ranks, ParallelConfig(), Layout(replicate=ranks.world_size), rows=BATCH, micro=share))
+    batch = np.random.default_rng(ranks.rank).integers(SMALL.vocab_size, size=(share, SEQUENCE + 1), dtype=np.int64)
+    pairs, same = [], True
+    for i in range(steps + 3):
+        worked, seconds, losses = [0.0] * 2, [0.0] * 2, [0.0] * 2
+        for side in (i % 2, 1 - i % 2):
+            dist.barrier()
+            before = time.process_time(), time.perf_counter()
+            losses[side] = sides[side](batch)
+            worked[side], seconds[side] = time.process_time() - before[0], time.perf_counter() - before[1]
+        same &= losses[0] == losses[1]
+        pairs.append([*worked, *seconds])
+    with Wire() as wire:
+        sides[1](batch)
+    return pairs[3:], wire.calls["allreduce_"], same
+
+
+def overlap(steps: int, ranks: int = 2) -> dict[str, Any]:
+    """Quartiles of the ratios of neighbouring steps; the processor seconds are those of all ranks."""
+    answers = run_ranks(_overlapped, ranks, steps)
+    assert all(same for _, _, same in answers), "a sum of two ranks has the same bits in any cut"
+    pairs = np.array([found for found, _, _ in answers])
+    ratios = {"processor": pairs[:, :, 1].sum(0) / pairs[:, :, 0].sum(0), "clock": pairs[0, :, 3] / pairs[0, :, 2]}
+    quartiles = {name: np.quantile(ratio, [0.25, 0.5, 0.75]).tolist() for name, ratio in ratios.items()}
+    return {"ranks": ranks, "collectives": answers[0][1], "steps": steps, **quartiles}
 
 
 # ---- bytes on the wire --------------------------------------------------------------------------------------------------
@@ -476,10 +516,13 @@ def draw(pictures: dict[str, list[list[Event]]], path: Path) -> None:
 # ---- the command line ---------------------------------------------------------------------------------------------------
 
 
+WHAT = ["overhead", "overlap", "wire", "bubble"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["overhead", "wire", "bubble"], default=["overhead", "wire", "bubble"])
-    parser.add_argument("--steps", type=int, default=60, help="pairs of steps for overhead; default: %(default)s")
+    parser.add_argument("what", nargs="*", choices=WHAT, default=WHAT)
+    parser.add_argument("--steps", type=int, default=60, help="pairs of steps for overhead and overlap; default: %(default)s")
     parser.add_argument("--unit", type=float, default=0.1, help="seconds a rank sleeps per pass; default: %(default)s")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="a PNG of who did what and when in the pipelines")
@@ -492,6 +535,13 @@ def main() -> None:
         console.print(
             f"one rank: plain {seconds['plain'] * 1e3:.1f} ms, engine {seconds['engine'] * 1e3:.1f} ms a step, "
             f"ratio of neighbours {found['ratio']:.3f}; losses differ by at most {found['loss_difference']:.1e}"
+        )
+    if "overlap" in arguments.what:
+        found = result["overlap"] = overlap(arguments.steps)
+        ratios = (f"{what} {at[1]:.3f} ({at[0]:.3f} to {at[2]:.3f})" for what, at in found.items() if isinstance(at, list))
+        console.print(
+            f"{found['ranks']} ranks, {found['collectives']} sums of gradients that start during the backward pass against one "
+            f"after it, ratios of neighbours, quartiles in brackets: {', '.join(ratios)}"
         )
     if "wire" in arguments.what:
         rows = result["wire"] = wire()

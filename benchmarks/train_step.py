@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 OURS: dict[str, dict[str, Any]] = {
     "megarewarm, triton": {"use": "triton"},
     "megarewarm, triton and graph": {"use": "triton", "graph": True},
+    "megarewarm, triton and GELU by cuBLASLt": {"use": "triton", "gelu": "cublaslt"},
     "megarewarm, compile": {"use": "compile"},
     "megarewarm, compile and triton": {
         "use": "compile",

@@ -44,5 +44,5 @@ def on_event(event: dict) -> bool | None:
 
 outcome = megarewarm.train(config, [on_event], quiet=True)
 model = megarewarm.load_model(outcome.folder)
-loss, tokens = model.evaluate(output / "tokens", sequence_length=64)
-print(f"on all of the text: {loss:.3f} nats per token over {tokens:,} tokens")
+loss, tokens, bits = model.evaluate(output / "tokens", sequence_length=64)
+print(f"on all of the text: {loss:.3f} nats per token, {bits:.3f} bits per byte, over {tokens:,} tokens")

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluations import evaluation_steps
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.start.tasks import encode_tasks, notes_of
+from megarewarm.training.start.text_bytes import bits_per_byte, set_bytes
 from megarewarm.training.trainer import Callback
 from megarewarm.training.trainer import train as train_on
 
@@ -185,6 +186,15 @@ def _connected(config: RunConfig) -> Ranks:
     return _ranks
 
 
+class Measured(NamedTuple):
+    """``loss``: mean cross entropy in nats per token over ``tokens``. ``bits_per_byte``: the same by the tokens' text, which
+    compares models of different tokenizers; ``None`` where the file's manifest does not name its tokenizer."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None
+
+
 class LoadedModel:
     """A checkpoint's model on one device. ``module`` is plain PyTorch: token ids (b, s) int64 to hidden states; ``config`` its
     shape; ``tokenizer`` is ``None`` if the checkpoint names none; ``document_rules`` are its run's, ``None`` without."""
@@ -224,8 +234,8 @@ class LoadedModel:
         tokens: int | None = None,
         sequence_length: int | None = None,
         micro_batch: int = 4,
-    ) -> tuple[float, int]:
-        """(mean cross entropy in nats per token, number of tokens) on a token file.
+    ) -> Measured:
+        """The loss on a token file.
 
         Uses the windows of a validation set over the same file, and the ``reset_at_eod`` and ``mask_eod_loss`` of the run that
         the model is from (``document_rules``), so the loss equals that of the run's evaluation.
@@ -245,15 +255,17 @@ class LoadedModel:
         section = DataConfig.model_validate({"sequence_length": length, "train": source})
         asked = ValidationSet.model_validate({"name": "data", "sources": source, "tokens": max(wanted, 1)})
         windows = ValidationWindows(asked, TokenFiles(section, self.config.vocab_size)).slice(0)
-        total, count = 0.0, 0
+        total, count, rules = 0.0, 0, self.document_rules
         for rows in windows.micro_batches(0, 1, micro_batch):
             batch = torch.from_numpy(rows).to(self.device)
             inputs, targets, starts = batch[:, :-1], batch[:, 1:], None
-            if (rules := self.document_rules) is not None:
+            if rules is not None:
                 starts, targets = rules.starts(inputs), rules.targets(inputs, targets)
             loss, counted = self.module.loss(inputs, targets, starts)
             total, count = total + float(loss), count + int(counted)
-        return total / count, count
+        found = set_bytes(asked, None, None, rules is not None and rules.mask_loss)
+        text = None if found is None else found.measured(windows, count)
+        return Measured(total / count, count, bits_per_byte(total / count, count, text))
 
     @torch.no_grad()
     def test(

@@ -83,6 +83,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A whole number from 0 to 2^63 - 1, for ``argparse``."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def rate(text: str) -> float:
     """A learning rate, for ``argparse``."""
     if not 0 < float(text) < math.inf:

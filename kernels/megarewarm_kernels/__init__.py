@@ -8,6 +8,7 @@ from megarewarm_kernels.attention.head_norms import norm_heads
 from megarewarm_kernels.attention.rotary import rotate_
 from megarewarm_kernels.attention.width_norms import norm_widths
 from megarewarm_kernels.layer.bias_gelu import bias_gelu
+from megarewarm_kernels.layer.gelu_products import gelu_products
 from megarewarm_kernels.layer.given_bias import give_bias_gradients
 from megarewarm_kernels.layer.residual_norms import residual_norm, residual_norms
 from megarewarm_kernels.layer.rms_norm import residual_rms_norm, rms_norm
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "flash_attention",
+    "gelu_products",
     "give_bias_gradients",
     "linear_cross_entropy",
     "linear_distillation",

@@ -59,14 +59,22 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         dx = (flat @ low).view(x.shape) if need_x else None
         if need_weight:
-            first = ctx.weight.grad is None
-            if first:
-                ctx.weight.grad = torch.empty_like(ctx.weight)
-            accumulate(ctx.weight.grad, flat, x.reshape(-1, x.shape[-1]), first=first)
-        db = None
-        if need_bias:
-            db = flat.sum(0, dtype=ctx.bias_dtype if flat.is_cuda else None).to(ctx.bias_dtype)
-        return dx, None, db, None, None
+            add_gradient(ctx.weight, flat, x.reshape(-1, x.shape[-1]))
+        return dx, None, bias_gradient(flat, ctx.bias_dtype) if need_bias else None, None, None
+
+
+def bias_gradient(dz: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows of ``dz`` (t, m), in ``dtype``; on CUDA it is summed in it, elsewhere it is rounded to that of dz
+    first."""
+    return dz.sum(0, dtype=dtype if dz.is_cuda else None).to(dtype)
+
+
+def add_gradient(weight: Tensor, dz: Tensor, x: Tensor) -> None:
+    """``accumulate`` into ``weight.grad``, which is made where it is None."""
+    first = weight.grad is None
+    if weight.grad is None:
+        weight.grad = torch.empty_like(weight)
+    accumulate(weight.grad, dz, x, first=first)
 
 
 def accumulate(total: Tensor, dz: Tensor, x: Tensor, *, first: bool) -> None:

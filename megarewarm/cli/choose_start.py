@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarewarm.arguments import Parser, count, path_text, tokens
+from megarewarm.arguments import Parser, count, path_text, seed, tokens
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -29,7 +29,7 @@ def command_line() -> Parser:
     parser.add_argument("--micro-batch", type=count, default=4, metavar="B", help="sequences at a time; default: %(default)s")
     parser.add_argument("--positions", type=count, default=2**14, metavar="N", help="of LogME, at most; default: %(default)s")
     parser.add_argument("--classes", type=count, default=128, metavar="C", help="commonest next tokens; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1, help="of the choice of positions; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=1, help="of the choice of positions; default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     parser.add_argument("--probe", nargs="+", metavar="LENGTH", help="of a short run from each: 200 steps, or '2M tokens'")
     parser.add_argument("--with", nargs="+", default=[], dest="config", metavar="CONFIG | key=value", help="their run file")

@@ -11,7 +11,8 @@ from megarewarm.process import importing, say
 
 def command_line() -> Parser:
     parser = Parser(
-        description="Mean cross entropy (nats per token) and perplexity of a checkpoint on token files, accuracies on tasks."
+        description="Mean cross entropy (nats per token), perplexity and, where the tokenizer is known, bits per byte of a "
+        "checkpoint on token files; accuracies on tasks."
     )
     parser.add_argument("checkpoint", type=path_text, help="folder or hub name, as for start.from")
     parser.add_argument("--on", type=path_text, nargs="+", default=[], metavar="PREFIX", help="token files, without suffix")
@@ -39,13 +40,14 @@ def main(words: Sequence[str]) -> None:
         kept = [key for key, is_set in (("reset_at_eod", rules.reset), ("mask_eod_loss", rules.mask_loss)) if is_set]
         say(f"{arguments.checkpoint}: evaluated with {' and '.join(kept)}, as in its run")
     for prefix in arguments.on:
-        loss, measured = model.evaluate(
+        loss, measured, bits = model.evaluate(
             prefix,
             tokens=arguments.tokens,
             sequence_length=arguments.sequence_length,
             micro_batch=arguments.micro_batch,
         )
-        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {measured:,} tokens", flush=True)
+        per_byte = "" if bits is None else f"{bits:.4f} bits per byte, "
+        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {per_byte}{measured:,} tokens", flush=True)
     if arguments.tasks:
         found, notes = model.test(arguments.tasks, truncate=arguments.truncate, sequences=arguments.micro_batch)
         for note in notes:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import FORMS, ROW_INITS, Parser, count, path_text, rate
+from megarewarm.arguments import FORMS, ROW_INITS, Parser, count, path_text, rate, seed
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -41,7 +41,7 @@ def command_line() -> Parser:
     parser.add_argument("--distill-steps", type=count, metavar="N", help="default: once through 100 snippets of each new token")
     parser.add_argument("--distill-lr", type=rate, metavar="RATE", help="default: 1e-4")
     parser.add_argument("--text-key", default="text", help="of --distill; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of noise and --distill; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of noise and --distill; default: %(default)s")
     parser.add_argument("--on", type=path_text, metavar="PREFIX", help="old token file to compare on; default: random old ids")
     parser.add_argument("--tokens", type=count, default=1024, metavar="N", help="to compare on; default: %(default)s")
     parser.add_argument("--to", choices=FORMS, default="megarewarm", help="default: %(default)s")

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from megarewarm.arguments import Parser, count, path_text
+from megarewarm.arguments import Parser, count, path_text, seed
 from megarewarm.process import importing
 
 
@@ -26,7 +26,7 @@ def command_line() -> Parser:
         default=0.95,
         help="share of the probability that the likeliest tokens which are left hold; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     return parser
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from megarewarm.arguments import DEEPENINGS, FORMS, WIDENINGS, Parser, count, path_text
+from megarewarm.arguments import DEEPENINGS, FORMS, WIDENINGS, Parser, count, path_text, seed
 from megarewarm.errors import UserError
 from megarewarm.process import importing
 
@@ -32,7 +32,7 @@ def command_line() -> Parser:
     parser.add_argument("--noise", type=_decibels, metavar="dB", help="of copies, such as 10dB, so that they part; cancels")
     parser.add_argument("--layers", type=count, metavar="N", help="layers of the grown model")
     parser.add_argument("--depth", choices=DEEPENINGS, help="of --layers; default: identity")
-    parser.add_argument("--seed", type=int, default=0, help="of noise, fpi and aki; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="of noise, fpi and aki; default: %(default)s")
     parser.add_argument("--on", type=path_text, metavar="PREFIX", help="token file to compare logits on; default: random ids")
     parser.add_argument("--tokens", type=count, default=1024, metavar="N", help="to compare on; default: %(default)s")
     parser.add_argument("--to", choices=FORMS, default="megarewarm", help="default: %(default)s")

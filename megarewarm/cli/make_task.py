@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megarewarm.arguments import Parser, count, path_text
+from megarewarm.arguments import Parser, count, path_text, seed
 from megarewarm.process import importing, say
 
 
@@ -27,7 +27,7 @@ def command_line() -> Parser:
     parser.add_argument("--choices", type=count, default=4, metavar="N", help="of each item; default: %(default)s")
     parser.add_argument("--context-bytes", type=count, default=400, metavar="N", help="default: %(default)s")
     parser.add_argument("--continuation-bytes", type=count, default=100, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=1234, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=1234, help="default: %(default)s")
     parser.add_argument("--text-key", default="text", help="key or column of the text; default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megarewarm.arguments import STORED_DTYPES, Parser, count, path_text
+from megarewarm.arguments import STORED_DTYPES, Parser, count, path_text, seed
 from megarewarm.process import EXIT_INTERRUPTED, importing, say
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def command_line() -> Parser:
         "--split", metavar="A,B,C", help="such as 0.98,0.01,0.01: PREFIX_train, _valid, _test, by each document's hash"
     )
     parser.add_argument("--shuffle", action="store_true", help="write the documents in random order")
-    parser.add_argument("--seed", type=int, default=1234, help="seed of --shuffle; default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=1234, help="seed of --shuffle; default: %(default)s")
     parser.add_argument("--max-documents", type=count, metavar="N", help="use only the first N documents of the input")
     parser.add_argument("--strict", action="store_true", help="stop at the first broken or empty record")
     parser.add_argument("--workers", type=count, metavar="N", help="processes on this machine; default: one per core")

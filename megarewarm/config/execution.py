@@ -271,7 +271,11 @@ class KernelsConfig(Section):
     norms: Literal["triton", "apex", "reference"] | None = Field(
         None, description="The residual's additions with both norms of a layer in one pass (triton), or NVIDIA apex's norms."
     )
-    gelu: Literal["triton", "reference"] | None = Field(None, description="Bias and GELU in one pass.")
+    gelu: Literal["triton", "cublaslt", "reference"] | None = Field(
+        None,
+        description="Bias and GELU in one pass (triton), or as part of the products around them (cublaslt): of gelu_tanh, in "
+        "bf16 and fp16 on GPUs. Never chosen by itself, since no GPU has run it.",
+    )
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference"] | None = Field(
         None,
         description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, megarewarm's own (which keeps documents apart "

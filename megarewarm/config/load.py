@@ -191,8 +191,8 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
             section, known = ".".join(path[:-1]), known_keys(model, item["loc"][:-1])
             found = meant(model, path)
             instead |= {tuple(key.split(".")) for key in found}
-            beside = [key.rpartition(".")[2] if key.rpartition(".")[0] == section else key for key in found]
-            hint = f", did you mean {' or '.join(map(repr, beside))}" if found else f"; known here: {', '.join(known)}"
+            likely = " or ".join(_beside(key, section) for key in found)
+            hint = f", did you mean {likely}" if found else f"; known here: {', '.join(known)}"
             if found:
                 hint += f"{f' ({what})' if (what := foreign_meaning(model, path[-1])) else ''}?"
             if len(path) == 1 and "base" in known:
@@ -213,6 +213,12 @@ def _lines(model: type[BaseModel], error: ValidationError, origins: Origins) -> 
         words = in_words(problems, known_keys(model, path))
         others.append(f"{_place(path, origins)}: {'.'.join(path) + ': ' if path else ''}{words}")
     return unknown + others
+
+
+def _beside(key: str, section: str) -> str:
+    """A dotted key as somebody writes it who is in ``section``."""
+    above, _, name = key.rpartition(".")
+    return f"'{name}'" if above == section else f"'{key}'" if above else f"'{key}' at the top level"
 
 
 def _refuse_secrets(value: Any, origins: Origins, path: tuple[str, ...], secrets: Sequence[str]) -> None:

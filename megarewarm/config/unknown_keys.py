@@ -56,11 +56,12 @@ def meant(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     """
     *section, name = path
     here = [".".join((*section, key)) for key in known_keys(model, section)]
-    anywhere = [f"{top}.{key}" for top in known_keys(model, []) for key in known_keys(model, [top])]
+    tops = known_keys(model, [])
+    anywhere = [*tops, *(f"{top}.{key}" for top in tops for key in known_keys(model, [top]))]
     foreign = ours(name)
-    if foreign is not None and foreign in {*known_keys(model, []), *anywhere}:
+    if foreign is not None and foreign in anywhere:
         return [foreign]
-    if same := [key for key in anywhere if key.endswith(f".{name}")]:
+    if same := [key for key in anywhere if f".{key}".endswith(f".{name}")]:
         return same
     return _near(name, here) or _near(name, anywhere)
 

@@ -18,8 +18,9 @@ from megarewarm.model.transformer import Transformer
 @dataclass(frozen=True)
 class Operations:
     """The implementation of each operation. ``loss``: the ``kernel`` of linear_cross_entropy; ``norms``: triton, apex or
-    reference; ``gelu``: triton or reference, of SwiGLU too; ``attention``: a backend of megarewarm_kernels.attention.choose.
-    triton: the operators of megarewarm_kernels, which are computed by their definitions where there is no GPU."""
+    reference; ``gelu``: triton (of SwiGLU too), cublaslt or reference; ``attention``: a backend of
+    megarewarm_kernels.attention.choose. triton: the operators of megarewarm_kernels, which are computed by their definitions
+    where there is no GPU."""
 
     norms: str = "reference"
     gelu: str = "reference"
@@ -46,6 +47,8 @@ def fuse(model: Transformer, operations: Operations, *, sharded: bool = False) -
                 module.__class__ = _NORMS.get(type(module), type(module))
             elif operations.norms == "apex" and type(module) is nn.LayerNorm:
                 module.__class__ = fused_neox.ApexLayerNorm
+            if operations.gelu == "cublaslt" and type(module) is neox.MLP and _has_plain_products(module):
+                module.__class__ = fused_neox.GeluProductsMLP
             if operations.gelu == "triton" and not _has_divided_expansion(module):
                 module.__class__ = _ACTIVATIONS.get(type(module), type(module))
     if any(type(layer) is fused_neox.FusedLayer for layer in model.layers):
@@ -85,6 +88,11 @@ def _give_bias(linear: nn.Linear) -> None:
 def _has_divided_norms(module: nn.Module) -> bool:
     """Whether tensor ranks add up its squares, which its operator doesn't."""
     return isinstance(module, llama.WidthNormedAttention) and type(module.query_norm) is not llama.RMSNorm
+
+
+def _has_plain_products(module: neox.MLP) -> bool:
+    """Whether its linear layers are products with biases and nothing else, as those of tensor ranks are not."""
+    return type(module.dense_h_to_4h) is nn.Linear and type(module.dense_4h_to_h) in (nn.Linear, GivenBias)
 
 
 def _has_divided_expansion(module: nn.Module) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from megarewarm_kernels import bias_gelu, residual_norm, residual_norms
+from megarewarm_kernels import bias_gelu, gelu_products, residual_norm, residual_norms
 from megarewarm_kernels.apex import fused_layer_norm
+from megarewarm_kernels.layer.gelu_products import LowLayer
 from torch import Tensor, nn
 
 from megarewarm.model.autocast import at_work
-from megarewarm.model.given_bias import waiting_bias
-from megarewarm.model.low_weights import product
+from megarewarm.model.given_bias import GivenBias, waiting_bias
+from megarewarm.model.low_weights import copies_of, product
 from megarewarm.model.neox import MLP, DeferredResidual, Layer
 from megarewarm.model.positions import Positions
 
@@ -52,6 +53,25 @@ class FusedMLP(MLP):
 
     def contract(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(bias_gelu(x, self.dense_h_to_4h.bias, approximate=self.approximate))
+
+
+class GeluProductsMLP(FusedMLP):
+    """Bias and GELU are part of the products, where these read copies of the weights; else as in ``FusedMLP``.
+    ``keeps_result``: of the GELU, for the backward pass."""
+
+    keeps_result = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [_low_layer(linear, x.device.type) for linear in (self.dense_h_to_4h, self.dense_4h_to_h)]
+        if layers[0] is None or layers[1] is None:
+            return super().forward(x)
+        return gelu_products(at_work(x), layers[0], layers[1], keep=self.keeps_result)
+
+
+def _low_layer(linear: nn.Linear, device: str) -> LowLayer | None:
+    low = copies_of(linear, device)
+    bias = linear.bias.detach() if isinstance(linear, GivenBias) else linear.bias
+    return None if low is None else LowLayer(linear.weight, bias, low["weight"].fresh(), low["bias"].fresh())
 
 
 class ApexLayerNorm(nn.LayerNorm):

@@ -14,6 +14,8 @@ from megarewarm_kernels.products import linear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megarewarm.model.autocast import at_work
+
 
 class LowCopy:
     """The copy of one parameter in ``dtype``, at one address as long as the model lives."""
@@ -48,12 +50,16 @@ def product(module: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     Under autocast by the copies, if the module has some; else as PyTorch does it. A ``bias`` that is detached gets no gradient
     here.
     """
-    low: Mapping[str, LowCopy] | None = module.__dict__.get("low")
-    device = x.device.type
-    if low is None or not torch.is_autocast_enabled(device):
+    low = copies_of(module, x.device.type)
+    if low is None:
         return F.linear(x, module.weight, bias)
-    x = x.to(torch.get_autocast_dtype(device))
-    return linear(x, module.weight, bias, low["weight"].fresh(), None if bias is None else low["bias"].fresh())
+    return linear(at_work(x), module.weight, bias, low["weight"].fresh(), None if bias is None else low["bias"].fresh())
+
+
+def copies_of(module: nn.Linear, device: str) -> Mapping[str, LowCopy] | None:
+    """What products on a ``device`` of this type read instead of the module's parameters, by name; None: these."""
+    low: Mapping[str, LowCopy] | None = module.__dict__.get("low")
+    return low if torch.is_autocast_enabled(device) else None
 
 
 def keep_copies(modules: Iterable[nn.Module], dtype: torch.dtype) -> dict[str, LowCopy]:

@@ -6,6 +6,7 @@ import torch
 from megarewarm_kernels import no_triton
 from megarewarm_kernels.apex import fused_adam, fused_layer_norm
 from megarewarm_kernels.attention.choose import choose
+from megarewarm_kernels.layer import cublaslt
 
 from megarewarm.config.execution import KernelsConfig
 from megarewarm.config.model import ModelConfig
@@ -14,12 +15,18 @@ from megarewarm.model.fused import Operations
 
 
 def choose_operations(
-    config: KernelsConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, documents: bool
+    config: KernelsConfig,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    documents: bool,
+    no_copies: str = "",
 ) -> tuple[Operations, list[str]]:
     """The operations, and a line on each choice that is not what was asked for or can't be guessed.
 
-    ``dtype``: what layers compute in; ``documents``: they are kept apart. What can't be used here gives way to plain PyTorch.
-    Raises ``UserError`` if no attention fits.
+    ``dtype``: what layers compute in; ``documents``: they are kept apart; ``no_copies``: why products read no copies of whole
+    weights in ``dtype``. What can't be used here gives way to plain PyTorch. Raises ``UserError`` if no attention fits.
     """
     notes: list[str] = []
     missing = no_triton(device)
@@ -49,6 +56,10 @@ def choose_operations(
         notes.append("kernels.norms: reference, not apex: NVIDIA apex with its CUDA extensions is not here")
         norms = "reference"
     gelu = pick("gelu", config.gelu)
+    if gelu == "cublaslt" and (why := _no_epilogues(config, model, device, dtype) or no_copies):
+        said = len(notes)
+        gelu = pick("gelu", None)
+        notes[said:] = [f"kernels.gelu: {gelu}, not cublaslt: {why}"]
     loss = pick("loss", config.loss) if config.use != "compile" else config.loss or "auto"
     wanted = config.attention or ("sdpa" if config.use == "reference" else "auto")
     try:
@@ -66,6 +77,15 @@ def choose_operations(
     if wanted not in ("auto", attention):
         notes.append(f"kernels.attention: {attention}, not {wanted}: {why}")
     return Operations(norms, gelu, attention, loss, config.deterministic), notes
+
+
+def _no_epilogues(config: KernelsConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Why GELU can't be part of the products of ``model``; empty where it can."""
+    if model.activation != "gelu_tanh":
+        return f"its GELU is the tanh approximation, model.activation is {model.activation}"
+    if config.deterministic:
+        return "kernels.deterministic: its sums for biases were not seen to repeat"
+    return cublaslt.objection(device, dtype, model.hidden_size, model.mlp_size)
 
 
 def choose_optimizer(config: KernelsConfig, device: torch.device) -> tuple[str, list[str]]:

@@ -21,6 +21,8 @@ from megarewarm_kernels.optimizer.norm_tensors import NormTensors
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megarewarm.model.parameters import EMBEDDING
+from megarewarm.parallel.buckets import Buckets, Place
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.placement import Placement
 
@@ -60,6 +62,12 @@ class Gradients(ABC):
 
     def collect(self) -> None:  # noqa: B027  # storages that keep every .grad have nothing to put aside
         """After each of several micro-batches: put aside what autograd would else add tensor by tensor."""
+
+    def expect_reduce(self) -> None:  # noqa: B027  # others don't begin early
+        """Before passes that ``reduce`` follows, on all ranks: it may begin during the last of them."""
+
+    def begin_last(self) -> None:  # noqa: B027  # others don't begin early
+        """Before the passes of this rank's last micro-batch."""
 
     @abstractmethod
     def reduce(self) -> None:
@@ -159,7 +167,8 @@ class OwnGradients(Gradients):
 
 
 class FlatGradients(Gradients):
-    """One flat fp32 tensor whose slices are the parameters' ``.grad``: few collectives, one scaling.
+    """One flat fp32 tensor whose slices are the parameters' ``.grad``: few collectives, which may begin during the last
+    backward pass (``Buckets``), and one scaling.
 
     Parameters must be fp32, on one device, and keep their ``.grad`` (never set it to None). ``copies``: parameters that
     another pipeline rank counts. ``reduce_copies``: adds up the gradients of tied embeddings.
@@ -180,11 +189,17 @@ class FlatGradients(Gradients):
         self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=mesh.device)
         ends = {}
         offset = 0
+        places: list[Place] = []
+        late = {id(part.rows) for part in rows}
         for name in order:
-            parameter = parameters[name]
-            parameter.grad = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-            ends[_kind(placements[name], name in copies)] = offset
+            parameter, kind = parameters[name], _kind(placements[name], name in copies)
+            place = range(offset, offset + parameter.numel())
+            parameter.grad = self.flat[place.start : place.stop].view_as(parameter)
+            ends[kind] = offset = place.stop
+            # an embedding's is final last, and may go past autograd; the small ones of tensor ranks, those of all layers, lie
+            # together behind the divided ones
+            if name != EMBEDDING and id(parameter) not in late and (kind == 0 or mesh.tensor is None):
+                places.append((parameter, place))
         # the order of _kind: divided, whole, partial, copies
         bounds = [0]
         for kind in range(4):
@@ -193,21 +208,38 @@ class FlatGradients(Gradients):
         self._whole = self.flat[bounds[1] : bounds[3]]
         self._partial = self.flat[bounds[2] : bounds[3]]
         self._copies = self.flat[bounds[3] :]
+        # the schedule of a pipeline knows its last passes, this does not
+        early = places if mesh.layout.pipeline == 1 else ()
+        self._buckets = None if mesh.data is None else Buckets(self.flat, mesh.data, early)
+        self._reduce_follows = False
 
     def zero(self) -> None:
+        if self._buckets is not None:
+            self._buckets.settle()  # of passes that were interrupted
+        self._reduce_follows = False
         self.flat.zero_()
         for part in self._rows:
             part.whole.grad = None
 
+    def expect_reduce(self) -> None:
+        self._reduce_follows = True
+
+    def begin_last(self) -> None:
+        if self._buckets is not None and self._reduce_follows:
+            self._buckets.watch()
+
     def reduce(self) -> None:
+        self._reduce_follows = False
         for part in self._rows:
             if part.whole.grad is not None and part.rows.grad is not None:
                 part.rows.grad.copy_(part.of(part.whole.grad))
             part.whole.grad = None
+        if self._buckets is not None:
+            self._buckets.start()
         if self._mesh.tensor is not None and self._partial.numel():
             dist.all_reduce(self._partial, group=self._mesh.tensor)
-        if self._mesh.data is not None and self.flat.numel():
-            dist.all_reduce(self.flat, group=self._mesh.data)
+        if self._buckets is not None:
+            self._buckets.finish()
         # last: the copies lie at different places of ``flat``, where a sum of three ranks may be rounded otherwise; one of two
         # ranks is the same on both
         if self._reduce_copies is not None:

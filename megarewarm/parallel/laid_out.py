@@ -25,7 +25,7 @@ from megarewarm.parallel.cut import Cut, cut
 from megarewarm.parallel.direct_embedding import DirectEmbedding
 from megarewarm.parallel.gradients import FlatGradients, Gradients, OwnGradients, RowsOf, ShardedGradients
 from megarewarm.parallel.groups import new_groups
-from megarewarm.parallel.mesh import Mesh
+from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.placement import TensorSlice
 from megarewarm.parallel.recompute import recompute
 
@@ -68,7 +68,9 @@ class LaidOutModel:
         if self._head is None and self._ends_meet:
             self._modules[-1].embed_in = self._modules[0].embed_in  # the two ends of a V share the matrix itself
         self._copies, self._reduce_copies = self._tie(parallel.schedule)
-        self._keep_low(precision, compiled=compile_layers, twice=parallel.schedule == "zero_bubble")
+        self.low: dict[str, LowCopy] = {}
+        if not without_copies(precision, parallel, mesh.layout, compiled=compile_layers):
+            self._keep_low()
         if self._sharded:
             self._shard(parallel, precision)
         else:
@@ -100,12 +102,8 @@ class LaidOutModel:
         if self._ends_meet and self._sharded:
             self._head = self._modules[-1].embed_in = _Matrix(self._modules[0].get_parameter(EMBEDDING))
 
-    def _keep_low(self, precision: str, *, compiled: bool, twice: bool) -> None:
-        """Copies of the weights in the dtype of products; none where fully_shard casts what it gathers, where a compiler sees
-        the layers, and where a pipeline goes ``twice`` through a layer's backward pass."""
-        self.low: dict[str, LowCopy] = {}
-        if precision == "fp32" or self._sharded or compiled or (twice and self.mesh.layout.pipeline > 1):
-            return
+    def _keep_low(self) -> None:
+        """Copies of the weights in the dtype of products."""
         self.low = keep_copies(self._modules, self._dtype)
         if self._has_last and self.config.tie_embeddings:
             self.low[EMBEDDING] = LowCopy(self._modules[-1].get_parameter(EMBEDDING), self._dtype)
@@ -302,8 +300,10 @@ class LaidOutModel:
             self._head_shard.to_local().detach().copy_(self.parameters[EMBEDDING].detach())
 
     def _expect_backward(self, *, last: bool) -> None:
-        """Before each micro-batch: gradients are reduced after the ``last`` one."""
+        """Before each micro-batch: gradients are reduced after the ``last`` one, or during it."""
         if not self._sharded:
+            if last:
+                self.gradients.begin_last()
             return
         module = self._modules[0]
         assert isinstance(module, FSDPModule)
@@ -328,6 +328,17 @@ class LaidOutModel:
             name: nn.Parameter(parameter.to_local().detach())  # type: ignore[attr-defined]
             for name, parameter in self._named().items()
         }
+
+
+def without_copies(precision: str, parallel: ParallelConfig, layout: Layout, *, compiled: bool) -> str:
+    """Why a model laid out so has no copies of its weights in the dtype of products; empty where it has."""
+    reasons = {
+        "precision fp32 multiplies the weights themselves": precision == "fp32",
+        "parallel.sharding casts what it gathers": parallel.sharding != "none" and layout.data > 1,
+        "kernels.use: compile casts where its compiler sees it": compiled,
+        "zero_bubble goes twice through a layer's backward pass": parallel.schedule == "zero_bubble" and layout.pipeline > 1,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
 
 
 class _Matrix(nn.Module):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megarewarm.model import llama, neox
 from megarewarm.model.fused_llama import FusedGatedMLP
+from megarewarm.model.fused_neox import GeluProductsMLP
 from megarewarm.model.positions import Positions
 from megarewarm.model.transformer import Stream, add_deferred
 
@@ -32,6 +33,8 @@ def recompute(layer: nn.Module, what: Recompute) -> None:
     elif what == "selective" and not isinstance(layer.mlp, FusedGatedMLP):
         mlp = layer.mlp
         assert isinstance(mlp, neox.MLP | llama.GatedMLP)
+        if isinstance(mlp, GeluProductsMLP):
+            mlp.keeps_result = False
         contract = mlp.contract
 
         def contract_again(x: Tensor) -> Tensor:

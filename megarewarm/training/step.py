@@ -134,6 +134,7 @@ def compute_gradients(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> St
 
 def _forward_backward(run: Run, rows: npt.NDArray[np.int64], clock: Clock) -> BatchLosses:
     run.model.gradients.zero()
+    run.model.gradients.expect_reduce()
     losses = run.model.forward_backward(rows, loss_scale=loss_scale(run), between=run.between, per_row=run.wants_row_losses)
     clock.stop()
     return losses

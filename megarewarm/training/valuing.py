@@ -84,6 +84,7 @@ def carried_rate(run: Run, lr: float) -> float:
 def _value(run: Run, update: Update, windows: Slice, chosen: Sequence[int], taken: dict[str, Tensor]) -> StepValue | None:
     model, scale = run.model, 1.0 if run.scaler is None else run.scaler.scale
     model.gradients.zero()
+    model.gradients.expect_reduce()
     rows, most = _rows_of(run, windows)
     losses = model.add_mean_gradients(rows, most, scale)
     model.gradients.reduce()

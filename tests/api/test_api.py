@@ -121,7 +121,7 @@ def test_its_evaluation_is_the_trainers(place: Path) -> None:
     for asked in settings["data"]["validation"]:
         (source,) = asked["sources"]
         length = settings["data"]["sequence_length"]
-        loss, count = model.evaluate(source["path"], tokens=asked["tokens"], sequence_length=length, micro_batch=3)
+        loss, count, _ = model.evaluate(source["path"], tokens=asked["tokens"], sequence_length=length, micro_batch=3)
         (recorded,) = [e.loss for e in run.evaluations if e.name == asked["name"] and e.step == 6]
         assert loss == pytest.approx(recorded, rel=1e-6) and count <= asked["tokens"]
     with pytest.raises(UserError, match="the positions of the model"):
@@ -136,12 +136,12 @@ def test_a_runs_document_rules_apply(place: Path, tmp_path: Path, reset: bool, m
     model, length = megarewarm.load_model(tmp_path / "run"), settings["data"]["sequence_length"]
     asked = settings["data"]["validation"][0]
     path = asked["sources"][0]["path"]
-    loss, _ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
+    loss, *_ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
     run = megarewarm.read_run(tmp_path / "run")
     (recorded,) = [e.loss for e in run.evaluations if e.name == asked["name"] and e.step == 6]
     assert loss == pytest.approx(recorded, rel=1e-6)
     model.document_rules = None
-    other, _ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
+    other, *_ = model.evaluate(path, tokens=asked["tokens"], sequence_length=length)
     assert abs(other - loss) > 1e-5 * loss, "the rules make a difference here"
 
 

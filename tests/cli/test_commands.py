@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_mistyped_words(words: list[str], said: str) -> None:
 )
 def test_values_out_of_range(words: list[str], said: str) -> None:
     assert megarewarm(*words, code=2).rstrip().endswith(said)
+
+
+@pytest.mark.parametrize("seed", ["-1", "1.5", str(2**63)])
+def test_seeds_out_of_range_are_refused_before_anything_is_read(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = f"argument --seed: '{seed}' is not a whole number from 0 to 2^63 - 1"
+    parsers = [import_module(f"megarewarm.cli.{command.module}") for command in COMMANDS.values()]
+    seeded = [p.command_line() for p in parsers if hasattr(p, "command_line") and "--seed" in p.command_line().format_help()]
+    assert len(seeded) >= 6
+    for parser in seeded:
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(["--seed", seed])
+        assert told in capsys.readouterr().err
 
 
 def test_every_shell_gets_every_command() -> None:

@@ -39,8 +39,8 @@ def test_other_trainers_names(place: Path, name: str) -> None:
     for section in ("training", "schedule"):
         if name not in known_keys(RunConfig, [section]):
             said = refused(mapping(place, **{section: {name: 1}}))
-            meant = ours.removeprefix(f"{section}.")
-            assert f"unknown key '{name}' in {section}, did you mean '{meant}' (" in said
+            meant = f"'{ours.removeprefix(f'{section}.')}'" + " at the top level" * ("." not in ours)
+            assert f"unknown key '{name}' in {section}, did you mean {meant} (" in said
 
 
 def test_a_name_of_ours_in_the_wrong_place(place: Path) -> None:
@@ -52,6 +52,11 @@ def test_a_name_of_ours_in_the_wrong_place(place: Path) -> None:
         elsewhere = "logging" if section != "logging" else "optimizer"
         if name not in known_keys(RunConfig, [elsewhere]):
             assert f"'{key}'" in refused(mapping(place, **{elsewhere: {name: 1}}))
+
+
+def test_a_key_of_the_top_level_in_a_section(place: Path) -> None:
+    said = refused(mapping(place, checkpoint={"folder": "x"}))
+    assert said.endswith("in checkpoint, did you mean 'folder' at the top level?")
 
 
 @pytest.mark.parametrize("written", ["max_Ir", "maxlr", "learning_rate", "lr"])

@@ -30,7 +30,7 @@ from megarewarm.training.start.averaging import about_average, averaging
 from megarewarm.training.start.plan import make_plan
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.stopping import send_and_wait
+from tests.support.stopping import send_and_wait, stop_amid
 from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import ALONE
 
@@ -108,19 +108,6 @@ def test_the_run_itself_is_the_same_without_it(place: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in two)
     assert set(one) - set(two) == {f"average.{name.removeprefix('model.')}" for name in two if name.startswith("model.")}
     assert not (place / "without/average").exists() and not events(place / "without", "average")
-
-
-def stop_amid(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """A signal amid each of ``steps``, once: the step before is saved."""
-    original, left = trainer.training_step, set(steps)
-
-    def step_and_stop(run: Run, lr: float) -> Any:
-        if run.step + 1 in left:
-            left.remove(run.step + 1)
-            send_and_wait()
-        return original(run, lr)
-
-    monkeypatch.setattr(trainer, "training_step", step_and_stop)
 
 
 def test_a_run_that_is_stopped_within_the_window_goes_on_bit_for_bit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

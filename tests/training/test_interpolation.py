@@ -21,11 +21,10 @@ from megarewarm.errors import UserError
 from megarewarm.model.parameters import cards
 from megarewarm.optimizers.adamw import AdamW, rate_factor
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training import interpolation, trainer
-from megarewarm.training.run import Run
+from megarewarm.training import interpolation
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.stopping import send_and_wait
+from tests.support.stopping import stop_amid
 from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import ALONE
 
@@ -104,14 +103,7 @@ def test_what_was_lost_after_the_last_step_is_made_up_for(
     wanted = settings(place, name, export={"huggingface": True})
     with monkeypatch.context() as patched:
         if broken_off == "by a signal":
-            original = trainer.training_step
-
-            def step_and_signal(run: Run, lr: float) -> Any:
-                if run.step == 7:
-                    send_and_wait()
-                return original(run, lr)
-
-            patched.setattr(trainer, "training_step", step_and_signal)
+            stop_amid(patched, 8)
             assert train(wanted, ALONE, quiet()).exit_code == 128 + signal.SIGTERM
         else:
             measured, measurements = interpolation.evaluate_set, list[Any]()

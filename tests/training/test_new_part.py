@@ -12,15 +12,12 @@ import torch
 
 from megarewarm.checkpoint.own.state import read_state
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.training import trainer
 from megarewarm.training.after_step import order
 from megarewarm.training.after_step.evaluate import Evaluate
 from megarewarm.training.after_step.part import Context, Moment
-from megarewarm.training.run import Run
-from megarewarm.training.step import StepResult
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.stopping import send_and_wait
+from tests.support.stopping import stop_amid
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -73,14 +70,7 @@ def test_a_new_part_sees_every_step_and_is_resumed(tmp_path: Path, with_worst: N
     expected = lines(whole.folder)
     assert [line["step"] for line in expected] == list(range(1, whole.step + 1))
 
-    original = trainer.training_step
-
-    def step_and_stop(run: Run, lr: float) -> StepResult:
-        if run.step in (7, 12):
-            send_and_wait()
-        return original(run, lr)
-
-    monkeypatch.setattr(trainer, "training_step", step_and_stop)
+    stop_amid(monkeypatch, 8, 13)
     stopped = config(tmp_path, folder=str(tmp_path / "stopped"))
     assert [train(stopped, ALONE, quiet()).exit_code for _ in range(2)] == [128 + signal.SIGTERM] * 2
     monkeypatch.undo()
@@ -92,15 +82,8 @@ def test_a_new_part_sees_every_step_and_is_resumed(tmp_path: Path, with_worst: N
 
 
 def test_a_run_may_get_a_part_midway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = trainer.training_step
-
-    def step_and_stop(run: Run, lr: float) -> StepResult:
-        if run.step == 6:
-            send_and_wait()
-        return original(run, lr)
-
     run = config(tmp_path, training={"budget": 9})
-    monkeypatch.setattr(trainer, "training_step", step_and_stop)
+    stop_amid(monkeypatch, 7)
     stopped = train(run, ALONE, quiet())
     monkeypatch.undo()
     order.PARTS.insert(order.PARTS.index(Evaluate), Worst)

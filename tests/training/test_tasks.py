@@ -22,12 +22,9 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
 from megarewarm.report.pages.run_page import report
-from megarewarm.training import trainer
-from megarewarm.training.run import Run
-from megarewarm.training.step import StepResult
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
-from tests.support.stopping import send_and_wait
+from tests.support.stopping import stop_amid
 from tests.support.tiny import config, events, quiet
 from tests.training.test_resume import losses, tensors_of
 
@@ -184,14 +181,7 @@ def test_training_does_not_notice_and_a_stopped_run_goes_on(tmp_path: Path, monk
     world(tmp_path)
     plain = train(run_config(tmp_path, folder=str(tmp_path / "plain"), evaluation={"tasks": []}), ALONE, quiet())
     whole = train(run_config(tmp_path, folder=str(tmp_path / "whole")), ALONE, quiet())
-    original = trainer.training_step
-
-    def step_and_stop(run: Run, lr: float) -> StepResult:
-        if run.step in (2, 6):
-            send_and_wait()
-        return original(run, lr)
-
-    monkeypatch.setattr(trainer, "training_step", step_and_stop)
+    stop_amid(monkeypatch, 3, 7)
     parts = run_config(tmp_path, folder=str(tmp_path / "parts"))
     while train(parts, ALONE, quiet()).exit_code:
         pass

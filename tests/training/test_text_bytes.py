@@ -15,6 +15,8 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
+from megarewarm.api import load_model
+from megarewarm.cli import evaluate
 from megarewarm.config.data import ValidationSet
 from megarewarm.config.schema import RunConfig
 from megarewarm.data.files.library import TokenFiles
@@ -101,6 +103,24 @@ def test_bits_per_byte_are_the_code_length_of_transformers_over_the_bytes_of_the
     assert whole == sum(len(document.encode()) for document in DOCUMENTS)
     manifest = json.loads(prefix.with_suffix(".json").read_text())
     assert whole == manifest["bytes"]
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_loaded_checkpoint_is_measured_in_the_bits_of_its_run(
+    tmp_path: Path, mask: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix, _ = prepared(tmp_path, 300)
+    folder = trained(tmp_path, "run", prefix, 300, **({"mask_eod_loss": True, "eod": 0} if mask else {}))
+    event = events(folder, "eval")[-1]
+    found = load_model(folder).evaluate(prefix, tokens=480, sequence_length=16)
+    assert found.loss == pytest.approx(event["loss"], rel=1e-6)
+    assert found.bits_per_byte == pytest.approx(event["bits_per_byte"], rel=1e-6)
+    evaluate.main([str(folder), "--on", str(prefix), "--tokens", "480", "--sequence-length", "16"])
+    assert f", {event['bits_per_byte']:.4f} bits per byte, {found.tokens} tokens" in capsys.readouterr().out
+    prefix.with_suffix(".json").unlink()  # whose tokenizer is then not known
+    assert load_model(folder).evaluate(prefix, tokens=480, sequence_length=16).bits_per_byte is None
+    evaluate.main([str(folder), "--on", str(prefix), "--tokens", "480", "--sequence-length", "16"])
+    assert "bits per byte" not in capsys.readouterr().out
 
 
 def test_pieces_of_sentencepiece_and_of_llama_2_are_the_bytes_of_the_text(tmp_path: Path) -> None:

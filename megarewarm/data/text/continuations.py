@@ -34,9 +34,9 @@ class Continuations:
     seed: int
 
     def __post_init__(self) -> None:
-        if min(self.items, self.context_bytes) < 1 or self.choices < 2 or self.continuation_bytes < 4:
-            asked = f"{self.items} items of {self.choices} choices, {self.context_bytes} + {self.continuation_bytes} bytes"
-            raise UserError(f"{asked}: expected at least 1 item of 2 choices, and 1 + 4 bytes")
+        for name, least in (("items", 1), ("choices", 2), ("context_bytes", 1), ("continuation_bytes", 4)):
+            if (found := getattr(self, name)) < least:
+                raise UserError(f"{name} {found}: expected at least {least}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megarewarm.model.size import count_parameters
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.fit import check_fit
 from megarewarm.parallel.graph import choose_graph
-from megarewarm.parallel.laid_out import DTYPES
+from megarewarm.parallel.laid_out import DTYPES, without_copies
 from megarewarm.parallel.mesh import Layout, choose_layout
 from megarewarm.training.output.metrics import check_loggers
 from megarewarm.training.output.run_folder import RunFolder
@@ -86,7 +86,12 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     precision = settle_precision(config, device)
     documents = _documents(plan, texts)
     apart = documents is not None and documents.separates
-    operations, remarks = choose_operations(config.kernels, plan.model, device, DTYPES[precision], documents=apart)
+    no_copies = without_copies(precision, config.parallel, layout, compiled=config.kernels.use == "compile")
+    if layout.tensor > 1:
+        no_copies = "tensor ranks divide its weights"
+    operations, remarks = choose_operations(
+        config.kernels, plan.model, device, DTYPES[precision], documents=apart, no_copies=no_copies
+    )
     graph, graphed = choose_graph(config, plan.model, layout, device, precision, operations, apart)
     valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
     optimizer, about = choose_optimizer(config.kernels, device)

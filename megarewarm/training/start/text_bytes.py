@@ -79,7 +79,7 @@ class TextBytes:
         mask = config.data.mask_eod_loss
         name = config.data.tokenizer
         named = None if name is None else named_tokenizer(name, "data.tokenizer")
-        self._sets = {each.name: _set_bytes(each, named, eod, mask) for each in config.data.validation}
+        self._sets = {each.name: set_bytes(each, named, eod, mask) for each in config.data.validation}
         self._known: dict[str, int | None] = {}
 
     def measured(self, windows: WindowSet, number: int, targets: int) -> int | None:
@@ -111,7 +111,11 @@ def bits_per_byte(loss: float, targets: int, count: int | None) -> float | None:
     return loss * targets / (math.log(2) * count) if count else None
 
 
-def _set_bytes(config: ValidationSet, named: Path | None, eod: int | None, mask: bool) -> SetBytes | None:
+def set_bytes(config: ValidationSet, named: Path | None, eod: int | None, mask: bool) -> SetBytes | None:
+    """How the bytes of a set are found; None where its manifests don't say enough.
+
+    ``named``: the tokenizer that the user names; ``eod``: the token that ends documents of files without manifests.
+    """
     paths = [Path(f"{source.path.removesuffix('.bin').removesuffix('.idx')}.bin") for source in config.sources]
     made = [made_by(path) for path in paths]
     tokenizer = named or (still_there([each.tokenizer for each in made if each]) if all(made) else None)

@@ -83,7 +83,10 @@ def test_too_few_documents_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"choices": 1}, "5 items of 1 choices, .*: expected"), ({"continuation_bytes": 3}, r"30 \+ 3 bytes: exp")],
+    [
+        ({"choices": 1}, "choices 1: .* at least 2"),
+        ({"continuation_bytes": 3}, "continuation_bytes 3: .* at least 4"),
+    ],
 )
 def test_what_makes_no_task_is_refused(changes: dict[str, int], told: str) -> None:
     with pytest.raises(UserError, match=told):
