@@ -70,7 +70,7 @@ _USUAL = (
     ("attention forward bf16 d 64 group 4 documents", 90),
     ("attention queries bf16 d 64 group 4 documents", 90),
     ("attention keys bf16 d 64 documents", 80),  # the last register
-    ("logit_gradient bf16", 90),
+    ("logit_gradient scaled bf16", 90),
     ("residual_norms_backward bf16 512", 90),
     ("rms_norm_backward added bf16 512", 90),
 )
@@ -158,7 +158,8 @@ def _shipped() -> Iterator[Configuration]:
         for way, kernel in (("", swiglu_forward), ("_backward", swiglu_backward)):
             yield Configuration(f"swiglu{way} {dtype}", kernel, dtype, {"BLOCK": SWIGLU_BLOCK}, SWIGLU_WARPS)
     tile = {"ROWS": add_rows._ROWS, "COLUMNS": add_rows._COLUMNS}
-    yield Configuration("add_rows fp32", add_rows.add_rows, "fp32", tile, add_rows._WARPS)
+    for dtype in ("fp32", "bf16"):
+        yield Configuration(f"add_rows {dtype}", add_rows.add_rows, dtype, tile, add_rows._WARPS, ("total_ptr",))
     for dtype in ("bf16", "fp32"):
         tile = {"ROWS": SUMS_ROWS, "COLUMNS": SUMS_COLUMNS}
         yield Configuration(f"part_sums {dtype}", part_sums, dtype, tile, SUMS_WARPS, ("partial_ptr",))
@@ -168,11 +169,13 @@ def _shipped() -> Iterator[Configuration]:
         copy = {"COPY": True, "BLOCK": _BLOCK}
         yield Configuration(f"adamw gradient and copy {dtype}", adamw_step, dtype, copy, 4, state)
         yield Configuration(f"squared_norm {dtype}", squares, dtype, {"BLOCK": _BLOCK, "WALK": _WALK}, 4, state)
-    rows = ("found_ptr", "log_sum_ptr", "special_ptr")
+    rows = ("found_ptr", "log_sum_ptr", "special_ptr", "upstream_ptr")
     for dtype in ("bf16", "fp16", "fp32"):
         block = {"BLOCK": LOGITS_BLOCK}
         yield Configuration(f"logit_statistics {dtype}", statistics_pass, dtype, block, LOGITS_WARPS, rows)
-        yield Configuration(f"logit_gradient {dtype}", gradient_pass, dtype, block, LOGITS_WARPS, rows)
+        for scaled in (False, True) if dtype != "fp16" else (False,):
+            name = f"logit_gradient {'scaled ' * scaled}{dtype}"
+            yield Configuration(name, gradient_pass, dtype, block | {"SCALED": scaled}, LOGITS_WARPS, rows)
     statistics = ("mean_ptr", "rstd_ptr")
     for columns in (512, 1024, 2048, 4096, 8192):
         for added in (True, False):

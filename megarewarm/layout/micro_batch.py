@@ -42,7 +42,7 @@ def work_of(
         value_bytes,
         config.kernels.logit_bytes("cuda" if on_gpu else "cpu"),
         config.optimizer.kind,
-        _is_fused(config, on_gpu),
+        _is_fused(config, model, on_gpu),
         config.valuation is not None,
         teacher,
         config.checkpoint.average is not None,
@@ -50,11 +50,13 @@ def work_of(
     )
 
 
-def _is_fused(config: RunConfig, on_gpu: bool) -> bool:
-    """Whether RMSNorm and SwiGLU keep as little as their operators; torch's compiler drops as much."""
+def _is_fused(config: RunConfig, model: ModelConfig, on_gpu: bool) -> bool:
+    """Whether layers keep as little as with fused operations; of RMSNorm and SwiGLU torch's compiler drops as much."""
     kernels = config.kernels
     if "reference" in (kernels.use, kernels.norms, kernels.gelu):
         return False
+    if model.norm == "layer":  # only there is the residual stream rounded
+        return on_gpu and kernels.use != "compile" and kernels.norms != "apex"
     return on_gpu or kernels.use == "auto"
 
 

@@ -92,7 +92,7 @@ def activation_bytes(
     ``tensor`` ranks divide what lies between a layer's entrance and exit. With ``sequence`` they also divide the inputs; of
     LayerNorms, what both norms' scales and shifts are applied to is kept once in place of the outputs. The statistics of norms
     and attention, some values per token, are left out. A value of the residual stream, and what a plain RMSNorm keeps, takes
-    ``stream_bytes``, any other ``work_bytes``, and so does the stream of fused Llama-like layers.
+    ``stream_bytes``, any other ``work_bytes``, and so does the stream of fused layers, but for the sequential residual of NeoX.
     """
     h, f = model.hidden_size, model.mlp_size
     inputs = 1 if model.residual == "parallel" else 2
@@ -100,8 +100,9 @@ def activation_bytes(
     plain_norms = model.norm == "rms" and not fused
     exact_bytes = stream_bytes
     # what fused layers pass on, and the inputs of linear layers that no norm precedes, are in autocast's dtype
-    last_bytes = work_bytes if fused and model.norm == "rms" and model.norm_place == "before" else stream_bytes
-    stream_bytes = work_bytes if fused and model.norm == "rms" else stream_bytes
+    rounds = fused and (model.norm == "rms" or model.residual == "parallel")
+    last_bytes = work_bytes if rounds and model.norm_place == "before" else stream_bytes
+    stream_bytes = work_bytes if rounds else stream_bytes
     if recompute == "full":
         per_layer = stream_bytes * h / divided_stream
     else:

@@ -54,8 +54,7 @@ class Transformer(nn.Module):
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers:
             x = layer(x, positions)
-        adds = getattr(self.final_layer_norm, "adds_parts", False)  # a fused one
-        return self.final_layer_norm(x if adds else add_deferred(x))
+        return last_normed(self.final_layer_norm, x)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(b, s) token ids to (b, s, v) logits, padded rows cut off. For inspection: training uses ``loss``."""
@@ -88,3 +87,9 @@ def add_deferred(x: Stream) -> Tensor:
     if isinstance(x, neox.DeferredResidual):
         return give_bias_gradients(x.x + x.attn_out + x.mlp_out, *x.biases)
     return x if isinstance(x, Tensor) else x.x + x.out
+
+
+def last_normed(norm: nn.Module, x: Stream) -> Tensor:
+    """The stream after the last layer, normed; a fused ``norm`` adds its parts itself."""
+    normed: Tensor = norm(x if getattr(norm, "adds_parts", False) else add_deferred(x))
+    return normed

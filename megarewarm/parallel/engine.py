@@ -125,11 +125,10 @@ class ParallelModel(LaidOutModel):
         count = self._count_targets(tokens)
         self._rows = [] if per_row else None
         try:
-            totals = (
-                self._pipelined(tokens, self.teacher)
-                if self._pipeline is not None
-                else self._accumulated(tokens, between, self.teacher)
-            )
+            if self._pipeline is not None:
+                totals = self._pipelined(tokens, self.teacher)
+            else:
+                totals = self._accumulated(tokens, between, self.teacher)
             each = None if self._rows is None else [float(loss) for loss in self._rows[: len(rows)]] or [0.0] * len(rows)
         finally:
             self._rows = None
@@ -182,7 +181,8 @@ class ParallelModel(LaidOutModel):
     def _pipeline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """What a pipeline differentiates of the next micro-batch, whose order its schedules keep."""
         if self.teacher is None or self._taught is None:
-            return self._cross_entropy(hidden, targets)[0] * self._scale()
+            scale = torch.full((), self._scale(), device=hidden.device)
+            return self._cross_entropy(hidden, targets, scale)[0] * scale
         taught = self._taught.popleft()
         if not torch.is_grad_enabled():
             return self._rows_apart(self.teacher, hidden, targets, taught)
@@ -210,7 +210,7 @@ class ParallelModel(LaidOutModel):
         if total.is_cuda:
             tokens = tokens.pin_memory()  # a copy out of other memory would wait for what the device has yet to do
         parts = list(tokens.split(self.micro_batch)) if len(tokens) else []
-        own = len(parts)
+        own, scale = len(parts), torch.full((), self._scale(), device=self.mesh.device)
         if self._sharded:
             parts += [torch.zeros((1, self._sequence_length + 1), dtype=torch.int64)] * (portions - own)
         for i, part in enumerate(parts):
@@ -220,7 +220,7 @@ class ParallelModel(LaidOutModel):
                 continue
             part = part.to(self.mesh.device, non_blocking=True)
             self._expect_backward(last=i == len(parts) - 1)
-            cross, apart = self.differentiate(part, self._scale() if i < own else 0.0, teacher)
+            cross, apart = self.differentiate(part, scale if i < own else torch.zeros_like(scale), teacher)
             if len(parts) > 1:
                 self.gradients.collect()
             if i < own:
@@ -229,11 +229,11 @@ class ParallelModel(LaidOutModel):
                 distilled += apart
         return torch.stack([total, distilled])
 
-    def differentiate(self, part: Tensor, scale: float | Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor | None]:
-        """Add the gradients of ``scale`` x the summed loss of rows (b, s + 1); (cross entropy, the teacher's term), summed."""
+    def differentiate(self, part: Tensor, scale: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor | None]:
+        """Add the gradients of ``scale``, () fp32, x the summed loss of rows (b, s + 1); (cross entropy, teacher's term)."""
         with self._autocast:
             if teacher is None:
-                (loss, _), apart = self._loss(part), None
+                (loss, _), apart = self._loss(part, scale), None
                 cross = loss.detach()
             else:
                 loss, cross, apart = self._distilled_loss(teacher, part)
@@ -257,14 +257,14 @@ class ParallelModel(LaidOutModel):
         targets = self._documents.targets(tokens[:, :-1], tokens[:, 1:])
         return self._if_loss_owner(float((targets != IGNORE).sum()))
 
-    def _loss(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss summed, number of targets) of rows (b, s + 1) on the device, without a pipeline."""
+    def _loss(self, part: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(loss summed, targets) of rows (b, s + 1) without a pipeline. ``upstream``: the gradient that the loss will get."""
         inputs, targets = part[:, :-1], part[:, 1:]
         rules = self._documents
         if rules is None:
-            return self._cross_entropy(self._modules[0](inputs), targets)
+            return self._cross_entropy(self._modules[0](inputs), targets, upstream)
         hidden = self._modules[0](rules.ids(inputs), rules.starts(inputs))
-        return self._cross_entropy(hidden, rules.targets(inputs, targets))
+        return self._cross_entropy(hidden, rules.targets(inputs, targets), upstream)
 
     def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
@@ -426,25 +426,25 @@ class ParallelModel(LaidOutModel):
         inputs, targets = inputs.contiguous().to(self.mesh.device), targets.contiguous().to(self.mesh.device)
         return (inputs, targets, None) if rules is None else (rules.ids(inputs), targets, rules.starts(inputs))
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss summed over (b, s) targets, and their number, from the hidden states after the last norm."""
         if self._rows is None:
-            return self._summed(hidden, targets)
-        each = [self._summed(hidden[i : i + 1], targets[i : i + 1]) for i in range(len(hidden))]
+            return self._summed(hidden, targets, upstream)
+        each = [self._summed(hidden[i : i + 1], targets[i : i + 1], upstream) for i in range(len(hidden))]
         self._rows += [loss.detach() for loss, _ in each]
         return torch.stack([loss for loss, _ in each]).sum(), torch.stack([count for _, count in each]).sum()
 
-    def _summed(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _summed(self, hidden: Tensor, targets: Tensor, upstream: Tensor | None) -> tuple[Tensor, Tensor]:
         whole = hidden if self._tensor is None else self._tensor.enter(hidden)
         if self._by_position is None:
-            return self._sum_of(whole, targets)
+            return self._sum_of(whole, targets, upstream)
         return self._by_position.add(whole, targets, self._sum_of)
 
-    def _sum_of(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _sum_of(self, hidden: Tensor, targets: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As ``_cross_entropy``, of hidden states that each tensor rank has whole."""
-        head = self._modules[-1].head
+        head, group = self._modules[-1].head, None if self._tensor is None else self._tensor.group
         assert isinstance(head, Tensor)
-        group = None if self._tensor is None else self._tensor.group
         copy = self.low.get(EMBEDDING if self.config.tie_embeddings else HEAD)
         low = copy.fresh() if copy is not None and torch.is_autocast_enabled(head.device.type) else None
-        return cross_entropy(hidden, head, targets, group, self.config.vocab_size, self._loss_memory, self._loss_kernel, low)
+        settings = self.config.vocab_size, self._loss_memory, self._loss_kernel, low
+        return cross_entropy(hidden, head, targets, group, *settings, None if low is None else upstream)

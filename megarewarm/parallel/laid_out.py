@@ -88,7 +88,10 @@ class LaidOutModel:
         device = self.mesh.device
         direct = self.config.tie_embeddings if device.type == "cpu" else not no_triton(device)
         if direct and self.mesh.layout.model == 1 and not self._sharded:
-            self._modules[0].embed_in.__class__ = DirectEmbedding
+            embedding = self._modules[0].embed_in
+            embedding.__class__ = DirectEmbedding
+            assert isinstance(embedding, DirectEmbedding)
+            embedding.rounds = rounds_stream(_layers(self._modules[0])[0])
         low = self._sharded or any(rounds_stream(layer) for module in self._modules for layer in _layers(module))
         self._stream_dtype = self._dtype if low else torch.float32
 

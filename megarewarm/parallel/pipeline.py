@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megarewarm.config.execution import ParallelConfig
 from megarewarm.errors import UserError
 from megarewarm.model.positions import positions_of
-from megarewarm.model.transformer import Transformer, add_deferred
+from megarewarm.model.transformer import Transformer, add_deferred, last_normed
 from megarewarm.parallel.forward_only import ForwardOnly
 
 Order = Literal["1f1b", "interleaved", "zero_bubble"]
@@ -107,8 +107,7 @@ class StageModule(nn.Module):
         positions = positions_of(length, self.config, x, starts)
         for layer in self.layers.values():
             x = layer(x, positions)
-        x = add_deferred(x)
-        return self.final_layer_norm(x) if self.last else x
+        return last_normed(self.final_layer_norm, x) if self.last else add_deferred(x)
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from megarewarm_kernels import linear_cross_entropy
 from megarewarm_kernels.loss.logit_passes import define_statistics, log_terms, logit_gradient_, logit_statistics
 
-from tests.support.loss_cases import IGNORE, arguments, assert_as_exact_as_torch, errors, results
+from tests.support.loss_cases import IGNORE, arguments, assert_as_exact_as_torch, by_torch, errors, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -49,13 +49,42 @@ def test_twice_the_same_bits_and_near_the_definition(dtype: torch.dtype, budget:
     assert max(errors(once, [x.cpu().double() for x in plain])) < max(8 * torch.finfo(dtype).eps, 2e-5)
 
 
-def test_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [2**31, 2**22])
+def test_a_known_upstream_gradient(dtype: torch.dtype, budget: int) -> None:
+    """Three micro-batches, the weight's gradient added by the product: as near to float64 as autograd's way."""
+    hidden, weight, targets = arguments(512, 64, 8192, 8100, dtype)
+    asked: dict[str, Any] = {"valid_rows": 8100, "z_loss": 0.01}
+    true = [
+        3 * x for x in results(lambda h, w: by_torch(h, w, targets, valid=8100, z_loss=0.01), hidden.double(), weight.double())
+    ]
+    hidden, weight, targets = hidden.cuda(), weight.cuda(), targets.cuda()
+    found = []
+    for upstream in (torch.tensor(0.375, device="cuda"), None):
+        states, head = hidden.clone().requires_grad_(), weight.float().requires_grad_()
+        for _ in range(3):
+            known: dict[str, Any] = {"low": head.detach().to(dtype), "memory_budget": budget, "upstream": upstream}
+            loss, _ = linear_cross_entropy(states, head, targets, **asked, **known)
+            (0.375 * loss).backward()
+        assert states.grad is not None and head.grad is not None and not head.grad[8100:].any()
+        found.append(errors([states.grad.cpu(), head.grad.cpu()], true[1:]))
+    assert all(mine <= 1.2 * other + 1e-6 for mine, other in zip(*found, strict=True)), found
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_nothing_waits_for_the_device(known: bool) -> None:
     hidden, weight, targets = (x.cuda() for x in arguments(64, 64, 1024, 1000, torch.bfloat16))
-    asked: dict[str, Any] = {"valid_rows": 1000, "z_loss": 0.01, "memory_budget": 2**16}
-    results(lambda h, w: linear_cross_entropy(h, w, targets, **asked)[0], hidden, weight)
+    head, upstream = weight.float().requires_grad_(), torch.tensor(0.375, device="cuda") if known else None
+    asked: dict[str, Any] = {"valid_rows": 1000, "z_loss": 0.01, "memory_budget": 2**16, "low": weight, "upstream": upstream}
+
+    def step() -> None:
+        loss, _ = linear_cross_entropy(hidden.clone().requires_grad_(), head, targets, **asked)
+        (loss * 0.375).backward()
+
+    step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        results(lambda h, w: linear_cross_entropy(h, w, targets, **asked)[0], hidden, weight)
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -143,6 +143,42 @@ def test_the_passes_touch_nothing_but_their_rows(dtype: torch.dtype, ignore: int
     assert torch.equal(before.view(torch.uint8), band.view(torch.uint8)), "the surroundings are unchanged"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_is_multiplied_before_it_is_rounded(dtype: torch.dtype) -> None:
+    """By a power of two the bits of what is multiplied afterwards, where the numbers stay within the dtype's normal ones."""
+    logits = (2 * torch.randn(5, 4100, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.tensor([0, 4099, IGNORE, 3, 4096])
+    log_sum, log_p = log_terms(logit_statistics(logits, targets, 0, 4100, IGNORE))
+    plain, large, odd = (logits.clone() for _ in range(3))
+    for each, upstream in ((plain, None), (large, torch.tensor(64.0)), (odd, torch.tensor(3e-3))):
+        logit_gradient_(each, targets, log_sum, torch.expm1(log_p), 0, 4100, IGNORE, 0.0, upstream)
+    small = plain.abs() <= torch.finfo(dtype).smallest_normal
+    assert torch.equal(large.masked_fill(small, 0), (plain * 64).masked_fill(small, 0)) and plain[4].any()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(odd.double(), 3e-3 * plain.double(), rtol=eps, atol=2**-24 if dtype == torch.float16 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "valid", "budget"), [(130, 121, 2**26), (257, 257, 16 * 320 * 2)])
+def test_a_known_upstream_gradient(dtype: torch.dtype, rows: int, valid: int, budget: int, empty_is_nan: None) -> None:
+    """The weight's gradient of two micro-batches is added where it lies; one chunk: autograd's bits, by a power of two."""
+    hidden, weight, targets = arguments(37, 24, rows, valid, dtype)
+    asked: dict[str, Any] = {"valid_rows": valid, "z_loss": 0.01, "memory_budget": budget, "low": weight}
+    found = []
+    for upstream in (torch.tensor(2.0**-9), None):
+        states, head = hidden.clone().requires_grad_(), weight.float().requires_grad_()
+        for _ in range(2):
+            loss, _ = linear_cross_entropy(states, head, targets, upstream=upstream, **asked)
+            assert upstream is None or head.grad is not None
+            (loss * 2.0**-9).backward()
+        assert states.grad is not None and head.grad is not None and not head.grad[valid:].any()
+        found.append([states.grad, head.grad])
+    for mine, other in zip(*found, strict=True):
+        if budget == 2**26:
+            assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4 * float(other.abs().max()))
+
+
 def test_guard_bands_around_the_arguments() -> None:
     hidden, weight, targets = arguments(19, 8, 130, 125, torch.float32)
     bands, guarded = [], []

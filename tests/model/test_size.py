@@ -134,6 +134,22 @@ def test_activations_are_those_that_are_saved(changes: dict[str, Any], b: int, s
     assert activation_bytes(config, b * s, recompute=recompute_what) == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+@pytest.mark.parametrize("residual", ["parallel", "sequential"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_activations_under_autocast(fused: bool, residual: str, what: Any) -> None:
+    """Fused layers with the parallel residual pass on a rounded stream, also to the last norm; the first one gets it exact."""
+    config = ModelConfig(num_layers=3, hidden_size=64, num_heads=4, vocab_size=50, residual=residual)
+    model = Transformer(config)
+    if fused:
+        fuse(model, Operations(norms="triton", gelu="triton"))
+    with torch.autocast("cpu", torch.bfloat16):
+        held = saved_bytes(model, what, 4, 32)
+    first = 128 * 64 * 2 if what == "full" and fused and residual == "parallel" else 0
+    expected = activation_bytes(config, 128, recompute=what, fused=fused, work_bytes=2)
+    assert expected + first == pytest.approx(held, rel=0.05)
+
+
 # ---- Llama's relatives --------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.start import inputs
 from megarewarm.training.trainer import train
 from tests.support.family_shapes import shape
+from tests.support.loss_cases import in_place
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -164,6 +165,15 @@ def test_replayed_micro_batches_are_the_steps_bit_for_bit(
     assert _steps(model) == _steps(ordinary) and _same(model, ordinary)
     # of three whole micro-batches a step the very first is computed launch by launch, as the fourth, smaller one always is
     assert captures.replays == [8] and not warnings
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_replay_reads_what_the_heads_gradient_is_multiplied_by(captures: Captures, flat: bool) -> None:
+    """In its product's place; the number of targets and the loss scale differ from step to step."""
+    model, ordinary = _graphed(_model(SHAPE, flat=flat)), _model(SHAPE, flat=flat)
+    with in_place() as calls:
+        assert _steps(model) == _steps(ordinary) and _same(model, ordinary)
+    assert captures.replays == [8] and calls and all(calls)
 
 
 MOVED = "kernels.graph: other parameters train, or gradients have moved in memory: the micro-batch is captured again"

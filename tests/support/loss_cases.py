@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from megarewarm_kernels import linear_cross_entropy
+from megarewarm_kernels.loss import logits_in_place
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,3 +77,20 @@ def assert_as_exact_as_torch(
         rounding = 8 * torch.finfo(torch.float32).eps if number == 0 else torch.finfo(dtype).eps
         assert mine <= 2 * other + rounding, f"result {number}: error {mine:.3g}, torch has {other:.3g}"
     return pairs
+
+
+@contextmanager
+def in_place(*, direct: bool = True) -> Iterator[list[bool]]:
+    """The loss in the form of a GPU, by its kernels' definitions; of its calls with a known gradient, whether they took it.
+    Not ``direct``: none does."""
+    calls: list[bool] = []
+    takes = logits_in_place.takes_upstream
+
+    def asked(weight: Tensor, dtype: torch.dtype) -> bool:
+        calls.append(direct and takes(weight, dtype))
+        return calls[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(logits_in_place, "applies", lambda *_: True)
+        patched.setattr(logits_in_place, "takes_upstream", asked)
+        yield calls

@@ -33,6 +33,7 @@ def linear_cross_entropy(
     memory_budget: int = 64 * MIB,
     kernel: str = "auto",
     low: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens of ``-log softmax(z)[target] + z_loss logsumexp(z)^2`` with z = hidden @ weight.T, and their number.
 
@@ -48,6 +49,7 @@ def linear_cross_entropy(
         kernel: "triton"; "reference" for plain PyTorch; "auto" for Triton where it is there and the tensors are on CUDA,
             in at most fp32.
         low: ``weight`` in the dtype of the products, where it is there already; None: it is cast.
+        upstream: () fp32 on the tensors' device, the gradient that the loss will get, where the caller knows it; see below.
 
     Returns:
         The loss, a scalar in fp32 (fp64 for fp64 inputs), and the count, an int64 scalar. Both stay on the device.
@@ -56,8 +58,14 @@ def linear_cross_entropy(
     for x, and the outer product of the bracket with x for W. Softmax and the target's ``p - 1`` are computed in fp32 and
     W's gradient is summed over chunks in fp32, whatever the inputs. Under autocast both matrices are multiplied in
     autocast's dtype. Backward only scales the stored gradients; a second backward computes them again. With Triton, logits
-    exist once, in the products' dtype, and their gradient in their place. Raises ValueError on wrong shapes or dtypes, for
-    another ``kernel``, and for "triton" where it can't be had.
+    exist once, in the products' dtype, and their gradient in their place.
+
+    ``upstream`` saves passes over both gradients, with Triton, in bf16 and fp32, where W is a leaf in fp32 or frozen; else it
+    is not used. The logits' gradient is multiplied by it before it is rounded, and the forward pass adds W's gradient to
+    ``weight.grad`` (made where it is None) by the product itself: no hook and no ``autograd.grad`` sees it. Backward must then
+    be called, once, with that number, which the device checks.
+
+    Raises ValueError on wrong shapes or dtypes, for another ``kernel``, and for "triton" where it can't be had.
     """
     rows = weight.shape[0] if valid_rows is None else valid_rows
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
@@ -71,24 +79,18 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     check_copy(low, weight, dtype)
     tracked = torch.is_grad_enabled()
+    needs = tracked and hidden.requires_grad, tracked and weight.requires_grad
+    count = (targets != ignore_index).sum()
     triton = logits_in_place.applies(kernel, hidden.device, dtype)
-    loss = _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        low,
-        targets,
-        rows,
-        ignore_index,
-        z_loss,
-        logits_in_place.chunk_of(hidden.shape[0], rows, dtype, memory_budget)
-        if triton
-        else _chunk(hidden.shape[0], rows, dtype, memory_budget, device),
-        dtype,
-        triton,
-        tracked and hidden.requires_grad,
-        tracked and weight.requires_grad,
-    )
-    return loss, (targets != ignore_index).sum()
+    tensors = hidden, weight, low, targets
+    if triton:
+        chunk = logits_in_place.chunk_of(hidden.shape[0], rows, dtype, memory_budget)
+        if upstream is not None and logits_in_place.takes_upstream(weight, dtype):
+            settings = 0, rows, ignore_index, z_loss, chunk, dtype, *needs, None
+            return logits_in_place.KnownUpstream.apply(*tensors, upstream, *settings), count
+    else:
+        chunk = _chunk(hidden.shape[0], rows, dtype, memory_budget, device)
+    return _LinearCrossEntropy.apply(*tensors, rows, ignore_index, z_loss, chunk, dtype, triton, *needs), count
 
 
 def reference(

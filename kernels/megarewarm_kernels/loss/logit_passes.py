@@ -64,8 +64,17 @@ def define_statistics(logits: Tensor, targets: Tensor, first: int, valid: int, i
 
 
 def _define_gradient(
-    logits: Tensor, targets: Tensor, log_sum: Tensor, special: Tensor, first: int, valid: int, ignore_index: int, z_loss: float
+    logits: Tensor,
+    targets: Tensor,
+    log_sum: Tensor,
+    special: Tensor,
+    first: int,
+    valid: int,
+    ignore_index: int,
+    z_loss: float,
+    upstream: Tensor | None = None,
 ) -> None:
+    """``upstream``: () fp32, by which the gradient is multiplied before it is rounded; None: 1."""
     kind = exact(logits.dtype)
     dz = torch.zeros_like(logits, dtype=kind)
     if valid:
@@ -75,7 +84,7 @@ def _define_gradient(
         local = local[:, None]
         p.scatter_(1, local, torch.where(here[:, None], special[:, None], p.gather(1, local)))
         dz[:, :valid] = p.masked_fill_((targets == ignore_index)[:, None], 0)
-    logits.copy_(dz)
+    logits.copy_(dz if upstream is None else dz.mul_(upstream))
 
 
 if HAS_TRITON:
@@ -115,12 +124,14 @@ if HAS_TRITON:
         targets_ptr,
         log_sum_ptr,
         special_ptr,
+        upstream_ptr,
         width,
         stride,
         first,
         valid,
         ignored,
         z_loss,
+        SCALED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -134,6 +145,8 @@ if HAS_TRITON:
         # in 32 bits, as the columns are; a target elsewhere matches none, or a padding column, which becomes 0
         dz = tl.where(column == (target - first).to(tl.int32), tl.load(special_ptr + row), dz)
         dz = tl.where(column < tl.where(target == ignored, 0, valid), dz, 0.0)
+        if SCALED:
+            dz *= tl.load(upstream_ptr)
         tl.store(place, dz.to(logits_ptr.dtype.element_ty), mask=inside)
 
     def _kernel_statistics(logits: Tensor, targets: Tensor, first: int, valid: int, ignore_index: int) -> Tensor:
@@ -146,15 +159,17 @@ if HAS_TRITON:
             statistics_pass[(rows,)](logits, targets.contiguous(), found, *numbers, BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH)
         return found
 
-    def _kernel_gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, special: Tensor, *numbers: Any) -> None:
+    def _kernel_gradient(logits: Tensor, targets: Tensor, log_sum: Tensor, special: Tensor, *rest: Any) -> None:
         if logits.dtype == torch.float64:
-            _define_gradient(logits, targets, log_sum, special, *numbers)
+            _define_gradient(logits, targets, log_sum, special, *rest)
             return
+        *numbers, upstream = (*rest, None)[:5]
         rows, width = _rows(logits)
         if rows and width:
-            vectors = targets.contiguous(), log_sum.contiguous(), special.contiguous()
+            vectors = targets.contiguous(), log_sum.contiguous(), special.contiguous(), upstream
+            choice = {"SCALED": upstream is not None, "BLOCK": _BLOCK, "num_warps": _WARPS}
             grid = (rows, triton.cdiv(width, _BLOCK))
-            gradient_pass[grid](logits, *vectors, width, logits.stride(0), *numbers, BLOCK=_BLOCK, num_warps=_WARPS, **LAUNCH)
+            gradient_pass[grid](logits, *vectors, width, logits.stride(0), *numbers, **choice, **LAUNCH)
 
     def _rows(logits: Tensor) -> tuple[int, int]:
         rows, width = logits.shape

@@ -6,10 +6,12 @@ Shared by the loss on one device and the loss over a divided vocabulary. The pro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megarewarm_kernels.loss.logit_passes import at_target, log_terms, logit_gradient_, logit_statistics, loss_of
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
@@ -75,12 +77,15 @@ def compute(
     need_weight: bool,
     group: dist.ProcessGroup | None = None,
     low: Tensor | None = None,
+    upstream: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () in fp32, gradient of hidden (t, h) in ``dtype``, gradient of weight (v, h) in fp32; empty where not needed.
 
     The first ``valid`` rows of ``weight`` are classes ``first`` and following, the others are padding; with a ``group``
     other ranks have the other classes, and the gradient of hidden is this rank's part of a sum. ``low``: ``weight`` in
-    ``dtype``, if it is there.
+    ``dtype``, if it is there. ``upstream``: () fp32, by which both gradients are multiplied; None: 1. ``total``: (v, h) fp32,
+    to which that of weight is added, and which is returned in its place.
     """
     tokens = hidden.shape[0]
     # Padding rows are multiplied too, as far as they make the rows of logits aligned: their gradient is 0.
@@ -88,9 +93,11 @@ def compute(
     head = (weight if low is None else low)[:columns].to(dtype)
     loss = hidden.new_zeros((), dtype=torch.float64)  # however many chunks there are
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype)
-    grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
-    if need_weight:
-        (grad_weight[columns:] if tokens else grad_weight).zero_()
+    grad_weight = total
+    if grad_weight is None:
+        grad_weight = weight.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32)
+        if need_weight:
+            (grad_weight[columns:] if tokens else grad_weight).zero_()
     if need_hidden and not columns:
         grad_hidden.zero_()
     buffer = torch.empty((min(chunk, tokens), width_of(columns)), dtype=dtype, device=hidden.device)
@@ -108,9 +115,49 @@ def compute(
         if not columns or not (need_hidden or need_weight):
             continue
         special = at_target(log_sum, log_p, z_loss)
-        logit_gradient_(whole, target, log_sum, special, first, valid, ignore_index, z_loss)
+        logit_gradient_(whole, target, log_sum, special, first, valid, ignore_index, z_loss, upstream)
         if need_hidden:
             torch.mm(logits, head, out=grad_hidden[part])
         if need_weight:
-            accumulate(grad_weight[:columns], logits, x, first=start == 0)
+            accumulate(grad_weight[:columns], logits, x, first=start == 0 and total is None)
     return loss.float(), grad_hidden, grad_weight
+
+
+def takes_upstream(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``KnownUpstream`` is right for ``weight`` and products in ``dtype``.
+
+    Not in fp16, whose smallest number is 6e-8: the gradient of a wrong token's logit, some 1 / v, times a mean's 1 / targets
+    keeps few digits, or none, where the loss's scale is below the number of targets. bf16 has fp32's exponents.
+    """
+    has_place = not weight.requires_grad or (weight.is_leaf and weight.dtype == torch.float32)
+    return has_place and dtype in (torch.bfloat16, torch.float32) and torch.is_grad_enabled()
+
+
+class KnownUpstream(torch.autograd.Function):
+    """``compute`` where the loss's gradient is known (``takes_upstream``): after the forward pass that of weight is in
+    ``weight.grad``, and that of hidden waits for the backward pass as it is. ``settings``: as ``compute``'s, to the group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, low: Tensor | None, targets: Tensor, upstream: Tensor, *settings: Any
+    ) -> Tensor:
+        need_weight = ctx.needs_input_grad[1]
+        total = weight.grad if need_weight else None
+        given: tuple[Any, ...] = hidden, weight, targets, *settings, low, upstream, total
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, ctx.grad_hidden, found = compute(*given)
+        if need_weight and total is None:
+            weight.grad = found
+        ctx.save_for_backward(upstream)
+        ctx.dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream,) = ctx.saved_tensors
+        if ctx.grad_hidden is None:
+            raise RuntimeError("the weight has its gradient of this loss already: a second backward pass can't be had")
+        torch._assert_async(grad == upstream, "the loss's gradient is not the 'upstream' that the gradients were multiplied by")
+        grad_hidden, ctx.grad_hidden = ctx.grad_hidden, None
+        return grad_hidden.to(ctx.dtype) if ctx.needs_input_grad[0] else None, *(None,) * (len(ctx.needs_input_grad) - 1)

@@ -34,6 +34,7 @@ def sharded_linear_cross_entropy(
     memory_budget: int = 64 * MIB,
     kernel: str = "auto",
     low: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``linear_cross_entropy`` of a head W (v, h) whose rows are divided between the T ranks of ``group``.
 
@@ -44,7 +45,8 @@ def sharded_linear_cross_entropy(
         targets: (t,) int64, equal on all ranks, each below ``vocab_size`` or equal to ``ignore_index``.
         group: the ranks; each calls this function with the same sizes and settings.
         vocab_size: v without padding.
-        ignore_index, z_loss, kernel, low: as for ``linear_cross_entropy``; z-loss takes log-sum-exp over all ranks' logits.
+        ignore_index, z_loss, kernel, low, upstream: as for ``linear_cross_entropy``; z-loss takes log-sum-exp over all ranks'
+            logits.
         memory_budget: bytes of logits (with "reference": of logits in fp32) that are held at a time, at least one token's.
 
     Returns:
@@ -65,8 +67,10 @@ def sharded_linear_cross_entropy(
     tracked = torch.is_grad_enabled()
     needs = tracked and hidden.requires_grad, tracked and weight.requires_grad
     settings = rank * rows, valid, ignore_index, z_loss, chunk, dtype, *needs, group
-    loss = _ShardedLinearCrossEntropy.apply(hidden, weight, low, targets, triton, settings)
-    return loss, (targets != ignore_index).sum()
+    count = (targets != ignore_index).sum()
+    if triton and upstream is not None and logits_in_place.takes_upstream(weight, dtype):
+        return logits_in_place.KnownUpstream.apply(hidden, weight, low, targets, upstream, *settings), count
+    return _ShardedLinearCrossEntropy.apply(hidden, weight, low, targets, triton, settings), count
 
 
 def check_shards(hidden: Tensor, weight: Tensor, targets: Tensor, group: dist.ProcessGroup, vocab_size: int) -> None:
