@@ -17,21 +17,21 @@ from tests.support.tiny import mapping
 PIECE = 40 << 20  # bytes, of which the system gives 10,240 pages
 
 
-def faults() -> int:
-    """Page faults of an allocation like others before it."""
+def faults() -> list[int]:
+    """Page faults of an allocation, and of two like it."""
     found = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         b"x" * PIECE
         found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    return min(found)
+    return found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_inside_a_run_and_after_it(tmp_path: Path, precision: str) -> None:
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("needs glibc")
-    found: list[int] = []
+    found: list[list[int]] = []
 
     def count(event: dict[str, Any]) -> None:
         if event["event"] == "train":
@@ -39,7 +39,8 @@ def test_inside_a_run_and_after_it(tmp_path: Path, precision: str) -> None:
 
     settings = mapping(tmp_path, training={"budget": 2, "precision": precision, "device": "cpu"})
     assert megarewarm.train(megarewarm.load_config(settings), [count], quiet=True).exit_code == 0
-    assert len(found) == 2 and max(found) < 1_000 and faults() > 10_000
+    assert len(found) == 2 and all(min(counts) < 1_000 for counts in found)
+    assert faults()[0] > 10_000, "also where a hole in the heap is large enough"
 
 
 def test_of_many_parameters_in_fp32_it_is_returned() -> None:
