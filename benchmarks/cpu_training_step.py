@@ -41,10 +41,9 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from megarewarm.parallel.laid_out import DTYPES
     from megarewarm.parallel.mesh import Layout, Mesh
     from megarewarm.parallel.ranks import Ranks
-    from megarewarm.process import keep_freed_memory
+    from megarewarm.process import freed_memory_kept
+    from megarewarm.training.start.memory import keeps_freed_memory
 
-    if arguments.precision != "fp32":
-        keep_freed_memory()  # as the trainer
     config, device = model_config(arguments), torch.device("cpu")
     operations, _ = choose_operations(KernelsConfig(), config, device, DTYPES[arguments.precision], documents=False)
     model = ParallelModel(
@@ -58,6 +57,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     )
     model.initialize(1)
     optimizer = AdamW(model.parameters, model.cards, OptimizerConfig())
+    if keeps_freed_memory(model.parameters.values(), device, arguments.precision):  # as the trainer
+        freed_memory_kept().__enter__()  # until the process ends
 
     def step(rows: Any) -> float:
         model.gradients.zero()

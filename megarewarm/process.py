@@ -59,16 +59,29 @@ def begin() -> None:
     _on_interrupt(_end_at_once)
 
 
-def keep_freed_memory() -> None:
-    """From now on the C library keeps freed memory for later allocations, of any size, until the process ends.
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, the C library keeps freed memory for later allocations, of any size.
 
-    glibc returns pieces of more than 32 MiB to the system at once, whose next use costs a page fault for every 4 KiB. Does
-    nothing with another C library.
+    glibc returns pieces of more than 32 MiB to the system at once, and others at the end of its heap; their next use costs a
+    page fault for every 4 KiB. Afterwards it returns them again. Does nothing with another C library.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        setting = ctypes.CDLL(None).mallopt
-        for name, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD: never; M_MMAP_MAX: none (malloc.h)
-            setting(name, value)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # malloc.h
+    try:
+        library = ctypes.CDLL(None)
+        mallopt, malloc_trim = library.mallopt, library.malloc_trim
+    except (AttributeError, OSError):
+        yield
+        return
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+    try:
+        yield
+    finally:
+        # where glibc's own thresholds end, which don't move any more once one was set
+        for name, value in ((trim_threshold, 64 << 20), (mmap_threshold, 32 << 20), (mmap_max, 65536)):
+            mallopt(name, value)
+        malloc_trim(0)
 
 
 def run(main: Callable[[], int | None], *, stopped: str = "stopped") -> NoReturn:

@@ -22,7 +22,6 @@ from megarewarm.parallel.laid_out import DTYPES
 from megarewarm.parallel.loss_scaler import LossScaler
 from megarewarm.parallel.mesh import Mesh
 from megarewarm.parallel.ranks import Ranks
-from megarewarm.process import keep_freed_memory
 from megarewarm.training.run import RNG, Batch, Run, moment_tensors
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start.averaging import Average, averaging, begun
@@ -81,8 +80,6 @@ def _make_model(plan: Plan, ranks: Ranks, inputs: Inputs) -> tuple[Mesh, Paralle
     config = plan.config
     torch.manual_seed(config.training.seed + ranks.rank)
     _choose_algorithms(config.kernels.deterministic)
-    if ranks.device.type == "cpu" and inputs.precision != "fp32":
-        keep_freed_memory()  # page faults of gradients are 7 % of a step; in fp32 they don't count
     mesh = Mesh(ranks, inputs.layout)
     model = ParallelModel(
         plan.model,

@@ -16,6 +16,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.parallel.agreement import gather
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
+from megarewarm.process import freed_memory_kept
 from megarewarm.spelling import duration_text
 from megarewarm.training.after_step.order import PARTS
 from megarewarm.training.after_step.part import Context, Moment, Outcome
@@ -35,6 +36,7 @@ from megarewarm.training.setup import build
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluation_cost import evaluation_cost, evaluation_note, tokens_held
 from megarewarm.training.start.inputs import check_place, check_training
+from megarewarm.training.start.memory import keeps_freed_memory
 from megarewarm.training.start.own_replay import with_own_replay
 from megarewarm.training.start.plan import Plan, make_plan
 from megarewarm.training.start.saving import retention
@@ -73,6 +75,8 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
         with logged_notes() as logged:
             run = build(plan, ranks)
         opened.callback(run.batches.close)
+        if keeps_freed_memory(run.model.parameters.values(), ranks.device, run.inputs.precision):
+            opened.enter_context(freed_memory_kept())
         plan = run.plan
         run.notes += [*lengths, *written, *logged]
         limit = TimeLimit(config.reliability.max_wall_time, ranks.began, os.environ)

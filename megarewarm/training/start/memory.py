@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from megarewarm.parallel.launchers import Launch
 from megarewarm.spelling import bytes_text
 
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_FEW = 100_000_000
+"""Parameters: of 70 million a step in fp32 takes 0.97 of the time without page faults, of 135 million 0.99."""
 
 
 def machine_memory() -> int:
@@ -32,6 +34,13 @@ def machine_memory() -> int:
 def free_memory(device: torch.device, ranks: int) -> float:
     """Bytes that one of ``ranks`` has to itself: free on its GPU, or its share of this machine's memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine_memory() / ranks
+
+
+def keeps_freed_memory(parameters: Iterable[torch.Tensor], device: torch.device, precision: str) -> bool:
+    """Whether a rank with these parameters keeps what a step frees for the next: on a CPU, in bf16 and fp16, and in fp32 if
+    they are few. With many, page faults are 1 % of a step, and the memory is worth more."""
+    few = sum(parameter.numel() for parameter in parameters) <= _FEW
+    return device.type == "cpu" and (few or precision != "fp32")
 
 
 def remedies(run: RunConfig) -> str:
