@@ -106,7 +106,8 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="bf16, fp16: autocast over fp32 master weights, fp16 with dynamic loss scaling. auto: bf16 on GPUs that "
-        "have it, fp32 elsewhere. bf16 is also faster on CPUs that compute in it (avx512_bf16, amx_bf16).",
+        "have it, fp32 elsewhere. bf16 is also faster on CPUs that compute in it (AVX512_BF16, AMX, ARM's BF16), where a line "
+        "at the start says so for models of 1M parameters or more.",
     )
     loss_scale: LossScaleConfig = LossScaleConfig()
     recompute: Literal["none", "selective", "full"] = Field(
@@ -276,11 +277,11 @@ class KernelsConfig(Section):
         description="Bias and GELU in one pass (triton), or as part of the products around them (cublaslt): of gelu_tanh, in "
         "bf16 and fp16 on GPUs. Never chosen by itself, since no GPU has run it.",
     )
-    attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference"] | None = Field(
+    attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "blocks", "sdpa", "reference"] | None = Field(
         None,
         description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, megarewarm's own (which keeps documents apart "
-        "and can be deterministic), PyTorch's choice, or the definition. auto: the fastest that fits. If one does not "
-        "fit, the next one is used, with a note.",
+        "and can be deterministic), its blocks of batched products for bf16 on CPUs with AVX512_BF16 (blocks), PyTorch's "
+        "choice, or the definition. auto: the fastest that fits. If one does not fit, the next one is used, with a note.",
     )
     loss: Literal["triton", "reference"] | None = Field(
         None, description="Softmax and cross entropy between the head's products."

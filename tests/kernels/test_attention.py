@@ -34,7 +34,7 @@ def backend(name: str) -> Callable[..., Tensor]:
     return lambda *given, **named: attention(*given, **named, backend=name)
 
 
-IMPLEMENTATIONS = ("flash", "sdpa", "reference")
+IMPLEMENTATIONS = ("flash", "blocks", "sdpa", "reference")
 WAYS: dict[str, dict[str, Any]] = {
     "2 queries a key": {"group": 2},
     "6 queries a key": {"group": 6},
@@ -282,7 +282,29 @@ def test_the_choice_on_a_gpu(
     assert name == expected and reason
 
 
-def test_the_choice_on_a_cpu() -> None:
+@pytest.mark.parametrize(
+    ("found", "dtype", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, BF16, "blocks"),
+        ({"avx512_bf16": True, "amx_bf16": True}, BF16, "sdpa"),
+        ({"avx512_bf16": False}, BF16, "sdpa"),
+        ({"bf16": True}, BF16, "sdpa"),
+        ({}, BF16, "sdpa"),
+        ({"avx512_bf16": True}, FP32, "sdpa"),
+        ({"avx512_bf16": True}, torch.float16, "sdpa"),
+    ],
+)
+def test_the_choice_by_the_cpus_arithmetic(
+    found: dict[str, bool], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert choose("cpu", dtype, 64)[0] == expected
+    asked, _ = choose("cpu", dtype, 64, wanted="blocks")
+    assert asked == ("sdpa" if dtype == torch.float16 else "blocks"), "what is asked for needs no other arithmetic"
+
+
+def test_the_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert choose("cpu", BF16, 64)[0] == "sdpa"
     name, reason = choose("cpu", BF16, 64, documents=True, deterministic=True, wanted="flash3")
     assert name == "sdpa" and "flash3 runs on CUDA only" in reason
@@ -301,7 +323,8 @@ def test_giving_way_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
             results(backend("flash2"), case)
         results(backend("auto"), case)
     assert [record.message for record in caplog.records] == [
-        "attention is computed by 'sdpa', not by 'flash2' as asked: flash2 runs on CUDA only; triton runs on CUDA only"
+        "attention is computed by 'sdpa', not by 'flash2' as asked: flash2 runs on CUDA only; triton runs on CUDA only; "
+        "blocks is faster in bf16 on CPUs with AVX512_BF16 only"
     ]
 
 

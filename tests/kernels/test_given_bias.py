@@ -16,7 +16,7 @@ from torch.utils import checkpoint
 from tests.support.attention_cases import by_torch, starts_of
 from tests.support.joined_cases import joined, true_gradients
 
-BACKENDS = ["sdpa", "reference", "triton"]
+BACKENDS = ["blocks", "sdpa", "reference", "triton"]
 """As on a CPU: torch's, the definition, the definition of this package's own."""
 
 

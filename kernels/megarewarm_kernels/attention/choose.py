@@ -27,12 +27,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megarewarm_kernels.attention import rotary
+from megarewarm_kernels.attention.blocks import blocks_attention, is_faster
 from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, first_seen, flash_attention, reference, visible
 from megarewarm_kernels.attention.joined_gradients import join_gradients_of
 from megarewarm_kernels.layer.given_bias import give_bias_gradients
 from megarewarm_kernels.operators import HAS_TRITON, INTERPRETED
 
-BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "triton", "sdpa", "reference")
+BACKENDS = ("flash4", "flash3", "cudnn", "flash2", "triton", "blocks", "sdpa", "reference")
 """In the order in which they are tried."""
 
 _MODULES = {"flash4": "flash_attn.cute.interface", "flash3": "flash_attn_interface", "flash2": "flash_attn"}
@@ -90,6 +91,8 @@ def attention(
     if name in _MODULES:
         return _by_flash(name, query, key, value, window, starts).flatten(2)
     first = first_seen(qkv.shape[1], window, starts, qkv.device)
+    if name == "blocks":
+        return blocks_attention(query, key, value, first).flatten(2)
     return _by_torch(name, query, key, value, first, deterministic).flatten(2)
 
 
@@ -154,6 +157,10 @@ def _objection(
         return None if fits else "takes bf16, fp16, fp32 and fp64, and heads of at least 1"
     if name == "triton":
         return _objection_of_triton(device, dtype, head_dim, documents or window or deterministic or asked)
+    if name == "blocks":
+        if device.type != "cpu" or dtype == torch.float16:
+            return "is for CPUs, and takes bf16, fp32 and fp64"
+        return None if asked or (dtype == torch.bfloat16 and is_faster()) else "is faster in bf16 on CPUs with AVX512_BF16 only"
     if device.type != "cuda":
         return "runs on CUDA only"
     most = 256 if name in ("flash2", "flash3") else 128

@@ -111,7 +111,8 @@ def _define(qkv: Tensor, cos: Tensor, sin: Tensor, head_dim: int, group: int, ba
     if not qkv.numel() or not half:
         return
     rotated = qkv.view(-1, rows, heads, group + 2, head_dim)[..., : group + 1, : 2 * half]
-    first, second = rotated.clone(memory_format=torch.contiguous_format).split(half, -1)  # arithmetic on gaps is slow on a CPU
+    # once in the tables' dtype and without gaps: a CPU's arithmetic is slow on gaps, and would cast at each operation
+    first, second = rotated.to(cos.dtype, copy=True, memory_format=torch.contiguous_format).split(half, -1)
     cos, sin = cos[:, None, None], (-sin if back else sin)[:, None, None]
     rotated[..., :half] = first * cos - second * sin  # the tables' dtype is the exact one, so this is too
     rotated[..., half:] = second * cos + first * sin

@@ -20,6 +20,7 @@ from megarewarm_kernels.products import accumulate
 
 MIB = 2**20
 _BLOCK = 4 * MIB  # of logits in fp32: they stay in a CPU's caches from one pass to the next
+_TINY = 1e-30  # a p above it has a logarithm with all digits of fp32
 
 
 def linear_cross_entropy(
@@ -181,8 +182,8 @@ def _compute(
     if need_weight:
         (grad_weight[rows:] if tokens else grad_weight).zero_()
     buffer = hidden.new_empty((min(chunk, tokens), rows), dtype=dtype)
-    block = len(buffer)
-    if kind != dtype and hidden.device.type == "cpu":
+    block, blocks = len(buffer), kind != dtype and hidden.device.type == "cpu"
+    if blocks:
         block = max(1, min(block, _BLOCK // (rows * kind.itemsize)))
     buffer_exact = buffer if kind == dtype else hidden.new_empty((block, rows), dtype=kind)
 
@@ -198,12 +199,18 @@ def _compute(
             logits = dz[some]
             p = logits if kind == dtype else buffer_exact[: len(logits)].copy_(logits)
             z_target = p.gather(1, target[some])
-            z_max = p.amax(1, keepdim=True)
+            z_max = None if blocks else p.amax(1, keepdim=True)
             torch.softmax(p, 1, out=p)
-            # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
-            # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
-            log_largest = p.amax(1, keepdim=True).log_()
-            log_p, log_sum = (z_target - z_max) + log_largest, z_max - log_largest
+            p_target = p.gather(1, target[some]) if blocks else None
+            if p_target is not None and p_target.min() > _TINY:
+                log_p = p_target.log_()
+                log_sum = z_target - log_p
+            else:
+                # The largest p is exp(z_max - logsumexp): reading it is cheaper than a logsumexp of its own, and it is >= 1/v.
+                # Large numbers cancel first, so that the logarithm of a p near 1 keeps its digits.
+                z_max = logits.amax(1, keepdim=True).to(kind) if z_max is None else z_max
+                log_largest = p.amax(1, keepdim=True).log_()
+                log_p, log_sum = (z_target - z_max) + log_largest, z_max - log_largest
             loss += loss_of(log_sum, log_p, ignored[some], z_loss)
             if not (need_hidden or need_weight):
                 continue
