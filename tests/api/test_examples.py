@@ -42,7 +42,7 @@ def test_notebooks(tmp_path: Path, path: Path) -> None:
     assert all(not cell.get("outputs") for cell in cells), "clear the outputs before committing"
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     (tmp_path / "notebook.py").write_text(code)
-    assert "nats per token over" in run([str(tmp_path / "notebook.py")], tmp_path)
+    assert "bits per byte, over" in run([str(tmp_path / "notebook.py")], tmp_path)
 
 
 def test_the_list_of_examples_is_complete() -> None:
