@@ -117,7 +117,8 @@ def _model(made: dict[str, Any], precision: str = "bf16", *, fused: bool = False
         training=TrainingConfig(budget="1 steps", global_batch=7, micro_batch=2),
         sequence_length=16,
         precision=precision,
-        operations=Operations("triton", "triton") if fused else None,
+        # not by blocks, which a CPU may have for bf16: they count a batch's documents on the host
+        operations=Operations("triton", "triton", "sdpa") if fused else Operations(attention="sdpa"),
         documents=DocumentRules(0, reset=True, mask_loss=True),
     )
     model.initialize(1)
