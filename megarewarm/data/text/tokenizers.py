@@ -128,6 +128,13 @@ class HuggingFaceTokenizer(Tokenizer):
         # Both may be stored in the file and would cut or stretch every document.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if (normalizer := self._tokenizer.normalizer) is not None:
+            for token in self._tokenizer.get_added_tokens_decoder().values():
+                if token.normalized and token.content and not normalizer.normalize_str(token.content):
+                    raise UserError(
+                        f"{path}: its normalizer leaves nothing of the added token {token.content!r}, for which 'tokenizers' may "
+                        f'look without end; set "normalized" to false for it'
+                    )
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         self._eod_token = eod_token
