@@ -132,8 +132,8 @@ class HuggingFaceTokenizer(Tokenizer):
             for token in self._tokenizer.get_added_tokens_decoder().values():
                 if token.normalized and token.content and not normalizer.normalize_str(token.content):
                     raise UserError(
-                        f"{path}: its normalizer leaves nothing of the added token {token.content!r}, for which 'tokenizers' may "
-                        f'look without end; set "normalized" to false for it'
+                        f"{path}: its normalizer leaves nothing of the added token {token.content!r}, for which 'tokenizers' "
+                        f'may look without end; set "normalized" to false for it'
                     )
         self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
