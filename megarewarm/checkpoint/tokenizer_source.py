@@ -20,11 +20,11 @@ ROLES = ("bos", "eos", "pad")
 @dataclass(frozen=True)
 class TokenizerSource:
     """``file``: the tokenizer, None if none is known; ``eod``: the id that ends the documents of the data that were trained
-    on; ``stated``: ids of 'bos', 'eos' and 'pad' in a config.json that the weights come with."""
+    on; ``stated``: ids of 'bos', 'eos' and 'pad' in a config.json that the weights come with, None for null."""
 
     file: Path | None = None
     eod: int | None = None
-    stated: Mapping[str, int] = field(default_factory=dict)
+    stated: Mapping[str, int | None] = field(default_factory=dict)
 
     def over(self, older: TokenizerSource) -> TokenizerSource:
         """This one, completed from ``older``, except for the end of documents, which depends on the data."""
@@ -81,12 +81,12 @@ def still_there(tokenizers: Sequence[TokenizerIdentity]) -> Path | None:
     return None
 
 
-def stated_ids(config: Mapping[str, Any]) -> dict[str, int]:
-    """The ids in a config.json; of several ends the first."""
-    found = {}
+def stated_ids(config: Mapping[str, Any]) -> dict[str, int | None]:
+    """The ids in a config.json; of several ends the first, None for null."""
+    found: dict[str, int | None] = {}
     for role in ROLES:
-        value = config.get(f"{role}_token_id")
+        value = config.get(f"{role}_token_id", -1)
         value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
             found[role] = value
     return found

@@ -191,7 +191,7 @@ def test_the_history_and_the_tokenizer_go_along(place: Path, tmp_path: Path) -> 
     assert stage.new_rows == (OLD, OLD + NEW) and stage.grown and stage.started_from == str(tmp_path / "ckpt")
     assert source.lineage.grown_from == stage.started_from and source.training is None
     assert source.tokenizer.file == place / "tok" / "tokenizer.json"
-    assert source.tokenizer.stated == {"bos": 1, "eos": 2}
+    assert source.tokenizer.stated == {"bos": 1, "eos": 2, "pad": None}
     made = tokenizers_of(source)
     assert [each.tokenizer.fingerprint for each in made] == [load_tokenizer(place / "tok").fingerprint()]
     tool("convert_checkpoint", tmp_path / "out", tmp_path / "hf", "--to", "hf")

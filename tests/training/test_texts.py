@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, pipeline
 
 from megarewarm.checkpoint.convert import ConvertOptions, convert
 from megarewarm.checkpoint.merge import Merge, merge
@@ -291,6 +291,29 @@ def test_the_tokenizer_is_the_named_one_the_starts_or_that_of_the_files(two: tup
         check_export(place / name, a, "</s>")
     merge(Merge([str(place / "second"), str(place / "fourth")], [0.5, 0.5], "mean"), place / "ten", ConvertOptions("hf"))
     check_export(place / "ten", a, "</s>")
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["with a tokenizer", "without"])
+@pytest.mark.parametrize("begin", [None, 2, 1], ids=str)
+def test_the_export_of_a_model_whose_texts_begin_with_no_token_keeps_it_so(
+    two: tuple[Path, Path, Path], begin: int | None, beside: bool
+) -> None:
+    """As OLMo 2's, and Qwen's, whose config.json names a token that its tokenizer doesn't put before texts."""
+    place, a, _ = two
+    start = place / "start"
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": 2, "pad_token_id": 0}
+    AutoModelForCausalLM.from_config(Olmo2Config(vocab_size=ROWS, **shape, **ids)).save_pretrained(start)
+    if beside:
+        (start / "tokenizer.json").write_bytes(a.read_bytes())
+        (start / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": None}))
+    run(config(place, export=EXPORT, model=None, start={"from": str(start)}))
+    exported = place / "tiny/huggingface"
+    for name in ("config.json", "generation_config.json"):
+        before, after = (json.loads((folder / name).read_text()) for folder in (start, exported))
+        assert [after.get(key) for key in ids] == [before.get(key) for key in ids], name
+    if beside:
+        assert AutoTokenizer.from_pretrained(exported).bos_token is None
 
 
 def test_a_conversion_to_fewer_rows_says_why_it_has_no_tokenizer(two: tuple[Path, Path, Path]) -> None:

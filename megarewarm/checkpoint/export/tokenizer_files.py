@@ -59,7 +59,7 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
         raise UserError(f"data.eod: {eos} is no token of {source.file}: give the id that ends the documents of the data")
     if (stated := said.named("eos_token")) not in (None, token):
         notes.append(f"{said.file} beside {source.file} says that {stated!r} ends a text; exported is {token!r} (id {eos})")
-    if source.stated.get("eos", eos) != eos:
+    if source.stated.get("eos") not in (None, eos):
         notes.append(f"the start's config.json says eos_token_id {source.stated['eos']}; exported is {eos} ({token!r})")
 
     content = json.loads(tokenizer.content)
@@ -68,7 +68,8 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
     names = {key: value for key in _NAMED if (value := said.named(key)) in vocabulary and value is not None} | {
         "eos_token": token
     }
-    names.setdefault("bos_token", token)
+    if said.file is None and source.stated.get("bos", eos) is not None:  # nobody says that no token begins texts
+        names.setdefault("bos_token", token)
     names.setdefault("unk_token", (content.get("model") or {}).get("unk_token") or token)
     if "pad_token" not in names and (pad := next((each for each in _PADS if each in special), None)) is not None:
         names["pad_token"] = pad
@@ -87,6 +88,8 @@ def exported_tokenizer(source: TokenizerSource, model: ModelConfig) -> ExportedT
         if (folder / "special_tokens_map.json").is_file():
             files["special_tokens_map.json"] = _json(names)
     ids = {role: vocabulary[names[f"{role}_token"]] if f"{role}_token" in names else None for role in ("bos", "eos", "pad")}
+    if ids["bos"] is None:
+        ids["bos"] = source.stated.get("bos")
     return ExportedTokenizer(files, ids, notes)
 
 

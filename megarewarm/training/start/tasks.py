@@ -60,10 +60,12 @@ def encode_tasks(tasks: Sequence[Task], source: TokenizerSource, model: ModelCon
     assert source.file is not None
     tokenizer = loaded(source.file)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        alone = exported_tokenizer(source, model).ids["bos"]
-        assert alone is not None
+        ids = exported_tokenizer(source, model).ids
+        begin, end = ids["bos"], ids["eos"]
     else:
-        alone = source.stated.get("bos", tokenizer.eod_id if source.eod is None else source.eod)
+        begin, end = source.stated.get("bos"), tokenizer.eod_id if source.eod is None else source.eod
+    alone = end if begin is None else begin
+    assert alone is not None
     prefix = Prefix(alone, tokenizer.added_before())
     positions, vocab_size = model.max_positions, model.vocab_size
     return [encode_task(task, tokenizer, prefix, positions, vocab_size, truncate=truncate) for task in tasks]
