@@ -303,6 +303,36 @@ def test_the_choice_by_the_cpus_arithmetic(
     assert asked == ("sdpa" if dtype == torch.float16 else "blocks"), "what is asked for needs no other arithmetic"
 
 
+@pytest.mark.parametrize(
+    ("length", "way", "threads", "expected"),
+    [
+        (383, {}, 1, "sdpa"),
+        (384, {}, 2, "blocks"),
+        (2047, {}, 1, "blocks"),
+        (2048, {}, 1, "sdpa"),
+        (383, {"documents": True}, 1, "sdpa"),
+        (4096, {"documents": True}, 1, "blocks"),
+        (4096, {"window": 7}, 2, "blocks"),
+        (1024, {"window": 7}, 3, "sdpa"),
+        (1024, {}, 3, "sdpa"),
+    ],
+    ids=str,
+)
+def test_the_choice_in_fp32_by_length(
+    length: int, way: dict[str, Any], threads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(MODULE, "_remembered", choose)
+    chosen = []
+    monkeypatch.setattr(MODULE, "blocks_attention", lambda query, *rest: chosen.append("blocks") or query)
+    monkeypatch.setattr(MODULE, "_by_torch", lambda name, query, *rest: chosen.append(name) or query)
+    qkv, tables = torch.zeros(1, length, 3 * 2), torch.zeros(length, 0)
+    starts = torch.zeros(1, length, dtype=torch.int32) if way.get("documents") else None
+    attention(qkv, tables, tables, head_dim=2, window=way.get("window"), starts=starts)
+    assert chosen == [expected]
+
+
 def test_the_choice_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert choose("cpu", BF16, 64)[0] == "sdpa"
@@ -324,7 +354,7 @@ def test_giving_way_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
         results(backend("auto"), case)
     assert [record.message for record in caplog.records] == [
         "attention is computed by 'sdpa', not by 'flash2' as asked: flash2 runs on CUDA only; triton runs on CUDA only; "
-        "blocks is faster in bf16 on CPUs with AVX512_BF16 only"
+        "blocks is faster in bf16 on CPUs with AVX512_BF16, or in fp32 for long rows and two threads"
     ]
 
 

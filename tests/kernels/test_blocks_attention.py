@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tests.support.attention_cases import arguments, assert_as_exact_as_torch, by_torch, errors, results
 
 BLOCKS = importlib.import_module("megarewarm_kernels.attention.blocks")
+SOFTMAX_BLOCKS = importlib.import_module("megarewarm_kernels.attention.softmax_blocks")
 LONG = [[30, 101, 19], [150], [1, 63, 64, 22]]
 
 
@@ -22,15 +23,24 @@ def blocks(*given: Any, **named: Any) -> Tensor:
     return attention(*given, **named, backend="blocks")
 
 
-@pytest.mark.parametrize("scratch", [1, 2**30])
+@pytest.fixture(params=["softmax_blocks", "blocks"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms in fp64, that of bf16 too."""
+    if request.param == "blocks":
+        monkeypatch.setattr(BLOCKS, "softmax_blocks_attention", BLOCKS._Blocks.apply)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("scratch", [1, 2**17, 2**30])
 @pytest.mark.parametrize(
     "way",
     [{}, {"group": 3}, {"documents": LONG}, {"window": 40}, {"group": 2, "window": 70, "documents": LONG}],
     ids=str,
 )
 def test_many_blocks_and_parts_of_them(way: dict[str, Any], scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """150 positions are two blocks and a part, ``scratch`` of a byte one head at a time."""
-    monkeypatch.setattr(BLOCKS, "_SCRATCH", scratch)
+    """150 positions are two blocks and a part, ``scratch`` of a byte one head at a time, of 2^17 one row of a batch."""
+    for module in (BLOCKS, SOFTMAX_BLOCKS):
+        monkeypatch.setattr(module, "_SCRATCH", scratch)
     case = arguments(3, 150, 2, 8, 4, **way)
     for mine, wanted in zip(results(blocks, case), results(by_torch, case), strict=True):
         torch.testing.assert_close(mine, wanted, rtol=1e-11, atol=1e-11)
@@ -73,11 +83,14 @@ def test_positions_whose_own_weight_vanishes(dtype: torch.dtype) -> None:
 def test_operators_keep_pytorchs_rules(group: int) -> None:
     random = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 70, heads, 4, generator=random) for heads in (2 * group, 2, 2))
+    ops = torch.ops.megarewarm
     for first in (None, torch.zeros(1, 70, dtype=torch.int32)):
-        out, lse = torch.ops.megarewarm.blocks_attention.default(query, key, value, first)
+        out, lse = ops.blocks_attention.default(query, key, value, first)
         for operator, given in (
-            (torch.ops.megarewarm.blocks_attention, (query, key, value, first)),
-            (torch.ops.megarewarm.blocks_attention_backward, (out, out, lse, query, key, value, first)),
+            (ops.blocks_attention, (query, key, value, first)),
+            (ops.blocks_attention_backward, (out, out, lse, query, key, value, first)),
+            (ops.softmax_blocks, (query, key, value, first)),
+            (ops.softmax_blocks_backward, (out, query, key, value, first)),
         ):
             checks = torch.library.opcheck(operator.default, given, test_utils=("test_schema", "test_faketensor"))
             assert set(checks.values()) == {"SUCCESS"}

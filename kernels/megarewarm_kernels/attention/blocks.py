@@ -3,9 +3,10 @@
 PyTorch's attention on a CPU multiplies small pieces by a BLAS; oneDNN's products in bf16 are several times as fast where the
 CPU has AVX512_BF16. Forward: a block of queries against all keys that they see, scores and softmax in fp32. Backward (the
 formulas in flash_attention.py): a block of keys against all queries that see them, in bf16. oneDNN rounds what a product gives
-to bf16, by 2^-9 of it, so the products are made to give small numbers. Rows of queries get three more columns, against ones of
-the keys, which hold their log-sum-exp (lse): q k' / sqrt(d) - lse is the log of a weight, which is near 0 where it counts.
-Rows of out's gradient get sum(out dout) in the same way, so the gradient of the weights comes out with it taken off.
+to bf16, by 2^-9 of it, so the products are made to give small numbers (fp32 needs none of this: softmax_blocks.py). Rows of
+queries get three more columns, against ones of the keys, which hold their log-sum-exp (lse): q k' / sqrt(d) - lse is the log of
+a weight, which is near 0 where it counts. Rows of out's gradient get sum(out dout) in the same way, so the gradient of the
+weights comes out with it taken off.
 
 Bytes of scores beside the products' operands, s positions, for each of n heads: s^2 / 2 scores, forward 4 written and read by
 some 5 passes, then 2 for the weights in bf16; backward 2 for the weights and 2 for their gradient, 4 passes.
@@ -21,10 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megarewarm_kernels.attention.softmax_blocks import softmax_blocks_attention
 from megarewarm_kernels.operators import define, exact
 
 _SCRATCH = 2**21  # bytes of scores at a time
 _LEAST, _MOST = 64, 256  # positions of a block
+FP32_LENGTHS = 384, 2048
+"""Of rows of fp32 that are faster by blocks: from the first on, below the second; longer ones are equal."""
+
 _TINY = 1e-30  # below it the log of a softmax in fp32 has lost digits
 
 
@@ -39,15 +44,23 @@ def blocks_attention(query: Tensor, key: Tensor, value: Tensor, first: Tensor | 
     Returns:
         (b, s, n, d), contiguous. Weights and their gradients are rounded to query's dtype before the products with them.
     """
+    if query.dtype != torch.bfloat16:
+        return softmax_blocks_attention(query, key, value, first)
     result: Tensor = _Blocks.apply(query, key, value, first)
     return result
 
 
-def is_faster() -> bool:
-    """Whether bf16 has been measured to be faster this way than by PyTorch's attention on CPUs like this one: those with
-    AVX512_BF16. AMX has other products, for which PyTorch packs its operands."""
-    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx512_bf16") and not found.get("amx_bf16") and torch.backends.mkldnn.enabled)
+def is_faster(dtype: torch.dtype, length: int, partly: bool) -> bool:
+    """Whether rows of ``length`` positions have been measured to be faster this way than by PyTorch's attention.
+
+    In bf16: on CPUs with AVX512_BF16 and without AMX, which has other products, for which PyTorch packs its operands. In fp32:
+    with MKL and up to two threads. ``partly``: there are documents or a window, for which PyTorch computes all scores.
+    """
+    if dtype == torch.bfloat16:
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        return bool(found.get("avx512_bf16") and not found.get("amx_bf16") and torch.backends.mkldnn.enabled)
+    measured = dtype == torch.float32 and torch.backends.mkl.is_available() and torch.get_num_threads() <= 2
+    return measured and FP32_LENGTHS[0] <= length and (partly or length < FP32_LENGTHS[1])
 
 
 class _Blocks(torch.autograd.Function):

@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megarewarm_kernels.attention import rotary
-from megarewarm_kernels.attention.blocks import blocks_attention, is_faster
+from megarewarm_kernels.attention.blocks import FP32_LENGTHS, blocks_attention, is_faster
 from megarewarm_kernels.attention.flash_attention import MOST_CHANNELS, check, first_seen, flash_attention, reference, visible
 from megarewarm_kernels.attention.joined_gradients import join_gradients_of
 from megarewarm_kernels.layer.given_bias import give_bias_gradients
@@ -80,7 +80,9 @@ def attention(
     flat_cos, flat_sin = check(qkv, cos, sin, head_dim, group, window, starts, bias)
     if window is not None and window >= qkv.shape[1]:
         window = None
-    name = _chosen(qkv.device, qkv.dtype, head_dim, starts is not None, window is not None, deterministic, backend)
+    # the least length of those that are treated alike: with one of its own for each, choices would not be remembered
+    length = max([1] + [least for least in FP32_LENGTHS if qkv.shape[1] >= least])
+    name = _chosen(qkv.device, qkv.dtype, head_dim, length, starts is not None, window is not None, deterministic, backend)
     if name == "triton":
         return flash_attention(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts, bias=bias)
     if name == "reference" or not qkv.numel():
@@ -101,6 +103,7 @@ def choose(
     dtype: torch.dtype,
     head_dim: int,
     *,
+    length: int = 1,
     documents: bool = False,
     window: bool = False,
     deterministic: bool = False,
@@ -112,7 +115,7 @@ def choose(
     device = torch.device(device)
     refused: list[str] = []
     for name in BACKENDS if wanted == "auto" else BACKENDS[BACKENDS.index(wanted) :]:
-        objection = _objection(name, device, dtype, head_dim, documents, window, deterministic, asked=name == wanted)
+        objection = _objection(name, device, dtype, head_dim, length, documents, window, deterministic, asked=name == wanted)
         if objection is None:
             return name, "; ".join(refused) or ("as asked" if name == wanted else "the first choice")
         refused.append(f"{name} {objection}")
@@ -124,11 +127,17 @@ _remembered = lru_cache(choose)
 
 
 def _chosen(
-    device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, window: bool, deterministic: bool, wanted: str
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    length: int,
+    documents: bool,
+    window: bool,
+    deterministic: bool,
+    wanted: str,
 ) -> str:
-    name, reason = _remembered(
-        device, dtype, head_dim, documents=documents, window=window, deterministic=deterministic, wanted=wanted
-    )
+    given = {"length": length, "documents": documents, "window": window, "deterministic": deterministic}
+    name, reason = _remembered(device, dtype, head_dim, **given, wanted=wanted)
     if wanted not in ("auto", name):
         message = f"attention is computed by '{name}', not by '{wanted}' as asked: {reason}"
         if message not in _said:
@@ -146,6 +155,7 @@ def _objection(
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
+    length: int,
     documents: bool,
     window: bool,
     deterministic: bool,
@@ -160,7 +170,8 @@ def _objection(
     if name == "blocks":
         if device.type != "cpu" or dtype == torch.float16:
             return "is for CPUs, and takes bf16, fp32 and fp64"
-        return None if asked or (dtype == torch.bfloat16 and is_faster()) else "is faster in bf16 on CPUs with AVX512_BF16 only"
+        fits = asked or is_faster(dtype, length, documents or window)
+        return None if fits else "is faster in bf16 on CPUs with AVX512_BF16, or in fp32 for long rows and two threads"
     if device.type != "cuda":
         return "runs on CUDA only"
     most = 256 if name in ("flash2", "flash3") else 128
