@@ -45,7 +45,8 @@ def ours(arguments: argparse.Namespace) -> Callable[[Any], float]:
     from megarewarm.training.start.memory import keeps_freed_memory
 
     config, device = model_config(arguments), torch.device("cpu")
-    operations, _ = choose_operations(KernelsConfig(), config, device, DTYPES[arguments.precision], documents=False)
+    dtype = DTYPES[arguments.precision]
+    operations, _ = choose_operations(KernelsConfig(), config, device, dtype, length=arguments.sequence, documents=False)
     model = ParallelModel(
         config,
         Mesh(Ranks(0, 1, device), Layout()),

@@ -103,7 +103,9 @@ def ours(arguments: argparse.Namespace, kinds: dict[str, Any]) -> tuple[Callable
 
     device, config, kernels = torch.device(arguments.device), shape(arguments), KernelsConfig(**kinds)
     precision = "bf16"
-    operations, notes = choose_operations(kernels, config, device, DTYPES[precision], documents=False)
+    operations, notes = choose_operations(
+        kernels, config, device, DTYPES[precision], length=arguments.sequence, documents=False
+    )
     kind, more = choose_optimizer(kernels, device)
     model = ParallelModel(
         config,

@@ -280,8 +280,9 @@ class KernelsConfig(Section):
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash2", "triton", "blocks", "sdpa", "reference"] | None = Field(
         None,
         description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, megarewarm's own (which keeps documents apart "
-        "and can be deterministic), its blocks of batched products for bf16 on CPUs with AVX512_BF16 (blocks), PyTorch's "
-        "choice, or the definition. auto: the fastest that fits. If one does not fit, the next one is used, with a note.",
+        "and can be deterministic), its blocks of batched products on CPUs (blocks: for bf16 with AVX512_BF16; for fp32 on up "
+        "to two threads, in rows of 384 to 2,047 positions, longer ones too with documents or a window), PyTorch's choice, "
+        "or the definition. auto: the fastest that fits. If one does not fit, the next one is used, with a note.",
     )
     loss: Literal["triton", "reference"] | None = Field(
         None, description="Softmax and cross entropy between the head's products."

@@ -20,13 +20,15 @@ def choose_operations(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    length: int,
     documents: bool,
     no_copies: str = "",
 ) -> tuple[Operations, list[str]]:
     """The operations, and a line on each choice that is not what was asked for or can't be guessed.
 
-    ``dtype``: what layers compute in; ``documents``: they are kept apart; ``no_copies``: why products read no copies of whole
-    weights in ``dtype``. What can't be used here gives way to plain PyTorch. Raises ``UserError`` if no attention fits.
+    ``dtype``: what layers compute in; ``length``: positions of a row; ``documents``: they are kept apart; ``no_copies``: why
+    products read no copies of whole weights in ``dtype``. What can't be used here gives way to plain PyTorch. Raises
+    ``UserError`` if no attention fits.
     """
     notes: list[str] = []
     missing = no_triton(device)
@@ -67,6 +69,7 @@ def choose_operations(
             device,
             dtype,
             model.head_width,
+            length=length,
             documents=documents,
             window=model.sliding_window is not None,
             deterministic=config.deterministic,

@@ -139,7 +139,7 @@ MODEL = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, vocab_size=64)
 
 
 def chosen(kernels: Any, device: str = "cpu", model: ModelConfig = MODEL, **more: Any) -> tuple[Operations, list[str]]:
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "documents": False} | more
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "length": 64, "documents": False} | more
     return choose_operations(KernelsConfig.model_validate(kernels), model, torch.device(device), **settings)
 
 

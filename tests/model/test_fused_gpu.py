@@ -64,7 +64,9 @@ def test_the_fused_model_is_no_worse_than_the_plain_one(name: str, precision: st
     errors: dict[str, tuple[float, float]] = {}
     for use in ("reference", "triton"):
         side, device = deepcopy(model).to("cuda"), torch.device("cuda")
-        operations, notes = choose_operations(KernelsConfig(use=use), model.config, device, dtype, documents=documents)
+        operations, notes = choose_operations(
+            KernelsConfig(use=use), model.config, device, dtype, length=length, documents=documents
+        )
         if use == "triton":
             assert all("no two norms" in note for note in notes), notes
             fuse(side, operations)

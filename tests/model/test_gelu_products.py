@@ -145,7 +145,7 @@ MODEL = ModelConfig(num_layers=2, hidden_size=128, num_heads=2, vocab_size=64)
 
 
 def chosen(kernels: Any, model: ModelConfig = MODEL, device: str = "cuda", **more: Any) -> tuple[str, list[str]]:
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "documents": False} | more
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "length": 64, "documents": False} | more
     found, notes = choose_operations(KernelsConfig.model_validate(kernels), model, torch.device(device), **settings)
     return found.gelu, notes
 

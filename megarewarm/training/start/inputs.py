@@ -90,8 +90,9 @@ def open_inputs(plan: Plan, world_size: int, device: torch.device) -> Inputs:
     no_copies = without_copies(precision, config.parallel, layout, compiled=config.kernels.use == "compile")
     if layout.tensor > 1:
         no_copies = "tensor ranks divide its weights"
+    length = config.data.sequence_length
     operations, remarks = choose_operations(
-        config.kernels, plan.model, device, DTYPES[precision], documents=apart, no_copies=no_copies
+        config.kernels, plan.model, device, DTYPES[precision], length=length, documents=apart, no_copies=no_copies
     )
     graph, graphed = choose_graph(config, plan.model, layout, device, precision, operations, apart)
     valuation = check_valuation(config, [windows.name for windows in validation], precision, layout)
