@@ -281,7 +281,7 @@ class KernelsConfig(Section):
         None,
         description="FlashAttention 4, 3 or 2 where it is installed, cuDNN's, megarewarm's own (which keeps documents apart "
         "and can be deterministic), its blocks of batched products on CPUs (blocks: for bf16 with AVX512_BF16; for fp32 on up "
-        "to two threads, in rows of 384 to 2,047 positions, longer ones too with documents or a window), PyTorch's choice, "
+        "to two threads, in rows of 384 to 2,047 positions, with documents or a window of 256 and more), PyTorch's choice, "
         "or the definition. auto: the fastest that fits. If one does not fit, the next one is used, with a note.",
     )
     loss: Literal["triton", "reference"] | None = Field(

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megarewarm_kernels.attention.softmax_blocks import softmax_blocks_attention
+from megarewarm_kernels.attention.softmax_blocks import later, scores, seen_by_a_block, softmax_blocks_attention, unseen
 from megarewarm_kernels.operators import define, exact
 
 _SCRATCH = 2**21  # bytes of scores at a time
 _LEAST, _MOST = 64, 256  # positions of a block
-FP32_LENGTHS = 384, 2048
-"""Of rows of fp32 that are faster by blocks: from the first on, below the second; longer ones are equal."""
+FP32_LENGTHS = 256, 384, 2048
+"""Of rows of fp32 that are faster by blocks: with documents or a window from the first on, else from the second to the third,
+after which both are equal."""
 
 _TINY = 1e-30  # below it the log of a softmax in fp32 has lost digits
 
@@ -60,7 +61,8 @@ def is_faster(dtype: torch.dtype, length: int, partly: bool) -> bool:
         found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return bool(found.get("avx512_bf16") and not found.get("amx_bf16") and torch.backends.mkldnn.enabled)
     measured = dtype == torch.float32 and torch.backends.mkl.is_available() and torch.get_num_threads() <= 2
-    return measured and FP32_LENGTHS[0] <= length and (partly or length < FP32_LENGTHS[1])
+    least, least_whole, most_whole = FP32_LENGTHS
+    return measured and (length >= least if partly else least_whole <= length < most_whole)
 
 
 class _Blocks(torch.autograd.Function):
@@ -85,25 +87,27 @@ def _define_forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor | N
     queries, keys, values = (_by_key_head(x, key.shape[2]) for x in (query, key, value))
     seen = None if first is None else _of_key_heads(first, batch, key.shape[2])
     out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:2], dtype=kind)
-    size = _positions(length)
-    later = _later(size, group, lse)
-    for some in _heads(len(queries), size * group * length * kind.itemsize):
+    size = _positions(length, first)
+    longest = seen_by_a_block(first, length, 2 * size)
+    come_later = later(size, group, lse)
+    for some in _heads(len(queries), size * group * longest * kind.itemsize):
         scaled, wide = queries[some].to(kind, copy=True).mul_(scale), keys[some].to(kind)
         for begin in range(0, length, size):
             end = min(begin + size, length)
             rows = slice(begin * group, end * group)
-            start = 0 if seen is None else int(seen[some, begin].min()) // size * size
-            hidden = later[: (end - begin) * group, : end - begin]
+            start, before = 0, None
             if seen is not None:
-                hidden = _hidden(seen[some], rows, slice(start, end), group, lse)
+                start, last = int(seen[some, begin].min()) // size * size, int(seen[some, end - 1].max())
+                before = unseen(seen[some, begin:end], slice(start, last), group, lse) if last > start else None
+            hidden = come_later[: (end - begin) * group, : end - begin], before
             operands = scaled[:, rows], wide[:, start:end], hidden
-            p = _scores(*operands)
+            p = scores(*operands)
             # A position sees itself, so lse follows from its own score and weight, without a pass over the others.
             own = p.view(len(p), end - begin, group, -1)[..., begin - start :].diagonal(dim1=1, dim2=3)
             score = own.clone()
             torch.softmax(p, 2, out=p)
             found = (score - own.log()).mT.flatten(1)
-            lse[some, rows] = found if own.min() > _TINY else _scores(*operands).logsumexp(2)
+            lse[some, rows] = found if own.min() > _TINY else scores(*operands).logsumexp(2)
             torch.bmm(p.to(query.dtype), values[some, start:end], out=out[some, rows])
     return _by_position(out, batch, group).contiguous(), lse
 
@@ -126,9 +130,10 @@ def _define_backward(
     keys, values = _with_columns(keys, None), _with_columns(values, None)
     d_query = queries.new_empty((*queries.shape[:2], channels))
     d_key, d_value = (keys.new_empty((*keys.shape[:2], channels)) for _ in range(2))
-    size = _positions(length)
-    later, nothing = _later(size, group, queries).T.contiguous(), queries.new_empty(())
-    for some in _heads(len(queries), size * group * length * dtype.itemsize):
+    size = _positions(length, first)
+    longest = seen_by_a_block(first, length, 2 * size)
+    come_later, nothing = later(size, group, queries).T.contiguous(), queries.new_empty(())
+    for some in _heads(len(queries), size * group * longest * dtype.itemsize):
         q, k, v, g = queries[some], keys[some], values[some], grads[some]
         total = q.new_zeros((*q.shape[:2], channels), dtype=kind)
         for begin in range(0, length, size):
@@ -136,10 +141,9 @@ def _define_backward(
             last = length if seen is None else min(-(-int((seen[some] < end).sum(1).max()) // size) * size, length)
             rows, here = slice(begin * group, last * group), slice(begin, end)
             p = torch.baddbmm(nothing, k[:, here], q[:, rows].mT, beta=0, alpha=scale)
-            hidden = later[: end - begin, : (end - begin) * group]
-            if seen is not None:
-                hidden = _hidden(seen[some], rows, here, group, queries).mT
-            p[..., : hidden.shape[-1]].add_(hidden)
+            p[..., : (end - begin) * group].add_(come_later[: end - begin, : (end - begin) * group])
+            if seen is not None and (known := int((seen[some] <= begin).sum(1).min())) < last:
+                p[..., (known - begin) * group :].add_(unseen(seen[some, known:last], here, group, queries).mT)
             p.exp_()
             torch.bmm(p, g[:, rows, :channels], out=d_value[some, here])
             p.mul_(torch.bmm(v[:, here], g[:, rows].mT))
@@ -149,15 +153,10 @@ def _define_backward(
     return _by_position(d_query, batch, group), _by_position(d_key, batch, 1), _by_position(d_value, batch, 1)
 
 
-def _scores(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
-    """(heads, rows, keys); ``hidden`` is of all keys or the last."""
-    found = torch.bmm(queries, keys.mT)
-    found[..., -hidden.shape[-1] :].add_(hidden)
-    return found
-
-
-def _positions(length: int) -> int:
+def _positions(length: int, first: Tensor | None) -> int:
     """Positions of a block, a power of 2, so that there are few: for each shape oneDNN makes code, half a MiB of it."""
+    if first is not None:  # as for one document in which a position sees as many on average
+        length = int(2 * (torch.arange(1, length + 1, device=first.device) - first).double().mean())
     return int(min(_MOST, max(_LEAST, 2 ** (length.bit_length() - 3))))
 
 
@@ -181,22 +180,6 @@ def _by_position(x: Tensor, batch: int, group: int) -> Tensor:
 def _of_key_heads(first: Tensor, batch: int, key_heads: int) -> Tensor:
     """(b or 1, s) to (b k, s)."""
     return first.expand(batch, -1).repeat_interleave(key_heads, 0)
-
-
-def _later(positions: int, group: int, like: Tensor) -> Tensor:
-    """(positions x group, positions): -inf where a key comes after the position of a row of queries, else 0."""
-    position = torch.arange(positions, device=like.device)
-    later = position > position.repeat_interleave(group)[:, None]
-    return like.new_zeros(later.shape).masked_fill_(later, -math.inf)
-
-
-def _hidden(first: Tensor, rows: slice, keys: slice, group: int, like: Tensor) -> Tensor:
-    """(heads, rows, keys): -inf where a row of queries doesn't see a key, else 0; ``first`` (heads, s)."""
-    key = torch.arange(keys.start, keys.stop, device=first.device)
-    place = slice(rows.start // group, rows.stop // group)
-    row = torch.arange(place.start, place.stop, device=first.device)
-    hidden = (key > row[:, None]) | (key < first[:, place, None])
-    return like.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf).repeat_interleave(group, 1)
 
 
 def _with_columns(x: Tensor, numbers: Tensor | None) -> Tensor:

@@ -50,11 +50,11 @@ class _SoftmaxBlocks(torch.autograd.Function):
 def _define_forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
     """(b, s, n, d), contiguous."""
     out = query.new_empty(query.shape)
-    for batches, heads, group in _parts(query, key):
+    for batches, heads, group in _parts(query, key, first):
         q, k, v = _part(query, batches, heads, group), _part(key, batches, heads, 1), _part(value, batches, heads, 1)
         q = q * (1 / math.sqrt(query.shape[3]))
         found = torch.empty_like(q)
-        for rows, keys, hidden in _blocks(query.shape[1], first, batches, heads, group, q):
+        for rows, keys, hidden in _blocks(first, batches, group, q):
             torch.bmm(_weights(q[:, rows], k[:, keys], hidden), v[:, keys], out=found[:, rows])
         _put(found, out, batches, heads, group)
     return out
@@ -66,12 +66,12 @@ def _define_backward(
     """The gradients of query, key and value, contiguous."""
     scale = 1 / math.sqrt(query.shape[3])
     all_found = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    for batches, heads, group in _parts(query, key):
+    for batches, heads, group in _parts(query, key, first):
         g, q = (_part(x, batches, heads, group) for x in (grad, query))
         k, v = (_part(x, batches, heads, 1) for x in (key, value))
         q = q * scale
         d_query, d_key, d_value = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, hidden in _blocks(query.shape[1], first, batches, heads, group, q):
+        for rows, keys, hidden in _blocks(first, batches, group, q):
             p = _weights(q[:, rows], k[:, keys], hidden)
             d_value[:, keys].baddbmm_(p.mT, g[:, rows])
             d_p = torch.bmm(g[:, rows], v[:, keys].mT)
@@ -84,18 +84,49 @@ def _define_backward(
     return all_found
 
 
-def _weights(queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
-    """(heads, rows, keys); ``hidden`` is of all keys or the last, -inf where a row doesn't see one."""
-    p = torch.bmm(queries, keys.mT)
-    p[..., -hidden.shape[-1] :].add_(hidden)
+def seen_by_a_block(first: Tensor | None, length: int, positions: int) -> int:
+    """The most keys that a block of ``positions`` queries sees."""
+    if first is None:
+        return length
+    return min(length, int((torch.arange(length, device=first.device) - first).max()) + positions)
+
+
+def later(positions: int, group: int, like: Tensor) -> Tensor:
+    """(positions x group, positions): -inf where a key comes after the position of a row of queries, else 0."""
+    position = torch.arange(positions, device=like.device)
+    return _hide(position > position[:, None], group, like)
+
+
+def unseen(first: Tensor, keys: slice, group: int, like: Tensor) -> Tensor:
+    """(heads, positions x group, keys): -inf where a key comes before ``first`` (heads, positions), else 0."""
+    return _hide(torch.arange(keys.start, keys.stop, device=first.device) < first[..., None], group, like)
+
+
+def _hide(where: Tensor, group: int, like: Tensor) -> Tensor:
+    return like.new_zeros(where.shape).masked_fill_(where, -math.inf).repeat_interleave(group, -2)
+
+
+def scores(queries: Tensor, keys: Tensor, hidden: tuple[Tensor, Tensor | None]) -> Tensor:
+    """(heads, rows, keys). ``hidden``: of the last keys those that come ``later``, of the first those that are ``unseen``."""
+    found = torch.bmm(queries, keys.mT)
+    after, before = hidden
+    found[..., -after.shape[-1] :].add_(after)
+    if before is not None:
+        found[..., : before.shape[-1]].add_(before)
+    return found
+
+
+def _weights(queries: Tensor, keys: Tensor, hidden: tuple[Tensor, Tensor | None]) -> Tensor:
+    p = scores(queries, keys, hidden)
     return torch.softmax(p, 2, out=p)
 
 
-def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, int]]:
+def _parts(query: Tensor, key: Tensor, first: Tensor | None) -> Iterator[tuple[slice, slice, int]]:
     """(batch elements, key heads, queries of each key head) that are computed at a time: whole elements, or heads of one."""
     (batch, length, heads, _), key_heads = query.shape, key.shape[2]
     group = heads // key_heads
-    most = max(1, _SCRATCH * torch.get_num_threads() // (_POSITIONS * group * length * query.element_size()))
+    row = seen_by_a_block(first, length, _POSITIONS) * query.element_size()
+    most = max(1, _SCRATCH * torch.get_num_threads() // (_POSITIONS * group * row))
     elements, members = max(1, most // key_heads), min(most, key_heads)
     for start in range(0, batch, elements):
         for head in range(0, key_heads, members):
@@ -115,29 +146,24 @@ def _put(part: Tensor, x: Tensor, batches: slice, heads: slice, group: int) -> N
 
 
 def _blocks(
-    length: int, first: Tensor | None, batches: slice, heads: slice, group: int, like: Tensor
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(rows of queries, keys that they see, what of these is hidden from whom as ``_weights`` wants it)."""
-    position = torch.arange(length, device=like.device)
-    later = _hide(position[None, :_POSITIONS] > position[:_POSITIONS, None], group, like)
-    if first is not None:
-        first = first[batches] if len(first) > 1 else first
+    first: Tensor | None, batches: slice, group: int, like: Tensor
+) -> Iterator[tuple[slice, slice, tuple[Tensor, Tensor | None]]]:
+    """(rows of ``like``, keys that they see, what of these is hidden from whom as ``_weights`` wants it)."""
+    length = like.shape[1] // group
+    come_later = later(min(_POSITIONS, length), group, like)
+    if first is not None and len(first) > 1:
+        first = first[batches]
     for begin in range(0, length, _POSITIONS):
         end = min(begin + _POSITIONS, length)
-        start, hidden = 0, later[: (end - begin) * group, : end - begin]
+        start, before = 0, None
         if first is not None:
             seen = first[:, begin:end]
-            start = int(seen[:, 0].min())
-            if int(seen.max()) > start:
-                unseen = (position[start:end] < seen[..., None]) | (position[start:end] > position[begin:end, None])
-                hidden = _hide(unseen, group, like)
-                hidden = hidden.repeat_interleave(len(like) // len(hidden), 0)
+            start, last = int(seen[:, 0].min()), int(seen[:, -1].max())
+            if last > start:
+                before = unseen(seen, slice(start, last), group, like)
+                before = before.repeat_interleave(len(like) // len(before), 0) if len(before) > 1 else before
+        hidden = come_later[: (end - begin) * group, : end - begin], before
         yield slice(begin * group, end * group), slice(start, end), hidden
-
-
-def _hide(unseen: Tensor, group: int, like: Tensor) -> Tensor:
-    """(..., rows, keys) to (..., rows group, keys): -inf where ``unseen``, else 0."""
-    return like.new_zeros(unseen.shape).masked_fill_(unseen, -math.inf).repeat_interleave(group, -2)
 
 
 def _shape_forward(query: Tensor, key: Tensor, value: Tensor, first: Tensor | None) -> Tensor:
