@@ -49,8 +49,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
     Raises ``AssertionError`` with the traceback of the first rank that failed.
     """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a rank that is killed may still write
+        return _answers(function, world_size, f"{folder}/store", args, timeout)
+
+
+def _answers(function: Callable[..., Any], world_size: int, meeting_point: str, args: tuple, timeout: float) -> list[Any]:
     answers = _CONTEXT.SimpleQueue()
-    meeting_point = f"{tempfile.mkdtemp()}/store"
     processes = [
         _CONTEXT.Process(target=_work, args=(rank, world_size, meeting_point, dict(os.environ), function, args, answers))
         for rank in range(world_size)
