@@ -180,7 +180,7 @@ def test_what_is_not_known_is_said_once(two: tuple[Path, Path, Path]) -> None:
     place, a, _ = two
     said(place / "new", a)
     shown = run(config(place, data={"tokenizer": str(a)}))
-    assert shown.count("have no manifest beside them") == 1 and "old" in shown
+    assert shown.count("no manifest beside 1 token file") == 1 and "old" in shown
     (start,) = tiny.events(place / "tiny", "start")
     assert any("no manifest" in note for note in start["notes"])
     (place / "new.json").write_text(

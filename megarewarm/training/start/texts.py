@@ -16,6 +16,7 @@ from megarewarm.data.files.manifest import Made, made_by, refuse_other_tokenizer
 from megarewarm.data.files.token_file import SCAN_WHOLE
 from megarewarm.data.files.tokenizer_identity import TokenizerIdentity
 from megarewarm.errors import UserError
+from megarewarm.spelling import counted
 from megarewarm.training.start.plan import Plan
 from megarewarm.training.start.planned import PlannedCheckpoint
 
@@ -49,8 +50,8 @@ def settle_texts(plan: Plan) -> Texts:
     notes = []
     if missing := list(dict.fromkeys([*unknown, *unknown_too])):
         notes.append(
-            f"{len(missing)} of the token files have no manifest beside them ({missing[0]}): whether they were made with the "
-            f"same tokenizer as the rest can't be checked"
+            f"no manifest beside {counted(len(missing), 'token file')} ({missing[0]}): whether the tokenizer is that of the "
+            f"rest can't be checked"
         )
     notes += _sampled([*_training_sources(config), *(source for item in data.validation for source in item.sources)])
     eod, more = _end(config, trained, paths)
@@ -80,8 +81,8 @@ def _sampled(sources: Sequence[Source]) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of the token files have more than {SCAN_WHOLE // 2**20} MiB ({large[0]}): of their ids only samples are "
-        f"checked now, and compared when a run is resumed; 'megarewarm inspect-data --verify' reads everything"
+        f"more than {SCAN_WHOLE // 2**20} MiB in {counted(len(large), 'token file')} ({large[0]}): of their ids only samples "
+        f"are checked now, and compared when a run is resumed; 'megarewarm inspect-data --verify' reads everything"
     ]
 
 
