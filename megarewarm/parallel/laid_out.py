@@ -351,8 +351,7 @@ class _Matrix(nn.Module):
 
 
 def _differentiable(module: nn.Module, given: object, result: Tensor) -> None:
-    """A head that trains alone asks for no gradient of what it multiplies, but it is there that fully_shard, whose hooks follow
-    this one, learns of the backward pass and reduces."""
+    """fully_shard, whose hooks come after, reduces where the result's gradient is asked for, which a head alone doesn't do."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
         result.requires_grad_()
 
