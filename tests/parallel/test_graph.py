@@ -185,7 +185,7 @@ def test_what_moves_is_captured_again_and_said_once(captures: Captures, warnings
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     assert _steps(model, 4, moved) == _steps(ordinary, 4) and _same(model, ordinary)
-    assert captures.replays == [5, 3, 3]
+    assert captures.replays == [5, 2, 2], "kernels that run for the first time are loaded outside of a capture"
     assert warnings == [MOVED]
 
 
@@ -226,7 +226,7 @@ def test_a_run_by_graphs_is_the_run(
         found.append([(line["step"], line["loss"], line["grad_norm"]) for line in events(run.folder, "train")])
         assert events(run.folder, "start")[0]["kernels"]["graph"] is used
     assert found[0] == found[1] and len(found[0]) == 12
-    assert captures.replays == ([11, 12] if changes else [23])
+    assert captures.replays == ([11, 11] if changes else [23])
 
 
 H200 = "NVIDIA H200"
