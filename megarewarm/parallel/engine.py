@@ -259,21 +259,20 @@ class ParallelModel(LaidOutModel):
 
     def _loss(self, part: Tensor, upstream: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(loss summed, targets) of rows (b, s + 1) without a pipeline. ``upstream``: the gradient that the loss will get."""
-        inputs, targets = part[:, :-1], part[:, 1:]
-        rules = self._documents
+        ids, starts, targets = self._read(part)
+        return self._cross_entropy(self._modules[0](ids, starts), targets, upstream)
+
+    def _read(self, part: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Ids, documents' starts and targets, (b, s) each, of rows (b, s + 1)."""
+        inputs, targets, rules = part[:, :-1], part[:, 1:], self._documents
         if rules is None:
-            return self._cross_entropy(self._modules[0](inputs), targets, upstream)
-        hidden = self._modules[0](rules.ids(inputs), rules.starts(inputs))
-        return self._cross_entropy(hidden, rules.targets(inputs, targets), upstream)
+            return inputs, None, targets
+        return rules.ids(inputs), rules.starts(inputs), rules.targets(inputs, targets)
 
     def _distilled_loss(self, teacher: Teacher, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is differentiated, its cross entropy and the teacher's term, summed, of rows (b, s + 1) on the device."""
-        inputs, targets = part[:, :-1], part[:, 1:]
-        rules = self._documents
-        starts = None if rules is None else rules.starts(inputs)
-        if rules is not None:
-            targets, inputs = rules.targets(inputs, targets), rules.ids(inputs)
-        return self._apart_from(teacher, self._modules[0](inputs, starts), targets, teacher.hidden(inputs, starts))
+        ids, starts, targets = self._read(part)
+        return self._apart_from(teacher, self._modules[0](ids, starts), targets, teacher.hidden(ids, starts))
 
     def _apart_from(self, teacher: Teacher, hidden: Tensor, targets: Tensor, taught: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ``Teacher.loss``."""

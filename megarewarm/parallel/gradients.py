@@ -187,27 +187,19 @@ class FlatGradients(Gradients):
         self._reduce_copies = reduce_copies
         order = sorted(parameters, key=lambda name: _kind(placements[name], name in copies))
         self.flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=mesh.device)
-        ends = {}
-        offset = 0
+        sizes = [0] * 4
         places: list[Place] = []
         late = {id(part.rows) for part in rows}
         for name in order:
             parameter, kind = parameters[name], _kind(placements[name], name in copies)
-            place = range(offset, offset + parameter.numel())
+            place = range(sum(sizes), sum(sizes) + parameter.numel())
             parameter.grad = self.flat[place.start : place.stop].view_as(parameter)
-            ends[kind] = offset = place.stop
+            sizes[kind] += len(place)
             # an embedding's is final last, and may go past autograd; the small ones of tensor ranks, those of all layers, lie
             # together behind the divided ones
             if name != EMBEDDING and id(parameter) not in late and (kind == 0 or mesh.tensor is None):
                 places.append((parameter, place))
-        # the order of _kind: divided, whole, partial, copies
-        bounds = [0]
-        for kind in range(4):
-            bounds.append(ends.get(kind, bounds[-1]))
-        self._divided = self.flat[: bounds[1]]
-        self._whole = self.flat[bounds[1] : bounds[3]]
-        self._partial = self.flat[bounds[2] : bounds[3]]
-        self._copies = self.flat[bounds[3] :]
+        self._parts = self.flat.split(sizes)  # in the order of _kind: divided, whole, partial, copies
         # the schedule of a pipeline knows its last passes, this does not
         early = places if mesh.layout.pipeline == 1 else ()
         self._buckets = None if mesh.data is None else Buckets(self.flat, mesh.data, early)
@@ -236,8 +228,8 @@ class FlatGradients(Gradients):
             part.whole.grad = None
         if self._buckets is not None:
             self._buckets.start()
-        if self._mesh.tensor is not None and self._partial.numel():
-            dist.all_reduce(self._partial, group=self._mesh.tensor)
+        if self._mesh.tensor is not None and len(self._parts[2]):
+            dist.all_reduce(self._parts[2], group=self._mesh.tensor)
         if self._buckets is not None:
             self._buckets.finish()
         # last: the copies lie at different places of ``flat``, where a sum of three ranks may be rounded otherwise; one of two
@@ -250,7 +242,7 @@ class FlatGradients(Gradients):
             return squared_norm([self.flat])
         # of parameters counted elsewhere only whether they are finite: the optimizer uses this copy too
         counted = 1.0 if self._mesh.tensor_rank == 0 else 0.0
-        parts = (self._divided, 1.0), (self._whole, counted), (self._copies, 0.0)
+        parts = zip(self._parts, (1.0, counted, counted, 0.0), strict=True)
         squares = torch.stack([factor * squared_norm([part]) for part, factor in parts]).sum()
         dist.all_reduce(squares)
         return squares / self._mesh.layout.data

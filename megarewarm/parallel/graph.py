@@ -31,8 +31,8 @@ class MicroBatchGraph:
     A replay reads and writes where the capture did: tokens, the loss's scale and the sum of the losses lie in tensors of this
     object, and gradients stay where they are (``Gradients.keep``). The first micro-batch is computed launch by launch on the
     capture's stream, so that what is made at the first call is made outside of the graph; the second one is captured. Where a
-    parameter or gradient has moved since, it is captured again; what can't be captured goes on launch by launch. Both are
-    logged once.
+    parameter or gradient has moved since, or others train, whose kernels may be new, both are done again; what can't be
+    captured goes on launch by launch. Both are logged once.
     """
 
     def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int], device: torch.device) -> None:
@@ -62,7 +62,7 @@ class MicroBatchGraph:
                 why = "other parameters train, or gradients have moved in memory"
                 _log.warning(f"kernels.graph: {why}: the micro-batch is captured again")
                 self._has_said = True
-            self._replay, self._places = None, places
+            self._replay, self._places, self._is_warm = None, places, False
         self._scale.fill_(scale)
         return self._total.zero_()
 

@@ -321,6 +321,7 @@ class LaidOutModel:
         for module in self._modules:
             for layer in _layers(module):
                 fully_shard(layer, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=again)
+            module.register_forward_hook(_differentiable)
             fully_shard(module, mesh=self.mesh.submesh(*axes), mp_policy=policy, reshard_after_forward=False)
         # kept here, because while it is gathered the module holds the whole one
         self._head_shard = self._head.get_parameter("weight") if self._head is not None else None
@@ -347,6 +348,12 @@ class _Matrix(nn.Module):
     def __init__(self, like: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(like))
+
+
+def _differentiable(module: nn.Module, given: object, result: Tensor) -> None:
+    """fully_shard, whose hooks come after, reduces where the result's gradient is asked for, which a head alone doesn't do."""
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()):
+        result.requires_grad_()
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

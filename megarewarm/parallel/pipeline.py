@@ -60,6 +60,8 @@ def micro_batches(parallel: ParallelConfig, share: int, micro_batch: int) -> int
     count, ranks = -(-share // micro_batch), parallel.pipeline
     if ranks > 1 and parallel.schedule == "1f1b":
         return max(count, ranks)
+    if parallel.schedule == "zero_bubble" and parallel.sharding != "none":
+        return max(count, 2)  # after one, gradients may be in two dtypes, which fully_shard refuses
     while parallel.schedule == "interleaved" and count % max(1, count // ranks):  # equal rounds of at least ``ranks``
         count += 1
     return count

@@ -12,7 +12,7 @@ import torch
 from megarewarm_kernels.layer import cublaslt
 from torch import Tensor
 
-from megarewarm.config.execution import KernelsConfig, ParallelConfig, TrainingConfig
+from megarewarm.config.execution import KernelsConfig, ParallelConfig
 from megarewarm.config.model import ModelConfig
 from megarewarm.model import fused_neox, operations
 from megarewarm.model.fused import Operations, fuse
@@ -22,32 +22,23 @@ from megarewarm.model.operations import choose_operations
 from megarewarm.model.transformer import Transformer
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.laid_out import without_copies
-from megarewarm.parallel.mesh import Layout, Mesh
+from megarewarm.parallel.mesh import Layout
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.parallel.tensor_ranks import RowLinear
 from megarewarm.training.trainer import train
 from tests.kernels.test_gelu_products import library  # noqa: F401  # a fixture
 from tests.support.cublaslt import StandIn
+from tests.support.laid_out import SHAPE, laid_out
 from tests.support.tiny import config, events, printed, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CHOSEN = Operations("triton", "cublaslt", "sdpa", "reference")
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 64, "max_positions": 16}
 ROWS = np.random.default_rng(0).integers(64, size=(6, 17), dtype=np.int64)
 """Three micro-batches."""
 
 
 def model_of(chosen: Operations, recompute: Any = "none", device: str = "cpu", **more: Any) -> ParallelModel:
-    model = ParallelModel(
-        ModelConfig(**SHAPE | more),
-        Mesh(Ranks(0, 1, torch.device(device)), Layout()),
-        parallel=ParallelConfig(),
-        training=TrainingConfig(budget="1 steps", global_batch=6, micro_batch=2, recompute=recompute),
-        sequence_length=16,
-        precision="bf16",
-        operations=chosen,
-    )
-    model.initialize(1)
+    model = laid_out(SHAPE | more, 6, recompute=recompute, device=device, operations=chosen)
     for name, parameter in model.parameters.items():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -14,39 +14,27 @@ import torch
 from megarewarm_kernels import AdamWTensors
 from torch import Tensor, nn
 
-from megarewarm.config.execution import OptimizerConfig, ParallelConfig, TrainingConfig
-from megarewarm.config.model import ModelConfig
+from megarewarm.config.execution import OptimizerConfig
 from megarewarm.model.fused import Operations
 from megarewarm.model.low_weights import LowCopy
 from megarewarm.optimizers.optimizer import make_optimizer
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import OwnGradients
 from megarewarm.parallel.laid_out import LaidOutModel
-from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.spikes import SpikeDetector
 from megarewarm.training.start import inputs
 from megarewarm.training.trainer import train
 from tests.support.family_shapes import shape
+from tests.support.laid_out import SHAPE, laid_out
 from tests.support.tiny import config, events, quiet
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 64, "max_positions": 16}
 
 
 def _model(made: dict[str, Any], precision: str = "bf16", operations: Operations | None = None) -> ParallelModel:
-    model = ParallelModel(
-        ModelConfig(**made),
-        Mesh(ALONE, Layout()),
-        parallel=ParallelConfig(),
-        training=TrainingConfig(budget="1 steps", global_batch=4, micro_batch=2, recompute="selective"),
-        sequence_length=16,
-        precision=precision,
-        operations=operations,
-    )
-    model.initialize(1)
-    return model
+    return laid_out(made, 4, precision, recompute="selective", operations=operations)
 
 
 def _steps(model: ParallelModel, count: int = 3) -> list[float]:
@@ -85,14 +73,14 @@ def test_every_product_reads_its_copy(
     model: dict[str, Any], operations: Operations | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else autocast would cast the fp32 weight, and autograd its gradient."""
-    laid_out = _model(model, operations=operations)
+    made = _model(model, operations=operations)
     read: set[int] = set()
     fresh = LowCopy.fresh
     monkeypatch.setattr(LowCopy, "fresh", lambda self: read.add(id(self)) or fresh(self))
     monkeypatch.setattr(LaidOutModel, "_follow", lambda self: None)
-    laid_out.forward_backward(np.zeros((2, 17), np.int64))
-    matrices = {name for name, card in laid_out.cards.items() if card.is_matrix} | {"embed_out.weight"} & laid_out.low.keys()
-    assert matrices and not [name for name in matrices if id(laid_out.low[name]) not in read]
+    made.forward_backward(np.zeros((2, 17), np.int64))
+    matrices = {name for name, card in made.cards.items() if card.is_matrix} | {"embed_out.weight"} & made.low.keys()
+    assert matrices and not [name for name in matrices if id(made.low[name]) not in read]
 
 
 @pytest.mark.parametrize("ends", [(4,), (3, 4)], ids=["one call", "several"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.parallel import test_bad_steps, test_values
 from tests.parallel.test_layouts import DOCUMENTS, FUSED, MODEL
 from tests.support.distributed import run_ranks
 from tests.support.family_shapes import shape
+from tests.support.loss_cases import in_place
 from tests.support.tiny import config, events, quiet
 from tests.support.wire import Wire
 from tests.training import test_freezing, test_stopped_amid
@@ -123,6 +124,8 @@ def test_buckets_wait_for_their_turn() -> None:
 
 TIED = {"tie_embeddings": True}
 BF16 = {"precision": "bf16"}
+OURS = ("fused", "head", "per_row", "training")
+"""What of a case is not as in a configuration; ``head``: its gradient goes straight to its place, as on a GPU."""
 Case = tuple[dict[str, Any], dict[str, Any]]
 CASES: dict[int, dict[str, Case]] = {
     2: {
@@ -131,6 +134,7 @@ CASES: dict[int, dict[str, Case]] = {
         "tied": ({}, {"model": MODEL | TIED, "data": DOCUMENTS}),
         "direct products": ({}, {"training": {**BF16, "recompute": "selective"}, "fused": True}),
         "direct products, plain layers": ({}, {"training": {**BF16, "recompute": "full"}}),
+        "direct head": ({}, {"training": BF16, "fused": True, "head": True}),
         "fp16": ({}, {"model": shape("qwen3", 3), "training": {"precision": "fp16"}, "fused": True}),
         "qwen2": ({}, {"model": shape("qwen2", 3), "training": {**BF16, "recompute": "full"}, "fused": True}),
         "olmo2, row by row": ({}, {"model": shape("olmo2", 3), "per_row": True}),
@@ -147,7 +151,7 @@ CASES: dict[int, dict[str, Case]] = {
 
 
 def _build(ranks: Ranks, place: str, parallel: dict[str, Any], changes: dict[str, Any]) -> Run:
-    given = {"model": MODEL, **{key: value for key, value in changes.items() if key not in ("fused", "per_row", "training")}}
+    given = {"model": MODEL, **{key: value for key, value in changes.items() if key not in OURS}}
     if changes.get("optimizer"):
         given["start"] = {"from": f"{place}/start", "intent": "rewarm"}
     training = {"micro_batch": 2, "budget": STEPS, **changes.get("training", {})}
@@ -204,26 +208,32 @@ def _compare_steps(ranks: Ranks, place: str, names: list[str]) -> dict[str, list
     found = {}
     for name in names:
         parallel, changes = CASES[ranks.world_size][name]
-        per_row = changes.get("per_row", False)
-        plain = _build(ranks, place, parallel, changes)
-        loss = _pass(plain, per_row=per_row)
-        before = _flat(plain).flat.clone()
-        plain.model.gradients.reduce()
-        with overlapping(), pytest.MonkeyPatch.context() as patched:
-            run = _build(ranks, place, parallel, changes)
-            recorder = Recorder(run, patched)
-            for _ in range(2):  # the second time over what the first left
-                recorder.events.clear(), recorder.sent.clear()
-                assert _pass(run, per_row=per_row) == loss, name
-                during = len(recorder.sent)
-                run.model.gradients.reduce()
-                _check_order(recorder, during, before, run, name)
-        one, other = _flat(plain).flat, _flat(run).flat
-        apart = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(one))
-        assert apart == 0.0 if run.mesh.layout.data == 2 else apart < 1e-6, name
-        assert run.model.gradients.norm() == pytest.approx(plain.model.gradients.norm(), rel=1e-6), name
-        found[name] = other.tolist() if run.mesh.layout.model == 1 else []
+        with in_place() if changes.get("head") else nullcontext([True]) as direct:
+            found[name] = _compare_step(ranks, place, name, parallel, changes)
+        assert direct and all(direct), name
     return found
+
+
+def _compare_step(ranks: Ranks, place: str, name: str, parallel: dict[str, Any], changes: dict[str, Any]) -> list[float]:
+    per_row = changes.get("per_row", False)
+    plain = _build(ranks, place, parallel, changes)
+    loss = _pass(plain, per_row=per_row)
+    before = _flat(plain).flat.clone()
+    plain.model.gradients.reduce()
+    with overlapping(), pytest.MonkeyPatch.context() as patched:
+        run = _build(ranks, place, parallel, changes)
+        recorder = Recorder(run, patched)
+        for _ in range(2):  # the second time over what the first left
+            recorder.events.clear(), recorder.sent.clear()
+            assert _pass(run, per_row=per_row) == loss, name
+            during = len(recorder.sent)
+            run.model.gradients.reduce()
+            _check_order(recorder, during, before, run, name)
+    one, other = _flat(plain).flat, _flat(run).flat
+    apart = float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(one))
+    assert apart == 0.0 if run.mesh.layout.data == 2 else apart < 1e-6, name
+    assert run.model.gradients.norm() == pytest.approx(plain.model.gradients.norm(), rel=1e-6), name
+    return other.tolist() if run.mesh.layout.model == 1 else []
 
 
 def _check_order(recorder: Recorder, during: int, before: Tensor, run: Run, name: str) -> None:

@@ -13,24 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from megarewarm.config.execution import ParallelConfig, TrainingConfig
-from megarewarm.config.model import ModelConfig
 from megarewarm.model.fused import Operations
 from megarewarm.model.parameters import EMBEDDING, HEAD
 from megarewarm.parallel.engine import ParallelModel
 from megarewarm.parallel.gradients import FlatGradients
-from megarewarm.parallel.mesh import Layout, Mesh
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.training.trainer import train
 from tests.parallel.test_layouts import LAYOUTS, STEPS, _settings
 from tests.support.distributed import run_ranks
+from tests.support.laid_out import SHAPE, laid_out
 from tests.support.loss_cases import in_place
 from tests.support.tiny import config, events, quiet
 from tests.training.test_bad_steps import weights
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-SHAPE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 67, "max_positions": 16}
-TIED = {**SHAPE, "tie_embeddings": True}
+ODD = {**SHAPE, "vocab_size": 67}
+TIED = {**ODD, "tie_embeddings": True}
 # name -> whether the head's gradient goes straight to its place there
 NAMES = {
     "data": True,
@@ -44,17 +41,7 @@ NAMES = {
 
 
 def _model(made: dict[str, Any], precision: str = "bf16") -> ParallelModel:
-    model = ParallelModel(
-        ModelConfig(**made),
-        Mesh(ALONE, Layout()),
-        parallel=ParallelConfig(),
-        training=TrainingConfig(budget="1 steps", global_batch=8, micro_batch=2),
-        sequence_length=16,
-        precision=precision,
-        operations=Operations("triton", "triton"),
-    )
-    model.initialize(1)
-    return model
+    return laid_out(made, 8, precision, operations=Operations("triton", "triton"))
 
 
 def _flat(model: ParallelModel) -> None:
@@ -74,13 +61,13 @@ def _frozen_head(model: ParallelModel) -> None:
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[ParallelModel], None]]] = {
-    "own": (SHAPE, lambda model: None),
+    "own": (ODD, lambda model: None),
     "tied": (TIED, lambda model: None),
-    "flat": (SHAPE, _flat),
+    "flat": (ODD, _flat),
     "flat tied": (TIED, _flat),
-    "rows": (SHAPE, _some_rows),
-    "head alone": (SHAPE, _head_alone),
-    "frozen head": (SHAPE, _frozen_head),
+    "rows": (ODD, _some_rows),
+    "head alone": (ODD, _head_alone),
+    "frozen head": (ODD, _frozen_head),
 }
 
 
@@ -111,7 +98,7 @@ def test_steps_are_autograds_bit_for_bit(name: str, per_row: bool) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_other_precisions_go_autograds_way(precision: str) -> None:
     """fp32 has no copies, fp16 not the range."""
-    model = _model(SHAPE, precision)
+    model = _model(ODD, precision)
     with in_place(direct=True) as calls:
         model.forward_backward(np.zeros((4, 17), np.int64))
     assert not any(calls)
@@ -119,7 +106,7 @@ def test_other_precisions_go_autograds_way(precision: str) -> None:
 
 
 def test_an_evaluation_leaves_the_gradient_alone() -> None:
-    model = _model(SHAPE)
+    model = _model(ODD)
     with in_place(direct=True):
         model.evaluate([np.zeros((2, 17), np.int64)], 1, 2)
     assert model.parameters[HEAD].grad is None

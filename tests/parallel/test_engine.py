@@ -127,6 +127,21 @@ def test_low_precision_in_layouts(tmp_path: Path, precision: str) -> None:
         assert found == pytest.approx(losses(exact.folder), rel=0.03), name
 
 
+def _one_micro_batch(ranks: Ranks, place_: str) -> None:
+    layout = {"pipeline": 2, "schedule": "zero_bubble", "sharding": "zero2"}
+    model, training = MODEL | {"num_layers": 5, "tie_embeddings": True}, {"budget": 4}
+    for name, parallel, precision in (("data", {}, "fp32"), ("laid_out", layout, "bf16")):
+        made = {"model": model, "training": training | {"precision": precision}, "parallel": parallel}
+        train(config(Path(place_), folder=f"{place_}/{name}", **made), ranks, quiet())
+
+
+@pytest.mark.slow
+def test_a_v_of_shards_in_low_precision_takes_a_micro_batch_that_is_all(tmp_path: Path) -> None:
+    config(tmp_path)
+    run_ranks(_one_micro_batch, 4, str(tmp_path))
+    assert losses(tmp_path / "laid_out") == pytest.approx(losses(tmp_path / "data"), rel=0.03)
+
+
 def test_an_overflow_leaves_the_step_out_and_halves_the_scale(tmp_path: Path) -> None:
     run = build(make_plan(config(tmp_path, training={"precision": "fp16"})), ALONE)
     assert run.scaler is not None

@@ -235,6 +235,7 @@ LAYOUTS: dict[int, dict[str, tuple[Any, int | None, dict[str, Any], dict[str, An
         "tensor_rows_tied": ("new_rows", THAW, {"tensor": 2}, {"model": {"tie_embeddings": True}}),
         "pipeline_head": ("head", THAW, {"pipeline": 2}, {}),
         "zero2_norms": ("norms", THAW, {"sharding": "zero2"}, {}),
+        "zero3_head": ("head", THAW, {"sharding": "zero3"}, {}),
         "zero2_rows": (["new_rows", "layers 2"], THAW, {"sharding": "zero2"}, {}),
         "data_muon": ("layers 1-2", THAW, {}, {"optimizer": {"kind": "muon"}}),
     },
@@ -263,11 +264,12 @@ LAYOUTS: dict[int, dict[str, tuple[Any, int | None, dict[str, Any], dict[str, An
         "tensor_zero3": (["new_rows", "*.bias"], THAW, {"tensor": 2, "sharding": "zero3"}, {}),
         "hybrid_muon": ("new_layers", THAW, {"sharding": "zero2", "shard_ranks": 2}, {"optimizer": {"kind": "muon"}}),
         "tensor_head": ("head", None, {"tensor": 4}, {}),
+        "pipeline_zero2_head": ("head", THAW, {"pipeline": 2, "sharding": "zero2"}, {}),
     },
 }
 
 
-FAST_LAYOUTS = ("tensor_rows_tied", "pipeline_head", "zero2_norms")
+FAST_LAYOUTS = ("tensor_rows_tied", "pipeline_head", "zero3_head")
 
 
 def _train_all(ranks: Ranks, place: str, names: list[str], tried: int) -> None:
