@@ -148,6 +148,12 @@ def _stages(draft: _Draft, base: Mapping[str, Any]) -> Iterator[_Draft]:
 
 def _arm(draft: _Draft, seed: int | None, folder: str, length: float) -> Arm:
     mapping = draft.mapping
+    if "extends" in mapping:  # that of a file and of base is taken out where files are read
+        place = draft.origins.get(("extends",), draft.where)
+        raise UserError(
+            f"{place}: '{draft.arm}' has 'extends', which is for whole files and for 'base'; "
+            f"write the file's keys here, or 'extends' in base where all runs share it"
+        )
     if mapping.get("folder") is not None:
         place = draft.origins.get(("folder",), draft.where)
         raise UserError(
