@@ -37,8 +37,8 @@ def duration_text(seconds: float | None) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """'1 run', '2 runs'."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """'1 run', '2 runs', '1,000 runs'."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def listed(words: Iterable[str]) -> str:

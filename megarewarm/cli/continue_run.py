@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from megarewarm.arguments import Parser, path_text, rate, share, tokens
 from megarewarm.errors import UserError
 from megarewarm.process import importing
+from megarewarm.spelling import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,9 +147,9 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
         (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=teller(bar))
     finally:
         bar.finish()
-    console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
+    console.print(f"{prefix}: {counted(written.counts.documents, 'document')}, {counted(written.counts.tokens, 'token')}")
     for reason, count in written.skipped.items():
-        console.print(f"left out: {count:,} records: {reason}")
+        console.print(f"left out: {counted(count, 'record')}: {reason}")
     return str(prefix.absolute())
 
 

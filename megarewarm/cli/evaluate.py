@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megarewarm.arguments import Parser, count, path_text, tokens
 from megarewarm.process import importing, say
+from megarewarm.spelling import counted
 
 
 def command_line() -> Parser:
@@ -55,6 +56,6 @@ def main(words: Sequence[str]) -> None:
         for name, scores in found.items():
             print(
                 f"{name}: accuracy {100 * scores.accuracy:.2f} % ({100 * scores.accuracy_bytes:.2f} % per byte), "
-                f"{scores.bits_per_byte:.4f} bits per byte, {len(scores.right):,} items",
+                f"{scores.bits_per_byte:.4f} bits per byte, {counted(len(scores.right), 'item')}",
                 flush=True,
             )

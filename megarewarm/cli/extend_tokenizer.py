@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from megarewarm.arguments import Parser, count, path_text
 from megarewarm.errors import UserError
 from megarewarm.process import importing
+from megarewarm.spelling import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +109,9 @@ def _words(base: Base, files: Sequence[str], key: str, what: str, bar: Progress,
     task = bar.add_task(what, total=documents.total_bytes or None)
     words = base.words(documents, lambda: bar.update(task, completed=documents.bytes_read))
     if documents.skipped.broken:
-        console.print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
+        console.print(
+            f"left out: {counted(documents.skipped.broken, 'broken record')}", *documents.skipped.examples, sep="\n  "
+        )
     if not words.counts:
         raise UserError(f"{files[0]}: there is no text in it; give files with text")
     return words

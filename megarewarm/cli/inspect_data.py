@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megarewarm.arguments import STORED_DTYPES, Parser, path_text
 from megarewarm.errors import UserError
 from megarewarm.process import importing
+from megarewarm.spelling import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +44,7 @@ def main(words: Sequence[str]) -> None:
     file = open_tokens(arguments.prefix, dtype=arguments.dtype)
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     console.print(
-        f"{file.path}: {file.dtype.name}, {file.num_documents:,} documents, {file.total_tokens:,} tokens, "
+        f"{file.path}: {file.dtype.name}, {counted(file.num_documents, 'document')}, {counted(file.total_tokens, 'token')}, "
         f"{decimal(file.total_tokens * file.dtype.itemsize)}, fingerprint {file.fingerprint()}",
         highlight=False,
     )

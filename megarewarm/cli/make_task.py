@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megarewarm.arguments import Parser, count, path_text, seed
 from megarewarm.process import importing, say
+from megarewarm.spelling import counted
 
 
 def command_line() -> Parser:
@@ -52,8 +53,8 @@ def main(words: Sequence[str]) -> None:
     made = make_task(documents, asked, ", ".join(arguments.files))
     write_whole(arguments.output, made.lines)
     print(
-        f"{arguments.output}: {asked.items:,} items of {asked.choices} choices, {100 / asked.choices:.1f} % by guessing; "
-        f"{made.usable:,} of {made.documents:,} different documents are long enough"
+        f"{arguments.output}: {counted(asked.items, 'item')} of {asked.choices} choices, "
+        f"{100 / asked.choices:.1f} % by guessing; {made.usable:,} of {made.documents:,} different documents are long enough"
     )
     if documents.skipped.broken:
-        say(f"left out: {documents.skipped.broken:,} broken records, the first: {documents.skipped.examples[0]}")
+        say(f"left out: {counted(documents.skipped.broken, 'broken record')}, the first: {documents.skipped.examples[0]}")

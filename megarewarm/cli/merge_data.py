@@ -8,6 +8,7 @@ from pathlib import Path
 from megarewarm.arguments import Parser, path_text
 from megarewarm.errors import UserError
 from megarewarm.process import importing
+from megarewarm.spelling import counted
 
 
 def command_line() -> Parser:
@@ -38,4 +39,4 @@ def main(words: Sequence[str]) -> None:
             )
     except OSError as error:
         raise UserError(f"{error.filename or arguments.output}: {error.strerror or error}; nothing was written") from error
-    print(f"{arguments.output}: {documents:,} documents, {tokens:,} tokens")
+    print(f"{arguments.output}: {counted(documents, 'document')}, {counted(tokens, 'token')}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megarewarm.arguments import STORED_DTYPES, Parser, count, path_text, seed
 from megarewarm.process import EXIT_INTERRUPTED, importing, say
+from megarewarm.spelling import counted
 
 if TYPE_CHECKING:
     from megarewarm.console import WorkShown
@@ -98,11 +99,12 @@ def main(words: Sequence[str]) -> int:
         bar.finish()
     for output in written:
         counts = output.counts
-        print(f"{output.prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text")
+        documents, tokens = counted(counts.documents, "document"), counted(counts.tokens, "token")
+        print(f"{output.prefix}: {documents}, {tokens}, {counts.bytes:,} bytes of text")
     for output in written[:1]:
         print(*output.notes, sep="\n", end="\n" * bool(output.notes))
         for reason, number in output.skipped.items():
-            print(f"left out: {number:,} records: {reason}")
+            print(f"left out: {counted(number, 'record')}: {reason}")
         print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
     return 0
 

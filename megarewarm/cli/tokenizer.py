@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megarewarm.arguments import Parser, path_text
 from megarewarm.process import importing
+from megarewarm.spelling import counted
 
 
 def command_line() -> Parser:
@@ -54,7 +55,7 @@ def main(words: Sequence[str]) -> None:
         bar.update(task, total=1, completed=1)
     print(f"{arguments.output}: {tokenizer.vocab_size:,} ids, id {tokenizer.eod_id} ends a document")
     if documents.skipped.broken:
-        print(f"left out: {documents.skipped.broken:,} broken records", *documents.skipped.examples, sep="\n  ")
+        print(f"left out: {counted(documents.skipped.broken, 'broken record')}", *documents.skipped.examples, sep="\n  ")
 
 
 def _megabytes(text: str) -> float:

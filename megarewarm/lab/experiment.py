@@ -27,6 +27,7 @@ from megarewarm.record.run import read_runs
 from megarewarm.report.pages.experiment_page import report_experiment
 from megarewarm.report.pages.run_page import report
 from megarewarm.report.pages.terminal_table import summary_table
+from megarewarm.spelling import counted
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.inputs import check_place
 from megarewarm.training.trainer import train
@@ -147,4 +148,4 @@ def _prepare(config: PrepareConfig, folder: Path, console: Console) -> None:
     for note in prepared.notes:
         console.print(note, highlight=False)
     for name, counts in prepared.outputs.items():
-        console.print(f"{name}: {counts.documents:,} documents, {counts.tokens:,} tokens", highlight=False)
+        console.print(f"{name}: {counted(counts.documents, 'document')}, {counted(counts.tokens, 'token')}", highlight=False)

@@ -15,6 +15,7 @@ from megarewarm.cli import make_task as command
 from megarewarm.data.tasks.items import read_tasks
 from megarewarm.data.text.continuations import Continuations, make_task
 from megarewarm.errors import UserError
+from megarewarm.spelling import counted
 
 ASKED = Continuations(items=20, choices=4, context_bytes=30, continuation_bytes=12, seed=1)
 
@@ -106,3 +107,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         command.main([*words, "--output", str(output)])
     with pytest.raises(SystemExit, match="2"):
         command.main([*words, "--output", str(tmp_path / "prose.txt")])
+
+
+def test_the_command_counts_one_item_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(6)) + "{\n")
+    command.main([str(tmp_path / "a.jsonl"), "--items", "1", "--context-bytes", "30", "--output", str(tmp_path / "task.jsonl")])
+    said = capsys.readouterr()
+    assert "task.jsonl: 1 item of 4 choices" in said.out and "left out: 1 broken record, the first" in said.err
+    assert [counted(number, "item") for number in (0, 1, 2, 1000)] == ["0 items", "1 item", "2 items", "1,000 items"]
