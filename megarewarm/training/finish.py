@@ -9,6 +9,7 @@ from pathlib import Path
 from megarewarm.checkpoint.convert import DTYPES
 from megarewarm.checkpoint.export.huggingface import ModelWeights, export
 from megarewarm.checkpoint.source import OwnCheckpoint
+from megarewarm.data.tasks.items import task_name
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import read_run
 from megarewarm.training.output.run_folder import RunFolder
@@ -46,6 +47,16 @@ def pending(plan: Plan) -> Pending:
     if average:
         check_average(plan)
     return Pending(_alphas(plan, folder), average, plan.config.export.huggingface and not folder.export.exists())
+
+
+def untested(plan: Plan) -> list[str]:
+    """Of the trained run of ``plan``: the ``evaluation.tasks`` of whose names it has no scores, because they were asked for
+    afterwards. Raises ``UserError`` for damaged metrics."""
+    folder = RunFolder(Path(plan.config.run_folder))
+    if not plan.config.evaluation.tasks or not folder.metrics_file.exists():
+        return []
+    tested = {event.name for event in read_run(folder.path).tests}
+    return [name for name in plan.config.evaluation.tasks if task_name(name) not in tested]
 
 
 def _alphas(plan: Plan, folder: RunFolder) -> tuple[float, ...]:

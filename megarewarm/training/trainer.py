@@ -17,14 +17,14 @@ from megarewarm.parallel.agreement import gather
 from megarewarm.parallel.collective import collective
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.process import freed_memory_kept
-from megarewarm.spelling import duration_text
+from megarewarm.spelling import duration_text, listed
 from megarewarm.training.after_step.order import PARTS
 from megarewarm.training.after_step.part import Context, Moment, Outcome
 from megarewarm.training.after_step.progress import RunProgress
 from megarewarm.training.after_step.signals import Lookout, StopAgreed, StopRequest
 from megarewarm.training.after_step.time_limit import TimeLimit
 from megarewarm.training.averaged import finish_average
-from megarewarm.training.finish import export_run, is_trained, pending
+from megarewarm.training.finish import export_run, is_trained, pending, untested
 from megarewarm.training.interpolation import interpolate
 from megarewarm.training.measuring import measure_moments
 from megarewarm.training.output.metrics import Metrics
@@ -68,6 +68,13 @@ def train(config: RunConfig, ranks: Ranks, console: Console, callbacks: Sequence
         if is_trained(plan):
             assert plan.source is not None and plan.source.training is not None
             console.print(f"[bold]{config.name}[/]: already complete in {folder.path}", highlight=False)
+            if names := untested(plan):
+                console.print(
+                    f"{config.name}: note: evaluation.tasks has {listed(names)}, on which the run was not tested; "
+                    f"'megarewarm evaluate {folder.path} --tasks FILE' tests its end",
+                    style="yellow",
+                    highlight=False,
+                )
             _do_pending(config, plan, folder, ranks, console)
             return Outcome(folder.path, plan.position.step, plan.source.training.lineage.stages[-1].losses)
         check_training(plan)

@@ -4,6 +4,7 @@ stays as it is without them."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from megarewarm.report.pages.run_page import report
 from megarewarm.training.trainer import train
 from tests.support.distributed import run_ranks
 from tests.support.stopping import stop_amid
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, printed, quiet
 from tests.training.test_resume import losses, tensors_of
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -289,3 +290,15 @@ def test_a_tokenizer_is_needed(tmp_path: Path) -> None:
     world(tmp_path)
     with pytest.raises(UserError, match=r"evaluation.tasks: no tokenizer is known"):
         train(run_config(tmp_path, data={"tokenizer": None}), ALONE, quiet())
+
+
+def test_a_complete_run_says_which_tasks_it_was_not_tested_on(tmp_path: Path) -> None:
+    path = world(tmp_path)
+    other = shutil.copy(path, tmp_path / "other.jsonl")
+    first, again, console = quiet(), quiet(), quiet()
+    train(run_config(tmp_path, training={"budget": 2}), ALONE, first)
+    train(run_config(tmp_path, training={"budget": 2}), ALONE, again)
+    assert "already complete" in printed(again) and "not tested" not in printed(again)
+    train(run_config(tmp_path, training={"budget": 2}, evaluation={"tasks": [str(path), str(other)]}), ALONE, console)
+    said = " ".join(printed(console).split())
+    assert f"evaluation.tasks has {other}, on which the run was not tested" in said and "--tasks FILE" in said

@@ -65,10 +65,16 @@ def read_tasks(names: Sequence[str]) -> list[Task]:
     return list(tasks.values())
 
 
+def task_name(name: str) -> str:
+    """What the task that ``name`` means is called in logs."""
+    if name.startswith(PACKAGED):
+        return name.removeprefix(PACKAGED).replace("/", "_")
+    return Path(name).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+
+
 def _own(path: Path) -> Task:
-    name = path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
     items = tuple(_item(path, number, line) for number, line in _lines(path))
-    return Task(name, path, _some(path, items))
+    return Task(task_name(str(path)), path, _some(path, items))
 
 
 def _some(path: Path, items: tuple[Item, ...]) -> tuple[Item, ...]:
@@ -153,7 +159,7 @@ def _packaged(name: str) -> Task:
     if ".." in Path(wanted).parts or not path.is_file():
         known = [str(each.parent.relative_to(folder)) for each in sorted(folder.rglob("requests.jsonl.gz"))]
         raise UserError(f"{name}: no such task in {folder}{nearest(wanted, known)}; it has {', '.join(known[:3])}, ...")
-    return Task(wanted.replace("/", "_"), path, _some(path, tuple(_packaged_items(path, _lines(path)))))
+    return Task(task_name(name), path, _some(path, tuple(_packaged_items(path, _lines(path)))))
 
 
 def _packaged_items(path: Path, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[Item]:
