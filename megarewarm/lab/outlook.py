@@ -62,13 +62,19 @@ def prospects(experiment: Experiment, arms: Sequence[Arm], ranks: int | None = N
     found = []
     wanted = {arm.name for arm in arms}
     prepared = prepared_folder(experiment)
+    unplanned: dict[Path, str] = {}
     for arm in experiment.arms:
+        start = arm.config.start.from_
+        why = "".join(text for folder, text in unplanned.items() if start is not None and Path(start).is_relative_to(folder))
         try:
             plan, missing = plan_ahead(arm.config, plans)
         except UserError as error:
             if arm.name in wanted:
-                raise UserError(f"{arm.name}: {error}") from error
-            continue  # its start may be made, by hand, of what the others write
+                raise UserError(f"{arm.name}: {error}{why}") from error
+            # its start may be made, by hand, of what the others write
+            unplanned[Path(arm.config.run_folder)] = f"; the run that would write it can't be planned: {arm.name}: {error}{why}"
+            continue
+        missing = [line + why for line in missing]
         plans.append(plan)
         if arm.name not in wanted:
             continue

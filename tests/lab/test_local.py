@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,10 @@ def test_what_cannot_start_is_told_before_anything_does(tmp_path: Path) -> None:
     by_hand = [*runs(first=None), {"name": "a", "start": {"from": "${runs}/first/extended"}, "model": None}]
     made_later = experiment(tmp_path, by_hand)  # with --only first, whose result it is made of
     assert [each.arm.name for each in prospects(made_later, made_later.arms[:1])] == ["first"]
+    behind = [{"name": "a", "start": {"from": str(tmp_path / "nowhere")}, "model": None}, *runs(b="a")]
+    unplanned = experiment(tmp_path, behind)  # with --only b, whose start would be missing because of another run's
+    (prospect,) = prospects(unplanned, unplanned.arms[1:])
+    assert re.search(r"; the run that would write it can't be planned: a: .*nowhere", prospect.missing[0])
     missing = experiment(tmp_path, [{"name": "a", "data": {"train": [{"path": str(tmp_path / "none")}]}}])
     (prospect,) = prospects(missing, missing.arms)
     assert prospect.state == "waiting" and "none: no such token file" in prospect.missing[0]
