@@ -148,7 +148,7 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
         bar.finish()
     console.print(f"{prefix}: {written.counts.documents:,} documents, {written.counts.tokens:,} tokens")
     for reason, count in written.skipped.items():
-        console.print(f"left out: {count:,} records: {reason}")
+        console.print(f"left out: {count:,} record{'s' * (count != 1)}: {reason}")
     return str(prefix.absolute())
 
 
