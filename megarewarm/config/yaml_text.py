@@ -163,7 +163,8 @@ def parse_yaml(text: str, file: str, *, switches: bool = False) -> tuple[dict[st
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{file}{line}: not valid YAML: {' '.join(str(problem).split())}") from error
+        told = "YAML indents with spaces; replace the tab" if "'\\t'" in problem else " ".join(str(problem).split())
+        raise UserError(f"{file}{line}: not valid YAML: {told}") from error
     except RecursionError as error:
         raise UserError(f"{file}: not valid YAML: nested too deeply") from error
     except ValueError as error:  # of PyYAML's scanner: an escape beyond the last character, a version that is no number

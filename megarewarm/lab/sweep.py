@@ -21,6 +21,7 @@ from megarewarm.model.size import count_parameters
 from megarewarm.record.layout import METRICS_FILE
 from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
+from megarewarm.spelling import counted
 from megarewarm.training.start.memory import machine_memory
 
 _PROCESS_BYTES = 700e6  # Python, torch and the data's caches
@@ -147,10 +148,7 @@ def _conclude(experiment: Experiment, result: Result, only: Sequence[str], conso
     if any((Path(arm.config.run_folder) / METRICS_FILE).exists() for arm in experiment.arms):
         console.print(f"report: {write_report(experiment)}", highlight=False, soft_wrap=True)
     if result.failed:
-        console.print(
-            f"{len(result.failed)} runs failed and {len(result.skipped)} were skipped because of that; the same command "
-            f"retries them",
-            style="red",
-        )
+        skipped = f", and {counted(len(result.skipped), 'run')} that needed them skipped" if result.skipped else ""
+        console.print(f"{counted(len(result.failed), 'run')} failed{skipped}; the same command retries", style="red")
         return EXIT_FAILED
     return 0

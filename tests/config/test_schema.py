@@ -131,6 +131,7 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
         read_configs([str(tmp_path / "none.yml")])
     assert "run.yml:2: not valid YAML" in refusal(tmp_path, "a: [1,\n")
     assert "expected 'key: value' lines" in refusal(tmp_path, "- 1\n")
+    assert "run.yml:2: not valid YAML: YAML indents with spaces; replace the tab" in refusal(tmp_path, "a:\n\t# why\n  b: 1\n")
 
 
 def test_extends_and_merging(tmp_path: Path) -> None:
