@@ -171,7 +171,7 @@ def settle_model(config: RunConfig, source: CheckpointSource | None) -> RunConfi
         if config.data.sequence_length > stored.max_positions:
             raise UserError(
                 f"data.sequence_length {config.data.sequence_length} is above the {stored.max_positions} positions of "
-                f"{source.name}{'' if config.context is None else ' in this context: raise context.max_positions'}"
+                f"{source.name}{'' if config.context is None else ' in this context'}: lower it, or raise context.max_positions"
             )
         return settled
     if config.model.rotary_scaling != stored.rotary_scaling:
