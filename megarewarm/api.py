@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import gc
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -28,6 +29,7 @@ from megarewarm.config.schema import RunConfig
 from megarewarm.config.yaml_text import Origins
 from megarewarm.console import make_console
 from megarewarm.data.files.library import TokenFiles
+from megarewarm.data.files.manifest import made_by
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.tasks.encode import batches, spans
@@ -75,6 +77,7 @@ __all__ = [
     "train_tokenizer",
 ]
 
+_log = logging.getLogger("megarewarm")
 _ranks: Ranks | None = None
 
 
@@ -188,7 +191,8 @@ def _connected(config: RunConfig) -> Ranks:
 
 class Measured(NamedTuple):
     """``loss``: mean cross entropy in nats per token over ``tokens``. ``bits_per_byte``: the same by the tokens' text, which
-    compares models of different tokenizers; ``None`` where the file's manifest does not name its tokenizer."""
+    compares models of different tokenizers; ``None`` where the file's manifest does not name its tokenizer.
+    Where that is neither at its place nor the model's own, they follow from the file's mean, and a warning says so."""
 
     loss: float
     tokens: int
@@ -263,9 +267,20 @@ class LoadedModel:
                 starts, targets = rules.starts(inputs), rules.targets(inputs, targets)
             loss, counted = self.module.loss(inputs, targets, starts)
             total, count = total + float(loss), count + int(counted)
-        found = set_bytes(asked, None, None, rules is not None and rules.mask_loss)
+        found = set_bytes(asked, self._tokenizer_of(str(data)), None, rules is not None and rules.mask_loss)
+        if found is not None and found.tokenizer is None:
+            _log.warning(
+                f"{data}: bits per byte follow from the mean bytes per token of the whole file: the tokenizer that its "
+                f"manifest names is not here"
+            )
         text = None if found is None else found.measured(windows, count)
         return Measured(total / count, count, bits_per_byte(total / count, count, text))
+
+    def _tokenizer_of(self, data: str) -> Path | None:
+        """The model's tokenizer, if the token file was made with the same."""
+        made = made_by(Path(f"{data.removesuffix('.bin').removesuffix('.idx')}.bin"))
+        own = self.tokenizer if made else None
+        return own.path if made and own and own.fingerprint() == made.tokenizer.fingerprint else None
 
     @torch.no_grad()
     def test(

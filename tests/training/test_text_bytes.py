@@ -123,6 +123,19 @@ def test_a_loaded_checkpoint_is_measured_in_the_bits_of_its_run(
     assert "bits per byte" not in capsys.readouterr().out
 
 
+def test_bits_per_byte_of_a_mean_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The tokenizer that the manifest names is gone: the model's own is the same, and without it a mean is left."""
+    prefix, tokenizer = prepared(tmp_path, 300)
+    folder = trained(tmp_path, "run", prefix, 300)
+    exact = events(folder, "eval")[-1]["bits_per_byte"]
+    tokenizer.unlink()
+    found = load_model(folder / "huggingface").evaluate(prefix, tokens=480, sequence_length=16)
+    assert found.bits_per_byte == pytest.approx(exact, rel=1e-6) and not caplog.records
+    found = load_model(folder).evaluate(prefix, tokens=480, sequence_length=16)
+    assert found.bits_per_byte == pytest.approx(exact, rel=0.1)
+    assert "bits per byte follow from the mean bytes per token of the whole file" in caplog.text
+
+
 def test_pieces_of_sentencepiece_and_of_llama_2_are_the_bytes_of_the_text(tmp_path: Path) -> None:
     path = train_sentencepiece(DOCUMENTS, 400, tmp_path / "own.model").path
     table = lengths(path)
