@@ -47,6 +47,7 @@ from megarewarm.parallel.meeting_place import launch_of_process
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.run import RecordedRun, read_run
 from megarewarm.rewarm.reset import ResetPolicy
+from megarewarm.spelling import counted
 from megarewarm.training.after_step.part import Outcome
 from megarewarm.training.start.epochs import settle_epochs
 from megarewarm.training.start.evaluations import evaluation_steps
@@ -255,7 +256,11 @@ class LoadedModel:
         if not 0 < length <= self.config.max_positions:
             raise UserError(f"sequence_length {length}: expected 1 to {self.config.max_positions}, the positions of the model")
         source = [{"path": str(data)}]
-        wanted = tokens or open_tokens(str(data)).total_tokens
+        held = open_tokens(str(data)).total_tokens
+        wanted = held if tokens is None else tokens
+        if held and min(wanted, held - 1) < length:
+            few = counted(min(wanted, held), "token")
+            raise UserError(f"{data}: {few}, fewer than one window of {length}: give more, or a lower sequence length")
         section = DataConfig.model_validate({"sequence_length": length, "train": source})
         asked = ValidationSet.model_validate({"name": "data", "sources": source, "tokens": max(wanted, 1)})
         windows = ValidationWindows(asked, TokenFiles(section, self.config.vocab_size)).slice(0)
@@ -265,8 +270,8 @@ class LoadedModel:
             inputs, targets, starts = batch[:, :-1], batch[:, 1:], None
             if rules is not None:
                 starts, targets = rules.starts(inputs), rules.targets(inputs, targets)
-            loss, counted = self.module.loss(inputs, targets, starts)
-            total, count = total + float(loss), count + int(counted)
+            loss, number = self.module.loss(inputs, targets, starts)
+            total, count = total + float(loss), count + int(number)
         found = set_bytes(asked, self._tokenizer_of(str(data)), None, rules is not None and rules.mask_loss)
         if found is not None and found.tokenizer is None:
             _log.warning(

@@ -150,6 +150,8 @@ def test_numbers_out_of_range(place: Path) -> None:
     for keys in ({"tokens": 0}, {"micro_batch": 0}, {"sequence_length": 0}):
         with pytest.raises(UserError, match=f"{next(iter(keys))} 0: expected"):
             model.evaluate(place / "new", **keys)
+    with pytest.raises(UserError, match=r"new: 1 token, fewer than one window of .*: give more, or a lower sequence length"):
+        model.evaluate(place / "new", tokens=1)
     with pytest.raises(UserError, match="max_tokens 0: expected"):
         model.generate("x", 0)
     odd: list[dict[str, Any]] = [{"temperature": value} for value in (-1.0, math.nan, math.inf)]
