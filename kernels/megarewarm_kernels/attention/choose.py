@@ -123,7 +123,10 @@ def choose(
 
 
 # each layer asks in each step; the device's properties alone take 20 us
-_remembered = lru_cache(choose)
+@lru_cache
+def _remembered(threads: int, *given: Any, **named: Any) -> tuple[str, str]:
+    """As ``choose``, whose answer depends on the number of threads, which a process may change between two runs."""
+    return choose(*given, **named)
 
 
 def _chosen(
@@ -137,7 +140,8 @@ def _chosen(
     wanted: str,
 ) -> str:
     given = {"length": length, "documents": documents, "window": window, "deterministic": deterministic}
-    name, reason = _remembered(device, dtype, head_dim, **given, wanted=wanted)
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    name, reason = _remembered(threads, device, dtype, head_dim, **given, wanted=wanted)
     if wanted not in ("auto", name):
         message = f"attention is computed by '{name}', not by '{wanted}' as asked: {reason}"
         if message not in _said:
