@@ -48,7 +48,8 @@ def main(words: Sequence[str]) -> None:
             micro_batch=arguments.micro_batch,
         )
         per_byte = "" if bits is None else f"{bits:.4f} bits per byte, "
-        print(f"{prefix}: loss {loss:.4f}, perplexity {math.exp(loss):.3f}, {per_byte}{measured:,} tokens", flush=True)
+        perplexity = math.inf if loss > 700 else math.exp(loss)
+        print(f"{prefix}: loss {loss:.4f}, perplexity {perplexity:.3f}, {per_byte}{counted(measured, 'token')}", flush=True)
     if arguments.tasks:
         found, notes = model.test(arguments.tasks, truncate=arguments.truncate, sequences=arguments.micro_batch)
         for note in notes:

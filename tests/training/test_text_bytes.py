@@ -15,7 +15,7 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM
 
-from megarewarm.api import load_model
+from megarewarm.api import LoadedModel, load_model
 from megarewarm.cli import evaluate
 from megarewarm.config.data import ValidationSet
 from megarewarm.config.schema import RunConfig
@@ -24,6 +24,7 @@ from megarewarm.data.mixture.validation import ValidationWindows
 from megarewarm.data.text.byte_lengths import ByteLengths
 from megarewarm.data.text.preprocess.job import Options, preprocess
 from megarewarm.data.text.tokenizers import load_tokenizer, train_bpe, train_sentencepiece
+from megarewarm.errors import UserError
 from megarewarm.parallel.ranks import Ranks
 from megarewarm.record.lines import Evaluation
 from megarewarm.record.run import APART, BITS, NATS, RecordedRun, in_one_unit
@@ -34,7 +35,7 @@ from megarewarm.training.start.plan import make_plan
 from megarewarm.training.start.text_bytes import SetBytes
 from megarewarm.training.start.texts import settle_texts
 from megarewarm.training.trainer import train
-from tests.support.tiny import config, events, quiet
+from tests.support.tiny import config, events, quiet, write_tokens
 
 DOCUMENTS = [f"Übung {i}: häßlich, 你好 und \U0001f600; the learning rate warms up again. " * (1 + i % 3) for i in range(40)]
 """Of characters of 1 to 4 bytes, most of which a small vocabulary cuts into single bytes."""
@@ -107,7 +108,7 @@ def test_bits_per_byte_are_the_code_length_of_transformers_over_the_bytes_of_the
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_loaded_checkpoint_is_measured_in_the_bits_of_its_run(
-    tmp_path: Path, mask: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, mask: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, _ = prepared(tmp_path, 300)
     folder = trained(tmp_path, "run", prefix, 300, **({"mask_eod_loss": True, "eod": 0} if mask else {}))
@@ -119,8 +120,16 @@ def test_a_loaded_checkpoint_is_measured_in_the_bits_of_its_run(
     assert f", {event['bits_per_byte']:.4f} bits per byte, {found.tokens} tokens" in capsys.readouterr().out
     prefix.with_suffix(".json").unlink()  # whose tokenizer is then not known
     assert load_model(folder).evaluate(prefix, tokens=480, sequence_length=16).bits_per_byte is None
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedModel, "evaluate", lambda *given, **named: (1000.0, 1, None))
+        evaluate.main([str(folder), "--on", str(prefix)])
+    assert f"{prefix}: loss 1000.0000, perplexity inf, 1 token\n" in capsys.readouterr().out
     evaluate.main([str(folder), "--on", str(prefix), "--tokens", "480", "--sequence-length", "16"])
     assert "bits per byte" not in capsys.readouterr().out
+    write_tokens(tmp_path / "ends", 0, vocabulary=1)
+    if mask:
+        with pytest.raises(UserError, match=r"ends: .* mask_eod_loss .* leaves no loss to measure"):
+            load_model(folder).evaluate(tmp_path / "ends", sequence_length=16)
 
 
 def test_bits_per_byte_of_a_mean_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
