@@ -21,6 +21,7 @@ from megarewarm.model.size import count_parameters
 from megarewarm.record.layout import METRICS_FILE
 from megarewarm.report.live.frame import frame
 from megarewarm.report.live.watch import Watch
+from megarewarm.spelling import counted
 from megarewarm.training.start.memory import machine_memory
 
 _PROCESS_BYTES = 700e6  # Python, torch and the data's caches
@@ -148,7 +149,7 @@ def _conclude(experiment: Experiment, result: Result, only: Sequence[str], conso
         console.print(f"report: {write_report(experiment)}", highlight=False, soft_wrap=True)
     if result.failed:
         console.print(
-            f"{len(result.failed)} runs failed and {len(result.skipped)} were skipped because of that; the same command "
+            f"{counted(len(result.failed), 'run')} failed, {len(result.skipped)} skipped because of that; the same command "
             f"retries them",
             style="red",
         )

@@ -226,7 +226,7 @@ def test_a_sweep_runs_reports_and_has_nothing_to_do_the_second_time(tmp_path: Pa
     assert "0 of 3 runs are done" in said(whole, dry_run=True) and not (tmp_path / "e").exists()
     first = sweep(tmp_path, "--jobs", "2")
     assert first.returncode == 1, first.stdout + first.stderr
-    assert "bad: exit code 3: " in first.stdout and "1 runs failed" in first.stdout
+    assert "bad: exit code 3: " in first.stdout and "\n1 run failed, " in first.stdout
     assert (tmp_path / "e" / "report" / "report.html").is_file()
     record = json.loads((tmp_path / "e" / "experiment.json").read_text())
     assert [run["name"] for run in record["runs"]] == ["a", "b", "bad"]
