@@ -102,7 +102,7 @@ def main(words: Sequence[str]) -> int:
     for output in written[:1]:
         print(*output.notes, sep="\n", end="\n" * bool(output.notes))
         for reason, number in output.skipped.items():
-            print(f"left out: {number:,} records: {reason}")
+            print(f"left out: {number:,} record{'s' * (number != 1)}: {reason}")
         print(*(f"  {example}" for example in output.examples), sep="\n", end="\n" * bool(output.examples))
     return 0
 

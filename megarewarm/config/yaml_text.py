@@ -163,6 +163,8 @@ def parse_yaml(text: str, file: str, *, switches: bool = False) -> tuple[dict[st
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "'\\t' that cannot start" in str(problem):
+            problem = "a tab where PyYAML takes spaces only, also before a comment; write spaces"
         raise UserError(f"{file}{line}: not valid YAML: {' '.join(str(problem).split())}") from error
     except RecursionError as error:
         raise UserError(f"{file}: not valid YAML: nested too deeply") from error
