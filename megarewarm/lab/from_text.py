@@ -57,8 +57,8 @@ def hold_out(prefix: str, sequence_length: int) -> Text:
     if found is None:
         raise UserError(
             f"{file.path}: {file.num_documents:,} document{'s' * (file.num_documents != 1)} with {file.total_tokens:,} tokens "
-            f"are too few for a validation set of one window of {sequence_length} tokens; give more text, one file per document, or a "
-            f"smaller --sequence-length"
+            f"are too few for a validation set of one window of {sequence_length} tokens; give more text, one file per "
+            f"document, or a smaller --sequence-length"
         )
     return found
 
