@@ -273,9 +273,7 @@ class LoadedModel:
             loss, number = self.module.loss(inputs, targets, starts)
             total, count = total + float(loss), count + int(number)
         if not count:
-            raise UserError(
-                f"{data}: every token ends a document: mask_eod_loss of the model's run leaves no loss to measure"
-            )
+            raise UserError(f"{data}: every token ends a document: mask_eod_loss of the model's run leaves no loss to measure")
         found = set_bytes(asked, self._tokenizer_of(str(data)), None, rules is not None and rules.mask_loss)
         if found is not None and found.tokenizer is None:
             _log.warning(

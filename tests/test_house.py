@@ -128,7 +128,7 @@ def test_a_class_name_means_one_thing() -> None:
     assert not [name for name, count in names.items() if count > 1]
 
 
-MAX_LINES = 59_990
+MAX_LINES = 59_940
 """Of megarewarm/ and kernels/: whoever adds a thing first looks for what can go."""
 
 

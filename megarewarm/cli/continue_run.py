@@ -145,6 +145,13 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
     try:
         # the same texts and tokenizer are not tokenised again, others are refused
         (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=teller(bar))
+    except UserError as error:
+        if "--overwrite" not in str(error):  # which this command does not have
+            raise
+        raise UserError(
+            f"{prefix}: holds tokens of other text, or by another tokenizer or --text-key; remove {prefix.parent}, or give a "
+            f"new --output"
+        ) from error
     finally:
         bar.finish()
     console.print(f"{prefix}: {counted(written.counts.documents, 'document')}, {counted(written.counts.tokens, 'token')}")

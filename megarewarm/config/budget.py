@@ -156,7 +156,7 @@ def _count_of(unit: str, example: str, *other: str) -> Any:
             return value
         found = _read(value)
         if found is None or found[1] not in ("", unit, *other) or not found[0].is_integer():
-            raise ValueError(f"'{value}' is no number of {unit}s; write it as 1000 or '{example}'")
+            raise ValueError(f"'{value}' is not a number of {unit}s; write it as 1000 or '{example}'")
         return int(found[0])
 
     return BeforeValidator(read)

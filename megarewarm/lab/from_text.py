@@ -56,9 +56,9 @@ def hold_out(prefix: str, sequence_length: int) -> Text:
                 break
     if found is None:
         raise UserError(
-            f"{file.path}: {file.num_documents:,} documents with {file.total_tokens:,} tokens are too "
-            f"few for a validation set of one window of {sequence_length} tokens; give more text, one file per document, or a "
-            f"smaller --sequence-length"
+            f"{file.path}: {file.num_documents:,} document{'s' * (file.num_documents != 1)} with {file.total_tokens:,} tokens "
+            f"are too few for a validation set of one window of {sequence_length} tokens; give more text, one file per "
+            f"document, or a smaller --sequence-length"
         )
     return found
 
@@ -91,8 +91,8 @@ def settings(
     epochs = tokens * (1 - replay * bool(old)) / new.trained
     chosen = [
         f"peak learning rate {rate:g}" + ("" if peak else f": Pythia's for {count_parameters(model):,} parameters (--peak)"),
-        f"global batch {batch} x {sequence_length} tokens: {math.ceil(tokens / (batch * sequence_length)):,} steps",
-        f"{new.prefix}: read {epochs:.2f} times; {new.held_out:,} tokens are held out as validation set 'new'",
+        f"global batch {batch} x {sequence_length} tokens: {round(tokens / (batch * sequence_length)):,} steps",
+        f"{new.prefix}: read {epochs:.2f} times; {new.held_out:,} tokens are held out for validation set 'new'",
     ]
     validation = [_validation("new", "downstream", new, tokens, sequence_length)]
     mapping: dict[str, Any] = {
@@ -117,8 +117,9 @@ def settings(
         validation.append(_validation(label, "upstream", text, tokens, sequence_length))
     if old:
         sources = [text.source("train", name=f"old_{i}", weight=text.trained, max_epochs=None) for i, text in enumerate(old, 1)]
+        shown = "validation set 'old' shows" if len(old) == 1 else f"validation sets 'old_1' to 'old_{len(old)}' show"
         mapping["replay"] = {"fraction": replay, "sources": sources}
-        chosen.append(f"replay: {replay:.0%} of the samples are old text; validation set 'old' shows what is forgotten")
+        chosen.append(f"replay: {replay:.0%} of the samples are old text; {shown} what is forgotten")
     else:
         chosen.append("no replay and no validation set of old text, so forgetting is not measured: give old text with --replay")
     return mapping, chosen

@@ -136,7 +136,7 @@ def read_trained(folder: Path) -> tuple[str, list[Trained], list[str]]:
             trained.append(one)
         else:
             left_out.setdefault(one, []).append(name)
-    notes = [f"{len(names)} of {len(entries)} runs are left out, {why}: {_shown(names)}" for why, names in left_out.items()]
+    notes = [f"{len(names)} of {len(entries)} runs left out, {why}: {_shown(names)}" for why, names in left_out.items()]
     notes += [*unit_sentences(next(iter(runs.values())).unit), *apart_sentences(list(runs.values()))] if runs else []
     for role in (UPSTREAM, DOWNSTREAM):
         if blind := [run.name for run in trained if role not in run.losses and runs[run.name].sets(role)]:

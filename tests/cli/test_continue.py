@@ -56,7 +56,7 @@ def test_the_whole_way(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     command = words(place, out, "--replay", str(place / "old"), "--replay-share", "10%")
     assert continue_run.main(command) == 0
     shown = capsys.readouterr().out
-    assert "held out as validation set 'new'" in shown and "200 steps" in shown
+    assert "held out for validation set 'new'" in shown and "200 steps" in shown
     run = read_run(out / "run")
     assert run.steps == 200 and run.tokens == 6400 and run.peak_lr == pytest.approx(1e-2)
     for role in ("downstream", "upstream"):
@@ -97,9 +97,11 @@ def test_a_dry_run_trains_nothing_and_can_be_followed_by_the_run(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert continue_run.main(words(place, out, "--dry-run")) == 0
+    assert continue_run.main(words(place, out, "--dry-run", "--tokens", "6.41k")) == 0
     assert (out / "run.yml").is_file() and not (out / "run").exists()
-    assert "forgetting is not measured" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "forgetting is not measured" in shown
+    assert "32 tokens: 200 steps" in shown and "steps       200 of 32 tokens" in shown, "rounded as the run rounds"
 
 
 def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_text_that_changed_is_not_taken_for_the_old(place: Path, tmp_path: Path)
     assert continue_run.main(command) == 0
     (out / "run.yml").unlink()
     next((tmp_path / "texts").iterdir()).write_text("other words " * 50)
-    with pytest.raises(UserError, match="exists: remove it"):
+    with pytest.raises(UserError, match=r"holds tokens of other text.*remove .*, or give a new --output$"):
         continue_run.main(command)
 
 
@@ -135,7 +137,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, more: list[str], said: str
 def test_too_little_text_and_no_tokenizer(place: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "a.txt").write_text("one document only " * 40)
-    with pytest.raises(UserError, match=r"1 documents .* are too few for a validation set"):
+    with pytest.raises(UserError, match=r"1 document .* are too few for a validation set"):
         continue_run.main(
             [str(place / "model"), "--on", str(tmp_path / "one"), "--tokens", "1k", "--output", str(tmp_path / "o")]
         )

@@ -93,7 +93,7 @@ def test_the_length_of_a_quick_form(length: str) -> None:
         ("training.budget=1e30 tokens", "is more than 10,000,000,000 steps; give fewer"),
         ("training.budget={a: 1}", "training.budget: not a length of training; write steps as an integer (500), or"),
         ("training.budget=1%", "is a share of itself: give steps, tokens or epochs"),
-        ("training.global_batch=2 tokens", "'2 tokens' is no number of sequences; write it as 1000 or '512 sequences'"),
+        ("training.global_batch=2 tokens", "'2 tokens' is not a number of sequences; write it as 1000 or '512 sequences'"),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected at least 2 in the list, found 1"),
         ("checkpoint.extra_steps=5", "checkpoint.extra_steps: expected a list, such as [1, 2], or 'log_spaced' (given: 5)"),
         ("checkpoint.extra_steps=[-1]", "checkpoint.extra_steps.0: must be at least 0 (given: -1)"),

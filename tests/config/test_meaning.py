@@ -68,7 +68,7 @@ def test_words_for_switches_and_names(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL.replace("budget: 40", "budget: 0100")).training.budget.amount == 100
     assert load(tmp_path, MINIMAL, "training.global_batch=010").training.global_batch == 10
     assert load(tmp_path, MINIMAL.replace("global_batch: 4", "global_batch: 0x10")).training.global_batch == 16
-    assert "is no number of sequences" in refusal(tmp_path, MINIMAL, "training.global_batch=1:30")
+    assert "is not a number of sequences" in refusal(tmp_path, MINIMAL, "training.global_batch=1:30")
     assert "expected true or false" in refusal(tmp_path, MINIMAL, "evaluation.at_start=perhaps")
 
 

@@ -130,6 +130,8 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         read_configs([str(tmp_path / "none.yml")])
     assert "run.yml:2: not valid YAML" in refusal(tmp_path, "a: [1,\n")
+    for tab in ("a: 1\t# why\n", "a:\n\tb: 1\n"):
+        assert "not valid YAML: YAML indents with spaces; replace the tab" in refusal(tmp_path, tab)
     assert "expected 'key: value' lines" in refusal(tmp_path, "- 1\n")
     assert "run.yml:2: not valid YAML: YAML indents with spaces; replace the tab" in refusal(tmp_path, "a:\n\t# why\n  b: 1\n")
 

@@ -100,7 +100,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     (root / "experiment.json").write_text(json.dumps(record))
     title, runs, notes = read_trained(root)
     assert title == "trial" and [run.name for run in runs] == [*made.ARMS, "other"]
-    assert notes[1] == "2 of 9 runs are left out, not finished: half, later" and "trained from scratch" in notes[0]
+    assert notes[1] == "2 of 9 runs left out, not finished: half, later" and "trained from scratch" in notes[0]
     assert runs[0].rate_before == pytest.approx(made.BEFORE) and runs[0].sum_before == pytest.approx(made.SUM_BEFORE)
     (family,) = schedule_families(runs)
     assert family.arms == list(made.ARMS) and replay_families(runs) == []

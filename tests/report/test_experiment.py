@@ -53,14 +53,16 @@ def test_measures_by_hand(tmp_path: Path) -> None:
 
 
 def test_only_complete_runs_count_and_states_are_told(tmp_path: Path) -> None:
-    plans = [entry("a", seed, after=["base"]) for seed in (1, 2, 3, 4)]
+    plans = [entry("a", seed, after=["base"]) for seed in (1, 2, 3, 4, 5)]
     folder = write_record(tmp_path / "e", plans)
     write_run(folder, plans[0], [2.0, 2.1], [3.0, 2.5])
     write_run(folder, plans[1], [2.0, 2.1, 9.0, 9.0, 9.0], [3.0, 2.5, 9.0, 9.0, 9.0], done=0.5)
     write(folder / plans[2]["folder"], [{"event": "start", "name": "a.s3"}])
+    ended = {"event": "stop", "step": 25, "reason": "diverged"}
+    write_run(folder, plans[4], [2.0, 2.1, 9.0, 9.0, 9.0], [3.0, 2.5, 9.0, 9.0, 9.0], done=0.5, more=[ended])
     (arm,) = (experiment := read_experiment(folder)).arms
-    assert [trial.state for trial in arm.trials] == ["complete", "under way", "not begun", "not begun"]
-    assert [trial.share for trial in arm.trials] == [1.0, 0.5, 0.0, 0.0]
+    assert [trial.state for trial in arm.trials] == ["complete", "under way", "not begun", "not begun", "diverged"]
+    assert [trial.share for trial in arm.trials] == [1.0, 0.5, 0.0, 0.0, 0.5]
     (row,) = arm_rows(experiment)
     assert row.values["upstream_after"] == {1: 2.1} and len(arm.runs) == 1
 

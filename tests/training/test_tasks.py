@@ -148,6 +148,14 @@ def test_scores_are_those_of_the_exported_model(tmp_path: Path) -> None:
     assert found[0]["lost"] == 0 == found[0]["won"]
 
 
+def test_a_context_that_is_cut_is_counted_once_not_for_each_choice(tmp_path: Path) -> None:
+    path = world(tmp_path, items=20)
+    long = {"context": "the cat saw " * 40, "choices": [" fish", " one old dog"], "answer": 0}
+    path.write_text(path.read_text() + json.dumps(long) + "\n")
+    outcome = train(run_config(tmp_path, evaluation={"tasks": [str(path)], "tasks_truncate": True}), ALONE, quiet())
+    assert "beginning of 1 context is dropped, the first in line 21" in (outcome.folder / "log.txt").read_text()
+
+
 def test_lm_eval_gives_the_same_numbers(tmp_path: Path) -> None:
     """Also of contexts that are too long, whose beginning both drop."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")

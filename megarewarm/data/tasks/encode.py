@@ -105,7 +105,7 @@ def encode_task(
                     f"another model's tokenizer"
                 )
             rows.append(Row(whole, len(after)))
-    return EncodedTask(task, rows, (len(dropped), dropped[0]) if dropped else (0, 0))
+    return EncodedTask(task, rows, (len(set(dropped)), dropped[0]) if dropped else (0, 0))
 
 
 def _cut(context: str, choice: str) -> tuple[str, str]:

@@ -16,14 +16,15 @@ from megarewarm.record.lines import Evaluation
 from megarewarm.record.run import DOWNSTREAM, NATS, UPSTREAM, NothingYet, RecordedRun, in_one_unit, read_run
 from megarewarm.report.numbers.runs import Kind
 
-State = Literal["complete", "under way", "not begun"]
+State = Literal["complete", "under way", "diverged", "not begun"]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialRecord:
     """One run of an arm, with one seed (``None`` if the experiment has none). ``run`` is ``None`` before it has started.
 
-    ``state`` is 'complete' when all planned ``steps`` were trained; a stopped run counts as 'under way'.
+    ``state`` is 'complete' when all planned ``steps`` were trained; 'diverged' when it ended itself for
+    bad steps; another run that stopped counts as 'under way'.
     """
 
     name: str
@@ -177,6 +178,8 @@ def _entry(folder: Path, entry: dict[str, Any]) -> tuple[dict[str, Any], TrialRe
     trained = run is not None and run.steps >= steps and stop.get("evaluated", True)
     if run is not None and (trained or stop.get("reason") == "complete"):
         state = "complete"
+    elif run is not None and stop.get("reason") == "diverged" and run.events[-1] is stop:
+        state = "diverged"
     return entry, TrialRecord(str(entry["name"]), entry["seed"], steps, float(steps * tokens_per_step), state, run)
 
 

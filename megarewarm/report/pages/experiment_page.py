@@ -208,15 +208,19 @@ def _states(experiment: ExperimentRecord) -> str:
     waiting = [trial for trial in experiment.trials if trial.state != "complete"]
     if not waiting:
         return ""
-    under_way = "".join(
-        f"<li>{escape(trial.name)}: {trial.share:.0%} of {tokens_text(trial.tokens)} tokens</li>"
-        for trial in waiting
-        if trial.state == "under way"
+    under_way, diverged = (
+        "".join(
+            f"<li>{escape(trial.name)}: {trial.share:.0%} of {tokens_text(trial.tokens)} tokens</li>"
+            for trial in waiting
+            if trial.state == state
+        )
+        for state in ("under way", "diverged")
     )
     rest = ", ".join(breakable(trial.name) for trial in waiting if trial.state == "not begun")
     return (
         "<h2>Runs that are not complete</h2>\n"
         + (f"<p>Under way, or stopped before their end:</p><ul>{under_way}</ul>" if under_way else "")
+        + (f"<p>Diverged and ended:</p><ul>{diverged}</ul>" if diverged else "")
         + (f"<p>Not begun: {rest}.</p>" if rest else "")
     )
 

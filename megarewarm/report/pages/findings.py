@@ -58,7 +58,7 @@ def _overview(experiment: ExperimentRecord) -> list[str]:
         )
         each = f", each with {named}" if seeds else ""
         return [f"{arms}{each}: all {counted(done, 'run')} are complete."]
-    rest = [f"{states.count(state)} {state}" for state in ("under way", "not begun") if state in states]
+    rest = [f"{states.count(state)} {state}" for state in ("under way", "diverged", "not begun") if state in states]
     text = f"{arms}: {done} of {counted(len(states), 'run')} complete, {listed(rest)}."
     return [f"{text} Numbers are from complete runs only."]
 
