@@ -3,6 +3,7 @@ stays as it is without them."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from megarewarm.api import load_model
 from megarewarm.config.schema import RunConfig
@@ -152,8 +154,9 @@ def test_a_context_that_is_cut_is_counted_once_not_for_each_choice(tmp_path: Pat
     path = world(tmp_path, items=20)
     long = {"context": "the cat saw " * 40, "choices": [" fish", " one old dog"], "answer": 0}
     path.write_text(path.read_text() + json.dumps(long) + "\n")
-    outcome = train(run_config(tmp_path, evaluation={"tasks": [str(path)], "tasks_truncate": True}), ALONE, quiet())
-    assert "beginning of 1 context is dropped, the first in line 21" in (outcome.folder / "log.txt").read_text()
+    console = Console(file=io.StringIO(), width=500)
+    train(run_config(tmp_path, evaluation={"tasks": [str(path)], "tasks_truncate": True}), ALONE, console)
+    assert "the beginning of 1 context is dropped" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_lm_eval_gives_the_same_numbers(tmp_path: Path) -> None:
