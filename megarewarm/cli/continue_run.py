@@ -145,9 +145,7 @@ def _tokenise(arguments: argparse.Namespace, inputs: Sequence[str], tokenizer: o
     try:
         # the same texts and tokenizer are not tokenised again, others are refused
         (written,) = job.preprocess(inputs, str(tokenizer), prefix, options, resume=True, tell=teller(bar))
-    except UserError as error:
-        if "--overwrite" not in str(error):  # which this command does not have
-            raise
+    except job.OtherTokens as error:  # its remedies are options of prepare
         raise UserError(
             f"{prefix}: holds tokens of other text, or by another tokenizer or --text-key; remove {prefix.parent}, or give a "
             f"new --output"

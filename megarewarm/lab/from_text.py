@@ -12,6 +12,7 @@ from megarewarm.data.files.split import split_documents
 from megarewarm.data.files.token_file import open_tokens
 from megarewarm.errors import UserError
 from megarewarm.model.size import count_parameters
+from megarewarm.spelling import counted
 
 _PEAKS = [(1e8, 1e-3), (3e8, 6e-4), (1.2e9, 3e-4), (5e9, 2e-4), (math.inf, 1.2e-4)]
 """(largest parameter count, peak learning rate) of Pythia's pre-training (arXiv 2304.01373, table 6). Both papers re-warm to
@@ -56,9 +57,9 @@ def hold_out(prefix: str, sequence_length: int) -> Text:
                 break
     if found is None:
         raise UserError(
-            f"{file.path}: {file.num_documents:,} document{'s' * (file.num_documents != 1)} with {file.total_tokens:,} tokens "
-            f"are too few for a validation set of one window of {sequence_length} tokens; give more text, one file per "
-            f"document, or a smaller --sequence-length"
+            f"{file.path}: {counted(file.num_documents, 'document')} with {counted(file.total_tokens, 'token')} are too few "
+            f"for a validation set of one window of {sequence_length} tokens; give more text, one file per document, or a "
+            f"smaller --sequence-length"
         )
     return found
 

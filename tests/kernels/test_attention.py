@@ -426,7 +426,7 @@ def test_others_kernels_are_called_as_they_ask(
     for depth in range(path.count(".") + 1):
         part = path.rsplit(".", depth)[0]
         monkeypatch.setitem(sys.modules, part, flash_module(part, with_statistics=name == "flash4"))
-    monkeypatch.setattr(MODULE, "_chosen", lambda *given: name)
+    monkeypatch.setattr(MODULE, "_chosen", lambda *given, **named: name)
     case = arguments(2, 9, 2, 8, 4, **way)
     for mine, wanted in zip(results(attention, case), results(by_torch, case), strict=True):
         torch.testing.assert_close(mine, wanted)
@@ -438,7 +438,7 @@ def test_a_package_of_the_same_name_is_not_taken(monkeypatch: pytest.MonkeyPatch
 
 
 def test_cudnns_order_of_preference_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "_chosen", lambda *given: "cudnn")
+    monkeypatch.setattr(MODULE, "_chosen", lambda *given, **named: "cudnn")
     for group in (1, 2, 6):
         case = arguments(2, 9, 2, 8, 4, group=group)
         for mine, wanted in zip(results(attention, case), results(by_torch, case), strict=True):

@@ -82,7 +82,8 @@ def attention(
         window = None
     # the least length of those that are treated alike: with one of its own for each, choices would not be remembered
     length = max([1] + [least for least in FP32_LENGTHS if qkv.shape[1] >= least])
-    name = _chosen(qkv.device, qkv.dtype, head_dim, length, starts is not None, window is not None, deterministic, backend)
+    given = {"documents": starts is not None, "window": window is not None, "deterministic": deterministic}
+    name = _chosen(qkv.device, qkv.dtype, head_dim, backend, length, **given)
     if name == "triton":
         return flash_attention(qkv, cos, sin, head_dim=head_dim, group=group, window=window, starts=starts, bias=bias)
     if name == "reference" or not qkv.numel():
@@ -129,19 +130,10 @@ def _remembered(threads: int, *given: Any, **named: Any) -> tuple[str, str]:
     return choose(*given, **named)
 
 
-def _chosen(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    length: int,
-    documents: bool,
-    window: bool,
-    deterministic: bool,
-    wanted: str,
-) -> str:
-    given = {"length": length, "documents": documents, "window": window, "deterministic": deterministic}
+def _chosen(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str, length: int, **given: bool) -> str:
+    """As ``choose``; what is not as asked is logged once."""
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    name, reason = _remembered(threads, device, dtype, head_dim, **given, wanted=wanted)
+    name, reason = _remembered(threads, device, dtype, head_dim, wanted=wanted, length=length, **given)
     if wanted not in ("auto", name):
         message = f"attention is computed by '{name}', not by '{wanted}' as asked: {reason}"
         if message not in _said:

@@ -39,6 +39,10 @@ from megarewarm.files import PART, write_whole
 _EXAMPLES = 5
 
 
+class OtherTokens(UserError):
+    """What is at the output's place was made of other input or with other options."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What is done with the text. ``split``: shares of train, valid and test; ``shuffle``: the seed, None keeps the order.
@@ -166,7 +170,7 @@ class _Job:
                 if path.is_dir():
                     raise UserError(f"{path} is a folder: choose another name for the output")
                 if path.exists() and not may_exist:
-                    raise UserError(f"{path} exists: remove it, choose another name, or add --overwrite")
+                    raise OtherTokens(f"{path} exists: remove it, choose another name, or add --overwrite")
                 if any(path.resolve() == file.resolve() for file in self.files):
                     raise UserError(f"{path} is an input: choose another name for the output")
 
@@ -283,7 +287,7 @@ class _Job:
             before = _settings(path) if resume else None
             if before is not None and before != settings:
                 key = next(key for key in {**settings, **before} if before.get(key) != settings.get(key))
-                raise UserError(
+                raise OtherTokens(
                     f"{self.folder} was started with {key} = {before.get(key)}, this run has {settings.get(key)}: give the "
                     f"same options, or --overwrite instead of --resume to start over"
                 )
